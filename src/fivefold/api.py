@@ -1,0 +1,48 @@
+"""The public face: `compress`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fivefold.errors import InputError
+from fivefold.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fivefold.models.huggingface import FivefoldCache
+
+
+def compress(model: PreTrainedModel, recipe: str | Recipe = "full()", max_bytes: int | None = None) -> FivefoldCache:
+    """A KV cache for `model` that keeps what `recipe` says.
+
+    Pass it on as `model.generate(..., past_key_values=cache)`. One cache serves one conversation (or batch); make as
+    many as you like for one model. The model is prepared in place and stays usable with any other cache;
+    `fivefold.restore(model)` undoes that.
+
+    Args:
+        model: a decoder-only model of transformers (families: `fivefold.models.huggingface.FAMILIES`).
+        recipe: for example `"duo(keep=0.5) + kivi(bits=2)"`; `fivefold recipes` lists all methods.
+        max_bytes: a hard cap on what the cache may allocate; a call that would pass it raises `CacheFullError` and
+            leaves the cache as it was.
+
+    Raises:
+        RecipeError: the recipe cannot be read or does not fit the model.
+        ProfileError: a method lacks a profile for the model.
+        UnsupportedModelError: the model's family is not supported.
+    """
+    from fivefold.models import huggingface
+
+    if max_bytes is not None and max_bytes <= 0:
+        raise InputError(f"max_bytes={max_bytes} leaves no room for a cache: give a positive number of bytes.")
+    parsed = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe)
+    cache = huggingface.make_cache(model, parsed, max_bytes)
+    huggingface.prepare(model)
+    return cache
+
+
+def restore(model: PreTrainedModel) -> None:
+    """Undo what `compress` did to a model: its attention implementation and hooks are as they were before."""
+    from fivefold.models import huggingface
+
+    huggingface.restore(model)

@@ -1,0 +1,72 @@
+"""Attention over one block of dense keys with its log-sum-exp, and the merge of such parts.
+
+Softmax attention over disjoint token sets A and B, with outputs o and log-sum-exps l, is over their union
+`(exp(l_A) o_A + exp(l_B) o_B) / (exp(l_A) + exp(l_B))`, with log-sum-exp `log(exp(l_A) + exp(l_B))`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+MASKED = -1e30
+"""Added to scores that must not count. Finite, so that a fully masked row has weight 0 in a merge and not NaN."""
+
+
+def attend(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None = None,
+    causal: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over dense keys.
+
+    queries: `[rows, head, query, head_dim]`; keys, values: `[rows, head, key, head_dim]` (expanded views are fine);
+    bias: float32 `[query, key]`, added to the scores. `causal` needs as many queries as keys.
+    Returns the output (dtype of the queries, shape of the queries) and the log-sum-exp, float32 `[rows, head, query]`.
+    """
+    if queries.device.type == "cpu":
+        out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, keys, values, 0.0, causal, attn_mask=None if bias is None else bias[None, None], scale=scaling
+        )
+        return out[0], out[1]
+    if queries.device.type == "cuda" and bias is None and queries.dtype in (torch.float16, torch.bfloat16):
+        out = torch.ops.aten._scaled_dot_product_flash_attention(
+            queries, keys, values, 0.0, causal, return_debug_mask=False, scale=scaling
+        )
+        return out[0], out[1]
+    return attend_reference(queries, keys, values, scaling, bias, causal)
+
+
+def attend_reference(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None = None,
+    causal: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend` in its plainest form, in float32: what the fused calls are tested against."""
+    scores = (queries.float() * scaling) @ keys.float().transpose(-1, -2)
+    if bias is not None:
+        scores += bias
+    if causal:
+        above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores.masked_fill_(above, MASKED)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp()
+    return (weights @ values.float()).to(queries.dtype), lse
+
+
+def merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The union of parts (output `[..., head_dim]`, log-sum-exp `[...]`). Output in float32 if there are several."""
+    if len(parts) == 1:
+        return parts[0]
+    lses = torch.stack([lse for _, lse in parts])
+    total = lses.logsumexp(0)
+    weights = (lses - total).exp()
+    out = parts[0][0].float() * weights[0][..., None]
+    for (part, _), weight in zip(parts[1:], weights[1:]):
+        out.addcmul_(part.float(), weight[..., None])
+    return out, total

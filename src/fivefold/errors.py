@@ -1,0 +1,40 @@
+"""Every error Fivefold raises on purpose: one sentence that names the value and the remedy.
+
+The command line prints the sentence and exits with code 2; a library user catches the type.
+"""
+
+
+class FivefoldError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class RecipeError(FivefoldError, ValueError):
+    """A recipe that cannot be parsed, has a bad value, or combines methods that exclude each other."""
+
+
+class UnsupportedModelError(FivefoldError):
+    """A model family or setting that Fivefold does not (yet) attend for correctly."""
+
+
+class CacheStateError(FivefoldError, RuntimeError):
+    """A call that the cache cannot honour without becoming wrong (wrong attention, crop too deep, ...)."""
+
+
+class CacheFullError(FivefoldError, MemoryError):
+    """The byte cap is reached; nothing was stored and every sequence is as it was before the call."""
+
+
+class NonFiniteError(FivefoldError, ValueError):
+    """Keys or values to be packed hold infinities or NaN."""
+
+
+class ProfileError(FivefoldError):
+    """A calibration profile that is missing, damaged, or belongs to another model or version."""
+
+
+class ModelUnavailableError(FivefoldError):
+    """The embedded model is not on this machine, or could not be brought here."""
+
+
+class InputError(FivefoldError):
+    """A file or option that the command line cannot use."""

@@ -1,0 +1,13 @@
+"""The planar packed page: group quantisation, packing, and attention on the packed form."""
+
+from fivefold.kernels.planar.reference import (
+    PLANES,
+    dequantise,
+    pack,
+    planar_output,
+    planar_scores,
+    quantise,
+    unpack,
+)
+
+__all__ = ["PLANES", "dequantise", "pack", "planar_output", "planar_scores", "quantise", "unpack"]

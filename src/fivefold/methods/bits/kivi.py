@@ -1,0 +1,146 @@
+"""KIVI: keys quantised per channel, values per token, the recent tokens exact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fivefold.errors import NonFiniteError, RecipeError
+from fivefold.kernels.planar import (
+    PLANES,
+    dequantise,
+    pack,
+    planar_output,
+    planar_scores,
+    quantise,
+    unpack,
+)
+from fivefold.methods import Codec, Method, param, register
+from fivefold.store import Field, LayerSpec, PageLayout
+
+FLOAT16_MAX = torch.finfo(torch.float16).max
+
+
+@register(
+    slot="bits",
+    name="kivi",
+    paper="Liu et al., KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache, ICML 2024 (arXiv:2402.02750)",
+)
+@dataclass(frozen=True)
+class Kivi(Method):
+    """Asymmetric min-max quantisation: keys in groups of `group` consecutive tokens of one channel, values in groups
+    of `group` channels of one token (section 3.2); the most recent `residual` tokens stay exact (section 3.3).
+
+    Prefill attends to exact keys and values, then packs. The official code packs keys `residual` at a time and values
+    one by one, so that 0 to residual-1 keys and the last `residual` values are exact; here keys and values move
+    together, `group` tokens at a time, so that `residual` to `residual + group - 1` of both are exact. Scales and zero
+    points are float16, and codes are taken against the stored ones; a constant group decodes exactly up to float16
+    (the official code divides by zero there).
+
+    Bytes per packed token of one head, of `head_dim` d, keys and values: `2 * d * 16 / (8 * planes)` codes, with
+    planes = 8, 5, 4, 2 for 2, 3, 4, 8 bits, and `8 * d / group` scales and zero points.
+    """
+
+    bits: int = param(2, "bits a number", choices=(2, 3, 4, 8))
+    group: int = param(32, "tokens (keys) or channels (values) that share a scale", choices=(32, 64, 128))
+    residual: int = param(128, "recent tokens that stay exact", low=0)
+
+    def check(self) -> None:
+        if PLANES[self.bits] * 32 % self.group:
+            raise RecipeError(
+                f"kivi(bits={self.bits}, group={self.group}) is not possible: a page of {self.bits} bits holds "
+                f"{PLANES[self.bits] * 32} tokens, which is no multiple of the group; use group=32."
+            )
+
+    @property
+    def exact_tokens(self) -> int:
+        return self.residual
+
+    def codec(self, spec: LayerSpec) -> KiviCodec:
+        channels = min(self.group, spec.head_dim)
+        if spec.head_dim % channels:
+            raise RecipeError(
+                f"kivi(group={self.group}) does not divide the model's head_dim of {spec.head_dim}: use another group."
+            )
+        return KiviCodec(self.bits, self.group, channels, spec.head_dim)
+
+
+class KiviCodec(Codec):
+    """Planar pages of `bits`-bit codes (see `kernels/planar`), with their scales and zero points.
+
+    Fields, d = head_dim, P = planes: key_words, value_words int16 [32, d]; key_scale, key_zero float16
+    [P*32/group, d]; value_scale, value_zero float16 [P, 32, d/channels].
+    """
+
+    def __init__(self, bits: int, group: int, channels: int, head_dim: int) -> None:
+        planes = PLANES[bits]
+        self.bits, self.group, self.channels, self.planes = bits, group, channels, planes
+        key_groups, value_groups = planes * 32 // group, head_dim // channels
+        half = torch.float16
+        self.layout = PageLayout(
+            f"kivi{bits}",
+            planes * 32,
+            (
+                Field("key_words", (32, head_dim), torch.int16, "codes"),
+                Field("key_scale", (key_groups, head_dim), half, "scales"),
+                Field("key_zero", (key_groups, head_dim), half, "scales"),
+                Field("value_words", (32, head_dim), torch.int16, "codes"),
+                Field("value_scale", (planes, 32, value_groups), half, "scales"),
+                Field("value_zero", (planes, 32, value_groups), half, "scales"),
+            ),
+        )
+
+    def encode(
+        self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
+    ) -> dict[str, torch.Tensor]:
+        for name, x in (("keys", keys), ("values", values)):
+            peak = x.detach().abs().amax()
+            if not peak <= FLOAT16_MAX:  # also when it is NaN
+                raise NonFiniteError(
+                    f"{name} to be packed reach {float(peak)}, beyond what float16 scales can hold: use full() for "
+                    "this model, or look for the layer that overflows."
+                )
+        pages = keys.shape[0]
+        grouped = keys.float().unflatten(1, (-1, self.group)).transpose(2, 3)  # [pages, groups, head_dim, group]
+        codes, scale, zero = quantise(grouped, self.bits)
+        key_codes = codes.transpose(2, 3).flatten(1, 2)
+        split = values.float().unflatten(2, (-1, self.channels))
+        value_codes, value_scale, value_zero = quantise(split, self.bits)
+        plane, groups = slot // 32, slot // self.group
+        fields = {}
+        for name, new in (("key_words", key_codes), ("value_words", value_codes.flatten(2))):
+            fields[name] = pack(new, self.bits, plane, None if opened is None else opened[name])
+        for name, part, at in (
+            ("key_scale", scale.squeeze(-1), groups),
+            ("key_zero", zero.squeeze(-1), groups),
+            ("value_scale", value_scale.squeeze(-1).unflatten(1, (-1, 32)), plane),
+            ("value_zero", value_zero.squeeze(-1).unflatten(1, (-1, 32)), plane),
+        ):
+            shape = next(f.shape for f in self.layout.fields if f.name == name)
+            whole = part.new_zeros((pages, *shape)) if opened is None else opened[name].clone()
+            whole[:, at : at + part.shape[1]] = part
+            fields[name] = whole
+        return fields
+
+    def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        share = self.planes // fields["key_scale"].shape[1]
+        keys, values = [], []
+        for j in range(self.planes):
+            at = slice(j // share, j // share + 1)
+            codes = unpack(fields["key_words"], self.bits, j)
+            keys.append(dequantise(codes, fields["key_scale"][:, at], fields["key_zero"][:, at]))
+            codes = unpack(fields["value_words"], self.bits, j).unflatten(2, (-1, self.channels))
+            scale, zero = fields["value_scale"][:, j, :, :, None], fields["value_zero"][:, j, :, :, None]
+            values.append(dequantise(codes, scale, zero).flatten(2))
+        return torch.cat(keys, 1), torch.cat(values, 1)
+
+    def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
+        return planar_scores(
+            queries.float(), fields["key_words"], fields["key_scale"], fields["key_zero"], self.bits
+        )
+
+    def output(self, weights: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
+        return planar_output(
+            weights, fields["value_words"], fields["value_scale"], fields["value_zero"], self.bits
+        )

@@ -1,0 +1,74 @@
+"""DuoAttention: retrieval heads hold the whole context, the others sinks and a recent window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fivefold.calibrate.profile import load_profile
+from fivefold.errors import ProfileError, RecipeError
+from fivefold.methods import Method, param, register
+from fivefold.store import Extent, LayerSpec
+
+
+@register(
+    slot="heads",
+    name="duo",
+    paper="Xiao et al., DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads, "
+    "ICLR 2025 (arXiv:2410.10819)",
+)
+@dataclass(frozen=True)
+class DuoAttention(Method):
+    """KV heads named as retrieval heads hold the whole context; every other one holds the first `sink` and the last
+    `recent` tokens (section 2.3), during prefill as well as during decoding.
+
+    `retrieval` is a list of [layer, kv_head] pairs, or the folder of a profile with a tensor `scores` float32
+    [layer, kv_head], of which the highest `keep` fraction over all layers are the retrieval heads. Without it, the
+    profile that ships with Fivefold for the model is used, if there is one.
+
+    Bytes: `keep` of the heads as without this method; the others (sink + recent) tokens, in pages of 32.
+    """
+
+    keep: float = param(0.5, "fraction of KV heads that hold everything (with a profile)", low=0, high=1)
+    retrieval: tuple | str | None = param(None, "retrieval heads: [[layer, kv_head], ...] or a profile")
+    sink: int = param(64, "first tokens that streaming heads hold", low=0)
+    recent: int = param(256, "most recent tokens that streaming heads hold", low=1)
+
+    def check(self) -> None:
+        if not isinstance(self.retrieval, tuple):
+            return
+        for pair in self.retrieval:
+            if not (
+                isinstance(pair, tuple)
+                and len(pair) == 2
+                and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in pair)
+            ):
+                raise RecipeError(f"duo(retrieval=...) holds {pair!r}: write pairs [layer, kv_head], counted from 0.")
+
+    def retrieval_heads(self, spec: LayerSpec) -> frozenset[tuple[int, int]]:
+        """All retrieval heads of the model as (layer, kv_head). Raises `RecipeError` or `ProfileError`."""
+        if isinstance(self.retrieval, tuple):
+            for layer, head in self.retrieval:
+                if layer >= spec.layers or head >= spec.kv_heads:
+                    raise RecipeError(
+                        f"duo(retrieval=...) names layer {layer}, kv head {head}, and the model has {spec.layers} "
+                        f"layers of {spec.kv_heads} kv heads."
+                    )
+            return frozenset(self.retrieval)
+        try:
+            profile = load_profile(self.retrieval or f"duo-{spec.model}", "duo", spec.model)
+        except ProfileError as error:
+            if self.retrieval:
+                raise
+            raise ProfileError(
+                f"duo() knows no retrieval heads of this model ({spec.model}): give them as "
+                "duo(retrieval=[[layer, kv_head], ...]) or as the folder of a profile."
+            ) from error
+        scores = profile.tensors["scores"]
+        order = scores.flatten().argsort(descending=True, stable=True)
+        kept = order[: round(self.keep * scores.numel())].tolist()
+        return frozenset(divmod(int(i), scores.shape[1]) for i in kept)
+
+    def extents(self, spec: LayerSpec) -> list[Extent]:
+        heads = self.retrieval_heads(spec)
+        streaming = Extent(self.sink, self.recent)
+        return [Extent() if (spec.layer, head) in heads else streaming for head in range(spec.kv_heads)]

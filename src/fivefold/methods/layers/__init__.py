@@ -1,0 +1,1 @@
+"""How many layers hold a cache."""

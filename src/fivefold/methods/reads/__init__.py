@@ -1,0 +1,1 @@
+"""What a decoding step reads (what is stored stays)."""

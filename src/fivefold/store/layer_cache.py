@@ -1,0 +1,579 @@
+"""The tiers of one layer, for every sequence and KV head of a batch.
+
+A *row* is one (sequence, kv head). Rows whose `Geometry` is equal form a `Cohort`: their page tables are one
+array, and everything that happens to them (append, pack, evict, attend) is one tensor operation. A batch without
+padding and without per-head policies is a single cohort.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from fivefold.errors import CacheStateError
+from fivefold.store.pages import Budget, Field, PageLayout, PagePool
+from fivefold.store.tiers import PAGE, Extent, Geometry, Packing
+
+if TYPE_CHECKING:
+    from fivefold.methods.base import Codec
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What a method may know about the layer it works for."""
+
+    layer: int
+    layers: int
+    kv_heads: int
+    query_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    model: str = ""
+
+
+def exact_layout(head_dim: int, dtype: torch.dtype) -> PageLayout:
+    """Pages of the exact tier: keys (after RoPE) and values as the model made them."""
+    return PageLayout(
+        "exact",
+        PAGE,
+        (
+            Field("keys", (PAGE, head_dim), dtype, "exact"),
+            Field("values", (PAGE, head_dim), dtype, "exact"),
+        ),
+    )
+
+
+class Pools:
+    """The pools of one cache: one per page layout, under one byte cap. Forks of a cache share them."""
+
+    def __init__(self, max_bytes: int | None = None) -> None:
+        self.budget = Budget(max_bytes)
+        self._pools: dict[tuple[PageLayout, torch.device], PagePool] = {}
+
+    def of(self, layout: PageLayout, device: torch.device) -> PagePool:
+        key = (layout, device)
+        if key not in self._pools:
+            self._pools[key] = PagePool(layout, device, self.budget)
+        return self._pools[key]
+
+    def __iter__(self) -> Iterator[PagePool]:
+        return iter(self._pools.values())
+
+
+class Cohort:
+    """Rows of equal geometry and their pages.
+
+    rows: int64 `[rows]`, index `sequence * kv_heads + kv_head`, ascending.
+    exact: int64 `[rows, pinned_pages + window_pages]` page ids; packed and own: `[rows, packed_pages]`.
+    """
+
+    __slots__ = ("_segments", "exact", "geometry", "own", "packed", "rows", "rows_tensor")
+
+    def __init__(
+        self, rows: np.ndarray, geometry: Geometry, exact: np.ndarray, packed: np.ndarray, own: np.ndarray
+    ) -> None:
+        self.rows = rows
+        self.geometry = geometry
+        self.exact = exact
+        self.packed = packed
+        self.own = own
+        self.rows_tensor = torch.from_numpy(rows)
+        self._segments: list[tuple[int, int]] | None = None
+
+    def exact_segments(self) -> list[tuple[int, int]]:
+        """Column ranges of `exact` that are either one run of memory per row or short."""
+        if self._segments is None:
+            self._segments = _runs(self.exact)
+        return self._segments
+
+    def touched(self) -> None:
+        """The exact page table changed."""
+        self._segments = None
+
+
+def _runs(ids: np.ndarray, shortest: int = 8) -> list[tuple[int, int]]:
+    """Split the columns of a page table into runs that are consecutive pages in every row; join short ones."""
+    columns = ids.shape[1]
+    if columns == 0:
+        return []
+    breaks = np.flatnonzero((np.diff(ids, axis=1) != 1).any(axis=0)) + 1
+    edges = [0, *breaks.tolist(), columns]
+    out: list[tuple[int, int]] = []
+    short = False
+    for start, stop in zip(edges, edges[1:]):
+        if stop - start < shortest:
+            if short:
+                out[-1] = (out[-1][0], stop)
+            else:
+                out.append((start, stop))
+            short = True
+        else:
+            out.append((start, stop))
+            short = False
+    return out
+
+
+class LayerCache:
+    """One layer's keys and values in tiers.
+
+    Args:
+        spec: the layer.
+        pools: where pages come from; shared by the layers and the forks of a cache.
+        extents: what each KV head holds.
+        codec: how tokens older than `residual` are packed; None keeps all exact.
+        residual: tokens that always stay exact.
+    """
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        pools: Pools,
+        extents: Sequence[Extent],
+        codec: Codec | None = None,
+        residual: int = 0,
+    ) -> None:
+        if len(extents) != spec.kv_heads:
+            raise ValueError(f"{len(extents)} extents for {spec.kv_heads} kv heads")
+        self.spec = spec
+        self.pools = pools
+        self.extents = tuple(extents)
+        self.codec = codec
+        self.packing = None if codec is None else Packing(codec.group, residual, codec.layout.tokens)
+        self.exact_pool = pools.of(exact_layout(spec.head_dim, spec.dtype), spec.device)
+        self.packed_pool: PagePool | None = None
+        self.own_pool: PagePool | None = None
+        if codec is not None:
+            shared, own = codec.layout.split()
+            self.packed_pool = pools.of(shared, spec.device)
+            self.own_pool = None if own is None else pools.of(own, spec.device)
+        self.batch = 0
+        self.cohorts: list[Cohort] = []
+
+    # -- sequences ----------------------------------------------------------------------------------------
+
+    def start(self, batch: int) -> None:
+        """Begin `batch` empty sequences."""
+        assert not self.cohorts
+        self.batch = batch
+        heads = self.spec.kv_heads
+        for extent in dict.fromkeys(self.extents):
+            mine = np.array([h for h in range(heads) if self.extents[h] == extent], dtype=np.int64)
+            rows = (np.arange(batch, dtype=np.int64)[:, None] * heads + mine).reshape(-1)
+            empty = np.empty((len(rows), 0), dtype=np.int64)
+            self.cohorts.append(Cohort(rows, Geometry(extent), empty, empty, empty))
+
+    def lengths(self) -> np.ndarray:
+        """Tokens seen by each sequence: int64 `[batch]`."""
+        out = np.zeros(self.batch, dtype=np.int64)
+        for cohort in self.cohorts:
+            out[cohort.rows // self.spec.kv_heads] = cohort.geometry.length
+        return out
+
+    def split_by(self, tokens: np.ndarray) -> list[tuple[Cohort, int]]:
+        """Cohorts with how many tokens each is about to receive, split where `tokens: [batch]` differ."""
+        if (tokens == tokens[0]).all():
+            return [(cohort, int(tokens[0])) for cohort in self.cohorts]
+        out: list[tuple[Cohort, int]] = []
+        for cohort in self.cohorts:
+            per_row = tokens[cohort.rows // self.spec.kv_heads]
+            for count in np.unique(per_row):
+                pick = np.flatnonzero(per_row == count)
+                part = Cohort(
+                    cohort.rows[pick], cohort.geometry, cohort.exact[pick], cohort.packed[pick], cohort.own[pick]
+                )
+                out.append((part, int(count)))
+        self.cohorts = [cohort for cohort, _ in out]
+        return out
+
+    def free(self) -> None:
+        """Give every page back."""
+        for cohort in self.cohorts:
+            self._release(cohort.exact, cohort.packed, cohort.own)
+        self.cohorts = []
+        self.batch = 0
+
+    def _release(self, exact: np.ndarray, packed: np.ndarray, own: np.ndarray) -> None:
+        self.exact_pool.release(exact)
+        if self.packed_pool is not None:
+            self.packed_pool.release(packed)
+        if self.own_pool is not None:
+            self.own_pool.release(own)
+
+    def _retain(self, exact: np.ndarray, packed: np.ndarray, own: np.ndarray) -> None:
+        self.exact_pool.retain(exact)
+        if self.packed_pool is not None:
+            self.packed_pool.retain(packed)
+        if self.own_pool is not None:
+            self.own_pool.retain(own)
+
+    def select(self, sequences: np.ndarray) -> None:
+        """Sequence i becomes what sequence `sequences[i]` was (repeats share pages; absent ones are freed)."""
+        old = self.cohorts
+        kept = self._pick(sequences)
+        for cohort in kept:
+            self._retain(cohort.exact, cohort.packed, cohort.own)
+        for cohort in old:
+            self._release(cohort.exact, cohort.packed, cohort.own)
+        self.cohorts = kept
+        self.batch = len(sequences)
+
+    def _pick(self, sequences: np.ndarray) -> list[Cohort]:
+        heads = self.spec.kv_heads
+        source = (sequences[:, None] * heads + np.arange(heads)).reshape(-1)
+        out = []
+        for cohort in self.cohorts:
+            place = np.full(self.batch * heads, -1, dtype=np.int64)
+            place[cohort.rows] = np.arange(len(cohort.rows))
+            rows = np.flatnonzero(place[source] >= 0)
+            if len(rows):
+                pick = place[source[rows]]
+                out.append(
+                    Cohort(rows, cohort.geometry, cohort.exact[pick], cohort.packed[pick], cohort.own[pick])
+                )
+        return out
+
+    def fork(self) -> LayerCache:
+        """A second cache of the same tokens that shares every page until either writes."""
+        twin = LayerCache(
+            self.spec, self.pools, self.extents, self.codec, self.packing.residual if self.packing else 0
+        )
+        twin.batch = self.batch
+        twin.cohorts = self._pick(np.arange(self.batch)) if self.batch else []
+        for cohort in twin.cohorts:
+            self._retain(cohort.exact, cohort.packed, cohort.own)
+        return twin
+
+    def share_packed(self, other: LayerCache) -> None:
+        """Replace this layer's packed pages by `other`'s, keeping the fields marked `own`.
+
+        For methods that let layers share storage; both layers must have equal geometry and layouts.
+        """
+        assert self.packed_pool is other.packed_pool and self.packed_pool is not None
+        for mine, theirs in zip(self.cohorts, other.cohorts, strict=True):
+            if mine.geometry != theirs.geometry or (mine.rows != theirs.rows).any():
+                raise CacheStateError("layers can share packed pages only where they hold the same tokens.")
+            self.packed_pool.retain(theirs.packed)
+            self.packed_pool.release(mine.packed)
+            mine.packed = theirs.packed.copy()
+
+    # -- tokens -------------------------------------------------------------------------------------------
+
+    def demand(self, tokens: np.ndarray, horizon: int = 0) -> dict[PagePool, tuple[int, int]]:
+        """(pages taken, pages given back after that) per pool if `tokens: [batch]` more arrive. Upper bound."""
+        taken_exact = taken_packed = freed_exact = freed_packed = 0
+        per_sequence = {int(t): None for t in tokens}
+        for cohort in self.cohorts:
+            groups = (
+                {int(tokens[0]): len(cohort.rows)}
+                if len(per_sequence) == 1
+                else dict(
+                    zip(*(a.tolist() for a in np.unique(tokens[cohort.rows // self.spec.kv_heads], return_counts=True)))
+                )
+            )
+            for count, rows in groups.items():
+                old = cohort.geometry
+                added = old.appended(count)
+                new = added.settled(self.packing, horizon)
+                dropped = min(old.window_pages, (new.exact_base - old.exact_base) // PAGE)
+                before = old.pinned_pages + old.window_pages
+                taken = added.pinned_pages + added.window_pages - before
+                if count > 1:
+                    # A chunk goes straight to where it belongs; it never passes through the exact tier.
+                    taken = new.pinned_pages - old.pinned_pages + new.window_pages - (old.window_pages - dropped)
+                tail = cohort.exact[:, -1:] if before else cohort.exact
+                copies = int((self.exact_pool.references(tail) > 1).sum()) if tail.size else 0
+                taken_exact += rows * max(0, taken) + copies
+                if cohort.exact.size:
+                    window = cohort.exact[:, old.pinned_pages : old.pinned_pages + dropped]
+                    freed_exact += int((self.exact_pool.references(window) == 1).sum()) * rows // len(cohort.rows)
+                if self.packing is not None and self.packed_pool is not None:
+                    pages = self._packed_columns(old, new)
+                    taken_packed += rows * (new.packed_pages(self.packing) - (cohort.packed.shape[1] - pages))
+                    if cohort.packed.size:
+                        taken_packed += int((self.packed_pool.references(cohort.packed[:, -1]) > 1).sum())
+        out = {self.exact_pool: (taken_exact, freed_exact)}
+        if self.packed_pool is not None:
+            out[self.packed_pool] = (taken_packed, freed_packed)
+        if self.own_pool is not None:
+            out[self.own_pool] = (taken_packed, freed_packed)
+        return out
+
+    def _packed_columns(self, old: Geometry, new: Geometry) -> int:
+        """How many packed pages at the front of a row are given up between two geometries."""
+        assert self.packing is not None
+        columns = old.packed_pages(self.packing)
+        if new.packed_stop == new.packed_base or new.packed_base >= old.packed_stop:
+            return columns
+        return min(columns, (new.packed_base - old.packed_base) // self.packing.page)
+
+    def append(
+        self,
+        cohort: Cohort,
+        keys: torch.Tensor | None,
+        values: torch.Tensor | None,
+        settle: bool = True,
+        horizon: int = 0,
+    ) -> None:
+        """Take a chunk's tokens into the tiers, then let the policy move what is due.
+
+        keys, values: `[rows of the cohort, tokens, head_dim]`, or None to only settle. The newest `horizon` tokens
+        may be taken back: nothing is moved on their account.
+        """
+        old = cohort.geometry
+        tokens = 0 if keys is None else keys.shape[1]
+        new = old.appended(tokens)
+        if settle:
+            new = new.settled(self.packing, horizon)
+        if new == old:
+            return
+        if self.packing is not None and (new.packed_stop, new.packed_base) != (old.packed_stop, old.packed_base):
+            self._repack(cohort, old, new, keys, values)
+        self._rewindow(cohort, old, new, keys, values)
+        cohort.geometry = new
+
+    def _repack(
+        self, cohort: Cohort, old: Geometry, new: Geometry, keys: torch.Tensor | None, values: torch.Tensor | None
+    ) -> None:
+        """Drop packed pages that slid out of the window; encode the groups that became due."""
+        assert self.packing is not None and self.codec is not None and self.packed_pool is not None
+        dropped = self._packed_columns(old, new)
+        if dropped:
+            self.packed_pool.release(cohort.packed[:, :dropped])
+            cohort.packed = cohort.packed[:, dropped:]
+            if self.own_pool is not None:
+                self.own_pool.release(cohort.own[:, :dropped])
+                cohort.own = cohort.own[:, dropped:]
+        begin = old.packed_stop if cohort.packed.shape[1] else new.packed_base
+        page, rows = self.packing.page, len(cohort.rows)
+        position = begin
+        fresh = new.packed_pages(self.packing) - cohort.packed.shape[1]
+        if fresh:
+            columns = self.packed_pool.allocate(rows * fresh).reshape(rows, fresh)
+            cohort.packed = np.concatenate([cohort.packed, columns], axis=1)
+            if self.own_pool is not None:
+                columns = self.own_pool.allocate(rows * fresh).reshape(rows, fresh)
+                cohort.own = np.concatenate([cohort.own, columns], axis=1)
+        # Whole runs of fresh pages in bounded pieces; the rest of an open page first.
+        step = max(1, (1 << 21) // (page * rows * self.spec.head_dim)) * page
+        while position < new.packed_stop:
+            column, slot = divmod(position - new.packed_base, page)
+            stop = min(new.packed_stop, position - slot + (page if slot else step))
+            chunk_keys, chunk_values = self._collect(cohort, old, position, stop, keys, values)
+            last = -(-(stop - new.packed_base) // page)
+            self._encode(cohort, column, last, slot, chunk_keys, chunk_values)
+            position = stop
+
+    def _collect(
+        self,
+        cohort: Cohort,
+        old: Geometry,
+        start: int,
+        stop: int,
+        keys: torch.Tensor | None,
+        values: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of positions start..stop: `[rows, stop - start, head_dim]`, from exact pages and the chunk."""
+        parts = []
+        if start < old.length:
+            first = old.pinned_pages + (start - old.exact_base) // PAGE
+            last = old.pinned_pages + -(-(min(stop, old.length) - old.exact_base) // PAGE)
+            begin = (start - old.exact_base) % PAGE
+            size = min(stop, old.length) - start
+            pages = cohort.exact[:, first:last]
+            parts.append(
+                [
+                    self.exact_pool.read(name, pages).reshape(len(cohort.rows), -1, self.spec.head_dim)[
+                        :, begin : begin + size
+                    ]
+                    for name in ("keys", "values")
+                ]
+            )
+        if stop > old.length:
+            assert keys is not None and values is not None
+            window = slice(max(0, start - old.length), stop - old.length)
+            parts.append([keys[:, window], values[:, window]])
+        if len(parts) == 1:
+            return parts[0][0], parts[0][1]
+        return torch.cat([parts[0][0], parts[1][0]], 1), torch.cat([parts[0][1], parts[1][1]], 1)
+
+    def _encode(
+        self, cohort: Cohort, first: int, last: int, slot: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Encode tokens into columns first..last of the packed table, from `slot` of the first page on."""
+        assert self.packing is not None and self.codec is not None and self.packed_pool is not None
+        rows, page, dim = len(cohort.rows), self.packing.page, self.spec.head_dim
+        columns, tokens = last - first, keys.shape[1]
+        opened = None
+        if slot:
+            opened = self.packed_fields(cohort, first, last)
+            opened = {name: field.reshape(rows, *field.shape[2:]) for name, field in opened.items()}
+            cohort.packed[:, first] = self.packed_pool.unshare(cohort.packed[:, first])
+            if self.own_pool is not None:
+                cohort.own[:, first] = self.own_pool.unshare(cohort.own[:, first])
+        whole = tokens // page if not slot else 0
+        pieces = [(first, whole, keys[:, : whole * page], values[:, : whole * page])] if whole else []
+        if tokens > whole * page:
+            pieces.append((first + whole, columns - whole, keys[:, whole * page :], values[:, whole * page :]))
+        for column, count, piece_keys, piece_values in pieces:
+            fields = self.codec.encode(
+                piece_keys.reshape(rows * count, -1, dim), piece_values.reshape(rows * count, -1, dim), slot, opened
+            )
+            pages = cohort.packed[:, column : column + count].reshape(-1)
+            for part in self.packed_pool.layout.fields:
+                self.packed_pool.write(part.name, pages, fields[part.name])
+            if self.own_pool is not None:
+                pages = cohort.own[:, column : column + count].reshape(-1)
+                for part in self.own_pool.layout.fields:
+                    self.own_pool.write(part.name, pages, fields[part.name])
+
+    def _rewindow(
+        self, cohort: Cohort, old: Geometry, new: Geometry, keys: torch.Tensor | None, values: torch.Tensor | None
+    ) -> None:
+        """Give up exact pages that were packed or slid out of the window; write the chunk into the others."""
+        pool, rows = self.exact_pool, len(cohort.rows)
+        dropped = min(old.window_pages, (new.exact_base - old.exact_base) // PAGE)
+        if dropped:
+            gone = slice(old.pinned_pages, old.pinned_pages + dropped)
+            pool.release(cohort.exact[:, gone])
+            cohort.exact = np.delete(cohort.exact, gone, axis=1)
+        if keys is None or values is None:
+            if dropped:
+                cohort.touched()
+            return
+        before = cohort.exact.shape[1]
+        fresh = new.pinned_pages - old.pinned_pages + new.window_pages - (before - old.pinned_pages)
+        if fresh > 0:
+            pages = pool.allocate(rows * fresh).reshape(rows, fresh)
+            cohort.exact = np.concatenate([cohort.exact, pages], axis=1)
+        if fresh > 0 or dropped:
+            cohort.touched()
+        # Pinned pages come first in the table, and window pages exist only once those are full.
+        pinned_stop = new.extent.pinned * PAGE
+        for start, stop, column_zero, base in (
+            (old.length, min(new.length, pinned_stop), 0, 0),
+            (max(old.length, new.exact_base), new.length, new.pinned_pages, new.exact_base),
+        ):
+            position = start
+            while position < stop:
+                column, slot = divmod(position - base, PAGE)
+                column += column_zero
+                if slot or stop - position < PAGE:
+                    count = min(PAGE - slot, stop - position)
+                    if slot:
+                        tail = cohort.exact[:, column]
+                        own = pool.unshare(tail)
+                        if own is not tail:
+                            cohort.exact[:, column] = own
+                            cohort.touched()
+                    pages, at = cohort.exact[:, column], slice(slot, slot + count)
+                    shape = (rows, count, self.spec.head_dim)
+                else:
+                    columns = (stop - position) // PAGE
+                    count = columns * PAGE
+                    pages, at = cohort.exact[:, column : column + columns], None
+                    shape = (rows * columns, PAGE, self.spec.head_dim)
+                window = slice(position - old.length, position - old.length + count)
+                pool.write("keys", pages, keys[:, window].reshape(shape), at)
+                pool.write("values", pages, values[:, window].reshape(shape), at)
+                position += count
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last `tokens` tokens of every sequence (all of one that has fewer).
+
+        Tokens that were packed stay as lossy as they were packed. Raises `CacheStateError`, changing nothing,
+        where a head has already given up tokens that it would have to show again.
+        """
+        plans = []
+        for cohort in self.cohorts:
+            new = cohort.geometry.cropped(min(tokens, cohort.geometry.length), self.packing)
+            if new is None:
+                raise CacheStateError(
+                    f"cannot take back {tokens} tokens: heads with a window of {cohort.geometry.extent.recent} tokens "
+                    "have already given up what they would have to show again; fork() the cache before the tokens "
+                    "that may be taken back."
+                )
+            plans.append(new)
+        for cohort, new in zip(self.cohorts, plans):
+            self._crop(cohort, new)
+
+    def _crop(self, cohort: Cohort, new: Geometry) -> None:
+        old, rows = cohort.geometry, len(cohort.rows)
+        unpacked = None
+        if new.packed_stop < old.packed_stop and new.length > new.packed_stop:
+            # The crop ends inside a packed group: its first tokens go back to the exact tier, as decoded.
+            assert self.packing is not None and self.codec is not None
+            column, slot = divmod(new.packed_stop - new.packed_base, self.packing.page)
+            fields = self.packed_fields(cohort, column, column + 1)
+            keys, values = self.codec.decode({name: field.flatten(0, 1) for name, field in fields.items()})
+            unpacked = slice(slot, slot + new.length - new.packed_stop)
+        if new.exact_base < old.exact_base or new.length <= new.exact_base:
+            keep = new.pinned_pages
+            self.exact_pool.release(cohort.exact[:, keep:])
+            cohort.exact = cohort.exact[:, :keep]
+        else:
+            keep = new.pinned_pages + new.window_pages
+            self.exact_pool.release(cohort.exact[:, keep:])
+            cohort.exact = cohort.exact[:, :keep]
+        pages = new.packed_pages(self.packing)
+        if pages < cohort.packed.shape[1]:
+            assert self.packed_pool is not None
+            self.packed_pool.release(cohort.packed[:, pages:])
+            cohort.packed = cohort.packed[:, :pages]
+            if self.own_pool is not None:
+                self.own_pool.release(cohort.own[:, pages:])
+                cohort.own = cohort.own[:, :pages]
+        cohort.geometry = new
+        if unpacked is not None:
+            cohort.geometry = Geometry(
+                new.extent, new.packed_stop, new.exact_base, new.packed_base, new.packed_stop
+            )
+            self.append(
+                cohort,
+                keys[:, unpacked].to(self.spec.dtype).reshape(rows, -1, self.spec.head_dim),
+                values[:, unpacked].to(self.spec.dtype).reshape(rows, -1, self.spec.head_dim),
+                settle=False,
+            )
+        cohort.touched()
+
+    # -- reading ------------------------------------------------------------------------------------------
+
+    def exact(self, cohort: Cohort, name: str, first: int, last: int) -> torch.Tensor:
+        """Field "keys" or "values" of exact columns first..last: `[rows, tokens, head_dim]`; a view if it can be."""
+        pages = cohort.exact[:, first:last]
+        rows, columns = pages.shape
+        if columns > 1 and (np.diff(pages, axis=1) == 1).all():
+            strides = np.diff(pages[:, 0])
+            if rows == 1 or ((strides == strides[0]).all() and 0 < strides[0]):
+                # One slab holds them if the first and the last row are that far apart in it.
+                run = self.exact_pool.run(name, int(pages[0, 0]), int(pages[-1, -1]))
+                if run is not None:
+                    row = int(strides[0]) if rows > 1 else columns
+                    dim = self.spec.head_dim
+                    return run.as_strided((rows, columns * PAGE, dim), (row * PAGE * dim, dim, 1))
+        return self.exact_pool.read(name, pages).reshape(rows, columns * PAGE, self.spec.head_dim)
+
+    def exact_positions(self, geometry: Geometry) -> torch.Tensor:
+        """The position of every slot of the exact columns: int64 `[columns * PAGE]`."""
+        pinned = torch.arange(geometry.pinned_pages * PAGE)
+        window = torch.arange(geometry.window_pages * PAGE) + geometry.exact_base
+        return torch.cat([pinned, window])
+
+    def packed_fields(self, cohort: Cohort, first: int, last: int) -> dict[str, torch.Tensor]:
+        """Every field of packed columns first..last: `[rows, columns, *shape]`."""
+        assert self.packed_pool is not None
+        out = {}
+        for pool, table in ((self.packed_pool, cohort.packed), (self.own_pool, cohort.own)):
+            if pool is not None:
+                pages = table[:, first:last]
+                for part in pool.layout.fields:
+                    out[part.name] = pool.read(part.name, pages).unflatten(0, pages.shape)
+        return out
+
+    @property
+    def table_bytes(self) -> int:
+        return sum(c.rows.nbytes + c.exact.nbytes + c.packed.nbytes + c.own.nbytes for c in self.cohorts)
