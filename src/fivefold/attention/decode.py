@@ -10,8 +10,8 @@ from fivefold.attention.merge import MASKED, attend, merge
 from fivefold.store.layer_cache import Cohort, LayerCache
 from fivefold.store.tiers import PAGE, Geometry
 
-# Numbers of keys that are unpacked at a time: bounds the memory of a step, and keeps it in the processor's cache.
-PACKED_BLOCK = 1 << 19
+# Numbers (keys times channels) of pages that are attended at a time: bounds the memory of a step, and keeps it in the processor's cache.
+PACKED_BLOCK = 1 << 20
 
 
 def attend_step(layer: LayerCache, cohort: Cohort, queries: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -33,44 +33,44 @@ def attend_exact(
     geometry = cohort.geometry
     tokens = exact_tokens(geometry)
     bias = exact_bias(geometry, queries.device)
-    segments = cohort.exact_segments()
+    blocks = layer.exact_blocks(cohort)
     if queries.dtype is not torch.float32:
         # The fused call accumulates in float32 whatever it is given; a plain product would round the scores.
         parts = []
-        for first, last in segments:
+        for first, last, location in blocks:
             window = slice(first * PAGE, min(last * PAGE, tokens))
-            keys, values = (layer.exact(cohort, name, first, last)[:, : window.stop - window.start] for name in KV)
-            part = attend(
-                queries[:, None],
-                keys[:, None],
-                values[:, None],
-                scaling,
-                None if bias is None else bias[window].expand(queries.shape[1], -1),
-            )
+            keys, values = (layer.exact(name, location)[:, : window.stop - window.start] for name in KV)
+            seen = None if bias is None else bias[window].expand(queries.shape[1], -1)
+            part = attend(queries[:, None], keys[:, None], values[:, None], scaling, seen)
             parts.append((part[0][:, 0], part[1][:, 0]))
         return merge(parts)
     scaled = queries * scaling
     scores = [
-        torch.bmm(
-            scaled, layer.exact(cohort, "keys", first, last)[:, : tokens - first * PAGE].transpose(1, 2)
-        )
-        for first, last in segments
+        torch.bmm(scaled, layer.exact("keys", location)[:, : tokens - first * PAGE].transpose(1, 2))
+        for first, _, location in blocks
     ]
     whole = scores[0] if len(scores) == 1 else torch.cat(scores, 2)
     if bias is not None:
         whole += bias
-    lse = whole.logsumexp(2)
-    weights = (whole - lse[..., None]).exp_()
+    lse = softmax_(whole)
     out = None
-    for first, last in segments:
-        values = layer.exact(cohort, "values", first, last)[:, : tokens - first * PAGE]
-        part = weights[:, :, first * PAGE : first * PAGE + values.shape[1]]
+    for first, _, location in blocks:
+        values = layer.exact("values", location)[:, : tokens - first * PAGE]
+        part = whole[:, :, first * PAGE : first * PAGE + values.shape[1]]
         out = torch.bmm(part, values) if out is None else out.baddbmm_(part, values)
     assert out is not None
     return out, lse
 
 
 KV = ("keys", "values")
+
+
+def softmax_(scores: torch.Tensor) -> torch.Tensor:
+    """Softmax over the last axis in place; returns the log-sum-exp."""
+    top = scores.amax(-1, keepdim=True)
+    total = scores.sub_(top).exp_().sum(-1, keepdim=True)
+    scores.div_(total)
+    return total.log_().add_(top)[..., 0]
 
 
 def attend_packed(
@@ -80,22 +80,21 @@ def attend_packed(
     assert layer.codec is not None and layer.packing is not None
     geometry, page = cohort.geometry, layer.packing.page
     bias = packed_bias(geometry, queries.device)
-    step = max(1, PACKED_BLOCK // (page * queries.shape[0] * queries.shape[2]))
     scaled = queries.float() * scaling
-    parts = []
-    for first in range(0, cohort.packed.shape[1], step):
-        last = min(first + step, cohort.packed.shape[1])
-        fields = layer.packed_fields(cohort, first, last)
+    merged = None
+    for first, last, location, own in layer.packed_blocks(cohort, PACKED_BLOCK):
+        fields = layer.packed(location, own)
         scores = layer.codec.scores(scaled, fields)
         if bias is not None:
             scores += bias[first * page : last * page]
         filled = geometry.packed_stop - geometry.packed_base - first * page
         if filled < scores.shape[2]:
             scores[:, :, filled:] = MASKED
-        lse = scores.logsumexp(2)
-        weights = scores.sub_(lse[..., None]).exp_()
-        parts.append((layer.codec.output(weights, fields), lse))
-    return merge(parts)
+        lse = softmax_(scores)
+        part = (layer.codec.output(scores, fields), lse)
+        merged = part if merged is None else merge([merged, part])
+    assert merged is not None
+    return merged
 
 
 def exact_tokens(geometry: Geometry) -> int:

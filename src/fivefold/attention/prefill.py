@@ -108,9 +108,9 @@ def _stored(
 
     tokens = exact_tokens(geometry)
     positions = layer.exact_positions(geometry)[:tokens]
-    for first, last in cohort.exact_segments():
+    for first, last, location in layer.exact_blocks(cohort):
         window = slice(first * PAGE, min(last * PAGE, tokens))
-        keys, values = (layer.exact(cohort, name, first, last)[:, : window.stop - window.start] for name in KV)
+        keys, values = (layer.exact(name, location)[:, : window.stop - window.start] for name in KV)
         yield over(keys, values, positions[window])
     if cohort.packed.shape[1]:
         assert layer.codec is not None and layer.packing is not None

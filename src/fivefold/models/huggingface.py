@@ -11,6 +11,7 @@ With any other cache the attention function is transformers' own SDPA.
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -461,7 +462,7 @@ class FivefoldCache(Cache):
     def __del__(self) -> None:
         # Forks share the pools: what only this cache held must not stay taken.
         state = getattr(self, "state", None)
-        if state is not None:
+        if state is not None and not sys.is_finalizing():
             for store in state.stores.values():
                 store.free()
 

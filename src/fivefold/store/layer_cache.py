@@ -15,11 +15,15 @@ import numpy as np
 import torch
 
 from fivefold.errors import CacheStateError
-from fivefold.store.pages import Budget, Field, PageLayout, PagePool
+from fivefold.store.pages import Budget, Field, Location, PageLayout, PagePool
 from fivefold.store.tiers import PAGE, Extent, Geometry, Packing
 
 if TYPE_CHECKING:
     from fivefold.methods.base import Codec
+
+
+# Numbers of one field that are gathered at a time where pages do not lie in a row: the copy stays in the cache.
+GATHERED = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -70,12 +74,22 @@ class Cohort:
 
     rows: int64 `[rows]`, index `sequence * kv_heads + kv_head`, ascending.
     exact: int64 `[rows, pinned_pages + window_pages]` page ids; packed and own: `[rows, packed_pages]`.
+    Whoever changes `exact` calls `touched_exact`, and whoever changes `packed` or `own`, `touched_packed`: what was
+    worked out from the tables is then worked out anew.
     """
 
-    __slots__ = ("_segments", "exact", "geometry", "own", "packed", "rows", "rows_tensor")
+    __slots__ = (
+        "exact", "exact_blocks", "geometry", "own", "packed", "packed_blocks", "rows", "rows_tensor", "shared", "tail",
+    )  # fmt: skip
 
     def __init__(
-        self, rows: np.ndarray, geometry: Geometry, exact: np.ndarray, packed: np.ndarray, own: np.ndarray
+        self,
+        rows: np.ndarray,
+        geometry: Geometry,
+        exact: np.ndarray,
+        packed: np.ndarray,
+        own: np.ndarray,
+        shared: bool = False,
     ) -> None:
         self.rows = rows
         self.geometry = geometry
@@ -83,38 +97,40 @@ class Cohort:
         self.packed = packed
         self.own = own
         self.rows_tensor = torch.from_numpy(rows)
-        self._segments: list[tuple[int, int]] | None = None
+        # Pages may be held by somebody else too, so writing looks at their references first.
+        self.shared = shared
+        self.touched_exact()
+        self.touched_packed()
 
-    def exact_segments(self) -> list[tuple[int, int]]:
-        """Column ranges of `exact` that are either one run of memory per row or short."""
-        if self._segments is None:
-            self._segments = _runs(self.exact)
-        return self._segments
+    def touched_exact(self) -> None:
+        self.exact_blocks: list[tuple[int, int, Location]] | None = None
+        self.tail: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def touched(self) -> None:
-        """The exact page table changed."""
-        self._segments = None
+    def touched_packed(self) -> None:
+        self.packed_blocks: list[tuple[int, int, Location, Location | None]] | None = None
+
+    def pick(self, rows: np.ndarray, index: np.ndarray, shared: bool) -> Cohort:
+        """The pages of the rows `index` of this cohort, now called `rows`."""
+        return Cohort(rows, self.geometry, self.exact[index], self.packed[index], self.own[index], shared)
 
 
-def _runs(ids: np.ndarray, shortest: int = 8) -> list[tuple[int, int]]:
-    """Split the columns of a page table into runs that are consecutive pages in every row; join short ones."""
+def _blocks(ids: np.ndarray, longest: int, shortest: int = 8) -> list[tuple[int, int]]:
+    """Split the columns of a page table into blocks of at most `longest`; runs of pages that are consecutive in every
+    row get blocks of their own unless they are shorter than `shortest`."""
     columns = ids.shape[1]
     if columns == 0:
         return []
     breaks = np.flatnonzero((np.diff(ids, axis=1) != 1).any(axis=0)) + 1
     edges = [0, *breaks.tolist(), columns]
     out: list[tuple[int, int]] = []
-    short = False
+    joinable = False
     for start, stop in zip(edges, edges[1:]):
-        if stop - start < shortest:
-            if short:
-                out[-1] = (out[-1][0], stop)
-            else:
-                out.append((start, stop))
-            short = True
+        short = stop - start < shortest
+        if short and joinable and stop - out[-1][0] <= longest:
+            out[-1] = (out[-1][0], stop)
         else:
-            out.append((start, stop))
-            short = False
+            out.extend((first, min(first + longest, stop)) for first in range(start, stop, longest))
+        joinable = short
     return out
 
 
@@ -183,10 +199,7 @@ class LayerCache:
             per_row = tokens[cohort.rows // self.spec.kv_heads]
             for count in np.unique(per_row):
                 pick = np.flatnonzero(per_row == count)
-                part = Cohort(
-                    cohort.rows[pick], cohort.geometry, cohort.exact[pick], cohort.packed[pick], cohort.own[pick]
-                )
-                out.append((part, int(count)))
+                out.append((cohort.pick(cohort.rows[pick], pick, cohort.shared), int(count)))
         self.cohorts = [cohort for cohort, _ in out]
         return out
 
@@ -231,10 +244,7 @@ class LayerCache:
             place[cohort.rows] = np.arange(len(cohort.rows))
             rows = np.flatnonzero(place[source] >= 0)
             if len(rows):
-                pick = place[source[rows]]
-                out.append(
-                    Cohort(rows, cohort.geometry, cohort.exact[pick], cohort.packed[pick], cohort.own[pick])
-                )
+                out.append(cohort.pick(rows, place[source[rows]], shared=True))
         return out
 
     def fork(self) -> LayerCache:
@@ -243,6 +253,9 @@ class LayerCache:
             self.spec, self.pools, self.extents, self.codec, self.packing.residual if self.packing else 0
         )
         twin.batch = self.batch
+        for cohort in self.cohorts:
+            cohort.shared = True
+            cohort.touched_exact()
         twin.cohorts = self._pick(np.arange(self.batch)) if self.batch else []
         for cohort in twin.cohorts:
             self._retain(cohort.exact, cohort.packed, cohort.own)
@@ -260,6 +273,9 @@ class LayerCache:
             self.packed_pool.retain(theirs.packed)
             self.packed_pool.release(mine.packed)
             mine.packed = theirs.packed.copy()
+            mine.touched_packed()
+            theirs.shared = True
+            mine.shared = True
 
     # -- tokens -------------------------------------------------------------------------------------------
 
@@ -326,6 +342,8 @@ class LayerCache:
         """
         old = cohort.geometry
         tokens = 0 if keys is None else keys.shape[1]
+        if tokens == 1 and not settle and keys is not None and values is not None and self._put(cohort, keys, values):
+            return
         new = old.appended(tokens)
         if settle:
             new = new.settled(self.packing, horizon)
@@ -335,6 +353,24 @@ class LayerCache:
             self._repack(cohort, old, new, keys, values)
         self._rewindow(cohort, old, new, keys, values)
         cohort.geometry = new
+
+    def _put(self, cohort: Cohort, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """The common case of decoding: one token into the open exact page of each row. False if it is another case."""
+        slot = cohort.geometry.length % PAGE
+        if slot == 0 or cohort.shared or cohort.exact.shape[1] == 0:
+            return False
+        if cohort.tail is None:
+            location = self.exact_pool.locate(cohort.exact[:, -1:])
+            if location.slab is None:
+                return False
+            cohort.tail = (
+                self.exact_pool.fetch("keys", location)[:, 0],
+                self.exact_pool.fetch("values", location)[:, 0],
+            )
+        cohort.tail[0][:, slot].copy_(keys[:, 0])
+        cohort.tail[1][:, slot].copy_(values[:, 0])
+        cohort.geometry = cohort.geometry.appended(1)
+        return True
 
     def _repack(
         self, cohort: Cohort, old: Geometry, new: Geometry, keys: torch.Tensor | None, values: torch.Tensor | None
@@ -348,6 +384,7 @@ class LayerCache:
             if self.own_pool is not None:
                 self.own_pool.release(cohort.own[:, :dropped])
                 cohort.own = cohort.own[:, dropped:]
+        cohort.touched_packed()
         begin = old.packed_stop if cohort.packed.shape[1] else new.packed_base
         page, rows = self.packing.page, len(cohort.rows)
         position = begin
@@ -410,11 +447,11 @@ class LayerCache:
         columns, tokens = last - first, keys.shape[1]
         opened = None
         if slot:
-            opened = self.packed_fields(cohort, first, last)
-            opened = {name: field.reshape(rows, *field.shape[2:]) for name, field in opened.items()}
-            cohort.packed[:, first] = self.packed_pool.unshare(cohort.packed[:, first])
-            if self.own_pool is not None:
-                cohort.own[:, first] = self.own_pool.unshare(cohort.own[:, first])
+            opened = {name: field[:, 0] for name, field in self.packed_fields(cohort, first, last).items()}
+            if cohort.shared:
+                cohort.packed[:, first] = self.packed_pool.unshare(cohort.packed[:, first])
+                if self.own_pool is not None:
+                    cohort.own[:, first] = self.own_pool.unshare(cohort.own[:, first])
         whole = tokens // page if not slot else 0
         pieces = [(first, whole, keys[:, : whole * page], values[:, : whole * page])] if whole else []
         if tokens > whole * page:
@@ -443,7 +480,7 @@ class LayerCache:
             cohort.exact = np.delete(cohort.exact, gone, axis=1)
         if keys is None or values is None:
             if dropped:
-                cohort.touched()
+                cohort.touched_exact()
             return
         before = cohort.exact.shape[1]
         fresh = new.pinned_pages - old.pinned_pages + new.window_pages - (before - old.pinned_pages)
@@ -451,7 +488,7 @@ class LayerCache:
             pages = pool.allocate(rows * fresh).reshape(rows, fresh)
             cohort.exact = np.concatenate([cohort.exact, pages], axis=1)
         if fresh > 0 or dropped:
-            cohort.touched()
+            cohort.touched_exact()
         # Pinned pages come first in the table, and window pages exist only once those are full.
         pinned_stop = new.extent.pinned * PAGE
         for start, stop, column_zero, base in (
@@ -464,12 +501,9 @@ class LayerCache:
                 column += column_zero
                 if slot or stop - position < PAGE:
                     count = min(PAGE - slot, stop - position)
-                    if slot:
-                        tail = cohort.exact[:, column]
-                        own = pool.unshare(tail)
-                        if own is not tail:
-                            cohort.exact[:, column] = own
-                            cohort.touched()
+                    if slot and cohort.shared:
+                        cohort.exact[:, column] = pool.unshare(cohort.exact[:, column])
+                        cohort.touched_exact()
                     pages, at = cohort.exact[:, column], slice(slot, slot + count)
                     shape = (rows, count, self.spec.head_dim)
                 else:
@@ -538,24 +572,52 @@ class LayerCache:
                 values[:, unpacked].to(self.spec.dtype).reshape(rows, -1, self.spec.head_dim),
                 settle=False,
             )
-        cohort.touched()
+        cohort.touched_exact()
+        cohort.touched_packed()
 
     # -- reading ------------------------------------------------------------------------------------------
 
-    def exact(self, cohort: Cohort, name: str, first: int, last: int) -> torch.Tensor:
-        """Field "keys" or "values" of exact columns first..last: `[rows, tokens, head_dim]`; a view if it can be."""
-        pages = cohort.exact[:, first:last]
-        rows, columns = pages.shape
-        if columns > 1 and (np.diff(pages, axis=1) == 1).all():
-            strides = np.diff(pages[:, 0])
-            if rows == 1 or ((strides == strides[0]).all() and 0 < strides[0]):
-                # One slab holds them if the first and the last row are that far apart in it.
-                run = self.exact_pool.run(name, int(pages[0, 0]), int(pages[-1, -1]))
-                if run is not None:
-                    row = int(strides[0]) if rows > 1 else columns
-                    dim = self.spec.head_dim
-                    return run.as_strided((rows, columns * PAGE, dim), (row * PAGE * dim, dim, 1))
-        return self.exact_pool.read(name, pages).reshape(rows, columns * PAGE, self.spec.head_dim)
+    def exact_blocks(self, cohort: Cohort) -> list[tuple[int, int, Location]]:
+        """(first column, last column, location) of blocks that cover the exact tier."""
+        if cohort.exact_blocks is None:
+            longest = max(1, GATHERED // (PAGE * len(cohort.rows) * self.spec.head_dim))
+            cohort.exact_blocks = []
+            for first, last in _blocks(cohort.exact, cohort.exact.shape[1]):
+                whole = self.exact_pool.locate(cohort.exact[:, first:last])
+                if whole.slab is not None and whole.strides[1] == 1:
+                    cohort.exact_blocks.append((first, last, whole))
+                    continue
+                for start in range(first, last, longest):
+                    stop = min(start + longest, last)
+                    location = self.exact_pool.locate(cohort.exact[:, start:stop])
+                    cohort.exact_blocks.append((start, stop, location))
+        return cohort.exact_blocks
+
+    def exact(self, name: str, location: Location) -> torch.Tensor:
+        """Field "keys" or "values" of a block of the exact tier: `[rows, tokens, head_dim]`; a view if it can be."""
+        return self.exact_pool.fetch(name, location).flatten(1, 2)
+
+    def packed_blocks(self, cohort: Cohort, numbers: int) -> list[tuple[int, int, Location, Location | None]]:
+        """(first column, last column, location, own location) of blocks that cover the packed tier, each of at most
+        about `numbers` keys times channels."""
+        assert self.packed_pool is not None and self.packing is not None
+        if cohort.packed_blocks is None:
+            longest = max(1, numbers // (self.packing.page * len(cohort.rows) * self.spec.head_dim))
+            cohort.packed_blocks = []
+            for first, last in _blocks(cohort.packed, longest):
+                own = None if self.own_pool is None else self.own_pool.locate(cohort.own[:, first:last])
+                location = self.packed_pool.locate(cohort.packed[:, first:last])
+                cohort.packed_blocks.append((first, last, location, own))
+        return cohort.packed_blocks
+
+    def packed(self, location: Location, own: Location | None) -> dict[str, torch.Tensor]:
+        """Every field of a block of the packed tier: `[rows, columns, *shape]`."""
+        assert self.packed_pool is not None
+        out = {part.name: self.packed_pool.fetch(part.name, location) for part in self.packed_pool.layout.fields}
+        if own is not None and self.own_pool is not None:
+            for part in self.own_pool.layout.fields:
+                out[part.name] = self.own_pool.fetch(part.name, own)
+        return out
 
     def exact_positions(self, geometry: Geometry) -> torch.Tensor:
         """The position of every slot of the exact columns: int64 `[columns * PAGE]`."""
@@ -566,13 +628,8 @@ class LayerCache:
     def packed_fields(self, cohort: Cohort, first: int, last: int) -> dict[str, torch.Tensor]:
         """Every field of packed columns first..last: `[rows, columns, *shape]`."""
         assert self.packed_pool is not None
-        out = {}
-        for pool, table in ((self.packed_pool, cohort.packed), (self.own_pool, cohort.own)):
-            if pool is not None:
-                pages = table[:, first:last]
-                for part in pool.layout.fields:
-                    out[part.name] = pool.read(part.name, pages).unflatten(0, pages.shape)
-        return out
+        own = None if self.own_pool is None else self.own_pool.locate(cohort.own[:, first:last])
+        return self.packed(self.packed_pool.locate(cohort.packed[:, first:last]), own)
 
     @property
     def table_bytes(self) -> int:

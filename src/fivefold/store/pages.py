@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -133,6 +134,16 @@ class _Slab:
         }
         self.references = np.zeros(pages, dtype=np.int32)
         self.free = pages
+
+
+class Location(NamedTuple):
+    """Where pages lie: a regular grid in one slab (`strides` in pages), or indices to gather per slab."""
+
+    shape: tuple[int, ...]
+    slab: _Slab | None
+    first: int
+    strides: tuple[int, int]
+    parts: tuple[tuple[_Slab, torch.Tensor, torch.Tensor | None], ...]
 
 
 class PagePool:
@@ -290,33 +301,44 @@ class PagePool:
 
     # -- contents -----------------------------------------------------------------------------------------
 
-    def read(self, name: str, pages: np.ndarray) -> torch.Tensor:
-        """Field `name` of `pages`: `[len(pages), *shape]`; a view where the pages are consecutive."""
-        pages = pages.reshape(-1)
-        first, last = int(pages[0]), int(pages[-1])
-        if last - first == len(pages) - 1 and (len(pages) < 3 or (np.diff(pages) == 1).all()):
-            slab = self._slabs[first >> SLAB_SHIFT]
-            assert slab is not None
-            start = first & _INDEX_MASK
-            return slab.tensors[name][start : start + len(pages)]
-        parts = list(self._by_slab(pages))
-        slab, index, where = parts[0]
-        if where is None:
-            return slab.tensors[name].index_select(0, torch.from_numpy(index).to(self.device))
-        out = slab.tensors[name].new_empty((len(pages), *slab.tensors[name].shape[1:]))
-        for slab, index, where in parts:
-            assert where is not None
-            gathered = slab.tensors[name].index_select(0, torch.from_numpy(index).to(self.device))
-            out.index_copy_(0, torch.from_numpy(where).to(self.device), gathered)
-        return out
+    def locate(self, pages: np.ndarray) -> Location:
+        """Where a table of pages `[rows, columns]` lies; valid as long as the table is."""
+        rows, columns = pages.shape
+        first, last = int(pages[0, 0]), int(pages[-1, -1])
+        if first >> SLAB_SHIFT == last >> SLAB_SHIFT and last >= first:
+            step = int(pages[0, 1]) - first if columns > 1 else 1
+            stride = int(pages[1, 0]) - first if rows > 1 else 1
+            grid = first + stride * np.arange(rows)[:, None] + step * np.arange(columns)
+            if step > 0 and stride > 0 and (pages == grid).all():
+                slab = self._slabs[first >> SLAB_SHIFT]
+                assert slab is not None
+                return Location(pages.shape, slab, first & _INDEX_MASK, (stride, step), ())
+        parts = []
+        for slab, index, where in self._by_slab(pages.reshape(-1)):
+            target = None if where is None else torch.from_numpy(where).to(self.device)
+            parts.append((slab, torch.from_numpy(index).to(self.device), target))
+        return Location(pages.shape, None, 0, (0, 0), tuple(parts))
 
-    def run(self, name: str, first: int, last: int) -> torch.Tensor | None:
-        """Field `name` of all pages from `first` to `last` as a view, or None if they lie in different slabs."""
-        if first >> SLAB_SHIFT != last >> SLAB_SHIFT or last < first:
-            return None
-        slab = self._slabs[first >> SLAB_SHIFT]
-        assert slab is not None
-        return slab.tensors[name][first & _INDEX_MASK : (last & _INDEX_MASK) + 1]
+    def fetch(self, name: str, location: Location) -> torch.Tensor:
+        """Field `name` of the pages at a location: `[rows, columns, *shape]`; a view if they form a regular grid."""
+        if location.slab is not None:
+            field = location.slab.tensors[name]
+            page = field.stride(0)
+            strides = (location.strides[0] * page, location.strides[1] * page, *field.stride()[1:])
+            return field.as_strided((*location.shape, *field.shape[1:]), strides, location.first * page)
+        if len(location.parts) == 1:
+            slab, index, _ = location.parts[0]
+            return slab.tensors[name].index_select(0, index).unflatten(0, location.shape)
+        like = location.parts[0][0].tensors[name]
+        out = like.new_empty((location.shape[0] * location.shape[1], *like.shape[1:]))
+        for slab, index, where in location.parts:
+            assert where is not None
+            out.index_copy_(0, where, slab.tensors[name].index_select(0, index))
+        return out.unflatten(0, location.shape)
+
+    def read(self, name: str, pages: np.ndarray) -> torch.Tensor:
+        """Field `name` of a list of pages: `[len(pages), *shape]`; a view where they are consecutive."""
+        return self.fetch(name, self.locate(pages.reshape(1, -1)))[0]
 
     def write(self, name: str, pages: np.ndarray, values: torch.Tensor, at: slice | None = None) -> None:
         """Write field `name` of `pages`; `values: [len(pages), *shape]`, or its part `at` of the first axis."""

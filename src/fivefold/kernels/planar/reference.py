@@ -52,10 +52,26 @@ def pack(codes: torch.Tensor, bits: int, plane: int = 0, words: torch.Tensor | N
     return out.to(torch.int16)
 
 
-def unpack(words: torch.Tensor, bits: int, plane: int) -> torch.Tensor:
+def unpack(words: torch.Tensor, bits: int, plane: int, out: torch.Tensor | None = None) -> torch.Tensor:
     """Codes of one plane: int16, the shape of `words`."""
     # An arithmetic shift brings sign bits in from the left; the mask takes them off again.
-    return (words >> (bits * plane)) & (2**bits - 1)
+    codes = torch.bitwise_right_shift(words, bits * plane, out=out)
+    return codes.bitwise_and_(2**bits - 1)
+
+
+class _Planes:
+    """The planes of words, one after the other, as float32: one pair of buffers serves all of them.
+
+    That keeps a step's memory at a plane, and the plane in the processor's cache between unpacking and product.
+    """
+
+    def __init__(self, words: torch.Tensor, bits: int) -> None:
+        self.words, self.bits = words, bits
+        self.codes = torch.empty(words.shape, dtype=torch.int16, device=words.device)
+        self.numbers = torch.empty(words.shape, dtype=torch.float32, device=words.device)
+
+    def __getitem__(self, plane: int) -> torch.Tensor:
+        return self.numbers.copy_(unpack(self.words, self.bits, plane, self.codes))
 
 
 def planar_scores(
@@ -67,19 +83,18 @@ def planar_scores(
     `[rows, pages, groups, head_dim]`. Returns float32 `[rows, query, pages * planes * 32]`.
     """
     rows, pages, _, dim = words.shape
-    query, planes = queries.shape[1], PLANES[bits]
-    share = planes // scale.shape[2]
-    out = queries.new_empty((rows, pages, query, planes, ROWS))
+    query, planes, groups = queries.shape[1], PLANES[bits], scale.shape[2]
     # The channel's scale goes into the query, so that a plane's codes enter the product as they are.
-    scaled = queries[:, None, :, None] * scale[:, :, None].float()
-    offset = torch.einsum("rqd,rpgd->rpqg", queries, zero.float())
+    spread = queries[:, None].expand(rows, pages, query, dim)
+    shape = (groups, rows * pages, query)
+    scaled = torch.mul(spread, scale.permute(2, 0, 1, 3)[:, :, :, None]).reshape(*shape, dim)
+    offset = torch.matmul(queries[:, None], zero.float().transpose(2, 3)).permute(3, 0, 1, 2).reshape(*shape, 1)
+    out = queries.new_empty((planes, rows * pages, query, ROWS))
+    tile = _Planes(words, bits)
     for j in range(planes):
-        codes = unpack(words, bits, j).float()
-        part = torch.bmm(
-            scaled[:, :, :, j // share].reshape(rows * pages, query, dim), codes.flatten(0, 1).transpose(1, 2)
-        )
-        torch.add(part.unflatten(0, (rows, pages)), offset[..., j // share, None], out=out[:, :, :, j])
-    return out.permute(0, 2, 1, 3, 4).reshape(rows, query, -1)
+        g = j * groups // planes
+        torch.baddbmm(offset[g], scaled[g], tile[j].flatten(0, 1).transpose(1, 2), out=out[j])
+    return out.view(planes, rows, pages, query, ROWS).permute(1, 3, 2, 0, 4).reshape(rows, query, -1)
 
 
 def planar_output(
@@ -92,14 +107,16 @@ def planar_output(
     """
     rows, pages, _, dim = words.shape
     query, planes, groups = weights.shape[1], PLANES[bits], scale.shape[-1]
-    split = weights.unflatten(2, (pages, planes, ROWS))
-    out = weights.new_zeros((rows, query, groups, dim // groups))
-    flat_zero = zero.float().flatten(1, 3)
-    out += (weights @ flat_zero)[..., None]
+    # A token's scale goes into its weight.
+    scaled = weights.new_empty((planes, groups, rows, query, pages, ROWS))
+    split = weights.view(rows, query, pages, planes, ROWS).permute(3, 0, 1, 2, 4)
+    torch.mul(split[:, None], scale.permute(2, 4, 0, 1, 3)[:, :, :, None], out=scaled)
+    scaled = scaled.flatten(4)
+    out = torch.matmul(weights, zero.float().flatten(1, 3)).transpose(1, 2).transpose(0, 1)[..., None]
+    out = out.expand(groups, rows, query, dim // groups).contiguous()
+    tile = _Planes(words, bits)
     for j in range(planes):
-        codes = unpack(words, bits, j).float().reshape(rows, pages * ROWS, groups, dim // groups)
+        codes = tile[j].flatten(1, 2).unflatten(2, (groups, -1))
         for g in range(groups):
-            # A token's scale goes into its weight.
-            weighted = split[:, :, :, j] * scale[:, None, :, j, :, g].float()
-            out[:, :, g] += torch.bmm(weighted.reshape(rows, query, -1), codes[:, :, g])
-    return out.flatten(2)
+            out[g].baddbmm_(scaled[j, g], codes[:, :, g])
+    return out.permute(1, 2, 0, 3).reshape(rows, query, dim)
