@@ -117,9 +117,12 @@ def build(name: str, values: dict[str, Any]) -> Method:
         if key not in known:
             raise RecipeError(f"{name}() has no parameter {key!r}: it has {', '.join(known) or 'none'}.")
     try:
-        return method(**values)
+        made = method(**values)
     except TypeError as error:  # a required parameter is missing
         raise RecipeError(f"{name}() cannot be made: {error}.") from None
+    # Printed as it was written; two methods with equal parameters are equal all the same.
+    object.__setattr__(made, "_written", frozenset(values))
+    return made
 
 
 def _source(node: ast.expr, text: str) -> str:

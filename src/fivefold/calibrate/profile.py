@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -57,10 +56,9 @@ def save_profile(folder: Path, profile: Profile) -> None:
             ("profile.safetensors", data),
             ("profile.json", (json.dumps(text, indent=2) + "\n").encode()),
         ):
-            handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            Path(temporary).replace(folder / name)
+            temporary = folder / f".{name}.{os.getpid()}"
+            temporary.write_bytes(content)
+            temporary.replace(folder / name)
     except OSError as error:
         raise ProfileError(f"cannot write the profile to {folder}: {error.strerror or error}.") from None
 

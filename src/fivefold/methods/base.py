@@ -83,10 +83,12 @@ class Method:
         return 0
 
     def __str__(self) -> str:
+        """As in a recipe: the parameters that were written there, and those that differ from their default."""
+        written = getattr(self, "_written", ())
         shown = [
             f"{part.name}={_show(getattr(self, part.name))}"
             for part in dataclasses.fields(self)  # type: ignore[arg-type]
-            if getattr(self, part.name) != part.default
+            if part.name in written or getattr(self, part.name) != part.default
         ]
         return f"{self.name}({', '.join(shown)})"
 
