@@ -1,8 +1,30 @@
 """Fivefold: a KV cache that is smaller along all five of its axes: layers, heads, tokens, channels, bits."""
 
-from fivefold.api import compress, restore
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from fivefold.errors import FivefoldError
-from fivefold.recipe import Recipe
+
+if TYPE_CHECKING:
+    from fivefold.api import compress, restore
+    from fivefold.recipe import Recipe
 
 __version__ = "0.1.0"
 __all__ = ["FivefoldError", "Recipe", "__version__", "compress", "restore"]
+
+# These need torch, which takes seconds to import: it waits until one of them is asked for (PEP 562).
+_HOMES = {"compress": "fivefold.api", "restore": "fivefold.api", "Recipe": "fivefold.recipe"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -113,11 +113,15 @@ def measure(cache: FivefoldCache) -> Report:
         slack += len(unique) * nbytes - used
         free += pool.free_pages * nbytes
         forks += (pool.pages_in_use - len(unique)) * nbytes
-    sliding = 0
     first = cache.state.stores[cache.state.first]
-    for index, layer in enumerate(cache.layers):
-        if index not in cache.state.stores and isinstance(layer.keys, torch.Tensor):
-            sliding += layer.keys.nbytes + layer.values.nbytes
+    # After a long chunk their tensors are views of more than the window.
+    held_by_stock = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for layer in cache.state.stock.values()
+        for tensor in vars(layer).values()
+        if isinstance(tensor, torch.Tensor)
+    }
+    sliding = sum(held_by_stock.values())
     exact_equivalent += sliding
     spec = first.spec
     numbers = 2 * stored * spec.head_dim

@@ -10,7 +10,8 @@ from fivefold.attention.merge import MASKED, attend, merge
 from fivefold.store.layer_cache import Cohort, LayerCache
 from fivefold.store.tiers import PAGE, Geometry
 
-# Numbers (keys times channels) of pages that are attended at a time: bounds the memory of a step, and keeps it in the processor's cache.
+# Numbers (keys times channels) of pages that are attended at a time: bounds the memory of a step, and keeps
+# it in the processor's cache.
 PACKED_BLOCK = 1 << 20
 
 
@@ -56,8 +57,8 @@ def attend_exact(
     out = None
     for first, _, location in blocks:
         values = layer.exact("values", location)[:, : tokens - first * PAGE]
-        part = whole[:, :, first * PAGE : first * PAGE + values.shape[1]]
-        out = torch.bmm(part, values) if out is None else out.baddbmm_(part, values)
+        weights = whole[:, :, first * PAGE : first * PAGE + values.shape[1]]
+        out = torch.bmm(weights, values) if out is None else out.baddbmm_(weights, values)
     assert out is not None
     return out, lse
 
@@ -105,7 +106,7 @@ def exact_tokens(geometry: Geometry) -> int:
 
 @lru_cache(maxsize=64)
 def exact_bias(geometry: Geometry, device: torch.device) -> torch.Tensor | None:
-    """0 where the newest token sees a slot of the exact tier, else `MASKED`: `[tokens]`; None if it sees all."""
+    """0 where the newest token sees a slot of the exact tier, else `MASKED`: `[tokens]`; None is all 0."""
     recent = geometry.extent.recent
     if recent is None or geometry.length <= recent:
         return None

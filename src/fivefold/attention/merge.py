@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 MASKED = -1e30
-"""Added to scores that must not count. Finite, so that a fully masked row has weight 0 in a merge and not NaN."""
+"""Added to scores that must not count. Finite: a fully masked row has weight 0 in a merge, and not NaN."""
 
 
 def attend(
@@ -22,13 +22,19 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over dense keys.
 
-    queries: `[rows, head, query, head_dim]`; keys, values: `[rows, head, key, head_dim]` (expanded views are fine);
-    bias: float32 `[query, key]`, added to the scores. `causal` needs as many queries as keys.
-    Returns the output (dtype of the queries, shape of the queries) and the log-sum-exp, float32 `[rows, head, query]`.
+    queries: `[rows, head, query, head_dim]`; keys, values: `[rows, head, key, head_dim]` (expanded views are
+    fine); bias: float32 `[query, key]`, added to the scores. `causal` needs as many queries as keys.
+    Returns the output (dtype and shape of the queries) and the log-sum-exp, float32 `[rows, head, query]`.
     """
     if queries.device.type == "cpu":
         out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries, keys, values, 0.0, causal, attn_mask=None if bias is None else bias[None, None], scale=scaling
+            queries,
+            keys,
+            values,
+            0.0,
+            causal,
+            attn_mask=None if bias is None else bias[None, None],
+            scale=scaling,
         )
         return out[0], out[1]
     if queries.device.type == "cuda" and bias is None and queries.dtype in (torch.float16, torch.bfloat16):
@@ -60,7 +66,7 @@ def attend_reference(
 
 
 def merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The union of parts (output `[..., head_dim]`, log-sum-exp `[...]`). Output in float32 if there are several."""
+    """The union of parts (output `[..., head_dim]`, log-sum-exp `[...]`); in float32 if there are several."""
     if len(parts) == 1:
         return parts[0]
     lses = torch.stack([lse for _, lse in parts])

@@ -1,7 +1,7 @@
 """A chunk of new tokens over the stored tiers and over itself.
 
-No [query, key] matrix larger than a block is ever built: the fused call works in blocks of its own, and where a
-window needs a mask, queries are taken `QUERY_BLOCK` at a time against the keys they can see.
+No [query, key] matrix larger than a block is ever built: the fused call works in blocks of its own, and where
+a window needs a mask, queries are taken `QUERY_BLOCK` at a time against the keys they can see.
 """
 
 from __future__ import annotations
@@ -51,7 +51,12 @@ def _spread(x: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
 
 
 def _banded(
-    extent: Extent, start: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+    extent: Extent,
+    start: int,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The chunk over itself under a window: each block of queries against its sinks and its band of keys."""
     assert extent.recent is not None
@@ -91,7 +96,9 @@ def _stored(
     rows, heads, chunk, dim = queries.shape
     newest = geometry.length + torch.arange(chunk)
 
-    def over(keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def over(
+        keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if geometry.extent.recent is None:
             # Every query sees every stored key: the group's heads and the chunk are rows of one product.
             flat = queries.reshape(rows, 1, heads * chunk, dim)
@@ -101,7 +108,9 @@ def _stored(
         for first in range(0, chunk, QUERY_BLOCK):
             block = queries[:, :, first : first + QUERY_BLOCK]
             bias = _window_bias(geometry.extent, newest[first : first + QUERY_BLOCK], positions)
-            out, lse = attend(block, _spread(keys, block), _spread(values, block), scaling, bias.to(queries.device))
+            out, lse = attend(
+                block, _spread(keys, block), _spread(values, block), scaling, bias.to(queries.device)
+            )
             outs.append(out)
             lses.append(lse)
         return torch.cat(outs, 2), torch.cat(lses, 2)
@@ -122,6 +131,7 @@ def _stored(
             stop = min(geometry.packed_stop, geometry.packed_base + last * page)
             fields = {name: x.flatten(0, 1) for name, x in layer.packed_fields(cohort, first, last).items()}
             keys, values = (
-                x.to(queries.dtype).reshape(rows, -1, dim)[:, : stop - begin] for x in layer.codec.decode(fields)
+                x.to(queries.dtype).reshape(rows, -1, dim)[:, : stop - begin]
+                for x in layer.codec.decode(fields)
             )
             yield over(keys, values, torch.arange(begin, stop))

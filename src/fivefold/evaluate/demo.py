@@ -81,7 +81,7 @@ def document() -> str:
     return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
 
 
-def make_task(tokenizer: Any, context: int, seed: int = 0) -> Task:
+def make_task(tokenizer: Any, context: int, seed: int = 0, continuation: int = CONTINUATION) -> Task:
     """A prefix of exactly `context` tokens of the document with three facts planted in it, and what follows it.
 
     The same seed gives the same task. Raises `InputError` if the context is too short for the facts.
@@ -99,15 +99,15 @@ def make_task(tokenizer: Any, context: int, seed: int = 0) -> Task:
     text = document()
     start = text.index("\n", pick.randrange(len(text) // 2))
     # About six characters a token at most: cut before encoding, so that nothing of the rest is paid for.
-    ids = tokenizer(text[start : start + 8 * (body + CONTINUATION) + 400], add_special_tokens=False).input_ids
-    if len(ids) < body + CONTINUATION:
+    ids = tokenizer(text[start : start + 8 * (body + continuation) + 400], add_special_tokens=False).input_ids
+    if len(ids) < body + continuation:
         raise InputError(f"a context of {context} tokens is longer than the document: use at most 100000.")
     prefix: list[int] = []
     for number, sentence in enumerate(encoded):
         prefix += ids[number * body // (facts + 1) : (number + 1) * body // (facts + 1)] + sentence
     prefix += ids[facts * body // (facts + 1) : body]
     asked = [tokenizer(fact.question, add_special_tokens=False, return_tensors="pt").input_ids for fact in planted]
-    return Task(torch.tensor([prefix]), torch.tensor([ids[body : body + CONTINUATION]]), asked, planted)
+    return Task(torch.tensor([prefix]), torch.tensor([ids[body : body + continuation]]), asked, planted)
 
 
 def run(

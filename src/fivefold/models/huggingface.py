@@ -1,10 +1,10 @@
 """Life inside transformers, in one file: its cache classes, attention and mask functions, and its traps.
 
-How a chunk flows. `prepare` registers an attention and a mask function under the name "fivefold", selects them on the
-model, and puts a forward pre-hook on every attention module. The hook sees which cache the module is called with; if
-it is ours, it hands the layer to the attention function as a keyword argument (attention modules pass those on
-verbatim) and arms it. The module then calls `update`, which only checks, and the attention function, which does
-everything. A model that is left on another attention implementation never arms the layer, and `update` refuses.
+How a chunk flows. `prepare` registers an attention and a mask function under the name "fivefold", selects them
+on the model, and puts a forward pre-hook on every attention module. The hook sees which cache the module is called
+with; if it is ours, it hands the layer to the attention function as a keyword argument (attention modules pass
+those on verbatim) and arms the cache. The module then calls `update`, which only checks, and the attention
+function, which does everything. A model that was not prepared never arms the cache, and `update` refuses.
 With any other cache the attention function is transformers' own SDPA.
 """
 
@@ -19,14 +19,20 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from fivefold.attention import attend_chunk, attend_step
 from fivefold.calibrate.profile import signature
-from fivefold.errors import CacheStateError, UnsupportedModelError
+from fivefold.errors import CacheFullError, CacheStateError, FivefoldError, UnsupportedModelError
 from fivefold.recipe import Recipe
 from fivefold.report import Report, measure
 from fivefold.store.layer_cache import LayerCache, LayerSpec, Pools
@@ -64,15 +70,18 @@ def _attention(
             )
     if kwargs.get("output_attentions"):
         raise CacheStateError(
-            "output_attentions=True needs the whole attention matrix, which a compressed cache never builds: drop it."
+            "output_attentions=True needs the whole attention matrix, which a compressed cache never builds: "
+            "drop it."
         )
     if attention_mask is not None and attention_mask.ndim != 2:
         raise CacheStateError(
-            f"a custom attention mask of shape {tuple(attention_mask.shape)} cannot be used with a compressed cache: "
-            "give a [batch, tokens] padding mask, or none."
+            f"an attention mask of shape {tuple(attention_mask.shape)} cannot be used with a compressed cache: "
+            "give a [batch, tokens] padding mask over all tokens so far, or none."
         )
-    if query.requires_grad:
-        raise CacheStateError("a compressed cache does not train: call the model under torch.inference_mode().")
+    if query.requires_grad or key.requires_grad or value.requires_grad:
+        raise CacheStateError(
+            "a compressed cache does not train: call the model under torch.inference_mode() or torch.no_grad()."
+        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return layer.attend(query, key, value, attention_mask, scaling), None
 
@@ -127,6 +136,9 @@ def _mask(
     )
     if plain:
         return attention_mask
+    if 1 < q_length < kv_length:
+        # `_stock_attention` takes None for the last queries of all tokens, SDPA for the first (static caches).
+        kwargs["allow_is_causal_skip"] = False
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -150,6 +162,12 @@ def check_model(model: PreTrainedModel) -> None:
     if kind not in FAMILIES:
         raise UnsupportedModelError(
             f"models of the family {kind!r} are not supported: use one of {', '.join(FAMILIES)}."
+        )
+    if kind == "phi3" and config.max_position_embeddings > config.original_max_position_embeddings:
+        # Its `prepare_inputs_for_generation` goes on with a cache of its own from there.
+        raise UnsupportedModelError(
+            f"this phi3 model scales its positions from {config.original_max_position_embeddings} tokens on (longrope) "
+            "and drops its cache there, compressed or not: use one without."
         )
 
 
@@ -195,89 +213,171 @@ def _hand_over(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
     if not isinstance(cache, FivefoldCache):
         return None
-    layer = cache.layers[module.layer_idx]  # type: ignore[index]
-    if not isinstance(layer, FivefoldLayer):
-        return None
     selected = module.config._attn_implementation  # type: ignore[union-attr]
     if selected != NAME:
         raise CacheStateError(
             f"the model was switched to {selected!r} attention, which cannot read a compressed cache: call "
             "fivefold.compress(model, ...) again, or model.set_attn_implementation('fivefold')."
         )
-    layer.armed = True
-    return args, {**kwargs, _LAYER: layer}
+    index: int = module.layer_idx  # type: ignore[assignment]
+    if index == 0:
+        cache.state.begin(signature(module.config))
+    cache.state.armed = index
+    layer = cache.layers[index]
+    return (args, {**kwargs, _LAYER: layer}) if isinstance(layer, FivefoldLayer) else None
 
 
 # -- the cache --------------------------------------------------------------------------------------------
 
 
 class _State:
-    """What the layers of one cache have in common."""
+    """What the layers of one cache have in common.
 
-    def __init__(self, stores: dict[int, LayerCache], pools: Pools) -> None:
+    stores: the layers that are ours; stock: layers with a sliding window, left to transformers. `logical` counts
+    the tokens that each of our layers has seen. After a whole forward all layers have seen the same; if one was
+    broken off (an exception, Ctrl-C), the first ones are ahead, and `mend` takes that back before the next.
+    """
+
+    def __init__(self, stores: dict[int, LayerCache], stock: dict[int, Any], pools: Pools) -> None:
         self.stores = stores
+        self.stock = stock
         self.pools = pools
         self.first = min(stores)
+        self.last = max(stores)
+        self.layers = len(stores) + len(stock)
         self.logical = dict.fromkeys(stores, 0)
         self.recording = False
+        self.armed: int | None = None
+        """The layer whose attention module has announced itself (see `_hand_over`)."""
         self.tokens = np.zeros(0, dtype=np.int64)
+        # The stock layers as they were when the forward began: they replace tensors and never write into them.
+        self.before: dict[int, dict[str, Any]] = {}
 
     @property
     def horizon(self) -> int:
         return HORIZON if self.recording else 0
 
-    def begin(self, batch: int, chunk: int, mask: torch.Tensor | None) -> None:
-        """Before the first layer of a forward takes a chunk: everything that could refuse it."""
-        self._mend()
+    @property
+    def length(self) -> int:
+        """Tokens that every layer has seen."""
+        return min([*self.logical.values(), *(layer.get_seq_length() for layer in self.stock.values())])
+
+    def begin(self, model: str) -> None:
+        """A forward begins."""
+        made_for = self.stores[self.first].spec.model
+        if model != made_for:
+            raise CacheStateError(
+                f"the cache was made for {made_for} and called with {model}: make one for this model."
+            )
+        self.mend()
+        self.before = {index: dict(vars(layer)) for index, layer in self.stock.items()}
+
+    def finished(self, index: int) -> None:
+        """A layer has taken its chunk."""
+        if index == self.layers - 1:
+            self.before = {}
+
+    def mend(self) -> None:
+        """Bring layers that a broken-off forward has left ahead of the others back to where it began."""
+        length = self.length
+        for index, layer in self.stock.items():
+            if layer.get_seq_length() > length:
+                vars(layer).update(self.before[index])
+        ahead = {index: seen - length for index, seen in self.logical.items() if seen > length}
+        if not ahead:
+            return
+        if length == 0:
+            self.free()
+            return
+        for index, extra in ahead.items():
+            self.stores[index].plan_crop(extra)
+        for index, extra in ahead.items():
+            self.stores[index].crop(extra)
+            self.logical[index] = length
+
+    def admit(self, batch: int, chunk: int, mask: torch.Tensor | None) -> None:
+        """Before the first of our layers takes a chunk: everything that could refuse it."""
         first = self.stores[self.first]
-        if first.batch == 0:
-            for store in self.stores.values():
-                store.start(batch)
-        elif first.batch != batch:
-            raise CacheStateError(f"the cache holds {first.batch} sequences and was given {batch}: use a new cache.")
+        if first.batch not in (0, batch):
+            raise CacheStateError(
+                f"the cache holds {first.batch} sequences and was given {batch}: use a new cache."
+            )
         self.tokens = np.full(batch, chunk, dtype=np.int64)
         if mask is not None:
+            held = first.lengths() if first.batch else np.zeros(batch, dtype=np.int64)
             past = self.logical[self.first]
-            real = mask.to("cpu", torch.bool).numpy()
+            real = mask.expand(batch, -1).to("cpu", torch.bool).numpy()
             new = real[:, past:]
             self.tokens = new.sum(1)
             leading = np.arange(chunk)[None] >= (chunk - self.tokens)[:, None]
-            if (new != leading).any():
+            if (new != leading).any() or ((self.tokens < chunk) & (held > 0)).any():
                 raise CacheStateError("padding inside or after a sequence cannot be stored: pad on the left.")
-            if (real[:, :past].sum(1) != first.lengths()).any():
+            if (real[:, :past].sum(1) != held).any():
                 raise CacheStateError(
-                    "the attention mask says otherwise about stored tokens than when they came: masks may only grow."
+                    "the attention mask says otherwise about stored tokens than when they came: masks may only "
+                    "grow."
                 )
-        self.reserve()
+        fresh = first.batch == 0
+        if fresh:
+            for store in self.stores.values():
+                store.start(batch)
+        try:
+            self.reserve(self.tokens, self.horizon)
+        except CacheFullError:
+            if fresh:
+                self.free()
+            raise
 
-    def reserve(self) -> None:
-        """Make sure that all layers can take the chunk, or raise `CacheFullError` before any has."""
+    def reserve(self, tokens: np.ndarray, horizon: int) -> None:
+        """Make sure that all layers can take `tokens: [batch]`, or raise `CacheFullError` before any has."""
         if self.pools.budget.limit is None:
             return
         running: dict[Any, int] = {}
         peak: dict[Any, int] = {}
         for store in self.stores.values():
-            for pool, (taken, freed) in store.demand(self.tokens, self.horizon).items():
+            for pool, (taken, freed) in store.demand(tokens, horizon).items():
                 running[pool] = running.get(pool, 0) + taken
                 peak[pool] = max(peak.get(pool, 0), running[pool])
-                running[pool] -= freed
+                # A chunk's layers settle one by one, a step's all at its end (see `FivefoldLayer.attend`).
+                if (tokens > 1).any():
+                    running[pool] -= freed
         self.pools.budget.reserve(peak)
 
-    def _mend(self) -> None:
-        """An earlier forward that was broken off has left some layers ahead of others: take that back."""
-        shortest = min(self.logical.values())
-        for index, store in self.stores.items():
-            extra = self.logical[index] - shortest
-            if extra:
-                if shortest == 0:
-                    store.free()
-                else:
-                    store.crop(extra)
-                self.logical[index] = shortest
-        batches = {store.batch for store in self.stores.values()}
-        if len(batches) > 1:
+    def settle(self, horizon: int) -> None:
+        """Let the policies of all layers move what is due."""
+        for store in self.stores.values():
+            for cohort in store.cohorts:
+                store.append(cohort, None, None, horizon=horizon)
+
+    def crop(self, count: int) -> None:
+        """Forget the last `count` tokens in all layers, or raise before any has."""
+        self.mend()
+        count = min(count, self.length)
+        everything = count == self.length
+        if count and not everything:
             for store in self.stores.values():
-                store.free()
+                store.plan_crop(count)
+        for layer in self.stock.values():
+            if layer.is_initialized and (count or self.recording):
+                layer.crop(-count)
+        if everything:
+            self.free()
+        elif count:
+            for index, store in self.stores.items():
+                store.crop(count)
+                self.logical[index] -= count
+        if self.recording:
+            try:
+                self.reserve(np.zeros(self.stores[self.first].batch, dtype=np.int64), 0)
+            except CacheFullError:
+                return  # no room to pack in: what is due waits for the next chunk
+            self.settle(0)
+
+    def free(self) -> None:
+        """Forget everything, and give the pages back to the pools."""
+        for index, store in self.stores.items():
+            store.free()
+            self.logical[index] = 0
 
 
 class FivefoldLayer(CacheLayerMixin):
@@ -291,11 +391,10 @@ class FivefoldLayer(CacheLayerMixin):
         self.index = index
         self.state = state
         self.store = state.stores[index]
-        self.armed = False
 
     @property
     def is_croppable(self) -> bool:
-        """Whether taking tokens back leaves no trace: nothing given up or packed that would have to return."""
+        """Whether taking tokens back leaves no trace: nothing was given up or packed that must return."""
         return self.store.packing is None and all(e.recent is None for e in self.store.extents)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -306,24 +405,19 @@ class FivefoldLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Check a chunk and hand it back as it is: our attention function stores it."""
-        if not self.armed:
-            raise CacheStateError(
-                "this cache can only be read by Fivefold's attention, and the model that was called is not prepared "
-                "for it: make the cache with fivefold.compress(model, ...) for that very model."
-            )
         spec = self.store.spec
-        if key_states.shape[1] != spec.kv_heads or key_states.shape[3] != spec.head_dim or (
-            value_states.shape != key_states.shape
-        ):
+        heads, dim = key_states.shape[1], key_states.shape[3]
+        if (heads, dim) != (spec.kv_heads, spec.head_dim) or value_states.shape != key_states.shape:
             raise CacheStateError(
-                f"layer {spec.layer} was given keys of {key_states.shape[1]} heads x {key_states.shape[3]}, and the "
-                f"cache was made for {spec.kv_heads} x {spec.head_dim}: make a cache for this model."
+                f"layer {spec.layer} was given keys of {heads} heads x {dim}, and the cache was made for "
+                f"{spec.kv_heads} x {spec.head_dim}: make a cache for this model."
             )
-        if key_states.dtype != spec.dtype or key_states.device != spec.device:
-            raise CacheStateError(
-                f"layer {spec.layer} was given {key_states.dtype} keys on {key_states.device}, and the cache was made "
-                f"for {spec.dtype} on {spec.device}: call compress() after moving the model, outside autocast."
-            )
+        for given in (key_states, value_states):
+            if given.dtype != spec.dtype or given.device != spec.device:
+                raise CacheStateError(
+                    f"layer {spec.layer} was given {given.dtype} on {given.device}, and the cache was made for "
+                    f"{spec.dtype} on {spec.device}: call compress() after moving the model, and no autocast."
+                )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return key_states, value_states
@@ -341,11 +435,14 @@ class FivefoldLayer(CacheLayerMixin):
         query `[batch, query_head, tokens, head_dim]`; mask: bool `[batch, all tokens]` padding mask or None.
         Returns `[batch, tokens, query_head, head_dim]`.
         """
-        self.armed = False
         state, store = self.state, self.store
         batch, query_heads, chunk, dim = query.shape
         if self.index == state.first:
-            state.begin(batch, chunk, mask)
+            try:
+                state.admit(batch, chunk, mask)
+            except FivefoldError:
+                state.mend()  # sliding layers before this one have taken the chunk
+                raise
         group, rows = query_heads // store.spec.kv_heads, batch * store.spec.kv_heads
         queries = query.reshape(rows, group, chunk, dim)
         keys, values = key.reshape(rows, chunk, dim), value.reshape(rows, chunk, dim)
@@ -365,7 +462,8 @@ class FivefoldLayer(CacheLayerMixin):
             if tokens == 1:
                 store.append(cohort, k, v, settle=False)
                 part = attend_step(store, cohort, q[:, :, 0], scaling)[:, :, None]
-                store.append(cohort, None, None, horizon=horizon)
+                if chunk > 1:
+                    store.append(cohort, None, None, horizon=horizon)
             else:
                 part = attend_chunk(store, cohort, q, k, v, scaling)
                 store.append(cohort, k, v, horizon=horizon)
@@ -374,6 +472,10 @@ class FivefoldLayer(CacheLayerMixin):
             else:
                 out[pick, :, new] = part
         state.logical[self.index] += chunk
+        state.finished(self.index)
+        if chunk == 1 and self.index == state.last:
+            # Only now, so that a step that was broken off can always be taken back.
+            state.settle(horizon)
         return out.reshape(batch, query_heads, chunk, dim).transpose(1, 2).contiguous()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -386,22 +488,17 @@ class FivefoldLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def activate_past_recording(self) -> None:
-        """From now on the newest tokens may be taken back by `crop`: the policies leave them alone until then."""
-        self.state.recording = True
+    @property
+    def record_past(self) -> bool:
+        """Whether the newest tokens may be taken back: the policies then leave them alone until `crop` comes."""
+        return self.state.recording
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens (negative), or all but that many (positive, as in older
-        transformers). Raises `CacheStateError` where that would show tokens again that were given up."""
-        length = self.get_seq_length()
-        count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, length - tokens_to_remove)
-        count = min(count, length)
-        if count:
-            self.store.crop(count)
-            self.state.logical[self.index] -= count
-        if self.state.recording:
-            for cohort in self.store.cohorts:
-                self.store.append(cohort, None, None)
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.state.recording = value
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Sequence i becomes what sequence beam_idx[i] was: page tables move, bytes do not."""
@@ -423,7 +520,9 @@ class FivefoldLayer(CacheLayerMixin):
         self.state.logical[self.index] = 0
 
     def offload(self) -> None:
-        raise CacheStateError("a compressed cache is not offloaded layer by layer: use a recipe that fits, or no offloading.")
+        raise CacheStateError(
+            "a compressed cache is not offloaded layer by layer: use a recipe that fits, or no offloading."
+        )
 
     prefetch = offload
 
@@ -431,10 +530,41 @@ class FivefoldLayer(CacheLayerMixin):
 class FivefoldCache(Cache):
     """A transformers cache whose layers are compressed as a recipe says. Made by `fivefold.compress`."""
 
-    def __init__(self, recipe: Recipe, layers: list[Any], state: _State) -> None:
-        super().__init__(layers=layers)
+    def __init__(self, recipe: Recipe, state: _State) -> None:
+        super().__init__(layers=[state.stock.get(i) or FivefoldLayer(i, state) for i in range(state.layers)])
         self.recipe = recipe
         self.state = state
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Called by the attention module of a layer: see `FivefoldLayer.update`."""
+        if self.state.armed != layer_idx:
+            raise CacheStateError(
+                "this cache can only be read by Fivefold's attention, and the model that was called is not "
+                "prepared for it: make the cache with fivefold.compress(model, ...) for that very model."
+            )
+        self.state.armed = None
+        out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx in self.state.stock:
+            self.state.finished(layer_idx)
+        return out
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The logical length, the same for all layers: tokens seen, padding included, whatever is stored."""
+        return self.state.length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        self.state.mend()  # the first thing of a forward that asks what the layers hold
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens (negative), or all but that many (positive, as in older
+        transformers). Raises `CacheStateError`, changing nothing, where that would show tokens again that were
+        given up."""
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 gives a tensor
+        count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.get_seq_length() - tokens_to_remove)
+        self.state.crop(count)
 
     def report(self) -> Report:
         """What the cache holds, in exact bytes (see `fivefold.report.Report`)."""
@@ -442,20 +572,26 @@ class FivefoldCache(Cache):
 
     def fork(self) -> FivefoldCache:
         """A second cache of the same tokens: every page is shared until either side writes to it."""
+        self.state.mend()
         stores = {index: store.fork() for index, store in self.state.stores.items()}
-        state = _State(stores, self.state.pools)
+        state = _State(stores, copy.deepcopy(self.state.stock), self.state.pools)
         state.logical = dict(self.state.logical)
         state.recording = self.state.recording
-        layers = [
-            FivefoldLayer(index, state) if index in stores else copy.deepcopy(layer)
-            for index, layer in enumerate(self.layers)
-        ]
-        for layer, original in zip(layers, self.layers):
-            layer.is_initialized = original.is_initialized
-        return FivefoldCache(self.recipe, layers, state)
+        return FivefoldCache(self.recipe, state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FivefoldCache:
+        return self.fork()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state.free()
+        self.state.recording = False
+        for layer in self.state.stock.values():
+            # transformers 5.17 only fills them with zeros.
+            vars(layer).update(vars(type(layer)(sliding_window=layer.sliding_window)))
 
     def free(self) -> None:
-        """Give all memory back now, and begin anew."""
+        """Forget everything, and give all memory back now."""
         self.reset()
         self.state.pools.budget.trim()
 
@@ -463,8 +599,8 @@ class FivefoldCache(Cache):
         # Forks share the pools: what only this cache held must not stay taken.
         state = getattr(self, "state", None)
         if state is not None and not sys.is_finalizing():
-            for store in state.stores.values():
-                store.free()
+            state.free()
+            state.pools.budget.trim()
 
 
 def layer_spec(model: PreTrainedModel, index: int, module: torch.nn.Module) -> LayerSpec:
@@ -489,6 +625,11 @@ def make_cache(model: PreTrainedModel, recipe: Recipe, max_bytes: int | None = N
     check_model(model)
     modules = attention_modules(model)
     stock = DynamicCache(config=model.config).layers
+    if len(stock) != model.config.num_hidden_layers:
+        raise UnsupportedModelError(
+            f"only {len(stock)} of the {model.config.num_hidden_layers} layers of this model have a cache of their own "
+            "(the others share it), which Fivefold cannot compress."
+        )
     pools = Pools(max_bytes)
     stores: dict[int, LayerCache] = {}
     codec_owner = recipe.get("bits") or recipe.get("channels")
@@ -510,6 +651,5 @@ def make_cache(model: PreTrainedModel, recipe: Recipe, max_bytes: int | None = N
         raise UnsupportedModelError(
             "every layer of this model has a sliding window, so there is no growing cache to compress: use DynamicCache."
         )
-    state = _State(stores, pools)
-    layers: list[Any] = [FivefoldLayer(i, state) if i in stores else layer for i, layer in enumerate(stock)]
-    return FivefoldCache(recipe, layers, state)
+    windows = {index: layer for index, layer in enumerate(stock) if index not in stores}
+    return FivefoldCache(recipe, _State(stores, windows, pools))

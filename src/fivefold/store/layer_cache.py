@@ -1,14 +1,15 @@
 """The tiers of one layer, for every sequence and KV head of a batch.
 
 A *row* is one (sequence, kv head). Rows whose `Geometry` is equal form a `Cohort`: their page tables are one
-array, and everything that happens to them (append, pack, evict, attend) is one tensor operation. A batch without
-padding and without per-head policies is a single cohort.
+array, and everything that happens to them (append, pack, evict, attend) is one tensor operation. A batch
+without padding and without per-head policies is a single cohort.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from fivefold.methods.base import Codec
 
 
-# Numbers of one field that are gathered at a time where pages do not lie in a row: the copy stays in the cache.
+# Numbers of one field that are gathered at a time where pages do not lie in a row: small enough for the
+# processor's cache.
 GATHERED = 1 << 19
 
 
@@ -74,12 +76,13 @@ class Cohort:
 
     rows: int64 `[rows]`, index `sequence * kv_heads + kv_head`, ascending.
     exact: int64 `[rows, pinned_pages + window_pages]` page ids; packed and own: `[rows, packed_pages]`.
-    Whoever changes `exact` calls `touched_exact`, and whoever changes `packed` or `own`, `touched_packed`: what was
-    worked out from the tables is then worked out anew.
+    Whoever changes `exact` calls `touched_exact`, and whoever changes `packed` or `own`, `touched_packed`:
+    what was worked out from the tables is then worked out anew.
     """
 
     __slots__ = (
-        "exact", "exact_blocks", "geometry", "own", "packed", "packed_blocks", "rows", "rows_tensor", "shared", "tail",
+        "exact", "exact_blocks", "geometry", "own", "packed", "packed_blocks", "rows", "rows_tensor",
+        "shared", "tail",
     )  # fmt: skip
 
     def __init__(
@@ -115,8 +118,11 @@ class Cohort:
 
 
 def _blocks(ids: np.ndarray, longest: int, shortest: int = 8) -> list[tuple[int, int]]:
-    """Split the columns of a page table into blocks of at most `longest`; runs of pages that are consecutive in every
-    row get blocks of their own unless they are shorter than `shortest`."""
+    """Split the columns of a page table into blocks of at most `longest`.
+
+    Runs of pages that are consecutive in every row get blocks of their own, unless they are shorter than
+    `shortest`.
+    """
     columns = ids.shape[1]
     if columns == 0:
         return []
@@ -124,7 +130,7 @@ def _blocks(ids: np.ndarray, longest: int, shortest: int = 8) -> list[tuple[int,
     edges = [0, *breaks.tolist(), columns]
     out: list[tuple[int, int]] = []
     joinable = False
-    for start, stop in zip(edges, edges[1:]):
+    for start, stop in pairwise(edges):
         short = stop - start < shortest
         if short and joinable and stop - out[-1][0] <= longest:
             out[-1] = (out[-1][0], stop)
@@ -225,7 +231,7 @@ class LayerCache:
             self.own_pool.retain(own)
 
     def select(self, sequences: np.ndarray) -> None:
-        """Sequence i becomes what sequence `sequences[i]` was (repeats share pages; absent ones are freed)."""
+        """Sequence i becomes what sequence `sequences[i]` was: repeats share pages, absent ones are freed."""
         old = self.cohorts
         kept = self._pick(sequences)
         for cohort in kept:
@@ -267,9 +273,13 @@ class LayerCache:
         For methods that let layers share storage; both layers must have equal geometry and layouts.
         """
         assert self.packed_pool is other.packed_pool and self.packed_pool is not None
-        for mine, theirs in zip(self.cohorts, other.cohorts, strict=True):
-            if mine.geometry != theirs.geometry or (mine.rows != theirs.rows).any():
-                raise CacheStateError("layers can share packed pages only where they hold the same tokens.")
+        alike = len(self.cohorts) == len(other.cohorts) and all(
+            mine.geometry == theirs.geometry and np.array_equal(mine.rows, theirs.rows)
+            for mine, theirs in zip(self.cohorts, other.cohorts)
+        )
+        if not alike:
+            raise CacheStateError("layers can share packed pages only where they hold the same tokens.")
+        for mine, theirs in zip(self.cohorts, other.cohorts):
             self.packed_pool.retain(theirs.packed)
             self.packed_pool.release(mine.packed)
             mine.packed = theirs.packed.copy()
@@ -280,43 +290,48 @@ class LayerCache:
     # -- tokens -------------------------------------------------------------------------------------------
 
     def demand(self, tokens: np.ndarray, horizon: int = 0) -> dict[PagePool, tuple[int, int]]:
-        """(pages taken, pages given back after that) per pool if `tokens: [batch]` more arrive. Upper bound."""
-        taken_exact = taken_packed = freed_exact = freed_packed = 0
-        per_sequence = {int(t): None for t in tokens}
+        """(pages taken, pages given back after that) per pool if `tokens: [batch]` more arrive.
+
+        Never less taken, nor more given back, than will be.
+        """
+        out: dict[PagePool, tuple[int, int]] = {}
+
+        def note(pool: PagePool, fresh: int, opened: np.ndarray | None, dropped: np.ndarray | None) -> None:
+            """`opened` pages are written to, which copies shared ones; dropping those frees nothing."""
+            copied = 0 if opened is None else int((pool.references(opened) > 1).sum())
+            freed = 0 if dropped is None else int((pool.references(dropped) == 1).sum())
+            before = out.get(pool, (0, 0))
+            out[pool] = before[0] + max(0, fresh) + copied, before[1] + freed
+
         for cohort in self.cohorts:
-            groups = (
-                {int(tokens[0]): len(cohort.rows)}
-                if len(per_sequence) == 1
-                else dict(
-                    zip(*(a.tolist() for a in np.unique(tokens[cohort.rows // self.spec.kv_heads], return_counts=True)))
-                )
-            )
-            for count, rows in groups.items():
-                old = cohort.geometry
+            old = cohort.geometry
+            per_row = tokens[cohort.rows // self.spec.kv_heads]
+            for count in set(per_row.tolist()):
+                rows = np.flatnonzero(per_row == count)
                 added = old.appended(count)
                 new = added.settled(self.packing, horizon)
-                dropped = min(old.window_pages, (new.exact_base - old.exact_base) // PAGE)
-                before = old.pinned_pages + old.window_pages
-                taken = added.pinned_pages + added.window_pages - before
-                if count > 1:
-                    # A chunk goes straight to where it belongs; it never passes through the exact tier.
-                    taken = new.pinned_pages - old.pinned_pages + new.window_pages - (old.window_pages - dropped)
-                tail = cohort.exact[:, -1:] if before else cohort.exact
-                copies = int((self.exact_pool.references(tail) > 1).sum()) if tail.size else 0
-                taken_exact += rows * max(0, taken) + copies
-                if cohort.exact.size:
-                    window = cohort.exact[:, old.pinned_pages : old.pinned_pages + dropped]
-                    freed_exact += int((self.exact_pool.references(window) == 1).sum()) * rows // len(cohort.rows)
-                if self.packing is not None and self.packed_pool is not None:
-                    pages = self._packed_columns(old, new)
-                    taken_packed += rows * (new.packed_pages(self.packing) - (cohort.packed.shape[1] - pages))
-                    if cohort.packed.size:
-                        taken_packed += int((self.packed_pool.references(cohort.packed[:, -1]) > 1).sum())
-        out = {self.exact_pool: (taken_exact, freed_exact)}
-        if self.packed_pool is not None:
-            out[self.packed_pool] = (taken_packed, freed_packed)
-        if self.own_pool is not None:
-            out[self.own_pool] = (taken_packed, freed_packed)
+                # A token alone passes through the exact tier; a chunk goes straight to where it belongs.
+                late = new if count > 1 else added
+                gone = min(old.window_pages, (new.exact_base - old.exact_base) // PAGE)
+                before = old.pinned_pages + old.window_pages - (gone if count > 1 else 0)
+                note(
+                    self.exact_pool,
+                    len(rows) * (late.pinned_pages + late.window_pages - before),
+                    cohort.exact[rows, -1] if cohort.shared and old.length % PAGE else None,
+                    cohort.exact[rows, old.pinned_pages : old.pinned_pages + gone]
+                    if count and gone
+                    else None,
+                )
+                for pool, table in ((self.packed_pool, cohort.packed), (self.own_pool, cohort.own)):
+                    if pool is not None and self.packing is not None:
+                        gone, columns = self._packed_columns(old, new), table.shape[1]
+                        open_page = cohort.shared and columns > 0 and new.packed_stop > old.packed_stop
+                        note(
+                            pool,
+                            len(rows) * (new.packed_pages(self.packing) - (columns - gone)),
+                            table[rows, -1] if open_page else None,
+                            table[rows, :gone] if count and gone else None,
+                        )
         return out
 
     def _packed_columns(self, old: Geometry, new: Geometry) -> int:
@@ -337,25 +352,34 @@ class LayerCache:
     ) -> None:
         """Take a chunk's tokens into the tiers, then let the policy move what is due.
 
-        keys, values: `[rows of the cohort, tokens, head_dim]`, or None to only settle. The newest `horizon` tokens
-        may be taken back: nothing is moved on their account.
+        keys, values: `[rows of the cohort, tokens, head_dim]`, or None to only settle. The newest `horizon`
+        tokens may be taken back: nothing is moved on their account.
         """
         old = cohort.geometry
         tokens = 0 if keys is None else keys.shape[1]
-        if tokens == 1 and not settle and keys is not None and values is not None and self._put(cohort, keys, values):
+        if (
+            tokens == 1
+            and not settle
+            and keys is not None
+            and values is not None
+            and self._put(cohort, keys, values)
+        ):
             return
         new = old.appended(tokens)
         if settle:
             new = new.settled(self.packing, horizon)
         if new == old:
             return
-        if self.packing is not None and (new.packed_stop, new.packed_base) != (old.packed_stop, old.packed_base):
+        if self.packing is not None and (new.packed_stop, new.packed_base) != (
+            old.packed_stop,
+            old.packed_base,
+        ):
             self._repack(cohort, old, new, keys, values)
         self._rewindow(cohort, old, new, keys, values)
         cohort.geometry = new
 
     def _put(self, cohort: Cohort, keys: torch.Tensor, values: torch.Tensor) -> bool:
-        """The common case of decoding: one token into the open exact page of each row. False if it is another case."""
+        """One token into the open exact page of each row, as nearly always; False if that cannot be done."""
         slot = cohort.geometry.length % PAGE
         if slot == 0 or cohort.shared or cohort.exact.shape[1] == 0:
             return False
@@ -373,37 +397,52 @@ class LayerCache:
         return True
 
     def _repack(
-        self, cohort: Cohort, old: Geometry, new: Geometry, keys: torch.Tensor | None, values: torch.Tensor | None
+        self,
+        cohort: Cohort,
+        old: Geometry,
+        new: Geometry,
+        keys: torch.Tensor | None,
+        values: torch.Tensor | None,
     ) -> None:
         """Drop packed pages that slid out of the window; encode the groups that became due."""
         assert self.packing is not None and self.codec is not None and self.packed_pool is not None
-        dropped = self._packed_columns(old, new)
-        if dropped:
-            self.packed_pool.release(cohort.packed[:, :dropped])
-            cohort.packed = cohort.packed[:, dropped:]
-            if self.own_pool is not None:
-                self.own_pool.release(cohort.own[:, :dropped])
-                cohort.own = cohort.own[:, dropped:]
-        cohort.touched_packed()
-        begin = old.packed_stop if cohort.packed.shape[1] else new.packed_base
+        gone = self._packed_columns(old, new)
+        columns = cohort.packed.shape[1]
+        fresh = new.packed_pages(self.packing) - (columns - gone)
         page, rows = self.packing.page, len(cohort.rows)
-        position = begin
-        fresh = new.packed_pages(self.packing) - cohort.packed.shape[1]
-        if fresh:
-            columns = self.packed_pool.allocate(rows * fresh).reshape(rows, fresh)
-            cohort.packed = np.concatenate([cohort.packed, columns], axis=1)
-            if self.own_pool is not None:
-                columns = self.own_pool.allocate(rows * fresh).reshape(rows, fresh)
-                cohort.own = np.concatenate([cohort.own, columns], axis=1)
+        position = old.packed_stop if gone < columns else new.packed_base
         # Whole runs of fresh pages in bounded pieces; the rest of an open page first.
         step = max(1, (1 << 21) // (page * rows * self.spec.head_dim)) * page
-        while position < new.packed_stop:
-            column, slot = divmod(position - new.packed_base, page)
-            stop = min(new.packed_stop, position - slot + (page if slot else step))
-            chunk_keys, chunk_values = self._collect(cohort, old, position, stop, keys, values)
-            last = -(-(stop - new.packed_base) // page)
-            self._encode(cohort, column, last, slot, chunk_keys, chunk_values)
-            position = stop
+        try:
+            cohort.packed = self._widen(self.packed_pool, cohort.packed, fresh)
+            if self.own_pool is not None:
+                cohort.own = self._widen(self.own_pool, cohort.own, fresh)
+            while position < new.packed_stop:
+                column, slot = divmod(position - new.packed_base, page)
+                stop = min(new.packed_stop, position - slot + (page if slot else step))
+                chunk_keys, chunk_values = self._collect(cohort, old, position, stop, keys, values)
+                last = -(-(stop - new.packed_base) // page)
+                self._encode(cohort, gone + column, gone + last, slot, chunk_keys, chunk_values)
+                position = stop
+        except BaseException:
+            self._drop_packed(cohort, slice(columns, None))
+            raise
+        self._drop_packed(cohort, slice(0, gone))
+
+    @staticmethod
+    def _widen(pool: PagePool, table: np.ndarray, columns: int) -> np.ndarray:
+        """A table with so many fresh columns more."""
+        if columns == 0:
+            return table
+        fresh = pool.allocate(len(table) * columns).reshape(len(table), columns)
+        return np.concatenate([table, fresh], axis=1)
+
+    def _drop_packed(self, cohort: Cohort, columns: slice) -> None:
+        """Give up packed pages."""
+        self._release(cohort.exact[:, :0], cohort.packed[:, columns], cohort.own[:, columns])
+        cohort.packed = np.delete(cohort.packed, columns, axis=1)
+        cohort.own = np.delete(cohort.own, columns, axis=1)
+        cohort.touched_packed()
 
     def _collect(
         self,
@@ -414,7 +453,7 @@ class LayerCache:
         keys: torch.Tensor | None,
         values: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of positions start..stop: `[rows, stop - start, head_dim]`, from exact pages and the chunk."""
+        """Keys and values of positions start..stop, from pages and the chunk: `[rows, tokens, head_dim]`."""
         parts = []
         if start < old.length:
             first = old.pinned_pages + (start - old.exact_base) // PAGE
@@ -455,10 +494,15 @@ class LayerCache:
         whole = tokens // page if not slot else 0
         pieces = [(first, whole, keys[:, : whole * page], values[:, : whole * page])] if whole else []
         if tokens > whole * page:
-            pieces.append((first + whole, columns - whole, keys[:, whole * page :], values[:, whole * page :]))
+            pieces.append(
+                (first + whole, columns - whole, keys[:, whole * page :], values[:, whole * page :])
+            )
         for column, count, piece_keys, piece_values in pieces:
             fields = self.codec.encode(
-                piece_keys.reshape(rows * count, -1, dim), piece_values.reshape(rows * count, -1, dim), slot, opened
+                piece_keys.reshape(rows * count, -1, dim),
+                piece_values.reshape(rows * count, -1, dim),
+                slot,
+                opened,
             )
             pages = cohort.packed[:, column : column + count].reshape(-1)
             for part in self.packed_pool.layout.fields:
@@ -469,7 +513,12 @@ class LayerCache:
                     self.own_pool.write(part.name, pages, fields[part.name])
 
     def _rewindow(
-        self, cohort: Cohort, old: Geometry, new: Geometry, keys: torch.Tensor | None, values: torch.Tensor | None
+        self,
+        cohort: Cohort,
+        old: Geometry,
+        new: Geometry,
+        keys: torch.Tensor | None,
+        values: torch.Tensor | None,
     ) -> None:
         """Give up exact pages that were packed or slid out of the window; write the chunk into the others."""
         pool, rows = self.exact_pool, len(cohort.rows)
@@ -484,10 +533,8 @@ class LayerCache:
             return
         before = cohort.exact.shape[1]
         fresh = new.pinned_pages - old.pinned_pages + new.window_pages - (before - old.pinned_pages)
-        if fresh > 0:
-            pages = pool.allocate(rows * fresh).reshape(rows, fresh)
-            cohort.exact = np.concatenate([cohort.exact, pages], axis=1)
-        if fresh > 0 or dropped:
+        cohort.exact = self._widen(pool, cohort.exact, fresh)
+        if fresh or dropped:
             cohort.touched_exact()
         # Pinned pages come first in the table, and window pages exist only once those are full.
         pinned_stop = new.extent.pinned * PAGE
@@ -516,64 +563,62 @@ class LayerCache:
                 pool.write("values", pages, values[:, window].reshape(shape), at)
                 position += count
 
-    def crop(self, tokens: int) -> None:
-        """Forget the last `tokens` tokens of every sequence (all of one that has fewer).
-
-        Tokens that were packed stay as lossy as they were packed. Raises `CacheStateError`, changing nothing,
-        where a head has already given up tokens that it would have to show again.
-        """
+    def plan_crop(self, tokens: int) -> list[Geometry]:
+        """What `crop` would make of each cohort. Raises `CacheStateError` where it would."""
         plans = []
         for cohort in self.cohorts:
             new = cohort.geometry.cropped(min(tokens, cohort.geometry.length), self.packing)
             if new is None:
                 raise CacheStateError(
-                    f"cannot take back {tokens} tokens: heads with a window of {cohort.geometry.extent.recent} tokens "
-                    "have already given up what they would have to show again; fork() the cache before the tokens "
-                    "that may be taken back."
+                    f"cannot take back {tokens} tokens: heads with a window of "
+                    f"{cohort.geometry.extent.recent} tokens have already given up what they would have to "
+                    "show again; fork() the cache before the tokens that may be taken back."
                 )
             plans.append(new)
+        return plans
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last `tokens` tokens of every sequence (all of one that has fewer).
+
+        Tokens that were packed stay as lossy as they were packed. Raises `CacheStateError`, changing nothing,
+        where a head has already given up tokens that it would have to show again, and `CacheFullError`
+        likewise where the cap has no room for tokens of a packed group that come back to the exact tier.
+        """
+        plans = self.plan_crop(tokens)
+        missing = 0
+        for cohort, new in zip(self.cohorts, plans):
+            if new.exact_base < cohort.geometry.exact_base:
+                freed = self.exact_pool.references(cohort.exact[:, new.pinned_pages :]) == 1
+                missing += max(0, len(cohort.rows) * new.window_pages - int(freed.sum()))
+        self.pools.budget.reserve({self.exact_pool: missing})
         for cohort, new in zip(self.cohorts, plans):
             self._crop(cohort, new)
 
     def _crop(self, cohort: Cohort, new: Geometry) -> None:
         old, rows = cohort.geometry, len(cohort.rows)
         unpacked = None
-        if new.packed_stop < old.packed_stop and new.length > new.packed_stop:
+        if new.exact_base < min(old.exact_base, new.length):
             # The crop ends inside a packed group: its first tokens go back to the exact tier, as decoded.
             assert self.packing is not None and self.codec is not None
             column, slot = divmod(new.packed_stop - new.packed_base, self.packing.page)
             fields = self.packed_fields(cohort, column, column + 1)
             keys, values = self.codec.decode({name: field.flatten(0, 1) for name, field in fields.items()})
             unpacked = slice(slot, slot + new.length - new.packed_stop)
-        if new.exact_base < old.exact_base or new.length <= new.exact_base:
-            keep = new.pinned_pages
-            self.exact_pool.release(cohort.exact[:, keep:])
-            cohort.exact = cohort.exact[:, :keep]
-        else:
-            keep = new.pinned_pages + new.window_pages
-            self.exact_pool.release(cohort.exact[:, keep:])
-            cohort.exact = cohort.exact[:, :keep]
-        pages = new.packed_pages(self.packing)
-        if pages < cohort.packed.shape[1]:
-            assert self.packed_pool is not None
-            self.packed_pool.release(cohort.packed[:, pages:])
-            cohort.packed = cohort.packed[:, :pages]
-            if self.own_pool is not None:
-                self.own_pool.release(cohort.own[:, pages:])
-                cohort.own = cohort.own[:, :pages]
+        # Where packed groups go, so does every page after them.
+        keep = new.pinned_pages + (new.window_pages if new.exact_base == old.exact_base else 0)
+        self.exact_pool.release(cohort.exact[:, keep:])
+        cohort.exact = cohort.exact[:, :keep]
+        cohort.touched_exact()
+        self._drop_packed(cohort, slice(new.packed_pages(self.packing), None))
         cohort.geometry = new
         if unpacked is not None:
-            cohort.geometry = Geometry(
-                new.extent, new.packed_stop, new.exact_base, new.packed_base, new.packed_stop
-            )
+            cohort.geometry = replace(new, length=new.packed_stop)
             self.append(
                 cohort,
                 keys[:, unpacked].to(self.spec.dtype).reshape(rows, -1, self.spec.head_dim),
                 values[:, unpacked].to(self.spec.dtype).reshape(rows, -1, self.spec.head_dim),
                 settle=False,
             )
-        cohort.touched_exact()
-        cohort.touched_packed()
 
     # -- reading ------------------------------------------------------------------------------------------
 
@@ -594,12 +639,14 @@ class LayerCache:
         return cohort.exact_blocks
 
     def exact(self, name: str, location: Location) -> torch.Tensor:
-        """Field "keys" or "values" of a block of the exact tier: `[rows, tokens, head_dim]`; a view if it can be."""
+        """Keys or values of a block of the exact tier, a view if it can be: `[rows, tokens, head_dim]`."""
         return self.exact_pool.fetch(name, location).flatten(1, 2)
 
     def packed_blocks(self, cohort: Cohort, numbers: int) -> list[tuple[int, int, Location, Location | None]]:
-        """(first column, last column, location, own location) of blocks that cover the packed tier, each of at most
-        about `numbers` keys times channels."""
+        """(first column, last column, location, own location) of blocks that cover the packed tier.
+
+        Each is of at most about `numbers` keys times channels.
+        """
         assert self.packed_pool is not None and self.packing is not None
         if cohort.packed_blocks is None:
             longest = max(1, numbers // (self.packing.page * len(cohort.rows) * self.spec.head_dim))
@@ -613,7 +660,9 @@ class LayerCache:
     def packed(self, location: Location, own: Location | None) -> dict[str, torch.Tensor]:
         """Every field of a block of the packed tier: `[rows, columns, *shape]`."""
         assert self.packed_pool is not None
-        out = {part.name: self.packed_pool.fetch(part.name, location) for part in self.packed_pool.layout.fields}
+        out = {
+            part.name: self.packed_pool.fetch(part.name, location) for part in self.packed_pool.layout.fields
+        }
         if own is not None and self.own_pool is not None:
             for part in self.own_pool.layout.fields:
                 out[part.name] = self.own_pool.fetch(part.name, own)
@@ -633,4 +682,14 @@ class LayerCache:
 
     @property
     def table_bytes(self) -> int:
-        return sum(c.rows.nbytes + c.exact.nbytes + c.packed.nbytes + c.own.nbytes for c in self.cohorts)
+        """Bytes of the page tables and of the indices worked out from them where pages are scattered."""
+        tables = sum(c.rows.nbytes + c.exact.nbytes + c.packed.nbytes + c.own.nbytes for c in self.cohorts)
+        located = [
+            location
+            for cohort in self.cohorts
+            for block in (*(cohort.exact_blocks or ()), *(cohort.packed_blocks or ()))
+            for location in block[2:]
+            if location is not None
+        ]
+        indices = [index for location in located for part in location.parts for index in part[1:]]
+        return tables + sum(index.nbytes for index in indices if index is not None)

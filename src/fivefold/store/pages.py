@@ -89,7 +89,7 @@ class Budget:
     reserved: int = 0
 
     def room_for(self, nbytes: int, spare: bool = False) -> int:
-        """Bytes left after taking `nbytes` (negative: too many); with `spare`, the reserved ones stay untouched."""
+        """Bytes left after taking `nbytes` (negative: too many); `spare`: and leaving what is reserved."""
         if self.limit is None:
             return 0
         return self.limit - self.used - nbytes - (self.reserved if spare else 0)
@@ -97,7 +97,8 @@ class Budget:
     def full(self, nbytes: int) -> CacheFullError:
         return CacheFullError(
             f"the cache is full: {nbytes:,} bytes more are needed, and {self.used:,} of the cap of "
-            f"{self.limit:,} bytes are in use; nothing was stored: raise max_bytes, or use a recipe that keeps less."
+            f"{self.limit:,} bytes are in use; nothing was stored: raise max_bytes, or use a recipe that "
+            "keeps less."
         )
 
     def trim(self) -> None:
@@ -128,10 +129,12 @@ class _Slab:
     __slots__ = ("free", "references", "tensors")
 
     def __init__(self, layout: PageLayout, pages: int, device: torch.device) -> None:
-        self.tensors = {
-            part.name: torch.empty((pages, *part.shape), dtype=part.dtype, device=device)
-            for part in layout.fields
-        }
+        # Tensors made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            self.tensors = {
+                part.name: torch.empty((pages, *part.shape), dtype=part.dtype, device=device)
+                for part in layout.fields
+            }
         self.references = np.zeros(pages, dtype=np.int32)
         self.free = pages
 
@@ -174,7 +177,7 @@ class PagePool:
     def allocated_bytes(self) -> int:
         return self.total_pages * self.layout.nbytes
 
-    def _grow(self, pages: int) -> int:
+    def _grow(self, pages: int) -> tuple[int, _Slab]:
         pages = min(pages, 1 << SLAB_SHIFT)
         slab = _Slab(self.layout, pages, self.device)
         self.budget.used += pages * self.layout.nbytes
@@ -183,9 +186,9 @@ class PagePool:
         for number, old in enumerate(self._slabs):
             if old is None:
                 self._slabs[number] = slab
-                return number
+                return number, slab
         self._slabs.append(slab)
-        return len(self._slabs) - 1
+        return len(self._slabs) - 1, slab
 
     def trim(self) -> None:
         """Give wholly free slabs back to the system."""
@@ -226,9 +229,8 @@ class PagePool:
         if missing > 0 or count > _SCATTER:
             for pages in (ample, count) if missing > 0 else (count,):
                 if missing == pages or self.budget.room_for(pages * self.layout.nbytes, spare=True) >= 0:
-                    number = self._grow(pages)
-                    slab = self._slabs[number]
-                    if slab is not None and slab.free >= count:
+                    number, slab = self._grow(pages)
+                    if slab.free >= count:
                         return self._take(number, slab, np.arange(count))
                     break
             else:
@@ -243,9 +245,7 @@ class PagePool:
             if count == 0:
                 break
         while count:  # only beyond 2**SLAB_SHIFT pages at once
-            number = self._grow(count)
-            slab = self._slabs[number]
-            assert slab is not None
+            number, slab = self._grow(count)
             take = min(count, slab.free)
             parts.append(self._take(number, slab, np.arange(take)))
             count -= take
@@ -320,7 +320,7 @@ class PagePool:
         return Location(pages.shape, None, 0, (0, 0), tuple(parts))
 
     def fetch(self, name: str, location: Location) -> torch.Tensor:
-        """Field `name` of the pages at a location: `[rows, columns, *shape]`; a view if they form a regular grid."""
+        """Field `name` of the pages at a location: `[rows, columns, *shape]`; of a regular grid a view."""
         if location.slab is not None:
             field = location.slab.tensors[name]
             page = field.stride(0)
@@ -341,7 +341,7 @@ class PagePool:
         return self.fetch(name, self.locate(pages.reshape(1, -1)))[0]
 
     def write(self, name: str, pages: np.ndarray, values: torch.Tensor, at: slice | None = None) -> None:
-        """Write field `name` of `pages`; `values: [len(pages), *shape]`, or its part `at` of the first axis."""
+        """Write field `name` of `pages`, or its part `at` of the first axis: `[len(pages), *shape]`."""
         pages = pages.reshape(-1)
         if not len(pages):
             return

@@ -24,7 +24,7 @@ def _pages(tokens: int, page: int = PAGE) -> int:
 
 @dataclass(frozen=True)
 class Extent:
-    """Which tokens a head holds: the first `sink` and the last `recent`, itself included; all if `recent` is None.
+    """Which tokens a head holds: the first `sink` and the last `recent`, itself included; None is all.
 
     A query at position p sees key position k <= p iff `k < sink` or `k > p - recent`.
     """
@@ -46,7 +46,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class Packing:
-    """How a layer packs: groups of `group` tokens, once they are `residual` tokens old, into pages of `page` tokens."""
+    """How a layer packs: `group` tokens at a time, once they are `residual` old, into pages of `page`."""
 
     group: int
     residual: int
@@ -115,12 +115,16 @@ class Geometry:
         return replace(self, exact_base=exact, packed_base=base, packed_stop=stop)
 
     def cropped(self, tokens: int, packing: Packing | None) -> Geometry | None:
-        """After forgetting the last `tokens` tokens, or None if a token that is visible again was given up."""
+        """After forgetting the last `tokens` tokens, or None if one that is visible again was given up."""
         length = self.length - tokens
+        if length <= self.extent.pinned * PAGE:
+            return Geometry(self.extent, length)  # all that is left is in the pinned pages
         out = replace(self, length=length)
         if self.first_held > max(self.extent.pinned * PAGE, out.oldest_visible):
             return None
         if length >= self.exact_base or packing is None or self.packed_stop == self.packed_base:
             return out
-        stop = max(self.packed_base, self.packed_base + (length - self.packed_base) // packing.group * packing.group)
+        stop = max(
+            self.packed_base, self.packed_base + (length - self.packed_base) // packing.group * packing.group
+        )
         return replace(out, packed_stop=stop, exact_base=stop)

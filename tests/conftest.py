@@ -1,0 +1,92 @@
+"""Tiny random models of every supported family, made once for the whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+import fivefold
+
+VOCAB = 131
+# Grouped, single (MQA) and equally many (MHA) kv heads; head dims 64, 96, 128 and 256. A wide initialisation, so that
+# attention is not nearly uniform and greedy output is not one token for ever.
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.25,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
+    "llama": (LlamaConfig, {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}),
+    "mistral": (
+        MistralConfig,
+        {
+            "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 128,
+            "sliding_window": None,
+        },
+    ),
+    "qwen2": (Qwen2Config, {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}),
+    "qwen3": (Qwen3Config, {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128}),
+    "phi3": (
+        Phi3Config,
+        {"hidden_size": 192, "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.15},
+    ),
+    "gemma3_text": (
+        Gemma3TextConfig,
+        {
+            "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 256,
+            "num_hidden_layers": 4, "sliding_window": 24,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    "gpt_neox": (GPTNeoXConfig, {"hidden_size": 128, "num_attention_heads": 2}),
+}  # fmt: skip
+
+
+def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A random model of a family, always the same one for the same arguments."""
+    kind, settings = FAMILIES[family]
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(kind(**{**_COMMON, **settings, **changes})).to(dtype).eval()
+
+
+@pytest.fixture(scope="session")
+def _models() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def tiny(_models: dict[str, Any]) -> Iterator[Callable[..., Any]]:
+    """`tiny("llama", seed=1, num_hidden_layers=2)`: a random model, unprepared, on SDPA. Shared between tests, and
+    restored after each: do not change its weights."""
+    used = []
+
+    def get(family: str = "llama", **changes: Any) -> Any:
+        key = f"{family} {sorted(changes.items())}"
+        if key not in _models:
+            _models[key] = build(family, **changes)
+        used.append(_models[key])
+        return _models[key]
+
+    yield get
+    for model in used:
+        fivefold.restore(model)
+        model.set_attn_implementation("sdpa")

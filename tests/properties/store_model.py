@@ -1,0 +1,625 @@
+"""The store beside a plain model of it, and the operations that drive both.
+
+The model is, for every layer, sequence and KV head, the keys and values that the store must give back for
+each position, and which of them are packed. It knows what a head must hold (`Extent`), how far pages may make
+it hold more, and how far a packed number may lie from what was put in; it knows nothing of cohorts,
+references or slabs.
+
+`test_store.py` lets hypothesis choose the operations, `benchmarks/store_stress.py` draws them at random.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fivefold.errors import CacheFullError, CacheStateError, NonFiniteError
+from fivefold.methods.bits.kivi import KiviCodec
+from fivefold.store.layer_cache import Cohort, LayerCache, LayerSpec, Pools
+from fivefold.store.pages import SLAB_SHIFT, PagePool
+from fivefold.store.tiers import PAGE, Extent, Geometry
+
+LAYERS = 2
+DIM = 4
+MOST_TOKENS = 640
+MOST_SEQUENCES = 4
+MOST_CACHES = 4
+HORIZON = 24
+
+EXTENTS = (
+    Extent(), Extent(0, 2), Extent(0, 20), Extent(4, 33), Extent(4, 100), Extent(33, 64), Extent(40, 7),
+    Extent(3, 300),
+)  # fmt: skip
+GROUPS = ((2, 32), (2, 64), (2, 128), (3, 32), (4, 32), (4, 64), (4, 128), (8, 32), (8, 64))
+
+WEIGHTS = {
+    "decode": 8, "chunk": 6, "fork": 2, "select": 3, "crop": 4, "free": 1, "trim": 1, "cap": 1, "share": 1,
+    "record": 1, "overflow": 1,
+}  # fmt: skip
+# The operations and the range of each of their arguments.
+OPERATIONS: dict[str, tuple[tuple[int, int], ...]] = {
+    "decode": ((0, 3), (0, 15), (1, 4), (0, 3)),
+    "chunk": ((0, 3), (0, 300), (0, 90), (0, 3)),
+    "fork": ((0, 3),),
+    "select": ((0, 3), (1, MOST_SEQUENCES), (0, 255)),
+    "crop": ((0, 3), (0, LAYERS), (1, 400)),
+    "free": ((0, 3),),
+    "trim": (),
+    "cap": ((-8, 30),),
+    "share": ((0, 3), (0, 1)),
+    "record": ((0, 3),),
+    "overflow": ((0, 3), (0, 7), (1, 300)),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How the caches of a system are made. `group` 0 is no codec; `own`: layers may share the keys they
+    packed.
+    """
+
+    seed: int
+    extents: tuple[tuple[Extent, ...], ...]
+    bits: int
+    group: int
+    residual: int
+    own: bool
+    dtype: torch.dtype
+
+    @staticmethod
+    def draw(rng: random.Random) -> Setup:
+        heads = [rng.choice(EXTENTS) for _ in range(rng.randint(1, 2))]
+        second = heads if rng.random() < 0.6 else [rng.choice(EXTENTS) for _ in heads]
+        bits, group = rng.choice((*GROUPS, (2, 0)))
+        return Setup(
+            seed=rng.getrandbits(32),
+            extents=(tuple(heads), tuple(second)),
+            bits=bits,
+            group=group,
+            residual=rng.choice((0, 1, 32, 50, 128)),
+            own=rng.random() < 0.5,
+            dtype=torch.float32 if rng.random() < 0.7 else torch.bfloat16,
+        )
+
+
+class SharedKeys(KiviCodec):
+    """KIVI whose pages share the keys and keep the values for themselves."""
+
+    def __init__(self, bits: int, group: int) -> None:
+        super().__init__(bits, group, min(group, DIM), DIM)
+        fields = (dataclasses.replace(f, own=f.name.startswith("value")) for f in self.layout.fields)
+        self.layout = dataclasses.replace(self.layout, fields=tuple(fields))
+
+
+class Tokens(NamedTuple):
+    """What one head of one sequence has seen: keys, values float32 [length, DIM]; packed bool [length].
+
+    Where `packed`, keys and values are what they became when they were packed. Never modified in place.
+    """
+
+    keys: np.ndarray
+    values: np.ndarray
+    packed: np.ndarray
+
+
+NOTHING = Tokens(np.zeros((0, DIM), np.float32), np.zeros((0, DIM), np.float32), np.zeros(0, bool))
+
+
+class Twin:
+    """A cache (one `LayerCache` per layer) and its model: per layer, `tokens[sequence, head]`."""
+
+    def __init__(self, layers: list[LayerCache]) -> None:
+        self.layers = layers
+        self.tokens: list[dict[tuple[int, int], Tokens]] = [{} for _ in layers]
+        self.horizons: list[int] = []  # of each sequence, when the policy last moved its tokens
+        self.recording = False
+
+    @property
+    def batch(self) -> int:
+        return len(self.horizons)
+
+    def tiers(self) -> list[tuple[int, int]]:
+        return [
+            (c.geometry.exact_base, c.geometry.packed_base) for layer in self.layers for c in layer.cohorts
+        ]
+
+
+class System:
+    """Caches that share their pools, with their models. Every operation takes plain numbers and bends them to
+    what is possible; `check` compares everything."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.random = np.random.default_rng(setup.seed)
+        self.pools = Pools()
+        self.count = 0
+        layers = []
+        for index, extents in enumerate(setup.extents):
+            spec = LayerSpec(index, LAYERS, len(extents), len(extents), DIM, setup.dtype, torch.device("cpu"))
+            codec = None
+            if setup.group:
+                codec = (
+                    SharedKeys(setup.bits, setup.group)
+                    if setup.own
+                    else KiviCodec(setup.bits, setup.group, min(setup.group, DIM), DIM)
+                )
+            layers.append(LayerCache(spec, self.pools, extents, codec, setup.residual))
+        self.heads = len(setup.extents[0])
+        self.caches = [Twin(layers)]
+        self.touched: list[Twin] = []  # by the operation that was the last
+
+    # -- operations ---------------------------------------------------------------------------------------
+
+    def decode(self, which: int, mask: int, steps: int, tight: int) -> None:
+        """Some steps of one token; sequences whose bit is set in `mask` are padding and get none."""
+        cache = self._pick(which)
+        for _ in range(steps):
+            if cache not in self.caches:
+                break  # it grew too long and was freed
+            counts = [1 - (mask >> i & 1) for i in range(self._begin(cache))]
+            self._take(cache, counts, tight)
+
+    def chunk(self, which: int, tokens: int, fewer: int, tight: int) -> None:
+        """A chunk; each sequence gets `fewer` tokens less than the one before it."""
+        cache = self._pick(which)
+        self._take(cache, [max(0, tokens - fewer * i) for i in range(self._begin(cache))], tight)
+
+    def fork(self, which: int) -> None:
+        cache = self._pick(which)
+        if len(self.caches) == MOST_CACHES:
+            return self.free(which)
+        twin = Twin([layer.fork() for layer in cache.layers])
+        twin.tokens = [dict(tokens) for tokens in cache.tokens]
+        twin.horizons = list(cache.horizons)
+        twin.recording = cache.recording
+        self.caches.append(twin)
+
+    def select(self, which: int, count: int, code: int) -> None:
+        cache = self._pick(which)
+        if not cache.batch:
+            return
+        order = [(code >> 2 * i) % cache.batch for i in range(count)]
+        for layer, tokens in zip(cache.layers, cache.tokens):
+            layer.select(np.array(order, dtype=np.int64))
+            old = dict(tokens)
+            tokens.clear()
+            tokens.update({(i, h): old[j, h] for i, j in enumerate(order) for h in range(self.heads)})
+        cache.horizons = [cache.horizons[j] for j in order]
+
+    def crop(self, which: int, only: int, count: int) -> None:
+        """Take tokens back, in one layer only or (`only == LAYERS`) in all."""
+        cache = self._pick(which)
+        for index in range(LAYERS) if only == LAYERS else [only]:
+            layer, tokens = cache.layers[index], cache.tokens[index]
+            legal = all(self._can_crop(cohort.geometry, count) for cohort in layer.cohorts)
+            try:
+                layer.crop(count)
+            except CacheStateError:
+                assert not legal, "a crop was refused that loses nothing"
+                continue
+            except CacheFullError:
+                assert self.pools.budget.limit is not None
+                continue
+            assert legal, "a crop went through that shows tokens which are gone"
+            for key, (keys, values, packed) in tokens.items():
+                rest = max(0, len(keys) - count)
+                tokens[key] = Tokens(keys[:rest], values[:rest], packed[:rest])
+            self._check_cache(cache, cropped=True)
+        if cache.recording and cache.batch:
+            self._take(cache, [0] * cache.batch, 0, settle=True)
+
+    def free(self, which: int) -> None:
+        cache = self._pick(which)
+        for layer, tokens in zip(cache.layers, cache.tokens):
+            layer.free()
+            tokens.clear()
+        cache.horizons = []
+        if len(self.caches) > 1:
+            self.caches.remove(cache)
+
+    def trim(self) -> None:
+        self.pools.budget.trim()
+
+    def cap(self, pages: int) -> None:
+        """Allow so many pages more than are there, or (negative) any number."""
+        budget = self.pools.budget
+        budget.limit = None if pages < 0 else budget.used + pages * max(p.layout.nbytes for p in self.pools)
+
+    def share(self, which: int, source: int) -> None:
+        cache = self._pick(which)
+        mine, theirs = cache.layers[1 - source], cache.layers[source]
+        if mine.packing is None:
+            return
+        alike = len(mine.cohorts) == len(theirs.cohorts) and all(
+            a.geometry == b.geometry and np.array_equal(a.rows, b.rows)
+            for a, b in zip(mine.cohorts, theirs.cohorts)
+        )
+        try:
+            mine.share_packed(theirs)
+        except CacheStateError:
+            assert not alike
+            return
+        assert alike
+        tokens = cache.tokens[1 - source]
+        for key, other in cache.tokens[source].items():
+            packed = other.packed[:, None]
+            keys, values, flags = tokens[key]
+            values = values if self.setup.own else np.where(packed, other.values, values)
+            tokens[key] = Tokens(np.where(packed, other.keys, keys), values, flags)
+
+    def record(self, which: int) -> None:
+        """From now on (or no longer) the newest tokens may be taken back."""
+        cache = self._pick(which)
+        cache.recording = not cache.recording
+
+    def overflow(self, which: int, cohort: int, count: int) -> None:
+        """Give one cohort a chunk with a number that cannot be packed, where it would be packed at once."""
+        cache = self._pick(which)
+        layer = cache.layers[cohort % LAYERS]
+        if not layer.cohorts or layer.packing is None or self.pools.budget.limit is not None:
+            return
+        target = layer.cohorts[cohort // LAYERS % len(layer.cohorts)]
+        old = target.geometry
+        new = old.appended(count).settled(layer.packing)
+        position = new.packed_stop - 1
+        if max(old.length, new.packed_base) > position:
+            return
+        rows = len(target.rows)
+        keys, values = self._numbers(rows, count), self._numbers(rows, count)
+        (keys, values)[count % 2][rows - 1, position - old.length, 1] = float(
+            ("nan", "inf", "-inf", "1e6")[count % 4]
+        )
+        try:
+            layer.append(target, keys, values)
+        except NonFiniteError:
+            return
+        raise AssertionError("a number that float16 cannot hold was packed")
+
+    def finish(self) -> None:
+        """Give everything back: no byte may stay."""
+        for cache in self.caches:
+            for layer in cache.layers:
+                layer.free()
+        self.caches = []
+        self._check_accounts()
+        assert all(pool.pages_in_use == 0 for pool in self.pools)
+        self.pools.budget.trim()
+        self._check_accounts()
+        assert self.pools.budget.used == 0
+
+    # -- how the engine does it ---------------------------------------------------------------------------
+
+    def _pick(self, which: int) -> Twin:
+        cache = self.caches[which % len(self.caches)]
+        self.touched = [cache]
+        return cache
+
+    def _begin(self, cache: Twin) -> int:
+        """The number of sequences, of which there is at least one."""
+        if not cache.batch:
+            batch = 1 + int(self.random.integers(3))
+            for layer, tokens in zip(cache.layers, cache.tokens):
+                layer.start(batch)
+                tokens.update({(i, h): NOTHING for i in range(batch) for h in range(self.heads)})
+            cache.horizons = [0] * batch
+        return cache.batch
+
+    def _numbers(self, rows: int, tokens: int) -> torch.Tensor:
+        """[rows, tokens, DIM]: channels of different scale and offset, some groups constant."""
+        x = self.random.standard_normal((rows, tokens, DIM), dtype=np.float32)
+        x = x * np.array([1, 0.01, 20, 3], np.float32) + np.array([0, 1, -7, 100], np.float32)
+        if self.random.random() < 0.1:
+            x[:] = x[:, :1]
+        return torch.from_numpy(x).to(self.setup.dtype)
+
+    def _take(self, cache: Twin, counts: list[int], tight: int, settle: bool = False) -> None:
+        """A forward. tight 1: under a cap that leaves exactly what `demand` says; 2: one byte less.
+
+        settle: no new tokens, but the policy moves what is due.
+        """
+        if any(c > MOST_TOKENS for c in self._longest(cache, counts)):
+            return self.free(self.caches.index(cache))
+        budget, tokens = self.pools.budget, np.array(counts, dtype=np.int64)
+        horizon = 0 if settle or not cache.recording else HORIZON
+        running: dict[PagePool, int] = {}
+        peak: dict[PagePool, int] = {}
+        for layer in cache.layers:
+            for pool, (taken, freed) in layer.demand(tokens, horizon).items():
+                running[pool] = running.get(pool, 0) + taken
+                peak[pool] = max(peak.get(pool, 0), running[pool])
+                running[pool] -= freed
+        limit, must_fail = budget.limit, False
+        if limit is None and tight in (1, 2):
+            budget.trim()
+            need = sum(max(0, count - pool.free_pages) * pool.layout.nbytes for pool, count in peak.items())
+            must_fail = tight == 2 and need > 0
+            budget.limit = budget.used + need - must_fail
+        try:
+            budget.reserve(peak)
+        except CacheFullError:
+            assert must_fail or limit is not None
+            budget.limit = limit
+            return
+        assert not must_fail
+        chunk = max(counts, default=0)
+        before = cache.tiers()
+        for layer, held in zip(cache.layers, cache.tokens):
+            rows = cache.batch * self.heads
+            keys, values = self._numbers(rows, chunk), self._numbers(rows, chunk)
+            for cohort, count in layer.split_by(tokens):
+                new = slice(chunk - count, chunk)
+                mine = keys[cohort.rows_tensor, new], values[cohort.rows_tensor, new]
+                if count == 1:
+                    layer.append(cohort, *mine, settle=False)
+                    layer.append(cohort, None, None, horizon=horizon)
+                elif count:
+                    layer.append(cohort, *mine, horizon=horizon)
+                elif settle:
+                    layer.append(cohort, None, None, horizon=horizon)
+            for (sequence, head), old in held.items():
+                count = counts[sequence]
+                if count:
+                    row, new = sequence * self.heads + head, slice(chunk - count, chunk)
+                    held[sequence, head] = Tokens(
+                        np.concatenate([old.keys, keys[row, new].float().numpy()]),
+                        np.concatenate([old.values, values[row, new].float().numpy()]),
+                        np.concatenate([old.packed, np.zeros(count, bool)]),
+                    )
+        for sequence, count in enumerate(counts):
+            if count or settle:
+                cache.horizons[sequence] = horizon
+        if limit is None:
+            budget.limit = None
+        if cache.tiers() != before:
+            self._check_cache(cache)  # so that the model learns what the tokens became that were packed
+
+    def _longest(self, cache: Twin, counts: list[int]) -> list[int]:
+        return [
+            max(len(tokens[i, h].keys) for tokens in cache.tokens for h in range(self.heads)) + count
+            for i, count in enumerate(counts)
+        ]
+
+    @staticmethod
+    def _can_crop(geometry: Geometry, count: int) -> bool:
+        """Whether all that the next query sees after the crop is there."""
+        length = max(0, geometry.length - count)
+        return bool(held(geometry)[:length][visible(geometry.extent, length)].all())
+
+    # -- comparison ---------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """After an operation: the cache it was done to, from time to time all of them, and every page's
+        owners.
+        """
+        self.count += 1
+        for cache in self.caches if self.count % 8 == 0 else self.touched:
+            self._check_cache(cache)
+        self.touched = []
+        self._check_accounts()
+        self._poison()
+
+    def _check_cache(self, cache: Twin, cropped: bool = False) -> None:
+        for layer, tokens in zip(cache.layers, cache.tokens):
+            rows = [row for cohort in layer.cohorts for row in cohort.rows.tolist()]
+            assert sorted(rows) == list(range(cache.batch * self.heads)) and layer.batch == cache.batch
+            for cohort in layer.cohorts:
+                self._check_cohort(cache, layer, cohort, tokens, cropped)
+            lengths = [len(tokens[i, 0].keys) for i in range(cache.batch)]
+            assert layer.lengths().tolist() == lengths
+
+    def _check_cohort(
+        self,
+        cache: Twin,
+        layer: LayerCache,
+        cohort: Cohort,
+        tokens: dict[tuple[int, int], Tokens],
+        cropped: bool,
+    ) -> None:
+        geometry, packing = cohort.geometry, layer.packing
+        names = [divmod(row, self.heads) for row in cohort.rows.tolist()]
+        assert all(layer.extents[head] == geometry.extent for _, head in names)
+        mine = [tokens[name] for name in names]
+        length, base, stop = geometry.length, geometry.packed_base, geometry.packed_stop
+        assert all(len(each.keys) == length for each in mine)
+
+        # What the next query sees is held, and little more than that.
+        assert held(geometry)[visible(geometry.extent, length)].all()
+        pinned = geometry.extent.pinned * PAGE
+        recent = geometry.extent.recent
+        horizon = max(cache.horizons[sequence] for sequence, _ in names)
+        oldest = pinned if recent is None else max(pinned, length + 1 - recent - horizon)
+        packed_pages = 0
+        if stop > base:
+            assert packing is not None
+            assert stop == geometry.exact_base and pinned <= base and (stop - base) % packing.group == 0
+            assert base + packing.page > oldest and stop > oldest
+            packed_pages = ceil(stop - base, packing.page)
+        else:
+            assert geometry.exact_base == pinned or geometry.exact_base + PAGE > oldest
+        if packing is not None:
+            waiting = length - max(geometry.exact_base, oldest // PAGE * PAGE)
+            assert waiting - packing.residual - horizon < packing.group
+        pinned_filled = min(length, pinned)
+        window_filled = max(0, length - geometry.exact_base)
+        rows = len(names)
+        assert cohort.exact.shape == (rows, ceil(pinned_filled, PAGE) + ceil(window_filled, PAGE))
+        assert cohort.packed.shape == (rows, packed_pages)
+        assert cohort.own.shape == (rows, packed_pages if layer.own_pool is not None else 0)
+
+        # The exact tier gives back what was put in.
+        positions = np.r_[:pinned_filled, length - window_filled : length]
+        stored = read(layer.exact_pool, cohort.exact)
+        was_packed = mine[0].packed
+        assert all(np.array_equal(each.packed, was_packed) for each in mine)
+        assert cropped or not was_packed[positions].any()
+        for name, expected in (("keys", [t.keys for t in mine]), ("values", [t.values for t in mine])):
+            found = stored[name].reshape(rows, -1, DIM)[:, : len(positions)]
+            wanted = np.stack(expected)[:, positions]
+            if was_packed[positions].any():
+                wanted = torch.from_numpy(wanted).to(self.setup.dtype).float().numpy()
+            assert np.array_equal(found, wanted), f"exact {name} differ"
+        returned = positions[was_packed[positions]]
+        fresh = slice(stop, stop)
+        packed = None
+        if stop > base:
+            assert packing is not None
+            fields = read(layer.packed_pool, cohort.packed)
+            if layer.own_pool is not None:
+                fields |= read(layer.own_pool, cohort.own)
+            packed = [x.reshape(rows, -1, DIM)[:, : stop - base] for x in decode(layer.codec, fields)]
+            # Packed tokens stay what they became; those that were packed just now lie within half a step.
+            start = base + int(was_packed[base:stop].sum())
+            assert was_packed[base:start].all() and (start - base) % packing.group == 0
+            for found, expected in zip(packed, ([t.keys for t in mine], [t.values for t in mine])):
+                wanted = np.stack([x[base:start] for x in expected])
+                assert np.array_equal(found[:, : start - base], wanted), "packed tokens changed"
+            if start < stop:
+                assert stop <= length - packing.residual - horizon, "tokens were packed too early"
+                self._check_steps(layer.codec, mine, start, stop, [x[:, start - base :] for x in packed])
+                fresh = slice(start, stop)
+        if len(returned) or fresh.start < fresh.stop:
+            for row, (name, each) in enumerate(zip(names, mine)):
+                keys, values, flags = (x.copy() for x in each)
+                for x, name_ in ((keys, "keys"), (values, "values")):
+                    x[positions] = stored[name_].reshape(rows, -1, DIM)[row, : len(positions)]
+                flags[returned] = False
+                if packed is not None:
+                    keys[fresh] = packed[0][row, fresh.start - base :]
+                    values[fresh] = packed[1][row, fresh.start - base :]
+                    flags[fresh] = True
+                tokens[name] = Tokens(keys, values, flags)
+
+    def _check_steps(
+        self, codec: KiviCodec, mine: list[Tokens], start: int, stop: int, found: list[np.ndarray]
+    ) -> None:
+        rows = len(mine)
+        keys = np.stack([t.keys[start:stop] for t in mine])
+        values = np.stack([t.values[start:stop] for t in mine])
+        for x, y, shape, axis in (
+            (keys, found[0], (rows, -1, codec.group, DIM), 2),
+            (values, found[1], (rows, stop - start, -1, codec.channels), 3),
+        ):
+            group = x.reshape(shape)
+            low, high = group.min(axis, keepdims=True), group.max(axis, keepdims=True)
+            bound = quantisation_bound(low, high, codec.bits)
+            assert (np.abs(group - y.reshape(shape)) <= bound).all(), (
+                "packed tokens are further off than half a step"
+            )
+
+    def _check_accounts(self) -> None:
+        """Every page is held as often as tables name it; the pools and the budget agree on what there is."""
+        named: dict[PagePool, list[np.ndarray]] = {pool: [] for pool in self.pools}
+        for cache in self.caches:
+            for layer in cache.layers:
+                for cohort in layer.cohorts:
+                    named[layer.exact_pool].append(cohort.exact.reshape(-1))
+                    if layer.packed_pool is not None:
+                        named[layer.packed_pool].append(cohort.packed.reshape(-1))
+                    if layer.own_pool is not None:
+                        named[layer.own_pool].append(cohort.own.reshape(-1))
+        total_bytes = 0
+        for pool, tables in named.items():
+            ids = np.concatenate(tables) if tables else np.empty(0, np.int64)
+            slab_of = ids >> SLAB_SHIFT
+            free = total = seen = 0
+            for number, slab in enumerate(pool._slabs):
+                if slab is None:
+                    continue
+                index = ids[slab_of == number] & ((1 << SLAB_SHIFT) - 1)
+                seen += len(index)
+                count = np.bincount(index, minlength=len(slab.references))
+                assert np.array_equal(count, slab.references), (
+                    "a page is held more or less often than tables name it"
+                )
+                assert slab.free == int((count == 0).sum())
+                free += slab.free
+                total += len(slab.references)
+                total_bytes += sum(t.nbytes for t in slab.tensors.values())
+            assert seen == len(ids), "a table names a page of a slab that was given back"
+            assert (pool.free_pages, pool.total_pages) == (free, total)
+        budget = self.pools.budget
+        assert budget.used == total_bytes == sum(pool.allocated_bytes for pool in self.pools)
+        assert budget.limit is None or budget.used <= budget.limit
+
+    def _poison(self) -> None:
+        """Nobody may rely on what stands in a free page."""
+        for pool in self.pools:
+            for slab in pool._slabs:
+                if slab is not None and slab.free:
+                    index = torch.from_numpy(np.flatnonzero(slab.references == 0))
+                    for tensor in slab.tensors.values():
+                        tensor.index_fill_(0, index, float("nan") if tensor.is_floating_point() else 0x5A5A)
+
+
+def ceil(tokens: int, page: int) -> int:
+    return -(-tokens // page)
+
+
+def visible(extent: Extent, length: int) -> np.ndarray:
+    """Which of the positions 0 .. length the query at position `length` sees: bool [length]."""
+    k = np.arange(length)
+    if extent.recent is None:
+        return np.ones(length, bool)
+    return (k < extent.sink) | (k > length - extent.recent)
+
+
+def held(geometry: Geometry) -> np.ndarray:
+    """Which positions are stored: bool [length]. No position may be in two tiers."""
+    count = np.zeros(geometry.length, np.int64)
+    count[: geometry.extent.pinned * PAGE] += 1
+    count[geometry.exact_base :] += 1
+    count[geometry.packed_base : geometry.packed_stop] += 1
+    assert count.max(initial=0) <= 1
+    return count == 1
+
+
+def read(pool: PagePool, pages: np.ndarray) -> dict[str, np.ndarray]:
+    """Every field of a table of pages, float32 or int16 [rows, columns, *shape], read one slab at a time."""
+    flat = pages.reshape(-1)
+    slab_of, index = flat >> SLAB_SHIFT, torch.from_numpy(flat & ((1 << SLAB_SHIFT) - 1))
+    places = [(number, np.flatnonzero(slab_of == number)) for number in dict.fromkeys(slab_of.tolist())]
+    out = {}
+    for field in pool.layout.fields:
+        whole = np.empty((len(flat), *field.shape), np.float32 if field.dtype.is_floating_point else np.int16)
+        for number, where in places:
+            slab = pool._slabs[number]
+            assert slab is not None
+            part = slab.tensors[field.name][index[where]]
+            whole[where] = (part.float() if field.dtype.is_floating_point else part).numpy()
+        out[field.name] = whole.reshape(*pages.shape, *field.shape)
+    return out
+
+
+def decode(codec: KiviCodec, fields: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values of planar pages [rows, columns, *shape], written down anew: [rows, columns, planes, 32,
+    DIM].
+    """
+    planes = np.arange(codec.planes)[:, None, None]
+
+    def codes(words: np.ndarray) -> np.ndarray:
+        shifted = words.view(np.uint16)[:, :, None] >> (codec.bits * planes).astype(np.uint16)
+        return (shifted & (2**codec.bits - 1)).astype(np.float32)
+
+    share = codec.planes * 32 // codec.group
+    scale, zero = (
+        np.repeat(fields[name], codec.planes // share, axis=2)[:, :, :, None]
+        for name in ("key_scale", "key_zero")
+    )
+    keys = codes(fields["key_words"]) * scale + zero
+    scale, zero = (np.repeat(fields[name], codec.channels, axis=-1) for name in ("value_scale", "value_zero"))
+    return keys, codes(fields["value_words"]) * scale + zero
+
+
+def quantisation_bound(low: np.ndarray, high: np.ndarray, bits: int) -> np.ndarray:
+    """How far a number of a group may lie from its packed form: half a step, or as far as the float16 zero
+    point and scale fall short of the group's ends."""
+    steps = 2**bits - 1
+    zero = low.astype(np.float16).astype(np.float32)
+    scale = np.maximum(0, (high - zero) / steps).astype(np.float16).astype(np.float32)
+    short = np.maximum(np.abs(zero - low), np.abs(high - zero - steps * scale))
+    return np.maximum(scale / 2, short) + 1e-6 * np.maximum(np.abs(low), np.abs(high))

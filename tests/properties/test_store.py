@@ -1,0 +1,63 @@
+"""The store against a plain model, under operations in any order."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from store_model import OPERATIONS, WEIGHTS, Setup, System
+
+NAMES = [name for name, weight in WEIGHTS.items() for _ in range(weight)]
+STEPS = st.sampled_from(NAMES).flatmap(
+    lambda name: st.tuples(st.just(name), st.tuples(*(st.integers(*bounds) for bounds in OPERATIONS[name])))
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The tensors are tiny: more threads only get in each other's way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Prints, when it fails, the seed of the setup and the shortest list of operations that it can find."""
+
+    system: System | None = None
+
+    @initialize(seed=st.integers(0, 2**16))
+    def begin(self, seed: int) -> None:
+        self.system = System(Setup.draw(random.Random(seed)))
+
+    @rule(step=STEPS)
+    def operate(self, step: tuple[str, tuple[int, ...]]) -> None:
+        name, arguments = step
+        getattr(self.system, name)(*arguments)
+
+    @invariant()
+    def holds(self) -> None:
+        if self.system is not None:
+            self.system.check()
+
+    def teardown(self) -> None:
+        if self.system is not None:
+            self.system.finish()
+
+
+TestStore = StoreMachine.TestCase
+# 200 runs of 50 operations. CI always tries the same ones.
+TestStore.settings = settings(
+    max_examples=200,
+    stateful_step_count=50,
+    deadline=None,
+    derandomize="CI" in os.environ,
+    suppress_health_check=list(HealthCheck),
+)

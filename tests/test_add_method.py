@@ -1,0 +1,59 @@
+"""CONTRIBUTING's "add a method in one file", done as it is written there."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fivefold
+from fivefold import methods
+from fivefold.recipe import describe
+
+
+@pytest.fixture
+def float8(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "float8.py" in block)
+    (tmp_path / "my_float8.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    methods.registered()
+    monkeypatch.setattr(methods, "_methods", dict(methods._methods))
+    yield importlib.import_module("my_float8")
+    sys.modules.pop("my_float8")
+
+
+def test_one_file_is_enough(float8):
+    assert any(row["name"] == "float8" for row in describe())
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 97, (1, 300))
+    with torch.inference_mode():
+        exact = model(ids).logits[0, -1].softmax(-1)
+        windows = "streaming(recent=2000) + duo(retrieval=[[0, 0]], recent=400)"
+        for recipe in ("float8()", f"float8(residual=0) + {windows}"):
+            cache = fivefold.compress(model, recipe)
+            model(ids[:, :-1], past_key_values=cache)
+            packed = model(ids[:, -1:], past_key_values=cache).logits[0, -1].softmax(-1)
+            # Three mantissa bits cost something, and not much.
+            assert 1e-4 < (packed - exact).abs().sum() < 0.2
+            assert cache.report().codes > 0
+    full = fivefold.compress(model, "full()")
+    model.generate(ids, past_key_values=full, max_new_tokens=4)
+    small = fivefold.compress(model, "float8()")
+    model.generate(ids, past_key_values=small, max_new_tokens=4)
+    assert small.report().total < 0.5 * full.report().total
+
+
+def test_a_name_cannot_be_taken_twice(float8):
+    with pytest.raises(ValueError, match="taken"):
+        methods.register(slot="bits", name="kivi", paper="")(float8.Float8)
+    with pytest.raises(ValueError, match="unknown slot"):
+        methods.register(slot="bytes", name="other", paper="")

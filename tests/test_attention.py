@@ -1,0 +1,278 @@
+"""Attention over tiers against a plain softmax, in float64, over the tokens that are held.
+
+Fresh memory is filled with NaN, so that a slot which nobody wrote shows wherever it is used.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from fivefold.attention import attend_chunk, attend_step, decode, prefill
+from fivefold.attention.merge import MASKED, attend, attend_reference, merge
+from fivefold.methods.base import Codec
+from fivefold.methods.bits.kivi import KiviCodec
+from fivefold.store import layer_cache
+from fivefold.store.layer_cache import Cohort, LayerCache, LayerSpec, Pools
+from fivefold.store.pages import _Slab
+from fivefold.store.tiers import PAGE, Extent
+
+CPU = torch.device("cpu")
+EXTENTS = [Extent(), Extent(0, 1), Extent(0, 40), Extent(4, 33), Extent(40, 100), Extent(4, 300)]
+CODECS = [(2, 32), (2, 128), (3, 32), (4, 64), (4, 128), (8, 32), (8, 64)]
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The tensors are tiny: more threads only get in each other's way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = _Slab.__init__
+
+    def poisoned(slab: _Slab, *args: object) -> None:
+        make(slab, *args)
+        for tensor in slab.tensors.values():
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 0x5A5A)
+
+    monkeypatch.setattr(_Slab, "__init__", poisoned)
+
+
+def stored(layer: LayerCache, cohort: Cohort) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+    """Positions [n] and keys and values, float64 [rows, n, head_dim], of everything that a cohort holds."""
+    g, rows, dim = cohort.geometry, len(cohort.rows), layer.spec.head_dim
+    positions, parts = [], []
+
+    def take(first: int, last: int, *both: torch.Tensor) -> None:
+        positions.extend(range(first, last))
+        parts.append([x.double()[:, : last - first] for x in both])
+
+    def pages(table: np.ndarray) -> list[torch.Tensor]:
+        pool = layer.exact_pool
+        return [pool.read(name, table.reshape(-1)).reshape(rows, -1, dim) for name in ("keys", "values")]
+
+    if g.pinned_pages:
+        take(0, min(g.length, g.extent.pinned * PAGE), *pages(cohort.exact[:, : g.pinned_pages]))
+    if g.window_pages:
+        take(g.exact_base, g.length, *pages(cohort.exact[:, g.pinned_pages :]))
+    if g.packed_stop > g.packed_base:
+        assert layer.codec is not None and layer.packed_pool is not None
+        fields = {
+            f.name: layer.packed_pool.read(f.name, cohort.packed.reshape(-1)) for f in layer.codec.layout.fields
+        }
+        decoded = layer.codec.decode(fields)
+        take(g.packed_base, g.packed_stop, *(x.reshape(rows, -1, dim) for x in decoded))
+    if not parts:
+        return np.zeros(0, int), *torch.zeros(2, rows, 0, dim, dtype=torch.float64)
+    keys, values = (torch.cat(both, 1) for both in zip(*parts))
+    return np.array(positions), keys, values
+
+
+def softmax_attention(
+    queries: torch.Tensor,
+    newest: np.ndarray,
+    held: tuple[np.ndarray, torch.Tensor, torch.Tensor],
+    extent: Extent,
+    scaling: float,
+) -> torch.Tensor:
+    """queries [rows, head, query, head_dim] at the positions `newest` [query], over what is held and seen."""
+    positions, keys, values = held
+    q, k = newest[:, None], positions[None]
+    seen = k <= q
+    if extent.recent is not None:
+        seen &= (k < extent.sink) | (k > q - extent.recent)
+    assert seen.any(1).all()
+    scores = queries.double() @ keys[:, None].transpose(2, 3) * scaling
+    scores.masked_fill_(~torch.from_numpy(seen), float("-inf"))
+    return scores.softmax(-1) @ values[:, None]
+
+
+class Run:
+    """A layer that is fed random tokens, with attention checked on the way."""
+
+    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+        self.rng = rng = random.Random(seed)
+        torch.manual_seed(seed)
+        self.heads, self.batch, self.group = rng.randint(1, 3), rng.randint(1, 3), rng.randint(1, 8)
+        self.dim, self.dtype = rng.choice((8, 16, 32)), dtype
+        extents = [rng.choice(EXTENTS) for _ in range(self.heads)]
+        codec: Codec | None = None
+        if rng.random() < 0.85:
+            bits, group = rng.choice(CODECS)
+            codec = KiviCodec(bits, group, min(group, self.dim), self.dim)
+        spec = LayerSpec(0, 1, self.heads, self.heads * self.group, self.dim, dtype, CPU)
+        self.layer = LayerCache(spec, Pools(), extents, codec, rng.choice((0, 32, 50, 128)))
+        self.layer.start(self.batch)
+        self.scaling = rng.choice((1.0, self.dim**-0.5))
+
+    def feed(self, counts: list[int], horizon: int = 0) -> None:
+        layer, chunk, rows = self.layer, max(counts), self.batch * self.heads
+        offset = torch.randn(rows, 1, self.dim)
+        keys, values = ((torch.randn(rows, chunk, self.dim) + offset).to(self.dtype) for _ in range(2))
+        queries = torch.randn(rows, self.group, chunk, self.dim).to(self.dtype)
+        for cohort, count in layer.split_by(np.array(counts)):
+            if count == 0:
+                continue
+            pick, new = cohort.rows_tensor, slice(chunk - count, chunk)
+            q, k, v = queries[pick][:, :, new], keys[pick, new], values[pick, new]
+            extent, length = cohort.geometry.extent, cohort.geometry.length
+            newest = np.arange(length, length + count)
+            if count == 1:
+                layer.append(cohort, k, v, settle=False)
+                found = attend_step(layer, cohort, q[:, :, 0], self.scaling)[:, :, None]
+                held = stored(layer, cohort)
+                layer.append(cohort, None, None, horizon=horizon)
+            else:
+                found = attend_chunk(layer, cohort, q, k, v, self.scaling)
+                positions, old_keys, old_values = stored(layer, cohort)
+                layer.append(cohort, k, v, horizon=horizon)
+                held = (
+                    np.concatenate([positions, newest]),
+                    torch.cat([old_keys, k.double()], 1),
+                    torch.cat([old_values, v.double()], 1),
+                )
+            wanted = softmax_attention(q, newest, held, extent, self.scaling)
+            assert found.dtype == self.dtype and found.shape == q.shape
+            error = (found.double() - wanted).abs().max().item()
+            assert error < TOLERANCE[self.dtype] * max(1, wanted.abs().max().item()), (extent, cohort.geometry)
+
+    def go(self, chunks: int = 8, longest: int = 300) -> None:
+        for _ in range(chunks):
+            horizon = self.rng.choice((0, 0, 24))
+            if self.rng.random() < 0.6:
+                longest_now = self.rng.choice((3, 40, longest))
+                counts = [self.rng.randint(0, longest_now) for _ in range(self.batch)]
+                if self.rng.random() < 0.5:
+                    counts = [max(counts)] * self.batch
+                if any(counts):
+                    self.feed(counts, horizon)
+            else:
+                for _ in range(self.rng.randint(1, 40)):
+                    self.feed([1] * self.batch, horizon)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_attention_over_any_tiers(seed: int) -> None:
+    Run(seed, torch.float32).go()
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_attention_in_half_precision(seed: int, dtype: torch.dtype) -> None:
+    Run(100 + seed, dtype).go(6)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("seed", range(8))
+def test_attention_in_small_blocks(seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "PACKED_BLOCK", 1)
+    monkeypatch.setattr(prefill, "QUERY_BLOCK", 7)
+    monkeypatch.setattr(prefill, "KEY_BLOCK", 256)
+    monkeypatch.setattr(layer_cache, "GATHERED", 1)
+    run = Run(200 + seed, dtype)
+    run.go(6, 500)
+    # Tables that are no regular grids: every page is a block of its own.
+    run.layer.select(np.array([0, *range(run.batch)]))
+    run.batch += 1
+    run.go(4)
+
+
+def test_attention_after_crop_into_packed_groups() -> None:
+    for seed in range(300, 312):
+        run = Run(seed, torch.float32)
+        if any(extent.recent is not None for extent in run.layer.extents):
+            continue
+        run.feed([400] * run.batch)
+        run.layer.crop(run.rng.randint(60, 300))
+        run.go(5)
+
+
+def test_attention_of_long_rows_and_long_chunks() -> None:
+    """Past the sizes at which the fused kernels split their work."""
+    for extent in (Extent(), Extent(4, 700)):
+        run = Run(4, torch.float32)
+        run.batch, run.heads, run.group, run.dim = 1, 1, 2, 16
+        spec = LayerSpec(0, 1, 1, 2, 16, torch.float32, CPU)
+        run.layer = LayerCache(spec, Pools(), [extent], KiviCodec(4, 32, 16, 16), 128)
+        run.layer.start(1)
+        for count in (1500, 1, 700, 2, 1, 1300, 1):
+            run.feed([count])
+
+
+# -- parts ------------------------------------------------------------------------------------------------
+
+
+def dense(dtype: torch.dtype, queries: int, keys: int, dim: int, heads: int = 3) -> tuple[torch.Tensor, ...]:
+    q = torch.randn(2, heads, queries, dim).to(dtype)
+    k, v = (torch.randn(2, keys, dim).to(dtype)[:, None].expand(-1, heads, -1, -1) for _ in range(2))
+    return q, k, v
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 700), (5, 37), (600, 64), (130, 1030)])
+@pytest.mark.parametrize("dim", [8, 64, 80])
+def test_fused_attention_equals_the_reference(dtype: torch.dtype, queries: int, keys: int, dim: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = dense(dtype, queries, keys, dim)
+    random_bias = torch.where(torch.rand(queries, keys) < 0.3, MASKED, 0.0)
+    random_bias[:, 0] = 0
+    for bias in (None, random_bias):
+        check_attend(q, k, v, bias, False)
+    if queries == keys:
+        check_attend(q, k, v, None, True)
+    if queries < keys:
+        q, k, v = (x[:, :, :queries] for x in (q, k, v))
+        check_attend(q, k, v, None, True)
+
+
+def check_attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, causal: bool
+) -> None:
+    scaling = q.shape[-1] ** -0.5
+    out, lse = attend(q, k, v, scaling, bias, causal)
+    wanted, wanted_lse = attend_reference(q.double(), k.double(), v.double(), scaling, bias, causal)
+    assert out.dtype == q.dtype and lse.dtype == torch.float32
+    assert out.shape == q.shape and lse.shape == q.shape[:-1]
+    assert (out.double() - wanted).abs().max() < TOLERANCE[q.dtype]
+    assert (lse.double() - wanted_lse).abs().max() < TOLERANCE[q.dtype]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_a_fully_masked_part_has_no_weight(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, k, v = dense(dtype, 40, 50, 16)
+    bias = torch.zeros(40, 50)
+    bias[7:] = MASKED
+    seen = attend(q, k, v, 0.25)
+    half = attend(q, k, v, 0.25, bias)
+    assert half[0].isfinite().all() and (half[1][:, :, 7:] < MASKED / 2).all()
+    for parts in ([seen, half], [half, seen], [seen, half, half]):
+        out, lse = merge(parts)
+        assert torch.equal(out[:, :, 7:], seen[0][:, :, 7:].float())
+        assert torch.equal(lse[:, :, 7:], seen[1][:, :, 7:])
+    out, lse = merge([half, half])
+    assert out.isfinite().all() and (lse[:, :, 7:] < MASKED / 2).all()
+
+
+def test_merge_is_attention_over_the_union() -> None:
+    torch.manual_seed(0)
+    q, k, v = dense(torch.float32, 9, 300, 16)
+    k = k * 5  # scores of different size, so that one part outweighs the others
+    edges = [0, 1, 40, 41, 200, 300]
+    parts = [attend_reference(q, k[:, :, a:b], v[:, :, a:b], 1.0) for a, b in pairwise(edges)]
+    out, lse = merge(parts)
+    wanted, wanted_lse = attend_reference(q, k, v, 1.0)
+    assert torch.allclose(out, wanted, atol=2e-5)
+    assert torch.allclose(lse, wanted_lse, atol=2e-5)
+    assert merge(parts[:1]) is parts[0]

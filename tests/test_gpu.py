@@ -1,0 +1,82 @@
+"""The same engine on a CUDA device; run by hand with `pytest -m gpu`."""
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import fivefold
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=512, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=16384, initializer_range=0.08,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval().to("cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("recipe", "bound"),
+    [("full()", 0.0), ("kivi(bits=8)", 0.1), ("kivi(bits=4) + duo(retrieval=[[0, 0]], recent=4096)", 0.5)],
+)
+def test_logits_are_those_of_dynamic_cache(model, dtype, recipe, bound):
+    model = model.to(dtype)
+    fivefold.restore(model)
+    ids = torch.randint(0, 512, (2, 1500), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+
+    def logits(cache):
+        with torch.inference_mode():
+            outs = [model(ids[:, :900], past_key_values=cache).logits]
+            outs.append(model(ids[:, 900:1400], past_key_values=cache).logits)
+            outs += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(1400, 1500)]
+        return torch.cat(outs, 1).float()
+
+    exact = logits(DynamicCache(config=model.config))
+    ours = logits(fivefold.compress(model, recipe))
+    noise = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.02}[dtype]
+    assert (exact - ours).abs().max() < (noise + bound) * exact.abs().max()
+    assert (exact - ours).abs().mean() < (noise + bound) * 0.1 * exact.abs().max()
+
+
+def test_generate_with_padding_and_beams(model):
+    model = model.to(torch.float32)
+    ids = torch.randint(1, 512, (2, 100), device="cuda", generator=torch.Generator("cuda").manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[0, :37] = 0
+    for extra in ({}, {"num_beams": 3}):
+        settings = {"attention_mask": mask, "max_new_tokens": 64, "do_sample": False, "pad_token_id": 0, **extra}
+        fivefold.restore(model)
+        before = model.generate(ids, past_key_values=DynamicCache(config=model.config), **settings)
+        after = model.generate(ids, past_key_values=fivefold.compress(model, "full()"), **settings)
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("recipe", ["full()", "kivi(bits=2)", "duo(retrieval=[[1, 1]]) + kivi(bits=4)"])
+def test_report_is_what_the_device_allocated(model, recipe):
+    model = model.to(torch.bfloat16)
+    ids = torch.randint(0, 512, (1, 4096), device="cuda")
+    with torch.inference_mode():
+        model(ids[:, :64])  # workspaces of the libraries
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        cache = fivefold.compress(model, recipe)
+        for chunk in ids.split(1024, 1):
+            model(chunk, past_key_values=cache, logits_to_keep=1)
+        for i in range(70):
+            model(ids[:, i : i + 1], past_key_values=cache)
+        torch.cuda.synchronize()
+        held = torch.cuda.memory_allocated() - before
+        report = cache.report()
+        # The allocator rounds every tensor up to 512 bytes; small index tensors of the tables are not in the report.
+        assert abs(held - (report.total - report.tables)) < 0.02 * report.total + 200_000
+        cache.free()
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() - before < 200_000
