@@ -92,9 +92,23 @@ def main(
         )  # fmt: skip
     Console().print(table)
     if out is not None:
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "fivefold": fivefold.__version__}
-        machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-        text = {"context": context, "steps": steps, "dtype": dtype, "versions": versions, "machine": machine, "rows": rows}
+        versions = {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "fivefold": fivefold.__version__,
+        }
+        machine = {
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
+        text = {
+            "context": context,
+            "steps": steps,
+            "dtype": dtype,
+            "versions": versions,
+            "machine": machine,
+            "rows": rows,
+        }
         out.write_text(json.dumps(text, indent=2) + "\n")
 
 

@@ -90,3 +90,12 @@ def tiny(_models: dict[str, Any]) -> Iterator[Callable[..., Any]]:
     for model in used:
         fivefold.restore(model)
         model.set_attn_implementation("sdpa")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tests on tiny tensors, where more threads only get in each other's way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -6,7 +6,6 @@ Fresh memory is filled with NaN, so that a slot which nobody wrote shows whereve
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -22,19 +21,11 @@ from fivefold.store.layer_cache import Cohort, LayerCache, LayerSpec, Pools
 from fivefold.store.pages import _Slab
 from fivefold.store.tiers import PAGE, Extent
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 EXTENTS = [Extent(), Extent(0, 1), Extent(0, 40), Extent(4, 33), Extent(40, 100), Extent(4, 300)]
 CODECS = [(2, 32), (2, 128), (3, 32), (4, 64), (4, 128), (8, 32), (8, 64)]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny: more threads only get in each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -68,9 +59,7 @@ def stored(layer: LayerCache, cohort: Cohort) -> tuple[np.ndarray, torch.Tensor,
         take(g.exact_base, g.length, *pages(cohort.exact[:, g.pinned_pages :]))
     if g.packed_stop > g.packed_base:
         assert layer.codec is not None and layer.packed_pool is not None
-        fields = {
-            f.name: layer.packed_pool.read(f.name, cohort.packed.reshape(-1)) for f in layer.codec.layout.fields
-        }
+        fields = {f.name: layer.packed_pool.read(f.name, cohort.packed.reshape(-1)) for f in layer.codec.layout.fields}
         decoded = layer.codec.decode(fields)
         take(g.packed_base, g.packed_stop, *(x.reshape(rows, -1, dim) for x in decoded))
     if not parts:
@@ -145,7 +134,10 @@ class Run:
             wanted = softmax_attention(q, newest, held, extent, self.scaling)
             assert found.dtype == self.dtype and found.shape == q.shape
             error = (found.double() - wanted).abs().max().item()
-            assert error < TOLERANCE[self.dtype] * max(1, wanted.abs().max().item()), (extent, cohort.geometry)
+            assert error < TOLERANCE[self.dtype] * max(1, wanted.abs().max().item()), (
+                extent,
+                cohort.geometry,
+            )
 
     def go(self, chunks: int = 8, longest: int = 300) -> None:
         for _ in range(chunks):
@@ -236,9 +228,7 @@ def test_fused_attention_equals_the_reference(dtype: torch.dtype, queries: int, 
         check_attend(q, k, v, None, True)
 
 
-def check_attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, causal: bool
-) -> None:
+def check_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, causal: bool) -> None:
     scaling = q.shape[-1] ** -0.5
     out, lse = attend(q, k, v, scaling, bias, causal)
     wanted, wanted_lse = attend_reference(q.double(), k.double(), v.double(), scaling, bias, causal)

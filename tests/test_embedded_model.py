@@ -37,7 +37,12 @@ def continue_document(model, task, recipe):
 def test_full_gives_the_same_tokens_as_dynamic_cache_at_2k(embedded):
     model, tokenizer = embedded
     task = make_task(tokenizer, 2048)
-    settings = {"max_new_tokens": 128, "min_new_tokens": 128, "do_sample": False, "return_dict_in_generate": True}
+    settings = {
+        "max_new_tokens": 128,
+        "min_new_tokens": 128,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+    }
     fivefold.restore(model)
     before = model.generate(
         task.prefix, past_key_values=DynamicCache(config=model.config), output_logits=True, **settings

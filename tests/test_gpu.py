@@ -25,7 +25,7 @@ def model():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("recipe", "bound"),
-    [("full()", 0.0), ("kivi(bits=8)", 0.1), ("kivi(bits=4) + duo(retrieval=[[0, 0]], recent=4096)", 0.5)],
+    [("full()", 0.0), ("kivi(bits=8)", 0.1), ("kivi(bits=4) + duo(retrieval=[[0, 0]], recent=4096)", 0.8)],
 )
 def test_logits_are_those_of_dynamic_cache(model, dtype, recipe, bound):
     model = model.to(dtype)
@@ -52,7 +52,13 @@ def test_generate_with_padding_and_beams(model):
     mask = torch.ones_like(ids)
     mask[0, :37] = 0
     for extra in ({}, {"num_beams": 3}):
-        settings = {"attention_mask": mask, "max_new_tokens": 64, "do_sample": False, "pad_token_id": 0, **extra}
+        settings = {
+            "attention_mask": mask,
+            "max_new_tokens": 64,
+            "do_sample": False,
+            "pad_token_id": 0,
+            **extra,
+        }
         fivefold.restore(model)
         before = model.generate(ids, past_key_values=DynamicCache(config=model.config), **settings)
         after = model.generate(ids, past_key_values=fivefold.compress(model, "full()"), **settings)
@@ -62,7 +68,7 @@ def test_generate_with_padding_and_beams(model):
 @pytest.mark.parametrize("recipe", ["full()", "kivi(bits=2)", "duo(retrieval=[[1, 1]]) + kivi(bits=4)"])
 def test_report_is_what_the_device_allocated(model, recipe):
     model = model.to(torch.bfloat16)
-    ids = torch.randint(0, 512, (1, 4096), device="cuda")
+    ids = torch.randint(0, 512, (4, 4096), device="cuda")
     with torch.inference_mode():
         model(ids[:, :64])  # workspaces of the libraries
         torch.cuda.synchronize()
@@ -75,8 +81,8 @@ def test_report_is_what_the_device_allocated(model, recipe):
         torch.cuda.synchronize()
         held = torch.cuda.memory_allocated() - before
         report = cache.report()
-        # The allocator rounds every tensor up to 512 bytes; small index tensors of the tables are not in the report.
-        assert abs(held - (report.total - report.tables)) < 0.02 * report.total + 200_000
+        # The allocator rounds every tensor up to 512 bytes; index tensors made from the tables are not in the report.
+        assert abs(held - (report.total - report.tables)) < 0.02 * report.total + 400_000
         cache.free()
         torch.cuda.synchronize()
-        assert torch.cuda.memory_allocated() - before < 200_000
+        assert torch.cuda.memory_allocated() - before < 400_000

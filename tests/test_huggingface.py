@@ -11,12 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCAB, build
 from transformers import AutoModelForCausalLM, BloomConfig, DynamicCache, GPT2Config, StaticCache
 
 import fivefold
+from conftest import FAMILIES, VOCAB, build
 from fivefold.attention.decode import exact_bias, packed_bias
-from fivefold.errors import CacheFullError, CacheStateError, FivefoldError, NonFiniteError, UnsupportedModelError
+from fivefold.errors import (
+    CacheFullError,
+    CacheStateError,
+    FivefoldError,
+    NonFiniteError,
+    UnsupportedModelError,
+)
 from fivefold.models import huggingface
 
 Model = Any
@@ -107,8 +113,7 @@ def by_hand(model: Model, ids: torch.Tensor, sees: Callable[[int, int, int], tup
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     hooks = [
-        m.register_forward_pre_hook(replace, with_kwargs=True)
-        for m in huggingface.attention_modules(model).values()
+        m.register_forward_pre_hook(replace, with_kwargs=True) for m in huggingface.attention_modules(model).values()
     ]
     try:
         return model(ids, use_cache=False).logits
@@ -148,7 +153,12 @@ def one_sentence(error: BaseException) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_gives_the_tokens_of_the_dynamic_cache(tiny: Any, family: str) -> None:
     model, ids = tiny(family), prompt(50)
-    settings = {"max_new_tokens": 128, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    settings = {
+        "max_new_tokens": 128,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     expected = model.generate(ids, past_key_values=DynamicCache(config=model.config), **settings)
     assert model.config._attn_implementation == "sdpa"
     cache = fivefold.compress(model, "full()")
@@ -201,11 +211,11 @@ def test_mixed_sliding_layers_stay_stock(tiny: Any) -> None:
 @pytest.mark.parametrize("recipe", ["full()", STREAMING, "kivi(bits=8, residual=8)"])
 def test_left_padding(tiny: Any, family: str, recipe: str) -> None:
     model = tiny(family)
-    ids, mask = left_padded([5, 37, 70, 37])
-    expected = generate(model, ids, 40, attention_mask=mask)
-    out = generate(model, ids, 40, fivefold.compress(model, recipe), attention_mask=mask)
+    ids, mask = left_padded([5, 70, 37])
+    expected = generate(model, ids, 35, attention_mask=mask)
+    out = generate(model, ids, 35, fivefold.compress(model, recipe), attention_mask=mask)
     for row, length in enumerate(mask.sum(1).tolist()):
-        alone = generate(model, ids[row : row + 1, -length:], 40, fivefold.compress(model, recipe))
+        alone = generate(model, ids[row : row + 1, -length:], 35, fivefold.compress(model, recipe))
         assert out[row].tolist() == alone[0].tolist(), f"row {row}"
     if recipe == "full()":
         assert out.tolist() == expected.tolist()
@@ -320,8 +330,6 @@ def test_several_turns(tiny: Any, family: str) -> None:
             text = torch.cat([text, new, prompt(9, seed=turn)], 1)
         assert cache.get_seq_length() == text.shape[1] - 9 - 1
     assert turns[0] == turns[1]
-    whole = generate(model, text[:, :-9], 1, None)  # and the same as from the start
-    assert whole.shape == (1, 1)
 
 
 @pytest.mark.parametrize("recipe", ["full()", STREAMING, DUO])
@@ -355,7 +363,10 @@ def test_inference_mode_and_no_grad_alternate(tiny: Any, recipe: str) -> None:
     expected = feed(model, ids, fivefold.compress(model, recipe), [40, 1])
     cache, outs = fivefold.compress(model, recipe), []
     for begin in range(0, 120, 40):
-        for mode, part in ((torch.inference_mode, slice(begin, begin + 25)), (torch.no_grad, slice(begin + 25, begin + 40))):
+        for mode, part in (
+            (torch.inference_mode, slice(begin, begin + 25)),
+            (torch.no_grad, slice(begin + 25, begin + 40)),
+        ):
             with mode():
                 outs.append(model(ids[:, part][:, :1], past_key_values=cache).logits)
                 outs.append(model(ids[:, part][:, 1:], past_key_values=cache).logits)
@@ -368,7 +379,14 @@ def test_inference_mode_and_no_grad_alternate(tiny: Any, recipe: str) -> None:
 @pytest.mark.parametrize("chunks", [[150], [70, 17, 40], [1], [33, 1]], ids=str)
 @pytest.mark.parametrize(
     "recipe",
-    [STREAMING, "streaming(sink=0, recent=1)", "streaming(sink=0, recent=32)", "streaming(sink=45, recent=64)", DUO],
+    [
+        STREAMING,
+        DUO,
+        "streaming(sink=0, recent=1)",
+        "streaming(sink=0, recent=32)",
+        "streaming(sink=45, recent=64)",
+        "streaming(sink=70, recent=20)",
+    ],
 )
 def test_windows(tiny: Any, recipe: str, chunks: list[int]) -> None:
     model, ids = tiny(), prompt(150)
@@ -462,7 +480,9 @@ def test_hooks_removed_by_hand(tiny: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"num_hidden_layers": 4}, {"num_hidden_layers": 2}, {"num_key_value_heads": 4}, {"head_dim": 32}], ids=str
+    "changes",
+    [{"num_hidden_layers": 4}, {"num_hidden_layers": 2}, {"num_key_value_heads": 4}, {"head_dim": 32}],
+    ids=str,
 )
 def test_our_cache_on_a_model_of_another_shape(tiny: Any, changes: dict[str, int]) -> None:
     model, other = tiny(), tiny(**changes)
@@ -497,7 +517,7 @@ def test_stock_caches_on_a_prepared_model(tiny: Any, family: str) -> None:
     fivefold.compress(model)
     assert model.config._attn_implementation == "fivefold"
     for number, (one, other) in enumerate(zip(run(), expected)):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5, msg=lambda m: f"{number}: {m}")
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5, msg=lambda m, n=number: f"{n}: {m}")
 
 
 def test_packed_sequences_on_a_prepared_model(tiny: Any) -> None:
@@ -567,7 +587,7 @@ def test_attentions_and_gradients_are_refused(tiny: Any) -> None:
     refused(CacheStateError, "does not train", lambda: model(ids, past_key_values=cache))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    model.base_model.layers[1].self_attn.v_proj.weight.requires_grad_(True)  # an adapter on the values of one layer
+    model.base_model.layers[2].self_attn.v_proj.weight.requires_grad_(True)  # an adapter on the last values only
     try:
         refused(CacheStateError, "does not train", lambda: model(ids, past_key_values=cache))
     finally:
@@ -685,7 +705,12 @@ def test_unknown_families_are_refused_by_name(config: type) -> None:
 def test_models_that_cannot_be_compressed(tiny: Any) -> None:
     refused(UnsupportedModelError, "sliding window", lambda: fivefold.compress(tiny("mistral", sliding_window=16)))
     refused(UnsupportedModelError, "float64", lambda: fivefold.compress(tiny(dtype=torch.float64)))
-    factors = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    factors = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 48,
+        "long_factor": [2.0] * 48,
+    }
     phi3 = tiny("phi3", rope_parameters=factors, original_max_position_embeddings=64)
     refused(UnsupportedModelError, "longrope", lambda: fivefold.compress(phi3))
     shared = tiny()
@@ -701,7 +726,14 @@ def test_models_that_cannot_be_compressed(tiny: Any) -> None:
 
 
 SMALL_DUO = "duo(retrieval=[[0, 1]], sink=5, recent=33)"
-LIMITED = ["full()", STREAMING, SMALL_DUO, KIVI8, f"streaming(sink=4, recent=90) + {KIVI8}"]
+# In these windows a page is taken and another given up in one step.
+LIMITED = [
+    "full()",
+    "streaming(sink=3, recent=34)",
+    SMALL_DUO,
+    KIVI8,
+    f"streaming(sink=4, recent=90) + {KIVI8}",
+]
 
 
 def held(cache: Any) -> dict[str, Any]:
@@ -714,15 +746,15 @@ def held(cache: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("chunk", [1, 23])
 def test_a_full_cache_is_as_it_was(tiny: Any, recipe: str, chunk: int) -> None:
     """Under every cap, calls go through or change nothing."""
-    model, ids = tiny(num_hidden_layers=2), prompt(130)
+    model, ids = tiny(num_hidden_layers=2), prompt(110)
     free = fivefold.compress(model, recipe)
     expected = feed(model, ids, free, [30, chunk])
     most, page = free.state.pools.budget.used, 32 * 2 * 64 * 4
     refusals = 0
-    for cap in range(4 * page, most, max(page // 2, (most - 4 * page) // 4)):
+    for cap in (4 * page, most // 2, *range(most - 5 * page, most, page)):
         cache = fivefold.compress(model, recipe, max_bytes=cap)
         done = 0
-        while done < 130:
+        while done < 110:
             size, before = chunk if done else 30, held(cache)
             try:
                 logits = feed(model, ids[:, done : done + size], cache, [size])
@@ -785,6 +817,19 @@ def test_a_chunk_that_is_broken_off(tiny: Any, family: str) -> None:
             cache = cache.fork()  # takes back what was broken off first
         outs.append(feed(model, ids[:, begin : begin + 30], cache, [30], mask))
     torch.testing.assert_close(torch.cat(outs, 1)[mask.bool()], expected, atol=LOSSLESS, rtol=0)
+
+
+def test_a_broken_chunk_before_masks_of_ones_own(tiny: Any) -> None:
+    """Masks that are given ready-made ask the cache nothing before the first layer is called."""
+    model, ids = tiny("gemma3_text"), prompt(20)
+    expected = feed(model, ids, fivefold.compress(model), [20])
+    cache = fivefold.compress(model)
+    broken_once(model, 3)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        feed(model, ids, cache, [20])
+    with torch.no_grad():
+        logits = model(ids, past_key_values=cache, attention_mask=dict.fromkeys(model.config.layer_types)).logits
+    torch.testing.assert_close(logits, expected, atol=LOSSLESS, rtol=0)
 
 
 def test_a_broken_chunk_that_pushed_tokens_out(tiny: Any) -> None:
@@ -934,16 +979,22 @@ def test_a_crop_that_cannot_be_changes_nothing(tiny: Any) -> None:
 
 @pytest.mark.parametrize("recipe", [STREAMING, KIVI8])
 def test_recording_defers_what_cannot_be_undone(tiny: Any, recipe: str) -> None:
-    model, ids = tiny(), prompt(260)
+    model, ids, horizon = tiny(), prompt(260), huggingface.HORIZON
+    expected = feed(model, ids, fivefold.compress(model, recipe), [180, 1])
     cache = fivefold.compress(model, recipe)
     cache.activate_past_recording()
     assert all(layer.record_past for layer in cache.layers)
-    logits = feed(model, ids, cache, [200, 1])
-    held = cache.report().exact
-    cache.crop(-huggingface.HORIZON)
-    assert cache.report().exact < held  # settled by the crop
-    again = feed(model, ids[:, -huggingface.HORIZON :], cache, [16])
-    alike(again, logits[:, -huggingface.HORIZON :], recipe)
+    feed(model, ids[:, :180], cache, [180])
+    for _ in range(3):
+        logits = feed(model, ids[:, 180 : 180 + horizon], cache, [horizon // 2, 1])
+        alike(logits, expected[:, 180 : 180 + horizon], recipe)
+        cache.crop(-horizon)
+    feed(model, ids[:, 180:200], cache, [20])
+    cache.crop(-3)
+    settled = fivefold.compress(model, recipe)
+    feed(model, ids[:, :197], settled, [180, 1])
+    assert cache.report().exact == settled.report().exact, "the crop is when what was deferred is done"
+    alike(feed(model, ids[:, 197:], cache, [9]), expected[:, 197:], recipe)
 
 
 @pytest.mark.parametrize("recipe", [STREAMING, KIVI8])
@@ -1000,8 +1051,10 @@ def tables_of(*caches: Any) -> dict[int, int]:
     }
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("recipe", ["full()", STREAMING, "duo(retrieval=[[1, 0]], sink=4, recent=40)", KIVI8])
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [("llama", "full()"), ("llama", DUO), ("gemma3_text", STREAMING), ("llama", KIVI8), ("gemma3_text", KIVI8)],
+)
 def test_the_report_counts_what_torch_allocates(
     tiny: Any, request: pytest.FixtureRequest, family: str, recipe: str
 ) -> None:

@@ -13,6 +13,7 @@ from fivefold.methods.bits.kivi import KiviCodec
 from fivefold.store.layer_cache import Cohort, LayerCache, LayerSpec, Pools, _blocks
 from fivefold.store.tiers import PAGE, Extent
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 DIM = 8
 EXACT_PAGE = 2 * PAGE * DIM * 4
@@ -46,7 +47,7 @@ def kivi(bits: int = 2, group: int = 32) -> KiviCodec:
 
 
 def extend(layer: LayerCache, tokens: int | list[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Append random tokens: one number for all sequences, or one for each (padded on the left). Returns them."""
+    """Append random tokens: one number for all sequences, or one for each (padded left). Returns them."""
     counts = np.full(layer.batch, tokens) if isinstance(tokens, int) else np.array(tokens)
     generator = torch.Generator().manual_seed(seed)
     chunk = int(counts.max())
@@ -105,7 +106,7 @@ def test_heads_of_equal_extent_move_together() -> None:
 
 def test_sequences_of_different_lengths_part_and_keep_their_tokens() -> None:
     layer = make([Extent(), Extent(0, 40)], batch=3)
-    keys, values = extend(layer, [100, 37, 100])
+    keys, _ = extend(layer, [100, 37, 100])
     assert layer.lengths().tolist() == [100, 37, 100]
     assert sorted(cohort.rows.tolist() for cohort in layer.cohorts) == [[0, 4], [1, 5], [2], [3]]
     for cohort in layer.cohorts:
@@ -126,7 +127,8 @@ def test_decoding_one_token_at_a_time_stores_what_a_chunk_stores() -> None:
     for cohort in whole.cohorts:
         whole.append(cohort, keys[cohort.rows_tensor], values[cohort.rows_tensor])
     for a, b in zip(stepped.cohorts, whole.cohorts):
-        # Windows slide page by page, so how much lies before what is seen may differ; where both hold, they agree.
+        # Windows slide page by page, so how much lies before what is seen may differ; where both hold, they
+        # agree.
         assert a.geometry.length == b.geometry.length
         if a.geometry == b.geometry:
             assert torch.equal(exact(stepped, a), exact(whole, b))
@@ -167,7 +169,7 @@ def test_numbers_that_cannot_be_packed_change_nothing(own: bool) -> None:
                 layer.append(cohort, *tokens)
             assert image(layer) == before
             assert [pool.pages_in_use for pool in layer.pools] == used
-    keys, values = extend(layer, 200, seed=1)
+    keys, _ = extend(layer, 200, seed=1)
     assert torch.equal(exact(layer, cohort), keys[:, cohort.geometry.exact_base - 200 :])
     assert close(packed(layer, cohort)[0][:, -100:], keys[:, -100 - exact(layer, cohort).shape[1] :][:, :100])
 
@@ -267,6 +269,18 @@ def test_two_layers_share_their_packed_pages_and_keep_their_own_fields() -> None
     assert all(pool.pages_in_use == 0 for pool in pools)
 
 
+def test_a_layer_whose_packed_pages_were_taken_over_copies_them_before_it_writes() -> None:
+    pools = Pools()
+    one, two = make(codec=SharedKeys(), pools=pools), make(codec=SharedKeys(), pools=pools)
+    extend(one, 300, seed=1)
+    extend(two, 300, seed=2)
+    two.share_packed(one)
+    before = image(two)
+    one.crop(100)
+    extend(one, 100, seed=3)
+    assert one.cohorts[0].geometry.packed_stop == 256 and image(two) == before
+
+
 def test_layers_share_only_what_stands_at_the_same_place() -> None:
     pools = Pools()
     extents = [Extent(), Extent(0, 300)]
@@ -332,9 +346,9 @@ def test_pages_given_back_are_counted_for_the_rows_that_give_them() -> None:
     extend(layer, [200, 200])
     (cohort,) = layer.cohorts
     layer.exact_pool.retain(cohort.exact[0])  # somebody else holds the first row's pages
-    (_, freed), = layer.demand(np.array([65, 0])).values()
+    ((_, freed),) = layer.demand(np.array([65, 0])).values()
     assert freed == 0
-    (_, freed), = layer.demand(np.array([0, 65])).values()
+    ((_, freed),) = layer.demand(np.array([0, 65])).values()
     assert freed == 2
 
 
@@ -378,7 +392,7 @@ def test_crop_takes_the_newest_tokens_back() -> None:
 @pytest.mark.parametrize("count", [1, 32, 33, 40, 72, 73, 100, 170, 199, 200])
 def test_crop_into_packed_groups(count: int) -> None:
     layer = make([Extent()], kivi(8))
-    keys, values = extend(layer, 200)
+    keys, _ = extend(layer, 200)
     (cohort,) = layer.cohorts
     was = packed(layer, cohort)
     twin = layer.fork()

@@ -99,8 +99,8 @@ def test_the_cap_is_exact_and_a_refusal_takes_nothing() -> None:
     with pytest.raises(CacheFullError) as caught:
         pages.allocate(4)
     assert str(caught.value) == (
-        f"the cache is full: {4 * BYTES} bytes more are needed, and {7 * BYTES} of the cap of {10 * BYTES} bytes are "
-        "in use; nothing was stored: raise max_bytes, or use a recipe that keeps less."
+        f"the cache is full: {4 * BYTES} bytes more are needed, and {7 * BYTES} of the cap of {10 * BYTES} "
+        "bytes are in use; nothing was stored: raise max_bytes, or use a recipe that keeps less."
     )
     assert (pages.total_pages, pages.free_pages, pages.budget.used) == (7, 0, 7 * BYTES)
     pages.allocate(3)
@@ -188,6 +188,7 @@ def test_write_and_read_across_slabs() -> None:
 def test_write_a_part_of_pages() -> None:
     pages = pool()
     held = np.concatenate([pages.allocate(3), pages.allocate(3)])
+    fill(pages, held)
     for which in (held[:3], held[[0, 2, 5]], held[4:5]):
         before = pages.read("numbers", held).clone()
         new = torch.randn(len(which), 2, 2, dtype=torch.float64)

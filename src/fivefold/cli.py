@@ -61,9 +61,7 @@ class _Commands(TyperGroup):
             # torch has a type for it on a GPU, and only a text on a CPU.
             if type(error).__name__ != "OutOfMemoryError" and "allocate memory" not in str(error):
                 raise
-            sentence = (
-                "the device ran out of memory: use a smaller recipe or --chunk, or cap it with --max-bytes."
-            )
+            sentence = "the device ran out of memory: use a smaller recipe or --chunk, or cap it with --max-bytes."
         # One line whatever the error quotes: no line breaks, no terminal codes.
         line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in sentence)
         err.print(Text.assemble(("Error: ", "bold red"), line), soft_wrap=True)
@@ -235,13 +233,9 @@ def _fetch(source: str = "auto", force: bool = False) -> tuple[int, Path]:
 
 ModelOption = Annotated[
     str | None,
-    typer.Option(
-        "--model", "-m", metavar="MODEL", help="A folder or a hub name; the embedded model if not given."
-    ),
+    typer.Option("--model", "-m", metavar="MODEL", help="A folder or a hub name; the embedded model if not given."),
 ]
-SeedOption = Annotated[
-    int, typer.Option(min=0, metavar="S", help="A number that everything random hangs on.")
-]
+SeedOption = Annotated[int, typer.Option(min=0, metavar="S", help="A number that everything random hangs on.")]
 
 
 @app.command()
@@ -267,9 +261,7 @@ def generate(
     ] = None,
     dtype: Annotated[
         str,
-        typer.Option(
-            metavar="DTYPE", help="float32, bfloat16 or float16; auto is what the model is stored in."
-        ),
+        typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16; auto is what the model is stored in."),
     ] = "auto",
     device: Annotated[
         str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
@@ -282,9 +274,7 @@ def generate(
         float, typer.Option(min=0, metavar="T", help="0 takes the most likely token, 1 samples as it is.")
     ] = 0.0,
     seed: SeedOption = 0,
-    chunk: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Read the prompt so many tokens at a time.")
-    ] = 1024,
+    chunk: Annotated[int, typer.Option(min=1, metavar="N", help="Read the prompt so many tokens at a time.")] = 1024,
 ) -> None:
     """Continue a prompt with a compressed cache, and report what the cache holds."""
     cap = None if max_bytes is None else _bytes(max_bytes)
@@ -397,12 +387,8 @@ def _cache_report(cache: Any, speed: list[tuple[str, int, float]]) -> Table:
     table.add_column()
     table.add_row("recipe", Text(report.recipe))
     exact = f"{report.exact_equivalent / 2**20:.2f} MiB"
-    table.add_row(
-        "cache", f"{report.total / 2**20:.2f} MiB, {report.ratio:.3f}x of the exact cache ({exact})"
-    )
-    table.add_row(
-        "tokens", f"{report.tokens:,}, {report.kept_tokens:.1%} of them kept (layers, heads, tokens)"
-    )
+    table.add_row("cache", f"{report.total / 2**20:.2f} MiB, {report.ratio:.3f}x of the exact cache ({exact})")
+    table.add_row("tokens", f"{report.tokens:,}, {report.kept_tokens:.1%} of them kept (layers, heads, tokens)")
     table.add_row("bits a number", f"{report.bits:.2f} (channels, bits)")
     kinds = ("exact", "codes", "scales", "other", "sliding", "slack", "free", "forks", "tables")
     held = [f"{kind} {getattr(report, kind):,}" for kind in kinds if getattr(report, kind)]
@@ -420,9 +406,7 @@ def _encode(tokenizer: Any, text: str, chat: bool | None) -> torch.Tensor:
         raise InputError("this model's tokenizer has no chat template: drop --chat.")
     if has_template and chat is not False:
         turn = [{"role": "user", "content": text}]
-        encoded = tokenizer.apply_chat_template(
-            turn, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        encoded = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     else:
         encoded = tokenizer(text, return_tensors="pt")
     if encoded["input_ids"].shape[1] == 0:
@@ -557,7 +541,8 @@ def _demo_table(runs: list[dict[str, Any]]) -> Table:
             f"{run['prefill_s'] / first['prefill_s']:.2f}",
             f"{run['decode_ms_per_token']:.1f}",
             f"{run['decode_ms_per_token'] / first['decode_ms_per_token']:.2f}",
-            f"{run['kl']:.4f}",
+            # Rounding leaves -0.0, and this does not.
+            f"{round(run['kl'], 4) + 0.0:.4f}",
             f"{run['agreement']:.0%}",
             f"{run['answers_right']}/{len(run['answers'])}",
         )
@@ -583,6 +568,122 @@ def _facts(questions: list[dict[str, str]], runs: list[dict[str, Any]]) -> Group
 
 
 # -- models -----------------------------------------------------------------------------------------------
+
+
+@app.command(name="eval")
+def evaluate(
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option("--recipe", "-r", metavar="RECIPE", help="One to measure; repeat it for more."),
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option("--suite", "-s", metavar="S,...", help="Suites; all of them if not given.")
+    ] = None,
+    context: Annotated[
+        str, typer.Option("--context", "-c", metavar="N,...", help="Tokens before the question.")
+    ] = "2048",
+    samples: Annotated[int, typer.Option("--samples", "-k", min=1, help="Texts per suite and context.")] = 2,
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Also write all results into this file.")
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            "--store", metavar="FILE", help="Where finished work is kept; a file in the user's cache if not given."
+        ),
+    ] = None,
+    list_suites: Annotated[bool, typer.Option("--list", help="Explain every suite in a line.")] = False,
+    model: ModelOption = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Find out where recipes break: fidelity on real text and stress tasks, against the exact cache.
+
+    Finished work is kept: a run that was broken off goes on where it stopped.
+    """
+    target = None if json_file is None else _writable(json_file)
+    with err.status("Preparing"):
+        from fivefold.evaluate import engine
+        from fivefold.models import smollm2
+    lines = engine.suite_lines()
+    if list_suites:
+        for name, line in lines.items():
+            out.print(Text.assemble((f"{name:<14}", "bold"), line))
+        return
+    plan = engine.Plan(
+        recipes=tuple(recipe or engine.DEFAULT_RECIPES),
+        suites=tuple(lines) if suite is None else tuple(part.strip() for part in suite.split(",") if part.strip()),
+        contexts=_numbers(context),
+        samples=samples,
+        seed=seed,
+    )
+    if model is None and not smollm2.is_fetched():
+        _fetch()
+    with err.status("Loading the model"):
+        network, tokenizer = _load(model, "auto", "auto")
+        from fivefold.models.huggingface import make_cache
+        from fivefold.recipe import Recipe
+
+        for text in plan.recipes:  # what does not fit the model is known before the long work
+            make_cache(network, Recipe.parse(text))
+    kept = Path(store) if store is not None else smollm2.cache_dir() / "eval.jsonl"
+    with _bars() as bars:
+        task = bars.add_task("", total=None)
+        result = engine.run(
+            network,
+            tokenizer,
+            plan,
+            kept,
+            lambda done, total, what: bars.update(task, completed=done, total=total, description=what, refresh=True),
+        )
+    result["environment"]["model"] = model or smollm2.MODEL_NAME
+    out.print(
+        f"{result['environment']['model']} in {result['environment']['dtype']}, {samples} texts per suite and context, "
+        f"seed {seed}\n"
+    )
+    for tokens in plan.contexts:
+        out.print(_eval_table([cell for cell in result["cells"] if cell["context"] == tokens], tokens))
+    out.print(Padding(Text(_EVAL_LEGEND, style="dim"), (1, 0, 0, 0)))
+    if target is not None:
+        _write_json(target, result)
+        err.print(f"\nAll results are in {json_file}.", soft_wrap=True)
+
+
+_EVAL_LEGEND = (
+    "Share of right answers (biography: bits recovered per fact), with its 95% interval. fidelity: how often the most "
+    "likely token is the exact cache's, and KL in nats. bytes: of the exact cache. (*) the exact model is at chance there: that row "
+    "says nothing about compression."
+)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--context {text!r} is no list of token counts: write for example 1024,2048.") from None
+    return numbers
+
+
+def _eval_table(cells: list[dict[str, Any]], context: int) -> Table:
+    """Suites down, recipes across; the bytes of each recipe at the bottom."""
+    recipes = list(dict.fromkeys(cell["recipe"] for cell in cells))
+    table = Table(title=f"{context:,} tokens", box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1))
+    table.add_column("suite", no_wrap=True)
+    for name in recipes:
+        table.add_column(name, justify="right", overflow="fold")
+    for suite in dict.fromkeys(cell["suite"] for cell in cells):
+        row = {cell["recipe"]: cell for cell in cells if cell["suite"] == suite}
+        mark = " (*)" if next(iter(row.values())).get("exact_fails") else ""
+        shown = []
+        for name in recipes:
+            cell = row[name]
+            text = f"{cell['score']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]"
+            shown.append(text + (f"\nKL {cell['kl']:.4f}" if "kl" in cell else ""))
+        chance = next(iter(row.values()))["chance"]
+        table.add_row(f"{suite}{mark}\nchance {chance:.2f}", *shown)
+    ratios = {cell["recipe"]: cell["ratio"] for cell in cells}
+    table.add_section()
+    table.add_row("bytes", *(f"{ratios[name]:.3f}x" for name in recipes))
+    return table
 
 
 def _require_embedded(model: str | None) -> None:
@@ -625,9 +726,7 @@ def _load(name: str | None, dtype: str, device: str) -> tuple[Any, Any]:
     check_model(types.SimpleNamespace(config=config))  # before the weights, which may take minutes
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, trust_remote_code=False
-        )
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, trust_remote_code=False)
     except Exception as error:
         raise InputError(f"the model {name!r} cannot be loaded ({_first_line(error)}).") from error
     return model.to(place).eval(), tokenizer
@@ -680,9 +779,7 @@ def _read_text(file: str) -> str:
 
 def _bytes(text: str) -> int:
     """A number of bytes: 1000000, 512M, 1.5GiB."""
-    match = re.fullmatch(
-        r"(\d{1,18}(?:\.\d+)?)\s*(?:([KMGT])(?:i?B)?|B)?", text.strip(), re.IGNORECASE | re.ASCII
-    )
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*(?:([KMGT])(?:i?B)?|B)?", text.strip(), re.IGNORECASE | re.ASCII)
     if match is None:
         raise InputError(f"--max-bytes {text!r} is no size: write a number of bytes, or 512M, or 2G.")
     return int(float(match[1]) * 1024 ** " KMGT".index((match[2] or " ").upper()))

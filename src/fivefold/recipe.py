@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from fivefold.errors import RecipeError
@@ -28,7 +29,7 @@ class Recipe:
     def __post_init__(self) -> None:
         ordered = tuple(sorted(self.methods, key=lambda m: SLOTS.index(m.slot)))
         object.__setattr__(self, "methods", ordered)
-        for one, two in zip(ordered, ordered[1:]):
+        for one, two in pairwise(ordered):
             if one.slot == two.slot:
                 raise RecipeError(
                     f"{one.name} and {two.name} both fill the slot {one.slot!r}: keep one of them in the recipe."

@@ -19,7 +19,8 @@ class Report:
     recipe: as text. tokens: logical length (padding included) x sequences.
     exact, codes, scales: filled slots of pages, by kind of field (any further kind a codec declares is in `other`).
     slack: unfilled slots of pages in use. free: pages that are allocated and not in use. forks: pages that only other
-    forks of the cache hold. sliding: layers with a sliding window, kept as they are. tables: page tables (host).
+    forks of the cache hold. sliding: layers with a sliding window, kept as they are. tables: page tables, and indices
+    made from them.
     exact_equivalent: what `DynamicCache` holds for the same tokens in the same dtype.
     kept_tokens: stored (token, kv head, layer) entries over all that were seen: what layers, heads and tokens saved.
     bits: bits per stored number of filled slots: what channels and bits saved.

@@ -38,7 +38,7 @@ EXTENTS = (
 GROUPS = ((2, 32), (2, 64), (2, 128), (3, 32), (4, 32), (4, 64), (4, 128), (8, 32), (8, 64))
 
 WEIGHTS = {
-    "decode": 8, "chunk": 6, "fork": 2, "select": 3, "crop": 4, "free": 1, "trim": 1, "cap": 1, "share": 1,
+    "decode": 8, "chunk": 6, "fork": 2, "select": 3, "crop": 4, "free": 1, "trim": 1, "cap": 1, "share": 2,
     "record": 1, "overflow": 1,
 }  # fmt: skip
 # The operations and the range of each of their arguments.
@@ -117,6 +117,8 @@ class Twin:
         self.layers = layers
         self.tokens: list[dict[tuple[int, int], Tokens]] = [{} for _ in layers]
         self.horizons: list[int] = []  # of each sequence, when the policy last moved its tokens
+        # Per layer and sequence: the length that a crop can always go back to, as the horizon promised.
+        self.floors: list[list[int]] = [[] for _ in layers]
         self.recording = False
 
     @property
@@ -124,9 +126,7 @@ class Twin:
         return len(self.horizons)
 
     def tiers(self) -> list[tuple[int, int]]:
-        return [
-            (c.geometry.exact_base, c.geometry.packed_base) for layer in self.layers for c in layer.cohorts
-        ]
+        return [(c.geometry.exact_base, c.geometry.packed_base) for layer in self.layers for c in layer.cohorts]
 
 
 class System:
@@ -176,6 +176,7 @@ class System:
         twin = Twin([layer.fork() for layer in cache.layers])
         twin.tokens = [dict(tokens) for tokens in cache.tokens]
         twin.horizons = list(cache.horizons)
+        twin.floors = [list(floors) for floors in cache.floors]
         twin.recording = cache.recording
         self.caches.append(twin)
 
@@ -190,6 +191,7 @@ class System:
             tokens.clear()
             tokens.update({(i, h): old[j, h] for i, j in enumerate(order) for h in range(self.heads)})
         cache.horizons = [cache.horizons[j] for j in order]
+        cache.floors = [[floors[j] for j in order] for floors in cache.floors]
 
     def crop(self, which: int, only: int, count: int) -> None:
         """Take tokens back, in one layer only or (`only == LAYERS`) in all."""
@@ -209,6 +211,7 @@ class System:
             for key, (keys, values, packed) in tokens.items():
                 rest = max(0, len(keys) - count)
                 tokens[key] = Tokens(keys[:rest], values[:rest], packed[:rest])
+                cache.floors[index][key[0]] = min(cache.floors[index][key[0]], rest)
             self._check_cache(cache, cropped=True)
         if cache.recording and cache.batch:
             self._take(cache, [0] * cache.batch, 0, settle=True)
@@ -219,6 +222,7 @@ class System:
             layer.free()
             tokens.clear()
         cache.horizons = []
+        cache.floors = [[] for _ in cache.layers]
         if len(self.caches) > 1:
             self.caches.remove(cache)
 
@@ -236,8 +240,7 @@ class System:
         if mine.packing is None:
             return
         alike = len(mine.cohorts) == len(theirs.cohorts) and all(
-            a.geometry == b.geometry and np.array_equal(a.rows, b.rows)
-            for a, b in zip(mine.cohorts, theirs.cohorts)
+            a.geometry == b.geometry and np.array_equal(a.rows, b.rows) for a, b in zip(mine.cohorts, theirs.cohorts)
         )
         try:
             mine.share_packed(theirs)
@@ -271,9 +274,7 @@ class System:
             return
         rows = len(target.rows)
         keys, values = self._numbers(rows, count), self._numbers(rows, count)
-        (keys, values)[count % 2][rows - 1, position - old.length, 1] = float(
-            ("nan", "inf", "-inf", "1e6")[count % 4]
-        )
+        (keys, values)[count % 2][rows - 1, position - old.length, 1] = float(("nan", "inf", "-inf", "1e6")[count % 4])
         try:
             layer.append(target, keys, values)
         except NonFiniteError:
@@ -307,6 +308,7 @@ class System:
                 layer.start(batch)
                 tokens.update({(i, h): NOTHING for i in range(batch) for h in range(self.heads)})
             cache.horizons = [0] * batch
+            cache.floors = [[0] * batch for _ in cache.layers]
         return cache.batch
 
     def _numbers(self, rows: int, tokens: int) -> torch.Tensor:
@@ -373,6 +375,8 @@ class System:
         for sequence, count in enumerate(counts):
             if count or settle:
                 cache.horizons[sequence] = horizon
+                for floors, held in zip(cache.floors, cache.tokens):
+                    floors[sequence] = max(floors[sequence], len(held[sequence, 0].keys) - horizon)
         if limit is None:
             budget.limit = None
         if cache.tiers() != before:
@@ -404,11 +408,13 @@ class System:
         self._poison()
 
     def _check_cache(self, cache: Twin, cropped: bool = False) -> None:
-        for layer, tokens in zip(cache.layers, cache.tokens):
+        for layer, tokens, floors in zip(cache.layers, cache.tokens, cache.floors):
             rows = [row for cohort in layer.cohorts for row in cohort.rows.tolist()]
             assert sorted(rows) == list(range(cache.batch * self.heads)) and layer.batch == cache.batch
             for cohort in layer.cohorts:
                 self._check_cohort(cache, layer, cohort, tokens, cropped)
+                for sequence in set((cohort.rows // self.heads).tolist()):
+                    assert self._can_crop(cohort.geometry, cohort.geometry.length - floors[sequence])
             lengths = [len(tokens[i, 0].keys) for i in range(cache.batch)]
             assert layer.lengths().tolist() == lengths
 
@@ -507,9 +513,7 @@ class System:
             group = x.reshape(shape)
             low, high = group.min(axis, keepdims=True), group.max(axis, keepdims=True)
             bound = quantisation_bound(low, high, codec.bits)
-            assert (np.abs(group - y.reshape(shape)) <= bound).all(), (
-                "packed tokens are further off than half a step"
-            )
+            assert (np.abs(group - y.reshape(shape)) <= bound).all(), "packed tokens are further off than half a step"
 
     def _check_accounts(self) -> None:
         """Every page is held as often as tables name it; the pools and the budget agree on what there is."""
@@ -533,9 +537,7 @@ class System:
                 index = ids[slab_of == number] & ((1 << SLAB_SHIFT) - 1)
                 seen += len(index)
                 count = np.bincount(index, minlength=len(slab.references))
-                assert np.array_equal(count, slab.references), (
-                    "a page is held more or less often than tables name it"
-                )
+                assert np.array_equal(count, slab.references), "a page is held more or less often than tables name it"
                 assert slab.free == int((count == 0).sum())
                 free += slab.free
                 total += len(slab.references)
@@ -607,8 +609,7 @@ def decode(codec: KiviCodec, fields: dict[str, np.ndarray]) -> tuple[np.ndarray,
 
     share = codec.planes * 32 // codec.group
     scale, zero = (
-        np.repeat(fields[name], codec.planes // share, axis=2)[:, :, :, None]
-        for name in ("key_scale", "key_zero")
+        np.repeat(fields[name], codec.planes // share, axis=2)[:, :, :, None] for name in ("key_scale", "key_zero")
     )
     keys = codes(fields["key_words"]) * scale + zero
     scale, zero = (np.repeat(fields[name], codec.channels, axis=-1) for name in ("value_scale", "value_zero"))

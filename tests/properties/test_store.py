@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -17,15 +15,6 @@ NAMES = [name for name, weight in WEIGHTS.items() for _ in range(weight)]
 STEPS = st.sampled_from(NAMES).flatmap(
     lambda name: st.tuples(st.just(name), st.tuples(*(st.integers(*bounds) for bounds in OPERATIONS[name])))
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny: more threads only get in each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -52,7 +41,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.system.finish()
 
 
-TestStore = StoreMachine.TestCase
+TestStore = pytest.mark.usefixtures("one_thread")(StoreMachine.TestCase)
 # 200 runs of 50 operations. CI always tries the same ones.
 TestStore.settings = settings(
     max_examples=200,

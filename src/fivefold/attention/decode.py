@@ -104,18 +104,20 @@ def exact_tokens(geometry: Geometry) -> int:
     return min(geometry.length, geometry.extent.pinned * PAGE) + window
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def exact_bias(geometry: Geometry, device: torch.device) -> torch.Tensor | None:
     """0 where the newest token sees a slot of the exact tier, else `MASKED`: `[tokens]`; None is all 0."""
     recent = geometry.extent.recent
     if recent is None or geometry.length <= recent:
         return None
     pinned = min(geometry.length, geometry.extent.pinned * PAGE)
-    positions = torch.cat([torch.arange(pinned), torch.arange(geometry.exact_base, geometry.length)])
+    # While the pinned pages are not yet full, the window begins behind the newest token.
+    window = torch.arange(geometry.exact_base, max(geometry.exact_base, geometry.length))
+    positions = torch.cat([torch.arange(pinned), window])
     return _bias(positions, geometry).to(device)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def packed_bias(geometry: Geometry, device: torch.device) -> torch.Tensor | None:
     """The same for the slots of the packed tier, those behind `packed_stop` included (they count as seen)."""
     recent = geometry.extent.recent

@@ -96,9 +96,7 @@ def _stored(
     rows, heads, chunk, dim = queries.shape
     newest = geometry.length + torch.arange(chunk)
 
-    def over(
-        keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def over(keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if geometry.extent.recent is None:
             # Every query sees every stored key: the group's heads and the chunk are rows of one product.
             flat = queries.reshape(rows, 1, heads * chunk, dim)
@@ -108,9 +106,7 @@ def _stored(
         for first in range(0, chunk, QUERY_BLOCK):
             block = queries[:, :, first : first + QUERY_BLOCK]
             bias = _window_bias(geometry.extent, newest[first : first + QUERY_BLOCK], positions)
-            out, lse = attend(
-                block, _spread(keys, block), _spread(values, block), scaling, bias.to(queries.device)
-            )
+            out, lse = attend(block, _spread(keys, block), _spread(values, block), scaling, bias.to(queries.device))
             outs.append(out)
             lses.append(lse)
         return torch.cat(outs, 2), torch.cat(lses, 2)
@@ -131,7 +127,6 @@ def _stored(
             stop = min(geometry.packed_stop, geometry.packed_base + last * page)
             fields = {name: x.flatten(0, 1) for name, x in layer.packed_fields(cohort, first, last).items()}
             keys, values = (
-                x.to(queries.dtype).reshape(rows, -1, dim)[:, : stop - begin]
-                for x in layer.codec.decode(fields)
+                x.to(queries.dtype).reshape(rows, -1, dim)[:, : stop - begin] for x in layer.codec.decode(fields)
             )
             yield over(keys, values, torch.arange(begin, stop))

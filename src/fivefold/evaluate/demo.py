@@ -8,7 +8,6 @@ The exact cache is transformers' `DynamicCache` with its own attention, in the s
 
 from __future__ import annotations
 
-import copy
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ import torch
 
 from fivefold.api import compress, restore
 from fivefold.errors import InputError
+from fivefold.evaluate.score import twin
 from fivefold.recipe import Recipe
 
 DEFAULT_RECIPES = (
@@ -26,7 +26,7 @@ DEFAULT_RECIPES = (
     "kivi(bits=4)",
     "kivi(bits=2)",
     "streaming()",
-    "duo(keep=0.5) + kivi(bits=2)",
+    "duo(keep=0.34) + kivi(bits=4)",
 )
 DEFAULT_CONTEXT = 4096
 BASELINE = "DynamicCache"
@@ -156,7 +156,12 @@ def run(
 
 
 def _measure(
-    model: Any, tokenizer: Any, task: Task, recipe: Recipe | None, exact: torch.Tensor | None, progress: Progress
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    recipe: Recipe | None,
+    exact: torch.Tensor | None,
+    progress: Progress,
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """One run, and its log-probabilities over the continuation: float32 `[CONTINUATION, vocabulary]`."""
     name = BASELINE if recipe is None else str(recipe)
@@ -180,24 +185,24 @@ def _measure(
         report = cache.report()
         size, equivalent = report.total, report.exact_equivalent
 
-    twin = _twin(cache)
+    fork = twin(cache)
     steps, rows = [], []
     for position in range(task.continuation.shape[1]):
         progress(name, "decode", position, task.continuation.shape[1])
         token = task.continuation[:, position : position + 1].to(device)
         start = time.perf_counter()
-        logits = model(token, past_key_values=twin).logits
+        logits = model(token, past_key_values=fork).logits
         steps.append(_clock(device) - start)
         rows.append(logits[0, -1].float().log_softmax(-1).cpu())
     progress(name, "decode", task.continuation.shape[1], task.continuation.shape[1])
-    twin = None
+    del fork
     logs = torch.stack(rows)
     reference = logs if exact is None else exact
 
     answers = []
     for number, question in enumerate(task.questions):
         progress(name, "answers", number, len(task.questions))
-        answers.append(_answer(model, tokenizer, question.to(device), _twin(cache)))
+        answers.append(_answer(model, tokenizer, question.to(device), twin(cache)))
     progress(name, "answers", len(task.questions), len(task.questions))
     right = [fact.answer in answer for fact, answer in zip(task.facts, answers)]
     return {
@@ -206,17 +211,12 @@ def _measure(
         "ratio": size / equivalent,
         "prefill_s": prefill,
         "decode_ms_per_token": sorted(steps)[len(steps) // 2] * 1e3,
-        "kl": float((reference.exp() * (reference - logs)).sum(-1).mean()),
+        "kl": max(0.0, float((reference.exp() * (reference - logs)).sum(-1).mean())),
         "agreement": float((reference.argmax(-1) == logs.argmax(-1)).float().mean()),
         "answers": answers,
         "right": right,
         "answers_right": sum(right),
     }, logs
-
-
-def _twin(cache: Any) -> Any:
-    """The same tokens in a cache of its own: shared pages where the cache is ours, a copy where it is not."""
-    return cache.fork() if hasattr(cache, "fork") else copy.deepcopy(cache)
 
 
 def _answer(model: Any, tokenizer: Any, question: torch.Tensor, cache: Any) -> str:

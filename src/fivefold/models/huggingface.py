@@ -70,8 +70,7 @@ def _attention(
             )
     if kwargs.get("output_attentions"):
         raise CacheStateError(
-            "output_attentions=True needs the whole attention matrix, which a compressed cache never builds: "
-            "drop it."
+            "output_attentions=True needs the whole attention matrix, which a compressed cache never builds: drop it."
         )
     if attention_mask is not None and attention_mask.ndim != 2:
         raise CacheStateError(
@@ -109,9 +108,7 @@ def _stock_attention(
             allow_is_causal_skip=False,
             device=query.device,
         )
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-    )
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
 def _mask(
@@ -157,7 +154,7 @@ def _mask(
 
 def check_model(model: PreTrainedModel) -> None:
     """Raise `UnsupportedModelError` unless the model's family is one that Fivefold attends for."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     kind = getattr(config, "model_type", type(model).__name__)
     if kind not in FAMILIES:
         raise UnsupportedModelError(
@@ -290,8 +287,6 @@ class _State:
             self.free()
             return
         for index, extra in ahead.items():
-            self.stores[index].plan_crop(extra)
-        for index, extra in ahead.items():
             self.stores[index].crop(extra)
             self.logical[index] = length
 
@@ -299,9 +294,7 @@ class _State:
         """Before the first of our layers takes a chunk: everything that could refuse it."""
         first = self.stores[self.first]
         if first.batch not in (0, batch):
-            raise CacheStateError(
-                f"the cache holds {first.batch} sequences and was given {batch}: use a new cache."
-            )
+            raise CacheStateError(f"the cache holds {first.batch} sequences and was given {batch}: use a new cache.")
         self.tokens = np.full(batch, chunk, dtype=np.int64)
         if mask is not None:
             held = first.lengths() if first.batch else np.zeros(batch, dtype=np.int64)
@@ -314,8 +307,7 @@ class _State:
                 raise CacheStateError("padding inside or after a sequence cannot be stored: pad on the left.")
             if (real[:, :past].sum(1) != held).any():
                 raise CacheStateError(
-                    "the attention mask says otherwise about stored tokens than when they came: masks may only "
-                    "grow."
+                    "the attention mask says otherwise about stored tokens than when they came: masks may only grow."
                 )
         fresh = first.batch == 0
         if fresh:
@@ -355,8 +347,10 @@ class _State:
         count = min(count, self.length)
         everything = count == self.length
         if count and not everything:
+            pages: dict[Any, int] = {}
             for store in self.stores.values():
-                store.plan_crop(count)
+                pages[store.exact_pool] = pages.get(store.exact_pool, 0) + store.plan_crop(count)[1]
+            self.pools.budget.reserve(pages)
         for layer in self.stock.values():
             if layer.is_initialized and (count or self.recording):
                 layer.crop(-count)
@@ -649,7 +643,7 @@ def make_cache(model: PreTrainedModel, recipe: Recipe, max_bytes: int | None = N
         stores[index] = LayerCache(spec, pools, recipe.extents(spec), codec, residual)
     if not stores:
         raise UnsupportedModelError(
-            "every layer of this model has a sliding window, so there is no growing cache to compress: use DynamicCache."
+            "every layer of this model has a sliding window, so no cache grows and none can shrink: use DynamicCache."
         )
     windows = {index: layer for index, layer in enumerate(stock) if index not in stores}
     return FivefoldCache(recipe, _State(stores, windows, pools))

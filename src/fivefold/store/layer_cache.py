@@ -255,13 +255,10 @@ class LayerCache:
 
     def fork(self) -> LayerCache:
         """A second cache of the same tokens that shares every page until either writes."""
-        twin = LayerCache(
-            self.spec, self.pools, self.extents, self.codec, self.packing.residual if self.packing else 0
-        )
+        twin = LayerCache(self.spec, self.pools, self.extents, self.codec, self.packing.residual if self.packing else 0)
         twin.batch = self.batch
         for cohort in self.cohorts:
             cohort.shared = True
-            cohort.touched_exact()
         twin.cohorts = self._pick(np.arange(self.batch)) if self.batch else []
         for cohort in twin.cohorts:
             self._retain(cohort.exact, cohort.packed, cohort.own)
@@ -318,9 +315,7 @@ class LayerCache:
                     self.exact_pool,
                     len(rows) * (late.pinned_pages + late.window_pages - before),
                     cohort.exact[rows, -1] if cohort.shared and old.length % PAGE else None,
-                    cohort.exact[rows, old.pinned_pages : old.pinned_pages + gone]
-                    if count and gone
-                    else None,
+                    cohort.exact[rows, old.pinned_pages : old.pinned_pages + gone] if count and gone else None,
                 )
                 for pool, table in ((self.packed_pool, cohort.packed), (self.own_pool, cohort.own)):
                     if pool is not None and self.packing is not None:
@@ -357,13 +352,7 @@ class LayerCache:
         """
         old = cohort.geometry
         tokens = 0 if keys is None else keys.shape[1]
-        if (
-            tokens == 1
-            and not settle
-            and keys is not None
-            and values is not None
-            and self._put(cohort, keys, values)
-        ):
+        if tokens == 1 and not settle and keys is not None and values is not None and self._put(cohort, keys, values):
             return
         new = old.appended(tokens)
         if settle:
@@ -494,9 +483,7 @@ class LayerCache:
         whole = tokens // page if not slot else 0
         pieces = [(first, whole, keys[:, : whole * page], values[:, : whole * page])] if whole else []
         if tokens > whole * page:
-            pieces.append(
-                (first + whole, columns - whole, keys[:, whole * page :], values[:, whole * page :])
-            )
+            pieces.append((first + whole, columns - whole, keys[:, whole * page :], values[:, whole * page :]))
         for column, count, piece_keys, piece_values in pieces:
             fields = self.codec.encode(
                 piece_keys.reshape(rows * count, -1, dim),
@@ -563,9 +550,12 @@ class LayerCache:
                 pool.write("values", pages, values[:, window].reshape(shape), at)
                 position += count
 
-    def plan_crop(self, tokens: int) -> list[Geometry]:
-        """What `crop` would make of each cohort. Raises `CacheStateError` where it would."""
-        plans = []
+    def plan_crop(self, tokens: int) -> tuple[list[Geometry], int]:
+        """What `crop` would make of each cohort, and how many exact pages it would take at most.
+
+        Raises `CacheStateError` where it would.
+        """
+        plans, missing = [], 0
         for cohort in self.cohorts:
             new = cohort.geometry.cropped(min(tokens, cohort.geometry.length), self.packing)
             if new is None:
@@ -575,7 +565,10 @@ class LayerCache:
                     "show again; fork() the cache before the tokens that may be taken back."
                 )
             plans.append(new)
-        return plans
+            if new.exact_base < cohort.geometry.exact_base:
+                freed = self.exact_pool.references(cohort.exact[:, new.pinned_pages :]) == 1
+                missing += max(0, len(cohort.rows) * new.window_pages - int(freed.sum()))
+        return plans, missing
 
     def crop(self, tokens: int) -> None:
         """Forget the last `tokens` tokens of every sequence (all of one that has fewer).
@@ -584,12 +577,7 @@ class LayerCache:
         where a head has already given up tokens that it would have to show again, and `CacheFullError`
         likewise where the cap has no room for tokens of a packed group that come back to the exact tier.
         """
-        plans = self.plan_crop(tokens)
-        missing = 0
-        for cohort, new in zip(self.cohorts, plans):
-            if new.exact_base < cohort.geometry.exact_base:
-                freed = self.exact_pool.references(cohort.exact[:, new.pinned_pages :]) == 1
-                missing += max(0, len(cohort.rows) * new.window_pages - int(freed.sum()))
+        plans, missing = self.plan_crop(tokens)
         self.pools.budget.reserve({self.exact_pool: missing})
         for cohort, new in zip(self.cohorts, plans):
             self._crop(cohort, new)
@@ -660,9 +648,7 @@ class LayerCache:
     def packed(self, location: Location, own: Location | None) -> dict[str, torch.Tensor]:
         """Every field of a block of the packed tier: `[rows, columns, *shape]`."""
         assert self.packed_pool is not None
-        out = {
-            part.name: self.packed_pool.fetch(part.name, location) for part in self.packed_pool.layout.fields
-        }
+        out = {part.name: self.packed_pool.fetch(part.name, location) for part in self.packed_pool.layout.fields}
         if own is not None and self.own_pool is not None:
             for part in self.own_pool.layout.fields:
                 out[part.name] = self.own_pool.fetch(part.name, own)

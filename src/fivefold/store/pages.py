@@ -132,8 +132,7 @@ class _Slab:
         # Tensors made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
             self.tensors = {
-                part.name: torch.empty((pages, *part.shape), dtype=part.dtype, device=device)
-                for part in layout.fields
+                part.name: torch.empty((pages, *part.shape), dtype=part.dtype, device=device) for part in layout.fields
             }
         self.references = np.zeros(pages, dtype=np.int32)
         self.free = pages

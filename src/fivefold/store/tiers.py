@@ -124,7 +124,5 @@ class Geometry:
             return None
         if length >= self.exact_base or packing is None or self.packed_stop == self.packed_base:
             return out
-        stop = max(
-            self.packed_base, self.packed_base + (length - self.packed_base) // packing.group * packing.group
-        )
+        stop = max(self.packed_base, self.packed_base + (length - self.packed_base) // packing.group * packing.group)
         return replace(out, packed_stop=stop, exact_base=stop)

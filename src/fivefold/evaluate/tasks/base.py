@@ -21,7 +21,8 @@ Kind = Literal["generate", "choices", "bits"]
 @dataclass(frozen=True)
 class Question:
     """`text` follows the prefix. `answer` is right; with `choices` it is one of them, and the model picks the most
-    likely; without, it generates and its first line must hold the answer."""
+    likely; without, it generates and its first line must hold the answer. A choice follows `text` as it is, with nothing
+    put between: where it begins a word, it has its own leading space."""
 
     text: str
     answer: str
@@ -97,11 +98,23 @@ def holds(text: str, answer: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", line, re.IGNORECASE) is not None
 
 
-def fill(tokenizer: Any, context: int, pieces: list[tuple[float, str]], filler: str, last: str = "") -> list[int]:
+CLEAR = 96
+"""Tokens at the end of a prefix that hold nothing planted: more than a short recent window sees."""
+
+
+def fill(
+    tokenizer: Any,
+    context: int,
+    pieces: list[tuple[float, str]],
+    filler: str,
+    last: str = "",
+    clear: int = CLEAR,
+) -> list[int]:
     """A prefix of exactly `context` tokens: `filler` with each piece (depth from 0 to 1, text) set in at its depth.
 
-    Pieces of equal depth keep their order; `last` stands at the very end, behind all filler. Raises `InputError` if
-    the pieces leave no room.
+    Pieces of equal depth keep their order; `last` stands at the very end, behind all filler. At least `clear` tokens
+    (filler and `last`) stand behind the last piece: depth 1 is in front of them. Raises `InputError` if the pieces
+    leave no room.
     """
 
     def ids(text: str) -> list[int]:
@@ -110,10 +123,12 @@ def fill(tokenizer: Any, context: int, pieces: list[tuple[float, str]], filler: 
     ordered = sorted(enumerate(pieces), key=lambda item: (item[1][0], item[0]))
     encoded = [(depth, ids(text)) for _, (depth, text) in ordered]
     tail = ids(last) if last else []
-    room = context - len(tail) - sum(len(part) for _, part in encoded)
-    if room < 0:
+    planted = sum(len(part) for _, part in encoded)
+    behind = max(0, clear - len(tail)) if planted else 0
+    room = context - len(tail) - planted
+    if room < behind:
         raise InputError(
-            f"a context of {context} tokens is too short for this task: it needs {context - room} before any filler."
+            f"a context of {context} tokens is too short for this task: it needs at least {context - room + behind}."
         )
     body = ids(filler[: 12 * room + 200])
     while len(body) < room:
@@ -121,7 +136,7 @@ def fill(tokenizer: Any, context: int, pieces: list[tuple[float, str]], filler: 
     out: list[int] = []
     used = 0
     for depth, part in encoded:
-        upto = round(depth * room)
+        upto = round(depth * (room - behind))
         out += body[used:upto] + part
         used = upto
     return out + body[used:room] + tail

@@ -6,8 +6,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from fivefold.evaluate.demo import document
 from fivefold.evaluate.tasks.base import Question, Sample, Task, fill, task
+from fivefold.evaluate.tasks.text import passage
 
 
 @task(
@@ -25,9 +25,9 @@ class Passkey(Task):
 
     def make(self, tokenizer: Any, context: int, rng: random.Random) -> Sample:
         number = str(rng.randrange(10000, 100000))
-        planted = f"\n\nThe vault opens with the number {number}. Remember that the number {number} opens the vault.\n\n"
-        text = document()
-        start = text.index("\n", rng.randrange(len(text) // 2))
-        prefix = fill(tokenizer, context, [(rng.uniform(self.shallow, self.deep), planted)], text[start:])
+        planted = (
+            f"\n\nThe vault opens with the number {number}. Remember that the number {number} opens the vault.\n\n"
+        )
+        prefix = fill(tokenizer, context, [(rng.uniform(self.shallow, self.deep), planted)], passage(rng))
         question = "\n\nWhich number opens the vault?\nThe vault opens with the number"
         return Sample(prefix, (Question(question, number),))

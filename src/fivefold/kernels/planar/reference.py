@@ -22,11 +22,11 @@ def quantise(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, to
 
     x: float32 `[..., group]`. Returns codes int16 `[..., group]`, scale and zero float16 `[..., 1]` with
     x ~ code * scale + zero. Codes are computed against the *stored* (float16) scale and zero, rounding half
-    to even. A constant group has scale 0 and decodes to its zero point.
+    to even. A constant group that float16 can hold has scale 0 and decodes to its zero point.
     """
     low, high = x.aminmax(dim=-1, keepdim=True)
     zero = low.to(torch.float16)
-    scale = ((high - zero.float()) / (2**bits - 1)).to(torch.float16)
+    scale = ((high - zero.float()).clamp_(min=0) / (2**bits - 1)).to(torch.float16)
     step = torch.where(scale > 0, scale.float(), 1.0)
     codes = ((x - zero.float()) / step).round_().clamp_(0, 2**bits - 1)
     return codes.to(torch.int16), scale, zero
@@ -89,9 +89,7 @@ def planar_scores(
     spread = queries[:, None].expand(rows, pages, query, dim)
     shape = (groups, rows * pages, query)
     scaled = torch.mul(spread, scale.permute(2, 0, 1, 3)[:, :, :, None]).reshape(*shape, dim)
-    offset = (
-        torch.matmul(queries[:, None], zero.float().transpose(2, 3)).permute(3, 0, 1, 2).reshape(*shape, 1)
-    )
+    offset = torch.matmul(queries[:, None], zero.float().transpose(2, 3)).permute(3, 0, 1, 2).reshape(*shape, 1)
     out = queries.new_empty((planes, rows * pages, query, ROWS))
     tile = _Planes(words, bits)
     for j in range(planes):

@@ -25,8 +25,7 @@ FLOAT16_MAX = torch.finfo(torch.float16).max
 @register(
     slot="bits",
     name="kivi",
-    paper="Liu et al., KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache, ICML 2024 "
-    "(arXiv:2402.02750)",
+    paper="Liu et al., KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache, ICML 2024 (arXiv:2402.02750)",
 )
 @dataclass(frozen=True)
 class Kivi(Method):
@@ -64,8 +63,7 @@ class Kivi(Method):
         channels = min(self.group, spec.head_dim)
         if spec.head_dim % channels:
             raise RecipeError(
-                f"kivi(group={self.group}) does not divide the model's head_dim of {spec.head_dim}: use "
-                "another group."
+                f"kivi(group={self.group}) does not divide the model's head_dim of {spec.head_dim}: use another group."
             )
         return KiviCodec(self.bits, self.group, channels, spec.head_dim)
 
@@ -106,9 +104,7 @@ class KiviCodec(Codec):
                     "full() for this model, or look for the layer that overflows."
                 )
         pages = keys.shape[0]
-        grouped = (
-            keys.float().unflatten(1, (-1, self.group)).transpose(2, 3)
-        )  # [pages, groups, head_dim, group]
+        grouped = keys.float().unflatten(1, (-1, self.group)).transpose(2, 3)  # [pages, groups, head_dim, group]
         codes, scale, zero = quantise(grouped, self.bits)
         key_codes = codes.transpose(2, 3).flatten(1, 2)
         split = values.float().unflatten(2, (-1, self.channels))
@@ -142,11 +138,7 @@ class KiviCodec(Codec):
         return torch.cat(keys, 1), torch.cat(values, 1)
 
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
-        return planar_scores(
-            queries.float(), fields["key_words"], fields["key_scale"], fields["key_zero"], self.bits
-        )
+        return planar_scores(queries.float(), fields["key_words"], fields["key_scale"], fields["key_zero"], self.bits)
 
     def output(self, weights: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
-        return planar_output(
-            weights, fields["value_words"], fields["value_scale"], fields["value_zero"], self.bits
-        )
+        return planar_output(weights, fields["value_words"], fields["value_scale"], fields["value_zero"], self.bits)
