@@ -977,6 +977,26 @@ def test_a_crop_that_cannot_be_changes_nothing(tiny: Any) -> None:
     torch.testing.assert_close(feed(model, ids[:, 150:], cache, [50]), expected, atol=LOSSLESS, rtol=0)
 
 
+def test_a_crop_without_room_changes_nothing(tiny: Any) -> None:
+    """Tokens of a packed group come back to exact pages: room for one layer is not enough."""
+    model, ids = tiny(num_hidden_layers=2), prompt(96)
+    cache = fivefold.compress(model, "kivi(bits=8, residual=0)")
+    feed(model, ids, cache, [96])
+    fork = cache.fork()  # so that nothing is freed
+    budget, page = cache.state.pools.budget, 32 * 2 * 64 * 4
+    budget.trim()
+    budget.limit = budget.used + 3 * page
+    before = held(cache)
+    refused(CacheFullError, "cache is full", lambda: cache.crop(-20))
+    assert held(cache) == before and cache.get_seq_length() == 96
+    budget.limit += page
+    cache.crop(-20)
+    budget.limit = None
+    logits = feed(model, ids[:, 76:], cache, [1])
+    fork.crop(-20)
+    torch.testing.assert_close(logits, feed(model, ids[:, 76:], fork, [1]), atol=LOSSLESS, rtol=0)
+
+
 @pytest.mark.parametrize("recipe", [STREAMING, KIVI8])
 def test_recording_defers_what_cannot_be_undone(tiny: Any, recipe: str) -> None:
     model, ids, horizon = tiny(), prompt(260), huggingface.HORIZON

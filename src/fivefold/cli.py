@@ -650,8 +650,8 @@ def evaluate(
 
 _EVAL_LEGEND = (
     "Share of right answers (biography: bits recovered per fact), with its 95% interval. fidelity: how often the most "
-    "likely token is the exact cache's, and KL in nats. bytes: of the exact cache. (*) the exact model is at chance there: that row "
-    "says nothing about compression."
+    "likely token is the exact cache's, and KL in nats. bytes: of the exact cache. (*) the exact model is at chance "
+    "there: that row says nothing about compression."
 )
 
 

@@ -103,6 +103,9 @@ class Codec:
     layout: PageLayout
     group: int
 
+    def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Raise `NonFiniteError` if these, of any shape, cannot be encoded. Asked before a chunk is stored at all."""
+
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
     ) -> dict[str, torch.Tensor]:

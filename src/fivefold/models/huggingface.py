@@ -440,6 +440,8 @@ class FivefoldLayer(CacheLayerMixin):
         group, rows = query_heads // store.spec.kv_heads, batch * store.spec.kv_heads
         queries = query.reshape(rows, group, chunk, dim)
         keys, values = key.reshape(rows, chunk, dim), value.reshape(rows, chunk, dim)
+        if chunk > 1 and store.codec is not None:
+            store.codec.check(keys, values)
         parts = store.split_by(state.tokens)
         alone = len(parts) == 1 and parts[0][1] == chunk
         out = queries if alone else torch.zeros_like(queries, memory_format=torch.contiguous_format)

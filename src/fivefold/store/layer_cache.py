@@ -370,9 +370,12 @@ class LayerCache:
     def _put(self, cohort: Cohort, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """One token into the open exact page of each row, as nearly always; False if that cannot be done."""
         slot = cohort.geometry.length % PAGE
-        if slot == 0 or cohort.shared or cohort.exact.shape[1] == 0:
+        if slot == 0 or cohort.exact.shape[1] == 0:
             return False
         if cohort.tail is None:
+            # Whoever shares the pages from now on resets the tail, so one look at the references is enough.
+            if cohort.shared and (self.exact_pool.references(cohort.exact[:, -1]) > 1).any():
+                return False
             location = self.exact_pool.locate(cohort.exact[:, -1:])
             if location.slab is None:
                 return False

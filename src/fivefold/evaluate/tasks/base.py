@@ -21,7 +21,7 @@ Kind = Literal["generate", "choices", "bits"]
 @dataclass(frozen=True)
 class Question:
     """`text` follows the prefix. `answer` is right; with `choices` it is one of them, and the model picks the most
-    likely; without, it generates and its first line must hold the answer. A choice follows `text` as it is, with nothing
+    likely; without, it generates and its first line must hold the answer. A choice follows `text` as it is, nothing is
     put between: where it begins a word, it has its own leading space."""
 
     text: str

@@ -93,9 +93,7 @@ class KiviCodec(Codec):
             ),
         )
 
-    def encode(
-        self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
-    ) -> dict[str, torch.Tensor]:
+    def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         for name, x in (("keys", keys), ("values", values)):
             peak = x.detach().abs().amax()
             if not peak <= FLOAT16_MAX:  # also when it is NaN
@@ -103,6 +101,11 @@ class KiviCodec(Codec):
                     f"{name} to be packed reach {float(peak)}, beyond what float16 scales can hold: use "
                     "full() for this model, or look for the layer that overflows."
                 )
+
+    def encode(
+        self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
+    ) -> dict[str, torch.Tensor]:
+        self.check(keys, values)
         pages = keys.shape[0]
         grouped = keys.float().unflatten(1, (-1, self.group)).transpose(2, 3)  # [pages, groups, head_dim, group]
         codes, scale, zero = quantise(grouped, self.bits)
