@@ -21,16 +21,16 @@ def attend_step(layer: LayerCache, cohort: Cohort, queries: torch.Tensor, scalin
     queries: `[rows, query_heads per kv head, head_dim]`: the heads of a group are the rows of one product.
     Returns the same shape.
     """
-    parts = [attend_exact(layer, cohort, queries, scaling)]
-    if cohort.packed.shape[1]:
-        parts.append(attend_packed(layer, cohort, queries, scaling))
+    if not cohort.packed.shape[1]:
+        return attend_exact(layer, cohort, queries, scaling, alone=True)[0].to(queries.dtype)
+    parts = [attend_exact(layer, cohort, queries, scaling), attend_packed(layer, cohort, queries, scaling)]
     return merge(parts)[0].to(queries.dtype)
 
 
 def attend_exact(
-    layer: LayerCache, cohort: Cohort, queries: torch.Tensor, scaling: float
+    layer: LayerCache, cohort: Cohort, queries: torch.Tensor, scaling: float, alone: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(output, log-sum-exp) over the exact tier."""
+    """(output, log-sum-exp) over the exact tier; the latter is empty if the tier is `alone`, nothing to merge with."""
     geometry = cohort.geometry
     tokens = exact_tokens(geometry)
     bias = exact_bias(geometry, queries.device)
@@ -53,7 +53,10 @@ def attend_exact(
     whole = scores[0] if len(scores) == 1 else torch.cat(scores, 2)
     if bias is not None:
         whole += bias
-    lse = softmax_(whole)
+    if alone:
+        whole, lse = whole.softmax(-1), whole.new_empty(0)
+    else:
+        lse = softmax_(whole)
     out = None
     for first, _, location in blocks:
         values = layer.exact("values", location)[:, : tokens - first * PAGE]

@@ -339,7 +339,8 @@ class _State:
         """Let the policies of all layers move what is due."""
         for store in self.stores.values():
             for cohort in store.cohorts:
-                store.append(cohort, None, None, horizon=horizon)
+                if store.packing is not None or cohort.geometry.extent.recent is not None:
+                    store.append(cohort, None, None, horizon=horizon)
 
     def crop(self, count: int) -> None:
         """Forget the last `count` tokens in all layers, or raise before any has."""

@@ -8,21 +8,27 @@ from typing import Any
 
 from fivefold.errors import InputError
 from fivefold.evaluate.tasks.base import Question, Sample, Task, fill, task
-from fivefold.evaluate.tasks.text import CITIES, PEOPLE, passage, shuffled
+from fivefold.evaluate.tasks.text import CITIES, PEOPLE, passage
+
+# Shows how to answer: the first hop is said aloud, so that the second starts from it. Nothing here is in the text.
+_EXAMPLES = (
+    "The best friend of Ivan is Karl, and Karl lives in the city of Geneva.\n"
+    "The best friend of Maria is Otto, and Otto lives in the city of Naples.\n"
+)
 
 
 @task(
     "two_hop",
-    kind="choices",
-    line="A's friend is B, B lives in C, in two places of a long text; the model is asked where A's friend lives",
+    kind="generate",
+    line="A's friend is B, B lives in C, in two places of a long text; the model says where A's friend lives",
     source="Biran et al., Hopping Too Late, 2024",
 )
 @dataclass(frozen=True)
 class TwoHop(Task):
-    """`chains` chains of two facts. The choices are the last words of all chains."""
+    """`chains` chains of two facts, all facts at random depths; every chain is asked for. The model may say the first
+    hop before the second: without that, models as small as SmolLM2-135M are at chance."""
 
     chains: int = 3
-    deep: float = 1.0
 
     def make(self, tokenizer: Any, context: int, rng: random.Random) -> Sample:
         if not 2 <= self.chains <= len(PEOPLE) // 2:
@@ -31,8 +37,7 @@ class TwoHop(Task):
         cities = rng.sample(CITIES, self.chains)
         planted, questions = [], []
         for one, other, city in zip(people, people[self.chains :], cities):
-            planted.append((rng.uniform(0, self.deep), f"\n\nThe best friend of {one} is {other}.\n\n"))
-            planted.append((rng.uniform(0, self.deep), f"\n\n{other} lives in the city of {city}.\n\n"))
-            text = f"\n\nThe best friend of {one} lives in the city of"
-            questions.append(Question(text, f" {city}", shuffled(rng, cities)))
+            planted.append((rng.random(), f"\n\nThe best friend of {one} is {other}.\n\n"))
+            planted.append((rng.random(), f"\n\n{other} lives in the city of {city}.\n\n"))
+            questions.append(Question(f"\n\n{_EXAMPLES}The best friend of {one} is", city))
         return Sample(fill(tokenizer, context, planted, passage(rng)), tuple(questions))
