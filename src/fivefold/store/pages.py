@@ -22,7 +22,7 @@ from fivefold.errors import CacheFullError
 
 SLAB_SHIFT = 20
 _INDEX_MASK = (1 << SLAB_SHIFT) - 1
-# A new slab is at least this fraction of what the pool holds: few slabs, and at most 6% of the pool unused.
+# For a few pages (decoding) a slab of this fraction of the pool is added: few slabs, and at most 6% unused.
 _GROWTH = 16
 # When no run of consecutive free pages is left, up to this many scattered ones are used before growing.
 _SCATTER = 64
@@ -224,7 +224,7 @@ class PagePool:
                 raise self.budget.full(missing * self.layout.nbytes)
         # A run of its own is worth memory that nobody has announced a need for (`Budget.reserve`); else only
         # what is missing is added and scattered pages are used.
-        ample = max(count, self.total_pages // _GROWTH)
+        ample = count if count > _SCATTER else max(count, self.total_pages // _GROWTH)
         if missing > 0 or count > _SCATTER:
             for pages in (ample, count) if missing > 0 else (count,):
                 if missing == pages or self.budget.room_for(pages * self.layout.nbytes, spare=True) >= 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from fivefold.errors import InputError
@@ -39,7 +40,7 @@ class Graph(Task):
             )
         drawn = rng.sample(CITIES, nodes)
         paths = [drawn[at :: self.paths] for at in range(self.paths)]
-        edges = [(one, other) for path in paths for one, other in zip(path, path[1:])]
+        edges = [(one, other) for path in paths for one, other in pairwise(path)]
         rng.shuffle(edges)
         lines = "\n".join(f"{one} -> {other}" for one, other in edges)
         planted = (rng.uniform(0, self.deep), f"\n\nRoads:\n{lines}\n\n")
