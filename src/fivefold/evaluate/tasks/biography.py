@@ -36,7 +36,7 @@ class Biography(Task):
     """Short lives of `people` people at random depths, `asked` facts asked for. The choices are the facts of the same
     kind of all people, so a fact is worth log2(people) bits, and knowing what was in the text is worth none."""
 
-    people: int = 4
+    people: int = 3
     asked: int = 6
 
     def make(self, tokenizer: Any, context: int, rng: random.Random) -> Sample:

@@ -27,7 +27,7 @@ class LaundryList(Task):
     """A list of `items` goods at a random depth up to `deep`; `asked` of them are asked for by number. The choices are
     the right item and `rivals` others of the list."""
 
-    items: int = 8
+    items: int = 5
     asked: int = 4
     rivals: int = 3
     deep: float = 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -10,34 +11,41 @@ from fivefold.errors import InputError
 from fivefold.evaluate.tasks.base import Question, Sample, Task, fill, task
 from fivefold.evaluate.tasks.text import CITIES, PEOPLE, passage
 
-# Shows how to answer: the first hop is said aloud, so that the second starts from it. Nothing here is in the text.
-_EXAMPLES = (
-    "The best friend of Ivan is Karl, and Karl lives in the city of Geneva.\n"
-    "The best friend of Maria is Otto, and Otto lives in the city of Naples.\n"
-)
-
 
 @task(
     "two_hop",
-    kind="generate",
-    line="A's friend is B, B lives in C, in two places of a long text; the model says where A's friend lives",
+    kind="choices",
+    line="A's friend is B, B lives in C, in two places of a long text; the model is asked for A's friend and home",
     source="Biran et al., Hopping Too Late, 2024",
 )
 @dataclass(frozen=True)
 class TwoHop(Task):
-    """`chains` chains of two facts, all facts at random depths; every chain is asked for. The model may say the first
-    hop before the second: without that, models as small as SmolLM2-135M are at chance."""
+    """`chains` chains of two facts, all facts at random depths; every chain is asked for. The choices pair every friend
+    with every home, so that both hops must be right. The first hop is said aloud in the choice: asked for the home
+    alone, SmolLM2-135M is at chance (3 of 12 questions at 768 tokens, 4 by chance)."""
 
     chains: int = 3
+    deep: float = 0.6
 
     def make(self, tokenizer: Any, context: int, rng: random.Random) -> Sample:
-        if not 2 <= self.chains <= len(PEOPLE) // 2:
-            raise InputError(f"chains={self.chains} cannot be planted: use 2 to {len(PEOPLE) // 2}.")
+        if not 2 <= self.chains <= 5:
+            raise InputError(f"chains={self.chains} cannot be planted: use 2 to 5.")
         people = rng.sample(PEOPLE, 2 * self.chains)
+        friends = people[self.chains :]
         cities = rng.sample(CITIES, self.chains)
-        planted, questions = [], []
-        for one, other, city in zip(people, people[self.chains :], cities):
-            planted.append((rng.random(), f"\n\nThe best friend of {one} is {other}.\n\n"))
-            planted.append((rng.random(), f"\n\n{other} lives in the city of {city}.\n\n"))
-            questions.append(Question(f"\n\n{_EXAMPLES}The best friend of {one} is", city))
-        return Sample(fill(tokenizer, context, planted, passage(rng)), tuple(questions))
+        friendships = [f"The best friend of {one} is {other}." for one, other in zip(people, friends)]
+        homes = [f"{other} lives in the city of {city}." for other, city in zip(friends, cities)]
+        planted = [
+            (rng.uniform(0, self.deep), "\n\n{}\n\n".format("\n".join(rng.sample(facts, self.chains))))
+            for facts in (friendships, homes)
+        ]
+        pairs = [_said(friend, city) for friend, city in itertools.product(friends, cities)]
+        questions = tuple(
+            Question(f"\n\nThe best friend of {one} is", _said(other, city), tuple(rng.sample(pairs, len(pairs))))
+            for one, other, city in zip(people, friends, cities)
+        )
+        return Sample(fill(tokenizer, context, planted, passage(rng)), questions)
+
+
+def _said(friend: str, city: str) -> str:
+    return f" {friend}.\n{friend} lives in the city of {city}"
