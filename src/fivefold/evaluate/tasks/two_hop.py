@@ -20,7 +20,8 @@ from fivefold.evaluate.tasks.text import CITIES, PEOPLE, passage
 )
 @dataclass(frozen=True)
 class TwoHop(Task):
-    """`chains` chains of two facts, all facts at random depths; every chain is asked for. The choices pair every friend
+    """`chains` chains of two facts, the first facts in one list and the second in another, each
+    at a random depth up to `deep`; every chain is asked for. The choices pair every friend
     with every home, so that both hops must be right. The first hop is said aloud in the choice: asked for the home
     alone, SmolLM2-135M is at chance (3 of 12 questions at 768 tokens, 4 by chance)."""
 
