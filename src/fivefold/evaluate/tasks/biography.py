@@ -35,8 +35,9 @@ _FACTS: tuple[tuple[str, tuple[str, ...]], ...] = (
 class Biography(Task):
     """Short lives of `people` people at random depths, `asked` facts asked for. The choices are the facts of the same
     kind of all people, so a fact is worth log2(people) bits, and knowing what was in the text is worth none.
-    A model that is sure of the wrong fact scores below 0. SmolLM2-135M recalls little: 0.19 to 0.45 bits of two in three
-    small runs. Four people were preferred to three after all runs were seen, so the highest of these is flattered."""
+    A model that is sure of the wrong fact scores below 0. SmolLM2-135M recalls little: 0.19 to 0.45 bits of two in
+    three small runs. Four people were preferred to three after all runs were seen, so the highest of these is
+    flattered."""
 
     people: int = 4
     asked: int = 6
