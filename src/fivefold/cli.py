@@ -390,7 +390,7 @@ def _cache_report(cache: Any, speed: list[tuple[str, int, float]]) -> Table:
     table.add_row("cache", f"{report.total / 2**20:.2f} MiB, {report.ratio:.3f}x of the exact cache ({exact})")
     table.add_row("tokens", f"{report.tokens:,}, {report.kept_tokens:.1%} of them kept (layers, heads, tokens)")
     table.add_row("bits a number", f"{report.bits:.2f} (channels, bits)")
-    kinds = ("exact", "codes", "scales", "other", "sliding", "slack", "free", "forks", "tables")
+    kinds = ("exact", "codes", "scales", "other", "statistics", "sliding", "slack", "free", "forks", "tables")
     held = [f"{kind} {getattr(report, kind):,}" for kind in kinds if getattr(report, kind)]
     table.add_row("bytes", ", ".join(held) or "none")
     for what, tokens, seconds in speed:

@@ -18,9 +18,9 @@ class Report:
 
     recipe: as text. tokens: logical length (padding included) x sequences.
     exact, codes, scales: filled slots of pages, by kind of field (any further kind a codec declares is in `other`).
-    slack: unfilled slots of pages in use. free: pages that are allocated and not in use. forks: pages that only other
-    forks of the cache hold. sliding: layers with a sliding window, kept as they are. tables: page tables, and indices
-    made from them.
+    statistics: what a policy knows about the tokens (positions, scores). slack: unfilled slots of pages in use. free:
+    pages that are allocated and not in use. forks: pages that only other forks of the cache hold. sliding: layers with
+    a sliding window, kept as they are. tables: page tables, and indices made from them.
     exact_equivalent: what `DynamicCache` holds for the same tokens in the same dtype.
     kept_tokens: stored (token, kv head, layer) entries over all that were seen: what layers, heads and tokens saved.
     bits: bits per stored number of filled slots: what channels and bits saved.
@@ -32,6 +32,7 @@ class Report:
     codes: int
     scales: int
     other: int
+    statistics: int
     slack: int
     free: int
     forks: int
@@ -44,8 +45,8 @@ class Report:
     @property
     def total(self) -> int:
         return (
-            self.exact + self.codes + self.scales + self.other + self.slack + self.free + self.forks
-            + self.sliding + self.tables
+            self.exact + self.codes + self.scales + self.other + self.statistics + self.slack + self.free
+            + self.forks + self.sliding + self.tables
         )  # fmt: skip
 
     @property
@@ -63,26 +64,27 @@ class Report:
             f"  tokens kept (layers, heads, tokens): {self.kept_tokens:.1%}    "
             f"bits per number (channels, bits): {self.bits:.2f}",
         ]
-        for name in ("exact", "codes", "scales", "other", "sliding", "slack", "free", "forks", "tables"):
+        for name in ("exact", "codes", "scales", "other", "statistics", "sliding", "slack", "free", "forks", "tables"):
             size = getattr(self, name)
             if size:
-                lines.append(f"  {name:<8} {size:>14,} bytes")
+                lines.append(f"  {name:<10} {size:>14,} bytes")
         return "\n".join(lines)
 
 
 def measure(cache: FivefoldCache) -> Report:
     """Count a cache's bytes from its page tables and pools."""
     held: dict[Any, list[tuple[np.ndarray, np.ndarray]]] = {pool: [] for pool in cache.state.pools}
-    seen = stored = exact_equivalent = tables = 0
+    seen = stored = exact_equivalent = tables = statistics = 0
     for index, store in cache.state.stores.items():
         spec = store.spec
         logical = cache.state.logical[index] * store.batch
         exact_equivalent += 2 * logical * spec.kv_heads * spec.head_dim * spec.dtype.itemsize
         tables += store.table_bytes
+        statistics += store.statistics_bytes
         for cohort in store.cohorts:
             geometry = cohort.geometry
             rows = len(cohort.rows)
-            seen += rows * geometry.length
+            seen += rows * geometry.seen
             stored += rows * geometry.stored_tokens
             pinned = min(geometry.length, geometry.pinned_pages * store.exact_pool.layout.tokens)
             window = max(0, geometry.length - geometry.exact_base)
@@ -133,6 +135,7 @@ def measure(cache: FivefoldCache) -> Report:
         codes=kinds["codes"],
         scales=kinds["scales"],
         other=kinds["other"],
+        statistics=statistics,
         slack=slack,
         free=free,
         forks=forks,

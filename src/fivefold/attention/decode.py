@@ -15,22 +15,49 @@ from fivefold.store.tiers import PAGE, Geometry
 PACKED_BLOCK = 1 << 20
 
 
+Weights = list[tuple[torch.Tensor, torch.Tensor]]
+"""Weights within a part of the slots, `[rows, query_heads per kv head, slots]`, and the part's log-sum-exp."""
+
+
 def attend_step(layer: LayerCache, cohort: Cohort, queries: torch.Tensor, scaling: float) -> torch.Tensor:
     """Attention of the newest token of each row of a cohort.
 
     queries: `[rows, query_heads per kv head, head_dim]`: the heads of a group are the rows of one product.
-    Returns the same shape.
+    Returns the same shape. A policy that watches is told of the weights.
     """
+    watched: Weights | None = None
+    if cohort.held is not None and layer.policy is not None and layer.policy.evicts and layer.policy.watches:
+        watched = []
     if not cohort.packed.shape[1]:
-        return attend_exact(layer, cohort, queries, scaling, alone=True)[0].to(queries.dtype)
-    parts = [attend_exact(layer, cohort, queries, scaling), attend_packed(layer, cohort, queries, scaling)]
-    return merge(parts)[0].to(queries.dtype)
+        out, lse = attend_exact(layer, cohort, queries, scaling, True, watched)
+    else:
+        # In the order of the slots: packed ones first.
+        parts = [
+            attend_packed(layer, cohort, queries, scaling, watched),
+            attend_exact(layer, cohort, queries, scaling, False, watched),
+        ]
+        out, lse = merge(parts)
+    if watched is not None:
+        if len(watched) == 1:
+            weights = watched[0][0]
+        else:
+            weights = torch.cat([part * (own - lse).exp()[..., None] for part, own in watched], 2)
+        layer.observe(cohort, weights)
+    return out.to(queries.dtype)
 
 
 def attend_exact(
-    layer: LayerCache, cohort: Cohort, queries: torch.Tensor, scaling: float, alone: bool = False
+    layer: LayerCache,
+    cohort: Cohort,
+    queries: torch.Tensor,
+    scaling: float,
+    alone: bool = False,
+    watched: Weights | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(output, log-sum-exp) over the exact tier; the latter is empty if the tier is `alone`, nothing to merge with."""
+    """(output, log-sum-exp) over the exact tier; the latter is empty if the tier is `alone`, nothing to merge with.
+
+    The weights go to `watched`, in the order of the slots.
+    """
     geometry = cohort.geometry
     tokens = exact_tokens(geometry)
     bias = exact_bias(geometry, queries.device)
@@ -40,10 +67,15 @@ def attend_exact(
         parts = []
         for first, last, location in blocks:
             window = slice(first * PAGE, min(last * PAGE, tokens))
+            if window.stop <= window.start:
+                continue  # a page that waits for its first token
             keys, values = (layer.exact(name, location)[:, : window.stop - window.start] for name in KV)
             seen = None if bias is None else bias[window].expand(queries.shape[1], -1)
             part = attend(queries[:, None], keys[:, None], values[:, None], scaling, seen)
             parts.append((part[0][:, 0], part[1][:, 0]))
+            if watched is not None:
+                scores = torch.bmm(queries.float() * scaling, keys.float().transpose(1, 2))
+                watched.append(((scores - parts[-1][1][..., None]).exp_(), parts[-1][1]))
         return merge(parts)
     scaled = queries * scaling
     scores = [
@@ -57,6 +89,8 @@ def attend_exact(
         whole, lse = whole.softmax(-1), whole.new_empty(0)
     else:
         lse = softmax_(whole)
+    if watched is not None:
+        watched.append((whole, lse))
     out = None
     for first, _, location in blocks:
         values = layer.exact("values", location)[:, : tokens - first * PAGE]
@@ -78,9 +112,9 @@ def softmax_(scores: torch.Tensor) -> torch.Tensor:
 
 
 def attend_packed(
-    layer: LayerCache, cohort: Cohort, queries: torch.Tensor, scaling: float
+    layer: LayerCache, cohort: Cohort, queries: torch.Tensor, scaling: float, watched: Weights | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(output, log-sum-exp) over the packed tier, page block by page block."""
+    """(output, log-sum-exp) over the packed tier, page block by page block; the weights go to `watched`."""
     assert layer.codec is not None and layer.packing is not None
     geometry, page = cohort.geometry, layer.packing.page
     bias = packed_bias(geometry, queries.device)
@@ -96,6 +130,8 @@ def attend_packed(
             scores[:, :, filled:] = MASKED
         lse = softmax_(scores)
         part = (layer.codec.output(scores, fields), lse)
+        if watched is not None:
+            watched.append((scores[:, :, :filled], lse))
         merged = part if merged is None else merge([merged, part])
     assert merged is not None
     return merged

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from fivefold.errors import RecipeError
+from fivefold.store.held import Held
 from fivefold.store.layer_cache import LayerSpec
 from fivefold.store.pages import PageLayout
 from fivefold.store.tiers import Extent
@@ -91,6 +92,80 @@ class Method:
             if part.name in written or getattr(self, part.name) != part.default
         ]
         return f"{self.name}({', '.join(shown)})"
+
+
+class TokenPolicy(Method):
+    """A method that chooses which tokens a KV head holds by the attention that they receive.
+
+    Each row (one KV head of one sequence) holds `budget` tokens of its own choice. What is chosen is freed, or merged
+    into what stays; positions remain those of the text. Shapes: `[rows, slots]`, a slot being the place of a token
+    (see `fivefold.store.held.Held`).
+    """
+
+    keep: float
+
+    observes: int | None = None
+    """How many of a chunk's newest queries it must see: None is all, 0 none."""
+    accumulates: bool = True
+    """Whether a chunk's statistics are added to those of earlier chunks; else they take their place."""
+    watches: bool = True
+    """Whether decoding steps are observed too."""
+    trims: bool = True
+    """Whether the budget is kept while generating; else everything generated is held."""
+    waits: bool = False
+    """Whether tokens go only when all layers have seen the chunk, because their budgets hang together (`shares`)."""
+
+    @property
+    def evicts(self) -> bool:
+        """Whether anything ever goes."""
+        return self.keep < 1
+
+    def budget(self, held: Held) -> int:
+        """How many tokens a row may hold. Here: `keep` of the prompt, while generating too."""
+        return max(1, round(self.keep * held.share * held.prompt))
+
+    def observe(self, weights: torch.Tensor, held: Held, first: int) -> torch.Tensor:
+        """What the attention of some queries adds to the scores: float32 `[rows, slots]`.
+
+        weights: float32 `[rows, query_heads per kv head, query, slots]`, after the softmax, 0 where a query does not
+        see; may be overwritten. held: the rows without the queries' own tokens. first: the first query's position.
+        """
+        return weights.flatten(1, 2).sum(1)
+
+    def priority(self, held: Held, budget: int) -> torch.Tensor:
+        """`[rows, slots]`: the highest are held. Infinity: whatever happens. Here: the scores alone."""
+        return held.scores
+
+    def victims(self, held: Held, budget: int, count: int, among: torch.Tensor | None = None) -> torch.Tensor:
+        """While generating: `count` slots of each row to be given up, of those in the mask `among`: int64."""
+        order = self.priority(held, budget)
+        if among is not None:
+            order = order.masked_fill(~among, float("inf"))
+        if count == 1:
+            return order.argmin(1, keepdim=True)
+        return order.topk(count, 1, largest=False).indices
+
+    def shares(self, statistics: torch.Tensor) -> torch.Tensor:
+        """With `waits`: shares of an even budget, from `statistic` of every layer: `[layer, sequence]`, mean 1."""
+        return torch.ones_like(statistics)
+
+    def statistic(self, held: Held) -> torch.Tensor:
+        """With `waits`: what `shares` wants to know of a layer, one number for each row, `[rows]`."""
+        raise NotImplementedError
+
+    merges: bool = False
+    """Whether what goes when a chunk has come is merged into what stays."""
+    merges_steps: bool = False
+    """Whether what goes while generating is."""
+
+    def merge(
+        self, held: Held, keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """What the tokens that stay become when the others go: keys and values `[rows, kept, head_dim]`, and `extra`.
+
+        keys, values: float32 `[rows, slots, head_dim]`; kept: int64 `[rows, kept]`, by position.
+        """
+        raise NotImplementedError
 
 
 class Codec:

@@ -30,9 +30,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from fivefold.attention import attend_chunk, attend_step
+from fivefold.attention import attend_chunk, attend_step, observe_chunk
 from fivefold.calibrate.profile import signature
 from fivefold.errors import CacheFullError, CacheStateError, FivefoldError, UnsupportedModelError
+from fivefold.methods import TokenPolicy
 from fivefold.recipe import Recipe
 from fivefold.report import Report, measure
 from fivefold.store.layer_cache import LayerCache, LayerSpec, Pools
@@ -339,8 +340,26 @@ class _State:
         """Let the policies of all layers move what is due."""
         for store in self.stores.values():
             for cohort in store.cohorts:
-                if store.packing is not None or cohort.geometry.extent.recent is not None:
+                if store.packing is not None or cohort.held is not None or cohort.geometry.extent.recent is not None:
                     store.append(cohort, None, None, horizon=horizon)
+
+    def choose_together(self) -> None:
+        """After a chunk, where the budgets of the layers hang together: share them out and choose."""
+        policy = self.stores[self.first].policy
+        if policy is None or not (policy.evicts and policy.waits):
+            return
+        batch = self.stores[self.first].batch
+        statistics = torch.zeros(len(self.stores), batch)
+        for row, store in enumerate(self.stores.values()):
+            for cohort in store.cohorts:
+                if cohort.held is not None:
+                    sequences = cohort.held.sequences.cpu()
+                    counts = sequences.bincount(minlength=batch)
+                    values = policy.statistic(cohort.held).cpu() / counts[sequences]
+                    statistics[row].index_add_(0, sequences, values)
+        shares = policy.shares(statistics)
+        for row, store in enumerate(self.stores.values()):
+            store.choose_together(dict(enumerate(shares[row].tolist())))
 
     def crop(self, count: int) -> None:
         """Forget the last `count` tokens in all layers, or raise before any has."""
@@ -390,7 +409,11 @@ class FivefoldLayer(CacheLayerMixin):
     @property
     def is_croppable(self) -> bool:
         """Whether taking tokens back leaves no trace: nothing was given up or packed that must return."""
-        return self.store.packing is None and all(e.recent is None for e in self.store.extents)
+        return (
+            self.store.packing is None
+            and self.store.policy is None
+            and all(e.recent is None for e in self.store.extents)
+        )
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -456,23 +479,27 @@ class FivefoldLayer(CacheLayerMixin):
             else:
                 pick = cohort.rows_tensor.to(query.device)
                 q, k, v = queries[pick][:, :, new], keys[pick][:, new], values[pick][:, new]
-            if tokens == 1:
+            if tokens == 1 and (chunk == 1 or cohort.held is None):
                 store.append(cohort, k, v, settle=False)
                 part = attend_step(store, cohort, q[:, :, 0], scaling)[:, :, None]
                 if chunk > 1:
                     store.append(cohort, None, None, horizon=horizon)
             else:
-                part = attend_chunk(store, cohort, q, k, v, scaling)
-                store.append(cohort, k, v, horizon=horizon)
+                part, lse = attend_chunk(store, cohort, q, k, v, scaling)
+                observed = None if cohort.held is None else observe_chunk(store, cohort, q, k, lse, scaling)
+                store.append(cohort, k, v, horizon=horizon, observed=observed)
             if alone:
                 out = part
             else:
                 out[pick, :, new] = part
         state.logical[self.index] += chunk
         state.finished(self.index)
-        if chunk == 1 and self.index == state.last:
+        if self.index == state.last:
             # Only now, so that a step that was broken off can always be taken back.
-            state.settle(horizon)
+            if chunk == 1:
+                state.settle(horizon)
+            else:
+                state.choose_together()
         return out.reshape(batch, query_heads, chunk, dim).transpose(1, 2).contiguous()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -495,6 +522,12 @@ class FivefoldLayer(CacheLayerMixin):
         self.state.recording = value
 
     def activate_past_recording(self) -> None:
+        policy = self.store.policy
+        if policy is not None and policy.evicts and (policy.watches or policy.trims):
+            raise CacheStateError(
+                f"{policy.name} counts the attention of every token and cannot take tokens back: generate without an "
+                "assistant model or prompt lookup, or use snapkv() or streaming()."
+            )
         self.record_past = True
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -630,6 +663,8 @@ def make_cache(model: PreTrainedModel, recipe: Recipe, max_bytes: int | None = N
     pools = Pools(max_bytes)
     stores: dict[int, LayerCache] = {}
     codec_owner = recipe.get("bits") or recipe.get("channels")
+    tokens = recipe.get("tokens")
+    policy = tokens if isinstance(tokens, TokenPolicy) else None
     for index, layer in enumerate(stock):
         if isinstance(layer, DynamicSlidingWindowLayer):
             continue
@@ -643,7 +678,7 @@ def make_cache(model: PreTrainedModel, recipe: Recipe, max_bytes: int | None = N
             raise UnsupportedModelError(f"a model in {spec.dtype} is not supported: load it in bfloat16 or float32.")
         codec = codec_owner.codec(spec) if codec_owner else None
         residual = codec_owner.exact_tokens if codec_owner else 0
-        stores[index] = LayerCache(spec, pools, recipe.extents(spec), codec, residual)
+        stores[index] = LayerCache(spec, pools, recipe.extents(spec), codec, residual, policy)
     if not stores:
         raise UnsupportedModelError(
             "every layer of this model has a sliding window, so no cache grows and none can shrink: use DynamicCache."

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from fivefold.errors import CacheStateError
+from fivefold.store.held import Held
 from fivefold.store.pages import Budget, Field, Location, PageLayout, PagePool
 from fivefold.store.tiers import PAGE, Extent, Geometry, Packing
 
 if TYPE_CHECKING:
-    from fivefold.methods.base import Codec
+    from fivefold.methods.base import Codec, TokenPolicy
 
 
 # Numbers of one field that are gathered at a time where pages do not lie in a row: small enough for the
@@ -75,14 +76,15 @@ class Cohort:
     """Rows of equal geometry and their pages.
 
     rows: int64 `[rows]`, index `sequence * kv_heads + kv_head`, ascending.
-    exact: int64 `[rows, pinned_pages + window_pages]` page ids; packed and own: `[rows, packed_pages]`.
+    exact: int64 `[rows, pinned_pages + window_pages]` page ids (and one more column where a token has just gone and
+    the next is due); packed and own: `[rows, packed_pages]`. held: with a policy that chooses, what it knows.
     Whoever changes `exact` calls `touched_exact`, and whoever changes `packed` or `own`, `touched_packed`:
     what was worked out from the tables is then worked out anew.
     """
 
     __slots__ = (
-        "exact", "exact_blocks", "geometry", "own", "packed", "packed_blocks", "rows", "rows_tensor",
-        "shared", "tail",
+        "exact", "exact_blocks", "geometry", "held", "own", "packed", "packed_blocks", "rows",
+        "rows_tensor", "shared", "tail",
     )  # fmt: skip
 
     def __init__(
@@ -93,8 +95,10 @@ class Cohort:
         packed: np.ndarray,
         own: np.ndarray,
         shared: bool = False,
+        held: Held | None = None,
     ) -> None:
         self.rows = rows
+        self.held = held
         self.geometry = geometry
         self.exact = exact
         self.packed = packed
@@ -114,7 +118,11 @@ class Cohort:
 
     def pick(self, rows: np.ndarray, index: np.ndarray, shared: bool) -> Cohort:
         """The pages of the rows `index` of this cohort, now called `rows`."""
-        return Cohort(rows, self.geometry, self.exact[index], self.packed[index], self.own[index], shared)
+        held = self.held
+        if held is not None:
+            device = held.positions.device
+            held = held.pick(torch.from_numpy(index).to(device), torch.from_numpy(rows).to(device))
+        return Cohort(rows, self.geometry, self.exact[index], self.packed[index], self.own[index], shared, held)
 
 
 def _blocks(ids: np.ndarray, longest: int, shortest: int = 8) -> list[tuple[int, int]]:
@@ -149,6 +157,7 @@ class LayerCache:
         extents: what each KV head holds.
         codec: how tokens older than `residual` are packed; None keeps all exact.
         residual: tokens that always stay exact.
+        policy: chooses the tokens of the heads that no extent limits; None holds all.
     """
 
     def __init__(
@@ -158,6 +167,7 @@ class LayerCache:
         extents: Sequence[Extent],
         codec: Codec | None = None,
         residual: int = 0,
+        policy: TokenPolicy | None = None,
     ) -> None:
         if len(extents) != spec.kv_heads:
             raise ValueError(f"{len(extents)} extents for {spec.kv_heads} kv heads")
@@ -165,6 +175,7 @@ class LayerCache:
         self.pools = pools
         self.extents = tuple(extents)
         self.codec = codec
+        self.policy = policy
         self.packing = None if codec is None else Packing(codec.group, residual, codec.layout.tokens)
         self.exact_pool = pools.of(exact_layout(spec.head_dim, spec.dtype), spec.device)
         self.packed_pool: PagePool | None = None
@@ -187,13 +198,16 @@ class LayerCache:
             mine = np.array([h for h in range(heads) if self.extents[h] == extent], dtype=np.int64)
             rows = (np.arange(batch, dtype=np.int64)[:, None] * heads + mine).reshape(-1)
             empty = np.empty((len(rows), 0), dtype=np.int64)
-            self.cohorts.append(Cohort(rows, Geometry(extent), empty, empty, empty))
+            held = None
+            if self.policy is not None and extent.recent is None:
+                held = Held.empty(self.spec.layer, heads, torch.from_numpy(rows).to(self.spec.device))
+            self.cohorts.append(Cohort(rows, Geometry(extent), empty, empty, empty, held=held))
 
     def lengths(self) -> np.ndarray:
         """Tokens seen by each sequence: int64 `[batch]`."""
         out = np.zeros(self.batch, dtype=np.int64)
         for cohort in self.cohorts:
-            out[cohort.rows // self.spec.kv_heads] = cohort.geometry.length
+            out[cohort.rows // self.spec.kv_heads] = cohort.geometry.seen
         return out
 
     def split_by(self, tokens: np.ndarray) -> list[tuple[Cohort, int]]:
@@ -250,12 +264,13 @@ class LayerCache:
             place[cohort.rows] = np.arange(len(cohort.rows))
             rows = np.flatnonzero(place[source] >= 0)
             if len(rows):
-                out.append(cohort.pick(rows, place[source[rows]], shared=True))
+                out.append(cohort.pick(rows, place[source[rows]], True))
         return out
 
     def fork(self) -> LayerCache:
         """A second cache of the same tokens that shares every page until either writes."""
-        twin = LayerCache(self.spec, self.pools, self.extents, self.codec, self.packing.residual if self.packing else 0)
+        residual = self.packing.residual if self.packing else 0
+        twin = LayerCache(self.spec, self.pools, self.extents, self.codec, residual, self.policy)
         twin.batch = self.batch
         for cohort in self.cohorts:
             cohort.shared = True
@@ -305,6 +320,10 @@ class LayerCache:
             per_row = tokens[cohort.rows // self.spec.kv_heads]
             for count in set(per_row.tolist()):
                 rows = np.flatnonzero(per_row == count)
+                if cohort.held is not None:
+                    for pool, fresh in self._held_demand(cohort, rows, count, horizon):
+                        note(pool, fresh, None, None)
+                    continue
                 added = old.appended(count)
                 new = added.settled(self.packing, horizon)
                 # A token alone passes through the exact tier; a chunk goes straight to where it belongs.
@@ -329,6 +348,30 @@ class LayerCache:
                         )
         return out
 
+    def _held_demand(
+        self, cohort: Cohort, rows: np.ndarray, count: int, horizon: int
+    ) -> Iterator[tuple[PagePool, int]]:
+        """Pages per pool that rows whose tokens a policy chooses may take for `count` more tokens.
+
+        Choosing anew writes everything anew, after giving back what nobody else holds.
+        """
+        assert self.policy is not None and cohort.held is not None
+        old = cohort.geometry
+        new = old.appended(count)
+        if count > 1 and self.policy.evicts and not self.policy.waits:
+            seen = cohort.held.seen + count
+            room = self._room(replace(cohort.held, prompt=seen, seen=seen), horizon)
+            new = Geometry(old.extent, min(new.length, room))
+        settled = new.settled(self.packing, horizon)
+        late = new if count == 1 or self.policy.waits else settled
+        for pool, table, pages in (
+            (self.exact_pool, cohort.exact, late.window_pages),
+            (self.packed_pool, cohort.packed, settled.packed_pages(self.packing)),
+            (self.own_pool, cohort.own, settled.packed_pages(self.packing)),
+        ):
+            if pool is not None:
+                yield pool, len(rows) * pages - int((pool.references(table[rows]) == 1).sum())
+
     def _packed_columns(self, old: Geometry, new: Geometry) -> int:
         """How many packed pages at the front of a row are given up between two geometries."""
         assert self.packing is not None
@@ -344,12 +387,27 @@ class LayerCache:
         values: torch.Tensor | None,
         settle: bool = True,
         horizon: int = 0,
+        observed: torch.Tensor | None = None,
     ) -> None:
         """Take a chunk's tokens into the tiers, then let the policy move what is due.
 
         keys, values: `[rows of the cohort, tokens, head_dim]`, or None to only settle. The newest `horizon`
-        tokens may be taken back: nothing is moved on their account.
+        tokens may be taken back: nothing is moved on their account. observed: what the policy made of the chunk's
+        attention, float32 `[rows, slots]`, the chunk's own slots last.
         """
+        if cohort.held is not None:
+            self._append_held(cohort, keys, values, settle, horizon, observed)
+        else:
+            self._append(cohort, keys, values, settle, horizon)
+
+    def _append(
+        self,
+        cohort: Cohort,
+        keys: torch.Tensor | None,
+        values: torch.Tensor | None,
+        settle: bool,
+        horizon: int,
+    ) -> None:
         old = cohort.geometry
         tokens = 0 if keys is None else keys.shape[1]
         if tokens == 1 and not settle and keys is not None and values is not None and self._put(cohort, keys, values):
@@ -366,6 +424,236 @@ class LayerCache:
             self._repack(cohort, old, new, keys, values)
         self._rewindow(cohort, old, new, keys, values)
         cohort.geometry = new
+
+    # -- tokens that a policy chooses ---------------------------------------------------------------------
+
+    def _room(self, held: Held, horizon: int) -> int:
+        assert self.policy is not None
+        return self.policy.budget(held) + horizon
+
+    def _append_held(
+        self,
+        cohort: Cohort,
+        keys: torch.Tensor | None,
+        values: torch.Tensor | None,
+        settle: bool,
+        horizon: int,
+        observed: torch.Tensor | None,
+    ) -> None:
+        assert self.policy is not None and cohort.held is not None
+        held = cohort.held
+        if keys is None or values is None:
+            self._trim(cohort, horizon)
+            return
+        tokens = keys.shape[1]
+        after = held.arrived(tokens)
+        if not settle:
+            self._append(cohort, keys, values, False, horizon)
+            cohort.held = replace(after, before=replace(held, before=None))
+            return
+        scores = after.scores if self.policy.accumulates else torch.zeros_like(after.scores)
+        scores = scores if observed is None else scores + observed
+        after = replace(after, scores=scores, prompt=after.seen, before=None)
+        if not self.policy.evicts or self.policy.waits or self._room(after, horizon) >= after.slots:
+            self._append(cohort, keys, values, not (self.policy.evicts and self.policy.waits), horizon)
+            cohort.held = after
+        else:
+            self._choose(cohort, after, horizon, keys, values)
+
+    def observe(self, cohort: Cohort, weights: torch.Tensor) -> None:
+        """Tell the policy of a decoding step's attention, `[rows, query_heads per kv head, slots]`."""
+        assert self.policy is not None and cohort.held is not None
+        held = cohort.held
+        added = self.policy.observe(weights[:, :, None], held, held.seen - 1)
+        cohort.held = replace(held, scores=held.scores + added)
+
+    def _choose(
+        self,
+        cohort: Cohort,
+        held: Held,
+        horizon: int = 0,
+        keys: torch.Tensor | None = None,
+        values: torch.Tensor | None = None,
+    ) -> None:
+        """Hold the policy's choice of what is stored and of a chunk; everything is written anew, by position."""
+        assert self.policy is not None
+        count = min(held.slots, self._room(held, horizon))
+        priority = self.policy.priority(held, count - horizon)
+        if horizon:
+            priority = priority.masked_fill(held.newest(horizon), float("inf"))
+        kept = torch.sort(priority, dim=1, descending=True, stable=True).indices[:, :count]
+        kept = kept.gather(1, held.positions.gather(1, kept).argsort(1))
+        if cohort.geometry.length:
+            stored = self.dense(cohort)
+            keys, values = (
+                old if new is None else torch.cat([old, new], 1) for old, new in zip(stored, (keys, values))
+            )
+        assert keys is not None and values is not None
+        extra = held.extra
+        if self.policy.merges if held.prompt == held.seen else self.policy.merges_steps:
+            keys, values, extra = self.policy.merge(held, keys.float(), values.float(), kept)
+        else:
+            index = kept[:, :, None].expand(-1, -1, self.spec.head_dim)
+            keys, values = keys.gather(1, index), values.gather(1, index)
+        self._release(cohort.exact, cohort.packed, cohort.own)
+        cohort.exact, cohort.packed, cohort.own = cohort.exact[:, :0], cohort.packed[:, :0], cohort.own[:, :0]
+        cohort.touched_exact()
+        cohort.touched_packed()
+        cohort.geometry = Geometry(cohort.geometry.extent, evicted=held.seen - count)
+        self._append(cohort, keys.to(self.spec.dtype), values.to(self.spec.dtype), True, horizon)
+        cohort.held = replace(held.chosen(kept), extra=extra, settled=held.seen - horizon)
+
+    def choose_together(self, share: dict[int, float]) -> None:
+        """What a policy that `waits` has chosen, after all layers have seen the chunk: `share` by sequence."""
+        whole = self.cohorts
+        self.cohorts = []
+        for cohort in whole:
+            if cohort.held is None:
+                self.cohorts.append(cohort)
+                continue
+            shares = np.array([share[int(s)] for s in cohort.rows // self.spec.kv_heads])
+            for value in np.unique(shares):
+                rows = np.flatnonzero(shares == value)
+                part = cohort
+                if len(rows) < len(cohort.rows):
+                    part = cohort.pick(cohort.rows[rows], rows, cohort.shared)
+                assert part.held is not None
+                part.held = replace(part.held, share=float(value))
+                self.cohorts.append(part)
+        for cohort in self.cohorts:
+            if cohort.held is not None:
+                if self._room(cohort.held, 0) < cohort.held.slots:
+                    self._choose(cohort, cohort.held)
+                else:
+                    self._append(cohort, None, None, True, 0)
+
+    def _trim(self, cohort: Cohort, horizon: int) -> None:
+        """After decoding steps: back to the budget, and pack what is due."""
+        assert self.policy is not None and cohort.held is not None
+        held = replace(cohort.held, before=None)
+        cohort.held = held
+        old = cohort.geometry
+        excess = 0
+        if self.policy.evicts and self.policy.trims and held.prompt:
+            excess = old.length - self._room(held, horizon)
+        if excess <= 0:
+            self._append(cohort, None, None, True, horizon)
+        elif old.packed_stop:
+            due = old.settled(self.packing, horizon).packed_stop - old.packed_stop
+            if due and excess >= due:
+                if self.policy.merges_steps:
+                    self._choose(cohort, held, horizon)
+                else:
+                    self._pack_over(cohort, held, due)
+            else:
+                self._append(cohort, None, None, True, horizon)
+        elif excess == 1 and horizon == 0 and not self.policy.merges_steps:
+            self._replace_by_last(cohort, held, self.policy.victims(held, self.policy.budget(held), 1)[:, 0])
+        else:
+            self._choose(cohort, held, horizon)
+
+    def _replace_by_last(self, cohort: Cohort, held: Held, slots: torch.Tensor) -> None:
+        """Give up one token of each row: the last one takes its slot, `[rows]`."""
+        pool, last = self.exact_pool, cohort.geometry.length - 1
+        index = slots.cpu().numpy()
+        rows = np.arange(len(cohort.rows))
+        if cohort.shared:
+            before = cohort.exact[rows, index // PAGE]
+            own = pool.unshare(before)
+            if own is not before:
+                cohort.exact[rows, index // PAGE] = own
+                cohort.touched_exact()
+        pages = cohort.exact[rows, index // PAGE]
+        for name in ("keys", "values"):
+            moved = pool.read(name, cohort.exact[:, last // PAGE])[:, last % PAGE]
+            pool.write_tokens(name, pages, index % PAGE, moved)
+        cohort.geometry = replace(cohort.geometry, length=last, evicted=cohort.geometry.evicted + 1)
+        at = slots[:, None]
+        cohort.held = replace(
+            held,
+            positions=held.positions.scatter(1, at, held.positions[:, -1:])[:, :-1],
+            scores=held.scores.scatter(1, at, held.scores[:, -1:])[:, :-1],
+            settled=held.seen,
+        )
+
+    def _pack_over(self, cohort: Cohort, held: Held, due: int) -> None:
+        """Give up `due` of the packed tokens and of the `due` oldest exact ones, which take the places of those that
+        go. Pages in which nothing changes are left alone."""
+        assert self.policy is not None and self.codec is not None and self.packing is not None
+        assert self.packed_pool is not None
+        old, dim, page = cohort.geometry, self.spec.head_dim, self.packing.page
+        stop = old.packed_stop
+        among = torch.zeros_like(held.scores, dtype=torch.bool)
+        among[:, : stop + due] = True
+        victims = self.policy.victims(held, self.policy.budget(held), due, among)
+        gone = torch.zeros_like(among).scatter_(1, victims, True)
+        # Each row: as many tokens of the group stay as packed ones go; they are matched in order.
+        goes = gone[:, :stop].cpu().numpy()
+        stays = ~gone[:, stop : stop + due].cpu().numpy()
+        row, slot = np.nonzero(goes)
+        _, place = np.nonzero(stays)
+        columns, first = np.unique(row * cohort.packed.shape[1] + slot // page), stop // page
+        touched = [
+            columns[columns % cohort.packed.shape[1] < first],
+            columns[columns % cohort.packed.shape[1] >= first],
+        ]
+        group = [self.exact_pool.read(name, cohort.exact[:, : due // PAGE]) for name in ("keys", "values")]
+        new = [x.reshape(len(cohort.rows), due, dim)[row, place] for x in group]
+        for pages in touched:
+            if not len(pages):
+                continue
+            r, c = np.divmod(pages, cohort.packed.shape[1])
+            if cohort.shared:
+                cohort.packed[r, c] = self.packed_pool.unshare(cohort.packed[r, c])
+                if self.own_pool is not None:
+                    cohort.own[r, c] = self.own_pool.unshare(cohort.own[r, c])
+                cohort.touched_packed()
+            fields = {
+                f.name: self.packed_pool.read(f.name, cohort.packed[r, c]) for f in self.packed_pool.layout.fields
+            }
+            if self.own_pool is not None:
+                fields |= {f.name: self.own_pool.read(f.name, cohort.own[r, c]) for f in self.own_pool.layout.fields}
+            filled = page if int(c[0]) < first else stop % page
+            tokens = [x[:, :filled] for x in self.codec.decode(fields)]
+            mine = np.isin(row * cohort.packed.shape[1] + slot // page, pages)
+            which = np.searchsorted(pages, (row * cohort.packed.shape[1] + slot // page)[mine])
+            for x, y in zip(tokens, new):
+                x[which, slot[mine] % page] = y[mine].to(x.dtype)
+            made = self.codec.encode(tokens[0], tokens[1], 0, None)
+            for f in self.packed_pool.layout.fields:
+                self.packed_pool.write(f.name, cohort.packed[r, c], made[f.name])
+            if self.own_pool is not None:
+                for f in self.own_pool.layout.fields:
+                    self.own_pool.write(f.name, cohort.own[r, c], made[f.name])
+        self.exact_pool.release(cohort.exact[:, : due // PAGE])
+        cohort.exact = cohort.exact[:, due // PAGE :]
+        cohort.touched_exact()
+        cohort.geometry = replace(old, length=old.length - due, evicted=old.evicted + due)
+        rows_at, slots_at, places = (torch.from_numpy(x).to(held.scores.device) for x in (row, slot, place + stop))
+        arrays = []
+        for x in (held.positions, held.scores):
+            x = x.clone()
+            x[rows_at, slots_at] = x[rows_at, places]
+            arrays.append(torch.cat([x[:, :stop], x[:, stop + due :]], 1))
+        cohort.held = replace(held, positions=arrays[0], scores=arrays[1], settled=held.seen)
+
+    def dense(self, cohort: Cohort) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all slots, packed ones decoded: `[rows, slots, head_dim]` in the layer's dtype."""
+        return self.dense_part(cohort, 0), self.dense_part(cohort, 1)
+
+    def dense_part(self, cohort: Cohort, which: int) -> torch.Tensor:
+        """The keys (0) or values (1) of all slots: `[rows, slots, head_dim]` in the layer's dtype."""
+        parts = []
+        if cohort.packed.shape[1]:
+            assert self.codec is not None
+            fields = {n: x.flatten(0, 1) for n, x in self.packed_fields(cohort, 0, cohort.packed.shape[1]).items()}
+            packed = self.codec.decode(fields)[which].to(self.spec.dtype)
+            parts.append(packed.reshape(len(cohort.rows), -1, self.spec.head_dim)[:, : cohort.geometry.packed_stop])
+        name = ("keys", "values")[which]
+        left = cohort.geometry.length - cohort.geometry.exact_base
+        for first, _, location in self.exact_blocks(cohort):
+            parts.append(self.exact(name, location)[:, : max(0, left - first * PAGE)])
+        return torch.cat(parts, 1)
 
     def _put(self, cohort: Cohort, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """One token into the open exact page of each row, as nearly always; False if that cannot be done."""
@@ -560,6 +848,8 @@ class LayerCache:
         """
         plans, missing = [], 0
         for cohort in self.cohorts:
+            if cohort.held is not None:
+                self._check_crop(cohort.held, tokens)
             new = cohort.geometry.cropped(min(tokens, cohort.geometry.length), self.packing)
             if new is None:
                 raise CacheStateError(
@@ -573,6 +863,21 @@ class LayerCache:
                 missing += max(0, len(cohort.rows) * new.window_pages - int(freed.sum()))
         return plans, missing
 
+    def _check_crop(self, held: Held, tokens: int) -> None:
+        assert self.policy is not None
+        # A step that is not settled can be undone; so can tokens whose attention counts for nothing.
+        undone = tokens == 1 and held.before is not None
+        if (
+            self.policy.evicts
+            and tokens < held.seen
+            and not undone
+            and (self.policy.watches or self.policy.trims or held.seen - tokens < held.settled)
+        ):
+            raise CacheStateError(
+                f"cannot take back {tokens} tokens: {self.policy.name} has counted their attention and may have given "
+                "up others for them; fork() the cache before the tokens that may be taken back."
+            )
+
     def crop(self, tokens: int) -> None:
         """Forget the last `tokens` tokens of every sequence (all of one that has fewer).
 
@@ -584,6 +889,19 @@ class LayerCache:
         self.pools.budget.reserve({self.exact_pool: missing})
         for cohort, new in zip(self.cohorts, plans):
             self._crop(cohort, new)
+            if cohort.held is not None:
+                cohort.held = self._forget(cohort.held, tokens)
+
+    def _forget(self, held: Held, tokens: int) -> Held:
+        if tokens >= held.seen:
+            return Held.empty(held.layer, held.kv_heads, held.places)
+        if held.before is not None and tokens == 1:
+            return held.before
+        left = held.slots - tokens
+        return replace(
+            held, positions=held.positions[:, :left], scores=held.scores[:, :left], seen=held.seen - tokens,
+            prompt=min(held.prompt, held.seen - tokens), before=None,
+        )  # fmt: skip
 
     def _crop(self, cohort: Cohort, new: Geometry) -> None:
         old, rows = cohort.geometry, len(cohort.rows)
@@ -668,6 +986,11 @@ class LayerCache:
         assert self.packed_pool is not None
         own = None if self.own_pool is None else self.own_pool.locate(cohort.own[:, first:last])
         return self.packed(self.packed_pool.locate(cohort.packed[:, first:last]), own)
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Bytes of what a policy knows about the tokens."""
+        return sum(cohort.held.nbytes for cohort in self.cohorts if cohort.held is not None)
 
     @property
     def table_bytes(self) -> int:

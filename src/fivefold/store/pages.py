@@ -357,6 +357,14 @@ class PagePool:
                 else:
                     target[rows, at] = part.to(target.dtype)
 
+    def write_tokens(self, name: str, pages: np.ndarray, slots: np.ndarray, values: torch.Tensor) -> None:
+        """Write one token of each of `pages`, that in its slot `slots`: `[len(pages), *shape[1:]]`."""
+        for slab, index, where in self._by_slab(pages):
+            target = slab.tensors[name].flatten(0, 1)
+            at = torch.from_numpy(index * self.layout.tokens + (slots if where is None else slots[where]))
+            part = values if where is None else values[torch.from_numpy(where).to(self.device)]
+            target.index_copy_(0, at.to(self.device), part)
+
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copy whole pages."""
         for part in self.layout.fields:

@@ -5,7 +5,7 @@ Positions count the tokens that a sequence has really seen (padding is never sto
     exact tier   pinned pages: positions 0 .. pinned*PAGE      only for heads with a window: their sinks
                  window pages: positions exact_base .. length  the residual, or everything without a codec
     packed tier  packed_base .. packed_stop (= exact_base)     whole groups, encoded
-    nowhere      what the head's extent no longer covers
+    nowhere      what the head's extent no longer covers, or a policy has given up
 
 Heads with equal numbers move together (a *cohort*), so this is computed once for all of them.
 """
@@ -55,17 +55,27 @@ class Packing:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the tokens of each head of a cohort are (see the module's text)."""
+    """Where the tokens of each head of a cohort are (see the module's text).
+
+    evicted: tokens that a policy chose to give up, one by one. The others then count as one text without gaps: what is
+    called a position here is a *slot* (see `Held`).
+    """
 
     extent: Extent
     length: int = 0
     exact_base: int = -1
     packed_base: int = 0
     packed_stop: int = 0
+    evicted: int = 0
 
     def __post_init__(self) -> None:
         if self.exact_base < 0:
             object.__setattr__(self, "exact_base", self.extent.pinned * PAGE)
+
+    @property
+    def seen(self) -> int:
+        """Tokens of the text so far, held or not."""
+        return self.length + self.evicted
 
     @property
     def pinned_pages(self) -> int:

@@ -1,0 +1,86 @@
+"""Keyformer: key tokens by attention with Gumbel noise and a rising temperature, and the recent ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from fivefold.methods import TokenPolicy, param, register
+from fivefold.store import Held
+
+# Noise is read from a table of this many draws, from a place that hangs on the query: a prime.
+_DRAWS = 131071
+
+
+@register(
+    slot="tokens",
+    name="keyformer",
+    paper="Adnan et al., Keyformer: KV Cache Reduction through Key Tokens Selection for Efficient Generative "
+    "Inference, MLSys 2024 (arXiv:2403.09054)",
+)
+@dataclass(frozen=True)
+class Keyformer(TokenPolicy):
+    """Every KV head holds `keep` of the prompt's tokens: the `recent` share of them is the newest ones, the rest those
+    with the highest score, the sum over queries of `softmax((x + g) / tau)` over the keys that are held: x the
+    attention logits, g Gumbel noise drawn anew for every query and key (section 3.2, Algorithm 1).
+
+    tau is `tau_init` for the prompt and rises to `tau_end` over `steps` generated tokens. The query heads of a KV head
+    add up. The paper chooses among all but the recent tokens at every step, and so does this; in the official code a
+    token that leaves the recent window is lost before it is ever compared, so that its choice never changes after
+    the prompt. The noise of a query and a key is the same in every run with a `seed`, whatever the chunks.
+
+    Bytes per head: round(keep * prompt) tokens in pages, and 8 bytes for each of them (position, score).
+    """
+
+    keep: float = param(0.6, "fraction of the prompt's tokens that a head holds", low=0.001, high=1)
+    recent: float = param(0.3, "fraction of those that are the most recent tokens", low=0, high=1)
+    tau_init: float = param(1.0, "temperature of the prompt's scores", low=0.01)
+    tau_end: float = param(2.0, "temperature after `steps` tokens", low=0.01)
+    steps: int = param(512, "generated tokens over which the temperature rises", low=1)
+    seed: int = param(0, "of the noise", low=0)
+
+    def observe(self, weights: torch.Tensor, held: Held, first: int) -> torch.Tensor:
+        _, group, queries, slots = weights.shape
+        # The rows of a decoding step hold its token already.
+        tau = self.temperature(first + 1 - held.prompt if slots == held.slots else 0)
+        head = held.places % held.kv_heads
+        where = torch.arange(first, first + queries, device=weights.device)
+        for part in (torch.arange(group, device=weights.device)[:, None], head[:, None, None]):
+            where = where * 1_000_003 + part
+        start = ((where * 1_000_003 + held.layer) * 1_000_003 + self.seed) % _DRAWS
+        table = _table(self.seed, slots + _DRAWS, weights.device)
+        noise = table.as_strided((_DRAWS, slots), (1, 1)).index_select(0, start.flatten())
+        return self.noisy(weights.mul_(noise.view_as(weights)), tau).flatten(1, 2).sum(1)
+
+    def temperature(self, generated: int) -> float:
+        """After so many generated tokens."""
+        return self.tau_init + (self.tau_end - self.tau_init) * min(1.0, max(0, generated) / self.steps)
+
+    @staticmethod
+    def noisy(weights: torch.Tensor, tau: float) -> torch.Tensor:
+        """`softmax((x + g) / tau)` over the last axis, from `exp(x + g)` up to a factor; overwrites it."""
+        if tau != 1:
+            weights.pow_(1 / tau)
+        return weights.div_(weights.sum(-1, keepdim=True))
+
+    def priority(self, held: Held, budget: int) -> torch.Tensor:
+        return held.scores.masked_fill(held.newest(int(self.recent * budget)), float("inf"))
+
+
+@lru_cache(maxsize=4)
+def _draws(seed: int, device: torch.device) -> torch.Tensor:
+    """exp(g) of Gumbel draws: one over an exponential draw."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.empty(_DRAWS).exponential_(generator=generator).clamp_(min=1e-6).reciprocal_().to(device)
+
+
+@lru_cache(maxsize=2)
+def _repeated(seed: int, times: int, device: torch.device) -> torch.Tensor:
+    return _draws(seed, device).repeat(times)
+
+
+def _table(seed: int, length: int, device: torch.device) -> torch.Tensor:
+    """At least `length` of the draws, from the first on and around."""
+    return _repeated(seed, -(-length // _DRAWS), device)

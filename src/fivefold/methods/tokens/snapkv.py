@@ -1,0 +1,57 @@
+"""SnapKV: of the prompt, what its last tokens attend to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from fivefold.errors import RecipeError
+from fivefold.methods import TokenPolicy, param, register
+from fivefold.store import Held
+
+
+@register(
+    slot="tokens",
+    name="snapkv",
+    paper="Li et al., SnapKV: LLM Knows What You are Looking for Before Generation, NeurIPS 2024 (arXiv:2404.14469)",
+)
+@dataclass(frozen=True)
+class SnapKV(TokenPolicy):
+    """Every KV head holds `keep` of the prompt's tokens: the last `window` ones, and those that the window's queries
+    attend to most, after pooling over `kernel` neighbours (section 4). What is generated is held.
+
+    The official code gives every query head tokens of its own, on keys repeated for it; here, as in other
+    implementations for grouped queries, the query heads of a KV head are averaged and its cache stays one. Pooling
+    comes after that, which is the same for the mean and not for the maximum.
+
+    Bytes per head: round(keep * prompt) tokens and all generated ones in pages, and 8 bytes for each of them.
+    """
+
+    keep: float = param(0.2, "fraction of the prompt's tokens that a head holds", low=0.001, high=1)
+    window: int = param(32, "last tokens of the prompt, whose attention counts", low=1)
+    kernel: int = param(7, "neighbours that are pooled, an odd number", low=1)
+    pooling: str = param("mean", "how they are pooled", choices=("mean", "max"))
+
+    accumulates = watches = trims = False
+
+    def check(self) -> None:
+        if self.kernel % 2 == 0:
+            raise RecipeError(f"snapkv(kernel={self.kernel}) has no middle: use an odd number.")
+
+    @property
+    def observes(self) -> int:  # type: ignore[override]
+        return self.window
+
+    def observe(self, weights: torch.Tensor, held: Held, first: int) -> torch.Tensor:
+        return weights.mean(1).sum(1)
+
+    def priority(self, held: Held, budget: int) -> torch.Tensor:
+        window = min(self.window, budget, held.slots)
+        out = torch.full_like(held.scores, float("inf"))
+        before = held.scores[:, None, : held.slots - window]
+        if before.shape[2]:
+            pool = F.avg_pool1d if self.pooling == "mean" else F.max_pool1d
+            out[:, : held.slots - window] = pool(before, self.kernel, 1, self.kernel // 2)[:, 0]
+        return out

@@ -1,0 +1,98 @@
+"""What is known about the tokens that a cohort's rows hold, where a policy chooses them one by one.
+
+A row's tokens stand in *slots*: the packed tier's first, then the exact tier's. Every row of a cohort fills as many,
+with tokens of its own, in any order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a token policy knows about the rows of a cohort.
+
+    layer: which layer of the model this is. places: int64 `[rows]`, sequence * kv_heads + kv_head of each row.
+    positions: int32 `[rows, slots]`, where in the text the token of a slot stands. scores: float32 `[rows, slots]`, the
+    policy's statistic. extra: more of it, float32 `[rows]` each. prompt: tokens seen when the last chunk of several had
+    come; seen: all tokens seen. share: how much of an even share of the model's budget this layer has. settled: nothing
+    before this position can be taken back.
+
+    Nothing here is ever written into: a change makes new tensors, so that forks may share them.
+    """
+
+    layer: int
+    kv_heads: int
+    places: torch.Tensor
+    positions: torch.Tensor
+    scores: torch.Tensor
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)
+    prompt: int = 0
+    seen: int = 0
+    share: float = 1.0
+    settled: int = 0
+    before: Held | None = None
+    """As it was before the decoding step that is not settled yet."""
+
+    @classmethod
+    def empty(cls, layer: int, kv_heads: int, places: torch.Tensor) -> Held:
+        none = torch.empty((len(places), 0), device=places.device)
+        return cls(layer, kv_heads, places, none.to(torch.int32), none)
+
+    @property
+    def sequences(self) -> torch.Tensor:
+        """Which sequence of the batch a row belongs to: int64 `[rows]`."""
+        return self.places // self.kv_heads
+
+    @property
+    def rows(self) -> int:
+        return self.positions.shape[0]
+
+    @property
+    def slots(self) -> int:
+        return self.positions.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (self.places, self.positions, self.scores, *self.extra.values()))
+
+    def pick(self, rows: torch.Tensor, places: torch.Tensor) -> Held:
+        """The rows with these indices, now at these places."""
+        return replace(
+            self,
+            places=places,
+            positions=self.positions[rows],
+            scores=self.scores[rows],
+            extra={name: value[rows] for name, value in self.extra.items()},
+            before=None if self.before is None else self.before.pick(rows, places),
+        )
+
+    def arrived(self, tokens: int) -> Held:
+        """With the next tokens of the text in slots behind the others; their score is 0."""
+        new = torch.arange(self.seen, self.seen + tokens, dtype=torch.int32, device=self.positions.device)
+        return replace(
+            self,
+            positions=torch.cat([self.positions, new.expand(self.rows, -1)], 1),
+            scores=torch.cat([self.scores, self.scores.new_zeros(self.rows, tokens)], 1),
+            seen=self.seen + tokens,
+        )
+
+    def chosen(self, slots: torch.Tensor) -> Held:
+        """With the tokens of these slots only, `[rows, kept]`, in that order."""
+        return replace(
+            self, positions=self.positions.gather(1, slots), scores=self.scores.gather(1, slots), before=None
+        )
+
+    def newest(self, tokens: int) -> torch.Tensor:
+        """Whether the token of a slot is one of the newest `tokens` of the text: bool `[rows, slots]`."""
+        return self.positions >= self.seen - tokens
+
+    def over_heads(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean over all rows of the same sequence, for each of them; the shape of `values`, `[rows, ...]`."""
+        which, place = self.sequences.unique(return_inverse=True)
+        sums = values.new_zeros(len(which), *values.shape[1:]).index_add_(0, place, values)
+        counts = place.bincount(minlength=len(which)).view(-1, *[1] * (values.ndim - 1))
+        return (sums / counts)[place]
