@@ -38,11 +38,8 @@ def attend_step(layer: LayerCache, cohort: Cohort, queries: torch.Tensor, scalin
         ]
         out, lse = merge(parts)
     if watched is not None:
-        if len(watched) == 1:
-            weights = watched[0][0]
-        else:
-            weights = torch.cat([part * (own - lse).exp()[..., None] for part, own in watched], 2)
-        layer.observe(cohort, weights)
+        shares = [part * (own - lse).exp()[..., None] if len(watched) > 1 else part for part, own in watched]
+        layer.observe(cohort, torch.cat(shares, 2) if len(shares) > 1 else shares[0])
     return out.to(queries.dtype)
 
 
@@ -74,8 +71,8 @@ def attend_exact(
             part = attend(queries[:, None], keys[:, None], values[:, None], scaling, seen)
             parts.append((part[0][:, 0], part[1][:, 0]))
             if watched is not None:
-                scores = torch.bmm(queries.float() * scaling, keys.float().transpose(1, 2))
-                watched.append(((scores - parts[-1][1][..., None]).exp_(), parts[-1][1]))
+                logits = torch.bmm(queries.float() * scaling, keys.float().transpose(1, 2))
+                watched.append(((logits - parts[-1][1][..., None]).exp_(), parts[-1][1]))
         return merge(parts)
     scaled = queries * scaling
     scores = [

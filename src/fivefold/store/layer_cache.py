@@ -321,8 +321,8 @@ class LayerCache:
             for count in set(per_row.tolist()):
                 rows = np.flatnonzero(per_row == count)
                 if cohort.held is not None:
-                    for pool, fresh in self._held_demand(cohort, rows, count, horizon):
-                        note(pool, fresh, None, None)
+                    for needed, fresh in self._held_demand(cohort, rows, count, horizon):
+                        note(needed, fresh, None, None)
                     continue
                 added = old.appended(count)
                 new = added.settled(self.packing, horizon)
@@ -364,11 +364,13 @@ class LayerCache:
             new = Geometry(old.extent, min(new.length, room))
         settled = new.settled(self.packing, horizon)
         late = new if count == 1 or self.policy.waits else settled
-        for pool, table, pages in (
+        packed = settled.packed_pages(self.packing)
+        needs: list[tuple[PagePool | None, np.ndarray, int]] = [
             (self.exact_pool, cohort.exact, late.window_pages),
-            (self.packed_pool, cohort.packed, settled.packed_pages(self.packing)),
-            (self.own_pool, cohort.own, settled.packed_pages(self.packing)),
-        ):
+            (self.packed_pool, cohort.packed, packed),
+            (self.own_pool, cohort.own, packed),
+        ]
+        for pool, table, pages in needs:
             if pool is not None:
                 yield pool, len(rows) * pages - int((pool.references(table[rows]) == 1).sum())
 
@@ -565,7 +567,7 @@ class LayerCache:
                 cohort.touched_exact()
         pages = cohort.exact[rows, index // PAGE]
         for name in ("keys", "values"):
-            moved = pool.read(name, cohort.exact[:, last // PAGE])[:, last % PAGE]
+            moved = pool.read(name, cohort.exact[:, last // PAGE])[:, last % PAGE].clone()
             pool.write_tokens(name, pages, index % PAGE, moved)
         cohort.geometry = replace(cohort.geometry, length=last, evicted=cohort.geometry.evicted + 1)
         at = slots[:, None]
@@ -653,6 +655,10 @@ class LayerCache:
         left = cohort.geometry.length - cohort.geometry.exact_base
         for first, _, location in self.exact_blocks(cohort):
             parts.append(self.exact(name, location)[:, : max(0, left - first * PAGE)])
+        if not parts:
+            return torch.empty(
+                (len(cohort.rows), 0, self.spec.head_dim), dtype=self.spec.dtype, device=self.spec.device
+            )
         return torch.cat(parts, 1)
 
     def _put(self, cohort: Cohort, keys: torch.Tensor, values: torch.Tensor) -> bool:

@@ -53,7 +53,7 @@ class D2O(TokenPolicy):
         return self.layers
 
     def statistic(self, held: Held) -> torch.Tensor:
-        spread = held.scores.var(1)
+        spread = held.scores.var(1) if held.slots > 1 else held.scores.new_zeros(held.rows)
         # Over the heads of one sequence's layer.
         same = held.sequences[:, None] == held.sequences
         low = torch.where(same, spread, float("inf")).amin(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ class ElasticCache(TokenPolicy):
     The official code takes the order of importance for the ranks and forgets the sinks in the places of merged tokens;
     this is the paper's method.
 
-    Bytes per head: round(keep * tokens) tokens in pages, and 8 bytes for each of them (position, score).
+    Bytes per head: ceil(keep * tokens) tokens in pages, and 8 bytes for each of them (position, score).
     """
 
     keep: float = param(0.5, "fraction of the tokens that a head holds", low=0.001, high=1)
@@ -41,14 +42,14 @@ class ElasticCache(TokenPolicy):
     merges = True
 
     def budget(self, held: Held) -> int:
-        return max(self.sink + 1, round(self.keep * held.seen))
+        return max(self.sink + 1, math.ceil(self.keep * held.seen))
 
     def priority(self, held: Held, budget: int) -> torch.Tensor:
         stays = held.newest(1) | (held.positions < self.sink)
         return held.over_heads(held.scores).masked_fill(stays, float("inf"))
 
     def victims(self, held: Held, budget: int, count: int, among: torch.Tensor | None = None) -> torch.Tensor:
-        cut = max(self.sink, round(self.keep * held.prompt) - self.offset)
+        cut = max(self.sink, math.ceil(self.keep * held.prompt) - self.offset)
         order = held.positions
         if among is not None:
             order = order.masked_fill(~among, torch.iinfo(order.dtype).max)

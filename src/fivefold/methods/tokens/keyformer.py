@@ -43,16 +43,22 @@ class Keyformer(TokenPolicy):
 
     def observe(self, weights: torch.Tensor, held: Held, first: int) -> torch.Tensor:
         _, group, queries, slots = weights.shape
-        # The rows of a decoding step hold its token already.
         tau = self.temperature(first + 1 - held.prompt if slots == held.slots else 0)
         head = held.places % held.kv_heads
         where = torch.arange(first, first + queries, device=weights.device)
         for part in (torch.arange(group, device=weights.device)[:, None], head[:, None, None]):
             where = where * 1_000_003 + part
         start = ((where * 1_000_003 + held.layer) * 1_000_003 + self.seed) % _DRAWS
-        table = _table(self.seed, slots + _DRAWS, weights.device)
-        noise = table.as_strided((_DRAWS, slots), (1, 1)).index_select(0, start.flatten())
-        return self.noisy(weights.mul_(noise.view_as(weights)), tau).flatten(1, 2).sum(1)
+        draws = _draws(self.seed, weights.device)
+        if held.slots:
+            # The rows of a decoding step hold its token already; those of a chunk stand behind them.
+            behind = torch.arange(held.seen, held.seen + slots - held.slots, device=weights.device)
+            positions = torch.cat([held.positions, behind.expand(held.rows, -1)], 1)[:, None, None]
+            noise = draws[(start[..., None] + positions) % _DRAWS]
+        else:  # key positions count from 0, so that a query's noise is a piece of the table
+            table = _repeated(self.seed, 1 + -(-slots // _DRAWS), weights.device)
+            noise = table.as_strided((_DRAWS, slots), (1, 1)).index_select(0, start.flatten()).view_as(weights)
+        return self.noisy(weights.mul_(noise), tau).flatten(1, 2).sum(1)
 
     def temperature(self, generated: int) -> float:
         """After so many generated tokens."""
@@ -79,8 +85,3 @@ def _draws(seed: int, device: torch.device) -> torch.Tensor:
 @lru_cache(maxsize=2)
 def _repeated(seed: int, times: int, device: torch.device) -> torch.Tensor:
     return _draws(seed, device).repeat(times)
-
-
-def _table(seed: int, length: int, device: torch.device) -> torch.Tensor:
-    """At least `length` of the draws, from the first on and around."""
-    return _repeated(seed, -(-length // _DRAWS), device)
