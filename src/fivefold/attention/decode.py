@@ -19,15 +19,15 @@ Weights = list[tuple[torch.Tensor, torch.Tensor]]
 """Weights within a part of the slots, `[rows, query_heads per kv head, slots]`, and the part's log-sum-exp."""
 
 
-def attend_step(layer: LayerCache, cohort: Cohort, queries: torch.Tensor, scaling: float) -> torch.Tensor:
+def attend_step(
+    layer: LayerCache, cohort: Cohort, queries: torch.Tensor, scaling: float, watch: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of the newest token of each row of a cohort.
 
     queries: `[rows, query_heads per kv head, head_dim]`: the heads of a group are the rows of one product.
-    Returns the same shape. A policy that watches is told of the weights.
+    Returns the same shape, and with `watch` the weights, float32 `[rows, query_heads per kv head, slots]`.
     """
-    watched: Weights | None = None
-    if cohort.held is not None and layer.policy is not None and layer.policy.evicts and layer.policy.watches:
-        watched = []
+    watched: Weights | None = [] if watch else None
     if not cohort.packed.shape[1]:
         out, lse = attend_exact(layer, cohort, queries, scaling, True, watched)
     else:
@@ -37,10 +37,67 @@ def attend_step(layer: LayerCache, cohort: Cohort, queries: torch.Tensor, scalin
             attend_exact(layer, cohort, queries, scaling, False, watched),
         ]
         out, lse = merge(parts)
-    if watched is not None:
-        shares = [part * (own - lse).exp()[..., None] if len(watched) > 1 else part for part, own in watched]
-        layer.observe(cohort, torch.cat(shares, 2) if len(shares) > 1 else shares[0])
-    return out.to(queries.dtype)
+    return out.to(queries.dtype), None if watched is None else _whole(watched, lse)
+
+
+def _whole(watched: Weights, lse: torch.Tensor) -> torch.Tensor:
+    """The weights over all slots, from those within the parts."""
+    if len(watched) == 1:
+        return watched[0][0]
+    return torch.cat([part * (own - lse).exp()[..., None] for part, own in watched], 2)
+
+
+def pick(layer: LayerCache, cohort: Cohort, weights: torch.Tensor, top: int) -> torch.Tensor:
+    """Positions of the `top` tokens that a step attended to most, the query heads of a kv head together.
+
+    weights: `[rows, query_heads per kv head, slots]`. Returns int64 `[rows, top]`, or fewer if there are fewer.
+    """
+    slots = weights.sum(1).topk(min(top, weights.shape[2]), 1, sorted=False).indices
+    return slots if cohort.held is None else cohort.held.positions.gather(1, slots).long()
+
+
+def attend_picked(
+    layer: LayerCache,
+    cohort: Cohort,
+    queries: torch.Tensor,
+    scaling: float,
+    positions: torch.Tensor,
+    watch: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As `attend_step`, over tokens that another layer picked, `positions [rows, top]`, and the newest one.
+
+    With a codec, the exact tier is read whole, and of the packed tier what was picked.
+    """
+    slots = layer.slots_of(cohort, positions)
+    newest = cohort.geometry.length - 1
+    stop = cohort.geometry.packed_stop
+    if stop:
+        there = (slots >= 0) & (slots < stop)
+        most = int(there.sum(1).max())
+        # Those that count first, so that the others can be cut off.
+        order = torch.sort(there.byte(), dim=1, descending=True, stable=True).indices[:, :most]
+        slots, there = slots.gather(1, order).clamp_(0, stop - 1), there.gather(1, order)
+    else:
+        there = (slots >= 0) & (slots != newest)
+        slots = torch.cat([slots.clamp_(min=0), slots.new_full((len(slots), 1), newest)], 1)
+        there = torch.nn.functional.pad(there, (0, 1), value=True)
+    keys, values = layer.tokens(cohort, slots)
+    scores = torch.bmm(queries.float() * scaling, keys.float().transpose(1, 2))
+    scores += torch.where(there, 0.0, MASKED)[:, None]
+    lse = softmax_(scores)
+    parts = [(torch.bmm(scores, values.float()), lse)]
+    watched: Weights | None = [] if watch else None
+    if stop:
+        parts.append(attend_exact(layer, cohort, queries, scaling, False, watched))
+    out, total = merge(parts)
+    if watched is None:
+        return out.to(queries.dtype), None
+    weights = scores.new_zeros((*scores.shape[:2], cohort.geometry.length))
+    # Slots that do not count are there twice at most, and then with a weight of 0.
+    weights.scatter_add_(2, slots[:, None].expand_as(scores), scores * (lse - total).exp()[..., None])
+    if watched:
+        weights[:, :, stop:] = _whole([*watched, (scores[:, :, :0], lse)], total)
+    return out.to(queries.dtype), weights
 
 
 def attend_exact(

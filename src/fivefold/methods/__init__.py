@@ -14,9 +14,9 @@ from importlib.metadata import entry_points
 from typing import TypeVar
 
 from fivefold.errors import RecipeError
-from fivefold.methods.base import SLOTS, Codec, Method, Slot, TokenPolicy, param
+from fivefold.methods.base import SLOTS, Codec, Method, ReadPolicy, Slot, TokenPolicy, param
 
-__all__ = ["SLOTS", "Codec", "Method", "Slot", "TokenPolicy", "find", "param", "register", "registered"]
+__all__ = ["SLOTS", "Codec", "Method", "ReadPolicy", "Slot", "TokenPolicy", "find", "param", "register", "registered"]
 
 _methods: dict[str, type[Method]] = {}
 _discovered = False

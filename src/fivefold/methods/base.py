@@ -168,6 +168,18 @@ class TokenPolicy(Method):
         raise NotImplementedError
 
 
+class ReadPolicy(Method):
+    """A method that lets most layers read only some of the tokens in a decoding step. Nothing is given up."""
+
+    top: int
+    """How many tokens of each KV head are read."""
+
+    def roles(self, specs: Sequence[LayerSpec]) -> list[Literal["full", "select", "sparse"]]:
+        """What each of the layers that hold the whole context does: read everything, read everything and pick, or read
+        what was picked last."""
+        raise NotImplementedError
+
+
 class Codec:
     """How a page holds tokens. Pages are filled by whole groups of `group` tokens, in order.
 
@@ -195,6 +207,18 @@ class Codec:
         """Keys and values of whole pages, float32 `[pages, layout.tokens, head_dim]`; unfilled slots are anything
         finite."""
         raise NotImplementedError
+
+    def take(
+        self, fields: dict[str, torch.Tensor], pages: torch.Tensor, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of single tokens, float32 `[tokens, head_dim]`.
+
+        fields: of pages `[pages, *shape]`; pages, slots: int64 `[tokens]`, which of them and where in it. The default
+        decodes the pages.
+        """
+        which, place = pages.unique(return_inverse=True)
+        keys, values = self.decode({name: field[which] for name, field in fields.items()})
+        return keys[place, slots], values[place, slots]
 
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         """Inner products of queries `[rows, query, head_dim]` with the keys of pages `[rows, pages, *shape]`.

@@ -30,13 +30,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from fivefold.attention import attend_chunk, attend_step, observe_chunk
+from fivefold.attention import attend_chunk, attend_picked, attend_step, observe_chunk, pick
 from fivefold.calibrate.profile import signature
 from fivefold.errors import CacheFullError, CacheStateError, FivefoldError, UnsupportedModelError
-from fivefold.methods import TokenPolicy
+from fivefold.methods import ReadPolicy, TokenPolicy
 from fivefold.recipe import Recipe
 from fivefold.report import Report, measure
-from fivefold.store.layer_cache import LayerCache, LayerSpec, Pools
+from fivefold.store.layer_cache import Cohort, LayerCache, LayerSpec, Pools
 
 NAME = "fivefold"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "gpt_neox")
@@ -236,8 +236,19 @@ class _State:
     broken off (an exception, Ctrl-C), the first ones are ahead, and `mend` takes that back before the next.
     """
 
-    def __init__(self, stores: dict[int, LayerCache], stock: dict[int, Any], pools: Pools) -> None:
+    def __init__(
+        self,
+        stores: dict[int, LayerCache],
+        stock: dict[int, Any],
+        pools: Pools,
+        roles: dict[int, str] | None = None,
+        top: int = 0,
+    ) -> None:
         self.stores = stores
+        # What each layer reads in a decoding step, and what was picked for the rows in this one.
+        self.roles = roles or {}
+        self.top = top
+        self._picks: dict[int, torch.Tensor] = {}
         self.stock = stock
         self.pools = pools
         self.first = min(stores)
@@ -268,7 +279,21 @@ class _State:
                 f"the cache was made for {made_for} and called with {model}: make one for this model."
             )
         self.mend()
+        self._picks = {}
         self.before = {index: dict(vars(layer)) for index, layer in self.stock.items()}
+
+    def picked(self, cohort: Cohort, positions: torch.Tensor) -> None:
+        """A layer has picked tokens for the layers after it: `[rows, top]`."""
+        for at, row in enumerate(cohort.rows.tolist()):
+            self._picks[row] = positions[at]
+
+    def picks(self, cohort: Cohort) -> torch.Tensor | None:
+        """What was picked for the rows of a cohort, `[rows, top]`; None if nothing was for one of them, or if all that
+        there is would be read anyway."""
+        found = [self._picks.get(row) for row in cohort.rows.tolist()]
+        if any(part is None or len(part) >= cohort.geometry.length for part in found):
+            return None
+        return torch.stack([part for part in found if part is not None])
 
     def finished(self, index: int) -> None:
         """A layer has taken its chunk."""
@@ -481,7 +506,7 @@ class FivefoldLayer(CacheLayerMixin):
                 q, k, v = queries[pick][:, :, new], keys[pick][:, new], values[pick][:, new]
             if tokens == 1 and (chunk == 1 or cohort.held is None):
                 store.append(cohort, k, v, settle=False)
-                part = attend_step(store, cohort, q[:, :, 0], scaling)[:, :, None]
+                part = self._step(cohort, q[:, :, 0], scaling, chunk == 1)[:, :, None]
                 if chunk > 1:
                     store.append(cohort, None, None, horizon=horizon)
             else:
@@ -501,6 +526,22 @@ class FivefoldLayer(CacheLayerMixin):
             else:
                 state.choose_together()
         return out.reshape(batch, query_heads, chunk, dim).transpose(1, 2).contiguous()
+
+    def _step(self, cohort: Cohort, queries: torch.Tensor, scaling: float, decoding: bool) -> torch.Tensor:
+        """Attention of the newest token of each row; the policies are told of it."""
+        state, store, policy = self.state, self.store, self.store.policy
+        watch = cohort.held is not None and policy is not None and policy.evicts and policy.watches
+        role = state.roles.get(self.index, "full") if decoding and cohort.geometry.extent.recent is None else "full"
+        picks = state.picks(cohort) if role == "sparse" else None
+        if picks is not None:
+            out, weights = attend_picked(store, cohort, queries, scaling, picks, watch)
+        else:
+            out, weights = attend_step(store, cohort, queries, scaling, watch or role == "select")
+        if weights is not None and role == "select":
+            state.picked(cohort, pick(store, cohort, weights, state.top))
+        if weights is not None and watch:
+            store.observe(cohort, weights)
+        return out
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + int(query_length), 0
@@ -604,7 +645,8 @@ class FivefoldCache(Cache):
         """A second cache of the same tokens: every page is shared until either side writes to it."""
         self.state.mend()
         stores = {index: store.fork() for index, store in self.state.stores.items()}
-        state = _State(stores, copy.deepcopy(self.state.stock), self.state.pools)
+        old = self.state
+        state = _State(stores, copy.deepcopy(old.stock), old.pools, old.roles, old.top)
         state.logical = dict(self.state.logical)
         state.recording = self.state.recording
         return FivefoldCache(self.recipe, state)
@@ -684,4 +726,8 @@ def make_cache(model: PreTrainedModel, recipe: Recipe, max_bytes: int | None = N
             "every layer of this model has a sliding window, so no cache grows and none can shrink: use DynamicCache."
         )
     windows = {index: layer for index, layer in enumerate(stock) if index not in stores}
-    return FivefoldCache(recipe, _State(stores, windows, pools))
+    reads = recipe.get("reads")
+    roles: dict[int, str] = {}
+    if isinstance(reads, ReadPolicy):
+        roles = dict(zip(stores, reads.roles([store.spec for store in stores.values()])))
+    return FivefoldCache(recipe, _State(stores, windows, pools, roles, getattr(reads, "top", 0)))

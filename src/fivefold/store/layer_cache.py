@@ -937,6 +937,45 @@ class LayerCache:
 
     # -- reading ------------------------------------------------------------------------------------------
 
+    def slots_of(self, cohort: Cohort, positions: torch.Tensor) -> torch.Tensor:
+        """The slots of tokens by their position in the text, int64 `[rows, tokens]`; -1 where a row does not hold
+        one."""
+        if cohort.held is None:
+            return positions.long()
+        ordered, slots = cohort.held.positions.sort(1)
+        place = torch.searchsorted(ordered, positions.to(ordered.dtype)).clamp_(max=ordered.shape[1] - 1)
+        return torch.where(ordered.gather(1, place) == positions, slots.gather(1, place), -1)
+
+    def tokens(self, cohort: Cohort, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of single tokens, of slots `[rows, tokens]` that are all in one tier:
+        `[rows, tokens, head_dim]`."""
+        index = slots.cpu().numpy()
+        packed_stop, shape = cohort.geometry.packed_stop, (*slots.shape, self.spec.head_dim)
+        rows = np.repeat(np.arange(len(index)), index.shape[1])
+        flat = index.reshape(-1)
+        if not flat.size or flat[0] >= packed_stop:
+            column, slot = np.divmod(flat - packed_stop, PAGE)
+            pages = cohort.exact[rows, column]
+            keys, values = (self.exact_pool.read_tokens(name, pages, slot) for name in ("keys", "values"))
+            return keys.view(shape), values.view(shape)
+        assert self.packing is not None and self.codec is not None and self.packed_pool is not None
+        column, slot = np.divmod(flat, self.packing.page)
+        if self.own_pool is not None:
+            unique, place = np.unique(rows * cohort.packed.shape[1] + column, return_inverse=True)
+            r, c = np.divmod(unique, cohort.packed.shape[1])
+            fields = self.packed(
+                self.packed_pool.locate(cohort.packed[r, c][None]), self.own_pool.locate(cohort.own[r, c][None])
+            )
+            which, inside = torch.from_numpy(place), torch.from_numpy(slot)
+            keys, values = self.codec.take({name: x[0] for name, x in fields.items()}, which, inside)
+            return keys.view(shape), values.view(shape)
+        out = torch.empty((2, len(flat), self.spec.head_dim), device=self.spec.device)
+        for tensors, at, where in self.packed_pool.by_slab(cohort.packed[rows, column]):
+            ids, inside, target = (torch.from_numpy(x).to(self.spec.device) for x in (at, slot[where], where))
+            for whole, part in zip(out, self.codec.take(tensors, ids, inside)):
+                whole.index_copy_(0, target, part)
+        return out[0].view(shape), out[1].view(shape)
+
     def exact_blocks(self, cohort: Cohort) -> list[tuple[int, int, Location]]:
         """(first column, last column, location) of blocks that cover the exact tier."""
         if cohort.exact_blocks is None:

@@ -357,6 +357,24 @@ class PagePool:
                 else:
                     target[rows, at] = part.to(target.dtype)
 
+    def read_tokens(self, name: str, pages: np.ndarray, slots: np.ndarray) -> torch.Tensor:
+        """One token of each of `pages`, that in its slot `slots`: `[len(pages), *shape[1:]]`."""
+        parts = []
+        for slab, index, where in self._by_slab(pages):
+            at = torch.from_numpy(index * self.layout.tokens + (slots if where is None else slots[where]))
+            parts.append((where, slab.tensors[name].flatten(0, 1).index_select(0, at.to(self.device))))
+        if len(parts) == 1:
+            return parts[0][1]
+        out = parts[0][1].new_empty((len(pages), *parts[0][1].shape[1:]))
+        for where, part in parts:
+            out.index_copy_(0, torch.from_numpy(where).to(self.device), part)
+        return out
+
+    def by_slab(self, pages: np.ndarray) -> Iterator[tuple[dict[str, torch.Tensor], np.ndarray, np.ndarray]]:
+        """(fields of a slab, indices in it, where they stand in `pages`) for every slab of a list of pages."""
+        for slab, index, where in self._by_slab(pages):
+            yield slab.tensors, index, np.arange(len(pages)) if where is None else where
+
     def write_tokens(self, name: str, pages: np.ndarray, slots: np.ndarray, values: torch.Tensor) -> None:
         """Write one token of each of `pages`, that in its slot `slots`: `[len(pages), *shape[1:]]`."""
         for slab, index, where in self._by_slab(pages):

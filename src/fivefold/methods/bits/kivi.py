@@ -140,6 +140,18 @@ class KiviCodec(Codec):
             values.append(dequantise(codes, scale, zero).flatten(2))
         return torch.cat(keys, 1), torch.cat(values, 1)
 
+    def take(
+        self, fields: dict[str, torch.Tensor], pages: torch.Tensor, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        plane, row = slots // 32, slots % 32
+        shift, mask = (self.bits * plane).to(torch.int16)[:, None], 2**self.bits - 1
+        codes = (fields["key_words"][pages, row] >> shift).bitwise_and_(mask)
+        group = slots // self.group
+        keys = dequantise(codes, fields["key_scale"][pages, group], fields["key_zero"][pages, group])
+        codes = (fields["value_words"][pages, row] >> shift).bitwise_and_(mask).unflatten(1, (-1, self.channels))
+        scale, zero = (fields[name][pages, plane, row][:, :, None] for name in ("value_scale", "value_zero"))
+        return keys, dequantise(codes, scale, zero).flatten(1)
+
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         return planar_scores(queries.float(), fields["key_words"], fields["key_scale"], fields["key_zero"], self.bits)
 
