@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fivefold.methods import Codec, TokenPolicy
+from fivefold.methods import Codec, ReadPolicy, TokenPolicy
 from fivefold.methods.tokens.keyformer import _DRAWS, _draws
 from fivefold.models.huggingface import FivefoldLayer, _State
 from fivefold.store.layer_cache import LayerCache, LayerSpec, Pools
@@ -23,7 +23,7 @@ class Run:
 
     def __init__(
         self,
-        policy: TokenPolicy,
+        policy: TokenPolicy | None,
         kv_heads: int,
         query_heads: int,
         dim: int,
@@ -32,13 +32,15 @@ class Run:
         residual: int = 0,
         extents: list[Extent] | None = None,
         max_bytes: int | None = None,
+        reads: ReadPolicy | None = None,
     ) -> None:
         self.pools = Pools(max_bytes)
         stores = {}
         for index in range(layers):
             spec = LayerSpec(index, layers, kv_heads, query_heads, dim, torch.float32, CPU)
             stores[index] = LayerCache(spec, self.pools, extents or [Extent()] * kv_heads, codec, residual, policy)
-        self.state = _State(stores, {}, self.pools)
+        roles = {} if reads is None else dict(enumerate(reads.roles([s.spec for s in stores.values()])))
+        self.state = _State(stores, {}, self.pools, roles, 0 if reads is None else reads.top)
         self.layers = [FivefoldLayer(index, self.state) for index in range(layers)]
 
     def take(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fivefold.methods.reads.tidal import Tidal
 from fivefold.methods.tokens.d2o import D2O
 from fivefold.methods.tokens.elastic import ElasticCache
 from fivefold.methods.tokens.h2o import H2O
@@ -185,3 +186,36 @@ def test_elastic(sequence: str, prompt: int) -> None:
                 for head, (keys, values) in run.tokens(layer).items():
                     assert torch.allclose(keys, data[f"{sequence}.fixed.{step}.keys"][layer, head], atol=1e-5)
                     assert torch.allclose(values, data[f"{sequence}.fixed.{step}.values"][layer, head], atol=1e-5)
+
+
+def test_tidal_picks_and_outputs() -> None:
+    """Per query head, as upstream: each has its own copy of the keys. Where upstream did not pick the newest token,
+    which is always read here, outputs differ."""
+    data = golden("tidal")
+    top, *selecting = data["settings"].tolist()
+    q, k, v = data["q"], *(data[x].repeat_interleave(2, 2) for x in "kv")
+    steps = q.shape[3]
+    prompt = k.shape[3] - steps
+    method = Tidal(top=top, full_layers=selecting[0], select_layers=tuple(selecting))
+    run = Run(None, 4, 4, 16, layers=6, reads=method)
+    run.take(torch.randn(6, 2, 4, prompt, 16), k[..., :prompt, :], v[..., :prompt, :])
+    compared = 0
+    for step in range(steps):
+        new = slice(prompt + step, prompt + step + 1)
+        picked = None
+        for layer in range(6):
+            out = run.layers[layer].attend(
+                q[layer, :, :, step : step + 1], k[layer, :, :, new], v[layer, :, :, new], None, 0.25
+            )[:, 0]
+            if layer in selecting:
+                picked = data[f"{step}.{layer}.picked"]
+                got = torch.stack([run.state._picks[row] for row in range(8)]).view(2, 4, top)
+                assert torch.equal(got.sort(-1).values.int(), picked.sort(-1).values)
+            same = torch.ones(2, 4, dtype=torch.bool)
+            if layer > selecting[0] and layer not in selecting:
+                assert picked is not None
+                same = (picked == prompt + step).any(-1)
+                compared += int(same.sum())
+            assert torch.allclose(out[same], data[f"{step}.{layer}.output"][same], atol=1e-5)
+        run.state._picks = {}
+    assert compared > 10

@@ -1,57 +1,80 @@
 """The attention that tokens receive from a chunk, block by block: what policies choose by.
 
-The chunk has been attended already, so each query's log-sum-exp is known and its weights are `exp(score - lse)`.
-They are made for a few queries at a time and handed to the policy: no [query, key] tensor of a prompt ever exists.
+A policy that wants to know it from every query gets it from the attention itself: a few queries at a time are
+attended, and their weights handed to it before they are overwritten. No [query, key] tensor of a prompt ever exists.
 """
 
 from __future__ import annotations
 
 import torch
 
+from fivefold.attention.prefill import attend_chunk
 from fivefold.store.layer_cache import Cohort, LayerCache
 
-# Weights that are made at a time: they stay in the processor's cache while the policy reads them.
-BLOCK = 1 << 20
+# Weights that are made at a time: enough rows for an efficient product, few enough to stay near the processor.
+BLOCK = 3 << 20
 
 
-def observe_chunk(
+def attend_observed(
     layer: LayerCache,
     cohort: Cohort,
     queries: torch.Tensor,
     keys: torch.Tensor,
-    lse: torch.Tensor,
+    values: torch.Tensor,
     scaling: float,
-) -> torch.Tensor | None:
-    """What a chunk that is not yet stored adds to the policy's scores.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`attend_chunk` for rows whose tokens a policy chooses: the output, and what the chunk adds to the scores.
 
-    queries: `[rows, query_heads per kv head, tokens, head_dim]`; keys: `[rows, tokens, head_dim]`; lse: float32
-    `[rows, query_heads per kv head, tokens]`. Returns float32 `[rows, slots]`, the chunk's own slots last; None if the
-    policy wants to know nothing.
+    The latter is float32 `[rows, slots]`, the chunk's own slots last; None if the policy wants to know nothing.
     """
+    policy, chunk = layer.policy, keys.shape[1]
+    assert policy is not None
+    first = 0 if policy.observes is None else max(0, chunk - policy.observes)
+    if not policy.evicts or first == chunk:
+        return attend_chunk(layer, cohort, queries, keys, values, scaling), None
+    if first == 0:
+        out = torch.empty_like(queries)
+        return out, _weigh(layer, cohort, queries, keys, values, scaling, 0, out)
+    out = attend_chunk(layer, cohort, queries, keys, values, scaling)
+    return out, _weigh(layer, cohort, queries, keys, values, scaling, first, None)
+
+
+def _weigh(
+    layer: LayerCache,
+    cohort: Cohort,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    first: int,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """What the policy makes of the attention of the queries from `first` on; their outputs go to `out`."""
     policy, held = layer.policy, cohort.held
     assert policy is not None and held is not None
     rows, group, chunk, dim = queries.shape
-    first = 0 if policy.observes is None else max(0, chunk - policy.observes)
-    if first == chunk or not policy.evicts:
-        return None
     stored = held.slots
-    total = stored + chunk
-    # One more channel takes the log-sum-exp off within the product.
-    wide = keys.new_ones((rows, total, dim + 1), dtype=torch.float32)
-    wide[:, stored:, :dim] = keys
     if stored:
-        wide[:, :stored, :dim] = layer.dense_part(cohort, 0)
-    out = keys.new_zeros((rows, total), dtype=torch.float32)
-    step = max(8, BLOCK // (group * total))
+        keys = torch.cat([layer.dense_part(cohort, 0), keys], 1)
+        values = values if out is None else torch.cat([layer.dense_part(cohort, 1), values], 1)
+    total = stored + chunk
+    observed = keys.new_zeros((rows, total), dtype=torch.float32)
+    step = min(chunk - first, max(8, BLOCK // (group * total)))
+    buffers = torch.empty((2, group * step * total), device=keys.device)
+    later = torch.full((step, step), float("-inf"), device=keys.device).triu_(1)
     for row in range(rows):
         mine = held.pick(torch.tensor([row], device=keys.device), held.places[row : row + 1])
+        row_keys, row_values = keys[row].float(), None if out is None else values[row].float()
         for begin in range(first, chunk, step):
             end = min(begin + step, chunk)
-            seen = stored + end
-            block = torch.cat([queries[row, :, begin:end].float() * scaling, -lse[row, :, begin:end, None].float()], -1)
-            scores = block.flatten(0, 1) @ wide[row, :seen].T
-            scores = scores.view(1, group, end - begin, seen)
-            later = torch.full((end - begin, end - begin), float("-inf"), device=keys.device).triu_(1)
-            scores[..., stored + begin :] += later
-            out[row, :seen] += policy.observe(scores.exp_(), mine, held.seen + begin)[0]
-    return out
+            size, seen = end - begin, stored + end
+            shape = (group * size, seen)
+            scores, weights = (b[: group * size * seen].view(shape) for b in buffers)
+            block = queries[row, :, begin:end].float() * scaling
+            torch.mm(block.reshape(-1, dim), row_keys[:seen].T, out=scores)
+            scores.view(group, size, seen)[..., stored + begin :].add_(later[:size, :size])
+            torch.softmax(scores, -1, out=weights)
+            if out is not None and row_values is not None:
+                out[row, :, begin:end] = torch.mm(weights, row_values[:seen]).view(group, size, dim)
+            observed[row, :seen] += policy.observe(weights.view(1, group, size, seen), mine, held.seen + begin)[0]
+    return observed

@@ -30,7 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from fivefold.attention import attend_chunk, attend_picked, attend_step, observe_chunk, pick
+from fivefold.attention import attend_chunk, attend_observed, attend_picked, attend_step, pick
 from fivefold.calibrate.profile import signature
 from fivefold.errors import CacheFullError, CacheStateError, FivefoldError, UnsupportedModelError
 from fivefold.methods import ReadPolicy, TokenPolicy
@@ -510,8 +510,11 @@ class FivefoldLayer(CacheLayerMixin):
                 if chunk > 1:
                     store.append(cohort, None, None, horizon=horizon)
             else:
-                part, lse = attend_chunk(store, cohort, q, k, v, scaling)
-                observed = None if cohort.held is None else observe_chunk(store, cohort, q, k, lse, scaling)
+                observed = None
+                if cohort.held is None:
+                    part = attend_chunk(store, cohort, q, k, v, scaling)
+                else:
+                    part, observed = attend_observed(store, cohort, q, k, v, scaling)
                 store.append(cohort, k, v, horizon=horizon, observed=observed)
             if alone:
                 out = part

@@ -501,6 +501,8 @@ class LayerCache:
         cohort.exact, cohort.packed, cohort.own = cohort.exact[:, :0], cohort.packed[:, :0], cohort.own[:, :0]
         cohort.touched_exact()
         cohort.touched_packed()
+        if self.policy.waits:
+            self.pools.budget.trim()  # all layers have held the whole chunk
         cohort.geometry = Geometry(cohort.geometry.extent, evicted=held.seen - count)
         self._append(cohort, keys.to(self.spec.dtype), values.to(self.spec.dtype), True, horizon)
         cohort.held = replace(held.chosen(kept), extra=extra, settled=held.seen - horizon)
