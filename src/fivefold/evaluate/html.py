@@ -242,7 +242,7 @@ class _Figure:
     def __post_init__(self) -> None:
         steered = [{"name": name, "value": options[0][0]} for name, (_, options) in self.choices.items()]
         self.spec.setdefault("params", []).extend(steered)
-        self.spec.update({"$schema": "https://vega.github.io/schema/vega-lite/v5.json", "config": _CONFIG})
+        self.spec["config"] = _CONFIG
 
 
 def _section(name: str, title: str, figures: dict[str, _Figure], which: tuple[str, ...]) -> Iterator[str]:
@@ -466,7 +466,7 @@ def _layers(result: dict[str, Any], cells: list[dict[str, Any]]) -> dict[str, An
     recipes = [recipe for recipe in _order(result) if recipe != EXACT]
     return {
         **_SIZE,
-        "height": {"step": 26},
+        "height": 26 * len(recipes),
         "data": {"values": rows},
         "transform": [{"filter": "datum.context == context"}, {"calculate": "datum[kind]", "as": "shown"}],
         "mark": {"type": "rect"},

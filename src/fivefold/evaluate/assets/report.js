@@ -3,7 +3,7 @@
 const figures = JSON.parse(document.getElementById("figures").textContent);
 const drawn = Object.entries(figures).map(async ([name, spec]) => {
   const place = document.getElementById("plot-" + name);
-  const { view } = await vegaEmbed(place, spec, { renderer: "svg", actions: false, tooltip: { theme: "custom" } });
+  const { view } = await vegaEmbed(place, spec, { mode: "vega-lite", renderer: "svg", actions: false, tooltip: { theme: "custom" } });
   return { view, section: place.closest("section") };
 });
 
