@@ -126,7 +126,7 @@ PROBE = """
 const wait = setInterval(async () => {
   if (!document.body.dataset.drawn) return;
   clearInterval(wait);
-  const marks = (name, kind) => document.querySelectorAll(`#plot-${name} svg .${kind} path`).length;
+  const marks = (name, kind) => document.querySelectorAll(`#plot-${name} svg .${kind}.role-mark path`).length;
   const seen = {
     title: document.title,
     points: marks("bytes", "mark-symbol"),
@@ -178,6 +178,7 @@ def visit(page, folder, *options, width=1280):
             BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
             "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--virtual-time-budget=20000",
             f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900", f"--log-net-log={log}", *options,
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
             "--dump-dom", file.as_uri(),
         ],
         capture_output=True, text=True, timeout=120,
@@ -185,7 +186,9 @@ def visit(page, folder, *options, width=1280):
     found = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)
     assert found, (done.stdout[-500:], done.stderr[-2000:])
     console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
-    asked = set(re.findall(r'"url":"((?!file:|chrome|data:|blob:)[^"]+)"', log.read_text()))
+    # Chromium's own requests have no page that they are made for.
+    pattern = r'site=file://.*?"url":"((?!file:|data:|blob:)[^"]+)"'
+    asked = {address for line in log.read_text().splitlines() for address in re.findall(pattern, line)}
     return json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")), console, asked
 
 

@@ -8,6 +8,7 @@ the commands, so that `fivefold --help` is quick.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -689,8 +690,17 @@ def _measure(
         network, tokenizer = _load(model, "auto", "auto")
         from fivefold.models.huggingface import make_cache
 
+        fitting = []
         for text in plan.recipes:  # what does not fit the model is known before the long work
-            make_cache(network, Recipe.parse(text))
+            try:
+                make_cache(network, Recipe.parse(text))
+            except FivefoldError as error:
+                if recipe:
+                    raise
+                err.print(f"Note: {text} is left out: {error}", soft_wrap=True)
+            else:
+                fitting.append(text)
+        plan = dataclasses.replace(plan, recipes=tuple(fitting))
     kept = Path(store) if store is not None else smollm2.cache_dir() / "eval.jsonl"
     try:
         with _work_bar() as progress:
