@@ -79,6 +79,7 @@ def test_full_is_the_exact_cache_and_worse_recipes_are_ranked_below(result):
     assert sum(part["kl"] for part in bins) / 4 == pytest.approx(kl[1], rel=1e-4)
     ranked = [entry["recipe"] for entry in result["ranking"]]
     assert ranked == [EXACT, "full()", "kivi(bits=2)", "streaming(sink=0, recent=8)"]
+    assert [(entry["low"], entry["high"]) for entry in result["ranking"][:2]] == [(1.0, 1.0)] * 2
     assert json.loads(json.dumps(result, allow_nan=False)) == json.loads(json.dumps(result))
 
 
@@ -450,3 +451,31 @@ def test_the_front_is_what_no_other_beats():
         beaten = any(c <= cost and q >= quality and (c, q) != (cost, quality) for c, q in points)
         assert kept is not beaten
     assert front([]) == [] and front([(1, 1), (1, 1)]) == [True, True]
+
+
+# -- with the embedded model ------------------------------------------------------------------------------
+
+
+@pytest.mark.model
+@pytest.mark.timeout(600)
+def test_the_embedded_model_beats_chance_and_a_forgetful_cache_does_not(tmp_path):
+    from fivefold.models import smollm2
+
+    smollm2.fetch()
+    forgetful = "streaming(sink=0, recent=8)"
+    plan = Plan(("full()", forgetful), ("passkey", "multi_passkey", "api_cloze"), (1024,), 2)
+    result = run(*smollm2.load(), plan, tmp_path / "kept.jsonl")
+    cells = {(cell["suite"], cell["recipe"]): cell for cell in result["cells"]}
+    assert len(cells) == 9
+    for suite in plan.suites:
+        exact, full, lost = (cells[suite, recipe] for recipe in (EXACT, *plan.recipes))
+        said = [[q["said"] for row in cell["rows"] for q in row["questions"]] for cell in (exact, full)]
+        assert said[0] == said[1]
+        assert exact["score"] >= exact["chance"] + 0.4, suite
+        # At chance: as few right answers as guessing gives in all but one of a hundred tries.
+        chance, total = lost["chance"], lost["questions"]
+        right = round(lost["score"] * total)
+        as_many = sum(math.comb(total, k) * chance**k * (1 - chance) ** (total - k) for k in range(right, total + 1))
+        assert as_many > 0.01, (suite, right, total)
+    entries = {entry["recipe"]: entry for entry in result["ranking"]}
+    assert entries["full()"]["quality"] == 1.0 and entries[forgetful]["high"] < 0.6

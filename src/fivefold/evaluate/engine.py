@@ -53,7 +53,7 @@ class Plan:
     recipes: tuple[str, ...] = DEFAULT_RECIPES
     suites: tuple[str, ...] = ()
     contexts: tuple[int, ...] = (2048,)
-    samples: int = 2
+    samples: int = 3
     seed: int = 0
     lens: bool = False
     everything: bool = False

@@ -26,8 +26,9 @@ _ERRORS = {
     "lens": "KL of what the layer says (logit lens), nats",
 }
 _WORDS = {
-    "quality": "What is left of the exact cache's score above chance, mean over the suites that the exact cache can do "
-    "(fidelity counts by top-1 agreement). 1 is as good as exact, 0 is chance.",
+    "quality": "What is left of the exact cache's score above chance, over all suites that the exact cache can do "
+    "(fidelity counts by top-1 agreement); a suite weighs as much as there is to lose in it. 1 is as good as exact, "
+    "0 is chance.",
     "interval": "95%, over other texts of the same kind. Shares: Wilson; means: Student's t; questions about one text "
     "count as correlated. Few texts give wide intervals.",
     "bytes": "All bytes that torch allocated for the cache behind the prefix, tables and unfilled pages included, as a "

@@ -85,15 +85,15 @@ def lost_variance(exact: Groups, other: Groups) -> float:
     return (lost + gained - (lost - gained) ** 2) / (count + 2)
 
 
-def spread_of_mean(parts: Sequence[tuple[float, float]]) -> float:
-    """Half the width of the 95% interval of a mean of independent parts, each (variance, degrees of freedom).
+def spread_of_sum(parts: Sequence[tuple[float, float]]) -> float:
+    """Half the width of the 95% interval of a sum of independent parts, each (variance, degrees of freedom).
 
     Degrees of freedom together as of Satterthwaite, 1946; `math.inf` where a variance is not estimated from a spread.
     """
     total = sum(variance for variance, _ in parts)
     uncertain = sum(variance**2 / freedom for variance, freedom in parts)
     freedom = total**2 / uncertain if uncertain else math.inf
-    return t_quantile(freedom) * math.sqrt(total) / len(parts)
+    return t_quantile(freedom) * math.sqrt(total)
 
 
 def t_quantile(freedom: float) -> float:

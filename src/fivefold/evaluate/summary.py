@@ -14,9 +14,10 @@ from fivefold.evaluate.intervals import (
     mean_interval,
     mean_variance,
     share_interval,
-    spread_of_mean,
+    spread_of_sum,
 )
 from fivefold.evaluate.sweep import front
+from fivefold.recipe import Recipe
 
 EXACT = "DynamicCache"
 FIDELITY = "fidelity"
@@ -34,10 +35,10 @@ def summarise(found: dict[tuple[int, str], dict[str, list[Row]]], recipes: Seque
     the rows themselves. `exact_fails` marks tasks that the exact cache does no better than chance (recipes may then be
     missing): they say nothing about compression.
 
-    ranking: for each context the recipes, best first. quality is what is left of the exact cache's score above chance,
-    `1 - (exact - score) / (exact - chance)`, mean over the suites that the exact cache can do (fidelity: top-1
-    agreement): 1 is as good as exact, 0 is chance. bytes_front, time_front: whether no other recipe is better at no
-    more bytes, or at no longer a decoding step.
+    ranking: for each context the exact cache, then the recipes, best first. quality is what is left of the exact
+    cache's score above chance, `1 - sum(exact - score) / sum(exact - chance)` over the suites that the exact cache can do
+    (fidelity: top-1 agreement): 1 is as good as exact, 0 is chance, and a suite weighs as much as there is to lose in
+    it. bytes_front, time_front: whether no other recipe is better at no more bytes, or at no longer a decoding step.
     """
     cells, ranking = [], []
     for (context, suite), of in found.items():
@@ -84,31 +85,32 @@ def _entry(context: int, recipe: str, suites: dict[str, dict[str, list[Row]]]) -
     entry: dict[str, Any] = {"context": context, "recipe": recipe}
     for name in ("ratio", "bytes", "prefill_s"):
         entry[name] = _mean(row[name] for row in every) if every else None
-    left, parts = [], []
+    lost_sum, most, parts = 0.0, 0.0, []
     for suite, rows in mine.items():
         exact = suites[suite][EXACT]
         if suite == FIDELITY:
-            lost = [[1 - row["top1"]] for row in rows]
-            scale, variance = 1.0, mean_variance(lost)
+            lost: Groups = [[1 - row["top1"]] for row in rows]
+            room, variance = 1.0, mean_variance(lost)
         elif exact_fails(exact):
             continue
         else:
             theirs, ours = _scores(exact), _scores(rows)
             lost = [[a - b for a, b in zip(one, two)] for one, two in zip(theirs, ours)]
-            scale = _mean(s for group in theirs for s in group) - _mean(
-                q["chance"] for row in exact for q in row["questions"]
-            )
+            chance = _mean(q["chance"] for row in exact for q in row["questions"])
+            room = _mean(score for group in theirs for score in group) - chance
             if _binary(theirs) and _binary(ours):
                 variance = lost_variance(theirs, ours), math.inf
             else:
                 variance = mean_variance(lost)
-        left.append(1 - _mean(value for group in lost for value in group) / scale)
-        parts.append(None if variance is None else (variance[0] / scale**2, variance[1]))
-    entry["quality"] = _mean(left) if left else None
+        lost_sum += _mean(value for group in lost for value in group)
+        most += room
+        parts.append(variance)
+    entry["quality"] = 1 - lost_sum / most if parts else None
     entry["low"] = entry["high"] = None
     known = [part for part in parts if part is not None]
-    if left and len(known) == len(parts):
-        spread = 0.0 if recipe == EXACT else spread_of_mean(known)
+    if parts and len(known) == len(parts):
+        # The exact cache and the recipe that keeps everything are equal to it by construction, not by luck.
+        spread = 0.0 if recipe in (EXACT, str(Recipe())) else spread_of_sum(known) / most
         entry["low"], entry["high"] = entry["quality"] - spread, entry["quality"] + spread
     fidelity = mine.get(FIDELITY)
     for name in ("kl", "top1", "perplexity"):
@@ -118,7 +120,7 @@ def _entry(context: int, recipe: str, suites: dict[str, dict[str, list[Row]]]) -
 
 
 def _rank(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Best first, equals by bytes; with the recipes on the fronts marked."""
+    """The exact cache, then best first, equals by bytes; with the recipes on the fronts marked."""
     known = [entry for entry in entries if entry["quality"] is not None and entry["ratio"] is not None]
     for name, cost in (("bytes_front", "ratio"), ("time_front", "decode_ms")):
         for entry in entries:
@@ -130,8 +132,8 @@ def _rank(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(
         entries,
         key=lambda entry: (
-            -(nothing if entry["quality"] is None else round(entry["quality"], 9)),
             entry["recipe"] != EXACT,
+            -(nothing if entry["quality"] is None else round(entry["quality"], 9)),
             math.inf if entry["ratio"] is None else entry["ratio"],
         ),
     )

@@ -13,7 +13,7 @@ from rich.text import Text
 from fivefold.evaluate.summary import EXACT, FIDELITY, OWN
 
 _LEGEND = (
-    "quality: what is left of the exact cache's score above chance, mean over the suites (fidelity: top-1 agreement): "
+    "quality: what is left of the exact cache's score above chance, all suites together (fidelity: top-1 agreement): "
     "1 is exact, 0 is chance; ± its 95% interval. bytes, decode: of the exact cache's (below 1: less memory or time). "
     "KL (nats), top-1: against the exact cache's next token. front: no other recipe is better at no more bytes (b), in "
     "no more time per token (t)."
