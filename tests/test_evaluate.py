@@ -1,6 +1,7 @@
 """The evaluation engine: exact where it must be, deterministic, resumable, honest about its uncertainty."""
 
 import json
+import math
 import random
 from dataclasses import dataclass
 

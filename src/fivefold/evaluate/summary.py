@@ -36,9 +36,9 @@ def summarise(found: dict[tuple[int, str], dict[str, list[Row]]], recipes: Seque
     missing): they say nothing about compression.
 
     ranking: for each context the exact cache, then the recipes, best first. quality is what is left of the exact
-    cache's score above chance, `1 - sum(exact - score) / sum(exact - chance)` over the suites that the exact cache can do
-    (fidelity: top-1 agreement): 1 is as good as exact, 0 is chance, and a suite weighs as much as there is to lose in
-    it. bytes_front, time_front: whether no other recipe is better at no more bytes, or at no longer a decoding step.
+    cache's score above chance, `1 - sum(exact - score) / sum(exact - chance)` over the suites that the exact cache can
+    do (fidelity: top-1 agreement): 1 is as good as exact, 0 is chance, and a suite weighs as much as there is to lose
+    in it. bytes_front, time_front: whether no other recipe is better at no more bytes, or at no longer a decoding step.
     """
     cells, ranking = [], []
     for (context, suite), of in found.items():
