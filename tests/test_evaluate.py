@@ -1,5 +1,6 @@
 """The evaluation engine: exact where it must be, deterministic, resumable, honest about its uncertainty."""
 
+import copy
 import json
 import math
 import random
@@ -9,9 +10,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import fivefold
+from conftest import FAMILIES
 from fivefold import methods
 from fivefold.errors import FivefoldError, InputError, RecipeError
 from fivefold.evaluate import jsonl, layers
@@ -334,6 +336,22 @@ def test_fidelity_has_layers_and_the_lens_if_asked_for(model, tokenizer, tmp_pat
     assert all(layer["own"] > 1e-3 and layer["carried"] > 1e-3 and layer["lens"] > 0 for layer in packed["layers"])
     again = run(model, tokenizer, Plan(("full()",), (FIDELITY,), (900,), 1), tmp_path / "kept.jsonl")
     assert "lens" not in again["cells"][0]["layers"][0]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_layers_of_every_family(family, tiny):
+    model = tiny(family)
+    text = torch.randint(0, 100, (1, 80), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        traces = []
+        for cache in (DynamicCache(config=model.config), fivefold.compress(model, "full()")):
+            model(text[:, :64], past_key_values=cache)
+            traces.append(layers.trace(model, copy.deepcopy(cache), text[:, 64:]))
+            traces.append(layers.trace(model, cache, text[:, 64:], traces[0].entering))
+        found = layers.errors(traces[0], traces[3], traces[2])
+        assert len(found) == model.config.num_hidden_layers
+        assert max(max(layer.values()) for layer in found) < 1e-3
+        assert max(layers.lens(model, traces[0], traces[2])) < 1e-3
 
 
 # -- one's own questions ----------------------------------------------------------------------------------
