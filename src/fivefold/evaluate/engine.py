@@ -4,6 +4,9 @@ A piece is (recipe, suite, context, sample). Finished rows are appended to a JSO
 with everything that changes a result, so that a run that was broken off, even by SIGKILL, goes on where it stopped,
 and an edited method is measured anew. The exact cache (transformers' `DynamicCache`) is measured as a recipe too, and
 first: a task that it does no better than chance says nothing about compression, and the recipes are spared it.
+
+Pieces are not batched: on two cores SmolLM2 reads two texts of 2,048 tokens in 7 seconds either way, and scores nine
+choices as a batch in 3.0 s instead of 1.1 s one by one, since the exact cache is then copied nine times.
 """
 
 from __future__ import annotations
