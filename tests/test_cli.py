@@ -511,6 +511,122 @@ def test_the_help_names_the_default_context():
     assert str(demo.DEFAULT_CONTEXT) in run("demo", "--help").stdout
 
 
+# -- eval and sweep ---------------------------------------------------------------------------------------
+
+
+def measured(tiny: Path, store: Path, *more: str | Path) -> list[str | Path]:
+    return ["-m", tiny, "--store", store, "-c", "700", "-k", "2", "--all", *more]
+
+
+def without_times(data: Any) -> Any:
+    if isinstance(data, dict):
+        times = {"seconds", "prefill_s", "decode_ms", "time_front"}
+        return {name: without_times(value) for name, value in data.items() if name not in times}
+    return [without_times(value) for value in data] if isinstance(data, list) else data
+
+
+def test_eval_shows_and_writes_everything(tiny: Path, tmp_path: Path):
+    file, page = tmp_path / "out.json", tmp_path / "out.html"
+    recipes = ["-r", "full()", "-r", "kivi(bits=2)", "-r", "streaming(sink=0, recent=8)"]
+    command = ["eval", *measured(tiny, tmp_path / "s.jsonl", *recipes, "-s", "fidelity,passkey", "--json", file)]
+    result = run(*command, "--html", page)
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(file.read_text())
+    assert data["ranking"][0]["recipe"] == "DynamicCache" and len(data["ranking"]) == 4
+    for word in ("700 tokens", "quality", "fidelity", "passkey (*)", "kivi(bits=2)"):
+        assert word in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert page.read_text().startswith("<!doctype html>")
+    again = run(*command)
+    assert again.stdout == result.stdout and json.loads(file.read_text()) == data  # all of it was kept
+
+
+def test_sweep_marks_the_front(tiny: Path, tmp_path: Path):
+    file = tmp_path / "out.json"
+    recipe = "{kivi(bits={2,4,8}), streaming(recent={64,128})}"
+    result = run("sweep", *measured(tiny, tmp_path / "s.jsonl", "-r", recipe, "-s", "fidelity", "--json", file))
+    assert result.exit_code == 0, result.stderr
+    ranking = json.loads(file.read_text())["ranking"]
+    assert len(ranking) == 6
+    for entry in ranking:
+        cheaper = [other for other in ranking if other["ratio"] <= entry["ratio"] and other is not entry]
+        assert entry["bytes_front"] is not any(other["quality"] >= entry["quality"] for other in cheaper)
+    assert sum(line.rstrip().endswith((" b", " b t")) for line in result.stdout.splitlines()) == sum(
+        entry["bytes_front"] for entry in ranking
+    )
+
+
+def test_eval_leaves_out_default_recipes_that_do_not_fit_the_model(tiny: Path, tmp_path: Path):
+    file = tmp_path / "out.json"
+    result = run("eval", *measured(tiny, tmp_path / "s.jsonl", "-s", "passkey", "-k", "1", "--json", file))
+    assert result.exit_code == 0 and "duo(keep=0.34) is left out" in result.stderr
+    assert json.loads(file.read_text())["plan"]["recipes"] == [
+        "full()", "kivi(bits=4)", "kivi(bits=2)", "streaming()",
+    ]  # fmt: skip
+
+
+def test_eval_lists_its_suites():
+    result = run("eval", "--list")
+    assert result.exit_code == 0
+    for name in ("fidelity", "passkey", "api_cloze", "jsonl:FILE"):
+        assert sum(line.startswith(name) for line in result.stdout.splitlines()) == 1
+
+
+def test_eval_refuses_in_one_sentence(tiny: Path, tmp_path: Path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"context": "a", "question": "b", "answer": "c"}\n{"context": "a", "quest": "b"}\n')
+    store = tmp_path / "s.jsonl"
+
+    def no(*more: str | Path, command: str = "eval") -> str:
+        return refused(run(command, *measured(tiny, store, *more)))
+
+    assert "pass_key" in no("-s", "pass_key") and "passkey" in no("-s", "pass_key")
+    assert "line 2" in no("-s", f"jsonl:{bad}") and "'quest'" in no("-s", f"jsonl:{bad}")
+    assert "nowhere" in no("-s", "jsonl:/nowhere/x.jsonl")
+    assert "999999" in no("-c", "999999", "-r", "full()")
+    assert "'many'" in no("-c", "many")
+    assert "cannot be written" in no("--json", "/nowhere/x.json")
+    assert "cannot be written" in no("--html", "/nowhere/x.html")
+    assert "cannot keep results" in no("--store", tmp_path, "-s", "passkey", "-r", "full()")
+    assert "brace" in no("-r", "kivi(bits={2,4)", command="sweep")
+    assert "kivy" in no("-r", "kivy()")
+    assert not store.exists()
+
+
+def test_a_killed_eval_goes_on_with_equal_results(tiny: Path, tmp_path: Path):
+    """SIGKILL half-way: what was finished is not run again, and the results are those of a run that was not killed."""
+    store, file, whole = tmp_path / "s.jsonl", tmp_path / "out.json", tmp_path / "whole.json"
+    more = ["-r", "full()", "-r", "kivi(bits=2)", "-s", "fidelity,passkey,multi_passkey"]
+    command = ["eval", *measured(tiny, store, *more, "--json", file)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fivefold", *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (store.exists() and store.read_bytes().count(b"\n") >= 4):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    kept = store.read_bytes().splitlines()
+    assert 4 <= len(kept) < 18 and not file.exists()
+    assert run(*command).exit_code == 0
+    rows = store.read_bytes().splitlines()
+    finished = [line for line in kept if line in rows]
+    assert len(finished) >= len(kept) - 1  # the last may have been torn
+    keys = [json.loads(line)["key"] for line in rows if line.endswith(b"}")]
+    assert len(keys) == len(set(keys)) == 18
+    assert run("eval", *measured(tiny, tmp_path / "other.jsonl", *more, "--json", whole)).exit_code == 0
+    assert without_times(json.loads(file.read_text())) == without_times(json.loads(whole.read_text()))
+
+
+def test_ctrl_c_in_eval_says_that_work_is_kept(tiny: Path, tmp_path: Path):
+    store = tmp_path / "s.jsonl"
+    command = Process("eval", *measured(tiny, store, "-s", "fidelity", "-k", "400", "-r", "full()"))
+    command.interrupt_when(lambda: b"left" in command.seen)
+    command.check()
+    assert b"Finished work is kept" in command.seen and store.read_bytes().count(b"\n") >= 1
+
+
 # -- with the embedded model ------------------------------------------------------------------------------
 
 

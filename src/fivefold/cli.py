@@ -1,4 +1,4 @@
-"""The command line: `fivefold recipes | fetch | generate | demo`.
+"""The command line: `fivefold recipes | fetch | generate | demo | eval | sweep`.
 
 What a command is asked for goes to stdout; bars, reports and errors go to stderr. Every error raised on
 purpose is one sentence and exit code 2; Ctrl-C is exit code 130. torch and transformers are imported inside
@@ -8,6 +8,7 @@ the commands, so that `fivefold --help` is quick.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -476,7 +477,7 @@ def demo(
     out.print(Padding(Text(_LEGEND, style="dim"), (1, 0, 0, 0)))
     out.print(_facts(result["questions"], rows))
     if target is not None:
-        _write_json(target, result)
+        _write(target, json.dumps(result, indent=2) + "\n")
         err.print(f"\nAll results are in {json_file}.", soft_wrap=True)
 
 
@@ -567,7 +568,33 @@ def _facts(questions: list[dict[str, str]], runs: list[dict[str, Any]]) -> Group
     return Group(*parts)
 
 
-# -- models -----------------------------------------------------------------------------------------------
+# -- eval and sweep ---------------------------------------------------------------------------------------
+
+
+SuiteOption = Annotated[
+    str | None,
+    typer.Option("--suite", "-s", metavar="S,...", help="Suites (--list), or jsonl:FILE; all if not given."),
+]
+ContextOption = Annotated[
+    str, typer.Option("--context", "-c", metavar="N,...", help="Tokens before the question, or a list of such.")
+]
+SamplesOption = Annotated[
+    int, typer.Option("--samples", "-k", min=1, metavar="K", help="Texts per suite and context; a file is used whole.")
+]
+JsonOption = Annotated[
+    str | None, typer.Option("--json", metavar="FILE", help="Also write all results into this file.")
+]
+HtmlOption = Annotated[
+    str | None, typer.Option("--html", metavar="FILE", help="Also write a report to look at, one file for offline use.")
+]
+StoreOption = Annotated[
+    str | None,
+    typer.Option("--store", metavar="FILE", help="Where finished work is kept; in the user's cache if not given."),
+]
+LensOption = Annotated[bool, typer.Option("--lens", help="Fidelity also compares what each layer says (logit lens).")]
+AllOption = Annotated[
+    bool, typer.Option("--all", help="Run recipes even on tasks that the exact cache does no better than chance.")
+]
 
 
 @app.command(name="eval")
@@ -576,23 +603,15 @@ def evaluate(
         list[str] | None,
         typer.Option("--recipe", "-r", metavar="RECIPE", help="One to measure; repeat it for more."),
     ] = None,
-    suite: Annotated[
-        str | None, typer.Option("--suite", "-s", metavar="S,...", help="Suites; all of them if not given.")
-    ] = None,
-    context: Annotated[
-        str, typer.Option("--context", "-c", metavar="N,...", help="Tokens before the question.")
-    ] = "2048",
-    samples: Annotated[int, typer.Option("--samples", "-k", min=1, help="Texts per suite and context.")] = 2,
-    json_file: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="Also write all results into this file.")
-    ] = None,
-    store: Annotated[
-        str | None,
-        typer.Option(
-            "--store", metavar="FILE", help="Where finished work is kept; a file in the user's cache if not given."
-        ),
-    ] = None,
+    suite: SuiteOption = None,
+    context: ContextOption = "2048",
+    samples: SamplesOption = 3,
+    json_file: JsonOption = None,
+    html_file: HtmlOption = None,
+    store: StoreOption = None,
     list_suites: Annotated[bool, typer.Option("--list", help="Explain every suite in a line.")] = False,
+    lens: LensOption = False,
+    everything: AllOption = False,
     model: ModelOption = None,
     seed: SeedOption = 0,
 ) -> None:
@@ -600,90 +619,135 @@ def evaluate(
 
     Finished work is kept: a run that was broken off goes on where it stopped.
     """
-    target = None if json_file is None else _writable(json_file)
-    with err.status("Preparing"):
-        from fivefold.evaluate import engine
-        from fivefold.models import smollm2
-    lines = engine.suite_lines()
     if list_suites:
-        for name, line in lines.items():
+        from fivefold.evaluate import engine, jsonl
+
+        for name, line in {**engine.suite_lines(), f"{jsonl.PREFIX}FILE": jsonl.LINE}.items():
             out.print(Text.assemble((f"{name:<14}", "bold"), line))
         return
-    plan = engine.Plan(
-        recipes=tuple(recipe or engine.DEFAULT_RECIPES),
-        suites=tuple(lines) if suite is None else tuple(part.strip() for part in suite.split(",") if part.strip()),
-        contexts=_numbers(context),
-        samples=samples,
-        seed=seed,
-    )
+    _measure(recipe, suite, context, samples, seed, model, json_file, html_file, store, lens, everything)
+
+
+@app.command()
+def sweep(
+    recipe: Annotated[
+        list[str],
+        typer.Option(
+            "--recipe", "-r", metavar="RECIPES", help="With braces: 'kivi(bits={2,4,8})' are three; repeat it for more."
+        ),
+    ],
+    suite: SuiteOption = None,
+    context: ContextOption = "2048",
+    samples: SamplesOption = 3,
+    json_file: JsonOption = None,
+    html_file: HtmlOption = None,
+    store: StoreOption = None,
+    lens: LensOption = False,
+    everything: AllOption = False,
+    model: ModelOption = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Measure many recipes like eval does, and find those that no other one beats in bytes or in time."""
+    _measure(recipe, suite, context, samples, seed, model, json_file, html_file, store, lens, everything, True)
+
+
+def _measure(
+    recipe: list[str] | None,
+    suite: str | None,
+    context: str,
+    samples: int,
+    seed: int,
+    model: str | None,
+    json_file: str | None,
+    html_file: str | None,
+    store: str | None,
+    lens: bool,
+    everything: bool,
+    braces: bool = False,
+) -> None:
+    """What eval and sweep have in common: plan, run, show, write."""
+    targets = {name: _writable(name) for name in (json_file, html_file) if name is not None}
+    with err.status("Preparing"):
+        from fivefold.evaluate import engine, html, tables
+        from fivefold.evaluate.sweep import recipes as spelled
+        from fivefold.models import smollm2
+        from fivefold.recipe import Recipe
+
+        if html_file is not None:
+            html.check()
+        plan = engine.Plan(
+            recipes=spelled(recipe or engine.DEFAULT_RECIPES, braces),
+            suites=tuple(engine.suite_lines()) if suite is None else _names(suite),
+            contexts=_numbers(context),
+            samples=samples,
+            seed=seed,
+            lens=lens,
+            everything=everything,
+        )
     if model is None and not smollm2.is_fetched():
         _fetch()
     with err.status("Loading the model"):
         network, tokenizer = _load(model, "auto", "auto")
         from fivefold.models.huggingface import make_cache
-        from fivefold.recipe import Recipe
 
+        fitting = []
         for text in plan.recipes:  # what does not fit the model is known before the long work
-            make_cache(network, Recipe.parse(text))
+            try:
+                make_cache(network, Recipe.parse(text))
+            except FivefoldError as error:
+                if recipe:
+                    raise
+                err.print(f"Note: {text} is left out: {error}", soft_wrap=True)
+            else:
+                fitting.append(text)
+        plan = dataclasses.replace(plan, recipes=tuple(fitting))
     kept = Path(store) if store is not None else smollm2.cache_dir() / "eval.jsonl"
-    with _bars() as bars:
-        task = bars.add_task("", total=None)
-        result = engine.run(
-            network,
-            tokenizer,
-            plan,
-            kept,
-            lambda done, total, what: bars.update(task, completed=done, total=total, description=what, refresh=True),
-        )
+    try:
+        with _work_bar() as progress:
+            result = engine.run(network, tokenizer, plan, kept, progress)
+    except KeyboardInterrupt:
+        err.print(f"Finished work is kept in {kept}: the same command goes on from there.", soft_wrap=True)
+        raise
     result["environment"]["model"] = model or smollm2.MODEL_NAME
-    out.print(
-        f"{result['environment']['model']} in {result['environment']['dtype']}, {samples} texts per suite and context, "
-        f"seed {seed}\n"
-    )
-    for tokens in plan.contexts:
-        out.print(_eval_table([cell for cell in result["cells"] if cell["context"] == tokens], tokens))
-    out.print(Padding(Text(_EVAL_LEGEND, style="dim"), (1, 0, 0, 0)))
-    if target is not None:
-        _write_json(target, result)
+    for part in tables.show(result):
+        out.print(part)
+    if json_file is not None:
+        _write(targets[json_file], json.dumps(result, indent=2, allow_nan=False) + "\n")
         err.print(f"\nAll results are in {json_file}.", soft_wrap=True)
+    if html_file is not None:
+        _write(targets[html_file], html.render(result))
+        err.print(f"\nThe report is in {html_file}.", soft_wrap=True)
 
 
-_EVAL_LEGEND = (
-    "Share of right answers (biography: bits recovered per fact), with its 95% interval. fidelity: how often the most "
-    "likely token is the exact cache's, and KL in nats. bytes: of the exact cache. (*) the exact model is at chance "
-    "there: that row says nothing about compression."
-)
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 def _numbers(text: str) -> tuple[int, ...]:
     try:
-        numbers = tuple(int(part) for part in text.split(","))
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise InputError(f"--context {text!r} is no list of token counts: write for example 1024,2048.") from None
-    return numbers
 
 
-def _eval_table(cells: list[dict[str, Any]], context: int) -> Table:
-    """Suites down, recipes across; the bytes of each recipe at the bottom."""
-    recipes = list(dict.fromkeys(cell["recipe"] for cell in cells))
-    table = Table(title=f"{context:,} tokens", box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1))
-    table.add_column("suite", no_wrap=True)
-    for name in recipes:
-        table.add_column(name, justify="right", overflow="fold")
-    for suite in dict.fromkeys(cell["suite"] for cell in cells):
-        row = {cell["recipe"]: cell for cell in cells if cell["suite"] == suite}
-        mark = " (*)" if next(iter(row.values())).get("exact_fails") else ""
-        shown = []
-        for name in recipes:
-            cell = row[name]
-            text = f"{cell['score']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]"
-            shown.append(text + (f"\nKL {cell['kl']:.4f}" if "kl" in cell else ""))
-        chance = next(iter(row.values()))["chance"]
-        table.add_row(f"{suite}{mark}\nchance {chance:.2f}", *shown)
-    ratios = {cell["recipe"]: cell["ratio"] for cell in cells}
-    table.add_section()
-    table.add_row("bytes", *(f"{ratios[name]:.3f}x" for name in recipes))
-    return table
+@contextlib.contextmanager
+def _work_bar() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar with an estimate of the time that is left; yields the progress callback of the engine."""
+    start = time.perf_counter()
+    with _bars() as bars:
+        bar = bars.add_task("Starting", total=None, amount="")
+
+        def progress(done: int, total: int, what: str) -> None:
+            left = ""
+            if done:
+                seconds = (time.perf_counter() - start) / done * (total - done)
+                left = f", about {seconds / 60:.0f} min left" if seconds > 90 else f", about {seconds:.0f} s left"
+            bars.update(bar, completed=done, total=total, description=what, amount=f"{done} of {total}{left}")
+
+        yield progress
+
+
+# -- models -----------------------------------------------------------------------------------------------
 
 
 def _require_embedded(model: str | None) -> None:
@@ -801,11 +865,11 @@ def _writable(name: str) -> Path:
     return path
 
 
-def _write_json(path: Path, data: Any) -> None:
-    """Write `data` in one move: whatever happens, `path` is the old file or the complete new one."""
+def _write(path: Path, text: str) -> None:
+    """Write `text` in one move: whatever happens, `path` is the old file or the complete new one."""
     partial = _partial(path)
     try:
-        partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
         raise InputError(f"{str(path)!r} cannot be written ({_reason(error)}).") from None

@@ -2,7 +2,11 @@
 
 A piece is (recipe, suite, context, sample). Finished rows are appended to a JSON-lines file under a key that changes
 with everything that changes a result, so that a run that was broken off, even by SIGKILL, goes on where it stopped,
-and an edited method is measured anew. The exact cache (transformers' `DynamicCache`) is measured as a recipe too.
+and an edited method is measured anew. The exact cache (transformers' `DynamicCache`) is measured as a recipe too, and
+first: a task that it does no better than chance says nothing about compression, and the recipes are spared it.
+
+Pieces are not batched: on two cores SmolLM2 reads two texts of 2,048 tokens in 7 seconds either way, and scores nine
+choices as a batch in 3.0 s instead of 1.1 s one by one, since the exact cache is then copied nine times.
 """
 
 from __future__ import annotations
@@ -10,10 +14,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import random
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -24,15 +30,14 @@ import torch
 from fivefold.api import compress, restore
 from fivefold.calibrate.profile import signature
 from fivefold.errors import InputError
-from fivefold.evaluate import fidelity
-from fivefold.evaluate.demo import make_task
-from fivefold.evaluate.intervals import bootstrap, wilson
+from fivefold.evaluate import fidelity, jsonl, layers
+from fivefold.evaluate.demo import document, make_task
 from fivefold.evaluate.score import answer, twin
-from fivefold.evaluate.tasks import settings, tasks
+from fivefold.evaluate.summary import EXACT, FIDELITY, OWN, exact_fails, summarise
+from fivefold.evaluate.tasks import Question, Sample, Task, settings, tasks
+from fivefold.evaluate.tasks.base import Kind
 from fivefold.recipe import Recipe
 
-EXACT = "DynamicCache"
-FIDELITY = "fidelity"
 CONTINUATION, FREE = 256, 32
 DEFAULT_RECIPES = ("full()", "kivi(bits=4)", "kivi(bits=2)", "streaming()", "duo(keep=0.34)")
 
@@ -41,37 +46,74 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured. suites: names of tasks, or "fidelity"."""
+    """What is to be measured.
+
+    suites: names of tasks, "fidelity", or "jsonl:FILE". contexts: tokens before the question; a file's texts are as
+    long as they are, and all of it is used whatever `samples` says. lens: fidelity also looks at each layer through
+    the logit lens. everything: recipes also run on tasks that the exact cache does no better than chance.
+    """
 
     recipes: tuple[str, ...] = DEFAULT_RECIPES
     suites: tuple[str, ...] = ()
     contexts: tuple[int, ...] = (2048,)
-    samples: int = 2
+    samples: int = 3
     seed: int = 0
+    lens: bool = False
+    everything: bool = False
+    files: dict[str, tuple[jsonl.Record, ...]] = field(default_factory=dict, init=False, compare=False)
 
-    def check(self, model: Any) -> None:
-        """Raise `RecipeError` or `InputError` if a part of it cannot be run on the model."""
+    def __post_init__(self) -> None:
+        """Raises `RecipeError` or `InputError` if a part of it cannot be run on any model."""
         for recipe in self.recipes:
             Recipe.parse(recipe)
         known = suite_lines()
+        if not self.recipes or not self.suites or not self.contexts:
+            raise InputError("nothing is to be measured: give at least one recipe, one suite and one context.")
         for suite in self.suites:
-            if suite not in known:
+            if suite.startswith(jsonl.PREFIX):
+                self.files[suite] = jsonl.load(suite.removeprefix(jsonl.PREFIX))
+            elif suite not in known:
                 raise InputError(f"there is no suite {suite!r}: use {', '.join(known)}.")
-        longest = getattr(model.config, "max_position_embeddings", None)
         for context in self.contexts:
             if context < 1:
                 raise InputError(f"a context of {context} tokens is none: use at least 256.")
-            if longest is not None and context + 2 * CONTINUATION > longest:
+        if self.samples < 1:
+            raise InputError(f"{self.samples} samples measure nothing: use at least 1.")
+
+    def check(self, model: Any, tokenizer: Any) -> None:
+        """Raise `InputError` if a part of it cannot be run on the model."""
+        longest = getattr(model.config, "max_position_embeddings", None)
+        if longest is None:
+            return
+        for context in self.contexts:
+            if context + 2 * CONTINUATION > longest:
                 raise InputError(
                     f"a context of {context} tokens is too long here: use at most {longest - 2 * CONTINUATION}."
                 )
-        if self.samples < 1:
-            raise InputError(f"{self.samples} samples measure nothing: use at least 1.")
+        for suite, records in self.files.items():
+            for record in records:
+                tokens = len(_ids(tokenizer, record.context)) + CONTINUATION
+                if tokens > longest:
+                    raise InputError(
+                        f"line {record.line} of {suite.removeprefix(jsonl.PREFIX)!r}: its context and a question need "
+                        f"about {tokens} tokens, and the model takes {longest}: shorten it."
+                    )
+
+    def places(self) -> list[tuple[int, str]]:
+        """(context, suite) in order; the context of a file is `OWN`."""
+        made = [suite for suite in self.suites if suite not in self.files]
+        return [(context, suite) for context in self.contexts for suite in made] + [
+            (OWN, suite) for suite in self.files
+        ]
+
+    def count(self, suite: str) -> int:
+        """How many texts of a suite are used."""
+        return len(self.files[suite]) if suite in self.files else self.samples
 
 
 def suite_lines() -> dict[str, str]:
     """Every suite with what it measures, in a line."""
-    lines = {FIDELITY: "real text: KL, top-1 and top-5 agreement, perplexity, first greedy token that differs"}
+    lines = {FIDELITY: "real text: KL, top-1 and top-5 agreement, perplexity, first greedy token that differs, layers"}
     return lines | {name: cls.line for name, cls in tasks().items()}
 
 
@@ -105,181 +147,272 @@ class Results:
             os.fsync(file.fileno())
 
 
+_ONLY_SHOWS = {"cli.py", "evaluate/html.py", "evaluate/tables.py", "evaluate/lm_eval.py"}
+
+
 @cache
 def code_hash() -> str:
-    """Of the package's own sources: an edited method is measured anew."""
+    """Of the package's own sources, but for what only shows results: an edited method is measured anew."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+        name = path.relative_to(root).as_posix()
+        if name not in _ONLY_SHOWS and not name.startswith("serve/"):
+            digest.update(name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def environment(model: Any) -> dict[str, str]:
-    """What results depend on beside the plan."""
+def _foreign_code(method: Any) -> str:
+    """A hash of the file that a method of another package is in; `code_hash` knows our own."""
+    module = sys.modules[type(method).__module__]
+    file = getattr(module, "__file__", None)
+    if module.__name__.startswith("fivefold.") or file is None:
+        return ""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+
+
+def environment(model: Any, tokenizer: Any) -> dict[str, str]:
+    """What results, or their times, depend on beside the plan."""
     return {
         "model": getattr(model.config, "name_or_path", "") or type(model).__name__,
         "signature": signature(model.config),
+        "weights": _fingerprint(model, tokenizer),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
+        "machine": machine(model.device),
+        "text": f"Python {platform.python_version()}'s language reference and library",
+        "text_hash": hashlib.sha256(document().encode()).hexdigest()[:16],
         "torch": torch.__version__,
         "transformers": version("transformers"),
+        "fivefold": version("fivefold"),
         "code": code_hash(),
     }
+
+
+def machine(device: torch.device) -> str:
+    """What the times were taken on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _fingerprint(model: Any, tokenizer: Any) -> str:
+    """Changes with the weights (a part of each tensor is looked at) and with how text is cut into tokens."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().reshape(-1)
+        digest.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
+    digest.update(json.dumps(_ids(tokenizer, document()[:20_000])).encode())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One piece of work, and its key in the store."""
+
+    recipe: str
+    suite: str
+    context: int
+    sample: int
+    key: str
+
+
+class _Run:
+    """What is the same for all pieces of a run."""
+
+    def __init__(self, model: Any, tokenizer: Any, plan: Plan) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.plan = plan
+        self.base = environment(model, tokenizer)
+        self.reference: tuple[tuple[int, int], fidelity.Reference] | None = None
+
+    def pieces(self, context: int, suite: str, recipes: tuple[str, ...]) -> list[_Piece]:
+        return [
+            _Piece(recipe, suite, context, sample, self._key(recipe, suite, context, sample))
+            for sample in range(self.plan.count(suite))
+            for recipe in recipes
+        ]
+
+    def _key(self, recipe: str, suite: str, context: int, sample: int) -> str:
+        made = None if recipe == EXACT else Recipe.parse(recipe)
+        method = [EXACT] if made is None else [str(made), *map(_foreign_code, made.methods)]
+        parts = [self.base, method, *self._sample_key(suite, context, sample)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _sample_key(self, suite: str, context: int, sample: int) -> list[Any]:
+        if suite in self.plan.files:
+            record = self.plan.files[suite][sample]
+            return [jsonl.PREFIX, record.context, [[q.text, q.answer, *q.choices] for q in record.questions]]
+        sizes = [CONTINUATION, FREE, self.plan.lens] if suite == FIDELITY else settings(tasks()[suite]())
+        return [suite, sizes, context, self.plan.seed, sample]
+
+    def measure(self, piece: _Piece) -> dict[str, Any]:
+        start = time.perf_counter()
+        row = self._fidelity(piece) if piece.suite == FIDELITY else self._questions(piece)
+        return row | {"seconds": time.perf_counter() - start}
+
+    def _questions(self, piece: _Piece) -> dict[str, Any]:
+        instance: Task | None = None
+        if piece.suite in self.plan.files:
+            record = self.plan.files[piece.suite][piece.sample]
+            made = Sample(_ids(self.tokenizer, record.context), record.questions)
+        else:
+            instance = tasks()[piece.suite]()
+            made = instance.make(self.tokenizer, piece.context, self._random(piece))
+        cache_, row = self._prefilled(piece.recipe, torch.tensor([made.prefix]))
+        row["questions"] = []
+        for question in made.questions:
+            given = answer(self.model, self.tokenizer, cache_, question, _kind(question, instance))
+            row["questions"].append(
+                {
+                    "question": question.text.strip(),
+                    "answer": question.answer,
+                    "said": given.said,
+                    "score": given.score,
+                    "chance": _chance(question, instance),
+                }
+            )
+        return row
+
+    def _fidelity(self, piece: _Piece) -> dict[str, Any]:
+        rng = self._random(piece)
+        task = make_task(self.tokenizer, piece.context, rng.randrange(1 << 30), continuation=CONTINUATION)
+        place = (piece.context, piece.sample)
+        if piece.recipe != EXACT and (self.reference is None or self.reference[0] != place):
+            cache_, _ = self._prefilled(EXACT, task.prefix)
+            self.reference = place, self._said(cache_, task)[0]
+        cache_, row = self._prefilled(piece.recipe, task.prefix)
+        exact = None if piece.recipe == EXACT or self.reference is None else self.reference[1]
+        own = None
+        if exact is not None:
+            head = task.continuation[:, : fidelity.CHUNK].to(self.model.device)
+            own = layers.trace(self.model, twin(cache_), head, exact.layers.entering)
+        said, row["decode_ms"] = self._said(cache_, task)
+        if exact is None or own is None:
+            self.reference = place, said
+            exact, own = said, said.layers
+        row |= fidelity.compare(exact, said.logs, said.free, task.continuation)
+        row["layers"] = layers.errors(exact.layers, own, said.layers)
+        if self.plan.lens:
+            for layer, kl in zip(row["layers"], layers.lens(self.model, exact.layers, said.layers)):
+                layer["lens"] = kl
+        return row
+
+    def _said(self, cache_: Any, task: Any) -> tuple[fidelity.Reference, float]:
+        """What the model says behind a prefix, and the milliseconds of a decoding step. Uses the cache up."""
+        continuation = task.continuation.to(self.model.device)
+        seen = layers.trace(self.model, twin(cache_), continuation[:, : fidelity.CHUNK])
+        free, step = fidelity.run_free(self.model, twin(cache_), continuation[:, :1], FREE)
+        return fidelity.Reference(fidelity.continued(self.model, cache_, continuation), free, seen), step * 1e3
+
+    def _random(self, piece: _Piece) -> random.Random:
+        return random.Random(f"{self.plan.seed}/{piece.suite}/{piece.context}/{piece.sample}")
+
+    def _prefilled(self, recipe: str, prefix: torch.Tensor) -> tuple[Any, dict[str, Any]]:
+        """A cache of a recipe that has read the prefix `[1, tokens]`, and what that took."""
+        restore(self.model)
+        if recipe == EXACT:
+            from transformers import DynamicCache
+
+            cache_: Any = DynamicCache(config=self.model.config)
+        else:
+            cache_ = compress(self.model, recipe)
+        start = time.perf_counter()
+        logits = self.model(prefix.to(self.model.device), past_key_values=cache_, logits_to_keep=1).logits
+        logits[0, 0, 0].item()  # waits for the device
+        took = time.perf_counter() - start
+        if recipe == EXACT:
+            size = equivalent = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache_.layers)
+        else:
+            report = cache_.report()
+            size, equivalent = report.total, report.exact_equivalent
+        return cache_, {"bytes": size, "ratio": size / equivalent, "prefill_s": took}
 
 
 def run(model: Any, tokenizer: Any, plan: Plan, store: Path, progress: Progress | None = None) -> dict[str, Any]:
     """Measure what is not yet in `store`, and sum it all up.
 
-    Returns `{environment, plan, cells: [...]}`; each cell is one (recipe, suite, context) with its score, its interval
-    and its rows. `progress(done, total, what)` is called before each piece.
+    Returns `{environment, plan, suites, cells, ranking}` (see `fivefold.evaluate.summary`). `progress(done, total,
+    what)` is called before each piece, and counts only what has to be measured; what is spared comes off the total.
     """
-    plan.check(model)
+    plan.check(model, tokenizer)
     results = Results(store)
-    base = environment(model)
-    pieces = list(_pieces(plan))
-    todo = []
-    for recipe, suite, context, sample in pieces:
-        key = _key(base, plan.seed, recipe, suite, context, sample)
-        if key not in results.rows:
-            todo.append((recipe, suite, context, sample, key))
-    reference: tuple[tuple[int, int], fidelity.Reference] | None = None
-    with torch.inference_mode():
-        for number, (recipe, suite, context, sample, key) in enumerate(todo):
-            if progress is not None:
-                progress(number, len(todo), f"{suite} {context}: {recipe}")
-            rng = random.Random(f"{plan.seed}/{suite}/{context}/{sample}")
-            start = time.perf_counter()
-            if suite == FIDELITY:
-                task = make_task(tokenizer, context, rng.randrange(1 << 30), continuation=CONTINUATION)
-                if recipe != EXACT and (reference is None or reference[0] != (context, sample)):
-                    reference = ((context, sample), _fidelity(model, task, EXACT)[0])
-                said, size = _fidelity(model, task, recipe)
-                if recipe == EXACT:
-                    reference = ((context, sample), said)
-                assert reference is not None
-                row = fidelity.compare(reference[1], said.logs, said.free, task.continuation)
-            else:
-                instance = tasks()[suite]()
-                made = instance.make(tokenizer, context, rng)
-                cache_ = _prefilled(model, recipe, torch.tensor([made.prefix], device=model.device))
-                size = _bytes(cache_)
-                row = {"questions": []}
-                for question in made.questions:
-                    given = answer(model, tokenizer, cache_, question, instance.kind)
-                    row["questions"].append(
-                        {
-                            "question": question.text.strip(),
-                            "answer": question.answer,
-                            "said": given.said,
-                            "score": given.score,
-                            "chance": instance.chance(question),
-                        }
-                    )
-                del cache_
-            row |= {"bytes": size[0], "ratio": size[0] / size[1], "seconds": time.perf_counter() - start}
-            results.add(key, row)
-        if progress is not None:
-            progress(len(todo), len(todo), "")
-    restore(model)
-    rows = {piece: results.rows[_key(base, plan.seed, *piece)] for piece in pieces}
+    work = _Run(model, tokenizer, plan)
+    places = plan.places()
+    todo = sum(
+        piece.key not in results.rows
+        for context, suite in places
+        for piece in work.pieces(context, suite, (EXACT, *plan.recipes))
+    )
+    done = 0
+    found: dict[tuple[int, str], dict[str, list[dict[str, Any]]]] = {}
+
+    def measure(pieces: list[_Piece]) -> None:
+        nonlocal done
+        for piece in pieces:
+            if piece.key not in results.rows:
+                if progress is not None:
+                    progress(done, todo, f"{piece.suite} {piece.context or ''}: {piece.recipe}")
+                results.add(piece.key, work.measure(piece))
+                done += 1
+            found[piece.context, piece.suite].setdefault(piece.recipe, []).append(results.rows[piece.key])
+
+    try:
+        with torch.inference_mode():
+            for context, suite in places:
+                found[context, suite] = {}
+                if suite == FIDELITY:  # the recipes need the exact cache's words for the same text
+                    measure(work.pieces(context, suite, (EXACT, *plan.recipes)))
+                    continue
+                measure(work.pieces(context, suite, (EXACT,)))
+                others = work.pieces(context, suite, plan.recipes)
+                if plan.everything or suite in plan.files or not exact_fails(found[context, suite][EXACT]):
+                    measure(others)
+                else:
+                    todo -= sum(piece.key not in results.rows for piece in others)
+    finally:
+        restore(model)
+    if progress is not None:
+        progress(done, todo, "")
     return {
-        "environment": base,
+        "environment": work.base,
         "plan": {
             "recipes": list(plan.recipes), "suites": list(plan.suites), "contexts": list(plan.contexts),
-            "samples": plan.samples, "seed": plan.seed,
+            "samples": plan.samples, "seed": plan.seed, "lens": plan.lens, "everything": plan.everything,
         },
-        "cells": summarise(rows, plan),
+        "suites": {suite: _about(suite) for suite in plan.suites},
+        **summarise(found, plan.recipes),
     }  # fmt: skip
 
 
-def _pieces(plan: Plan) -> Iterator[tuple[str, str, int, int]]:
-    """In an order that lets recipes share the exact reference, and shows every recipe early."""
-    for context in plan.contexts:
-        for sample in range(plan.samples):
-            for suite in plan.suites:
-                for recipe in (EXACT, *plan.recipes):
-                    yield recipe, suite, context, sample
+def _about(suite: str) -> dict[str, str]:
+    if suite == FIDELITY:
+        return {"line": suite_lines()[FIDELITY], "kind": FIDELITY, "source": ""}
+    if suite.startswith(jsonl.PREFIX):
+        return {"line": jsonl.LINE, "kind": "own", "source": ""}
+    known = tasks()[suite]
+    return {"line": known.line, "kind": known.kind, "source": known.source}
 
 
-def _key(base: dict[str, str], seed: int, recipe: str, suite: str, context: int, sample: int) -> str:
-    canonical = recipe if recipe == EXACT else str(Recipe.parse(recipe))
-    sizes = None if suite == FIDELITY else settings(tasks()[suite]())
-    parts = [base, seed, canonical, suite, sizes, context, sample]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def _kind(question: Question, instance: Task | None) -> Kind:
+    if instance is not None:
+        return instance.kind
+    return "choices" if question.choices else "generate"
 
 
-def _prefilled(model: Any, recipe: str, prefix: torch.Tensor) -> Any:
-    restore(model)
-    if recipe == EXACT:
-        from transformers import DynamicCache
-
-        cache_: Any = DynamicCache(config=model.config)
-    else:
-        cache_ = compress(model, recipe)
-    model(prefix, past_key_values=cache_, logits_to_keep=1)
-    return cache_
+def _chance(question: Question, instance: Task | None) -> float:
+    if instance is not None:
+        return instance.chance(question)
+    return 1 / len(question.choices) if question.choices else 0.0
 
 
-def _bytes(cache_: Any) -> tuple[int, int]:
-    """(bytes held, bytes of the exact cache)."""
-    if hasattr(cache_, "report"):
-        report = cache_.report()
-        return report.total, report.exact_equivalent
-    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache_.layers)
-    return size, size
-
-
-def _fidelity(model: Any, task: Any, recipe: str) -> tuple[fidelity.Reference, tuple[int, int]]:
-    cache_ = _prefilled(model, recipe, task.prefix.to(model.device))
-    size = _bytes(cache_)
-    continuation = task.continuation.to(model.device)
-    free = fidelity.run_free(model, twin(cache_), continuation[:, :1], FREE)
-    return fidelity.Reference(fidelity.continued(model, cache_, continuation), free), size
-
-
-def summarise(rows: dict[tuple[str, str, int, int], dict[str, Any]], plan: Plan) -> list[dict[str, Any]]:
-    """One cell per (recipe, suite, context): score with a 95% interval, chance, bytes, and the rows themselves.
-
-    Tasks scored right or wrong with one question a sample get a Wilson interval, the others a bootstrap over samples.
-    `exact_fails` marks tasks that the exact model does no better at than chance: they say nothing about compression.
-    """
-    cells = []
-    for context in plan.contexts:
-        for suite in plan.suites:
-            exact_fails = None
-            for recipe in (EXACT, *plan.recipes):
-                mine = [rows[recipe, suite, context, sample] for sample in range(plan.samples)]
-                cell: dict[str, Any] = {
-                    "recipe": recipe,
-                    "suite": suite,
-                    "context": context,
-                    "ratio": sum(row["ratio"] for row in mine) / len(mine),
-                    "seconds": sum(row["seconds"] for row in mine) / len(mine),
-                }
-                if suite == FIDELITY:
-                    for name in ("kl", "top1", "top5", "perplexity", "exact_perplexity", "diverges"):
-                        cell[name] = sum(row[name] for row in mine) / len(mine)
-                    cell["score"] = cell["top1"]
-                    cell["low"], cell["high"] = bootstrap([[row["top1"]] for row in mine])
-                    cell["chance"] = 0.0
-                else:
-                    scores = [[q["score"] for q in row["questions"]] for row in mine]
-                    flat = [score for group in scores for score in group]
-                    cell["score"] = sum(flat) / len(flat)
-                    cell["questions"] = len(flat)
-                    cell["chance"] = _mean([q["chance"] for row in mine for q in row["questions"]])
-                    if tasks()[suite].kind != "bits" and all(len(group) == 1 for group in scores):
-                        cell["low"], cell["high"] = wilson(round(sum(flat)), len(flat))
-                    else:
-                        cell["low"], cell["high"] = bootstrap(scores)
-                    if recipe == EXACT:
-                        exact_fails = cell["low"] <= cell["chance"]
-                    cell["exact_fails"] = exact_fails
-                cell["rows"] = mine
-                cells.append(cell)
-    return cells
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids

@@ -3,36 +3,47 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from fivefold.evaluate.layers import Trace
+
 BINS = 4
 """Equal parts of the continuation that figures are also given for: does the damage grow with distance?"""
+CHUNK = 32
+"""Tokens of the continuation that are fed at a time: what was fed before is compressed by then, as in decoding."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the exact cache said: log-probabilities float32 `[tokens, vocabulary]` and its own greedy tokens."""
+    """What a cache said: log-probabilities float32 `[tokens, vocabulary]`, its own greedy tokens, its layers."""
 
     logs: torch.Tensor
     free: list[int]
+    layers: Trace
 
 
 def continued(model: Any, cache: Any, continuation: torch.Tensor) -> torch.Tensor:
     """Log-probabilities of each next token of a continuation `[1, tokens]`, the cache holding what came before."""
-    logits = model(continuation, past_key_values=cache).logits[0]
-    return logits.float().log_softmax(-1).cpu()
+    parts = [
+        model(chunk, past_key_values=cache).logits[0].float().log_softmax(-1).cpu()
+        for chunk in continuation.split(CHUNK, dim=1)
+    ]
+    return torch.cat(parts)
 
 
-def run_free(model: Any, cache: Any, first: torch.Tensor, tokens: int) -> list[int]:
-    """Greedy tokens after `first: [1, 1]`."""
-    out, token = [], first
+def run_free(model: Any, cache: Any, first: torch.Tensor, tokens: int) -> tuple[list[int], float]:
+    """Greedy tokens after `first: [1, 1]`, and the median seconds of a step."""
+    out, steps, token = [], [], first
     for _ in range(tokens):
+        start = time.perf_counter()
         token = model(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
-        out.append(int(token))
-    return out
+        out.append(int(token))  # waits for the device
+        steps.append(time.perf_counter() - start)
+    return out, sorted(steps)[len(steps) // 2]
 
 
 def compare(reference: Reference, logs: torch.Tensor, free: list[int], continuation: torch.Tensor) -> dict[str, Any]:
@@ -41,21 +52,28 @@ def compare(reference: Reference, logs: torch.Tensor, free: list[int], continuat
     kl: mean KL divergence from the exact distribution, nats. top1: share of positions with the same most likely token;
     top5: mean share of the exact five most likely tokens that are among the five. perplexity and exact_perplexity:
     of the continuation's own tokens. diverges: the first greedy token that differs when both run freely (their number
-    if none does). bins: kl and top1 over equal parts of the continuation.
+    if none does). bins: the same over equal parts of the continuation.
     """
     exact = reference.logs
-    kl = (exact.exp() * (exact - logs)).sum(-1).clamp_min(0)
-    same = (exact.argmax(-1) == logs.argmax(-1)).float()
     five, exact_five = logs.topk(5).indices, exact.topk(5).indices
-    top5 = (five[:, :, None] == exact_five[:, None]).any(1).float().mean(-1)
     targets = continuation[0, 1:, None].cpu()
-    differs = (i for i, (a, b) in enumerate(zip(reference.free, free)) if a != b)
-    return {
-        "kl": float(kl.mean()),
-        "top1": float(same.mean()),
-        "top5": float(top5.mean()),
-        "perplexity": math.exp(-float(logs[:-1].gather(1, targets).mean())),
-        "exact_perplexity": math.exp(-float(exact[:-1].gather(1, targets).mean())),
-        "diverges": next(differs, len(reference.free)),
-        "bins": [{"kl": float(k.mean()), "top1": float(s.mean())} for k, s in zip(kl.chunk(BINS), same.chunk(BINS))],
+    figures = {
+        "kl": (exact.exp() * (exact - logs)).sum(-1).clamp_min(0),
+        "top1": (exact.argmax(-1) == logs.argmax(-1)).float(),
+        "top5": (five[:, :, None] == exact_five[:, None]).any(1).float().mean(-1),
+        "perplexity": -logs[:-1].gather(1, targets)[:, 0],
+        "exact_perplexity": -exact[:-1].gather(1, targets)[:, 0],
     }
+    differs = (at for at, (one, two) in enumerate(zip(reference.free, free)) if one != two)
+    return {
+        **_means(figures),
+        "diverges": next(differs, len(reference.free)),
+        "bins": [
+            _means(dict(zip(figures, parts))) for parts in zip(*(figure.chunk(BINS) for figure in figures.values()))
+        ],
+    }
+
+
+def _means(figures: dict[str, torch.Tensor]) -> dict[str, float]:
+    means = {name: float(figure.mean()) for name, figure in figures.items()}
+    return {name: math.exp(mean) if "perplexity" in name else mean for name, mean in means.items()}

@@ -29,7 +29,11 @@ class MultiPasskey(Task):
         cities = rng.sample(CITIES, self.keys)
         numbers = [str(number) for number in rng.sample(range(10000, 100000), self.keys)]
         planted = [
-            (rng.random(), f"\n\nThe vault of {city} opens with the number {number}.\n\n")
+            (
+                rng.random(),
+                f"\n\nThe vault of {city} opens with the number {number}. Remember that the number {number} opens the "
+                f"vault of {city}.\n\n",
+            )
             for city, number in zip(cities, numbers)
         ]
         prefix = fill(tokenizer, context, planted, passage(rng))

@@ -19,7 +19,9 @@ from fivefold.evaluate.tasks.text import COLOURS, GOODS, passage
 )
 @dataclass(frozen=True)
 class SystemPrompt(Task):
-    """`rules` rules stand before everything else; each is tried. The choices are the answers of all rules."""
+    """`rules` rules stand before everything else; each is tried, in its own words. The choices are the answers of all
+    rules. Asked in other words ('The user says "milk", the assistant answers "'), SmolLM2-135M is at chance (3 of 12
+    questions at 2,048 tokens, 6 of 16 at 1,024)."""
 
     rules: int = 4
 
@@ -31,9 +33,7 @@ class SystemPrompt(Task):
         rules = "\n".join(f'When the user says "{word}", answer "{colour}".' for word, colour in zip(said, answers))
         top = f"System: You are an assistant who always follows these rules.\n{rules}\n\n"
         questions = tuple(
-            Question(
-                f'\n\nThe user says "{word}", the assistant answers "', colour, tuple(rng.sample(answers, self.rules))
-            )
+            Question(f'\n\nWhen the user says "{word}", answer "', colour, tuple(rng.sample(answers, self.rules)))
             for word, colour in zip(said, answers)
         )
         return Sample(fill(tokenizer, context, [(0.0, top)], passage(rng)), questions)

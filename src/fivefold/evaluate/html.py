@@ -1,0 +1,553 @@
+"""The report of `fivefold eval --html`: one file with everything in it, which nothing is ever loaded into."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import escape
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from fivefold.errors import InputError
+from fivefold.evaluate.fidelity import BINS
+from fivefold.evaluate.summary import EXACT, FIDELITY
+from fivefold.evaluate.sweep import front
+from fivefold.evaluate.tables import context_name, number
+
+_ASSETS = Path(__file__).parent / "assets"
+_ALL = "quality, all suites"
+_CONTENT = "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data:"
+_METRICS = {"kl": "KL, nats", "top1": "top-1 agreement", "top5": "top-5 agreement", "perplexity": "perplexity"}
+_ERRORS = {
+    "own": "attention error of the layer's own cache",
+    "carried": "attention error, those of earlier layers included",
+    "lens": "KL of what the layer says (logit lens), nats",
+}
+_WORDS = {
+    "quality": "What is left of the exact cache's score above chance, over all suites that the exact cache can do "
+    "(fidelity counts by top-1 agreement); a suite weighs as much as there is to lose in it. 1 is as good as exact, "
+    "0 is chance.",
+    "interval": "95%, over other texts of the same kind. Shares: Wilson; means: Student's t; questions about one text "
+    "count as correlated. Few texts give wide intervals.",
+    "bytes": "All bytes that torch allocated for the cache behind the prefix, tables and unfilled pages included, as a "
+    "share of the exact cache's.",
+    "decode": "Median time of a decoding step, as a share of the exact cache's in this run.",
+    "KL": "Of the next-token distribution from the exact cache's, over a real text that goes on after the prefix was "
+    "compressed.",
+    "front": "No other recipe is better at no more bytes (or in no more time).",
+    "at chance": "The exact cache does no better than chance: that says nothing about compression, and does not count.",
+}
+
+
+def check() -> None:
+    """Raise `InputError` if the plotting library is not installed."""
+    try:
+        import vl_convert  # noqa: F401
+    except ImportError:
+        raise InputError("the report needs the package vl-convert-python: pip install 'fivefold[report]'.") from None
+
+
+def render(result: dict[str, Any]) -> str:
+    """The page for what `fivefold.evaluate.engine.run` returned: HTML that needs no network."""
+    import vl_convert
+
+    figures = _figures(result)
+    # Nothing in the data may end the script that it stands in.
+    data = json.dumps({name: figure.spec for name, figure in figures.items()}, allow_nan=False).replace("<", r"\u003c")
+    library = vl_convert.javascript_bundle().replace("</script", "<\\/script")  # type: ignore[call-arg]
+    script = (_ASSETS / "report.js").read_text(encoding="utf-8")
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{_CONTENT}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        '<meta name="color-scheme" content="light dark">',
+        f"<title>Fivefold: {escape(result['environment']['model'])}</title>",
+        f"<style>{(_ASSETS / 'report.css').read_text(encoding='utf-8')}</style></head><body>",
+        '<a class="skip" href="#ranking">Skip to the ranking</a>',
+        *_header(result),
+        "<main>",
+        *_ranking(result),
+        *_section("front", "Quality against bytes and against time", figures, ("bytes", "time")),
+        *_heat(result),
+        *_section("positions", "Fidelity by position", figures, ("positions",)),
+        *_section("layers", "Which layer breaks first", figures, ("layers",)),
+        *_answers(result),
+        *_words(),
+        *_run(result),
+        "</main>",
+        f'<script type="application/json" id="figures">{data}</script>',
+        f"<script>{library}</script><script>{script}</script></body></html>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _contexts(result: dict[str, Any]) -> list[int]:
+    return list(dict.fromkeys(entry["context"] for entry in result["ranking"]))
+
+
+def _at(entries: list[dict[str, Any]], context: int) -> list[dict[str, Any]]:
+    return [entry for entry in entries if entry["context"] == context]
+
+
+def _header(result: dict[str, Any]) -> Iterator[str]:
+    environment, plan = result["environment"], result["plan"]
+    contexts = ", ".join(context_name(context).lower() for context in _contexts(result))
+    yield "<header><h1>Where each recipe breaks</h1>"
+    yield (
+        f"<p>{escape(environment['model'])} in {escape(environment['dtype'])}, {contexts}, {plan['samples']} texts per "
+        f"suite, seed {plan['seed']}.</p>"
+    )
+    said = list(_findings(result))
+    if said:
+        yield f"<ul>{''.join(f'<li>{one}</li>' for one in said)}</ul>"
+    yield "</header>"
+
+
+def _findings(result: dict[str, Any]) -> Iterator[str]:
+    """What the numbers say, in sentences."""
+    for context in _contexts(result):
+        known = [entry for entry in _at(result["ranking"], context) if entry["quality"] is not None]
+        close = [entry for entry in known if entry["recipe"] != EXACT and entry["quality"] >= 0.95]
+        if close:
+            best = min(close, key=lambda entry: entry["ratio"])
+            yield (
+                f"At {context_name(context).lower()}, the smallest cache with 95% of the exact cache's quality is "
+                f"<code>{escape(best['recipe'])}</code>: {number(best['ratio'], 3)} of its bytes, quality "
+                f"{_interval(best, 'quality')}."
+            )
+        elif known:
+            yield f"At {context_name(context).lower()}, no recipe keeps 95% of the exact cache's quality."
+    failing = sorted({cell["suite"] for cell in result["cells"] if cell["exact_fails"]})
+    if failing:
+        names = escape(", ".join(map(_short, failing)))
+        yield f"This model does no better than chance with its exact cache in {names}: not counted."
+
+
+def _interval(of: dict[str, Any], name: str) -> str:
+    if of["low"] is None:
+        return number(of[name])
+    return f"{number(of[name])} <small>({number(of['low'])} to {number(of['high'])})</small>"
+
+
+def _table(label: str, head: str, rows: list[str], kind: str = "") -> str:
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}"><table class="{kind}">'
+        f"<thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _ranking(result: dict[str, Any]) -> Iterator[str]:
+    yield '<section id="ranking"><h2>Ranking</h2>'
+    columns = ("#", "recipe", "quality (95% interval)", "bytes", "decode", "prefill s", "KL", "top-1", "front")
+    head = "".join(f'<th scope="col"><button type="button">{name}</button></th>' for name in columns)
+    for context in _contexts(result):
+        entries = _at(result["ranking"], context)
+        exact = next(entry for entry in entries if entry["recipe"] == EXACT)
+        rows = []
+        for rank, entry in enumerate(entries):
+            time = None if entry["decode_ms"] is None else entry["decode_ms"] / exact["decode_ms"]
+            marks = [name for name in ("bytes", "time") if entry[f"{name}_front"]]
+            cells = [
+                _sortable(rank, str(rank)),
+                f'<th scope="row"><code>{escape(entry["recipe"])}</code></th>',
+                _sortable(entry["quality"], _bar(entry) + _interval(entry, "quality")),
+                *(
+                    _sortable(value, number(value, digits))
+                    for value, digits in (
+                        (entry["ratio"], 3), (time, 2), (entry["prefill_s"], 2), (entry["kl"], 4), (entry["top1"], 3),
+                    )
+                ),
+                _sortable(-len(marks), ", ".join(marks)),
+            ]  # fmt: skip
+            rows.append(f"<tr>{''.join(cells)}</tr>")
+        yield f"<h3>{context_name(context)}</h3>"
+        yield _table(f"Ranking at {context_name(context)}", f"<tr>{head}</tr>", rows, "sortable")
+    yield "</section>"
+
+
+def _sortable(value: float | None, shown: str) -> str:
+    return f'<td data-value="{"" if value is None else value}">{shown}</td>'
+
+
+def _bar(entry: dict[str, Any]) -> str:
+    """The quality with its interval, to be seen at a glance."""
+    if entry["quality"] is None:
+        return ""
+    low, high = (entry["quality"] if entry[name] is None else entry[name] for name in ("low", "high"))
+    at = [100 * min(1.0, max(0.0, value)) for value in (entry["quality"], low, high)]
+    return (
+        f'<span class="bar" aria-hidden="true"><i style="width:{at[0]:.1f}%"></i>'
+        f'<b style="left:{at[1]:.1f}%;width:{at[2] - at[1]:.1f}%"></b></span>'
+    )
+
+
+def _heat(result: dict[str, Any]) -> Iterator[str]:
+    """Recipes by suites, and within a suite by context length."""
+    place = {(cell["suite"], cell["context"], cell["recipe"]): cell for cell in result["cells"]}
+    columns = list(dict.fromkeys((suite, context) for suite, context, _ in place))
+    columns.sort(key=lambda column: (result["plan"]["suites"].index(column[0]), column[1]))
+    suites = list(dict.fromkeys(suite for suite, _ in columns))
+    top = "".join(
+        f'<th scope="colgroup" colspan="{sum(one == suite for one, _ in columns)}" '
+        f'title="{escape(result["suites"][suite]["line"])}">{escape(_short(suite))}</th>'
+        for suite in suites
+    )
+    under = "".join(f'<th scope="col">{context_name(context)}</th>' for _, context in columns)
+    order = {entry["recipe"]: None for entry in result["ranking"]}
+    rows = []
+    for recipe in order:
+        cells = [
+            _heat_cell(place.get((suite, context, recipe)), place[suite, context, EXACT]) for suite, context in columns
+        ]
+        rows.append(f'<tr><th scope="row"><code>{escape(recipe)}</code></th>{"".join(cells)}</tr>')
+    chance = [number(place[suite, context, EXACT]["chance"]) if suite != FIDELITY else "" for suite, context in columns]
+    rows.append(f'<tr><th scope="row">chance</th>{"".join(f"<td>{one}</td>" for one in chance)}</tr>')
+    yield '<section id="heat"><h2>Recipe by task and context length</h2>'
+    yield (
+        "<p>Scores with their 95% intervals: share of right answers; biography: bits recovered of each fact; fidelity: "
+        "top-1 agreement. Blue is the exact cache's score, orange is chance. Hatched: the exact cache is at chance.</p>"
+    )
+    head = f'<tr><th rowspan="2" scope="col">recipe</th>{top}</tr><tr>{under}</tr>'
+    yield _table("Scores of each recipe by task and context length", head, rows, "heat")
+    yield "</section>"
+
+
+def _heat_cell(cell: dict[str, Any] | None, exact: dict[str, Any]) -> str:
+    if cell is None:
+        return '<td class="skipped">not run</td>'
+    interval = "" if cell["low"] is None else f"<small>{number(cell['low'])} to {number(cell['high'])}</small>"
+    if cell["exact_fails"]:
+        return f'<td class="chance">{number(cell["score"])}{interval}</td>'
+    left = (cell["score"] - cell["chance"]) / (exact["score"] - cell["chance"])
+    return f'<td style="--left:{100 * min(1.0, max(0.0, left)):.0f}%">{number(cell["score"])}{interval}</td>'
+
+
+def _short(suite: str) -> str:
+    """A file by its name alone, the tasks as words that can be broken."""
+    kind, _, file = suite.partition(":")
+    return Path(file).name if file else kind.replace("_", " ")
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """A plot: what it shows, its Vega-Lite specification, and the choices that steer it: by name of the parameter, a
+    label and (value, label) of each option."""
+
+    caption: str
+    spec: dict[str, Any]
+    choices: dict[str, tuple[str, list[tuple[Any, str]]]]
+
+    def __post_init__(self) -> None:
+        steered = [{"name": name, "value": options[0][0]} for name, (_, options) in self.choices.items()]
+        self.spec.setdefault("params", []).extend(steered)
+        self.spec["config"] = _CONFIG
+
+
+def _section(name: str, title: str, figures: dict[str, _Figure], which: tuple[str, ...]) -> Iterator[str]:
+    """A section of plots with the choices that steer them."""
+    present = [one for one in which if one in figures]
+    if not present:
+        return
+    yield f'<section id="{name}"><h2>{title}</h2>'
+    choices = {key: choice for one in present for key, choice in figures[one].choices.items() if len(choice[1]) > 1}
+    if choices:
+        yield '<p class="choices">'
+        for key, (label, values) in choices.items():
+            options = "".join(
+                f'<option value="{escape(str(value))}">{escape(shown)}</option>' for value, shown in values
+            )
+            yield f'<label>{label} <select data-signal="{key}">{options}</select></label>'
+        yield "</p>"
+    yield '<div class="plots">'
+    for one in present:
+        caption = escape(figures[one].caption)
+        yield (
+            f'<figure><div class="plot" id="plot-{one}" role="img" aria-label="{caption}"></div>'
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
+    yield "</div></section>"
+
+
+# Text and lines take the page's colour, so that dark, light and print need no second drawing.
+_CONFIG = {
+    "background": "transparent",
+    "font": "system-ui, sans-serif",
+    "axis": {
+        "labelColor": "currentColor", "titleColor": "currentColor", "domainColor": "currentColor",
+        "tickColor": "currentColor", "gridColor": "currentColor", "gridOpacity": 0.15, "labelFontSize": 12,
+        "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 170,
+    },
+    "legend": {"labelColor": "currentColor", "titleColor": "currentColor", "labelFontSize": 12, "labelLimit": 260},
+    "view": {"stroke": None},
+}  # fmt: skip
+# From nearly the page's colour on, so that it serves light and dark.
+_HEAT = ["rgba(128, 128, 128, 0.12)", "#f0a868", "#cf4520", "#6d0f24"]
+_SIZE = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
+
+
+def _figures(result: dict[str, Any]) -> dict[str, _Figure]:
+    """Each plot that there is data for, by name."""
+    found: dict[str, _Figure] = {}
+    points = _points(result)
+    for name, title, words in (
+        ("bytes", "bytes, of the exact cache's", "Quality against the cache's bytes, of the exact cache's."),
+        ("time", "time of a decoding step, of the exact cache's", "Quality against the time of a decoding step."),
+    ):
+        mine = [{**point, "x": point[name], "front": point[f"{name}_front"]} for point in points if point[name]]
+        if mine:
+            middle = sqrt(min(point["x"] for point in mine) * max(point["x"] for point in mine))
+            for point in mine:  # names go towards the middle of the plot
+                point["align"] = "right" if point["x"] > middle else "left"
+            caption = f"{words} Up and left is better; the line is the Pareto front, bars are 95% intervals."
+            measures = [(one, one if one == _ALL else _short(one)) for one in _each(mine, "measure")]
+            choices = {"measure": ("Measured by", measures), "context": ("at", _named_contexts(mine))}
+            found[name] = _Figure(caption, _pareto(mine, title), choices)
+    cells = [cell for cell in result["cells"] if cell["suite"] == FIDELITY]
+    compressed = [cell for cell in cells if cell["recipe"] != EXACT]
+    if compressed:
+        at = ("at", _named_contexts(compressed))
+        found["positions"] = _Figure(
+            "Figures over parts of the text that goes on behind the prefix: does the damage grow or heal?",
+            _positions(result, compressed),
+            {"metric": ("Figure", list(_METRICS.items())), "context": at},
+        )
+        kinds = [(name, label) for name, label in _ERRORS.items() if name in compressed[0]["layers"][0]]
+        found["layers"] = _Figure(
+            "Relative error of each layer's attention output against the exact cache's, in the text behind the prefix.",
+            _layers(result, compressed),
+            {"kind": ("Figure", kinds), "context": at},
+        )
+    return found
+
+
+def _each(entries: list[dict[str, Any]], name: str) -> list[Any]:
+    return list(dict.fromkeys(entry[name] for entry in entries))
+
+
+def _named_contexts(entries: list[dict[str, Any]]) -> list[tuple[Any, str]]:
+    return [(context, context_name(context)) for context in _each(entries, "context")]
+
+
+def _points(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every recipe by every measure: the quality over all suites, and each suite's score."""
+    points = []
+    for context in _contexts(result):
+        entries = _at(result["ranking"], context)
+        exact = next(entry for entry in entries if entry["recipe"] == EXACT)
+        measures: dict[str, list[tuple[dict[str, Any], dict[str, Any], float | None]]] = {
+            _ALL: [(entry, entry, entry["quality"]) for entry in entries]
+        }
+        of = {entry["recipe"]: entry for entry in entries}
+        for cell in _at(result["cells"], context):
+            if not cell["exact_fails"]:
+                measures.setdefault(cell["suite"], []).append((of[cell["recipe"]], cell, cell["score"]))
+        for measure, listed in measures.items():
+            known = [(entry, source, value) for entry, source, value in listed if value is not None]
+            time = exact["decode_ms"]
+            found = [
+                {
+                    "context": context,
+                    "measure": measure,
+                    "recipe": entry["recipe"],
+                    "rank": entries.index(entry),
+                    "value": value,
+                    "low": source["low"],
+                    "high": source["high"],
+                    "bytes": entry["ratio"],
+                    "time": entry["decode_ms"] / time if time else None,
+                }
+                for entry, source, value in known
+            ]
+            for name in ("bytes", "time"):
+                placed = [point for point in found if point[name] is not None]
+                for point, on in zip(placed, front([(point[name], point["value"]) for point in placed])):
+                    point[f"{name}_front"] = on
+            points += found
+    return points
+
+
+def _pareto(points: list[dict[str, Any]], title: str) -> dict[str, Any]:
+    x = {"field": "x", "type": "quantitative", "title": title, "scale": {"type": "log", "nice": False, "padding": 24},
+         "axis": {"format": "~r", "tickCount": 6}}  # fmt: skip
+    y = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False, "padding": 8}}
+    named = {
+        "align": {"expr": "datum.align"},
+        "dx": {"expr": "datum.align == 'left' ? 8 : -8"},
+        "dy": -8,
+        "fill": "currentColor",
+        "fontSize": 12,
+    }
+    color = {"condition": {"test": "datum.front", "value": "#0f7fc4"}, "value": "#8a8f98"}
+    tooltip = [
+        {"field": "recipe", "title": "recipe"},
+        {"field": "value", "title": "quality", "format": ".3f"},
+        {"field": "low", "title": "from", "format": ".3f"},
+        {"field": "high", "title": "to", "format": ".3f"},
+        {"field": "bytes", "title": "bytes", "format": ".3f"},
+        {"field": "time", "title": "decode", "format": ".2f"},
+    ]
+    return {
+        **_SIZE,
+        "height": 340,
+        "data": {"values": points},
+        "transform": [{"filter": "datum.measure == measure && datum.context == context"}],
+        "encoding": {"x": x},
+        "layer": [
+            {
+                "transform": [{"filter": "datum.front"}],
+                "mark": {"type": "line", "interpolate": "step-after", "color": "#0f7fc4", "opacity": 0.6},
+                "encoding": {"y": y, "order": {"field": "x"}},
+            },
+            {
+                "transform": [{"filter": "isValid(datum.low)"}],
+                "mark": {"type": "rule", "opacity": 0.55, "strokeWidth": 1.5},
+                "encoding": {"y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": color},
+            },
+            {
+                "mark": {"type": "point", "filled": True, "size": 90, "opacity": 1},
+                "encoding": {"y": y, "color": color, "tooltip": tooltip},
+            },
+            {
+                "transform": [{"calculate": "datum.front ? datum.rank + ' ' + datum.recipe : datum.rank", "as": "tag"}],
+                "mark": {"type": "text", "limit": 190, **named},
+                "encoding": {
+                    "y": y,
+                    "text": {"field": "tag"},
+                    "opacity": {"condition": {"test": "datum.front", "value": 1}, "value": 0.75},
+                },
+            },
+        ],
+    }
+
+
+def _order(result: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(entry["recipe"] for entry in result["ranking"]))
+
+
+def _positions(result: dict[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any]:
+    from fivefold.evaluate.engine import CONTINUATION
+
+    step = CONTINUATION // BINS
+    rows = [
+        {"context": cell["context"], "recipe": cell["recipe"], "at": f"{at * step + 1} to {(at + 1) * step}",
+         "place": at, **{name: part[name] for name in _METRICS}}
+        for cell in cells
+        for at, part in enumerate(cell["bins"])
+    ]  # fmt: skip
+    recipes = [recipe for recipe in _order(result) if recipe != EXACT]
+    return {
+        **_SIZE,
+        "height": 300,
+        "data": {"values": rows},
+        "params": [{"name": "picked", "select": {"type": "point", "fields": ["recipe"]}, "bind": "legend"}],
+        "transform": [{"filter": "datum.context == context"}, {"calculate": "datum[metric]", "as": "shown"}],
+        "mark": {"type": "line", "point": True, "strokeWidth": 2},
+        "encoding": {
+            "x": {"field": "at", "type": "ordinal", "title": "tokens behind the prefix", "sort": {"field": "place"},
+                  "axis": {"labelAngle": 0}},
+            "y": {"field": "shown", "type": "quantitative", "title": None, "scale": {"zero": False}},
+            "color": {"field": "recipe", "type": "nominal", "sort": recipes, "scale": {"scheme": "tableau20"},
+                      "legend": {"orient": "bottom", "columns": {"expr": "width > 480 ? 2 : 1"}, "title": None}},
+            "opacity": {"condition": {"param": "picked", "value": 1}, "value": 0.12},
+            "tooltip": [{"field": "recipe"}, {"field": "at", "title": "tokens"},
+                        {"field": "shown", "title": "figure", "format": ".4f"}],
+        },
+    }  # fmt: skip
+
+
+def _layers(result: dict[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any]:
+    rows = [
+        {"context": cell["context"], "recipe": cell["recipe"], "layer": at, **layer}
+        for cell in cells
+        for at, layer in enumerate(cell["layers"])
+    ]  # fmt: skip
+    recipes = [recipe for recipe in _order(result) if recipe != EXACT]
+    return {
+        **_SIZE,
+        "height": 26 * len(recipes),
+        "data": {"values": rows},
+        "transform": [{"filter": "datum.context == context"}, {"calculate": "datum[kind]", "as": "shown"}],
+        "mark": {"type": "rect"},
+        "encoding": {
+            "x": {"field": "layer", "type": "ordinal", "title": "layer",
+                  "axis": {"labelAngle": 0, "labelOverlap": True, "domain": False, "ticks": False}},
+            "y": {"field": "recipe", "type": "nominal", "title": None, "sort": recipes,
+                  "axis": {"domain": False, "ticks": False}},
+            "color": {"field": "shown", "type": "quantitative", "scale": {"type": "sqrt", "range": _HEAT,
+                      "domainMin": 0}, "legend": {"orient": "bottom", "title": None,
+                      "gradientLength": 200, "tickCount": 4}},
+            "tooltip": [{"field": "recipe"}, {"field": "layer"},
+                        *({"field": name, "format": ".4f"} for name in _ERRORS if name in rows[0])],
+        },
+    }  # fmt: skip
+
+
+def _answers(result: dict[str, Any]) -> Iterator[str]:
+    """Questions that the exact cache or a recipe got wrong, all answers side by side."""
+    groups: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    for cell in result["cells"]:
+        if cell["suite"] != FIDELITY:
+            groups.setdefault((cell["suite"], cell["context"]), {})[cell["recipe"]] = cell
+    if not groups:
+        return
+    order = _order(result)
+    yield '<section id="answers"><h2>The answers themselves</h2>'
+    yield "<p>Every question that was not answered rightly with all caches, with what was said with each.</p>"
+    for (suite, context), of in groups.items():
+        recipes = [recipe for recipe in order if recipe in of]
+        cards = []
+        for rows in zip(*(of[recipe]["rows"] for recipe in recipes)):
+            for questions in zip(*(row["questions"] for row in rows)):
+                right = [_right(question, result["suites"][suite]["kind"]) for question in questions]
+                if all(right):
+                    continue
+                lines = "".join(
+                    f'<tr class="{"right" if good else "wrong"}"><td>{"right" if good else "wrong"}</td>'
+                    f"<th scope='row'><code>{escape(recipe)}</code></th>"
+                    f"<td>{escape(question['said']) or '<em>nothing</em>'}</td></tr>"
+                    for recipe, question, good in zip(recipes, questions, right)
+                )
+                asked = escape(questions[0]["question"]).replace("\n", "<br>")
+                cards.append(
+                    f"<article><p>{asked} <b>{escape(questions[0]['answer'].strip())}</b></p>"
+                    f"<table>{lines}</table></article>"
+                )
+        if cards:
+            many = "1 question" if len(cards) == 1 else f"{len(cards)} questions"
+            name = f"{_short(suite)}, {context_name(context).lower()}"
+            yield f"<details><summary>{escape(name)}: {many}</summary>"
+            yield f'<div class="cards">{"".join(cards)}</div></details>'
+    yield "</section>"
+
+
+def _right(question: dict[str, Any], kind: str) -> bool:
+    return question["said"] == question["answer"].strip() if kind == "bits" else question["score"] == 1
+
+
+def _words() -> Iterator[str]:
+    yield '<section id="words"><h2>How to read it</h2><dl>'
+    for word, meaning in _WORDS.items():
+        yield f"<dt>{word}</dt><dd>{meaning}</dd>"
+    yield "</dl></section>"
+
+
+def _run(result: dict[str, Any]) -> Iterator[str]:
+    environment, plan = result["environment"], result["plan"]
+    facts = {
+        **environment,
+        "seed": plan["seed"],
+        "texts per suite and context": plan["samples"],
+        "contexts": ", ".join(map(str, plan["contexts"])),
+        "recipes": "; ".join(plan["recipes"]),
+    }
+    yield '<section id="run"><h2>What was run</h2><dl class="facts">'
+    for name, value in facts.items():
+        yield f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(str(value))}</dd>"
+    yield "</dl><h3>Suites</h3><dl>"
+    for suite, about in result["suites"].items():
+        source = f"<br><small>{escape(about['source'])}</small>" if about["source"] else ""
+        yield f"<dt>{escape(_short(suite))}</dt><dd>{escape(about['line'])}{source}</dd>"
+    yield "</dl></section>"

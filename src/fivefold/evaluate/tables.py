@@ -1,0 +1,100 @@
+"""The results of `fivefold eval` and `fivefold sweep` on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fivefold.evaluate.summary import EXACT, FIDELITY, OWN
+
+_LEGEND = (
+    "quality: what is left of the exact cache's score above chance, all suites together (fidelity: top-1 agreement): "
+    "1 is exact, 0 is chance; ± its 95% interval. bytes, decode: of the exact cache's (below 1: less memory or time). "
+    "KL (nats), top-1: against the exact cache's next token. front: no other recipe is better at no more bytes (b), in "
+    "no more time per token (t)."
+)
+_GRID_LEGEND = (
+    "Scores in percent: right answers (biography: bits of each fact, not percent; fidelity: top-1). Columns are the "
+    "ranks above. Red: the exact cache's score is above the recipe's 95% interval. (*): the exact cache does no better "
+    "than chance: that says nothing about compression and does not count, and recipes only run there with --all."
+)
+_ACROSS = 9
+"""Recipes side by side in 80 columns."""
+
+
+def show(result: dict[str, Any]) -> Iterator[RenderableType]:
+    """Everything that is printed, in order."""
+    environment, plan = result["environment"], result["plan"]
+    yield Text(
+        f"{environment['model']} in {environment['dtype']} on {environment['machine']}; {plan['samples']} texts per "
+        f"suite and context, seed {plan['seed']}"
+    )
+    for context in dict.fromkeys(entry["context"] for entry in result["ranking"]):
+        ranking = [entry for entry in result["ranking"] if entry["context"] == context]
+        cells = [cell for cell in result["cells"] if cell["context"] == context]
+        yield Text(f"\n{context_name(context)}", style="bold")
+        yield _ranked(ranking)
+        for first in range(0, len(ranking), _ACROSS):
+            yield ""
+            yield _grid(range(first, min(first + _ACROSS, len(ranking))), ranking, cells)
+    yield Text(f"\n{_LEGEND}\n{_GRID_LEGEND}", style="dim")
+
+
+def context_name(context: int) -> str:
+    return "Your own texts" if context == OWN else f"{context:,} tokens"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure as it is shown everywhere; a dash where there is none. Rounding leaves no -0.00."""
+    return "–" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+def _ranked(ranking: list[dict[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    table.add_column("#", justify="right")
+    table.add_column("recipe", style="bold", min_width=15, overflow="fold")
+    for name in ("quality", "bytes", "decode", "KL", "top-1"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("front", no_wrap=True)
+    exact = next(entry for entry in ranking if entry["recipe"] == EXACT)
+    for rank, entry in enumerate(ranking):
+        time = None if entry["decode_ms"] is None else entry["decode_ms"] / exact["decode_ms"]
+        spread = "" if entry["low"] is None else f" ±{number(entry['high'] - entry['quality'])}"
+        front = " ".join(mark for mark, name in (("b", "bytes_front"), ("t", "time_front")) if entry[name])
+        table.add_row(
+            str(rank), Text(entry["recipe"]), number(entry["quality"]) + spread, number(entry["ratio"], 3),
+            number(time), number(entry["kl"], 4), number(entry["top1"]), front,
+        )  # fmt: skip
+    return table
+
+
+def _grid(ranks: range, ranking: list[dict[str, Any]], cells: list[dict[str, Any]]) -> Table:
+    """Suites down, recipes by rank across."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    table.add_column("suite", overflow="fold", min_width=18)
+    table.add_column("chance", justify="right", no_wrap=True)
+    for rank in ranks:
+        table.add_column(str(rank), justify="right", no_wrap=True, min_width=3)
+    place = {(cell["suite"], cell["recipe"]): cell for cell in cells}
+    for suite in dict.fromkeys(cell["suite"] for cell in cells):
+        exact = place[suite, EXACT]
+        shown = [_score(place.get((suite, ranking[rank]["recipe"])), exact) for rank in ranks]
+        name = Text(suite + (" (*)" if exact["exact_fails"] else ""))
+        table.add_row(name, "" if suite == FIDELITY else _percent(suite, exact["chance"]), *shown)
+    return table
+
+
+def _score(cell: dict[str, Any] | None, exact: dict[str, Any]) -> Text:
+    if cell is None:
+        return Text("–", style="dim")
+    worse = not cell["exact_fails"] and cell["high"] is not None and cell["high"] < exact["score"]
+    return Text(_percent(cell["suite"], cell["score"]), style="red" if worse else "")
+
+
+def _percent(suite: str, score: float) -> str:
+    return number(score, 1) if suite == "biography" else number(100 * score, 0)
