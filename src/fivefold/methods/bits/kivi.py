@@ -72,7 +72,7 @@ class KiviCodec(Codec):
     """Planar pages of `bits`-bit codes (see `kernels/planar`), with their scales and zero points.
 
     Fields, d = head_dim, P = planes: key_words, value_words int16 [32, d]; key_scale, key_zero float16
-    [P*32/group, d]; value_scale, value_zero float16 [P, 32, d/channels].
+    [P*32/group, d]; value_scale, value_zero float16 [P, d/channels, 32].
     """
 
     def __init__(self, bits: int, group: int, channels: int, head_dim: int) -> None:
@@ -88,9 +88,10 @@ class KiviCodec(Codec):
                 Field("key_scale", (key_groups, head_dim), half, "scales"),
                 Field("key_zero", (key_groups, head_dim), half, "scales"),
                 Field("value_words", (32, head_dim), torch.int16, "codes"),
-                Field("value_scale", (planes, 32, value_groups), half, "scales"),
-                Field("value_zero", (planes, 32, value_groups), half, "scales"),
+                Field("value_scale", (planes, value_groups, 32), half, "scales"),
+                Field("value_zero", (planes, value_groups, 32), half, "scales"),
             ),
+            record=True,
         )
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -119,8 +120,8 @@ class KiviCodec(Codec):
         for name, part, at in (
             ("key_scale", scale.squeeze(-1), groups),
             ("key_zero", zero.squeeze(-1), groups),
-            ("value_scale", value_scale.squeeze(-1).unflatten(1, (-1, 32)), plane),
-            ("value_zero", value_zero.squeeze(-1).unflatten(1, (-1, 32)), plane),
+            ("value_scale", value_scale.squeeze(-1).unflatten(1, (-1, 32)).transpose(2, 3), plane),
+            ("value_zero", value_zero.squeeze(-1).unflatten(1, (-1, 32)).transpose(2, 3), plane),
         ):
             shape = next(f.shape for f in self.layout.fields if f.name == name)
             whole = part.new_zeros((pages, *shape)) if opened is None else opened[name].clone()
@@ -136,7 +137,7 @@ class KiviCodec(Codec):
             codes = unpack(fields["key_words"], self.bits, j)
             keys.append(dequantise(codes, fields["key_scale"][:, at], fields["key_zero"][:, at]))
             codes = unpack(fields["value_words"], self.bits, j).unflatten(2, (-1, self.channels))
-            scale, zero = fields["value_scale"][:, j, :, :, None], fields["value_zero"][:, j, :, :, None]
+            scale, zero = (fields[name][:, j].transpose(1, 2)[..., None] for name in ("value_scale", "value_zero"))
             values.append(dequantise(codes, scale, zero).flatten(2))
         return torch.cat(keys, 1), torch.cat(values, 1)
 
