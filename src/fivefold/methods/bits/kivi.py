@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from fivefold.errors import NonFiniteError, RecipeError
+from fivefold.kernels.packed_decode import Form, decode_page
 from fivefold.kernels.planar import (
     PLANES,
-    dequantise,
     pack,
     planar_output,
     planar_scores,
     quantise,
-    unpack,
 )
 from fivefold.methods import Codec, Method, param, register
 from fivefold.store import Field, LayerSpec, PageLayout
@@ -77,6 +76,7 @@ class KiviCodec(Codec):
 
     def __init__(self, bits: int, group: int, channels: int, head_dim: int) -> None:
         planes = PLANES[bits]
+        self.form = Form(bits, group, channels, head_dim)
         self.bits, self.group, self.channels, self.planes = bits, group, channels, planes
         key_groups, value_groups = planes * 32 // group, head_dim // channels
         half = torch.float16
@@ -130,16 +130,7 @@ class KiviCodec(Codec):
         return fields
 
     def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        share = self.planes // fields["key_scale"].shape[1]
-        keys, values = [], []
-        for j in range(self.planes):
-            at = slice(j // share, j // share + 1)
-            codes = unpack(fields["key_words"], self.bits, j)
-            keys.append(dequantise(codes, fields["key_scale"][:, at], fields["key_zero"][:, at]))
-            codes = unpack(fields["value_words"], self.bits, j).unflatten(2, (-1, self.channels))
-            scale, zero = (fields[name][:, j].transpose(1, 2)[..., None] for name in ("value_scale", "value_zero"))
-            values.append(dequantise(codes, scale, zero).flatten(2))
-        return torch.cat(keys, 1), torch.cat(values, 1)
+        return decode_page(self.form, tuple(fields[part.name] for part in self.layout.fields))
 
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         return planar_scores(queries.float(), fields["key_words"], fields["key_scale"], fields["key_zero"], self.bits)
