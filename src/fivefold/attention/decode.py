@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 
+from fivefold.attention.fused import attend_fused
 from fivefold.attention.merge import MASKED, attend, merge
 from fivefold.store.layer_cache import Cohort, LayerCache
 from fivefold.store.tiers import PAGE, Geometry
@@ -19,8 +20,11 @@ def attend_step(layer: LayerCache, cohort: Cohort, queries: torch.Tensor, scalin
     """Attention of the newest token of each row of a cohort.
 
     queries: `[rows, query_heads per kv head, head_dim]`: the heads of a group are the rows of one product.
-    Returns the same shape.
+    Returns the same shape. By kernels where they run, else in plain PyTorch.
     """
+    fused = attend_fused(layer, cohort, queries, scaling)
+    if fused is not None:
+        return fused
     if not cohort.packed.shape[1]:
         return attend_exact(layer, cohort, queries, scaling, alone=True)[0].to(queries.dtype)
     parts = [attend_exact(layer, cohort, queries, scaling), attend_packed(layer, cohort, queries, scaling)]

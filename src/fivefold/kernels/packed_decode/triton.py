@@ -40,7 +40,12 @@ _SHIFTS = {
 }
 _FOLD = {2: 13, 3: 13, 4: 11, 8: 9}
 
-TUNING = {"stages": 1, "warps": 2, "resident": 4, "exact": (64, 4, 3), "exact_resident": 4}
+_STAGES = {2: 1, 3: 1, 4: 2, 8: 2}
+"""Pages that the packed loop loads ahead, counting its own. Two cost registers, of which two bits need all."""
+RESIDENT = 4
+"""Programs of two warps that fit on a processor at a time."""
+
+_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 SPAN = 8
 """Columns of a table of spans; the first five are used (see `decode_reference`)."""
@@ -119,28 +124,28 @@ def _times(x, LOG2: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _queries(queries, row, HEADS: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
-    """The queries of a row: `[D, N]`, heads behind HEADS zero."""
+def _queries(queries, row, heads, N: tl.constexpr, D: tl.constexpr):
+    """The queries of a row: `[D, N]`, those behind `heads` zero."""
     d = tl.arange(0, D)
     h = tl.arange(0, N)
-    return tl.load(queries + row * HEADS * D + h[None, :] * D + d[:, None], mask=h[None, :] < HEADS, other=0.0)
+    return tl.load(queries + row * heads * D + h[None, :] * D + d[:, None], mask=h[None, :] < heads, other=0.0)
 
 
 @triton.jit
-def _leave(out, lse, place, o, m, total, HEADS: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
+def _leave(out, lse, place, o, m, total, heads, N: tl.constexpr, D: tl.constexpr):
     """Store a part: o `[D, N]` not yet divided by the `total: [N]` of weights whose log2 maximum was m."""
     d = tl.arange(0, D)
     h = tl.arange(0, N)
     some = total > 0
     o = o / tl.where(some, total, 1.0)[None, :]
-    tl.store(out + (place * HEADS + h[None, :]) * D + d[:, None], o, mask=h[None, :] < HEADS)
-    tl.store(lse + place * HEADS + h, tl.where(some, m + tl.log2(tl.where(some, total, 1.0)), -1e30), mask=h < HEADS)
+    tl.store(out + (place * heads + h[None, :]) * D + d[:, None], o, mask=h[None, :] < heads)
+    tl.store(lse + place * heads + h, tl.where(some, m + tl.log2(tl.where(some, total, 1.0)), -1e30), mask=h < heads)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("columns", "parts", "heads"))
 def _packed(
-    queries, table, spans, out, lse, scale, columns, parts,
-    HEADS: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    queries, table, spans, out, lse, scale, columns, parts, heads,
+    N: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     CHANNELS: tl.constexpr, SPAN: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One share of the packed pages of a row. Grid: (rows, shares)."""
@@ -162,7 +167,7 @@ def _packed(
     d = tl.arange(0, D)
     g = tl.arange(0, VALUE_GROUPS)
     word = r[:, None] * D + d[None, :]
-    q = _queries(queries, row, HEADS, N, D).to(tl.float16)
+    q = _queries(queries, row, heads, N, D).to(tl.float16)
     low = tl.load(spans + row * SPAN)
     high = tl.load(spans + row * SPAN + 1)
     begin = low // TOKENS
@@ -230,13 +235,13 @@ def _packed(
     acc = acc * _fold(BITS)
     if VALUE_GROUPS == 1:
         acc += tl.sum(offset, 0)[None, :]
-    _leave(out, lse, row * parts + share, acc, m, tl.sum(weight, 0), HEADS, N, D)
+    _leave(out, lse, row * parts + share, acc, m, tl.sum(weight, 0), heads, N, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("columns", "parts", "first_part", "heads"))
 def _exact(
-    queries, table, spans, out, lse, scale, columns, parts, first_part, dtype_of,
-    HEADS: tl.constexpr, N: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr,
+    queries, table, spans, out, lse, scale, columns, parts, first_part, heads,
+    DTYPE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One share of the exact slots of a row, pages of 32. table: `[rows, columns, 2]`. Grid: (rows, shares).
 
@@ -244,11 +249,10 @@ def _exact(
     """
     row = tl.program_id(0)
     share = tl.program_id(1)
-    dtype = dtype_of.dtype.element_ty
-    work = tl.float32 if WIDE else dtype
+    work = tl.float32 if WIDE else DTYPE
     t = tl.arange(0, T)
     d = tl.arange(0, D)
-    q = _queries(queries, row, HEADS, N, D).to(work)
+    q = _queries(queries, row, heads, N, D).to(work)
     sink = tl.load(spans + row * SPAN + 2)
     start = tl.load(spans + row * SPAN + 3)
     stop = tl.load(spans + row * SPAN + 4)
@@ -263,8 +267,8 @@ def _exact(
         held = slot < stop
         at = table + (row * columns + slot // 32) * 2
         inside = (slot % 32)[:, None] * D + d[None, :]
-        keys = tl.multiple_of((tl.load(at, mask=held, other=0) * 16).to(tl.pointer_type(dtype)), 16)
-        values = tl.multiple_of((tl.load(at + 1, mask=held, other=0) * 16).to(tl.pointer_type(dtype)), 16)
+        keys = tl.multiple_of((tl.load(at, mask=held, other=0) * 16).to(tl.pointer_type(DTYPE)), 16)
+        values = tl.multiple_of((tl.load(at + 1, mask=held, other=0) * 16).to(tl.pointer_type(DTYPE)), 16)
         k = tl.load(keys[:, None] + inside, mask=held[:, None], other=0.0).to(work)
         v = tl.load(values[:, None] + inside, mask=held[:, None], other=0.0).to(work)
         seen = held & ((slot < sink) | (slot >= start))
@@ -275,17 +279,18 @@ def _exact(
         p = tl.where(seen[:, None], tl.exp2(s - m[None, :]), 0.0)
         weight = weight * shrink[None, :] + p
         acc = tl.dot(tl.trans(v), p.to(work), acc * shrink[None, :], input_precision="ieee")
-    _leave(out, lse, row * parts + first_part + share, acc, m, tl.sum(weight, 0), HEADS, N, D)
+    _leave(out, lse, row * parts + first_part + share, acc, m, tl.sum(weight, 0), heads, N, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("parts",))
 def _combine(
     out, lse, merged, merged_lse, parts,
-    HEADS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, WITH_LSE: tl.constexpr,
+    D: tl.constexpr, P: tl.constexpr, WITH_LSE: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts of one head of a row. Grid: (rows, HEADS)."""
+    """Merge the parts of one head of a row. Grid: (rows, heads)."""
     row = tl.program_id(0)
     head = tl.program_id(1)
+    heads = tl.num_programs(1)
     d = tl.arange(0, D)
     m = -1e30
     total = 0.0
@@ -293,7 +298,7 @@ def _combine(
     for first in range(0, parts, P):
         p = first + tl.arange(0, P)
         held = p < parts
-        at = (row * parts + p) * HEADS + head
+        at = (row * parts + p) * heads + head
         part = tl.load(lse + at, mask=held, other=-1e30)
         o = tl.load(out + at[:, None] * D + d[None, :], mask=held[:, None], other=0.0)
         above = tl.maximum(m, tl.max(part, 0))
@@ -302,7 +307,7 @@ def _combine(
         m = above
         total = total * shrink + tl.sum(w, 0)
         acc = acc * shrink + tl.sum(o * w[:, None], 0)
-    at = row * HEADS + head
+    at = row * heads + head
     some = total > 0
     acc = acc / tl.where(some, total, 1.0)
     tl.store(merged + at * D + d, acc.to(merged.dtype.element_ty))
@@ -375,31 +380,30 @@ def decode(
     n = 8 if heads <= 8 else 16
     packed_parts = exact_parts = 0
     if packed is not None:
-        packed_parts = packed_shares or shares(rows, packed.table.shape[1], device, TUNING["resident"])
+        packed_parts = packed_shares or shares(rows, packed.table.shape[1], device, RESIDENT)
     if exact is not None:
-        exact_parts = exact_shares or shares(rows, exact.table.shape[1], device, TUNING["exact_resident"], 4)
+        exact_parts = exact_shares or shares(rows, exact.table.shape[1], device, RESIDENT, 4)
     parts = packed_parts + exact_parts
     out = torch.empty((rows, parts, heads, dim), dtype=torch.float32, device=device)
     lse = torch.empty((rows, parts, heads), dtype=torch.float32, device=device)
     if packed is not None:
         form = packed.form
         _packed[(rows, packed_parts)](
-            queries, packed.table, spans, out, lse, scale, packed.table.shape[1], parts,
-            HEADS=heads, N=n, D=dim, BITS=form.bits, GROUP=form.group, CHANNELS=form.channels, SPAN=SPAN, ASM=asm,
-            STAGES=TUNING["stages"], num_warps=TUNING["warps"], num_stages=TUNING["stages"],
+            queries, packed.table, spans, out, lse, scale, packed.table.shape[1], parts, heads,
+            N=n, D=dim, BITS=form.bits, GROUP=form.group, CHANNELS=form.channels, SPAN=SPAN, ASM=asm,
+            STAGES=_STAGES[form.bits], num_warps=2, num_stages=_STAGES[form.bits],
         )  # fmt: skip
     if exact is not None:
         wide = exact.dtype.itemsize == 4
         _exact[(rows, exact_parts)](
-            queries, exact.table, spans, out, lse, scale, exact.table.shape[1], parts, packed_parts,
-            torch.empty(0, dtype=exact.dtype, device=device),
-            HEADS=heads, N=n, D=dim, T=32 if wide else TUNING["exact"][0], SPAN=SPAN, WIDE=not asm,
-            num_warps=TUNING["exact"][1], num_stages=1 if wide else TUNING["exact"][2],
+            queries, exact.table, spans, out, lse, scale, exact.table.shape[1], parts, packed_parts, heads,
+            DTYPE=_TYPES[exact.dtype], N=n, D=dim, T=32 if wide else 64, SPAN=SPAN, WIDE=not asm,
+            num_warps=2, num_stages=1 if wide else 3,
         )  # fmt: skip
     merged = torch.empty_like(queries)
     merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
     _combine[(rows, heads)](
         out, lse, merged, merged_lse if with_lse else lse, parts,
-        HEADS=heads, D=dim, P=16, WITH_LSE=with_lse, num_warps=4,
+        D=dim, P=16, WITH_LSE=with_lse, num_warps=4,
     )  # fmt: skip
     return merged, merged_lse

@@ -74,6 +74,8 @@ class KiviCodec(Codec):
     [P*32/group, d]; value_scale, value_zero float16 [P, d/channels, 32].
     """
 
+    form: Form
+
     def __init__(self, bits: int, group: int, channels: int, head_dim: int) -> None:
         planes = PLANES[bits]
         self.form = Form(bits, group, channels, head_dim)
@@ -96,12 +98,13 @@ class KiviCodec(Codec):
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         for name, x in (("keys", keys), ("values", values)):
-            peak = x.detach().abs().amax()
+            peak = float(x.detach().abs().amax())
             if not peak <= FLOAT16_MAX:  # also when it is NaN
                 raise NonFiniteError(
-                    f"{name} to be packed reach {float(peak)}, beyond what float16 scales can hold: use "
+                    f"{name} to be packed reach {peak}, beyond what float16 scales can hold: use "
                     "full() for this model, or look for the layer that overflows."
                 )
+            self.peak = max(self.peak, peak)
 
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
