@@ -119,7 +119,7 @@ class Run:
             newest = np.arange(length, length + count)
             if count == 1:
                 layer.append(cohort, k, v, settle=False)
-                found = attend_step(layer, cohort, q[:, :, 0], self.scaling)[:, :, None]
+                found = attend_step(layer, cohort, q[:, :, 0], self.scaling)[0][:, :, None]
                 held = stored(layer, cohort)
                 layer.append(cohort, None, None, horizon=horizon)
             else:

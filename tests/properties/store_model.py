@@ -612,7 +612,9 @@ def decode(codec: KiviCodec, fields: dict[str, np.ndarray]) -> tuple[np.ndarray,
         np.repeat(fields[name], codec.planes // share, axis=2)[:, :, :, None] for name in ("key_scale", "key_zero")
     )
     keys = codes(fields["key_words"]) * scale + zero
-    scale, zero = (np.repeat(fields[name], codec.channels, axis=-1) for name in ("value_scale", "value_zero"))
+    scale, zero = (
+        np.repeat(np.swapaxes(fields[name], -1, -2), codec.channels, axis=-1) for name in ("value_scale", "value_zero")
+    )
     return keys, codes(fields["value_words"]) * scale + zero
 
 

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 
+from fivefold.attention.fused import attend_fused
 from fivefold.attention.merge import MASKED, attend, merge
 from fivefold.store.layer_cache import Cohort, LayerCache
 from fivefold.store.tiers import PAGE, Geometry
@@ -25,8 +26,13 @@ def attend_step(
     """Attention of the newest token of each row of a cohort.
 
     queries: `[rows, query_heads per kv head, head_dim]`: the heads of a group are the rows of one product.
-    Returns the same shape, and with `watch` the weights, float32 `[rows, query_heads per kv head, slots]`.
+    Returns the same shape, and with `watch` the weights, float32 `[rows, query_heads per kv head, slots]`. By kernels
+    where they run and nobody watches, else in plain PyTorch.
     """
+    if not watch:
+        fused = attend_fused(layer, cohort, queries, scaling)
+        if fused is not None:
+            return fused, None
     watched: Weights | None = [] if watch else None
     if not cohort.packed.shape[1]:
         out, lse = attend_exact(layer, cohort, queries, scaling, True, watched)

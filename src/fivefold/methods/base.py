@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from fivefold.errors import RecipeError
+from fivefold.kernels.packed_decode import Form
 from fivefold.store.held import Held
 from fivefold.store.layer_cache import LayerSpec
 from fivefold.store.pages import PageLayout
@@ -189,6 +190,10 @@ class Codec:
 
     layout: PageLayout
     group: int
+    form: Form | None = None
+    """What its pages look like to the decoding kernels; None if those cannot read them."""
+    peak: float = 0.0
+    """The largest absolute number that was checked so far, for kernels with a narrower range than the pages."""
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Raise `NonFiniteError` if these, of any shape, cannot be encoded. Asked before a chunk is stored at all."""

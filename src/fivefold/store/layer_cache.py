@@ -83,7 +83,8 @@ class Cohort:
     """
 
     __slots__ = (
-        "exact", "exact_blocks", "geometry", "held", "own", "packed", "packed_blocks", "rows",
+        "exact", "exact_blocks", "exact_table", "geometry", "held", "own", "packed", "packed_blocks", "packed_table",
+        "rows",
         "rows_tensor", "shared", "tail",
     )  # fmt: skip
 
@@ -111,10 +112,12 @@ class Cohort:
 
     def touched_exact(self) -> None:
         self.exact_blocks: list[tuple[int, int, Location]] | None = None
+        self.exact_table: torch.Tensor | None = None  # addresses of pages, for kernels
         self.tail: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def touched_packed(self) -> None:
         self.packed_blocks: list[tuple[int, int, Location, Location | None]] | None = None
+        self.packed_table: torch.Tensor | None = None
 
     def pick(self, rows: np.ndarray, index: np.ndarray, shared: bool) -> Cohort:
         """The pages of the rows `index` of this cohort, now called `rows`."""
@@ -1051,4 +1054,5 @@ class LayerCache:
             if location is not None
         ]
         indices = [index for location in located for part in location.parts for index in part[1:]]
+        indices += [table for cohort in self.cohorts for table in (cohort.exact_table, cohort.packed_table)]
         return tables + sum(index.nbytes for index in indices if index is not None)

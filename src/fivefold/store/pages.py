@@ -1,8 +1,9 @@
 """Fixed-size pages, their pool, and the byte cap.
 
 A page holds `layout.tokens` tokens of one KV head. What a page is made of is declared by whoever uses it
-(the exact tier, or a codec) as named fields; the pool allocates one tensor per field for a *slab* of many
-pages, so that consecutive pages of one field are contiguous memory and can be attended on without a copy.
+(the exact tier, or a codec) as named fields; the pool allocates a *slab* of many pages at once: one tensor per
+field, so that consecutive pages of one field are contiguous memory and can be attended on without a copy, or one
+for all (`PageLayout.record`), so that a kernel finds a page by one address.
 
 Page ids are int64: `slab << SLAB_SHIFT | index`. Ids in one slab are consecutive, ids of two slabs never are.
 Pages are reference-counted: sharing (beam search, forks, layers that share storage) is one more reference.
@@ -49,11 +50,16 @@ class Field:
 
 @dataclass(frozen=True)
 class PageLayout:
-    """What a page of `tokens` tokens is made of."""
+    """What a page of `tokens` tokens is made of.
+
+    A `record` keeps a page's fields together, in the order given: one address finds all of them. Else every field
+    lies by itself, so that consecutive pages of a field are one stretch of memory.
+    """
 
     name: str
     tokens: int
     fields: tuple[Field, ...]
+    record: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -72,8 +78,8 @@ class PageLayout:
             return self, None
         shared = tuple(part for part in self.fields if not part.own)
         return (
-            PageLayout(self.name, self.tokens, shared),
-            PageLayout(f"{self.name}.own", self.tokens, own),
+            PageLayout(self.name, self.tokens, shared, self.record),
+            PageLayout(f"{self.name}.own", self.tokens, own, self.record),
         )
 
 
@@ -131,11 +137,27 @@ class _Slab:
     def __init__(self, layout: PageLayout, pages: int, device: torch.device) -> None:
         # Tensors made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
-            self.tensors = {
-                part.name: torch.empty((pages, *part.shape), dtype=part.dtype, device=device) for part in layout.fields
-            }
+            self.tensors = (
+                _records(layout, pages, device)
+                if layout.record
+                else {
+                    part.name: torch.empty((pages, *part.shape), dtype=part.dtype, device=device)
+                    for part in layout.fields
+                }
+            )
         self.references = np.zeros(pages, dtype=np.int32)
         self.free = pages
+
+
+def _records(layout: PageLayout, pages: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """The fields of `pages` pages as views of one tensor."""
+    records = torch.empty((pages, layout.nbytes), dtype=torch.uint8, device=device)
+    tensors, start = {}, 0
+    for part in layout.fields:
+        stretch = records[:, start : start + part.nbytes]
+        tensors[part.name] = stretch.view(part.dtype).unflatten(1, part.shape)
+        start += part.nbytes
+    return tensors
 
 
 class Location(NamedTuple):
@@ -318,13 +340,24 @@ class PagePool:
             parts.append((slab, torch.from_numpy(index).to(self.device), target))
         return Location(pages.shape, None, 0, (0, 0), tuple(parts))
 
+    def addresses(self, name: str, pages: np.ndarray) -> np.ndarray:
+        """Where field `name` of each page begins in memory, in bytes: int64, the shape of `pages`."""
+        out = np.empty(pages.size, dtype=np.int64)
+        if pages.size:
+            for slab, index, where in self._by_slab(pages.reshape(-1)):
+                field = slab.tensors[name]
+                step = field.stride(0) * field.itemsize
+                out[slice(None) if where is None else where] = field.data_ptr() + index * step
+        return out.reshape(pages.shape)
+
     def fetch(self, name: str, location: Location) -> torch.Tensor:
         """Field `name` of the pages at a location: `[rows, columns, *shape]`; of a regular grid a view."""
         if location.slab is not None:
             field = location.slab.tensors[name]
             page = field.stride(0)
             strides = (location.strides[0] * page, location.strides[1] * page, *field.stride()[1:])
-            return field.as_strided((*location.shape, *field.shape[1:]), strides, location.first * page)
+            start = field.storage_offset() + location.first * page
+            return field.as_strided((*location.shape, *field.shape[1:]), strides, start)
         if len(location.parts) == 1:
             slab, index, _ = location.parts[0]
             return slab.tensors[name].index_select(0, index).unflatten(0, location.shape)

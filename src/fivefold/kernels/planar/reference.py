@@ -104,16 +104,17 @@ def planar_output(
     """Values that are quantised per token in groups of channels, weighted.
 
     weights: float32 `[rows, query, pages * planes * 32]`; words: int16 `[rows, pages, 32, head_dim]`; scale,
-    zero: float16 `[rows, pages, planes, 32, groups]`. Returns float32 `[rows, query, head_dim]`.
+    zero: float16 `[rows, pages, planes, groups, 32]`. Returns float32 `[rows, query, head_dim]`.
     """
     rows, pages, _, dim = words.shape
-    query, planes, groups = weights.shape[1], PLANES[bits], scale.shape[-1]
+    query, planes, groups = weights.shape[1], PLANES[bits], scale.shape[3]
     # A token's scale goes into its weight.
     scaled = weights.new_empty((planes, groups, rows, query, pages, ROWS))
     split = weights.view(rows, query, pages, planes, ROWS).permute(3, 0, 1, 2, 4)
-    torch.mul(split[:, None], scale.permute(2, 4, 0, 1, 3)[:, :, :, None], out=scaled)
+    torch.mul(split[:, None], scale.permute(2, 3, 0, 1, 4)[:, :, :, None], out=scaled)
     scaled = scaled.flatten(4)
-    out = torch.matmul(weights, zero.float().flatten(1, 3)).transpose(1, 2).transpose(0, 1)[..., None]
+    by_token = zero.float().transpose(3, 4).flatten(1, 3)
+    out = torch.matmul(weights, by_token).transpose(1, 2).transpose(0, 1)[..., None]
     out = out.expand(groups, rows, query, dim // groups).contiguous()
     tile = _Planes(words, bits)
     for j in range(planes):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fivefold.errors import NonFiniteError, RecipeError
+from fivefold.kernels.packed_decode import Form, decode_page
 from fivefold.kernels.planar import (
     PLANES,
     dequantise,
@@ -14,7 +15,6 @@ from fivefold.kernels.planar import (
     planar_output,
     planar_scores,
     quantise,
-    unpack,
 )
 from fivefold.methods import Codec, Method, param, register
 from fivefold.store import Field, LayerSpec, PageLayout
@@ -72,11 +72,14 @@ class KiviCodec(Codec):
     """Planar pages of `bits`-bit codes (see `kernels/planar`), with their scales and zero points.
 
     Fields, d = head_dim, P = planes: key_words, value_words int16 [32, d]; key_scale, key_zero float16
-    [P*32/group, d]; value_scale, value_zero float16 [P, 32, d/channels].
+    [P*32/group, d]; value_scale, value_zero float16 [P, d/channels, 32].
     """
+
+    form: Form
 
     def __init__(self, bits: int, group: int, channels: int, head_dim: int) -> None:
         planes = PLANES[bits]
+        self.form = Form(bits, group, channels, head_dim)
         self.bits, self.group, self.channels, self.planes = bits, group, channels, planes
         key_groups, value_groups = planes * 32 // group, head_dim // channels
         half = torch.float16
@@ -88,19 +91,21 @@ class KiviCodec(Codec):
                 Field("key_scale", (key_groups, head_dim), half, "scales"),
                 Field("key_zero", (key_groups, head_dim), half, "scales"),
                 Field("value_words", (32, head_dim), torch.int16, "codes"),
-                Field("value_scale", (planes, 32, value_groups), half, "scales"),
-                Field("value_zero", (planes, 32, value_groups), half, "scales"),
+                Field("value_scale", (planes, value_groups, 32), half, "scales"),
+                Field("value_zero", (planes, value_groups, 32), half, "scales"),
             ),
+            record=True,
         )
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         for name, x in (("keys", keys), ("values", values)):
-            peak = x.detach().abs().amax()
+            peak = float(x.detach().abs().amax())
             if not peak <= FLOAT16_MAX:  # also when it is NaN
                 raise NonFiniteError(
-                    f"{name} to be packed reach {float(peak)}, beyond what float16 scales can hold: use "
+                    f"{name} to be packed reach {peak}, beyond what float16 scales can hold: use "
                     "full() for this model, or look for the layer that overflows."
                 )
+            self.peak = max(self.peak, peak)
 
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
@@ -119,8 +124,8 @@ class KiviCodec(Codec):
         for name, part, at in (
             ("key_scale", scale.squeeze(-1), groups),
             ("key_zero", zero.squeeze(-1), groups),
-            ("value_scale", value_scale.squeeze(-1).unflatten(1, (-1, 32)), plane),
-            ("value_zero", value_zero.squeeze(-1).unflatten(1, (-1, 32)), plane),
+            ("value_scale", value_scale.squeeze(-1).unflatten(1, (-1, 32)).transpose(2, 3), plane),
+            ("value_zero", value_zero.squeeze(-1).unflatten(1, (-1, 32)).transpose(2, 3), plane),
         ):
             shape = next(f.shape for f in self.layout.fields if f.name == name)
             whole = part.new_zeros((pages, *shape)) if opened is None else opened[name].clone()
@@ -129,16 +134,7 @@ class KiviCodec(Codec):
         return fields
 
     def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        share = self.planes // fields["key_scale"].shape[1]
-        keys, values = [], []
-        for j in range(self.planes):
-            at = slice(j // share, j // share + 1)
-            codes = unpack(fields["key_words"], self.bits, j)
-            keys.append(dequantise(codes, fields["key_scale"][:, at], fields["key_zero"][:, at]))
-            codes = unpack(fields["value_words"], self.bits, j).unflatten(2, (-1, self.channels))
-            scale, zero = fields["value_scale"][:, j, :, :, None], fields["value_zero"][:, j, :, :, None]
-            values.append(dequantise(codes, scale, zero).flatten(2))
-        return torch.cat(keys, 1), torch.cat(values, 1)
+        return decode_page(self.form, tuple(fields[part.name] for part in self.layout.fields))
 
     def take(
         self, fields: dict[str, torch.Tensor], pages: torch.Tensor, slots: torch.Tensor
@@ -149,7 +145,7 @@ class KiviCodec(Codec):
         group = slots // self.group
         keys = dequantise(codes, fields["key_scale"][pages, group], fields["key_zero"][pages, group])
         codes = (fields["value_words"][pages, row] >> shift).bitwise_and_(mask).unflatten(1, (-1, self.channels))
-        scale, zero = (fields[name][pages, plane, row][:, :, None] for name in ("value_scale", "value_zero"))
+        scale, zero = (fields[name][pages, plane, :, row][:, :, None] for name in ("value_scale", "value_zero"))
         return keys, dequantise(codes, scale, zero).flatten(1)
 
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:

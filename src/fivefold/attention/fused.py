@@ -1,0 +1,91 @@
+"""A decoding step by the kernels of `kernels/packed_decode`: every tier of a cohort in one go.
+
+What the kernels need to know lies on the device: tables of page addresses, kept by the cohort until its pages change,
+and the spans of slots that are seen, made once per step for all layers.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from fivefold.errors import CacheStateError
+from fivefold.kernels.choice import choose
+from fivefold.store.layer_cache import Cohort, LayerCache
+from fivefold.store.tiers import PAGE, Geometry
+
+
+def attend_fused(layer: LayerCache, cohort: Cohort, queries: torch.Tensor, scaling: float) -> torch.Tensor | None:
+    """`attend_step` by kernels; None where they do not run (see `why_not`)."""
+    if queries.device.type == "cpu" and choose(queries.device).path == "reference":
+        return None  # quickly
+    if why_not(layer, queries.device, queries.shape[1]) is not None:
+        return None
+    kernel = _kernel()
+    packed = None
+    if cohort.packed.shape[1]:
+        assert layer.codec is not None and layer.codec.form is not None and layer.packed_pool is not None
+        if cohort.packed_table is None:
+            first = layer.packed_pool.layout.fields[0].name
+            cohort.packed_table = _table(layer.packed_pool.addresses(first, cohort.packed), queries.device)
+        packed = kernel.Packed(cohort.packed_table, layer.codec.form)
+    if cohort.exact_table is None:
+        pair = [layer.exact_pool.addresses(name, cohort.exact) for name in ("keys", "values")]
+        cohort.exact_table = _table(np.stack(pair, 2), queries.device)
+    exact = kernel.Exact(cohort.exact_table, layer.spec.dtype)
+    span = _spans(cohort.geometry, len(cohort.rows), queries.device, kernel.SPAN)
+    return kernel.decode(queries.contiguous(), scaling, span, packed, exact)[0]
+
+
+def why_not(layer: LayerCache, device: torch.device, heads: int) -> str | None:
+    """Why the kernels do not decode this layer, in a few words; None if they do.
+
+    Raises `CacheStateError` if they were asked for and this machine cannot run them.
+    """
+    choice = choose(device)
+    if not choice.possible:
+        raise CacheStateError(
+            f"the kernels that were asked for cannot run: {choice.why}; set FIVEFOLD_KERNELS=auto, or unset it."
+        )
+    if choice.path == "reference":
+        return choice.why
+    kernel, codec = _kernel(), layer.codec
+    if codec is not None:
+        if codec.form is None or layer.own_pool is not None:
+            return "no kernel reads this codec's pages"
+        if codec.peak > kernel.LIMIT:
+            return f"keys or values reach {codec.peak:.0f}, more than the kernels' {kernel.LIMIT:.0f}"
+    return kernel.supports(None if codec is None else codec.form, heads, layer.spec.head_dim)
+
+
+def _kernel() -> ModuleType:
+    from fivefold.kernels.packed_decode import triton as kernel
+
+    return kernel
+
+
+def _table(addresses: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(addresses).to(device) >> 4
+
+
+@lru_cache(maxsize=16)
+def _spans(geometry: Geometry, rows: int, device: torch.device, width: int) -> torch.Tensor:
+    """What the newest token sees, for every row: int32 `[rows, width]`."""
+    return torch.tensor([[*spans(geometry), *[0] * (width - 5)]] * rows, dtype=torch.int32, device=device)
+
+
+def spans(geometry: Geometry) -> tuple[int, int, int, int, int]:
+    """What the newest token sees: packed slots `[0, 1)`, and exact slots below `2` or from `3` on, below `4`."""
+    length, recent, sink = geometry.length, geometry.extent.recent, geometry.extent.sink
+    pinned = min(length, geometry.extent.pinned * PAGE)
+    stop = pinned + max(0, length - geometry.exact_base)
+    high = geometry.packed_stop - geometry.packed_base
+    if recent is None or length <= recent:
+        return 0, high, 0, 0, stop
+    oldest = length - recent
+    low = min(high, max(0, oldest - geometry.packed_base))
+    start = oldest if oldest < pinned else pinned + max(0, oldest - geometry.exact_base)
+    return low, high, sink, start, stop

@@ -1,0 +1,58 @@
+"""Which kernels run: the environment variable FIVEFOLD_KERNELS, and what this machine has.
+
+auto        Triton on an NVIDIA GPU of compute capability 8.0 or more where Triton is installed, else the reference
+reference   plain PyTorch everywhere
+triton      Triton or an error
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+PATHS = ("auto", "reference", "triton")
+
+
+class Choice(NamedTuple):
+    path: str
+    why: str
+    possible: bool = True
+
+
+def choose(device: torch.device) -> Choice:
+    """The path for tensors on a device, and why. `possible` is False where what was asked for cannot be had."""
+    return _choose(os.environ.get("FIVEFOLD_KERNELS", "auto"), torch.device(device))
+
+
+@cache
+def _choose(asked: str, device: torch.device) -> Choice:
+    if asked not in PATHS:
+        return Choice("reference", f"FIVEFOLD_KERNELS={asked} is none of {', '.join(PATHS)}", False)
+    if asked == "reference":
+        return Choice("reference", "FIVEFOLD_KERNELS=reference")
+    lacking = _lacking(device)
+    if lacking is None:
+        return Choice(
+            "triton", "FIVEFOLD_KERNELS=triton" if asked == "triton" else f"a {device.type} device with Triton"
+        )
+    return Choice("reference", lacking, asked == "auto")
+
+
+def _lacking(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on a device; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("FIVEFOLD_KERNELS") == "triton":
+            return None  # slow, for tests
+        return "the cache is on a CPU"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the kernels are written for NVIDIA GPUs, and the cache is on {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"compute capability {major}.{minor} is less than 8.0"
+    return None

@@ -1,0 +1,101 @@
+"""One decoding step over planar KIVI pages and exact pages, in plain PyTorch: what the kernel is held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fivefold.kernels.planar import PLANES, dequantise, unpack
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a packed page looks like: a record of
+
+    key words int16 [32, d], key scale and zero float16 [planes * 32 / group, d],
+    value words int16 [32, d], value scale and zero float16 [planes, d / channels, 32],
+
+    with d = head_dim: keys are quantised per channel in groups of `group` tokens, values per token in groups of
+    `channels` channels (see `kernels/planar`).
+    """
+
+    bits: int
+    group: int
+    channels: int
+    head_dim: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a page."""
+        return PLANES[self.bits] * 32
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a page."""
+        words, groups = 4 * self.head_dim, self.tokens // self.group
+        return 32 * words + groups * words + 4 * self.tokens * (self.head_dim // self.channels)
+
+
+def decode_page(
+    form: Form, fields: tuple[torch.Tensor, ...], dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values `[pages, tokens, head_dim]` of pages; their fields, `[pages, *shape]`, in the record's order."""
+    key_words, key_scale, key_zero, value_words, value_scale, value_zero = fields
+    planes = PLANES[form.bits]
+    keys, values = [], []
+    for j in range(planes):
+        g = j * 32 // form.group
+        codes = unpack(key_words, form.bits, j)
+        keys.append(dequantise(codes, key_scale[:, g, None], key_zero[:, g, None]))
+        codes = unpack(value_words, form.bits, j).unflatten(2, (-1, form.channels))
+        scale, zero = (x[:, j].transpose(1, 2)[..., None] for x in (value_scale, value_zero))
+        values.append(dequantise(codes, scale, zero).flatten(2))
+    return torch.cat(keys, 1).to(dtype), torch.cat(values, 1).to(dtype)
+
+
+def decode_reference(
+    queries: torch.Tensor,
+    scaling: float,
+    spans: torch.Tensor,
+    form: Form | None = None,
+    fields: tuple[torch.Tensor, ...] | None = None,
+    keys: torch.Tensor | None = None,
+    values: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one query per row and head over packed and exact tokens together.
+
+    queries: `[rows, query_heads, head_dim]`; fields: of packed pages, `[rows, columns, *shape]` each; keys, values:
+    exact tokens `[rows, slots, head_dim]`. spans: int `[rows, >= 5]`: packed tokens `[0, 1)` are seen, and exact slots
+    that are below `2` or at least `3`, and below `4`. Computed in `dtype`; a row that sees nothing has output 0 and
+    log-sum-exp -inf. Returns output `[rows, query_heads, head_dim]` and natural log-sum-exp `[rows, query_heads]`.
+    """
+    all_keys: list[torch.Tensor] = []
+    all_values: list[torch.Tensor] = []
+    seen: list[torch.Tensor] = []
+    rows, device = queries.shape[0], queries.device
+    low, high, sink, start, stop = spans.to(device).long()[:, :5, None].unbind(1)
+    if fields is not None:
+        assert form is not None
+        columns = fields[0].shape[1]
+        for all_, x in zip(
+            (all_keys, all_values), decode_page(form, tuple(field.flatten(0, 1) for field in fields), dtype)
+        ):
+            all_.append(x.reshape(rows, columns * form.tokens, -1))
+        slot = torch.arange(columns * form.tokens, device=device)
+        seen.append((slot >= low) & (slot < high))
+    if keys is not None:
+        assert values is not None
+        all_keys.append(keys.to(dtype))
+        all_values.append(values.to(dtype))
+        slot = torch.arange(keys.shape[1], device=device)
+        seen.append(((slot < sink) | (slot >= start)) & (slot < stop))
+    visible = torch.cat(seen, 1)[:, None]
+    scores = queries.to(dtype) * scaling @ torch.cat(all_keys, 1).transpose(1, 2)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp().masked_fill(~visible, 0)
+    # What no query sees may be anything, also not a number.
+    value = torch.cat(all_values, 1).masked_fill(~visible.transpose(1, 2), 0)
+    return weights @ value, lse

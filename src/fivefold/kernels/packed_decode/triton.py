@@ -1,0 +1,409 @@
+"""One decoding step over planar KIVI pages and exact pages, in Triton.
+
+Three kernels. `_packed` attends over packed pages and `_exact` over exact ones, both split over the sequence, each
+program for one row (sequence, kv head) and one share of its pages; they leave parts (output, log-sum-exp) that
+`_combine` merges. Pages are found by their addresses, in tables on the device, so they may lie anywhere; lengths are
+on the device too, so that a captured graph stays right while they grow.
+
+What makes the packed loop fast:
+
+- Unpacking is one AND. A bit-field of a word, masked where it lies and read as float16, is the subnormal number
+  `code * 2**(bit - 24)`; the word is shifted once or twice so that no field reaches the exponent (`_SHIFTS`). The
+  factor 2**(24 - bit) goes into the scale, but for 2**FOLD, which goes into the softmax scale (keys) or into the
+  output (values): so nothing overflows float16 while `|x| <= LIMIT`.
+- Tokens are the rows of the products and the query heads its few columns; a plane of a page is a whole operand.
+- One softmax per page: the maximum over planes is elementwise, the sum is reduced once at the end.
+- Scales are loaded at the top, and multiplied there: `_times` is declared impure because the compiler would
+  otherwise move it behind the change of layout, where there are sixteen times as many of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from fivefold.kernels.packed_decode.reference import Form
+
+LIMIT = 750.0
+"""Keys and values up to this absolute value can be attended on packed."""
+
+# Left shift (negative: right) of the word, and the bit where the field then lies, for every plane.
+_SHIFTS = {
+    2: ((4, 4), (4, 6), (0, 4), (0, 6), (0, 8), (-6, 4), (-6, 6), (-6, 8)),
+    3: ((6, 6), (0, 3), (0, 6), (-6, 3), (-6, 6)),
+    4: ((4, 4), (0, 4), (-4, 4), (-6, 6)),
+    8: ((2, 2), (-6, 2)),
+}
+_FOLD = {2: 13, 3: 13, 4: 11, 8: 9}
+
+_STAGES = {2: 1, 3: 1, 4: 2, 8: 2}
+"""Pages that the packed loop loads ahead, counting its own. Two cost registers, of which two bits need all."""
+RESIDENT = 4
+"""Programs of two warps that fit on a processor at a time."""
+
+_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+SPAN = 8
+"""Columns of a table of spans; the first five are used (see `decode_reference`)."""
+
+
+@triton.constexpr_function
+def _shift(bits, plane):
+    return _SHIFTS[int(bits)][int(plane)][0]
+
+
+@triton.constexpr_function
+def _mask(bits, plane):
+    return (2 ** int(bits) - 1) << _SHIFTS[int(bits)][int(plane)][1]
+
+
+@triton.constexpr_function
+def _factor(bits, plane):
+    return 2.0 ** (24 - _SHIFTS[int(bits)][int(plane)][1] - _FOLD[int(bits)])
+
+
+@triton.constexpr_function
+def _fold(bits):
+    return 2.0 ** _FOLD[int(bits)]
+
+
+@triton.constexpr_function
+def _code_planes(bits):
+    return len(_SHIFTS[int(bits)])
+
+
+@triton.constexpr_function
+def _plane_asm(bits, plane):
+    shift, bit = _SHIFTS[int(bits)][int(plane)]
+    mask = f"0x{((2 ** int(bits) - 1) << bit) * 0x10001:08X}"
+    if shift == 0:
+        return f"and.b32 $0, $1, {mask};"
+    move = f"shl.b32 t, $1, {shift};" if shift > 0 else f"shr.u32 t, $1, {-shift};"
+    return f"{{ .reg .b32 t; {move} and.b32 $0, t, {mask}; }}"
+
+
+@triton.constexpr_function
+def _times_asm(log2):
+    return f"{{ .reg .b32 t; mov.b32 t, 0x{((int(log2) + 15) << 10) * 0x10001:08X}; mul.rn.f16x2 $0, $1, t; }}"
+
+
+@triton.constexpr_function
+def _log2_factor(bits, plane):
+    return 24 - _SHIFTS[int(bits)][int(plane)][1] - _FOLD[int(bits)]
+
+
+@triton.constexpr_function
+def _log2_unfold(bits):
+    return -_FOLD[int(bits)]
+
+
+@triton.jit
+def _plane(words, BITS: tl.constexpr, J: tl.constexpr, ASM: tl.constexpr):
+    """The codes of plane J as float16 `code * 2**(bit - 24)`."""
+    if ASM:
+        return tl.inline_asm_elementwise(_plane_asm(BITS, J), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+    SHIFT: tl.constexpr = _shift(BITS, J)
+    MASK: tl.constexpr = _mask(BITS, J)
+    if SHIFT > 0:
+        words = words << SHIFT
+    elif SHIFT < 0:
+        words = words >> -SHIFT
+    return (words & MASK).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _times(x, LOG2: tl.constexpr, ASM: tl.constexpr):
+    """float16 `x * 2**LOG2`."""
+    if ASM:
+        return tl.inline_asm_elementwise(_times_asm(LOG2), "=r,r", [x], dtype=tl.float16, is_pure=False, pack=2)
+    return (x * 2.0**LOG2).to(tl.float16)
+
+
+@triton.jit
+def _queries(queries, row, heads, N: tl.constexpr, D: tl.constexpr):
+    """The queries of a row: `[D, N]`, those behind `heads` zero."""
+    d = tl.arange(0, D)
+    h = tl.arange(0, N)
+    return tl.load(queries + row * heads * D + h[None, :] * D + d[:, None], mask=h[None, :] < heads, other=0.0)
+
+
+@triton.jit
+def _leave(out, lse, place, o, m, total, heads, N: tl.constexpr, D: tl.constexpr):
+    """Store a part: o `[D, N]` not yet divided by the `total: [N]` of weights whose log2 maximum was m."""
+    d = tl.arange(0, D)
+    h = tl.arange(0, N)
+    some = total > 0
+    o = o / tl.where(some, total, 1.0)[None, :]
+    tl.store(out + (place * heads + h[None, :]) * D + d[:, None], o, mask=h[None, :] < heads)
+    tl.store(lse + place * heads + h, tl.where(some, m + tl.log2(tl.where(some, total, 1.0)), -1e30), mask=h < heads)
+
+
+@triton.jit(do_not_specialize=("columns", "parts", "heads"))
+def _packed(
+    queries, table, spans, out, lse, scale, columns, parts, heads,
+    N: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    CHANNELS: tl.constexpr, SPAN: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One share of the packed pages of a row. Grid: (rows, shares)."""
+    row = tl.program_id(0)
+    share = tl.program_id(1)
+    PLANES: tl.constexpr = _code_planes(BITS)
+    TOKENS: tl.constexpr = PLANES * 32
+    KEY_GROUPS: tl.constexpr = TOKENS // GROUP
+    VALUE_GROUPS: tl.constexpr = D // CHANNELS
+    # Where the fields of a record begin, in 16-bit words.
+    KEY_SCALE: tl.constexpr = 32 * D
+    KEY_ZERO: tl.constexpr = KEY_SCALE + KEY_GROUPS * D
+    VALUE_WORDS: tl.constexpr = KEY_ZERO + KEY_GROUPS * D
+    VALUE_SCALE: tl.constexpr = VALUE_WORDS + 32 * D
+    VALUE_ZERO: tl.constexpr = VALUE_SCALE + TOKENS * VALUE_GROUPS
+    UNFOLD: tl.constexpr = _log2_unfold(BITS)
+
+    r = tl.arange(0, 32)
+    d = tl.arange(0, D)
+    g = tl.arange(0, VALUE_GROUPS)
+    word = r[:, None] * D + d[None, :]
+    q = _queries(queries, row, heads, N, D).to(tl.float16)
+    low = tl.load(spans + row * SPAN)
+    high = tl.load(spans + row * SPAN + 1)
+    begin = low // TOKENS
+    each = tl.cdiv(tl.cdiv(high, TOKENS) - begin, tl.num_programs(1))
+    first = begin + share * each
+    last = tl.minimum(first + each, tl.cdiv(high, TOKENS))
+
+    scale = scale * _fold(BITS)
+    m = tl.full([N], -1e30, tl.float32)
+    weight = tl.zeros([32, N], tl.float32)
+    offset = tl.zeros([32, N], tl.float32)
+    acc = tl.zeros([D, N], tl.float32)
+    address = tl.load(table + row * columns + first, mask=first < last, other=0)
+    for page in tl.range(first, last, num_stages=STAGES):
+        record = tl.multiple_of((address * 16).to(tl.pointer_type(tl.int16)), 16)
+        address = tl.load(table + row * columns + page + 1, mask=page + 1 < last, other=0)
+        half = record.to(tl.pointer_type(tl.float16))
+        words = tl.load(record + word)
+        key_scale = ()
+        key_zero = ()
+        value_scale = ()
+        value_zero = ()
+        for j in tl.static_range(PLANES):
+            at = j * 32 // GROUP * D + d
+            key_scale = key_scale + (_times(tl.load(half + KEY_SCALE + at), _log2_factor(BITS, j), ASM),)
+            key_zero = key_zero + (_times(tl.load(half + KEY_ZERO + at), UNFOLD, ASM),)
+        for j in tl.static_range(PLANES):
+            if VALUE_GROUPS == 1:
+                value_scale = value_scale + (tl.load(half + VALUE_SCALE + j * 32 + r).to(tl.float32),)
+                value_zero = value_zero + (tl.load(half + VALUE_ZERO + j * 32 + r).to(tl.float32),)
+            else:
+                at = j * 32 * VALUE_GROUPS + g[:, None] * 32 + r[None, :]
+                value_scale = value_scale + (_times(tl.load(half + VALUE_SCALE + at), _log2_factor(BITS, j), ASM),)
+                value_zero = value_zero + (_times(tl.load(half + VALUE_ZERO + at), UNFOLD, ASM),)
+        value_words = tl.load(record + VALUE_WORDS + word)
+
+        scores = ()
+        for j in tl.static_range(PLANES):
+            k = _plane(words, BITS, j, ASM) * key_scale[j][None, :] + key_zero[j][None, :]
+            token = page * TOKENS + j * 32 + r
+            s = tl.where(((token >= low) & (token < high))[:, None], tl.dot(k, q), -1e30)
+            scores = scores + (s,)
+        top = scores[0]
+        for j in tl.static_range(1, PLANES):
+            top = tl.maximum(top, scores[j])
+        above = tl.maximum(m, tl.max(top, 0) * scale)
+        shrink = tl.exp2(m - above)
+        m = above
+        weight = weight * shrink[None, :]
+        offset = offset * shrink[None, :]
+        acc = acc * shrink[None, :]
+        for j in tl.static_range(PLANES):
+            p = tl.exp2(scores[j] * scale - m[None, :])
+            weight += p
+            v = tl.trans(_plane(value_words, BITS, j, ASM))
+            if VALUE_GROUPS == 1:
+                # A token's scale and zero point go into its weight.
+                offset += p * value_zero[j][:, None]
+                p = p * (value_scale[j] * _factor(BITS, j))[:, None]
+            else:
+                spread = tl.broadcast_to(value_scale[j][:, None, :], [VALUE_GROUPS, CHANNELS, 32])
+                shift = tl.broadcast_to(value_zero[j][:, None, :], [VALUE_GROUPS, CHANNELS, 32])
+                v = v * tl.reshape(spread, [D, 32]) + tl.reshape(shift, [D, 32])
+            acc = tl.dot(v, p.to(tl.float16), acc)
+    acc = acc * _fold(BITS)
+    if VALUE_GROUPS == 1:
+        acc += tl.sum(offset, 0)[None, :]
+    _leave(out, lse, row * parts + share, acc, m, tl.sum(weight, 0), heads, N, D)
+
+
+@triton.jit(do_not_specialize=("columns", "parts", "first_part", "heads"))
+def _exact(
+    queries, table, spans, out, lse, scale, columns, parts, first_part, heads,
+    DTYPE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One share of the exact slots of a row, pages of 32. table: `[rows, columns, 2]`. Grid: (rows, shares).
+
+    WIDE multiplies in float32 whatever the pages hold: the interpreter has no products of bfloat16.
+    """
+    row = tl.program_id(0)
+    share = tl.program_id(1)
+    work = tl.float32 if WIDE else DTYPE
+    t = tl.arange(0, T)
+    d = tl.arange(0, D)
+    q = _queries(queries, row, heads, N, D).to(work)
+    sink = tl.load(spans + row * SPAN + 2)
+    start = tl.load(spans + row * SPAN + 3)
+    stop = tl.load(spans + row * SPAN + 4)
+    each = tl.cdiv(tl.cdiv(stop, T), tl.num_programs(1))
+    first = share * each
+    last = tl.minimum(first + each, tl.cdiv(stop, T))
+    m = tl.full([N], -1e30, tl.float32)
+    weight = tl.zeros([T, N], tl.float32)
+    acc = tl.zeros([D, N], tl.float32)
+    for tile in range(first, last):
+        slot = tile * T + t
+        held = slot < stop
+        at = table + (row * columns + slot // 32) * 2
+        inside = (slot % 32)[:, None] * D + d[None, :]
+        keys = tl.multiple_of((tl.load(at, mask=held, other=0) * 16).to(tl.pointer_type(DTYPE)), 16)
+        values = tl.multiple_of((tl.load(at + 1, mask=held, other=0) * 16).to(tl.pointer_type(DTYPE)), 16)
+        k = tl.load(keys[:, None] + inside, mask=held[:, None], other=0.0).to(work)
+        v = tl.load(values[:, None] + inside, mask=held[:, None], other=0.0).to(work)
+        seen = held & ((slot < sink) | (slot >= start))
+        s = tl.where(seen[:, None], tl.dot(k, q, input_precision="ieee") * scale, -1e30)
+        above = tl.maximum(m, tl.max(s, 0))
+        shrink = tl.exp2(m - above)
+        m = above
+        p = tl.where(seen[:, None], tl.exp2(s - m[None, :]), 0.0)
+        weight = weight * shrink[None, :] + p
+        acc = tl.dot(tl.trans(v), p.to(work), acc * shrink[None, :], input_precision="ieee")
+    _leave(out, lse, row * parts + first_part + share, acc, m, tl.sum(weight, 0), heads, N, D)
+
+
+@triton.jit(do_not_specialize=("parts",))
+def _combine(
+    out, lse, merged, merged_lse, parts,
+    D: tl.constexpr, P: tl.constexpr, WITH_LSE: tl.constexpr,
+):  # fmt: skip
+    """Merge the parts of one head of a row. Grid: (rows, heads)."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
+    d = tl.arange(0, D)
+    m = -1e30
+    total = 0.0
+    acc = tl.zeros([D], tl.float32)
+    for first in range(0, parts, P):
+        p = first + tl.arange(0, P)
+        held = p < parts
+        at = (row * parts + p) * heads + head
+        part = tl.load(lse + at, mask=held, other=-1e30)
+        o = tl.load(out + at[:, None] * D + d[None, :], mask=held[:, None], other=0.0)
+        above = tl.maximum(m, tl.max(part, 0))
+        w = tl.where(part > -1e29, tl.exp2(part - above), 0.0)
+        shrink = tl.exp2(m - above)
+        m = above
+        total = total * shrink + tl.sum(w, 0)
+        acc = acc * shrink + tl.sum(o * w[:, None], 0)
+    at = row * heads + head
+    some = total > 0
+    acc = acc / tl.where(some, total, 1.0)
+    tl.store(merged + at * D + d, acc.to(merged.dtype.element_ty))
+    if WITH_LSE:
+        natural = (m + tl.log2(tl.where(some, total, 1.0))) * 0.6931471805599453
+        tl.store(merged_lse + at, tl.where(some, natural, float("-inf")))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Packed pages: table int64 `[rows, columns]` of their addresses in units of 16 bytes, and what they look like."""
+
+    table: torch.Tensor
+    form: Form
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Exact pages of 32 tokens: table int64 `[rows, columns, 2]` of the addresses of keys and values, in units of
+    16 bytes, and the dtype of both."""
+
+    table: torch.Tensor
+    dtype: torch.dtype
+
+
+def supports(form: Form | None, heads: int, head_dim: int) -> str | None:
+    """Why these shapes cannot be attended on, in a few words; None if they can."""
+    if head_dim not in (64, 128, 256):
+        return f"head_dim {head_dim} is none of 64, 128, 256"
+    if heads > 16:
+        return f"{heads} query heads share a kv head, more than 16"
+    if form is not None and (form.group % 32 or form.tokens % form.group or form.channels & (form.channels - 1)):
+        return f"groups of {form.group} tokens and {form.channels} channels"
+    return None
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def shares(rows: int, columns: int, device: torch.device, resident: int, least: int = 1) -> int:
+    """Into how many shares the columns of each row are cut, so that the device is filled once: at least `least`
+    columns each."""
+    wanted = max(1, resident * _processors(device) // rows)
+    return max(1, min(wanted, columns // least))
+
+
+def decode(
+    queries: torch.Tensor,
+    scaling: float,
+    spans: torch.Tensor,
+    packed: Packed | None = None,
+    exact: Exact | None = None,
+    with_lse: bool = False,
+    asm: bool | None = None,
+    packed_shares: int | None = None,
+    exact_shares: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of one query per row and head over packed and exact pages: see `decode_reference`.
+
+    queries: contiguous `[rows, query_heads, head_dim]`, float16, bfloat16 or float32; spans: int32 `[rows, SPAN]`.
+    Packed pages are attended on in float16, exact ones in their dtype, both with float32 sums.
+    Returns the output in the dtype of the queries and, if asked for, the natural log-sum-exp, float32.
+    """
+    rows, heads, dim = queries.shape
+    device = queries.device
+    asm = device.type == "cuda" if asm is None else asm
+    scale = scaling * 1.4426950408889634
+    n = 8 if heads <= 8 else 16
+    packed_parts = exact_parts = 0
+    if packed is not None:
+        packed_parts = packed_shares or shares(rows, packed.table.shape[1], device, RESIDENT)
+    if exact is not None:
+        exact_parts = exact_shares or shares(rows, exact.table.shape[1], device, RESIDENT, 4)
+    parts = packed_parts + exact_parts
+    out = torch.empty((rows, parts, heads, dim), dtype=torch.float32, device=device)
+    lse = torch.empty((rows, parts, heads), dtype=torch.float32, device=device)
+    if packed is not None:
+        form = packed.form
+        _packed[(rows, packed_parts)](
+            queries, packed.table, spans, out, lse, scale, packed.table.shape[1], parts, heads,
+            N=n, D=dim, BITS=form.bits, GROUP=form.group, CHANNELS=form.channels, SPAN=SPAN, ASM=asm,
+            STAGES=_STAGES[form.bits], num_warps=2, num_stages=_STAGES[form.bits],
+        )  # fmt: skip
+    if exact is not None:
+        wide = exact.dtype.itemsize == 4
+        _exact[(rows, exact_parts)](
+            queries, exact.table, spans, out, lse, scale, exact.table.shape[1], parts, packed_parts, heads,
+            DTYPE=_TYPES[exact.dtype], N=n, D=dim, T=32 if wide else 64, SPAN=SPAN, WIDE=not asm,
+            num_warps=2, num_stages=1 if wide else 3,
+        )  # fmt: skip
+    merged = torch.empty_like(queries)
+    merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
+    _combine[(rows, heads)](
+        out, lse, merged, merged_lse if with_lse else lse, parts,
+        D=dim, P=16, WITH_LSE=with_lse, num_warps=4,
+    )  # fmt: skip
+    return merged, merged_lse

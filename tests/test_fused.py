@@ -1,0 +1,125 @@
+"""A decoding step by kernels, from the engine: the choice of path, the tables, the spans."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from fivefold.attention import attend_step
+from fivefold.attention.decode import exact_bias, exact_tokens, packed_bias
+from fivefold.attention.fused import spans, why_not
+from fivefold.errors import CacheStateError
+from fivefold.kernels.choice import choose
+from fivefold.methods.bits.kivi import Kivi
+from fivefold.store.layer_cache import LayerCache, LayerSpec, Pools
+from fivefold.store.tiers import Extent, Geometry, Packing
+
+pytest.importorskip("triton", reason="needs Triton")
+pytestmark = pytest.mark.usefixtures("one_thread")
+GPU = torch.cuda.is_available()
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(GPU, reason="the kernels are compiled for the GPU here")),
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]),
+]
+
+
+def make(device: str, extents: list[Extent], codec: Kivi | None, dtype: torch.dtype = torch.float32) -> LayerCache:
+    spec = LayerSpec(0, 1, len(extents), 4 * len(extents), 64, dtype, torch.device(device))
+    return LayerCache(spec, Pools(), extents, codec and codec.codec(spec), codec.residual if codec else 0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("extents", "codec"),
+    [
+        ([Extent()] * 2, Kivi(bits=4, residual=32)),
+        ([Extent(), Extent(4, 100)], Kivi(bits=2, residual=40)),
+        ([Extent(40, 70), Extent(0, 33)], None),
+    ],
+)
+def test_a_step_is_that_of_the_reference(device, extents, codec, monkeypatch) -> None:
+    """Over page boundaries, packing, sliding windows, forks and crops."""
+    torch.manual_seed(0)
+    layer = make(device, extents, codec)
+    layer.start(2)
+
+    def append(tokens: int, settle: bool = True) -> None:
+        for cohort in layer.cohorts:
+            layer.append(cohort, *torch.randn(2, len(cohort.rows), tokens, 64, device=device), settle=settle)
+
+    def compare() -> None:
+        for cohort in layer.cohorts:
+            queries = torch.randn(len(cohort.rows), 4, 64, device=device)
+            monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
+            wanted = attend_step(layer, cohort, queries, 0.125)[0]
+            monkeypatch.setenv("FIVEFOLD_KERNELS", "triton")
+            assert why_not(layer, queries.device, 4) is None
+            found = attend_step(layer, cohort, queries, 0.125)[0]
+            assert (found - wanted).norm() < 3e-3 * wanted.norm()
+            assert cohort.exact_table is not None
+
+    for tokens in (1, 30, 150):
+        append(tokens)
+        compare()
+    for _ in range(3):
+        append(1, settle=False)
+        compare()
+        append(1)
+    before = layer.fork()
+    append(200)
+    compare()
+    layer = before
+    compare()
+    layer.crop(1)
+    append(33)
+    compare()
+
+
+def test_spans_are_the_slots_that_the_reference_sees() -> None:
+    random.seed(0)
+    for _ in range(300):
+        extent = random.choice([Extent(), Extent(random.randint(0, 70), random.randint(1, 200))])
+        packing = random.choice([None, Packing(32, random.randint(0, 64), 128)])
+        geometry = Geometry(extent)
+        for tokens in (random.randint(1, 400), 1, random.randint(1, 90), 1):
+            geometry = geometry.appended(tokens)
+            if random.random() < 0.7:
+                geometry = geometry.settled(packing)
+            low, high, sink, start, stop = spans(geometry)
+            slot = torch.arange(exact_tokens(geometry))
+            assert stop == len(slot) and high == geometry.packed_stop - geometry.packed_base
+            bias = exact_bias(geometry, torch.device("cpu"))
+            seen = torch.ones_like(slot, dtype=torch.bool) if bias is None else bias == 0
+            assert torch.equal((slot < sink) | (slot >= start), seen)
+            bias = packed_bias(geometry, torch.device("cpu"))
+            slot = torch.arange(high)
+            seen = torch.ones_like(slot, dtype=torch.bool) if bias is None else bias[:high] == 0
+            assert torch.equal(slot >= low, seen)
+
+
+def test_which_path_and_why(monkeypatch) -> None:
+    cpu = torch.device("cpu")
+    for asked, path in (("auto", "reference"), ("reference", "reference")):
+        monkeypatch.setenv("FIVEFOLD_KERNELS", asked)
+        choice = choose(cpu)
+        assert choice.path == path and choice.possible and choice.why
+    monkeypatch.setenv("FIVEFOLD_KERNELS", "fast")
+    layer = make("cpu", [Extent()], None)
+    with pytest.raises(CacheStateError, match="FIVEFOLD_KERNELS=fast is none of auto, reference, triton"):
+        why_not(layer, cpu, 4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_numbers_beyond_the_kernels_take_the_reference(device, monkeypatch) -> None:
+    monkeypatch.setenv("FIVEFOLD_KERNELS", "triton")
+    layer = make(device, [Extent()], Kivi(bits=4, residual=32))
+    layer.start(1)
+    (cohort,) = layer.cohorts
+    tokens = torch.randn(2, 1, 80, 64, device=device)
+    tokens[0, 0, 5, 3] = 2000.0
+    layer.append(cohort, *tokens)
+    assert why_not(layer, tokens.device, 4) == "keys or values reach 2000, more than the kernels' 750"
+    out, _ = attend_step(layer, cohort, torch.randn(1, 4, 64, device=device), 0.125)
+    assert out.isfinite().all()

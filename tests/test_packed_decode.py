@@ -1,0 +1,169 @@
+"""The decoding kernel against its reference: in Triton's interpreter on a CPU, on the real thing with `-m gpu`."""
+
+from __future__ import annotations
+
+import importlib
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from fivefold.kernels.packed_decode import Form, decode_reference
+from fivefold.methods.bits.kivi import Kivi, KiviCodec
+from fivefold.store.layer_cache import LayerSpec, exact_layout
+from fivefold.store.pages import PagePool
+
+GPU = torch.cuda.is_available()
+pytest.importorskip("triton", reason="needs Triton")
+kernel = importlib.import_module("fivefold.kernels.packed_decode.triton")
+
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(GPU, reason="the kernels are compiled for the GPU here")),
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]),
+]
+FORMS = [(2, 32, 32), (2, 64, 64), (2, 128, 128), (3, 32, 32), (4, 32, 32), (4, 128, 128), (8, 32, 32), (8, 64, 64)]
+
+
+class Tier:
+    """Pages of random tokens in a pool, scattered, over two slabs, with poison in what no table names."""
+
+    def __init__(self, rows: int, columns: int, layout, device: str, encode) -> None:
+        self.pool = PagePool(layout, torch.device(device))
+        count = max(1, rows * columns)
+        first, second = self.pool.allocate(count + 3), self.pool.allocate(count)
+        for part in layout.fields:
+            for ids in (first, second):
+                bad = torch.full((len(ids), *part.shape), 1, dtype=part.dtype, device=device)
+                self.pool.write(part.name, ids, bad * (float("nan") if part.dtype.is_floating_point else -1))
+        picked = np.random.permutation(np.concatenate([first, second]))[: rows * columns]
+        self.table = picked.reshape(rows, columns)
+        self.fields = encode(rows * columns)
+        for name, x in self.fields.items():
+            self.pool.write(name, picked, x)
+
+    def rows(self, name: str) -> torch.Tensor:
+        return self.fields[name].unflatten(0, self.table.shape)
+
+    def addresses(self, name: str) -> torch.Tensor:
+        assert (self.pool.addresses(name, self.table) % 16 == 0).all()
+        return torch.from_numpy(self.pool.addresses(name, self.table) // 16).to(self.pool.device)
+
+
+def numbers(shape: tuple[int, ...], device: str) -> torch.Tensor:
+    """Normal numbers with a few channels that are 20 times as large, and an offset per channel."""
+    scale = torch.where(torch.rand(shape[-1], device=device) < 0.05, 20.0, 1.0)
+    return (torch.randn(shape, device=device) + torch.randn(shape[-1], device=device)) * scale
+
+
+def packed_tier(rows: int, columns: int, form: Form, device: str) -> Tier:
+    spec = LayerSpec(0, 1, 1, 1, form.head_dim, torch.float32, torch.device(device))
+    codec: KiviCodec = Kivi(bits=form.bits, group=form.group).codec(spec)
+    assert codec.form == form and codec.layout.nbytes == form.nbytes
+    shape = (form.tokens, form.head_dim)
+    return Tier(
+        rows, columns, codec.layout, device,
+        lambda n: codec.encode(numbers((n, *shape), device), numbers((n, *shape), device), 0, None),
+    )  # fmt: skip
+
+
+def exact_tier(rows: int, columns: int, head_dim: int, dtype: torch.dtype, device: str) -> Tier:
+    shape = (32, head_dim)
+    return Tier(
+        rows, columns, exact_layout(head_dim, dtype), device,
+        lambda n: {name: numbers((n, *shape), device).to(dtype) for name in ("keys", "values")},
+    )  # fmt: skip
+
+
+def check(
+    device: str,
+    rows: int,
+    heads: int,
+    form: Form,
+    columns: int,
+    exact_columns: int,
+    spans: list[tuple[int, ...]],
+    dtype: torch.dtype = torch.float16,
+    bound: float = 3e-3,
+    **shares: int,
+) -> None:
+    packed = packed_tier(rows, columns, form, device) if columns else None
+    exact = exact_tier(rows, exact_columns, form.head_dim, dtype, device) if exact_columns else None
+    queries = torch.randn(rows, heads, form.head_dim, device=device).to(dtype)
+    span = torch.zeros(rows, kernel.SPAN, dtype=torch.int32, device=device)
+    span[:, :5] = torch.tensor(spans, dtype=torch.int32, device=device)
+    scaling = form.head_dim**-0.5
+    pages, fields, slots, keys, values = None, None, None, None, None
+    if packed is not None:
+        pages = kernel.Packed(packed.addresses("key_words"), form)
+        fields = tuple(packed.rows(part.name) for part in packed.pool.layout.fields)
+    if exact is not None:
+        slots = kernel.Exact(torch.stack([exact.addresses("keys"), exact.addresses("values")], 2), dtype)
+        keys, values = (exact.rows(name).flatten(1, 2) for name in ("keys", "values"))
+    found, lse = kernel.decode(queries, scaling, span, pages, slots, with_lse=True, **shares)
+    wanted, wanted_lse = decode_reference(queries, scaling, span, form, fields, keys, values)
+    assert found.dtype == queries.dtype and found.shape == queries.shape
+    some = wanted_lse.isfinite().all(1)
+    assert (found[~some] == 0).all() and (lse[~some] == -torch.inf).all()
+    if some.any():
+        error = (found.double() - wanted)[some].norm() / wanted[some].norm()
+        assert error < bound, float(error)
+        assert (lse.double() - wanted_lse)[some].abs().max() < 20 * bound
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("bits", "group", "channels"), FORMS)
+def test_packed_and_exact_pages(device: str, bits: int, group: int, channels: int, head_dim: int) -> None:
+    torch.manual_seed(bits * 1000 + group + head_dim)
+    np.random.seed(0)
+    form = Form(bits, group, min(channels, head_dim), head_dim)
+    page = form.tokens
+    # Whole pages and a group less; a window that begins inside a page; nothing packed; one exact token.
+    spans = [(0, 2 * page - group, 0, 0, 33), (page + 5, 2 * page, 3, 40, 64), (0, 0, 0, 0, 1)]
+    check(device, 3, 4, form, 2, 2, spans, packed_shares=2, exact_shares=2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 3, 9, 16])
+def test_heads_and_dtypes(device: str, heads: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(heads)
+    form = Form(4, 32, 32, 64)
+    bound = 3e-3 if dtype is torch.float32 else 1.5e-2
+    check(device, 2, heads, form, 1, 1, [(0, 96, 0, 0, 17), (0, 32, 0, 0, 32)], dtype, bound)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_wide_heads(device: str) -> None:
+    torch.manual_seed(0)
+    check(device, 1, 2, Form(2, 32, 32, 256), 1, 1, [(0, 224, 0, 0, 9)])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tiers_alone_and_rows_that_see_nothing(device: str) -> None:
+    torch.manual_seed(1)
+    form = Form(2, 32, 32, 64)
+    check(device, 2, 4, form, 2, 0, [(0, 300, 0, 0, 0), (0, 0, 0, 0, 0)], packed_shares=5)
+    check(device, 2, 4, form, 0, 5, [(0, 0, 4, 120, 150), (0, 0, 0, 0, 0)], exact_shares=3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+def test_random_shapes() -> None:
+    random.seed(0)
+    for trial in range(200):
+        torch.manual_seed(trial)
+        bits, group, channels = random.choice(FORMS)
+        head_dim = random.choice([64, 128])
+        form = Form(bits, group, min(channels, head_dim), head_dim)
+        rows, heads, columns, exact = (random.randint(1, n) for n in (9, 16, 20, 12))
+        spans = []
+        for _ in range(rows):
+            high = random.randint(0, columns * form.tokens // 32) * 32
+            stop = random.randint(0, exact * 32)
+            low = random.choice([0, random.randint(0, high)])
+            sink, start = random.choice([(0, 0), (random.randint(0, 8), random.randint(0, stop))])
+            spans.append((low, high, sink, start, stop))
+        dtype = random.choice([torch.float16, torch.float32, torch.bfloat16])
+        check("cuda", rows, heads, form, columns, exact, spans, dtype, 1.5e-2 if dtype is torch.bfloat16 else 3e-3)
