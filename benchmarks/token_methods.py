@@ -1,0 +1,75 @@
+"""Methods that choose tokens, beside a random choice and a plain window of the same size: the table of docs/methods.md.
+
+python benchmarks/token_methods.py --json benchmarks/results/token_methods.json
+
+Every method reads the text once, gives up tokens, and is then asked: it does not know the question when it chooses.
+A run that was broken off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fivefold.evaluate import engine
+from fivefold.models import smollm2
+
+SUITES = ("passkey", "multi_needle")
+METHODS = ("h2o", "snapkv", "keyformer", "d2o", "elastic", "random", "streaming")
+
+
+def recipe(method: str, keep: float, context: int) -> str:
+    """The window of `streaming` is as long as what the others hold of the text."""
+    if method == "streaming":
+        return f"streaming(sink=4, recent={round(keep * context) - 4})"
+    return f"{method}(keep={keep})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--context", type=int, nargs="+", default=[1024, 2048, 4096])
+    parser.add_argument("--samples", type=int, nargs="+", default=[4, 3, 2], help="texts, for each context")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.2])
+    parser.add_argument("--method", nargs="+", default=list(METHODS))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--store", type=Path, default=Path.home() / ".cache/fivefold/token_methods.jsonl")
+    options = parser.parse_args()
+    model, tokenizer = smollm2.load()
+    out: dict[str, Any] = {"torch": torch.__version__, "runs": []}
+    for context, samples in zip(options.context, options.samples, strict=True):
+        names = {recipe(method, keep, context): (method, keep) for keep in options.keep for method in options.method}
+        plan = engine.Plan(recipes=tuple(names), suites=SUITES, contexts=(context,), samples=samples)
+        result = engine.run(
+            model,
+            tokenizer,
+            plan,
+            options.store,
+            lambda done, total, what: print(f"\r{done}/{total} {what:60.60}", end="", file=sys.stderr, flush=True),
+        )
+        print(file=sys.stderr)
+        for cell in result["cells"]:
+            method, keep = names.get(cell["recipe"], (cell["recipe"], 1.0))
+            out["runs"].append({"method": method, "keep": keep, **{k: cell[k] for k in cell if k != "failures"}})
+    if options.json:
+        options.json.write_text(json.dumps(out, indent=1) + "\n")
+    table(out["runs"])
+
+
+def table(runs: list[dict[str, Any]]) -> None:
+    places = list(dict.fromkeys((r["suite"], r["context"]) for r in runs))
+    print("| method | keep | " + " | ".join(f"{suite} {context // 1024}k" for suite, context in places) + " | bytes |")
+    print("|---|---|" + "---|" * (len(places) + 1))
+    for method, keep in dict.fromkeys((r["method"], r["keep"]) for r in runs):
+        mine = {(r["suite"], r["context"]): r for r in runs if (r["method"], r["keep"]) == (method, keep)}
+        scores = [f"{mine[place]['score']:.2f}" if place in mine else "–" for place in places]
+        largest = mine[max(mine, key=lambda place: place[1])]
+        print(f"| `{method}` | {keep} | " + " | ".join(scores) + f" | {largest['ratio']:.3f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Random tokens: what any choice must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from fivefold.methods import TokenPolicy, param, register
+from fivefold.store import Held
+
+
+@register(slot="tokens", name="random", paper="none: a baseline")
+@dataclass(frozen=True)
+class RandomTokens(TokenPolicy):
+    """Every KV head holds `keep` of the prompt's tokens: the first `sink`, the `recent` share of them the newest ones,
+    and the rest at random, the same ones in every run. A baseline for the methods that choose.
+
+    Bytes per head: round(keep * prompt) tokens in pages, and 8 bytes for each of them (position, score).
+    """
+
+    keep: float = param(0.2, "fraction of the prompt's tokens that a head holds", low=0.001, high=1)
+    recent: float = param(0.5, "fraction of those that are the most recent tokens", low=0, high=1)
+    sink: int = param(4, "first tokens that never go", low=0)
+    seed: int = param(0, "of the choice", low=0)
+
+    observes = 0
+    watches = False
+
+    def priority(self, held: Held, budget: int) -> torch.Tensor:
+        draws = _draws(self.seed * 1_000_003 + held.layer, held.kv_heads).to(held.scores.device)
+        head = (held.places % held.kv_heads)[:, None]
+        stays = held.newest(int(self.recent * budget)) | (held.positions < self.sink)
+        return draws[head, held.positions % draws.shape[1]].masked_fill(stays, float("inf"))
+
+
+@lru_cache(maxsize=128)
+def _draws(seed: int, heads: int) -> torch.Tensor:
+    return torch.rand(heads, 1 << 16, generator=torch.Generator().manual_seed(seed))
