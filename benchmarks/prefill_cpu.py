@@ -1,0 +1,70 @@
+"""Time and peak memory of reading a long prompt, each recipe in a process of its own, against full().
+
+    python benchmarks/prefill_cpu.py --context 8000 --out benchmarks/results/prefill_cpu.json
+
+Peak memory is the process's largest resident size less what it had when the model was loaded. full() is measured
+first and last: how far these two are apart says how much the machine's speed drifted.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+RECIPES = ("full()", "snapkv()", "h2o()", "keyformer()", "d2o()", "elastic()", "full()")
+
+_CHILD = """
+import json, resource, sys, time
+import psutil, torch
+import fivefold
+from fivefold.evaluate.demo import make_task
+from fivefold.models import smollm2
+
+recipe, context = sys.argv[1], int(sys.argv[2])
+model, tokenizer = smollm2.load()
+task = make_task(tokenizer, context)
+with torch.inference_mode():
+    model(task.prefix[:, :512])
+    cache = fivefold.compress(model, recipe)
+    before = psutil.Process().memory_info().rss
+    start = time.perf_counter()
+    model(task.prefix, past_key_values=cache, logits_to_keep=1)
+    seconds = time.perf_counter() - start
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"recipe": recipe, "prefill_s": seconds, "peak_bytes": peak - before,
+                  "cache_bytes": cache.report().total}))
+"""
+
+
+def main(
+    context: int = 8000, recipe: Annotated[list[str] | None, typer.Option()] = None, out: Path | None = None
+) -> None:
+    rows = []
+    for name in recipe or RECIPES:
+        print(name, file=sys.stderr)
+        command = [sys.executable, "-c", _CHILD, name, str(context)]
+        rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    base = rows[0]
+    table = Table(title=f"SmolLM2-135M, float32, a prompt of {context} tokens; x: of full()")
+    for column in ("recipe", "time x", "peak memory x", "seconds", "peak MiB", "cache MiB"):
+        table.add_column(column, justify="left" if column == "recipe" else "right")
+    for row in rows:
+        table.add_row(
+            row["recipe"], f"{row['prefill_s'] / base['prefill_s']:.2f}",
+            f"{row['peak_bytes'] / base['peak_bytes']:.2f}", f"{row['prefill_s']:.1f}",
+            f"{row['peak_bytes'] / 2**20:.0f}", f"{row['cache_bytes'] / 2**20:.0f}",
+        )  # fmt: skip
+    Console().print(table)
+    if out is not None:
+        out.write_text(json.dumps({"context": context, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
