@@ -15,15 +15,28 @@ from fivefold.recipe import describe
 
 
 @pytest.fixture
-def float8(tmp_path, monkeypatch):
-    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
-    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "float8.py" in block)
-    (tmp_path / "my_float8.py").write_text(code)
+def from_contributing(tmp_path, monkeypatch):
+    """Puts the code block that names a file into a module and imports it."""
+    loaded = []
+
+    def load(name):
+        text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+        code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if f"{name}.py" in block)
+        (tmp_path / f"my_{name}.py").write_text(code)
+        loaded.append(f"my_{name}")
+        return importlib.import_module(f"my_{name}")
+
     monkeypatch.syspath_prepend(tmp_path)
     methods.registered()
     monkeypatch.setattr(methods, "_methods", dict(methods._methods))
-    yield importlib.import_module("my_float8")
-    sys.modules.pop("my_float8")
+    yield load
+    for name in loaded:
+        sys.modules.pop(name)
+
+
+@pytest.fixture
+def float8(from_contributing):
+    return from_contributing("float8")
 
 
 def test_one_file_is_enough(float8):
@@ -57,3 +70,22 @@ def test_a_name_cannot_be_taken_twice(float8):
         methods.register(slot="bits", name="kivi", paper="")(float8.Float8)
     with pytest.raises(ValueError, match="unknown slot"):
         methods.register(slot="bytes", name="other", paper="")
+
+
+def test_a_policy_of_a_few_lines(from_contributing):
+    from_contributing("tova")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.set_attn_implementation("eager")
+    ids = torch.randint(0, 97, (1, 200))
+    with torch.inference_mode():
+        attention = model(ids, output_attentions=True).attentions[0][0, :, -1]
+        cache = fivefold.compress(model, "tova(keep=0.25)")
+        model(ids, past_key_values=cache)
+    (cohort,) = cache.state.stores[0].cohorts
+    most = attention.unflatten(0, (2, 2)).sum(1).topk(50).indices.sort().values
+    assert torch.equal(cohort.held.positions.sort(1).values.long(), most)

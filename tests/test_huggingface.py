@@ -1073,8 +1073,11 @@ def tables_of(*caches: Any) -> dict[int, int]:
 
 @pytest.mark.parametrize(
     ("family", "recipe"),
-    [("llama", "full()"), ("llama", DUO), ("gemma3_text", STREAMING), ("llama", KIVI8), ("gemma3_text", KIVI8)],
-)
+    [
+        ("llama", "full()"), ("llama", DUO), ("gemma3_text", STREAMING), ("llama", KIVI8), ("gemma3_text", KIVI8),
+        ("llama", "h2o(keep=0.9)"), ("llama", f"random(keep=0.9) + {KIVI8}"), ("llama", "d2o(keep=0.9)"),
+    ],
+)  # fmt: skip
 def test_the_report_counts_what_torch_allocates(
     tiny: Any, request: pytest.FixtureRequest, family: str, recipe: str
 ) -> None:
@@ -1092,7 +1095,7 @@ def test_the_report_counts_what_torch_allocates(
         reports = [cache.report() for cache in caches]
         # Forks count all pages of the common pools, each; tables and sliding layers are their own.
         first, *others = reports
-        return first.total + sum(other.tables + other.sliding for other in others)
+        return first.total + sum(other.tables + other.sliding + other.statistics for other in others)
 
     more, extra = torch.ones(2, 100, dtype=torch.long), prompt(100, 2)
     whole = torch.cat([mask, more], 1)

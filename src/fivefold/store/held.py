@@ -57,7 +57,9 @@ class Held:
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in (self.places, self.positions, self.scores, *self.extra.values()))
+        """Bytes of what is known about tokens; which row is which counts as a table."""
+        # A row's last slot may just have gone: the tensors are then views of one more.
+        return sum(x.untyped_storage().nbytes() for x in (self.positions, self.scores, *self.extra.values()))
 
     def pick(self, rows: torch.Tensor, places: torch.Tensor) -> Held:
         """The rows with these indices, now at these places."""
