@@ -154,6 +154,7 @@ class Plain:
             return set(range(max(0, len(self.positions) - min(policy.window, budget)), len(self.positions)))
         recent = 1 if policy.name == "elastic" else int(policy.recent * budget)
         sink = getattr(policy, "sink", 0)
+        recent = max(0, min(recent, budget - sink))
         return {slot for slot, p in enumerate(self.positions) if p > last - recent or p < sink}
 
     def ranked(self, budget: int, scores: list[float]) -> list[int]:

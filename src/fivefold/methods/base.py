@@ -157,7 +157,7 @@ class TokenPolicy(Method):
     merges: bool = False
     """Whether what goes when a chunk has come is merged into what stays."""
     merges_steps: bool = False
-    """Whether what goes while generating is."""
+    """Whether what goes while generating is (see `merge_step`)."""
 
     def merge(
         self, held: Held, keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor
@@ -166,6 +166,14 @@ class TokenPolicy(Method):
 
         keys, values: float32 `[rows, slots, head_dim]`; kept: int64 `[rows, kept]`, by position.
         """
+        raise NotImplementedError
+
+    def merge_step(
+        self, held: Held, keys: torch.Tensor, values: torch.Tensor, goes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """`merge` for one token of each row, slot `goes [rows]`: the slot it goes into, the key and value that then
+        stand
+        there, `[rows, head_dim]` each, and `extra`. Must not write into its arguments."""
         raise NotImplementedError
 
 

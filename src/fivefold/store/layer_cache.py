@@ -554,26 +554,23 @@ class LayerCache:
                     self._pack_over(cohort, held, due)
             else:
                 self._append(cohort, None, None, True, horizon)
-        elif excess == 1 and horizon == 0 and not self.policy.merges_steps:
-            self._replace_by_last(cohort, held, self.policy.victims(held, self.policy.budget(held), 1)[:, 0])
+        elif excess == 1 and horizon == 0:
+            goes = self.policy.victims(held, self.policy.budget(held), 1)[:, 0]
+            if self.policy.merges_steps:
+                keys, values = (x.float() for x in self.dense(cohort))
+                into, new_keys, new_values, extra = self.policy.merge_step(held, keys, values, goes)
+                self._overwrite(cohort, into, new_keys, new_values)
+                held = replace(held, extra=extra)
+            self._replace_by_last(cohort, held, goes)
         else:
             self._choose(cohort, held, horizon)
 
     def _replace_by_last(self, cohort: Cohort, held: Held, slots: torch.Tensor) -> None:
         """Give up one token of each row: the last one takes its slot, `[rows]`."""
-        pool, last = self.exact_pool, cohort.geometry.length - 1
-        index = slots.cpu().numpy()
-        rows = np.arange(len(cohort.rows))
-        if cohort.shared:
-            before = cohort.exact[rows, index // PAGE]
-            own = pool.unshare(before)
-            if own is not before:
-                cohort.exact[rows, index // PAGE] = own
-                cohort.touched_exact()
-        pages = cohort.exact[rows, index // PAGE]
-        for name in ("keys", "values"):
-            moved = pool.read(name, cohort.exact[:, last // PAGE])[:, last % PAGE].clone()
-            pool.write_tokens(name, pages, index % PAGE, moved)
+        last = cohort.geometry.length - 1
+        column = cohort.exact[:, last // PAGE]
+        keys, values = (self.exact_pool.read(name, column)[:, last % PAGE].clone() for name in ("keys", "values"))
+        self._overwrite(cohort, slots, keys, values)
         cohort.geometry = replace(cohort.geometry, length=last, evicted=cohort.geometry.evicted + 1)
         at = slots[:, None]
         cohort.held = replace(
@@ -582,6 +579,19 @@ class LayerCache:
             scores=held.scores.scatter(1, at, held.scores[:, -1:])[:, :-1],
             settled=held.seen,
         )
+
+    def _overwrite(self, cohort: Cohort, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put tokens `[rows, head_dim]` into exact slots `[rows]`."""
+        index, rows = slots.cpu().numpy(), np.arange(len(cohort.rows))
+        column = index // PAGE
+        if cohort.shared:
+            before = cohort.exact[rows, column]
+            own = self.exact_pool.unshare(before)
+            if own is not before:
+                cohort.exact[rows, column] = own
+                cohort.touched_exact()
+        for name, x in (("keys", keys), ("values", values)):
+            self.exact_pool.write_tokens(name, cohort.exact[rows, column], index % PAGE, x.to(self.spec.dtype))
 
     def _pack_over(self, cohort: Cohort, held: Held, due: int) -> None:
         """Give up `due` of the packed tokens and of the `due` oldest exact ones, which take the places of those that

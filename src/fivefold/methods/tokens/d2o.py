@@ -67,8 +67,13 @@ class D2O(TokenPolicy):
         return max(self.sink + 1, min(held.prompt, super().budget(held)))
 
     def priority(self, held: Held, budget: int) -> torch.Tensor:
-        stays = held.newest(int(self.recent * budget)) | (held.positions < self.sink)
+        recent = max(0, min(int(self.recent * budget), budget - self.sink))
+        stays = held.newest(recent) | (held.positions < self.sink)
         return held.scores.masked_fill(stays, float("inf"))
+
+    def _threshold(self, held: Held, mean: torch.Tensor) -> torch.Tensor:
+        before = held.extra.get("threshold")
+        return mean if before is None else self.alpha * before + self.beta * mean
 
     def merge(
         self, held: Held, keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor
@@ -79,9 +84,7 @@ class D2O(TokenPolicy):
         old_keys, old_values = _take(keys, gone), _take(values, gone)
         new_keys, new_values = _take(keys, kept), _take(values, kept)
         similarity, nearest = most_similar(old_keys, new_keys)
-        mean = similarity.mean(1)
-        before = held.extra.get("threshold")
-        threshold = mean if before is None else self.alpha * before + self.beta * mean
+        threshold = self._threshold(held, similarity.mean(1))
         weights = similarity * (similarity >= threshold[:, None])
         count = torch.ones(rows, kept.shape[1], device=keys.device)
         count.scatter_add_(1, nearest, (similarity >= threshold[:, None]).to(count.dtype))
@@ -89,6 +92,21 @@ class D2O(TokenPolicy):
         for new, old in ((new_keys, old_keys), (new_values, old_values)):
             new.scatter_add_(1, index, old * weights[:, :, None]).div_(count[:, :, None])
         return new_keys, new_values, {**held.extra, "threshold": threshold}
+
+    def merge_step(
+        self, held: Held, keys: torch.Tensor, values: torch.Tensor, goes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        rows = torch.arange(len(keys), device=keys.device)
+        old_keys, old_values = keys[rows, goes], values[rows, goes]
+        unit = torch.nn.functional.normalize(old_keys, dim=-1)[:, :, None]
+        like = (keys @ unit)[:, :, 0] / keys.norm(dim=-1).clamp_(min=1e-12)
+        like[rows, goes] = float("-inf")
+        similarity, into = like.max(1)
+        threshold = self._threshold(held, similarity)
+        weight = (similarity * (similarity >= threshold))[:, None]
+        count = 1.0 + (similarity >= threshold)[:, None]
+        new = [(x[rows, into] + weight * old) / count for x, old in ((keys, old_keys), (values, old_values))]
+        return into, new[0], new[1], {**held.extra, "threshold": threshold}
 
 
 def _take(x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

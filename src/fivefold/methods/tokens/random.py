@@ -34,5 +34,6 @@ class RandomTokens(TokenPolicy):
         place = held.layer * held.kv_heads + (held.places % held.kv_heads)[:, None]
         draws = (held.positions + 1 + 1_000_003 * place + 15_485_863 * self.seed) % _PRIME
         draws = (draws * 48_271 % _PRIME) ** 2 % _PRIME
-        stays = held.newest(int(self.recent * budget)) | (held.positions < self.sink)
+        recent = max(0, min(int(self.recent * budget), budget - self.sink))
+        stays = held.newest(recent) | (held.positions < self.sink)
         return draws.float().masked_fill(stays, float("inf"))
