@@ -1,4 +1,4 @@
-"""The command line: `fivefold recipes | fetch | generate | demo | eval | sweep`.
+"""The command line: `fivefold recipes | fetch | generate | demo | eval | sweep | doctor | bench`.
 
 What a command is asked for goes to stdout; bars, reports and errors go to stderr. Every error raised on
 purpose is one sentence and exit code 2; Ctrl-C is exit code 130. torch and transformers are imported inside
@@ -566,6 +566,160 @@ def _facts(questions: list[dict[str, str]], runs: list[dict[str, Any]]) -> Group
             table.add_row(mark, Text(run["recipe"]), Text(run["answers"][number] or "(nothing)"))
         parts.append(Padding(table, (0, 0, 0, 2)))
     return Group(*parts)
+
+
+# -- doctor and bench -------------------------------------------------------------------------------------
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Say what this machine has, and which kernels run on it and why."""
+    from fivefold.benchmark.machine import describe
+
+    found = describe()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, value in found.items():
+        if name != "devices":
+            table.add_row(name, Text(str(value if value is not None else "not installed")))
+    for part in found["devices"]:
+        held = f", {part['memory'] / 2**30:.0f} GiB, capability {part['capability']}" if "memory" in part else ""
+        table.add_row(part["device"], Text(f"{part['name']}{held}"))
+        table.add_row("", Text(f"kernels: {part['path']} ({part['why']})"))
+    out.print(table)
+    bad = next((part for part in found["devices"] if not part["possible"]), None)
+    if bad and found["FIVEFOLD_KERNELS"] != "triton":
+        raise InputError(f"{bad['why']}: set it to one of those, or unset it.")
+
+
+bench = typer.Typer(help="Time attention kernels and decoding steps on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+BenchSize = Annotated[
+    list[str] | None,
+    typer.Option("--size", "-s", metavar="CONTEXT[xBATCH]", help="Tokens, and sequences; repeat it for more."),
+]
+BenchRecipe = Annotated[
+    list[str] | None, typer.Option("--recipe", "-r", metavar="RECIPE", help="One to measure; repeat it for more.")
+]
+BenchJson = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write all results into this file.")]
+
+
+@bench.command(name="kernels")
+def bench_kernels(size: BenchSize = None, recipe: BenchRecipe = None, json_file: BenchJson = None) -> None:
+    """One step's attention of one layer (8 kv heads x 4, head_dim 128) against SDPA in bf16, in the same run."""
+    from fivefold.benchmark import kernels, machine
+
+    device = machine.device()
+    sizes = _sizes(size) or kernels.SIZES[device.type]
+    target = None if json_file is None else _writable(json_file)
+    recipes = _recipes_of_one_head_kind(recipe or list(kernels.RECIPES))
+    rows: list[dict[str, Any]] = []
+    with _bars() as bars:
+        task = bars.add_task("copy", total=len(sizes) * (len(recipes) + 1), amount="")
+        copy = machine.copy_rate(device)
+        for context, batch in sizes:
+            bars.update(task, description=f"{context} x {batch}")
+            for row in kernels.measure(device, context, batch, recipes):
+                row["of_copy"] = row["rate"] / copy
+                rows.append(row)
+                bars.advance(task)
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"{machine.describe()['devices'][-1]['name']}, copy {copy / 1e12:.2f} TB/s"
+    )
+    for name in ("context", "batch", "kernel", "path"):
+        table.add_column(name)
+    for name in ("ms", "x SDPA", "MiB read", "TB/s", "of copy"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            f"{row['context']:,}", str(row["batch"]), row["kernel"], row["path"], f"{row['ms']:.4f}",
+            f"{row['gain']:.2f}", f"{row['bytes'] / 2**20:,.1f}", f"{row['rate'] / 1e12:.3f}", f"{row['of_copy']:.0%}",
+        )  # fmt: skip
+    out.print(table)
+    _bench_results(target, json_file, {**machine.stamp(), "copy_rate": copy, "rows": rows})
+
+
+@bench.command(name="decode")
+def bench_decode(
+    size: BenchSize = None,
+    recipe: BenchRecipe = None,
+    shape: Annotated[
+        str | None, typer.Option(metavar="SHAPE", help="llama-3-8b or small; by default what the device can run.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps to time.")] = 40,
+    json_file: BenchJson = None,
+) -> None:
+    """Whole decoding steps of a model of random weights against transformers' DynamicCache."""
+    from fivefold.benchmark import decode, machine
+    from fivefold.recipe import Recipe
+
+    device = machine.device()
+    shape = shape or ("llama-3-8b" if device.type == "cuda" else "small")
+    if shape not in decode.SHAPES:
+        raise InputError(f"--shape {shape!r} is none of {', '.join(decode.SHAPES)}.")
+    sizes = _sizes(size) or (((8192, 1), (32768, 1), (131072, 1)) if device.type == "cuda" else ((4096, 1),))
+    target = None if json_file is None else _writable(json_file)
+    recipes = [str(Recipe.parse(text)) for text in recipe or decode.RECIPES]
+    rows: list[dict[str, Any]] = []
+    _silence()
+    with _bars() as bars:
+        task = bars.add_task(shape, total=len(sizes) * (len(recipes) + 1), amount="")
+        for context, batch in sizes:
+            bars.update(task, description=f"{context} x {batch}")
+            for row in decode.measure(shape, device, context, batch, recipes, steps):
+                rows.append(row)
+                bars.advance(task)
+    table = Table(box=box.SIMPLE_HEAD, title=f"{shape} on {machine.describe()['devices'][-1]['name']}")
+    for name in ("context", "batch", "recipe"):
+        table.add_column(name)
+    for name in ("ms/step", "mean", "x DynamicCache", "tokens/s", "cache MiB"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        cells = [f"{row['context']:,}", str(row["batch"]), row["recipe"]]
+        if "error" in row:
+            cells += [row["error"], "", "", "", ""]
+        else:
+            gain = f"{row['gain']:.2f}" if row["gain"] else ""
+            cells += [f"{row['ms']:.2f}", f"{row['mean_ms']:.2f}", gain]
+            cells += [f"{row['tokens_s']:.1f}", f"{row['cache_bytes'] / 2**20:,.1f}"]
+        table.add_row(*cells)
+    out.print(table)
+    _bench_results(target, json_file, {**machine.stamp(), "rows": rows})
+
+
+def _sizes(texts: list[str] | None) -> list[tuple[int, int]]:
+    """CONTEXT or CONTEXTxBATCH, each at least 1. Raises `InputError`."""
+    sizes = []
+    for text in texts or []:
+        match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,5}))?", text.strip())
+        context, batch = (int(match[1]), int(match[2] or 1)) if match else (0, 0)
+        if not context or not batch:
+            raise InputError(f"--size {text!r} is no size: write tokens, or tokens x sequences, as in 32768x4.")
+        sizes.append((context, batch))
+    return sizes
+
+
+def _recipes_of_one_head_kind(texts: list[str]) -> list[str]:
+    """Recipes that treat all heads of a layer alike, which a single layer stands for. Raises `InputError`."""
+    from fivefold.recipe import Recipe
+
+    for text in texts:
+        if Recipe.parse(text).get("heads"):
+            raise InputError(
+                f"{text!r} treats heads differently, and `bench kernels` times one layer: use bench decode."
+            )
+    return [str(Recipe.parse(text)) for text in texts]
+
+
+def _bench_results(target: Path | None, name: str | None, results: dict[str, Any]) -> None:
+    if target is not None:
+        _write(target, json.dumps(results, indent=2) + "\n")
+        err.print(f"\nAll results are in {name}.", soft_wrap=True)
 
 
 # -- eval and sweep ---------------------------------------------------------------------------------------

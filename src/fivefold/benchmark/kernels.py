@@ -1,0 +1,97 @@
+"""One decoding step's attention of one layer, of every recipe, against SDPA over the same tokens in the same run.
+
+The layer is a real one: random keys and values (a few channels 20 times as large) go through its codec into pages of
+a pool, and the step is the engine's own `attend_step`, all tiers and their merge included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fivefold.attention import attend_step
+from fivefold.attention.decode import exact_tokens
+from fivefold.attention.fused import why_not
+from fivefold.benchmark.machine import median_ms
+from fivefold.recipe import Recipe
+from fivefold.store.layer_cache import LayerCache, LayerSpec, Pools
+
+RECIPES = (
+    "full()", "kivi(bits=8)", "kivi(bits=4, group=128)", "kivi(bits=4)", "kivi(bits=3)", "kivi(bits=2, group=128)",
+    "kivi(bits=2)",
+)  # fmt: skip
+SIZES = {"cuda": ((8192, 1), (32768, 1), (131072, 4), (524288, 1)), "cpu": ((4096, 1), (16384, 1))}
+KV_HEADS, GROUP, HEAD_DIM = 8, 4, 128
+PIECE = 1 << 24  # numbers that are made and stored at a time
+
+
+def measure(device: torch.device, context: int, batch: int, recipes: list[str]) -> Iterator[dict[str, Any]]:
+    """Rows: kernel, milliseconds, bytes read, bytes a second, and how many times faster than the best SDPA."""
+    dtype = torch.bfloat16
+    rows = KV_HEADS * batch
+    queries = torch.randn(rows, GROUP, HEAD_DIM, device=device, dtype=dtype)
+    size = {"context": context, "batch": batch}
+
+    def row(kernel: str, path: str, ms: float, nbytes: int, best: float) -> dict[str, Any]:
+        rate = nbytes / ms * 1000
+        return {**size, "kernel": kernel, "path": path, "ms": ms, "bytes": nbytes, "rate": rate, "gain": best / ms}
+
+    timed, nbytes = _sdpa(queries, context)
+    best = min(ms for _, ms in timed)
+    for name, ms in timed:
+        yield row(name, "torch", ms, nbytes, best)
+    for recipe in recipes:
+        layer = filled(Recipe.parse(recipe), device, context, batch, dtype)
+        (cohort,) = layer.cohorts
+        read = rows * exact_tokens(cohort.geometry) * 2 * HEAD_DIM * dtype.itemsize
+        if layer.packed_pool is not None:
+            read += cohort.packed.size * layer.packed_pool.layout.nbytes
+        path = "reference" if why_not(layer, device, GROUP) else "triton"
+        ms = median_ms(partial(attend_step, layer, cohort, queries, HEAD_DIM**-0.5), device)
+        yield row(recipe, path, ms, read, best)
+        layer.free()
+
+
+def _sdpa(queries: torch.Tensor, context: int) -> tuple[list[tuple[str, float]], int]:
+    """Name and milliseconds of every SDPA backend there is, the heads of a group as rows, and the bytes each reads."""
+    shape = (len(queries), 1, context, HEAD_DIM)
+    keys, values = (torch.randn(shape, device=queries.device, dtype=queries.dtype) for _ in range(2))
+    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    timed = []
+    for name, backend in backends.items():
+        try:
+            with sdpa_kernel(backend):
+                call = partial(F.scaled_dot_product_attention, queries[:, None], keys, values)
+                timed.append((f"SDPA {name} bf16", median_ms(call, queries.device)))
+        except RuntimeError:  # no such backend for these shapes here
+            continue
+    return timed, keys.nbytes + values.nbytes
+
+
+def filled(recipe: Recipe, device: torch.device, context: int, batch: int, dtype: torch.dtype) -> LayerCache:
+    """A layer that holds `context` random tokens of `batch` sequences, put there piece by piece."""
+    spec = LayerSpec(0, 1, KV_HEADS, KV_HEADS * GROUP, HEAD_DIM, dtype, device)
+    owner = recipe.get("bits") or recipe.get("channels")
+    codec = owner.codec(spec) if owner else None
+    layer = LayerCache(spec, Pools(), recipe.extents(spec), codec, owner.exact_tokens if owner else 0)
+    layer.start(batch)
+    scale = torch.where(torch.rand(HEAD_DIM, device=device) < 0.05, 20.0, 1.0).to(dtype)
+    fill(layer, context, scale)
+    return layer
+
+
+def fill(layer: LayerCache, context: int, scale: torch.Tensor | float = 1.0) -> None:
+    """Append `context` random tokens to every sequence of a layer. scale: of the channels."""
+    spec = layer.spec
+    step = max(1024, PIECE // (layer.batch * spec.kv_heads * spec.head_dim) // 1024 * 1024)
+    for first in range(0, context, step):
+        tokens = min(step, context - first)
+        for cohort in layer.cohorts:
+            shape = (len(cohort.rows), tokens, spec.head_dim)
+            keys, values = (torch.randn(shape, device=spec.device, dtype=spec.dtype) for _ in range(2))
+            layer.append(cohort, keys * scale, values)

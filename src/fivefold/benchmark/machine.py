@@ -1,0 +1,93 @@
+"""What this machine is, which kernels run on it and why, and how its time is measured."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fivefold.kernels.choice import choose
+
+PACKAGES = ("fivefold", "torch", "transformers", "triton", "numpy")
+FLUSHED = 1 << 28
+"""Bytes written between two timed calls on a GPU: more than any L2 cache holds."""
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def describe() -> dict[str, Any]:
+    """Versions, devices, and the path of the kernels on each."""
+    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    found["cuda"] = torch.version.cuda
+    found["FIVEFOLD_KERNELS"] = os.environ.get("FIVEFOLD_KERNELS", "auto")
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    found["devices"] = [{"device": str(d), **_hardware(d), **choose(d)._asdict()} for d in devices]
+    return found
+
+
+def _hardware(device: torch.device) -> dict[str, Any]:
+    if device.type == "cpu":
+        return {"name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "memory": properties.total_memory,
+        "processors": properties.multi_processor_count,
+        "capability": f"{properties.major}.{properties.minor}",
+    }
+
+
+def stamp() -> dict[str, Any]:
+    """The head of a file of results."""
+    return {"date": time.strftime("%Y-%m-%d"), "machine": describe()}
+
+
+def median_ms(call: Callable[[], Any], device: torch.device, repeats: int = 25) -> float:
+    """Median time of a call, milliseconds. On a GPU: of a captured graph, by events, with nothing of it in L2."""
+    if device.type == "cpu":
+        call()
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times) * 1000
+    flush = torch.empty(FLUSHED, dtype=torch.int8, device=device)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for before, after in pairs:
+        flush.zero_()
+        before.record()
+        graph.replay()
+        after.record()
+    torch.cuda.synchronize()
+    return statistics.median(before.elapsed_time(after) for before, after in pairs)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second, read and written, of a large copy on the device."""
+    size = 1 << (32 if device.type == "cuda" else 27)
+    source = torch.ones(size // 4, dtype=torch.int32, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / median_ms(lambda: target.copy_(source), device, 9) * 1000

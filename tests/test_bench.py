@@ -1,0 +1,41 @@
+"""`fivefold doctor` and `fivefold bench`, on what this machine has."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-m", "fivefold", *args], capture_output=True, text=True, env={**os.environ, **env}
+    )
+
+
+def test_doctor_says_which_path_runs_and_why() -> None:
+    found = json.loads(run("doctor", "--json", FIVEFOLD_KERNELS="reference").stdout)
+    assert found["torch"] and found["devices"][0]["path"] == "reference"
+    assert found["devices"][0]["why"] == "FIVEFOLD_KERNELS=reference"
+    bad = run("doctor", FIVEFOLD_KERNELS="fast")
+    assert bad.returncode == 2 and "fast is none of auto, reference, triton" in bad.stderr
+
+
+def test_bench_kernels(tmp_path) -> None:
+    target = tmp_path / "k.json"
+    done = run("bench", "kernels", "--size", "500x2", "--recipe", "kivi(bits=4)", "--json", str(target))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(target.read_text())["rows"]
+    packed = next(row for row in rows if row["kernel"].startswith("kivi"))
+    assert packed["context"] == 500 and packed["batch"] == 2 and packed["ms"] > 0
+    # 500 tokens: 11 groups of 32 are packed in three pages, and 148 tokens are exact.
+    page = 2 * 32 * 128 * 2 + 2 * 4 * 128 * 2 + 2 * 4 * 32 * 4 * 2
+    assert packed["bytes"] == 16 * (3 * page + 148 * 2 * 128 * 2)
+
+
+@pytest.mark.parametrize("size", ["", "0", "12x0", "x4", "many"])
+def test_sizes_that_are_none(size: str) -> None:
+    bad = run("bench", "decode", "--size", size)
+    assert bad.returncode == 2 and "is no size" in bad.stderr
