@@ -28,7 +28,7 @@ def test_bench_kernels(tmp_path) -> None:
     done = run("bench", "kernels", "--size", "500x2", "--recipe", "kivi(bits=4)", "--json", str(target))
     assert done.returncode == 0, done.stderr
     rows = json.loads(target.read_text())["rows"]
-    packed = next(row for row in rows if row["kernel"].startswith("kivi"))
+    packed = next(row for row in rows if row["kernel"] == "kivi(bits=4)")
     assert packed["context"] == 500 and packed["batch"] == 2 and packed["ms"] > 0
     # 500 tokens: 11 groups of 32 are packed in three pages, and 148 tokens are exact.
     page = 2 * 32 * 128 * 2 + 2 * 4 * 128 * 2 + 2 * 4 * 32 * 4 * 2

@@ -633,12 +633,13 @@ def bench_kernels(size: BenchSize = None, recipe: BenchRecipe = None, json_file:
     )
     for name in ("context", "batch", "kernel", "path"):
         table.add_column(name)
-    for name in ("ms", "x SDPA", "MiB read", "TB/s", "of copy"):
+    for name in ("ms", "x SDPA", "MiB", "TB/s", "of copy"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
             f"{row['context']:,}", str(row["batch"]), row["kernel"], row["path"], f"{row['ms']:.4f}",
-            f"{row['gain']:.2f}", f"{row['bytes'] / 2**20:,.1f}", f"{row['rate'] / 1e12:.3f}", f"{row['of_copy']:.0%}",
+            f"{row['gain']:.2f}" if row["gain"] else "", f"{row['bytes'] / 2**20:,.1f}",
+            f"{row['rate'] / 1e12:.3f}", f"{row['of_copy']:.0%}",
         )  # fmt: skip
     out.print(table)
     _bench_results(target, json_file, {**machine.stamp(), "copy_rate": copy, "rows": rows})

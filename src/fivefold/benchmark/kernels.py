@@ -1,7 +1,7 @@
 """One decoding step's attention of one layer, of every recipe, against SDPA over the same tokens in the same run.
 
 The layer is a real one: random keys and values (a few channels 20 times as large) go through its codec into pages of
-a pool, and the step is the engine's own `attend_step`, all tiers and their merge included.
+a pool, and the step is the engine's own `attend_step`, all tiers and their merge included. Packing is timed too.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from fivefold.attention import attend_step
 from fivefold.attention.decode import exact_tokens
 from fivefold.attention.fused import why_not
 from fivefold.benchmark.machine import median_ms
+from fivefold.kernels.choice import choose
+from fivefold.kernels.pack import pack_pages
+from fivefold.kernels.packed_decode import Form
 from fivefold.recipe import Recipe
 from fivefold.store.layer_cache import LayerCache, LayerSpec, Pools
 
@@ -27,6 +30,7 @@ RECIPES = (
 )  # fmt: skip
 SIZES = {"cuda": ((8192, 1), (32768, 1), (131072, 4), (524288, 1)), "cpu": ((4096, 1), (16384, 1))}
 KV_HEADS, GROUP, HEAD_DIM = 8, 4, 128
+PACKED = 1 << 20  # tokens that are packed to time it
 PIECE = 1 << 24  # numbers that are made and stored at a time
 
 
@@ -55,6 +59,9 @@ def measure(device: torch.device, context: int, batch: int, recipes: list[str]) 
         ms = median_ms(partial(attend_step, layer, cohort, queries, HEAD_DIM**-0.5), device)
         yield row(recipe, path, ms, read, best)
         layer.free()
+        if layer.codec is not None and layer.codec.form is not None:
+            ms, moved = _pack(layer.codec.form, rows * context, device, dtype)
+            yield {**row(f"pack {recipe}", choose(device).path, ms, moved, best), "gain": None}
 
 
 def _sdpa(queries: torch.Tensor, context: int) -> tuple[list[tuple[str, float]], int]:
@@ -71,6 +78,14 @@ def _sdpa(queries: torch.Tensor, context: int) -> tuple[list[tuple[str, float]],
         except RuntimeError:  # no such backend for these shapes here
             continue
     return timed, keys.nbytes + values.nbytes
+
+
+def _pack(form: Form, tokens: int, device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
+    """Milliseconds to quantise and pack that many tokens (rounded up to pages, at most `PACKED`), and bytes moved."""
+    shape = (-(-min(tokens, PACKED) // form.tokens), form.tokens, form.head_dim)
+    keys, values = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
+    ms = median_ms(partial(pack_pages, form, keys, values, 0, None), device, 9)
+    return ms, keys.nbytes + values.nbytes + shape[0] * form.nbytes
 
 
 def filled(recipe: Recipe, device: torch.device, context: int, batch: int, dtype: torch.dtype) -> LayerCache:

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from fivefold.errors import NonFiniteError, RecipeError
+from fivefold.kernels.pack import pack_pages
 from fivefold.kernels.packed_decode import Form, decode_page
 from fivefold.kernels.planar import (
     PLANES,
     dequantise,
-    pack,
     planar_output,
     planar_scores,
-    quantise,
 )
 from fivefold.methods import Codec, Method, param, register
 from fivefold.store import Field, LayerSpec, PageLayout
@@ -111,27 +110,9 @@ class KiviCodec(Codec):
         self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
     ) -> dict[str, torch.Tensor]:
         self.check(keys, values)
-        pages = keys.shape[0]
-        grouped = keys.float().unflatten(1, (-1, self.group)).transpose(2, 3)  # [pages, groups, head_dim, group]
-        codes, scale, zero = quantise(grouped, self.bits)
-        key_codes = codes.transpose(2, 3).flatten(1, 2)
-        split = values.float().unflatten(2, (-1, self.channels))
-        value_codes, value_scale, value_zero = quantise(split, self.bits)
-        plane, groups = slot // 32, slot // self.group
-        fields = {}
-        for name, new in (("key_words", key_codes), ("value_words", value_codes.flatten(2))):
-            fields[name] = pack(new, self.bits, plane, None if opened is None else opened[name])
-        for name, part, at in (
-            ("key_scale", scale.squeeze(-1), groups),
-            ("key_zero", zero.squeeze(-1), groups),
-            ("value_scale", value_scale.squeeze(-1).unflatten(1, (-1, 32)).transpose(2, 3), plane),
-            ("value_zero", value_zero.squeeze(-1).unflatten(1, (-1, 32)).transpose(2, 3), plane),
-        ):
-            shape = next(f.shape for f in self.layout.fields if f.name == name)
-            whole = part.new_zeros((pages, *shape)) if opened is None else opened[name].clone()
-            whole[:, at : at + part.shape[1]] = part
-            fields[name] = whole
-        return fields
+        names = [part.name for part in self.layout.fields]
+        old = None if opened is None else tuple(opened[name] for name in names)
+        return dict(zip(names, pack_pages(self.form, keys, values, slot, old)))
 
     def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         return decode_page(self.form, tuple(fields[part.name] for part in self.layout.fields))

@@ -1,0 +1,20 @@
+"""Tokens into planar KIVI pages. `triton.py` needs Triton and is imported only where it is used."""
+
+import torch
+
+from fivefold.kernels.choice import choose
+from fivefold.kernels.pack.reference import pack_reference
+from fivefold.kernels.packed_decode.reference import Form
+
+__all__ = ["pack_pages", "pack_reference"]
+
+
+def pack_pages(
+    form: Form, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: tuple[torch.Tensor, ...] | None
+) -> tuple[torch.Tensor, ...]:
+    """`pack_reference`, by the kernel where that runs; the bytes are the same."""
+    if form.head_dim in (64, 128, 256) and choose(keys.device).path == "triton":
+        from fivefold.kernels.pack import triton as kernel
+
+        return kernel.pack_pages(form, keys, values, slot, opened)
+    return pack_reference(form, keys, values, slot, opened)
