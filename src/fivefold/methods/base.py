@@ -98,9 +98,9 @@ class Method:
 class TokenPolicy(Method):
     """A method that chooses which tokens a KV head holds by the attention that they receive.
 
-    Each row (one KV head of one sequence) holds `budget` tokens of its own choice. What is chosen is freed, or merged
-    into what stays; positions remain those of the text. Shapes: `[rows, slots]`, a slot being the place of a token
-    (see `fivefold.store.held.Held`).
+    Each row (one KV head of one sequence) holds `budget` tokens of its own choice. What is not chosen is freed, or
+    merged into what stays; positions remain those of the text. Shapes: `[rows, slots]`, a slot being the place of a
+    token (see `fivefold.store.held.Held`).
     """
 
     keep: float
@@ -120,6 +120,11 @@ class TokenPolicy(Method):
     def evicts(self) -> bool:
         """Whether anything ever goes."""
         return self.keep < 1
+
+    @property
+    def commits(self) -> bool:
+        """Whether tokens cannot be taken back: their attention has counted, or others went for them."""
+        return self.evicts and (self.watches or self.trims)
 
     def budget(self, held: Held) -> int:
         """How many tokens a row may hold. Here: `keep` of the prompt, while generating too."""
@@ -171,9 +176,11 @@ class TokenPolicy(Method):
     def merge_step(
         self, held: Held, keys: torch.Tensor, values: torch.Tensor, goes: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """`merge` for one token of each row, slot `goes [rows]`: the slot it goes into, the key and value that then
-        stand
-        there, `[rows, head_dim]` each, and `extra`. Must not write into its arguments."""
+        """`merge` for one token of each row, slot `goes [rows]`.
+
+        Returns the slot it goes into, the key and value that then stand there, `[rows, head_dim]` each, and `extra`.
+        Must not write into its arguments.
+        """
         raise NotImplementedError
 
 

@@ -567,7 +567,7 @@ class FivefoldLayer(CacheLayerMixin):
 
     def activate_past_recording(self) -> None:
         policy = self.store.policy
-        if policy is not None and policy.evicts and (policy.watches or policy.trims):
+        if policy is not None and policy.commits:
             raise CacheStateError(
                 f"{policy.name} counts the attention of every token and cannot take tokens back: generate without an "
                 "assistant model or prompt lookup, or use snapkv() or streaming()."

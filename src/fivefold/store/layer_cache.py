@@ -84,8 +84,7 @@ class Cohort:
 
     __slots__ = (
         "exact", "exact_blocks", "exact_table", "geometry", "held", "own", "packed", "packed_blocks", "packed_table",
-        "rows",
-        "rows_tensor", "shared", "tail",
+        "rows", "rows_tensor", "shared", "tail",
     )  # fmt: skip
 
     def __init__(
@@ -888,12 +887,8 @@ class LayerCache:
         assert self.policy is not None
         # A step that is not settled can be undone; so can tokens whose attention counts for nothing.
         undone = tokens == 1 and held.before is not None
-        if (
-            self.policy.evicts
-            and tokens < held.seen
-            and not undone
-            and (self.policy.watches or self.policy.trims or held.seen - tokens < held.settled)
-        ):
+        given_up = self.policy.commits or held.seen - tokens < held.settled
+        if given_up and tokens < held.seen and not undone:
             raise CacheStateError(
                 f"cannot take back {tokens} tokens: {self.policy.name} has counted their attention and may have given "
                 "up others for them; fork() the cache before the tokens that may be taken back."
