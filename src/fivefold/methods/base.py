@@ -17,6 +17,7 @@ import torch
 
 from fivefold.errors import RecipeError
 from fivefold.kernels.packed_decode import Form
+from fivefold.store.context import Context
 from fivefold.store.held import Held
 from fivefold.store.layer_cache import LayerSpec
 from fivefold.store.pages import PageLayout
@@ -209,6 +210,23 @@ class Codec:
     """What its pages look like to the decoding kernels; None if those cannot read them."""
     peak: float = 0.0
     """The largest absolute number that was checked so far, for kernels with a narrower range than the pages."""
+    contextual: bool = False
+    """Whether it wants to know whose pages it is given (`learn`, `of`)."""
+
+    def learn(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inputs: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """If `contextual`: what it wants to remember of rows whose first tokens have come, `[rows, ...]` each.
+
+        queries: `[rows, query_heads per kv head, token, head_dim]`; keys, values: `[rows, token, head_dim]`; inputs:
+        what the attention module was given, `[sequences, token, hidden_size]`: each sequence has as many rows, in
+        succession.
+        """
+        return {}
+
+    def of(self, context: Context) -> Codec:
+        """If `contextual`: the codec that works on the pages of these rows; all that follows is asked of it."""
+        return self
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Raise `NonFiniteError` if these, of any shape, cannot be encoded. Asked before a chunk is stored at all."""
@@ -236,6 +254,9 @@ class Codec:
         fields: of pages `[pages, *shape]`; pages, slots: int64 `[tokens]`, which of them and where in it. The default
         decodes the pages.
         """
+        if self.contextual:
+            keys, values = self.decode(fields)
+            return keys[pages, slots], values[pages, slots]
         which, place = pages.unique(return_inverse=True)
         keys, values = self.decode({name: field[which] for name, field in fields.items()})
         return keys[place, slots], values[place, slots]
