@@ -84,8 +84,8 @@ class Cohort:
     rows: int64 `[rows]`, index `sequence * kv_heads + kv_head`, ascending.
     exact: int64 `[rows, pinned_pages + window_pages]` page ids (and one more column where a token has just gone and
     the next is due); packed and own: `[rows, packed_pages]`. held: with a policy that chooses, what it knows.
-    offset: with a codec that wants positions, int64 `[rows]`: the position that the model gave a row's first token.
-    learned: with a codec that learns, what it knows of the rows, `[rows, ...]` each.
+    offset: with a contextual codec, int64 `[rows]`: the position that the model gave a row's first token.
+    learned: what that codec knows of the rows, `[rows, ...]` each.
     Whoever changes `exact` calls `touched_exact`, and whoever changes `packed` or `own`, `touched_packed`:
     what was worked out from the tables is then worked out anew.
     """
@@ -109,7 +109,7 @@ class Cohort:
     ) -> None:
         self.rows = rows
         self.held = held
-        self.offset = np.zeros(len(rows), dtype=np.int64) if offset is None else offset
+        self.offset = offset
         self.learned = learned or {}
         self.geometry = geometry
         self.exact = exact
@@ -138,7 +138,8 @@ class Cohort:
             held = held.pick(torch.from_numpy(index).to(device), torch.from_numpy(rows).to(device))
         learned = {name: x[torch.from_numpy(index).to(x.device)] for name, x in self.learned.items()}
         tables = self.exact[index], self.packed[index], self.own[index]
-        return Cohort(rows, self.geometry, *tables, shared, held, self.offset[index], learned)
+        offset = None if self.offset is None else self.offset[index]
+        return Cohort(rows, self.geometry, *tables, shared, held, offset, learned)
 
 
 def _blocks(ids: np.ndarray, longest: int, shortest: int = 8) -> list[tuple[int, int]]:
@@ -1098,6 +1099,7 @@ class LayerCache:
         not want them."""
         if self.codec is None or not self.codec.contextual:
             return None
+        assert cohort.offset is not None
         first = int(cohort.offset[0])
         if held is None and (cohort.offset == first).all():
             return running(start + first, stop + first, self.spec.device)
@@ -1108,6 +1110,7 @@ class LayerCache:
         self, cohort: Cohort, slots: torch.Tensor, rows: np.ndarray, held: Held | None = None
     ) -> torch.Tensor:
         """The same for slots `[rows, tokens]` of the rows with these indices."""
+        assert cohort.offset is not None
         held, slots = held or cohort.held, slots.to(self.spec.device)
         if held is not None:
             slots = held.positions[torch.from_numpy(rows).to(self.spec.device)].gather(
