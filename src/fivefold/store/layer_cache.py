@@ -41,6 +41,7 @@ class LayerSpec:
     dtype: torch.dtype
     device: torch.device
     model: str = ""
+    config: str = ""
 
 
 def exact_layout(head_dim: int, dtype: torch.dtype) -> PageLayout:
