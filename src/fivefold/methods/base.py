@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from fivefold.calibrate.learner import Capture, Learner
 from fivefold.errors import RecipeError
 from fivefold.kernels.packed_decode import Form
 from fivefold.store.context import Context
@@ -46,6 +47,8 @@ class Method:
     name: ClassVar[str]
     slot: ClassVar[Slot]
     paper: ClassVar[str]
+    captures: ClassVar[tuple[Capture, ...]] = ()
+    """What it learns from a model beforehand (`fivefold calibrate`); nothing if it has no use for a profile."""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -84,6 +87,10 @@ class Method:
     def exact_tokens(self) -> int:
         """With a codec: how many of the most recent tokens always stay exact (the residual)."""
         return 0
+
+    def learner(self, specs: Sequence[LayerSpec]) -> Learner:
+        """With `captures`: what takes them in and makes a profile. specs: the layers that are compressed."""
+        raise NotImplementedError
 
     def __str__(self) -> str:
         """As in a recipe: the parameters that were written there, and those that differ from their default."""

@@ -31,7 +31,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from transformers.modeling_utils import AttentionInterface
 
 from fivefold.attention import attend_chunk, attend_observed, attend_picked, attend_step, pick
-from fivefold.calibrate.profile import signature
+from fivefold.calibrate.profile import config_hash, signature
 from fivefold.errors import CacheFullError, CacheStateError, FivefoldError, UnsupportedModelError
 from fivefold.methods import ReadPolicy, TokenPolicy
 from fivefold.recipe import Recipe
@@ -749,6 +749,7 @@ def layer_spec(model: PreTrainedModel, index: int, module: torch.nn.Module) -> L
         dtype=model.dtype,
         device=parameter.device,
         model=signature(config),
+        config=config_hash(config),
         rope=rope,
         no_rope=no_rope,
     )

@@ -45,6 +45,7 @@ class LayerSpec:
     dtype: torch.dtype
     device: torch.device
     model: str = ""
+    config: str = ""
     rope: Rope | None = None
     no_rope: str = "its rotary embedding is not known"
 
