@@ -77,6 +77,12 @@ class Rope:
         phases = self.phases(context.positions)
         return (phases if phases.shape[0] == 1 else phases[:: context.together])[:, :, None]
 
+    def pair(self, x: torch.Tensor) -> torch.Tensor:
+        """Float32 x `[..., head_dim]` in the paired order."""
+        turned = 2 * self.pairs
+        z = torch.view_as_real(torch.complex(x[..., : self.pairs], x[..., self.pairs : turned])).flatten(-2)
+        return z if turned == x.shape[-1] else torch.cat([z, x[..., turned:]], -1)
+
     def turn(self, x: torch.Tensor, phases: torch.Tensor) -> torch.Tensor:
         """Float32 x `[..., head_dim]` in the paired order, turned by phases `[..., pairs]` (broadcast)."""
         turned = 2 * self.pairs
