@@ -6,8 +6,12 @@ from fivefold.kernels.planar.reference import (
     pack,
     planar_output,
     planar_scores,
+    planes_of,
     quantise,
+    sheets_of,
     unpack,
 )
 
-__all__ = ["PLANES", "dequantise", "pack", "planar_output", "planar_scores", "quantise", "unpack"]
+__all__ = [
+    "PLANES", "dequantise", "pack", "planar_output", "planar_scores", "planes_of", "quantise", "sheets_of", "unpack",
+]  # fmt: skip
