@@ -166,9 +166,9 @@ class GearCodec(Codec):
         if self.key_outliers:
             # Every outlier adds to the score of its token.
             at = torch.arange(rows * pages, device=out.device).view(rows, pages, 1, 1) * tokens + fields["key_places"]
-            spread = queries.transpose(1, 2)[:, None, :, None]  # [rows, 1, head_dim, 1, query]
-            found = _sums(fields["key_outliers"].float()[..., None] * spread, at, rows * pages * tokens)
-            by_page += found.view(rows, pages, tokens, query).permute(0, 3, 1, 2)
+            spread = queries.transpose(0, 1)[:, :, None, :, None]  # [query, rows, 1, head_dim, 1]
+            found = _sums(fields["key_outliers"].float() * spread, at, rows * pages * tokens)
+            by_page += found.view(query, rows, pages, tokens).transpose(0, 1)
         return out
 
     def output(self, weights: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -183,23 +183,23 @@ class GearCodec(Codec):
         if self.value_outliers:
             # Every outlier adds to its channel, as its token is weighted.
             at = torch.arange(rows, device=out.device).view(rows, 1, 1, 1) * dim + fields["value_places"]
-            spread = by_page.transpose(2, 3)[:, :, :, None]  # [rows, pages, tokens, 1, query]
-            found = _sums(fields["value_outliers"].float()[..., None] * spread, at, rows * dim)
-            out += found.view(rows, dim, query).transpose(1, 2)
+            spread = by_page.permute(2, 0, 1, 3)[..., None]  # [query, rows, pages, tokens, 1]
+            found = _sums(fields["value_outliers"].float() * spread, at, rows * dim)
+            out += found.view(query, rows, dim).transpose(0, 1)
         return out
 
 
 def _extremes(x: torch.Tensor, count: int) -> torch.Tensor:
-    """Where the `count` smallest and the `count` largest of the last axis are: int64 `[..., 2 * count]`."""
-    order = x.sort(dim=-1, stable=True).indices
-    return torch.cat([order[..., :count], order[..., order.shape[-1] - count :]], -1)
+    """Where the `count` smallest and the `count` largest of the last axis are, each place once: int64
+    `[..., 2 * count]`."""
+    low = x.topk(count, -1, largest=False).indices
+    return torch.cat([low, x.scatter(-1, low, float("-inf")).topk(count, -1).indices], -1)
 
 
 def _sums(parts: torch.Tensor, at: torch.Tensor, size: int) -> torch.Tensor:
-    """float32 `[size, query]`: the sums of `parts [..., query]` that go to each place `at [...]`."""
-    parts = parts.flatten(0, -2)
-    out = parts.new_zeros((size, parts.shape[1]))
-    return out.scatter_add_(0, at.reshape(-1, 1).expand_as(parts), parts)
+    """float32 `[query, size]`: the sums of `parts [query, ...]` that go to each place `at [...]`."""
+    parts = parts.flatten(1)
+    return parts.new_zeros((len(parts), size)).scatter_add_(1, at.reshape(1, -1).expand_as(parts), parts)
 
 
 @cache
