@@ -174,12 +174,14 @@ class TokenPolicy(Method):
         raise NotImplementedError
 
     def merge_step(
-        self, held: Held, keys: torch.Tensor, values: torch.Tensor, goes: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """`merge` for one token of each row, slot `goes [rows]`.
+        self, held: Held, keys: Sequence[torch.Tensor], goes: torch.Tensor, gone: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """`merge` for one token of each row, slot `goes [rows]`, whose key is `gone [rows, head_dim]`.
 
-        Returns the slot it goes into, the key and value that then stand there, `[rows, head_dim]` each, and `extra`.
-        Must not write into its arguments.
+        keys: those of all slots, in pieces, `[rows, some slots, head_dim]` each.
+
+        Returns the slot it goes into, int64 `[rows]`, the weights with which what stands there and what goes are then
+        added up, float32 `[rows, 2]`, for keys and values alike, and `extra`. Must not write into its arguments.
         """
         raise NotImplementedError
 

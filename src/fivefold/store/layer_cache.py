@@ -556,9 +556,13 @@ class LayerCache:
         elif excess == 1 and horizon == 0:
             goes = self.policy.victims(held, self.policy.budget(held), 1)[:, 0]
             if self.policy.merges_steps:
-                keys, values = (x.float() for x in self.dense(cohort))
-                into, new_keys, new_values, extra = self.policy.merge_step(held, keys, values, goes)
-                self._overwrite(cohort, into, new_keys, new_values)
+                gone = self.tokens(cohort, goes[:, None])
+                into, weights, extra = self.policy.merge_step(
+                    held, self._exact_parts(cohort, "keys"), goes, gone[0][:, 0]
+                )
+                stays = self.tokens(cohort, into[:, None])
+                merged = [weights[:, :1] * a[:, 0] + weights[:, 1:] * b[:, 0] for a, b in zip(stays, gone)]
+                self._overwrite(cohort, into, merged[0], merged[1])
                 held = replace(held, extra=extra)
             self._replace_by_last(cohort, held, goes)
         else:
@@ -665,15 +669,21 @@ class LayerCache:
             fields = {n: x.flatten(0, 1) for n, x in self.packed_fields(cohort, 0, cohort.packed.shape[1]).items()}
             packed = self.codec.decode(fields)[which].to(self.spec.dtype)
             parts.append(packed.reshape(len(cohort.rows), -1, self.spec.head_dim)[:, : cohort.geometry.packed_stop])
-        name = ("keys", "values")[which]
-        left = cohort.geometry.length - cohort.geometry.exact_base
-        for first, _, location in self.exact_blocks(cohort):
-            parts.append(self.exact(name, location)[:, : max(0, left - first * PAGE)])
+        parts += self._exact_parts(cohort, ("keys", "values")[which])
         if not parts:
             return torch.empty(
                 (len(cohort.rows), 0, self.spec.head_dim), dtype=self.spec.dtype, device=self.spec.device
             )
         return torch.cat(parts, 1)
+
+    def _exact_parts(self, cohort: Cohort, name: str) -> list[torch.Tensor]:
+        """Keys or values of the slots of the exact tier, views where they can be: `[rows, some slots, head_dim]`
+        each."""
+        left = cohort.geometry.length - cohort.geometry.exact_base
+        return [
+            self.exact(name, location)[:, : max(0, left - first * PAGE)]
+            for first, _, location in self.exact_blocks(cohort)
+        ]
 
     def _put(self, cohort: Cohort, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """One token into the open exact page of each row, as nearly always; False if that cannot be done."""
