@@ -1194,9 +1194,8 @@ class LayerCache:
     @property
     def table_bytes(self) -> int:
         """Bytes of the page tables and of the indices worked out from them where pages are scattered."""
-        tables = sum(
-            c.rows.nbytes + c.offset.nbytes + c.exact.nbytes + c.packed.nbytes + c.own.nbytes for c in self.cohorts
-        )
+        arrays = [x for c in self.cohorts for x in (c.rows, c.offset, c.exact, c.packed, c.own) if x is not None]
+        tables = sum(x.nbytes for x in arrays)
         located = [
             location
             for cohort in self.cohorts
