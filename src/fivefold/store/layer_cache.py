@@ -1194,7 +1194,7 @@ class LayerCache:
     @property
     def table_bytes(self) -> int:
         """Bytes of the page tables and of the indices worked out from them where pages are scattered."""
-        arrays = [x for c in self.cohorts for x in (c.rows, c.offset, c.exact, c.packed, c.own) if x is not None]
+        arrays = [x for c in self.cohorts for x in (c.rows, c.exact, c.packed, c.own, c.offset) if x is not None]
         tables = sum(x.nbytes for x in arrays)
         located = [
             location
