@@ -6,8 +6,18 @@ from fivefold.kernels.planar.reference import (
     pack,
     planar_output,
     planar_scores,
+    planar_token_scores,
     quantise,
     unpack,
 )
 
-__all__ = ["PLANES", "dequantise", "pack", "planar_output", "planar_scores", "quantise", "unpack"]
+__all__ = [
+    "PLANES",
+    "dequantise",
+    "pack",
+    "planar_output",
+    "planar_scores",
+    "planar_token_scores",
+    "quantise",
+    "unpack",
+]

@@ -67,6 +67,20 @@ class Kivi(Method):
         return KiviCodec(self.bits, self.group, channels, spec.head_dim)
 
 
+def check_finite(keys: torch.Tensor, values: torch.Tensor) -> float:
+    """The largest magnitude. Raises `NonFiniteError` if float16 scales cannot hold it."""
+    largest = 0.0
+    for name, x in (("keys", keys), ("values", values)):
+        peak = float(x.detach().abs().amax())
+        if not peak <= FLOAT16_MAX:  # also when it is NaN
+            raise NonFiniteError(
+                f"{name} to be packed reach {peak}, beyond what float16 scales can hold: use full() for this model, or "
+                "look for the layer that overflows."
+            )
+        largest = max(largest, peak)
+    return largest
+
+
 class KiviCodec(Codec):
     """Planar pages of `bits`-bit codes (see `kernels/planar`), with their scales and zero points.
 
@@ -97,14 +111,7 @@ class KiviCodec(Codec):
         )
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        for name, x in (("keys", keys), ("values", values)):
-            peak = float(x.detach().abs().amax())
-            if not peak <= FLOAT16_MAX:  # also when it is NaN
-                raise NonFiniteError(
-                    f"{name} to be packed reach {peak}, beyond what float16 scales can hold: use "
-                    "full() for this model, or look for the layer that overflows."
-                )
-            self.peak = max(self.peak, peak)
+        self.peak = max(self.peak, check_finite(keys, values))
 
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
