@@ -18,6 +18,7 @@ import torch
 from fivefold.calibrate.learner import Capture, Learner
 from fivefold.errors import RecipeError
 from fivefold.kernels.packed_decode import Form
+from fivefold.store.context import Context
 from fivefold.store.held import Held
 from fivefold.store.layer_cache import LayerSpec
 from fivefold.store.pages import PageLayout
@@ -123,19 +124,33 @@ class TokenPolicy(Method):
     waits: bool = False
     """Whether tokens go only when all layers have seen the chunk, because their budgets hang together (`shares`)."""
 
+    demotes: bool = False
+    """Whether what is not chosen is packed instead of given up; it then brings the codec, too."""
+    high: int = 16
+    """With `demotes`: bits of what is not packed; 16 is as the model made it."""
+
     @property
     def evicts(self) -> bool:
         """Whether anything ever goes."""
         return self.keep < 1
 
     @property
+    def chooses(self) -> bool:
+        """Whether its choice matters at all."""
+        return self.evicts or self.demotes
+
+    @property
     def commits(self) -> bool:
         """Whether tokens cannot be taken back: their attention has counted, or others went for them."""
-        return self.evicts and (self.watches or self.trims)
+        return self.chooses and (self.watches or self.trims)
 
     def budget(self, held: Held) -> int:
         """How many tokens a row may hold. Here: `keep` of the prompt, while generating too."""
         return max(1, round(self.keep * held.share * held.prompt))
+
+    def residual(self, extent: Extent) -> int:
+        """With `demotes`: how many of the newest tokens of a head with a window are exact."""
+        raise NotImplementedError
 
     def observe(self, weights: torch.Tensor, held: Held, first: int) -> torch.Tensor:
         """What the attention of some queries adds to the scores: float32 `[rows, slots]`.
@@ -181,12 +196,14 @@ class TokenPolicy(Method):
         raise NotImplementedError
 
     def merge_step(
-        self, held: Held, keys: torch.Tensor, values: torch.Tensor, goes: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """`merge` for one token of each row, slot `goes [rows]`.
+        self, held: Held, keys: Sequence[torch.Tensor], goes: torch.Tensor, gone: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """`merge` for one token of each row, slot `goes [rows]`, whose key is `gone [rows, head_dim]`.
 
-        Returns the slot it goes into, the key and value that then stand there, `[rows, head_dim]` each, and `extra`.
-        Must not write into its arguments.
+        keys: those of all slots, in pieces, `[rows, some slots, head_dim]` each.
+
+        Returns the slot it goes into, int64 `[rows]`, the weights with which what stands there and what goes are then
+        added up, float32 `[rows, 2]`, for keys and values alike, and `extra`. Must not write into its arguments.
         """
         raise NotImplementedError
 
@@ -216,6 +233,23 @@ class Codec:
     """What its pages look like to the decoding kernels; None if those cannot read them."""
     peak: float = 0.0
     """The largest absolute number that was checked so far, for kernels with a narrower range than the pages."""
+    contextual: bool = False
+    """Whether it wants to know whose pages it is given (`learn`, `of`)."""
+
+    def learn(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inputs: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """If `contextual`: what it wants to remember of rows whose first tokens have come, `[rows, ...]` each.
+
+        queries: `[rows, query_heads per kv head, token, head_dim]`; keys, values: `[rows, token, head_dim]`; inputs:
+        what the attention module was given, `[sequences, token, hidden_size]`: each sequence has as many rows, in
+        succession.
+        """
+        return {}
+
+    def of(self, context: Context) -> Codec:
+        """If `contextual`: the codec that works on the pages of these rows; all that follows is asked of it."""
+        return self
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Raise `NonFiniteError` if these, of any shape, cannot be encoded. Asked before a chunk is stored at all."""
@@ -243,6 +277,9 @@ class Codec:
         fields: of pages `[pages, *shape]`; pages, slots: int64 `[tokens]`, which of them and where in it. The default
         decodes the pages.
         """
+        if self.contextual:
+            keys, values = self.decode(fields)
+            return keys[pages, slots], values[pages, slots]
         which, place = pages.unique(return_inverse=True)
         keys, values = self.decode({name: field[which] for name, field in fields.items()})
         return keys[place, slots], values[place, slots]

@@ -6,6 +6,7 @@ from fivefold.kernels.planar.reference import (
     pack,
     planar_output,
     planar_scores,
+    planar_token_scores,
     planes_of,
     quantise,
     sheets_of,
@@ -13,5 +14,14 @@ from fivefold.kernels.planar.reference import (
 )
 
 __all__ = [
-    "PLANES", "dequantise", "pack", "planar_output", "planar_scores", "planes_of", "quantise", "sheets_of", "unpack",
-]  # fmt: skip
+    "PLANES",
+    "dequantise",
+    "pack",
+    "planar_output",
+    "planar_scores",
+    "planar_token_scores",
+    "planes_of",
+    "quantise",
+    "sheets_of",
+    "unpack",
+]

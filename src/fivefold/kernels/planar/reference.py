@@ -136,6 +136,28 @@ def planar_scores(
     return out.view(planes, rows, pages, query, ROWS).permute(1, 3, 2, 0, 4).reshape(rows, query, -1)
 
 
+def planar_token_scores(
+    queries: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int
+) -> torch.Tensor:
+    """Inner products with keys that are quantised per token in groups of channels.
+
+    queries: float32 `[rows, query, head_dim]`; words: int16 `[rows, pages, 32, head_dim]`; scale, zero:
+    float16 `[rows, pages, planes, groups, 32]`. Returns float32 `[rows, query, pages * planes * 32]`.
+    """
+    rows, query, planes, groups = len(words), queries.shape[1], PLANES[bits], scale.shape[3]
+    query, planes, groups = queries.shape[1], PLANES[bits], scale.shape[3]
+    split = queries.unflatten(2, (groups, -1))
+    # One product for all groups: each has its own copy of the query, with the other groups' channels 0.
+    eye = torch.eye(groups, device=queries.device)
+    apart = (split[:, None] * eye[:, None, :, None]).flatten(3).flatten(1, 2)  # [rows, groups * query, head_dim]
+    out = torch.matmul(split.sum(-1)[:, None, None], zero.float())  # [rows, pages, planes, query, 32]
+    tile = _Planes(words, bits)
+    for j in range(planes):
+        products = torch.matmul(apart[:, None], tile[j].transpose(2, 3)).unflatten(2, (groups, query))
+        out[:, :, j] += (products * scale[:, :, j, :, None]).sum(2)
+    return out.permute(0, 3, 1, 2, 4).reshape(rows, query, -1)
+
+
 def planar_output(
     weights: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int
 ) -> torch.Tensor:

@@ -62,6 +62,20 @@ class Kivi(Method):
         return KiviCodec(self.key_bits or self.bits, self.group, channels, spec.head_dim, self.value_bits or self.bits)
 
 
+def check_finite(keys: torch.Tensor, values: torch.Tensor) -> float:
+    """The largest magnitude. Raises `NonFiniteError` if float16 scales cannot hold it."""
+    largest = 0.0
+    for name, x in (("keys", keys), ("values", values)):
+        peak = float(x.detach().abs().amax())
+        if not peak <= FLOAT16_MAX:  # also when it is NaN
+            raise NonFiniteError(
+                f"{name} to be packed reach {peak}, beyond what float16 scales can hold: use full() for this model, or "
+                "look for the layer that overflows."
+            )
+        largest = max(largest, peak)
+    return largest
+
+
 class KiviCodec(Codec):
     """Planar pages of codes (see `kernels/planar`), with their scales and zero points.
 
@@ -93,14 +107,7 @@ class KiviCodec(Codec):
         )
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        for name, x in (("keys", keys), ("values", values)):
-            peak = float(x.detach().abs().amax())
-            if not peak <= FLOAT16_MAX:  # also when it is NaN
-                raise NonFiniteError(
-                    f"{name} to be packed reach {peak}, beyond what float16 scales can hold: use "
-                    "full() for this model, or look for the layer that overflows."
-                )
-            self.peak = max(self.peak, peak)
+        self.peak = max(self.peak, check_finite(keys, values))
 
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
