@@ -124,19 +124,33 @@ class TokenPolicy(Method):
     waits: bool = False
     """Whether tokens go only when all layers have seen the chunk, because their budgets hang together (`shares`)."""
 
+    demotes: bool = False
+    """Whether what is not chosen is packed instead of given up; it then brings the codec, too."""
+    high: int = 16
+    """With `demotes`: bits of what is not packed; 16 is as the model made it."""
+
     @property
     def evicts(self) -> bool:
         """Whether anything ever goes."""
         return self.keep < 1
 
     @property
+    def chooses(self) -> bool:
+        """Whether its choice matters at all."""
+        return self.evicts or self.demotes
+
+    @property
     def commits(self) -> bool:
         """Whether tokens cannot be taken back: their attention has counted, or others went for them."""
-        return self.evicts and (self.watches or self.trims)
+        return self.chooses and (self.watches or self.trims)
 
     def budget(self, held: Held) -> int:
         """How many tokens a row may hold. Here: `keep` of the prompt, while generating too."""
         return max(1, round(self.keep * held.share * held.prompt))
+
+    def residual(self, extent: Extent) -> int:
+        """With `demotes`: how many of the newest tokens of a head with a window are exact."""
+        raise NotImplementedError
 
     def observe(self, weights: torch.Tensor, held: Held, first: int) -> torch.Tensor:
         """What the attention of some queries adds to the scores: float32 `[rows, slots]`.
@@ -182,12 +196,14 @@ class TokenPolicy(Method):
         raise NotImplementedError
 
     def merge_step(
-        self, held: Held, keys: torch.Tensor, values: torch.Tensor, goes: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """`merge` for one token of each row, slot `goes [rows]`.
+        self, held: Held, keys: Sequence[torch.Tensor], goes: torch.Tensor, gone: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """`merge` for one token of each row, slot `goes [rows]`, whose key is `gone [rows, head_dim]`.
 
-        Returns the slot it goes into, the key and value that then stand there, `[rows, head_dim]` each, and `extra`.
-        Must not write into its arguments.
+        keys: those of all slots, in pieces, `[rows, some slots, head_dim]` each.
+
+        Returns the slot it goes into, int64 `[rows]`, the weights with which what stands there and what goes are then
+        added up, float32 `[rows, 2]`, for keys and values alike, and `extra`. Must not write into its arguments.
         """
         raise NotImplementedError
 

@@ -587,7 +587,7 @@ class FivefoldLayer(CacheLayerMixin):
     def _step(self, cohort: Cohort, queries: torch.Tensor, scaling: float, decoding: bool) -> torch.Tensor:
         """Attention of the newest token of each row; the policies are told of it."""
         state, store, policy = self.state, self.store, self.store.policy
-        watch = cohort.held is not None and policy is not None and policy.evicts and policy.watches
+        watch = cohort.held is not None and policy is not None and policy.chooses and policy.watches
         role = state.roles.get(self.index, "full") if decoding and cohort.geometry.extent.recent is None else "full"
         picks = state.picks(cohort) if role == "sparse" else None
         if picks is not None:
@@ -789,8 +789,7 @@ def make_cache(model: PreTrainedModel, recipe: Recipe, max_bytes: int | None = N
     pools = Pools(max_bytes)
     stores: dict[int, LayerCache] = {}
     codec_owner = recipe.get("bits") or recipe.get("channels")
-    tokens = recipe.get("tokens")
-    policy = tokens if isinstance(tokens, TokenPolicy) else None
+    policy = next((method for method in recipe.methods if isinstance(method, TokenPolicy)), None)
     for index, layer in enumerate(stock):
         if isinstance(layer, DynamicSlidingWindowLayer):
             continue
