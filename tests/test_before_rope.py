@@ -186,3 +186,57 @@ def test_what_they_refuse(tiny: Any, learned: Any) -> None:
         bad[1, 2, 3] = float("nan")
         with pytest.raises(NonFiniteError, match="values to be packed reach nan"):
             codec.check(torch.zeros(2, 4, 64), bad)
+
+
+def held(cache: Any) -> tuple[int, int, int]:
+    """Bytes in packed pages, those pages' tokens, and rows, of all layers."""
+    nbytes = tokens = rows = 0
+    for store in cache.state.stores.values():
+        for cohort in store.cohorts:
+            nbytes += cohort.packed.size * store.packed_pool.layout.nbytes
+            tokens += cohort.packed.size * store.packed_pool.layout.tokens
+            rows += len(cohort.rows)
+    return nbytes, tokens, rows
+
+
+@pytest.mark.parametrize(
+    ("recipe", "per_token", "a_page"),
+    [
+        ("cskv(keep=0.2)", 4 * 13, 0),
+        ("cskv(keep=0.2, bits=4)", 2 * 13 * (2 / 4 + 4 / 32), 0),
+        ("cskv(keep=0.2, bits=8, value_keep=0.3)", (13 + 19) * (2 / 2 + 4 / 32), 0),
+        ("rotatekv(bits=2)", 2 * 64 * 16 / (8 * 8) + 8 * 64 / 32, 8),
+        ("rotatekv(bits=3, sinks=0)", 2 * 64 * 16 / (8 * 5) + 8 * 64 / 32, 0),
+        ("rotatekv(bits=4, group=64, sinks=2)", 2 * 64 * 16 / (8 * 4) + 8 * 64 / 64, 4),
+    ],
+)
+def test_bytes_are_those_of_the_docstrings(learned: Any, recipe: str, per_token: float, a_page: int) -> None:
+    model, whole = learned(recipe)
+    cache = fivefold.compress(model, whole)
+    logits(model, cache, [prompt(2, 700)])
+    nbytes, tokens, rows = held(cache)
+    pages = tokens // cache.state.stores[0].codec.layout.tokens
+    assert nbytes == round(per_token * tokens) + a_page * pages
+    sinks = a_page // 2
+    assert cache.report().statistics == (2 * 64 * 4 * sinks) * rows
+    report = cache.report()
+    packed = report.codes + report.scales + report.other
+    assert 0.99 < packed / (per_token * sum(
+        len(c.rows) * c.geometry.packed_stop for s in cache.state.stores.values() for c in s.cohorts
+    )) < 1.03  # fmt: skip
+
+
+def test_ratios_at_eight_thousand_tokens(tiny: Any, learned: Any) -> None:
+    changes = {"dtype": torch.bfloat16, "max_position_embeddings": 8192, "num_hidden_layers": 1}
+    ratios = {}
+    for recipe in ("cskv(keep=0.2)", "cskv(keep=0.2, bits=4)", "rotatekv(bits=2)"):
+        model, whole = learned(recipe, **changes)
+        for name in [whole] if "cskv" in recipe else [whole, "kivi(bits=2)"]:
+            cache = fivefold.compress(model, name)
+            with torch.no_grad():
+                for chunk in prompt(1, 8192).split(2048, 1):
+                    model(chunk, past_key_values=cache, logits_to_keep=1)
+            ratios[recipe if name == whole else name] = cache.report().ratio
+    assert ratios["cskv(keep=0.2)"] <= 0.22
+    assert ratios["cskv(keep=0.2, bits=4)"] <= 0.08
+    assert ratios["rotatekv(bits=2)"] <= ratios["kivi(bits=2)"]
