@@ -18,6 +18,8 @@ from fivefold.methods import Codec, Method, param, register
 from fivefold.store import Context, Field, LayerSpec, PageLayout
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
+# Numbers of keys that are made again at a time, so that they stay in the processor's cache.
+SLICE = 1 << 18
 
 
 @register(
@@ -31,11 +33,13 @@ class RotateKV(Method):
     """Keys before RoPE times an orthonormal Hadamard matrix over `head_group` heads together, values over each head;
     then min-max quantisation per token in groups of channels, with clipping (section 3).
 
-    Which rotated channels of keys share a scale is calibrated: they are sorted by their sum over a text, so that
-    channels of like size stand together ("outlier-aware"; as the official code does it, which reorders what it has
-    rotated). Sorting needs only the mean of each channel, whose rotation is known for any subset of heads. On read the
-    rotation is undone, then RoPE applied; that of values is undone on the weighted sum, so that the model's weights
-    stay as they are. Powers of two are not needed: 3 heads of 64 channels have a Hadamard matrix of order 192.
+    The channels of a pair that RoPE turns stand side by side when they are rotated, and not in their usual order; a
+    Hadamard matrix with its rows in another order is one still. Which rotated channels share a scale is calibrated:
+    they are sorted by their sum over a text, so that channels of like size stand together ("outlier-aware"; as the
+    official code does it, which reorders what it has rotated). Sorting needs only the mean of each channel, whose
+    rotation is known for any subset of heads. On read the rotation is undone, then RoPE applied; that of values is
+    undone on the weighted sum, so that the model's weights stay as they are. Powers of two are not needed: 3 heads of
+    64 channels have a Hadamard matrix of order 192.
 
     Attention sinks are found by massive activations: the (up to `sinks`) tokens of a sequence's first chunk that hold
     the largest of the 20 largest entries of a layer's input, as the official code does (which keeps all of up to 20).
@@ -165,7 +169,8 @@ class RotateCodec(Codec):
         if method.sinks:
             fields.append(Field("sinks", (method.sinks,), torch.int16, "other"))
         self.layout = PageLayout(f"rotatekv{method.bits}", self.planes * 32, tuple(fields))
-        self._orders: dict[tuple[tuple[int, ...], ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.shifts = torch.arange(self.planes, dtype=torch.int16)[:, None, None] * method.bits
+        self._orders: dict[tuple[tuple[int, ...], ...], tuple[torch.Tensor, ...]] = {}
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         # A rotation of n channels makes numbers at most sqrt(n) times as large.
@@ -191,19 +196,20 @@ class RotateCodec(Codec):
             "sink_values": values.gather(1, index),
         }
 
-    def orders(self, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
-        """The order of rotated channels, int64 `[groups or 1, n]`, and for each of their groups 1 at its channels,
-        float32 `[groups or 1, n / group, n]`."""
+    def orders(self, context: Context) -> tuple[torch.Tensor, ...]:
+        """The order of rotated channels, int64 `[groups or 1, n]`; for each of their groups 1 at its channels, float32
+        `[groups or 1, n / group, n]`, and the same with the rotation undone."""
         groups, dim = tuple(context.groups), self.spec.head_dim
         if groups not in self._orders:
             layer, heads = self.profile.settings["layers"].index(self.spec.layer), context.together
             mean, block, each = self.profile.tensors["key_mean"], self.block(heads), []
             for part in groups:
-                channels = (torch.tensor(part)[:, None] * dim + torch.arange(dim)).flatten().tolist()
+                channels = (torch.tensor(part)[:, None] * dim + self.rope.order).flatten().tolist()
                 each.append(order_of(mean, layer, tuple(channels), heads, block))
             order = torch.stack(each)
             members = torch.nn.functional.one_hot(order.argsort(1) // self.channels).transpose(1, 2).float()
-            self._orders[groups] = order.to(self.spec.device), members.to(self.spec.device)
+            made = order, members, rotate(members, heads, block, back=True)
+            self._orders[groups] = tuple(x.to(self.spec.device) for x in made)
         return self._orders[groups]
 
     def block(self, heads: int) -> int:
@@ -220,7 +226,7 @@ class _Bound(Codec):
 
     def __init__(self, codec: RotateCodec, context: Context) -> None:
         self.codec, self.context, self.layout, self.group = codec, context, codec.layout, codec.group
-        self.order, self.members = codec.orders(context)
+        self.order, self.members, self.unrotated = codec.orders(context)
         self.block = codec.block(context.together)
 
     def encode(
@@ -230,7 +236,7 @@ class _Bound(Codec):
         codec.check(keys, values)
         rope, together = codec.rope, context.together
         unturned = rope.turn(context.join(keys.float()[..., rope.order]), rope.phases_of(context).conj())
-        rotated = rotate(unturned[..., rope.back].flatten(2), together, self.block)
+        rotated = rotate(unturned.flatten(2), together, self.block)
         order = self.order[:, None].expand(*rotated.shape[:2], -1)
         sorted_ = rotated.gather(2, order).unflatten(2, (together, -1))
         codes, *ends = self._quantise(sorted_)
@@ -285,28 +291,25 @@ class _Bound(Codec):
         row, page, sink = (marks >= 0).nonzero().unbind(1)
         return (row, page * self.layout.tokens + marks[row, page, sink].long(), sink) if len(row) else None
 
-    def _keys(self, fields: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _keys(self, fields: dict[str, torch.Tensor], phases: torch.Tensor) -> torch.Tensor:
         """Keys after RoPE, channels in the paired order: `[groups, tokens, together, head_dim]`."""
         codec, context = self.codec, self.context
         shape = fields["key_words"].shape
         words = fields["key_words"].reshape(-1, *shape[-2:])
-        codes = torch.empty((len(words), codec.planes, *shape[-2:]), device=words.device)
-        for j in range(codec.planes):
-            codes[:, j] = unpack(words, codec.method.bits, j)
+        # All planes at once: int16 is half the memory, and made into float32 where it lies in order.
+        codes = (words[:, None] >> codec.shifts.to(words.device)).bitwise_and_(2**codec.method.bits - 1)
         ends = []
         for name in ("key_scale", "key_zero"):
             by_token = fields[name].reshape(len(words), codec.planes, -1, 32).transpose(2, 3).float()
             ends.append(context.join(by_token.flatten(1, 2)).flatten(2))
         # A group's scale at all of its channels; its zero point as the same vector always, which is rotated but once.
-        rotated = context.join(codes.flatten(1, 2)).flatten(2) * (ends[0] @ self.members)
-        keys = rotate(rotated, context.together, self.block, back=True)
-        keys += ends[1] @ rotate(self.members, context.together, self.block, back=True)
-        keys = keys.unflatten(2, (context.together, -1))
-        return codec.rope.turn(codec.rope.pair(keys), codec.rope.phases_of(context))
+        rotated = (ends[0] @ self.members).mul_(context.join(codes.flatten(1, 2)).flatten(2))
+        keys = rotate(rotated, context.together, self.block, back=True).add_(ends[1] @ self.unrotated)
+        return codec.rope.turn(keys.unflatten(2, (context.together, -1)), phases)
 
     def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         context, codec = self.context, self.codec
-        keys = self._keys(fields)[..., codec.rope.back].transpose(1, 2).flatten(0, 1)
+        keys = self._keys(fields, codec.rope.phases_of(context))[..., codec.rope.back].transpose(1, 2).flatten(0, 1)
         values = []
         scale, zero = (fields[f"value_{name}"].transpose(2, 3)[..., None] for name in ("scale", "zero"))
         for j in range(codec.planes):
@@ -322,9 +325,15 @@ class _Bound(Codec):
         return keys.reshape(shape), whole.reshape(shape)
 
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
-        queries = queries.float()
-        keys = self._keys(fields).permute(0, 2, 3, 1).flatten(0, 1)
-        out = self.codec.rope.pair(queries) @ keys
+        queries, page = queries.float(), self.layout.tokens
+        rows, pages = fields["key_words"].shape[:2]
+        paired, phases = self.codec.rope.pair(queries), self.codec.rope.phases_of(self.context)
+        out = queries.new_empty((rows, queries.shape[1], pages * page))
+        step = max(1, SLICE // (rows * page * queries.shape[2]))
+        for first in range(0, pages, step):
+            at = slice(first * page, min(first + step, pages) * page)
+            keys = self._keys({name: x[:, first : first + step] for name, x in fields.items()}, phases[:, at])
+            out[:, :, at] = paired @ keys.permute(0, 2, 3, 1).flatten(0, 1)
         sinks = self._sinks(fields)
         if sinks is not None:
             row, slot, sink = sinks
