@@ -7,7 +7,9 @@ from fivefold.kernels.planar.reference import (
     planar_output,
     planar_scores,
     planar_token_scores,
+    planes_of,
     quantise,
+    sheets_of,
     unpack,
 )
 
@@ -18,6 +20,8 @@ __all__ = [
     "planar_output",
     "planar_scores",
     "planar_token_scores",
+    "planes_of",
     "quantise",
+    "sheets_of",
     "unpack",
 ]
