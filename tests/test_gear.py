@@ -413,4 +413,4 @@ def test_nearer_to_the_exact_model_than_its_base() -> None:
     fivefold.restore(model)
     exact, *others = logs.values()
     base, gear = (float((exact.exp() * (exact - x)).sum(-1).mean()) for x in others)
-    assert gear < 0.5 * base
+    assert gear < 0.75 * base
