@@ -724,10 +724,10 @@ class FivefoldCache(Cache):
         self.reset()
         self.state.pools.budget.trim()
 
-    def __del__(self) -> None:
-        # Forks share the pools: what only this cache held must not stay taken.
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        # Forks share the pools: what only this cache held must not stay taken. At the very end `sys` may be gone.
         state = getattr(self, "state", None)
-        if state is not None and not sys.is_finalizing():
+        if state is not None and not ending():
             state.free()
             state.pools.budget.trim()
 

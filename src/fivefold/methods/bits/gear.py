@@ -63,6 +63,10 @@ class Gear(Method):
         group, channels = (tokens, dim) if self.base == "kcvt" else (self.group, min(self.group, dim))
         if dim % channels:
             raise RecipeError(f"gear(group={group}) does not divide the model's head_dim of {dim}: use another group.")
+        if self.rank > dim:
+            raise RecipeError(f"gear(rank={self.rank}) is more than the model's head_dim of {dim}: use a smaller rank.")
+        if dim > 256:
+            raise RecipeError(f"gear cannot be used with a head_dim of {dim} (a place takes a byte): use kivi.")
         outliers = round(tokens * self.sparsity / 2), round(dim * self.sparsity / 2)
         return GearCodec(KiviCodec(self.bits, group, channels, dim), self.rank, *outliers)
 

@@ -37,6 +37,11 @@ class MiKV(TokenPolicy):
     high=16 keeps important tokens as the model made them; high=8 rounds each one's key and value to 8 bits, the newest
     token's too. A head with a window holds the newest `important` share of it precisely.
 
+    `unbias` is ours, not the paper's. Rounding adds noise to a token's score before the softmax, and the mean of an
+    exponential grows with the variance of its exponent: many coarse tokens together then draw attention that none of
+    them has earned. In decoding steps half the variance that rounding to `low` bits has, |q|^2 scale^2 / 12 summed over
+    the groups of channels, is taken off each coarse token's score.
+
     There is no official code: this follows the paper's text as known to us, and holds as many tokens precisely of the
     whole text, while generating too. Tokens move 32 at a time, so that up to 31 more than that are in the high tier.
 
@@ -49,6 +54,7 @@ class MiKV(TokenPolicy):
     high: int = param(16, "bits of these: 16 is as the model made them", choices=(8, 16))
     low: int = param(2, "bits of the others", choices=(2, 3, 4))
     balance: bool = param(True, "whether outliers of the keys' channels are moved into the queries")
+    unbias: bool = param(True, "whether what noise adds to the attention of coarse tokens is taken off (ours)")
     recent: float = param(0.5, "fraction of the precise tokens that are the newest", low=0, high=1)
     group: int = param(32, "channels that share a scale", choices=(32, 64, 128))
 
@@ -75,7 +81,7 @@ class MiKV(TokenPolicy):
             raise RecipeError(
                 f"mikv(group={self.group}) does not divide the model's head_dim of {spec.head_dim}: use another group."
             )
-        return TokenCodec(self.low, channels, spec.head_dim, self.balance)
+        return TokenCodec(self.low, channels, spec.head_dim, self.balance, self.unbias)
 
 
 class TokenCodec(Codec):
@@ -87,8 +93,8 @@ class TokenCodec(Codec):
 
     group = _ROWS
 
-    def __init__(self, bits: int, channels: int, head_dim: int, balance: bool) -> None:
-        self.bits, self.channels, self.planes = bits, channels, PLANES[bits]
+    def __init__(self, bits: int, channels: int, head_dim: int, balance: bool, unbias: bool = False) -> None:
+        self.bits, self.channels, self.planes, self.unbias = bits, channels, PLANES[bits], unbias
         self.contextual = balance
         self.balance: torch.Tensor | None = None
         shape, half = (self.planes, head_dim // channels, _ROWS), torch.float16
@@ -161,7 +167,13 @@ class TokenCodec(Codec):
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         queries = queries.float() if self.balance is None else queries.float() / self.balance[:, None]
         parts = (fields["key_words"], fields["key_scale"], fields["key_zero"])
-        return planar_token_scores(queries, *parts, self.bits)
+        out = planar_token_scores(queries, *parts, self.bits)
+        if self.unbias:
+            # [rows, 1, 1, query, groups] by [rows, pages, planes, groups, 32]
+            size = queries.unflatten(2, (-1, self.channels)).square().sum(-1)[:, None, None]
+            variance = torch.matmul(size, fields["key_scale"].float().square() / 12)
+            out -= variance.permute(0, 3, 1, 2, 4).reshape(out.shape) / 2
+        return out
 
     def output(self, weights: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         return planar_output(weights, fields["value_words"], fields["value_scale"], fields["value_zero"], self.bits)
