@@ -10,7 +10,7 @@ import torch
 from fivefold.errors import NonFiniteError, RecipeError
 from fivefold.kernels.planar import PLANES
 from fivefold.methods import Codec, Method, param, register
-from fivefold.methods.bits.kivi import FLOAT16_MAX, KiviCodec
+from fivefold.methods.bits.kivi import FLOAT16_MAX, KiviCodec, check_finite
 from fivefold.store import Field, LayerSpec, PageLayout
 
 _LOOPS = 3
@@ -96,11 +96,12 @@ class GearCodec(Codec):
         self.layout = PageLayout(f"gear.{base.layout.name}", tokens, (*fields, *places), record=True)
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.base.check(keys, values)
-        if self.base.peak > FLOAT16_MAX / 2:
+        # An outlier's distance from the rest may be twice the largest number.
+        peak = check_finite(keys, values)
+        if peak > FLOAT16_MAX / 2:
             raise NonFiniteError(
-                f"keys or values to be packed reach {self.base.peak:.0f}, beyond what float16 outliers can hold: use "
-                "full() for this model, or look for the layer that overflows."
+                f"keys or values to be packed reach {peak:.0f}, beyond what float16 outliers can hold: use full() for "
+                "this model, or look for the layer that overflows."
             )
 
     def encode(
