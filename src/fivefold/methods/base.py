@@ -242,8 +242,8 @@ class Codec:
         """If `contextual`: what it wants to remember of rows whose first tokens have come, `[rows, ...]` each.
 
         queries: `[rows, query_heads per kv head, token, head_dim]`; keys, values: `[rows, token, head_dim]`; inputs:
-        what the attention module was given, `[sequences, token, hidden_size]`: each sequence has as many rows, in
-        succession.
+        what the layer was given (the residual stream), `[sequences, token, hidden_size]`: each sequence has as many
+        rows, in succession.
         """
         return {}
 

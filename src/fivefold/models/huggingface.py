@@ -13,7 +13,9 @@ from __future__ import annotations
 import copy
 import sys
 import threading
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -186,10 +188,14 @@ def prepare(model: PreTrainedModel) -> None:
         AttentionInterface.register(NAME, _attention)
         AttentionMaskInterface.register(NAME, _mask)
         if not hasattr(model, "_fivefold_hooks"):
-            hooks = [
-                module.register_forward_pre_hook(_hand_over, with_kwargs=True)
-                for module in attention_modules(model).values()
-            ]
+            modules = attention_modules(model)
+            hooks = [module.register_forward_pre_hook(_hand_over, with_kwargs=True) for module in modules.values()]
+            indices = {module: index for index, module in modules.items()}
+            for layer in model.modules():
+                for child in layer.children():
+                    if child in indices:
+                        hook = partial(_hand_in, indices[child])
+                        hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
             model._fivefold_hooks = hooks
         if model.config._attn_implementation != NAME:
             model._fivefold_before = model.config._attn_implementation
@@ -208,6 +214,14 @@ def restore(model: PreTrainedModel) -> None:
             del model._fivefold_before
 
 
+def _hand_in(index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A layer's input, which its attention module sees only behind a norm, for codecs that want to know it."""
+    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    layer = cache.layers[index] if isinstance(cache, FivefoldCache) else None
+    if isinstance(layer, FivefoldLayer) and layer.contextual:
+        layer.inputs = args[0] if args else kwargs["hidden_states"]
+
+
 def _hand_over(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
     if not isinstance(cache, FivefoldCache):
@@ -224,7 +238,6 @@ def _hand_over(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     cache.state.armed = index
     layer = cache.layers[index]
     if isinstance(layer, FivefoldLayer) and layer.contextual:
-        layer.inputs = args[0] if args else kwargs["hidden_states"]
         layer.positions = kwargs.get("position_ids")
     return (args, {**kwargs, _LAYER: layer}) if isinstance(layer, FivefoldLayer) else None
 
@@ -462,7 +475,7 @@ class FivefoldLayer(CacheLayerMixin):
         self.state = state
         self.store = state.stores[index]
         self.contextual = self.store.codec is not None and self.store.codec.contextual
-        # What the attention module was called with, if the codec wants to know it: see `_hand_over`.
+        # What the layer was called with, if the codec wants to know it: see `_hand_in` and `_hand_over`.
         self.inputs: torch.Tensor | None = None
         self.positions: torch.Tensor | None = None
 
@@ -719,6 +732,10 @@ class FivefoldCache(Cache):
             state.pools.budget.trim()
 
 
+# One for all layers and caches of a model that have the same.
+_ropes: weakref.WeakKeyDictionary[Any, dict[str, Rope]] = weakref.WeakKeyDictionary()
+
+
 def rope_of(model: PreTrainedModel, index: int, head_dim: int) -> tuple[Rope | None, str]:
     """How the keys of a layer are turned by position; or None, and why that is not known."""
     rotary: Any = next((m for name, m in model.named_modules() if name.split(".")[-1] == "rotary_emb"), None)
@@ -730,7 +747,11 @@ def rope_of(model: PreTrainedModel, index: int, head_dim: int) -> tuple[Rope | N
         return None, f"Fivefold finds no rotary embedding in this {model.config.model_type} model"
     if kind not in ("default", "linear", "llama3", "yarn"):
         return None, f"its rotary embedding ({kind}) changes with the length of the text"
-    return Rope(inv_freq, head_dim), ""
+    made = _ropes.setdefault(rotary, {})
+    key = types[index] if types and isinstance(rotary.rope_type, dict) else ""
+    if key not in made or not torch.equal(made[key].inv_freq, inv_freq.detach().double().cpu()):
+        made[key] = Rope(inv_freq, head_dim)
+    return made[key], ""
 
 
 def layer_spec(model: PreTrainedModel, index: int, module: torch.nn.Module) -> LayerSpec:

@@ -714,14 +714,14 @@ class LayerCache:
             codec = self.codec
             if codec.contextual:
                 slots = torch.from_numpy(c * page)[:, None] + torch.arange(page)
-                codec = codec.of(self._context(cohort, self._positions_at(cohort, slots, r), r))
+                codec = self.codec.of(self._context(cohort, self._positions_at(cohort, slots, r), r))
             tokens = [x[:, :filled] for x in codec.decode(fields)]
             mine = np.isin(row * cohort.packed.shape[1] + slot // page, pages)
             which = np.searchsorted(pages, (row * cohort.packed.shape[1] + slot // page)[mine])
             for x, y in zip(tokens, new):
                 x[which, slot[mine] % page] = y[mine].to(x.dtype)
             if codec.contextual:
-                codec = codec.of(self._context(cohort, self._positions_at(cohort, slots[:, :filled], r, after), r))
+                codec = self.codec.of(self._context(cohort, self._positions_at(cohort, slots[:, :filled], r, after), r))
             made = codec.encode(tokens[0], tokens[1], 0, None)
             for f in self.packed_pool.layout.fields:
                 self.packed_pool.write(f.name, cohort.packed[r, c], made[f.name])
