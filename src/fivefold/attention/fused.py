@@ -24,7 +24,7 @@ def attend_fused(layer: LayerCache, cohort: Cohort, queries: torch.Tensor, scali
         return None  # quickly
     if why_not(layer, queries.device, queries.shape[1]) is not None:
         return None
-    kernel = _kernel()
+    kernel = kernels()
     packed = None
     if cohort.packed.shape[1]:
         assert layer.codec is not None and layer.codec.form is not None and layer.packed_pool is not None
@@ -52,7 +52,7 @@ def why_not(layer: LayerCache, device: torch.device, heads: int) -> str | None:
         )
     if choice.path == "reference":
         return choice.why
-    kernel, codec = _kernel(), layer.codec
+    kernel, codec = kernels(), layer.codec
     if codec is not None:
         if codec.form is None or layer.own_pool is not None:
             return "no kernel reads this codec's pages"
@@ -61,7 +61,8 @@ def why_not(layer: LayerCache, device: torch.device, heads: int) -> str | None:
     return kernel.supports(None if codec is None else codec.form, heads, layer.spec.head_dim)
 
 
-def _kernel() -> ModuleType:
+def kernels() -> ModuleType:
+    """The kernels' module, which needs Triton."""
     from fivefold.kernels.packed_decode import triton as kernel
 
     return kernel

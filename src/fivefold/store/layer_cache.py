@@ -83,8 +83,8 @@ class Cohort:
     """
 
     __slots__ = (
-        "exact", "exact_blocks", "exact_table", "geometry", "held", "own", "packed", "packed_blocks", "packed_table",
-        "rows", "rows_tensor", "shared", "tail",
+        "exact", "exact_blocks", "exact_fixed", "exact_table", "geometry", "held", "own", "packed", "packed_blocks",
+        "packed_fixed", "packed_table", "rows", "rows_tensor", "shared", "tail",
     )  # fmt: skip
 
     def __init__(
@@ -112,11 +112,13 @@ class Cohort:
     def touched_exact(self) -> None:
         self.exact_blocks: list[tuple[int, int, Location]] | None = None
         self.exact_table: torch.Tensor | None = None  # addresses of pages, for kernels
+        self.exact_fixed: object | None = None  # the `FixedTables` that know them
         self.tail: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def touched_packed(self) -> None:
         self.packed_blocks: list[tuple[int, int, Location, Location | None]] | None = None
         self.packed_table: torch.Tensor | None = None
+        self.packed_fixed: object | None = None
 
     def pick(self, rows: np.ndarray, index: np.ndarray, shared: bool) -> Cohort:
         """The pages of the rows `index` of this cohort, now called `rows`."""
@@ -674,6 +676,22 @@ class LayerCache:
                 (len(cohort.rows), 0, self.spec.head_dim), dtype=self.spec.dtype, device=self.spec.device
             )
         return torch.cat(parts, 1)
+
+    def make_room(self, cohort: Cohort) -> None:
+        """A slot for the next token of each row at the end of the last exact page, which nobody shares. A kernel writes
+        it; until the geometry says that it is there, nothing has changed."""
+        old = cohort.geometry
+        new = old.appended(1)
+        fresh = new.pinned_pages + new.window_pages - cohort.exact.shape[1]
+        if fresh > 0:
+            cohort.exact = self._widen(self.exact_pool, cohort.exact, fresh)
+            cohort.touched_exact()
+        elif cohort.shared:
+            before = cohort.exact[:, -1]
+            own = self.exact_pool.unshare(before)
+            if own is not before:
+                cohort.exact = np.concatenate([cohort.exact[:, :-1], own[:, None]], 1)
+                cohort.touched_exact()
 
     def _put(self, cohort: Cohort, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """One token into the open exact page of each row, as nearly always; False if that cannot be done."""

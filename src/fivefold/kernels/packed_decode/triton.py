@@ -282,6 +282,19 @@ def _exact(
     _leave(out, lse, row * parts + first_part + share, acc, m, tl.sum(weight, 0), heads, N, D)
 
 
+@triton.jit(do_not_specialize=("columns",))
+def _append(keys, values, table, spans, columns, DTYPE: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr):
+    """The newest token of a row into its last exact slot: `[rows, D]` each. Grid: (rows, 2)."""
+    row = tl.program_id(0)
+    side = tl.program_id(1)
+    d = tl.arange(0, D)
+    slot = tl.load(spans + row * SPAN + 4) - 1
+    address = tl.load(table + (row * columns + slot // 32) * 2 + side)
+    page = tl.multiple_of((address * 16).to(tl.pointer_type(DTYPE)), 16)
+    source = keys if side == 0 else values
+    tl.store(page + (slot % 32) * D + d, tl.load(source + row * D + d))
+
+
 @triton.jit(do_not_specialize=("parts",))
 def _combine(
     out, lse, merged, merged_lse, parts,
@@ -354,6 +367,15 @@ def shares(rows: int, columns: int, device: torch.device, resident: int, least: 
     columns each."""
     wanted = max(1, resident * _processors(device) // rows)
     return max(1, min(wanted, columns // least))
+
+
+def append(keys: torch.Tensor, values: torch.Tensor, spans: torch.Tensor, exact: Exact) -> None:
+    """Write the newest token of each row, contiguous `[rows, head_dim]` in the pages' dtype, into the last exact slot
+    that `spans` says there is."""
+    rows, dim = keys.shape
+    _append[(rows, 2)](
+        keys, values, exact.table, spans, exact.table.shape[1], DTYPE=_TYPES[exact.dtype], D=dim, SPAN=SPAN, num_warps=1
+    )
 
 
 def decode(
