@@ -32,6 +32,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from fivefold.attention import attend_chunk, attend_observed, attend_picked, attend_step, pick
 from fivefold.attention.fixed import FixedTables
+from fivefold.attention.fused import pack_due
 from fivefold.calibrate.profile import signature
 from fivefold.errors import CacheFullError, CacheStateError, FivefoldError, UnsupportedModelError
 from fivefold.methods import ReadPolicy, TokenPolicy
@@ -375,6 +376,7 @@ class _State:
 
     def settle(self, horizon: int) -> None:
         """Let the policies of all layers move what is due."""
+        pack_due(self.stores.values(), horizon)
         for store in self.stores.values():
             for cohort in store.cohorts:
                 if store.packing is not None or cohort.held is not None or cohort.geometry.extent.recent is not None:
