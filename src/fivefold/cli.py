@@ -669,19 +669,19 @@ def bench_decode(
     rows: list[dict[str, Any]] = []
     _silence()
     with _bars() as bars:
-        task = bars.add_task(shape, total=len(sizes) * (len(recipes) + 1), amount="")
+        task = bars.add_task(shape, total=len(sizes) * len(decode.names(device, recipes)), amount="")
         for context, batch in sizes:
             bars.update(task, description=f"{context} x {batch}")
             for row in decode.measure(shape, device, context, batch, recipes, steps):
                 rows.append(row)
                 bars.advance(task)
     table = Table(box=box.SIMPLE_HEAD, title=f"{shape} on {machine.describe()['devices'][-1]['name']}")
-    for name in ("context", "batch", "recipe"):
+    for name in ("context", "batch", "cache", "graph"):
         table.add_column(name)
     for name in ("ms/step", "mean", "x DynamicCache", "tokens/s", "cache MiB"):
         table.add_column(name, justify="right")
     for row in rows:
-        cells = [f"{row['context']:,}", str(row["batch"]), row["recipe"]]
+        cells = [f"{row['context']:,}", str(row["batch"]), row["recipe"], "yes" if row["graph"] else ""]
         if "error" in row:
             cells += [row["error"], "", "", "", ""]
         else:
