@@ -693,6 +693,74 @@ def bench_decode(
     _bench_results(target, json_file, {**machine.stamp(), "rows": rows})
 
 
+@bench.command(name="capacity")
+def bench_capacity(
+    context: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of each sequence of the batch.")] = 32768,
+    recipe: BenchRecipe = None,
+    goal: Annotated[int, typer.Option(min=1, metavar="N", help="A context that the last recipe is to hold.")] = 10**7,
+    shape: Annotated[
+        str | None, typer.Option(metavar="SHAPE", help="llama-3-8b or small; by default what the device can run.")
+    ] = None,
+    memory: Annotated[
+        int | None, typer.Option(min=1, metavar="BYTES", help="What a cache may take; by default all of a GPU.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps to time.")] = 20,
+    json_file: BenchJson = None,
+) -> None:
+    """The largest batch and the longest context that really fit and decode, against transformers' DynamicCache."""
+    from fivefold.benchmark import capacity, decode, machine
+    from fivefold.recipe import Recipe
+
+    device = machine.device()
+    shape = shape or ("llama-3-8b" if device.type == "cuda" else "small")
+    if shape not in decode.SHAPES:
+        raise InputError(f"--shape {shape!r} is none of {', '.join(decode.SHAPES)}.")
+    if device.type != "cuda":
+        context, goal = min(context, 2048), min(goal, 1 << 16)
+    target = None if json_file is None else _writable(json_file)
+    batches = [
+        decode.BASELINE,
+        *(str(Recipe.parse(text)) for text in recipe or ("full()", "kivi(bits=4)", "kivi(bits=2)")),
+    ]
+    longest = {name: name for name in batches[1:]} if recipe else capacity.recipes(shape)
+    rows: list[dict[str, Any]] = []
+    _silence()
+    with _bars() as bars:
+        task = bars.add_task("model", total=len(batches) + len(longest) + 1, amount="")
+        model = decode.build(shape, device)
+        for name in batches:
+            bars.update(task, description=f"batch of {context}")
+            rows.append({"what": "batch", **capacity.largest_batch(model, name, context, steps, memory)})
+            bars.advance(task)
+        bars.update(task, description="context")
+        rows.append({"what": "context", "recipe": decode.BASELINE, **capacity.longest_dynamic(model, steps, memory)})
+        bars.advance(task)
+        for number, (name, text) in enumerate(longest.items()):
+            aim = goal if number == len(longest) - 1 and not recipe else None
+            rows.append(
+                {"what": "context", "recipe": name, **capacity.longest_context(model, text, steps, aim, memory)}
+            )
+            bars.advance(task)
+    table = Table(box=box.SIMPLE_HEAD, title=f"{shape} on {machine.describe()['devices'][-1]['name']}")
+    for name in ("most", "cache"):
+        table.add_column(name)
+    for name in ("sequences", "context", "cache GiB", "ms/step", "tokens/s", "x DynamicCache"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        first = next(other for other in rows if other["what"] == row["what"])
+        if "error" in row:
+            table.add_row(row["what"], row["recipe"], row["error"])
+            continue
+        measure = "tokens_s" if row["what"] == "batch" else "context"
+        row["gain"] = row[measure] / first[measure] if measure in first else None
+        table.add_row(
+            row["what"], row["recipe"], str(row["batch"]), f"{row['context']:,}", f"{row['cache_bytes'] / 2**30:,.3f}",
+            f"{row['ms']:.2f}", f"{row['tokens_s']:,.1f}", f"{row['gain']:.2f}" if row["gain"] else "",
+        )  # fmt: skip
+    out.print(table)
+    _bench_results(target, json_file, {**machine.stamp(), "shape": shape, "rows": rows})
+
+
 def _sizes(texts: list[str] | None) -> list[tuple[int, int]]:
     """CONTEXT or CONTEXTxBATCH, each at least 1. Raises `InputError`."""
     sizes = []

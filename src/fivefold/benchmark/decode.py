@@ -145,32 +145,35 @@ def _static_step(model: Any, cache: Any, token: torch.Tensor) -> Callable[[], to
 
 
 def _steps(model: Any, name: str, context: int, batch: int, steps: int, graph: bool) -> dict[str, Any]:
-    device = model.device
-    cuda = device.type == "cuda"
-    if cuda:
+    if model.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with torch.inference_mode():
-        cache = filled(model, name, context, batch, graph)
-        token = torch.ones(batch, 1, dtype=torch.long, device=device)
-        static = _static_step(model, cache, token) if name == STATIC else None
-        times = []
-        for _ in range(steps + WARM_UP):
-            if cuda:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            if static is not None:
-                token = static()
-            else:
-                token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-            if cuda:
-                torch.cuda.synchronize()
-            times.append((time.perf_counter() - start) * 1000)
-        times = times[WARM_UP:]
-        held = held_bytes(cache)
-        failed = getattr(getattr(cache, "step", None), "failed", None)
-        if hasattr(cache, "free"):
-            cache.free()
+        return timed(model, filled(model, name, context, batch, graph), batch, steps)
+
+
+def timed(model: Any, cache: Any, batch: int, steps: int) -> dict[str, Any]:
+    """Decode greedily and time it; the cache is given back. Called in inference mode."""
+    cuda = model.device.type == "cuda"
+    token = torch.ones(batch, 1, dtype=torch.long, device=model.device)
+    static = _static_step(model, cache, token) if isinstance(cache, StaticCache) else None
+    times = []
+    for _ in range(steps + WARM_UP):
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        if static is not None:
+            token = static()
+        else:
+            token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        if cuda:
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1000)
+    times = times[WARM_UP:]
+    held = held_bytes(cache)
+    failed = getattr(getattr(cache, "step", None), "failed", None)
+    if hasattr(cache, "free"):
+        cache.free()
     # Every 32nd step packs a group: the mean has it, the median does not.
     ms, mean = statistics.median(times), statistics.fmean(times)
     peak = torch.cuda.max_memory_allocated() if cuda else None

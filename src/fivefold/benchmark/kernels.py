@@ -100,10 +100,10 @@ def filled(recipe: Recipe, device: torch.device, context: int, batch: int, dtype
     return layer
 
 
-def fill(layer: LayerCache, context: int, scale: torch.Tensor | float = 1.0) -> None:
-    """Append `context` random tokens to every sequence of a layer. scale: of the channels."""
+def fill(layer: LayerCache, context: int, scale: torch.Tensor | float = 1.0, piece: int = PIECE) -> None:
+    """Append `context` random tokens to every sequence of a layer. scale: of the channels; piece: numbers at a time."""
     spec = layer.spec
-    step = max(1024, PIECE // (layer.batch * spec.kv_heads * spec.head_dim) // 1024 * 1024)
+    step = max(1024, piece // (layer.batch * spec.kv_heads * spec.head_dim) // 1024 * 1024)
     for first in range(0, context, step):
         tokens = min(step, context - first)
         for cohort in layer.cohorts:
