@@ -36,10 +36,14 @@ class FixedTables:
         self.packed_columns = 0 if grows else _ample(max(cohort.packed.shape[1] for cohort in cohorts), 32)
         exact, packed = self.rows * self.exact_columns * 2, self.rows * self.packed_columns
         self._size, self._packed_at = exact + packed, exact
+        self._page = first.packing.page if first.packing else kernels().TILE
         self._number = {index: number for number, index in enumerate(stores)}
         with torch.inference_mode(False):
             self._tables = torch.zeros(len(stores) * self._size, dtype=torch.int64, device=self.device)
-            self._spans = torch.zeros((len(stores), self.rows, kernels().SPAN), dtype=torch.int32, device=self.device)
+            # A layer's spans, then its starts.
+            self._width = self.rows * kernels().SPAN
+            shape = len(stores), self._width + 2 * (self.rows + 1)
+            self._spans = torch.zeros(shape, dtype=torch.int32, device=self.device)
             # Two, because the device may still be reading the one of the step before.
             cuda = self.device.type == "cuda"
             self._hosts = [torch.zeros_like(self._spans, device="cpu", pin_memory=cuda) for _ in range(2)]
@@ -52,22 +56,16 @@ class FixedTables:
         self._parts = {index: self._layer(index, store) for index, store in stores.items()}
 
     def _layer(self, index: int, store: LayerCache) -> tuple:
-        """Spans, packed and exact pages of a layer, and into how many parts each is cut."""
+        """Spans, starts, packed and exact pages of a layer."""
         kernel, number = kernels(), self._number[index]
         table = self._tables[number * self._size : (number + 1) * self._size]
         exact = kernel.Exact(table[: self._packed_at].view(self.rows, self.exact_columns, 2), store.spec.dtype)
-        exact_shares = _shares([(c.exact.shape[1], len(c.rows)) for c in store.cohorts], self.exact_columns, 4)
-        packed, packed_shares = None, None
+        packed = None
         if store.codec is not None:
             assert store.codec.form is not None
             packed = kernel.Packed(table[self._packed_at :].view(self.rows, self.packed_columns), store.codec.form)
-            pages = [(c.packed.shape[1], len(c.rows)) for c in store.cohorts]
-            packed_shares = _shares(pages, self.packed_columns, 1)
-        spread = [
-            None if n is None else kernel.shares(n[0], n[1], self.device, kernel.RESIDENT, n[2])
-            for n in (packed_shares, exact_shares)
-        ]
-        return self._spans[number], packed, exact, *spread
+        mine = self._spans[number]
+        return mine[: self._width].view(self.rows, -1), mine[self._width :].view(2, -1), packed, exact
 
     @property
     def nbytes(self) -> int:
@@ -94,12 +92,13 @@ class FixedTables:
         if event is not None:
             event.synchronize()
         numbers = host.numpy()
+        seen = numbers[:, : self._width].reshape(len(self.stores), self.rows, -1)  # a view
         places: list[np.ndarray] = []
         addresses: list[np.ndarray] = []
         for index, store in self.stores.items():
             number = self._number[index]
             for cohort in store.cohorts:
-                numbers[number, cohort.rows, :5] = spans(cohort.geometry)
+                seen[number, cohort.rows, :5] = spans(cohort.geometry)
                 if cohort.exact_fixed is not self.key:
                     for at, page in self._moved(self._exact_ids[number], cohort, cohort.exact):
                         for side, name in enumerate(("keys", "values")):
@@ -112,6 +111,7 @@ class FixedTables:
                         places.append(number * self._size + self._packed_at + at)
                         addresses.append(store.packed_pool.addresses(name, page))
                     cohort.packed_fixed = self.key
+        numbers[:, self._width :] = kernels().starts_of(seen, self._page).reshape(len(self.stores), -1)
         self._spans.copy_(host, non_blocking=True)
         if event is not None:
             event.record()
@@ -138,24 +138,14 @@ class FixedTables:
         queries: `[rows, query_heads per kv head, head_dim]`; keys, values: `[rows, head_dim]`.
         """
         kernel = kernels()
-        seen, packed, exact, packed_shares, exact_shares = self._parts[index]
+        seen, starts, packed, exact = self._parts[index]
         kernel.append(keys.contiguous(), values.contiguous(), seen, exact)
-        out, _ = kernel.decode(
-            queries.contiguous(), scaling, seen, packed, exact, packed_shares=packed_shares, exact_shares=exact_shares
-        )
-        return out
+        return kernel.decode(queries.contiguous(), scaling, seen, packed, exact, starts=starts)[0]
 
 
 def _ample(columns: int, least: int) -> int:
     """Room for half as much again."""
     return columns + max(least, columns // 2)
-
-
-def _shares(pages: list[tuple[int, int]], columns: int, least: int) -> tuple[int, int, int]:
-    """(rows, columns, least) for `shares`: of rows that differ, as many as would be needed if all were full."""
-    most = max(1, max(count for count, _ in pages))
-    total = sum(max(1, count) * rows for count, rows in pages)
-    return max(1, round(total / most)), columns, least
 
 
 def _pools(store: LayerCache) -> list[PagePool]:

@@ -38,8 +38,9 @@ def attend_fused(layer: LayerCache, cohort: Cohort, queries: torch.Tensor, scali
         pair = [layer.exact_pool.addresses(name, cohort.exact) for name in ("keys", "values")]
         cohort.exact_table = _table(np.stack(pair, 2), queries.device)
     exact = kernel.Exact(cohort.exact_table, layer.spec.dtype)
-    span = _spans(cohort.geometry, len(cohort.rows), queries.device, kernel.SPAN)
-    return kernel.decode(queries.contiguous(), scaling, span, packed, exact)[0]
+    page = layer.packing.page if layer.packing else kernel.TILE
+    span, starts = _spans(cohort.geometry, len(cohort.rows), queries.device, page)
+    return kernel.decode(queries.contiguous(), scaling, span, packed, exact, starts=starts)[0]
 
 
 def why_not(layer: LayerCache, device: torch.device, heads: int) -> str | None:
@@ -75,9 +76,12 @@ def _table(addresses: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(maxsize=16)
-def _spans(geometry: Geometry, rows: int, device: torch.device, width: int) -> torch.Tensor:
-    """What the newest token sees, for every row: int32 `[rows, width]`."""
-    return torch.tensor([[*spans(geometry), *[0] * (width - 5)]] * rows, dtype=torch.int32, device=device)
+def _spans(geometry: Geometry, rows: int, device: torch.device, page: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the newest token sees, for every row: int32 `[rows, SPAN]`, and what comes before each row (`starts_of`)."""
+    kernel = kernels()
+    span = np.zeros((rows, kernel.SPAN), dtype=np.int32)
+    span[:, :5] = spans(geometry)
+    return torch.from_numpy(span).to(device), torch.from_numpy(kernel.starts_of(span, page)).to(device)
 
 
 def spans(geometry: Geometry) -> tuple[int, int, int, int, int]:

@@ -1,9 +1,11 @@
 """One decoding step over planar KIVI pages and exact pages, in Triton.
 
-Three kernels. `_packed` attends over packed pages and `_exact` over exact ones, both split over the sequence, each
-program for one row (sequence, kv head) and one share of its pages; they leave parts (output, log-sum-exp) that
-`_combine` merges. Pages are found by their addresses, in tables on the device, so they may lie anywhere; lengths are
-on the device too, so that a captured graph stays right while they grow.
+Three kernels. `_packed` attends over packed pages and `_exact` over exact ones. The pages of all rows (sequence, kv
+head) stand one behind the other, and each program takes an equal stretch of them, which may end inside a row and reach
+over several: so all programs end together, however much longer some rows are than others. For each row in its stretch
+a program leaves a part (output, log-sum-exp), and `_combine` merges a row's parts. Pages are found by their addresses,
+in tables on the device, so they may lie anywhere; lengths are on the device too, so that a captured graph stays right
+while they grow.
 
 What makes the packed loop fast:
 
@@ -22,6 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -132,6 +135,39 @@ def _queries(queries, row, heads, N: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def _stretch(starts, rows, LEAST: tl.constexpr):
+    """The places [first, end) that this program takes of all rows' pages, one behind the other."""
+    program = tl.program_id(0)
+    total = tl.load(starts + rows)
+    programs = tl.minimum(tl.num_programs(0), tl.cdiv(total, LEAST))
+    some = program < programs
+    wide = tl.maximum(programs, 1).to(tl.int64)
+    first = tl.where(some, program * total.to(tl.int64) // wide, 0).to(tl.int32)
+    end = tl.where(some, (program + 1) * total.to(tl.int64) // wide, 0).to(tl.int32)
+    return first, end
+
+
+@triton.jit
+def _row_at(starts, rows, place, R: tl.constexpr):
+    """The row that a place belongs to."""
+    i = tl.arange(0, R)
+    return tl.sum((tl.load(starts + i, mask=i < rows, other=2147483647) <= place).to(tl.int32), 0) - 1
+
+
+@triton.jit
+def _parts_of(starts, row, rows, programs, LEAST: tl.constexpr):
+    """The first and the last of `programs` programs whose stretch reaches into a row; (0, -1) if it has no pages."""
+    total = tl.load(starts + rows)
+    start = tl.load(starts + row)
+    stop = tl.load(starts + row + 1)
+    wide = tl.minimum(programs, tl.cdiv(total, LEAST)).to(tl.int64)
+    total = tl.maximum(total, 1)
+    first = tl.where(stop > start, ((start + 1) * wide - 1) // total, 0)
+    last = tl.where(stop > start, (stop * wide - 1) // total, -1)
+    return first.to(tl.int32), last.to(tl.int32)
+
+
+@triton.jit
 def _leave(out, lse, place, o, m, total, heads, N: tl.constexpr, D: tl.constexpr):
     """Store a part: o `[D, N]` not yet divided by the `total: [N]` of weights whose log2 maximum was m."""
     d = tl.arange(0, D)
@@ -142,15 +178,13 @@ def _leave(out, lse, place, o, m, total, heads, N: tl.constexpr, D: tl.constexpr
     tl.store(lse + place * heads + h, tl.where(some, m + tl.log2(tl.where(some, total, 1.0)), -1e30), mask=h < heads)
 
 
-@triton.jit(do_not_specialize=("columns", "parts", "heads"))
+@triton.jit(do_not_specialize=("rows", "columns", "heads"))
 def _packed(
-    queries, table, spans, out, lse, scale, columns, parts, heads,
-    N: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    CHANNELS: tl.constexpr, SPAN: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
+    queries, table, spans, starts, out, lse, scale, rows, columns, heads,
+    N: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr,
+    SPAN: tl.constexpr, R: tl.constexpr, LEAST: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One share of the packed pages of a row. Grid: (rows, shares)."""
-    row = tl.program_id(0)
-    share = tl.program_id(1)
+    """A stretch of the packed pages of all rows, `starts [rows + 1]` of them before each. Grid: (programs,)."""
     PLANES: tl.constexpr = _code_planes(BITS)
     TOKENS: tl.constexpr = PLANES * 32
     KEY_GROUPS: tl.constexpr = TOKENS // GROUP
@@ -167,119 +201,127 @@ def _packed(
     d = tl.arange(0, D)
     g = tl.arange(0, VALUE_GROUPS)
     word = r[:, None] * D + d[None, :]
-    q = _queries(queries, row, heads, N, D).to(tl.float16)
-    low = tl.load(spans + row * SPAN)
-    high = tl.load(spans + row * SPAN + 1)
-    begin = low // TOKENS
-    each = tl.cdiv(tl.cdiv(high, TOKENS) - begin, tl.num_programs(1))
-    first = begin + share * each
-    last = tl.minimum(first + each, tl.cdiv(high, TOKENS))
-
     scale = scale * _fold(BITS)
-    m = tl.full([N], -1e30, tl.float32)
-    weight = tl.zeros([32, N], tl.float32)
-    offset = tl.zeros([32, N], tl.float32)
-    acc = tl.zeros([D, N], tl.float32)
-    address = tl.load(table + row * columns + first, mask=first < last, other=0)
-    for page in tl.range(first, last, num_stages=STAGES):
-        record = tl.multiple_of((address * 16).to(tl.pointer_type(tl.int16)), 16)
-        address = tl.load(table + row * columns + page + 1, mask=page + 1 < last, other=0)
-        half = record.to(tl.pointer_type(tl.float16))
-        words = tl.load(record + word)
-        key_scale = ()
-        key_zero = ()
-        value_scale = ()
-        value_zero = ()
-        for j in tl.static_range(PLANES):
-            at = j * 32 // GROUP * D + d
-            key_scale = key_scale + (_times(tl.load(half + KEY_SCALE + at), _log2_factor(BITS, j), ASM),)
-            key_zero = key_zero + (_times(tl.load(half + KEY_ZERO + at), UNFOLD, ASM),)
-        for j in tl.static_range(PLANES):
-            if VALUE_GROUPS == 1:
-                value_scale = value_scale + (tl.load(half + VALUE_SCALE + j * 32 + r).to(tl.float32),)
-                value_zero = value_zero + (tl.load(half + VALUE_ZERO + j * 32 + r).to(tl.float32),)
-            else:
-                at = j * 32 * VALUE_GROUPS + g[:, None] * 32 + r[None, :]
-                value_scale = value_scale + (_times(tl.load(half + VALUE_SCALE + at), _log2_factor(BITS, j), ASM),)
-                value_zero = value_zero + (_times(tl.load(half + VALUE_ZERO + at), UNFOLD, ASM),)
-        value_words = tl.load(record + VALUE_WORDS + word)
+    place, end = _stretch(starts, rows, LEAST)
+    while place < end:
+        row = _row_at(starts, rows, place, R)
+        start = tl.load(starts + row)
+        stop = tl.minimum(tl.load(starts + row + 1), end)
+        low = tl.load(spans + row * SPAN)
+        high = tl.load(spans + row * SPAN + 1)
+        first = low // TOKENS + place - start
+        last = low // TOKENS + stop - start
+        place = stop
+        q = _queries(queries, row, heads, N, D).to(tl.float16)
+        m = tl.full([N], -1e30, tl.float32)
+        weight = tl.zeros([32, N], tl.float32)
+        offset = tl.zeros([32, N], tl.float32)
+        acc = tl.zeros([D, N], tl.float32)
+        address = tl.load(table + row * columns + first, mask=first < last, other=0)
+        for page in tl.range(first, last, num_stages=STAGES):
+            record = tl.multiple_of((address * 16).to(tl.pointer_type(tl.int16)), 16)
+            address = tl.load(table + row * columns + page + 1, mask=page + 1 < last, other=0)
+            half = record.to(tl.pointer_type(tl.float16))
+            words = tl.load(record + word)
+            key_scale = ()
+            key_zero = ()
+            value_scale = ()
+            value_zero = ()
+            for j in tl.static_range(PLANES):
+                at = j * 32 // GROUP * D + d
+                key_scale = key_scale + (_times(tl.load(half + KEY_SCALE + at), _log2_factor(BITS, j), ASM),)
+                key_zero = key_zero + (_times(tl.load(half + KEY_ZERO + at), UNFOLD, ASM),)
+            for j in tl.static_range(PLANES):
+                if VALUE_GROUPS == 1:
+                    value_scale = value_scale + (tl.load(half + VALUE_SCALE + j * 32 + r).to(tl.float32),)
+                    value_zero = value_zero + (tl.load(half + VALUE_ZERO + j * 32 + r).to(tl.float32),)
+                else:
+                    at = j * 32 * VALUE_GROUPS + g[:, None] * 32 + r[None, :]
+                    value_scale = value_scale + (_times(tl.load(half + VALUE_SCALE + at), _log2_factor(BITS, j), ASM),)
+                    value_zero = value_zero + (_times(tl.load(half + VALUE_ZERO + at), UNFOLD, ASM),)
+            value_words = tl.load(record + VALUE_WORDS + word)
 
-        scores = ()
-        for j in tl.static_range(PLANES):
-            k = _plane(words, BITS, j, ASM) * key_scale[j][None, :] + key_zero[j][None, :]
-            token = page * TOKENS + j * 32 + r
-            s = tl.where(((token >= low) & (token < high))[:, None], tl.dot(k, q), -1e30)
-            scores = scores + (s,)
-        top = scores[0]
-        for j in tl.static_range(1, PLANES):
-            top = tl.maximum(top, scores[j])
-        above = tl.maximum(m, tl.max(top, 0) * scale)
-        shrink = tl.exp2(m - above)
-        m = above
-        weight = weight * shrink[None, :]
-        offset = offset * shrink[None, :]
-        acc = acc * shrink[None, :]
-        for j in tl.static_range(PLANES):
-            p = tl.exp2(scores[j] * scale - m[None, :])
-            weight += p
-            v = tl.trans(_plane(value_words, BITS, j, ASM))
-            if VALUE_GROUPS == 1:
-                # A token's scale and zero point go into its weight.
-                offset += p * value_zero[j][:, None]
-                p = p * (value_scale[j] * _factor(BITS, j))[:, None]
-            else:
-                spread = tl.broadcast_to(value_scale[j][:, None, :], [VALUE_GROUPS, CHANNELS, 32])
-                shift = tl.broadcast_to(value_zero[j][:, None, :], [VALUE_GROUPS, CHANNELS, 32])
-                v = v * tl.reshape(spread, [D, 32]) + tl.reshape(shift, [D, 32])
-            acc = tl.dot(v, p.to(tl.float16), acc)
-    acc = acc * _fold(BITS)
-    if VALUE_GROUPS == 1:
-        acc += tl.sum(offset, 0)[None, :]
-    _leave(out, lse, row * parts + share, acc, m, tl.sum(weight, 0), heads, N, D)
+            scores = ()
+            for j in tl.static_range(PLANES):
+                k = _plane(words, BITS, j, ASM) * key_scale[j][None, :] + key_zero[j][None, :]
+                token = page * TOKENS + j * 32 + r
+                s = tl.where(((token >= low) & (token < high))[:, None], tl.dot(k, q), -1e30)
+                scores = scores + (s,)
+            top = scores[0]
+            for j in tl.static_range(1, PLANES):
+                top = tl.maximum(top, scores[j])
+            above = tl.maximum(m, tl.max(top, 0) * scale)
+            shrink = tl.exp2(m - above)
+            m = above
+            weight = weight * shrink[None, :]
+            offset = offset * shrink[None, :]
+            acc = acc * shrink[None, :]
+            for j in tl.static_range(PLANES):
+                p = tl.exp2(scores[j] * scale - m[None, :])
+                weight += p
+                v = tl.trans(_plane(value_words, BITS, j, ASM))
+                if VALUE_GROUPS == 1:
+                    # A token's scale and zero point go into its weight.
+                    offset += p * value_zero[j][:, None]
+                    p = p * (value_scale[j] * _factor(BITS, j))[:, None]
+                else:
+                    spread = tl.broadcast_to(value_scale[j][:, None, :], [VALUE_GROUPS, CHANNELS, 32])
+                    shift = tl.broadcast_to(value_zero[j][:, None, :], [VALUE_GROUPS, CHANNELS, 32])
+                    v = v * tl.reshape(spread, [D, 32]) + tl.reshape(shift, [D, 32])
+                acc = tl.dot(v, p.to(tl.float16), acc)
+        acc = acc * _fold(BITS)
+        if VALUE_GROUPS == 1:
+            acc += tl.sum(offset, 0)[None, :]
+        _leave(out, lse, tl.program_id(0) + row, acc, m, tl.sum(weight, 0), heads, N, D)
 
 
-@triton.jit(do_not_specialize=("columns", "parts", "first_part", "heads"))
+@triton.jit(do_not_specialize=("rows", "columns", "heads"))
 def _exact(
-    queries, table, spans, out, lse, scale, columns, parts, first_part, heads,
-    DTYPE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr,
+    queries, table, spans, starts, out, lse, scale, rows, columns, heads,
+    DTYPE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr,
+    LEAST: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One share of the exact slots of a row, pages of 32. table: `[rows, columns, 2]`. Grid: (rows, shares).
+    """A stretch of the exact slots of all rows, in tiles of TILE. table: `[rows, columns, 2]`; starts: tiles before
+    each row, `[rows + 1]`. Grid: (programs,).
 
     WIDE multiplies in float32 whatever the pages hold: the interpreter has no products of bfloat16.
     """
-    row = tl.program_id(0)
-    share = tl.program_id(1)
     work = tl.float32 if WIDE else DTYPE
     t = tl.arange(0, T)
     d = tl.arange(0, D)
-    q = _queries(queries, row, heads, N, D).to(work)
-    sink = tl.load(spans + row * SPAN + 2)
-    start = tl.load(spans + row * SPAN + 3)
-    stop = tl.load(spans + row * SPAN + 4)
-    each = tl.cdiv(tl.cdiv(stop, T), tl.num_programs(1))
-    first = share * each
-    last = tl.minimum(first + each, tl.cdiv(stop, T))
-    m = tl.full([N], -1e30, tl.float32)
-    weight = tl.zeros([T, N], tl.float32)
-    acc = tl.zeros([D, N], tl.float32)
-    for tile in range(first, last):
-        slot = tile * T + t
-        held = slot < stop
-        at = table + (row * columns + slot // 32) * 2
-        inside = (slot % 32)[:, None] * D + d[None, :]
-        keys = tl.multiple_of((tl.load(at, mask=held, other=0) * 16).to(tl.pointer_type(DTYPE)), 16)
-        values = tl.multiple_of((tl.load(at + 1, mask=held, other=0) * 16).to(tl.pointer_type(DTYPE)), 16)
-        k = tl.load(keys[:, None] + inside, mask=held[:, None], other=0.0).to(work)
-        v = tl.load(values[:, None] + inside, mask=held[:, None], other=0.0).to(work)
-        seen = held & ((slot < sink) | (slot >= start))
-        s = tl.where(seen[:, None], tl.dot(k, q, input_precision="ieee") * scale, -1e30)
-        above = tl.maximum(m, tl.max(s, 0))
-        shrink = tl.exp2(m - above)
-        m = above
-        p = tl.where(seen[:, None], tl.exp2(s - m[None, :]), 0.0)
-        weight = weight * shrink[None, :] + p
-        acc = tl.dot(tl.trans(v), p.to(work), acc * shrink[None, :], input_precision="ieee")
-    _leave(out, lse, row * parts + first_part + share, acc, m, tl.sum(weight, 0), heads, N, D)
+    place, end = _stretch(starts, rows, LEAST)
+    while place < end:
+        row = _row_at(starts, rows, place, R)
+        start_of_row = tl.load(starts + row)
+        until = tl.minimum(tl.load(starts + row + 1), end)
+        first = (place - start_of_row) * (TILE // T)
+        last = (until - start_of_row) * (TILE // T)
+        place = until
+        q = _queries(queries, row, heads, N, D).to(work)
+        sink = tl.load(spans + row * SPAN + 2)
+        start = tl.load(spans + row * SPAN + 3)
+        stop = tl.load(spans + row * SPAN + 4)
+        m = tl.full([N], -1e30, tl.float32)
+        weight = tl.zeros([T, N], tl.float32)
+        acc = tl.zeros([D, N], tl.float32)
+        for tile in range(first, last):
+            slot = tile * T + t
+            held = slot < stop
+            at = table + (row * columns + slot // 32) * 2
+            inside = (slot % 32)[:, None] * D + d[None, :]
+            keys = tl.multiple_of((tl.load(at, mask=held, other=0) * 16).to(tl.pointer_type(DTYPE)), 16)
+            values = tl.multiple_of((tl.load(at + 1, mask=held, other=0) * 16).to(tl.pointer_type(DTYPE)), 16)
+            k = tl.load(keys[:, None] + inside, mask=held[:, None], other=0.0).to(work)
+            v = tl.load(values[:, None] + inside, mask=held[:, None], other=0.0).to(work)
+            seen = held & ((slot < sink) | (slot >= start))
+            s = tl.where(seen[:, None], tl.dot(k, q, input_precision="ieee") * scale, -1e30)
+            above = tl.maximum(m, tl.max(s, 0))
+            shrink = tl.exp2(m - above)
+            m = above
+            p = tl.where(seen[:, None], tl.exp2(s - m[None, :]), 0.0)
+            weight = weight * shrink[None, :] + p
+            acc = tl.dot(tl.trans(v), p.to(work), acc * shrink[None, :], input_precision="ieee")
+        _leave(out, lse, tl.program_id(0) + row, acc, m, tl.sum(weight, 0), heads, N, D)
 
 
 @triton.jit(do_not_specialize=("columns",))
@@ -295,10 +337,34 @@ def _append(keys, values, table, spans, columns, DTYPE: tl.constexpr, D: tl.cons
     tl.store(page + (slot % 32) * D + d, tl.load(source + row * D + d))
 
 
-@triton.jit(do_not_specialize=("parts",))
+@triton.jit
+def _merge(
+    out, lse, starts, row, head, heads, rows, programs, m, total, acc,
+    D: tl.constexpr, P: tl.constexpr, LEAST: tl.constexpr,
+):  # fmt: skip
+    """Merge the parts that the programs of one kernel left of one head of a row into (m, total, acc)."""
+    d = tl.arange(0, D)
+    first, last = _parts_of(starts, row, rows, programs, LEAST)
+    for begin in range(first, last + 1, P):
+        p = begin + tl.arange(0, P)
+        held = p <= last
+        at = (row + p).to(tl.int64) * heads + head
+        part = tl.load(lse + at, mask=held, other=-1e30)
+        o = tl.load(out + at[:, None] * D + d[None, :], mask=held[:, None], other=0.0)
+        above = tl.maximum(m, tl.max(part, 0))
+        w = tl.where(part > -1e29, tl.exp2(part - above), 0.0)
+        shrink = tl.exp2(m - above)
+        m = above
+        total = total * shrink + tl.sum(w, 0)
+        acc = acc * shrink + tl.sum(o * w[:, None], 0)
+    return m, total, acc
+
+
+@triton.jit(do_not_specialize=("rows", "packed_programs", "exact_programs"))
 def _combine(
-    out, lse, merged, merged_lse, parts,
-    D: tl.constexpr, P: tl.constexpr, WITH_LSE: tl.constexpr,
+    packed_out, packed_lse, exact_out, exact_lse, starts, merged, merged_lse, rows, packed_programs, exact_programs,
+    D: tl.constexpr, P: tl.constexpr, WITH_LSE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
+    EXACT_LEAST: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts of one head of a row. Grid: (rows, heads)."""
     row = tl.program_id(0)
@@ -308,18 +374,15 @@ def _combine(
     m = -1e30
     total = 0.0
     acc = tl.zeros([D], tl.float32)
-    for first in range(0, parts, P):
-        p = first + tl.arange(0, P)
-        held = p < parts
-        at = (row * parts + p) * heads + head
-        part = tl.load(lse + at, mask=held, other=-1e30)
-        o = tl.load(out + at[:, None] * D + d[None, :], mask=held[:, None], other=0.0)
-        above = tl.maximum(m, tl.max(part, 0))
-        w = tl.where(part > -1e29, tl.exp2(part - above), 0.0)
-        shrink = tl.exp2(m - above)
-        m = above
-        total = total * shrink + tl.sum(w, 0)
-        acc = acc * shrink + tl.sum(o * w[:, None], 0)
+    if PACKED:
+        m, total, acc = _merge(
+            packed_out, packed_lse, starts, row, head, heads, rows, packed_programs, m, total, acc, D, P, 1
+        )
+    if EXACT:
+        m, total, acc = _merge(
+            exact_out, exact_lse, starts + rows + 1, row, head, heads, rows, exact_programs, m, total, acc, D, P,
+            EXACT_LEAST,
+        )  # fmt: skip
     at = row * heads + head
     some = total > 0
     acc = acc / tl.where(some, total, 1.0)
@@ -362,11 +425,21 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def shares(rows: int, columns: int, device: torch.device, resident: int, least: int = 1) -> int:
-    """Into how many shares the columns of each row are cut, so that the device is filled once: at least `least`
-    columns each."""
-    wanted = max(1, resident * _processors(device) // rows)
-    return max(1, min(wanted, columns // least))
+TILE = 64
+"""Exact slots that are one piece of work; a program takes at least EXACT_LEAST of them."""
+EXACT_LEAST = 2
+
+
+def starts_of(spans: np.ndarray, page: int) -> np.ndarray:
+    """Pages of `page` tokens that the packed spans of the rows before a row touch, and `TILE`s of exact slots.
+
+    spans: `[..., rows, >= 5]`. Returns int32 `[..., 2, rows + 1]`.
+    """
+    low, high, stop = spans[..., 0], spans[..., 1], spans[..., 4]
+    out = np.zeros((*spans.shape[:-2], 2, spans.shape[-2] + 1), dtype=np.int32)
+    np.cumsum(np.where(high > low, -(-high // page) - low // page, 0), -1, out=out[..., 0, 1:])
+    np.cumsum(-(-stop // TILE), -1, out=out[..., 1, 1:])
+    return out
 
 
 def append(keys: torch.Tensor, values: torch.Tensor, spans: torch.Tensor, exact: Exact) -> None:
@@ -386,12 +459,13 @@ def decode(
     exact: Exact | None = None,
     with_lse: bool = False,
     asm: bool | None = None,
-    packed_shares: int | None = None,
-    exact_shares: int | None = None,
+    starts: torch.Tensor | None = None,
+    programs: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one query per row and head over packed and exact pages: see `decode_reference`.
 
-    queries: contiguous `[rows, query_heads, head_dim]`, float16, bfloat16 or float32; spans: int32 `[rows, SPAN]`.
+    queries: contiguous `[rows, query_heads, head_dim]`, float16, bfloat16 or float32; spans: int32 `[rows, SPAN]`;
+    starts: int32 `[2, rows + 1]`, what `starts_of` makes of them (here, waiting for the device, if not given).
     Packed pages are attended on in float16, exact ones in their dtype, both with float32 sums.
     Returns the output in the dtype of the queries and, if asked for, the natural log-sum-exp, float32.
     """
@@ -400,32 +474,39 @@ def decode(
     asm = device.type == "cuda" if asm is None else asm
     scale = scaling * 1.4426950408889634
     n = 8 if heads <= 8 else 16
-    packed_parts = exact_parts = 0
-    if packed is not None:
-        packed_parts = packed_shares or shares(rows, packed.table.shape[1], device, RESIDENT)
-    if exact is not None:
-        exact_parts = exact_shares or shares(rows, exact.table.shape[1], device, RESIDENT, 4)
-    parts = packed_parts + exact_parts
-    out = torch.empty((rows, parts, heads, dim), dtype=torch.float32, device=device)
-    lse = torch.empty((rows, parts, heads), dtype=torch.float32, device=device)
+    if starts is None:
+        page = packed.form.tokens if packed is not None else TILE
+        starts = torch.from_numpy(starts_of(spans.cpu().numpy(), page)).to(device)
+    programs = programs or RESIDENT * _processors(device)
+    common = {"N": n, "D": dim, "SPAN": SPAN, "R": triton.next_power_of_2(rows)}
+
+    def parts(most: int) -> tuple[int, torch.Tensor, torch.Tensor]:
+        count = max(1, min(programs, most))
+        out = torch.empty((count + rows, heads, dim), dtype=torch.float32, device=device)
+        return count, out, torch.empty((count + rows, heads), dtype=torch.float32, device=device)
+
+    packed_programs, packed_out, packed_lse = exact_programs, exact_out, exact_lse = 0, queries, queries
     if packed is not None:
         form = packed.form
-        _packed[(rows, packed_parts)](
-            queries, packed.table, spans, out, lse, scale, packed.table.shape[1], parts, heads,
-            N=n, D=dim, BITS=form.bits, GROUP=form.group, CHANNELS=form.channels, SPAN=SPAN, ASM=asm,
-            STAGES=_STAGES[form.bits], num_warps=2, num_stages=_STAGES[form.bits],
+        packed_programs, packed_out, packed_lse = parts(packed.table.numel())
+        _packed[(packed_programs,)](
+            queries, packed.table, spans, starts[0], packed_out, packed_lse, scale, rows, packed.table.shape[1], heads,
+            BITS=form.bits, GROUP=form.group, CHANNELS=form.channels, ASM=asm, LEAST=1,
+            STAGES=_STAGES[form.bits], num_warps=2, num_stages=_STAGES[form.bits], **common,
         )  # fmt: skip
     if exact is not None:
         wide = exact.dtype.itemsize == 4
-        _exact[(rows, exact_parts)](
-            queries, exact.table, spans, out, lse, scale, exact.table.shape[1], parts, packed_parts, heads,
-            DTYPE=_TYPES[exact.dtype], N=n, D=dim, T=32 if wide else 64, SPAN=SPAN, WIDE=not asm,
-            num_warps=2, num_stages=1 if wide else 3,
+        exact_programs, exact_out, exact_lse = parts(-(-exact.table.shape[1] * 32 // TILE // EXACT_LEAST) * rows)
+        _exact[(exact_programs,)](
+            queries, exact.table, spans, starts[1], exact_out, exact_lse, scale, rows, exact.table.shape[1], heads,
+            DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE, TILE=TILE, LEAST=EXACT_LEAST, WIDE=not asm,
+            num_warps=2, num_stages=1 if wide else 3, **common,
         )  # fmt: skip
     merged = torch.empty_like(queries)
     merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
     _combine[(rows, heads)](
-        out, lse, merged, merged_lse if with_lse else lse, parts,
-        D=dim, P=16, WITH_LSE=with_lse, num_warps=4,
+        packed_out, packed_lse, exact_out, exact_lse, starts, merged, merged_lse if with_lse else exact_lse, rows,
+        packed_programs, exact_programs, D=dim, P=16, WITH_LSE=with_lse, PACKED=packed is not None,
+        EXACT=exact is not None, EXACT_LEAST=EXACT_LEAST, num_warps=4,
     )  # fmt: skip
     return merged, merged_lse
