@@ -31,6 +31,8 @@ def recipe(method: str, keep: float, context: int) -> str:
     """The window of `streaming` is as long as what the others hold of the text."""
     if method == "streaming":
         return f"streaming(sink=4, recent={round(keep * context) - 4})"
+    if method.endswith(")"):  # with parameters: "d2o(merging=False)"
+        return f"{method[:-1]}, keep={keep})"
     return f"{method}(keep={keep})"
 
 

@@ -338,6 +338,15 @@ def test_fidelity_has_layers_and_the_lens_if_asked_for(model, tokenizer, tmp_pat
     assert "lens" not in again["cells"][0]["layers"][0]
 
 
+def test_methods_that_act_in_steps_are_measured_in_steps(model, tokenizer, tmp_path):
+    """In a chunk every token is read: `tidal` would look exact, and the window of `h2o` would grow."""
+    plan = Plan(("tidal(top=16, select_layers=[0], full_layers=0)", "h2o(keep=0.2)"), (FIDELITY,), (900,), 1)
+    _, sparse, chosen = run(model, tokenizer, plan, tmp_path / "kept.jsonl")["cells"]
+    for cell in (sparse, chosen):
+        assert cell["kl"] > 1e-5 and cell["top1"] <= 1
+    assert max(layer["carried"] for layer in sparse["layers"]) > 1e-4
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_layers_of_every_family(family, tiny):
     model = tiny(family)
@@ -347,7 +356,7 @@ def test_layers_of_every_family(family, tiny):
         for cache in (DynamicCache(config=model.config), fivefold.compress(model, "full()")):
             model(text[:, :64], past_key_values=cache)
             traces.append(layers.trace(model, copy.deepcopy(cache), text[:, 64:]))
-            traces.append(layers.trace(model, cache, text[:, 64:], traces[0].entering))
+            traces.append(layers.trace(model, cache, text[:, 64:], traces[0].entering, chunk=5))
         found = layers.errors(traces[0], traces[3], traces[2])
         assert len(found) == model.config.num_hidden_layers
         assert max(max(layer.values()) for layer in found) < 1e-3

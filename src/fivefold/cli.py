@@ -1,4 +1,4 @@
-"""The command line: `fivefold recipes | fetch | generate | demo | eval | sweep | doctor | bench`.
+"""The command line: `fivefold recipes | fetch | generate | demo | eval | sweep | calibrate | doctor | bench`.
 
 What a command is asked for goes to stdout; bars, reports and errors go to stderr. Every error raised on
 purpose is one sentence and exit code 2; Ctrl-C is exit code 130. torch and transformers are imported inside
@@ -970,6 +970,66 @@ def _work_bar() -> Iterator[Callable[[int, int, str], None]]:
         yield progress
 
 
+# -- calibrate --------------------------------------------------------------------------------------------
+
+
+@app.command()
+def calibrate(
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", metavar="RECIPE", help="Holds the method that learns from the model.")
+    ],
+    folder: Annotated[
+        str, typer.Option("--out", "-o", metavar="DIR", help="Where the profile goes, and unfinished work until then.")
+    ],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text", "-t", metavar="FILE", help="UTF-8 text to read; repeat it for more. By default Python's own."
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", "-n", min=1, metavar="N", help="Tokens to read; 65536 if not given.")
+    ] = None,
+    model: ModelOption = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Learn what a recipe's method must know about a model, and keep it as a profile.
+
+    A run that is broken off goes on where it stopped.
+    """
+    with err.status("Preparing"):
+        from fivefold.calibrate import run as work
+        from fivefold.models import smollm2
+        from fivefold.recipe import Recipe
+
+        parsed = Recipe.parse(recipe)
+        method = work.learning(parsed)
+        texts = None if text is None else [_read_text(file, "the text file") for file in text]
+    if model is None and not smollm2.is_fetched():
+        _fetch()
+    with err.status("Loading the model"):
+        network, tokenizer = _load(model, "auto", "auto")
+    start = time.perf_counter()
+    try:
+        with _stop_request() as stopped, _work_bar() as progress:
+            profile = work.calibrate(
+                network, tokenizer, parsed, Path(folder), texts, tokens or work.TOKENS, seed, progress, stopped
+            )
+    except work.Stopped:
+        err.print(f"What was learned is kept in {folder}: the same command goes on from there.", soft_wrap=True)
+        raise KeyboardInterrupt from None
+    made = profile.made["tokens"]
+    if made < (tokens or work.TOKENS):
+        err.print(f"Note: the text has {made:,} tokens of the {tokens or work.TOKENS:,} that were asked for.")
+    size = sum(path.stat().st_size for path in Path(folder).iterdir())
+    out.print(
+        f"{method.name} learned from {made:,} tokens in {time.perf_counter() - start:.0f} s; its profile "
+        f"({size / 1e6:.2f} MB) is in",
+        soft_wrap=True,
+    )
+    out.print(folder, soft_wrap=True)
+
+
 # -- models -----------------------------------------------------------------------------------------------
 
 
@@ -1049,9 +1109,9 @@ def _prompt_text(file: str | None, prompt: str | None) -> str:
     return "\n\n".join(parts)
 
 
-def _read_text(file: str) -> str:
+def _read_text(file: str, what: str = "the prompt file") -> str:
     """The text of a UTF-8 file, or of stdin if `file` is '-'."""
-    name = "stdin" if file == "-" else f"the prompt file {file!r}"
+    name = "stdin" if file == "-" else f"{what} {file!r}"
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         text = data.decode("utf-8-sig")

@@ -182,14 +182,15 @@ def attend_packed(
     merged = None
     for first, last, location, own in layer.packed_blocks(cohort, PACKED_BLOCK):
         fields = layer.packed(location, own)
-        scores = layer.codec.scores(scaled, fields)
+        codec = layer.codec_of(cohort, first, last)
+        scores = codec.scores(scaled, fields)
         if bias is not None:
             scores += bias[first * page : last * page]
         filled = geometry.packed_stop - geometry.packed_base - first * page
         if filled < scores.shape[2]:
             scores[:, :, filled:] = MASKED
         lse = softmax_(scores)
-        part = (layer.codec.output(scores, fields), lse)
+        part = (codec.output(scores, fields), lse)
         if watched is not None:
             watched.append((scores[:, :, :filled], lse))
         merged = part if merged is None else merge([merged, part])

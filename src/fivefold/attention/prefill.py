@@ -127,6 +127,7 @@ def _stored(
             stop = min(geometry.packed_stop, geometry.packed_base + last * page)
             fields = {name: x.flatten(0, 1) for name, x in layer.packed_fields(cohort, first, last).items()}
             keys, values = (
-                x.to(queries.dtype).reshape(rows, -1, dim)[:, : stop - begin] for x in layer.codec.decode(fields)
+                x.to(queries.dtype).reshape(rows, -1, dim)[:, : stop - begin]
+                for x in layer.codec_of(cohort, first, last).decode(fields)
             )
             yield over(keys, values, torch.arange(begin, stop))

@@ -93,9 +93,13 @@ def make_task(tokenizer: Any, context: int, seed: int = 0, continuation: int = C
         planted.append(Fact(f"\n\n{sentence.format(answer)}\n\n", f"\n\n{question}", answer))
     facts = len(planted)
     encoded = [tokenizer(fact.sentence, add_special_tokens=False).input_ids for fact in planted]
-    body = context - sum(map(len, encoded))
-    if body < 32 * (facts + 1):
-        raise InputError(f"a context of {context} tokens is too short for {facts} planted facts: use at least 256.")
+    planted_tokens, least = sum(map(len, encoded)), 32 * (facts + 1)
+    body = context - planted_tokens
+    if body < least:
+        raise InputError(
+            f"a context of {context} tokens is too short for {facts} planted facts: use at least "
+            f"{planted_tokens + least}."
+        )
     text = document()
     start = text.index("\n", pick.randrange(len(text) // 2))
     # About six characters a token at most: cut before encoding, so that nothing of the rest is paid for.

@@ -36,6 +36,7 @@ from fivefold.evaluate.score import answer, twin
 from fivefold.evaluate.summary import EXACT, FIDELITY, OWN, exact_fails, summarise
 from fivefold.evaluate.tasks import Question, Sample, Task, settings, tasks
 from fivefold.evaluate.tasks.base import Kind
+from fivefold.methods import ReadPolicy, TokenPolicy
 from fivefold.recipe import Recipe
 
 CONTINUATION, FREE = 256, 32
@@ -171,6 +172,12 @@ def _foreign_code(method: Any) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 
+def _chunk(recipe: str) -> int:
+    """How many tokens of a continuation may be fed to a recipe's cache at a time without changing what it does."""
+    methods = () if recipe == EXACT else Recipe.parse(recipe).methods
+    return 1 if any(isinstance(method, TokenPolicy | ReadPolicy) for method in methods) else fidelity.CHUNK
+
+
 def environment(model: Any, tokenizer: Any) -> dict[str, str]:
     """What results, or their times, depend on beside the plan."""
     return {
@@ -288,14 +295,14 @@ class _Run:
         place = (piece.context, piece.sample)
         if piece.recipe != EXACT and (self.reference is None or self.reference[0] != place):
             cache_, _ = self._prefilled(EXACT, task.prefix)
-            self.reference = place, self._said(cache_, task)[0]
+            self.reference = place, self._said(cache_, task, fidelity.CHUNK)[0]
         cache_, row = self._prefilled(piece.recipe, task.prefix)
         exact = None if piece.recipe == EXACT or self.reference is None else self.reference[1]
         own = None
         if exact is not None:
             head = task.continuation[:, : fidelity.CHUNK].to(self.model.device)
-            own = layers.trace(self.model, twin(cache_), head, exact.layers.entering)
-        said, row["decode_ms"] = self._said(cache_, task)
+            own = layers.trace(self.model, twin(cache_), head, exact.layers.entering, _chunk(piece.recipe))
+        said, row["decode_ms"] = self._said(cache_, task, _chunk(piece.recipe))
         if exact is None or own is None:
             self.reference = place, said
             exact, own = said, said.layers
@@ -306,12 +313,12 @@ class _Run:
                 layer["lens"] = kl
         return row
 
-    def _said(self, cache_: Any, task: Any) -> tuple[fidelity.Reference, float]:
+    def _said(self, cache_: Any, task: Any, chunk: int) -> tuple[fidelity.Reference, float]:
         """What the model says behind a prefix, and the milliseconds of a decoding step. Uses the cache up."""
         continuation = task.continuation.to(self.model.device)
-        seen = layers.trace(self.model, twin(cache_), continuation[:, : fidelity.CHUNK])
+        seen = layers.trace(self.model, twin(cache_), continuation[:, : fidelity.CHUNK], chunk=chunk)
         free, step = fidelity.run_free(self.model, twin(cache_), continuation[:, :1], FREE)
-        return fidelity.Reference(fidelity.continued(self.model, cache_, continuation), free, seen), step * 1e3
+        return fidelity.Reference(fidelity.continued(self.model, cache_, continuation, chunk), free, seen), step * 1e3
 
     def _random(self, piece: _Piece) -> random.Random:
         return random.Random(f"{self.plan.seed}/{piece.suite}/{piece.context}/{piece.sample}")

@@ -14,7 +14,8 @@ from fivefold.evaluate.layers import Trace
 BINS = 4
 """Equal parts of the continuation that figures are also given for: does the damage grow with distance?"""
 CHUNK = 32
-"""Tokens of the continuation that are fed at a time: what was fed before is compressed by then, as in decoding."""
+"""Tokens of the continuation that are fed at a time: what was fed before is compressed by then, as in decoding. Methods
+that do something else in a step than in a chunk (they choose tokens, or read some only) are fed one by one."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,12 @@ class Reference:
     layers: Trace
 
 
-def continued(model: Any, cache: Any, continuation: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of each next token of a continuation `[1, tokens]`, the cache holding what came before."""
+def continued(model: Any, cache: Any, continuation: torch.Tensor, chunk: int = CHUNK) -> torch.Tensor:
+    """Log-probabilities of each next token of a continuation `[1, tokens]`, the cache holding what came before, fed
+    `chunk` tokens at a time."""
     parts = [
-        model(chunk, past_key_values=cache).logits[0].float().log_softmax(-1).cpu()
-        for chunk in continuation.split(CHUNK, dim=1)
+        model(part, past_key_values=cache).logits[0].float().log_softmax(-1).cpu()
+        for part in continuation.split(chunk, dim=1)
     ]
     return torch.cat(parts)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -14,21 +14,28 @@ from fivefold.models.huggingface import attention_modules
 
 @dataclass(frozen=True)
 class Trace:
-    """One forward of a chunk, layer by layer: the hidden states that enter and leave each layer and the output of its
-    attention module, `[tokens, hidden]` each."""
+    """A chunk's way through the model, layer by layer: the hidden states that enter and leave each layer and the output
+    of its attention module, `[tokens, hidden]` each."""
 
     entering: list[torch.Tensor] = field(default_factory=list)
     attention: list[torch.Tensor] = field(default_factory=list)
     leaving: list[torch.Tensor] = field(default_factory=list)
 
 
-def trace(model: Any, cache: Any, tokens: torch.Tensor, entering: list[torch.Tensor] | None = None) -> Trace:
-    """Feed `tokens: [1, tokens]` after what `cache` holds. With `entering`, each layer is given these hidden states
-    instead of what the layer before it put out. The tokens are in the cache afterwards."""
-    seen = Trace()
-    with _hooks(model, seen, entering):
-        model(tokens, past_key_values=cache, logits_to_keep=1)
-    return seen
+def trace(
+    model: Any, cache: Any, tokens: torch.Tensor, entering: list[torch.Tensor] | None = None, chunk: int | None = None
+) -> Trace:
+    """Feed `tokens: [1, tokens]`, `chunk` at a time (None: at once), after what `cache` holds. With `entering`, each
+    layer is given these hidden states instead of what the layer before it put out. The tokens are in the cache
+    afterwards."""
+    parts, chunk = [], chunk or tokens.shape[1]
+    for start in range(0, tokens.shape[1], chunk):
+        parts.append(Trace())
+        given = None if entering is None else [hidden[start : start + chunk] for hidden in entering]
+        with _hooks(model, parts[-1], given):
+            model(tokens[:, start : start + chunk], past_key_values=cache, logits_to_keep=1)
+    names = [name.name for name in fields(Trace)]
+    return Trace(*([torch.cat(states) for states in zip(*(getattr(p, name) for p in parts))] for name in names))
 
 
 @contextlib.contextmanager

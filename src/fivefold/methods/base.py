@@ -15,8 +15,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from fivefold.calibrate.learner import Capture, Learner
 from fivefold.errors import RecipeError
 from fivefold.kernels.packed_decode import Form
+from fivefold.store.context import Context
 from fivefold.store.held import Held
 from fivefold.store.layer_cache import LayerSpec
 from fivefold.store.pages import PageLayout
@@ -45,6 +47,8 @@ class Method:
     name: ClassVar[str]
     slot: ClassVar[Slot]
     paper: ClassVar[str]
+    captures: ClassVar[tuple[Capture, ...]] = ()
+    """What it learns from a model beforehand (`fivefold calibrate`); nothing if it has no use for a profile."""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -83,6 +87,10 @@ class Method:
     def exact_tokens(self) -> int:
         """With a codec: how many of the most recent tokens always stay exact (the residual)."""
         return 0
+
+    def learner(self, specs: Sequence[LayerSpec]) -> Learner:
+        """With `captures`: what takes them in and makes a profile. specs: the layers that are compressed."""
+        raise NotImplementedError
 
     def __str__(self) -> str:
         """As in a recipe: the parameters that were written there, and those that differ from their default."""
@@ -174,12 +182,14 @@ class TokenPolicy(Method):
         raise NotImplementedError
 
     def merge_step(
-        self, held: Held, keys: torch.Tensor, values: torch.Tensor, goes: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """`merge` for one token of each row, slot `goes [rows]`.
+        self, held: Held, keys: Sequence[torch.Tensor], goes: torch.Tensor, gone: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """`merge` for one token of each row, slot `goes [rows]`, whose key is `gone [rows, head_dim]`.
 
-        Returns the slot it goes into, the key and value that then stand there, `[rows, head_dim]` each, and `extra`.
-        Must not write into its arguments.
+        keys: those of all slots, in pieces, `[rows, some slots, head_dim]` each.
+
+        Returns the slot it goes into, int64 `[rows]`, the weights with which what stands there and what goes are then
+        added up, float32 `[rows, 2]`, for keys and values alike, and `extra`. Must not write into its arguments.
         """
         raise NotImplementedError
 
@@ -209,6 +219,23 @@ class Codec:
     """What its pages look like to the decoding kernels; None if those cannot read them."""
     peak: float = 0.0
     """The largest absolute number that was checked so far, for kernels with a narrower range than the pages."""
+    contextual: bool = False
+    """Whether it wants to know whose pages it is given (`learn`, `of`)."""
+
+    def learn(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inputs: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """If `contextual`: what it wants to remember of rows whose first tokens have come, `[rows, ...]` each.
+
+        queries: `[rows, query_heads per kv head, token, head_dim]`; keys, values: `[rows, token, head_dim]`; inputs:
+        what the attention module was given, `[sequences, token, hidden_size]`: each sequence has as many rows, in
+        succession.
+        """
+        return {}
+
+    def of(self, context: Context) -> Codec:
+        """If `contextual`: the codec that works on the pages of these rows; all that follows is asked of it."""
+        return self
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Raise `NonFiniteError` if these, of any shape, cannot be encoded. Asked before a chunk is stored at all."""
@@ -236,6 +263,9 @@ class Codec:
         fields: of pages `[pages, *shape]`; pages, slots: int64 `[tokens]`, which of them and where in it. The default
         decodes the pages.
         """
+        if self.contextual:
+            keys, values = self.decode(fields)
+            return keys[pages, slots], values[pages, slots]
         which, place = pages.unique(return_inverse=True)
         keys, values = self.decode({name: field[which] for name, field in fields.items()})
         return keys[place, slots], values[place, slots]

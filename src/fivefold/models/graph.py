@@ -108,7 +108,7 @@ class Step:
             warnings.warn(f"decoding without a CUDA graph: {self.failed}", stacklevel=4)
             self.reset()
             return None
-        state.admit(ids.shape[0], 1, given.get("attention_mask"))
+        state.admit(ids.shape[0], 1, given.get("attention_mask"), None)
         length = state.length
         try:
             self._open(state)

@@ -33,12 +33,13 @@ from transformers.modeling_utils import AttentionInterface
 from fivefold.attention import attend_chunk, attend_observed, attend_picked, attend_step, pick
 from fivefold.attention.fixed import FixedTables
 from fivefold.attention.fused import pack_due
-from fivefold.calibrate.profile import signature
+from fivefold.calibrate.profile import config_hash, signature
 from fivefold.errors import CacheFullError, CacheStateError, FivefoldError, UnsupportedModelError
 from fivefold.methods import ReadPolicy, TokenPolicy
 from fivefold.models import graph
 from fivefold.recipe import Recipe
 from fivefold.report import Report, measure
+from fivefold.store.context import Rope
 from fivefold.store.layer_cache import Cohort, LayerCache, LayerSpec, Pools
 
 NAME = "fivefold"
@@ -226,6 +227,9 @@ def _hand_over(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         cache.state.begin(signature(module.config))
     cache.state.armed = index
     layer = cache.layers[index]
+    if isinstance(layer, FivefoldLayer) and layer.contextual:
+        layer.inputs = args[0] if args else kwargs["hidden_states"]
+        layer.positions = kwargs.get("position_ids")
     return (args, {**kwargs, _LAYER: layer}) if isinstance(layer, FivefoldLayer) else None
 
 
@@ -263,6 +267,7 @@ class _State:
         self.armed: int | None = None
         """The layer whose attention module has announced itself (see `_hand_over`)."""
         self.tokens = np.zeros(0, dtype=np.int64)
+        self.offsets = np.zeros(0, dtype=np.int64)
         # The stock layers as they were when the forward began: they replace tensors and never write into them.
         self.before: dict[int, dict[str, Any]] = {}
         self.fixed: FixedTables | None = None
@@ -329,8 +334,11 @@ class _State:
             self.stores[index].crop(extra)
             self.logical[index] = length
 
-    def admit(self, batch: int, chunk: int, mask: torch.Tensor | None) -> None:
-        """Before the first of our layers takes a chunk: everything that could refuse it."""
+    def admit(self, batch: int, chunk: int, mask: torch.Tensor | None, positions: torch.Tensor | None) -> None:
+        """Before the first of our layers takes a chunk: everything that could refuse it.
+
+        positions: int64 `[batch or 1, chunk]`, as the model counts them; None if no codec wants them.
+        """
         first = self.stores[self.first]
         if first.batch not in (0, batch):
             raise CacheStateError(f"the cache holds {first.batch} sequences and was given {batch}: use a new cache.")
@@ -348,6 +356,8 @@ class _State:
                 raise CacheStateError(
                     "the attention mask says otherwise about stored tokens than when they came: masks may only grow."
                 )
+        if positions is not None:
+            self.offsets = self._offsets(positions.expand(batch, -1).cpu().numpy(), first)
         fresh = first.batch == 0
         if fresh:
             for store in self.stores.values():
@@ -358,6 +368,27 @@ class _State:
             if fresh:
                 self.free()
             raise
+
+    def _offsets(self, positions: np.ndarray, first: LayerCache) -> np.ndarray:
+        """The position that the model gives each sequence's first token, int64 `[batch]`.
+
+        Codecs that undo the rotary embedding count from it, so positions must run on by one.
+        """
+        batch, chunk = positions.shape
+        seen = first.lengths() if first.batch else np.zeros(batch, dtype=np.int64)
+        offsets = positions[:, -1] - (seen + self.tokens - 1)
+        for cohort in first.cohorts:
+            if cohort.geometry.seen:
+                offsets[cohort.rows // first.spec.kv_heads] = cohort.offset
+        new = np.arange(chunk) >= (chunk - self.tokens)[:, None]
+        expected = (offsets + seen + self.tokens - chunk)[:, None] + np.arange(chunk)
+        if (new & (positions != expected)).any():
+            row, column = np.argwhere(new & (positions != expected))[0]
+            raise CacheStateError(
+                f"position {positions[row, column]} was given where {expected[row, column]} is next: this recipe keeps "
+                "keys as they are before the rotary embedding, and needs positions that go up by one."
+            )
+        return offsets
 
     def reserve(self, tokens: np.ndarray, horizon: int) -> None:
         """Make sure that all layers can take `tokens: [batch]`, or raise `CacheFullError` before any has."""
@@ -444,6 +475,10 @@ class FivefoldLayer(CacheLayerMixin):
         self.index = index
         self.state = state
         self.store = state.stores[index]
+        self.contextual = self.store.codec is not None and self.store.codec.contextual
+        # What the attention module was called with, if the codec wants to know it: see `_hand_over`.
+        self.inputs: torch.Tensor | None = None
+        self.positions: torch.Tensor | None = None
 
     @property
     def is_croppable(self) -> bool:
@@ -496,7 +531,7 @@ class FivefoldLayer(CacheLayerMixin):
         batch, query_heads, chunk, dim = query.shape
         if self.index == state.first and state.fixed is None:
             try:
-                state.admit(batch, chunk, mask)
+                state.admit(batch, chunk, mask, self.positions)
             except FivefoldError:
                 state.mend()  # sliding layers before this one have taken the chunk
                 raise
@@ -522,6 +557,11 @@ class FivefoldLayer(CacheLayerMixin):
             else:
                 pick = cohort.rows_tensor.to(query.device)
                 q, k, v = queries[pick][:, :, new], keys[pick][:, new], values[pick][:, new]
+            if self.contextual and cohort.geometry.seen == 0:
+                sequences = cohort.rows // store.spec.kv_heads
+                assert self.inputs is not None
+                inputs = self.inputs if alone else self.inputs[torch.from_numpy(np.unique(sequences)).to(query.device)]
+                store.learn(cohort, state.offsets[sequences], q, k, v, inputs[:, new])
             if tokens == 1 and (chunk == 1 or cohort.held is None):
                 store.append(cohort, k, v, settle=False)
                 part = self._step(cohort, q[:, :, 0], scaling, chunk == 1)[:, :, None]
@@ -538,6 +578,7 @@ class FivefoldLayer(CacheLayerMixin):
                 out = part
             else:
                 out[pick, :, new] = part
+        self.inputs = self.positions = None
         state.logical[self.index] += chunk
         state.finished(self.index)
         if self.index == state.last:
@@ -699,20 +740,39 @@ class FivefoldCache(Cache):
             state.pools.budget.trim()
 
 
+def rope_of(model: PreTrainedModel, index: int, head_dim: int) -> tuple[Rope | None, str]:
+    """How the keys of a layer are turned by position; or None, and why that is not known."""
+    rotary: Any = next((m for name, m in model.named_modules() if name.split(".")[-1] == "rotary_emb"), None)
+    types = getattr(model.config, "layer_types", None)
+    kind, inv_freq = getattr(rotary, "rope_type", None), getattr(rotary, "inv_freq", None)
+    if isinstance(kind, dict) and types:  # of each type of layer its own
+        kind, inv_freq = kind.get(types[index]), getattr(rotary, f"{types[index]}_inv_freq", None)
+    if inv_freq is None:
+        return None, f"Fivefold finds no rotary embedding in this {model.config.model_type} model"
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        return None, f"its rotary embedding ({kind}) changes with the length of the text"
+    return Rope(inv_freq, head_dim), ""
+
+
 def layer_spec(model: PreTrainedModel, index: int, module: torch.nn.Module) -> LayerSpec:
     """What the methods may know about a layer of a model."""
     config = model.config
     heads = config.num_attention_heads
     parameter = next(module.parameters())
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    rope, no_rope = rope_of(model, index, head_dim)
     return LayerSpec(
         layer=index,
         layers=config.num_hidden_layers,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         query_heads=heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_dim=head_dim,
         dtype=model.dtype,
         device=parameter.device,
         model=signature(config),
+        config=config_hash(config),
+        rope=rope,
+        no_rope=no_rope,
     )
 
 

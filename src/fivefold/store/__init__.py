@@ -1,7 +1,8 @@
 """Where tokens live: pools of fixed-size pages, and the tiers of one layer that are made of them."""
 
+from fivefold.store.context import Context, Rope
 from fivefold.store.held import Held
 from fivefold.store.layer_cache import Extent, LayerCache, LayerSpec
 from fivefold.store.pages import Budget, Field, PageLayout, PagePool
 
-__all__ = ["Budget", "Extent", "Field", "Held", "LayerCache", "LayerSpec", "PageLayout", "PagePool"]
+__all__ = ["Budget", "Context", "Extent", "Field", "Held", "LayerCache", "LayerSpec", "PageLayout", "PagePool", "Rope"]

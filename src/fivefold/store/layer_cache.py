@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from fivefold.errors import CacheStateError
+from fivefold.store.context import Context, Rope, running
 from fivefold.store.held import Held
 from fivefold.store.pages import Budget, Field, Location, PageLayout, PagePool
 from fivefold.store.tiers import PAGE, Extent, Geometry, Packing
@@ -31,7 +32,10 @@ GATHERED = 1 << 19
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What a method may know about the layer it works for."""
+    """What a method may know about the layer it works for.
+
+    rope: how its keys are turned by position; None where that is unknown, and then `no_rope` says why.
+    """
 
     layer: int
     layers: int
@@ -41,6 +45,9 @@ class LayerSpec:
     dtype: torch.dtype
     device: torch.device
     model: str = ""
+    config: str = ""
+    rope: Rope | None = None
+    no_rope: str = "its rotary embedding is not known"
 
 
 def exact_layout(head_dim: int, dtype: torch.dtype) -> PageLayout:
@@ -78,13 +85,15 @@ class Cohort:
     rows: int64 `[rows]`, index `sequence * kv_heads + kv_head`, ascending.
     exact: int64 `[rows, pinned_pages + window_pages]` page ids (and one more column where a token has just gone and
     the next is due); packed and own: `[rows, packed_pages]`. held: with a policy that chooses, what it knows.
+    offset: with a contextual codec, int64 `[rows]`: the position that the model gave a row's first token.
+    learned: what that codec knows of the rows, `[rows, ...]` each.
     Whoever changes `exact` calls `touched_exact`, and whoever changes `packed` or `own`, `touched_packed`:
     what was worked out from the tables is then worked out anew.
     """
 
     __slots__ = (
-        "exact", "exact_blocks", "exact_fixed", "exact_table", "geometry", "held", "own", "packed", "packed_blocks",
-        "packed_fixed", "packed_table", "rows", "rows_tensor", "shared", "tail",
+        "exact", "exact_blocks", "exact_fixed", "exact_table", "geometry", "held", "learned", "offset", "own", "packed",
+        "packed_blocks", "packed_fixed", "packed_table", "rows", "rows_tensor", "shared", "tail",
     )  # fmt: skip
 
     def __init__(
@@ -96,9 +105,13 @@ class Cohort:
         own: np.ndarray,
         shared: bool = False,
         held: Held | None = None,
+        offset: np.ndarray | None = None,
+        learned: dict[str, torch.Tensor] | None = None,
     ) -> None:
         self.rows = rows
         self.held = held
+        self.offset = offset
+        self.learned = learned or {}
         self.geometry = geometry
         self.exact = exact
         self.packed = packed
@@ -126,7 +139,10 @@ class Cohort:
         if held is not None:
             device = held.positions.device
             held = held.pick(torch.from_numpy(index).to(device), torch.from_numpy(rows).to(device))
-        return Cohort(rows, self.geometry, self.exact[index], self.packed[index], self.own[index], shared, held)
+        learned = {name: x[torch.from_numpy(index).to(x.device)] for name, x in self.learned.items()}
+        tables = self.exact[index], self.packed[index], self.own[index]
+        offset = None if self.offset is None else self.offset[index]
+        return Cohort(rows, self.geometry, *tables, shared, held, offset, learned)
 
 
 def _blocks(ids: np.ndarray, longest: int, shortest: int = 8) -> list[tuple[int, int]]:
@@ -413,7 +429,9 @@ class LayerCache:
         values: torch.Tensor | None,
         settle: bool,
         horizon: int,
+        held: Held | None = None,
     ) -> None:
+        """`held`: as it will be afterwards, if not as it is."""
         old = cohort.geometry
         tokens = 0 if keys is None else keys.shape[1]
         if tokens == 1 and not settle and keys is not None and values is not None and self._put(cohort, keys, values):
@@ -427,7 +445,7 @@ class LayerCache:
             old.packed_stop,
             old.packed_base,
         ):
-            self._repack(cohort, old, new, keys, values)
+            self._repack(cohort, old, new, keys, values, held or cohort.held)
         self._rewindow(cohort, old, new, keys, values)
         cohort.geometry = new
 
@@ -454,14 +472,14 @@ class LayerCache:
         tokens = keys.shape[1]
         after = held.arrived(tokens)
         if not settle:
-            self._append(cohort, keys, values, False, horizon)
+            self._append(cohort, keys, values, False, horizon, after)
             cohort.held = replace(after, before=replace(held, before=None))
             return
         scores = after.scores if self.policy.accumulates else torch.zeros_like(after.scores)
         scores = scores if observed is None else scores + observed
         after = replace(after, scores=scores, prompt=after.seen, before=None)
         if not self.policy.evicts or self.policy.waits or self._room(after, horizon) >= after.slots:
-            self._append(cohort, keys, values, not (self.policy.evicts and self.policy.waits), horizon)
+            self._append(cohort, keys, values, not (self.policy.evicts and self.policy.waits), horizon, after)
             cohort.held = after
         else:
             self._choose(cohort, after, horizon, keys, values)
@@ -508,8 +526,9 @@ class LayerCache:
         if self.policy.waits:
             self.pools.budget.trim()  # all layers have held the whole chunk
         cohort.geometry = Geometry(cohort.geometry.extent, evicted=held.seen - count)
-        self._append(cohort, keys.to(self.spec.dtype), values.to(self.spec.dtype), True, horizon)
-        cohort.held = replace(held.chosen(kept), extra=extra, settled=held.seen - horizon)
+        chosen = replace(held.chosen(kept), extra=extra, settled=held.seen - horizon)
+        self._append(cohort, keys.to(self.spec.dtype), values.to(self.spec.dtype), True, horizon, chosen)
+        cohort.held = chosen
 
     def choose_together(self, share: dict[int, float]) -> None:
         """What a policy that `waits` has chosen, after all layers have seen the chunk: `share` by sequence."""
@@ -558,9 +577,13 @@ class LayerCache:
         elif excess == 1 and horizon == 0:
             goes = self.policy.victims(held, self.policy.budget(held), 1)[:, 0]
             if self.policy.merges_steps:
-                keys, values = (x.float() for x in self.dense(cohort))
-                into, new_keys, new_values, extra = self.policy.merge_step(held, keys, values, goes)
-                self._overwrite(cohort, into, new_keys, new_values)
+                gone = self.tokens(cohort, goes[:, None])
+                into, weights, extra = self.policy.merge_step(
+                    held, self._exact_parts(cohort, "keys"), goes, gone[0][:, 0]
+                )
+                stays = self.tokens(cohort, into[:, None])
+                merged = [weights[:, :1] * a[:, 0] + weights[:, 1:] * b[:, 0] for a, b in zip(stays, gone)]
+                self._overwrite(cohort, into, merged[0], merged[1])
                 held = replace(held, extra=extra)
             self._replace_by_last(cohort, held, goes)
         else:
@@ -617,6 +640,13 @@ class LayerCache:
         ]
         group = [self.exact_pool.read(name, cohort.exact[:, : due // PAGE]) for name in ("keys", "values")]
         new = [x.reshape(len(cohort.rows), due, dim)[row, place] for x in group]
+        rows_at, slots_at, places = (torch.from_numpy(x).to(held.scores.device) for x in (row, slot, place + stop))
+        moved = []
+        for x in (held.positions, held.scores):
+            x = x.clone()
+            x[rows_at, slots_at] = x[rows_at, places]
+            moved.append(x)
+        after = replace(held, positions=moved[0])
         for pages in touched:
             if not len(pages):
                 continue
@@ -632,12 +662,18 @@ class LayerCache:
             if self.own_pool is not None:
                 fields |= {f.name: self.own_pool.read(f.name, cohort.own[r, c]) for f in self.own_pool.layout.fields}
             filled = page if int(c[0]) < first else stop % page
-            tokens = [x[:, :filled] for x in self.codec.decode(fields)]
+            codec = self.codec
+            if codec.contextual:
+                slots = torch.from_numpy(c * page)[:, None] + torch.arange(page)
+                codec = codec.of(self._context(cohort, self._positions_at(cohort, slots, r), r))
+            tokens = [x[:, :filled] for x in codec.decode(fields)]
             mine = np.isin(row * cohort.packed.shape[1] + slot // page, pages)
             which = np.searchsorted(pages, (row * cohort.packed.shape[1] + slot // page)[mine])
             for x, y in zip(tokens, new):
                 x[which, slot[mine] % page] = y[mine].to(x.dtype)
-            made = self.codec.encode(tokens[0], tokens[1], 0, None)
+            if codec.contextual:
+                codec = codec.of(self._context(cohort, self._positions_at(cohort, slots[:, :filled], r, after), r))
+            made = codec.encode(tokens[0], tokens[1], 0, None)
             for f in self.packed_pool.layout.fields:
                 self.packed_pool.write(f.name, cohort.packed[r, c], made[f.name])
             if self.own_pool is not None:
@@ -647,12 +683,7 @@ class LayerCache:
         cohort.exact = cohort.exact[:, due // PAGE :]
         cohort.touched_exact()
         cohort.geometry = replace(old, length=old.length - due, evicted=old.evicted + due)
-        rows_at, slots_at, places = (torch.from_numpy(x).to(held.scores.device) for x in (row, slot, place + stop))
-        arrays = []
-        for x in (held.positions, held.scores):
-            x = x.clone()
-            x[rows_at, slots_at] = x[rows_at, places]
-            arrays.append(torch.cat([x[:, :stop], x[:, stop + due :]], 1))
+        arrays = [torch.cat([x[:, :stop], x[:, stop + due :]], 1) for x in moved]
         cohort.held = replace(held, positions=arrays[0], scores=arrays[1], settled=held.seen)
 
     def dense(self, cohort: Cohort) -> tuple[torch.Tensor, torch.Tensor]:
@@ -665,12 +696,10 @@ class LayerCache:
         if cohort.packed.shape[1]:
             assert self.codec is not None
             fields = {n: x.flatten(0, 1) for n, x in self.packed_fields(cohort, 0, cohort.packed.shape[1]).items()}
-            packed = self.codec.decode(fields)[which].to(self.spec.dtype)
+            codec = self.codec_of(cohort, 0, cohort.packed.shape[1])
+            packed = codec.decode(fields)[which].to(self.spec.dtype)
             parts.append(packed.reshape(len(cohort.rows), -1, self.spec.head_dim)[:, : cohort.geometry.packed_stop])
-        name = ("keys", "values")[which]
-        left = cohort.geometry.length - cohort.geometry.exact_base
-        for first, _, location in self.exact_blocks(cohort):
-            parts.append(self.exact(name, location)[:, : max(0, left - first * PAGE)])
+        parts += self._exact_parts(cohort, ("keys", "values")[which])
         if not parts:
             return torch.empty(
                 (len(cohort.rows), 0, self.spec.head_dim), dtype=self.spec.dtype, device=self.spec.device
@@ -692,6 +721,15 @@ class LayerCache:
             if own is not before:
                 cohort.exact = np.concatenate([cohort.exact[:, :-1], own[:, None]], 1)
                 cohort.touched_exact()
+
+    def _exact_parts(self, cohort: Cohort, name: str) -> list[torch.Tensor]:
+        """Keys or values of the slots of the exact tier, views where they can be: `[rows, some slots, head_dim]`
+        each."""
+        left = cohort.geometry.length - cohort.geometry.exact_base
+        return [
+            self.exact(name, location)[:, : max(0, left - first * PAGE)]
+            for first, _, location in self.exact_blocks(cohort)
+        ]
 
     def _put(self, cohort: Cohort, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """One token into the open exact page of each row, as nearly always; False if that cannot be done."""
@@ -721,6 +759,7 @@ class LayerCache:
         new: Geometry,
         keys: torch.Tensor | None,
         values: torch.Tensor | None,
+        held: Held | None,
     ) -> None:
         """Drop packed pages that slid out of the window; encode the groups that became due."""
         assert self.packing is not None and self.codec is not None and self.packed_pool is not None
@@ -740,7 +779,8 @@ class LayerCache:
                 stop = min(new.packed_stop, position - slot + (page if slot else step))
                 chunk_keys, chunk_values = self._collect(cohort, old, position, stop, keys, values)
                 last = -(-(stop - new.packed_base) // page)
-                self._encode(cohort, gone + column, gone + last, slot, chunk_keys, chunk_values)
+                positions = self._positions(cohort, held, position, stop)
+                self._encode(cohort, gone + column, gone + last, slot, chunk_keys, chunk_values, positions)
                 position = stop
         except BaseException:
             self._drop_packed(cohort, slice(columns, None))
@@ -796,7 +836,14 @@ class LayerCache:
         return torch.cat([parts[0][0], parts[1][0]], 1), torch.cat([parts[0][1], parts[1][1]], 1)
 
     def _encode(
-        self, cohort: Cohort, first: int, last: int, slot: int, keys: torch.Tensor, values: torch.Tensor
+        self,
+        cohort: Cohort,
+        first: int,
+        last: int,
+        slot: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor | None,
     ) -> None:
         """Encode tokens into columns first..last of the packed table, from `slot` of the first page on."""
         assert self.packing is not None and self.codec is not None and self.packed_pool is not None
@@ -813,8 +860,13 @@ class LayerCache:
         pieces = [(first, whole, keys[:, : whole * page], values[:, : whole * page])] if whole else []
         if tokens > whole * page:
             pieces.append((first + whole, columns - whole, keys[:, whole * page :], values[:, whole * page :]))
+        at = 0
         for column, count, piece_keys, piece_values in pieces:
-            fields = self.codec.encode(
+            codec, begin = self.codec, at
+            at += piece_keys.shape[1]
+            if positions is not None:
+                codec = codec.of(self._context(cohort, positions[:, begin:at]))
+            fields = codec.encode(
                 piece_keys.reshape(rows * count, -1, dim),
                 piece_values.reshape(rows * count, -1, dim),
                 slot,
@@ -945,7 +997,8 @@ class LayerCache:
             assert self.packing is not None and self.codec is not None
             column, slot = divmod(new.packed_stop - new.packed_base, self.packing.page)
             fields = self.packed_fields(cohort, column, column + 1)
-            keys, values = self.codec.decode({name: field.flatten(0, 1) for name, field in fields.items()})
+            codec = self.codec_of(cohort, column, column + 1)
+            keys, values = codec.decode({name: field.flatten(0, 1) for name, field in fields.items()})
             unpacked = slice(slot, slot + new.length - new.packed_stop)
         # Where packed groups go, so does every page after them.
         keep = new.pinned_pages + (new.window_pages if new.exact_base == old.exact_base else 0)
@@ -988,6 +1041,9 @@ class LayerCache:
             return keys.view(shape), values.view(shape)
         assert self.packing is not None and self.codec is not None and self.packed_pool is not None
         column, slot = np.divmod(flat, self.packing.page)
+        if self.codec.contextual:
+            keys, values = self._take(cohort, rows, column, slot)
+            return keys.view(shape), values.view(shape)
         if self.own_pool is not None:
             unique, place = np.unique(rows * cohort.packed.shape[1] + column, return_inverse=True)
             r, c = np.divmod(unique, cohort.packed.shape[1])
@@ -1003,6 +1059,93 @@ class LayerCache:
             for whole, part in zip(out, self.codec.take(tensors, ids, inside)):
                 whole.index_copy_(0, target, part)
         return out[0].view(shape), out[1].view(shape)
+
+    def _take(
+        self, cohort: Cohort, rows: np.ndarray, columns: np.ndarray, slots: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Single packed tokens, by a codec that wants to know whose they are: the rows that share pages are given to it
+        together."""
+        assert self.codec is not None and self.packing is not None
+        together, width, page = self.together(cohort), cohort.packed.shape[1], self.packing.page
+        pairs, place = np.unique(rows // together * width + columns, return_inverse=True)
+        r = (pairs // width * together)[:, None] + np.arange(together)
+        r, c = r.reshape(-1), np.repeat(pairs % width, together)
+        first = torch.from_numpy(cohort.geometry.packed_base + c * page)[:, None]
+        codec = self.codec.of(self._context(cohort, self._positions_at(cohort, first + torch.arange(page), r), r))
+        which = torch.from_numpy(place * together + rows % together).to(self.spec.device)
+        return codec.take(self._fields_at(cohort, r, c), which, torch.from_numpy(slots).to(self.spec.device))
+
+    def _fields_at(self, cohort: Cohort, rows: np.ndarray, columns: np.ndarray) -> dict[str, torch.Tensor]:
+        """Every field of single packed pages, `[pages, *shape]`."""
+        assert self.packed_pool is not None
+        own = None if self.own_pool is None else self.own_pool.locate(cohort.own[rows, columns][None])
+        fields = self.packed(self.packed_pool.locate(cohort.packed[rows, columns][None]), own)
+        return {name: x[0] for name, x in fields.items()}
+
+    # -- what codecs know about rows ------------------------------------------------------------------------
+
+    def together(self, cohort: Cohort) -> int:
+        """How many rows in succession hold the same tokens of a sequence, one of each of its heads in this cohort."""
+        return 1 if cohort.held is not None else len(np.unique(cohort.rows % self.spec.kv_heads))
+
+    def learn(
+        self,
+        cohort: Cohort,
+        offset: np.ndarray,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        inputs: torch.Tensor,
+    ) -> None:
+        """The first tokens of some rows have come: tell a codec that wants to know about rows.
+
+        offset: int64 `[rows]`, the first token's position; the others are as in `Codec.learn`.
+        """
+        assert self.codec is not None
+        cohort.offset = offset
+        cohort.learned = self.codec.learn(queries, keys, values, inputs)
+
+    def codec_of(self, cohort: Cohort, first: int, last: int) -> Codec:
+        """The codec for packed columns first..last of a cohort's rows."""
+        assert self.codec is not None and self.packing is not None
+        if not self.codec.contextual:
+            return self.codec
+        base, page = cohort.geometry.packed_base, self.packing.page
+        positions = self._positions(cohort, cohort.held, base + first * page, base + last * page)
+        return self.codec.of(self._context(cohort, positions))
+
+    def _context(self, cohort: Cohort, positions: torch.Tensor | None, rows: np.ndarray | None = None) -> Context:
+        """What the codec may know of the rows with these indices; None is all of them."""
+        assert positions is not None
+        heads, learned = cohort.rows % self.spec.kv_heads, cohort.learned
+        if rows is not None:
+            heads = heads[rows]
+            learned = {name: x[torch.from_numpy(rows).to(x.device)] for name, x in learned.items()}
+        return Context(tuple(heads.tolist()), self.together(cohort), positions, learned)
+
+    def _positions(self, cohort: Cohort, held: Held | None, start: int, stop: int) -> torch.Tensor | None:
+        """The model's positions of the tokens in slots start..stop: int64 `[rows or 1, tokens]`; None if the codec does
+        not want them."""
+        if self.codec is None or not self.codec.contextual:
+            return None
+        assert cohort.offset is not None
+        first = int(cohort.offset[0])
+        if held is None and (cohort.offset == first).all():
+            return running(start + first, stop + first, self.spec.device)
+        slots = running(start, stop, self.spec.device).expand(len(cohort.rows), -1)
+        return self._positions_at(cohort, slots, np.arange(len(cohort.rows)), held)
+
+    def _positions_at(
+        self, cohort: Cohort, slots: torch.Tensor, rows: np.ndarray, held: Held | None = None
+    ) -> torch.Tensor:
+        """The same for slots `[rows, tokens]` of the rows with these indices."""
+        assert cohort.offset is not None
+        held, slots = held or cohort.held, slots.to(self.spec.device)
+        if held is not None:
+            slots = held.positions[torch.from_numpy(rows).to(self.spec.device)].gather(
+                1, slots.clamp(max=held.slots - 1)
+            )
+        return slots.long() + torch.from_numpy(cohort.offset[rows]).to(self.spec.device)[:, None]
 
     def exact_blocks(self, cohort: Cohort) -> list[tuple[int, int, Location]]:
         """(first column, last column, location) of blocks that cover the exact tier."""
@@ -1062,13 +1205,15 @@ class LayerCache:
 
     @property
     def statistics_bytes(self) -> int:
-        """Bytes of what a policy knows about the tokens."""
-        return sum(cohort.held.nbytes for cohort in self.cohorts if cohort.held is not None)
+        """Bytes of what a policy knows about the tokens, and a codec about the rows."""
+        held = sum(cohort.held.nbytes for cohort in self.cohorts if cohort.held is not None)
+        return held + sum(x.nbytes for cohort in self.cohorts for x in cohort.learned.values())
 
     @property
     def table_bytes(self) -> int:
         """Bytes of the page tables and of the indices worked out from them where pages are scattered."""
-        tables = sum(c.rows.nbytes + c.exact.nbytes + c.packed.nbytes + c.own.nbytes for c in self.cohorts)
+        arrays = [x for c in self.cohorts for x in (c.rows, c.exact, c.packed, c.own, c.offset) if x is not None]
+        tables = sum(x.nbytes for x in arrays)
         located = [
             location
             for cohort in self.cohorts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,15 @@ class D2O(TokenPolicy):
     beta: float = param(0.7, "weight of the similarities of those that go now", low=0, high=1)
     layers: bool = param(True, "whether layers share the budget by their variance; else evenly")
 
-    merges = merges_steps = True
+    merging: bool = param(True, "whether what goes is merged into its like; else it is lost")
+
+    @property
+    def merges(self) -> bool:  # type: ignore[override]
+        return self.merging
+
+    @property
+    def merges_steps(self) -> bool:  # type: ignore[override]
+        return self.merging
 
     @property
     def waits(self) -> bool:  # type: ignore[override]
@@ -94,19 +103,15 @@ class D2O(TokenPolicy):
         return new_keys, new_values, {**held.extra, "threshold": threshold}
 
     def merge_step(
-        self, held: Held, keys: torch.Tensor, values: torch.Tensor, goes: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        rows = torch.arange(len(keys), device=keys.device)
-        old_keys, old_values = keys[rows, goes], values[rows, goes]
-        unit = torch.nn.functional.normalize(old_keys, dim=-1)[:, :, None]
-        like = (keys @ unit)[:, :, 0] / keys.norm(dim=-1).clamp_(min=1e-12)
-        like[rows, goes] = float("-inf")
-        similarity, into = like.max(1)
+        self, held: Held, keys: Sequence[torch.Tensor], goes: torch.Tensor, gone: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        unit = torch.nn.functional.normalize(gone.float(), dim=-1)[:, :, None]
+        like = [(x.float() @ unit)[:, :, 0] / x.float().norm(dim=-1).clamp_(min=1e-12) for x in keys]
+        similarity, into = torch.cat(like, 1).scatter_(1, goes[:, None], float("-inf")).max(1)
         threshold = self._threshold(held, similarity)
-        weight = (similarity * (similarity >= threshold))[:, None]
-        count = 1.0 + (similarity >= threshold)[:, None]
-        new = [(x[rows, into] + weight * old) / count for x, old in ((keys, old_keys), (values, old_values))]
-        return into, new[0], new[1], {**held.extra, "threshold": threshold}
+        merged = similarity >= threshold
+        weights = torch.stack([torch.ones_like(similarity), similarity * merged], 1) / (1.0 + merged)[:, None]
+        return into, weights, {**held.extra, "threshold": threshold}
 
 
 def _take(x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

@@ -38,8 +38,13 @@ class ElasticCache(TokenPolicy):
     sink: int = param(4, "first tokens that always stay", low=0)
     offset: int = param(25, "where tokens go while generating, from the end of the held prompt", low=1)
 
+    merging: bool = param(True, "whether what goes is averaged into what stays; else it is lost")
+
     watches = False
-    merges = True
+
+    @property
+    def merges(self) -> bool:  # type: ignore[override]
+        return self.merging
 
     def budget(self, held: Held) -> int:
         return max(self.sink + 1, math.ceil(self.keep * held.seen))

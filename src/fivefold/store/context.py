@@ -1,0 +1,74 @@
+"""What a codec may know about the rows whose pages it is given, and the rotary embedding that their keys carry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Context:
+    """The rows whose pages a codec works on, and the tokens of those pages.
+
+    heads: the kv head of each row. together: so many rows in succession hold the same tokens of one sequence, one of
+    each head, and are always given together; 1 where every head chooses its own tokens. positions: int64
+    `[rows or 1, tokens]`, the position (as the model counts them) of every token of the pages, page after page; of
+    slots that are not filled anything. learned: what `Codec.learn` made of the rows' first tokens, `[rows, ...]` each.
+
+    Pages are given as `[rows * pages, ...]` or `[rows, pages, ...]`, rows first in both.
+    """
+
+    heads: tuple[int, ...]
+    together: int
+    positions: torch.Tensor
+    learned: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return len(self.heads)
+
+
+@lru_cache(maxsize=64)
+def running(start: int, stop: int, device: torch.device) -> torch.Tensor:
+    """The positions start..stop: int64 `[1, tokens]`. The same tensor for the same numbers, for a while."""
+    return torch.arange(start, stop, device=device)[None]
+
+
+class Rope:
+    """A rotary position embedding: channels i and i + pairs of a head are turned by `position * inv_freq[i]`.
+
+    Channels from `2 * pairs` on are left alone (partial rotary embeddings). A factor that the model multiplies cosine
+    and sine with stays in the keys: it is the same for all of them.
+
+    Numbers are turned in the *paired* order of channels, where those of a pair stand side by side, as one complex
+    product; `order` brings a head's channels into it, `back` undoes that: int64 `[head_dim]` each.
+    """
+
+    def __init__(self, inv_freq: torch.Tensor, head_dim: int) -> None:
+        self.inv_freq = inv_freq.detach().double().cpu()
+        self.pairs = len(inv_freq)
+        turned = torch.arange(2 * self.pairs).view(2, -1).T.reshape(-1)
+        self.order = torch.cat([turned, torch.arange(2 * self.pairs, head_dim)])
+        self.back = self.order.argsort()
+
+    def phases(self, positions: torch.Tensor) -> torch.Tensor:
+        """`exp(i * position * inv_freq)`: complex64 `[*positions.shape, pairs]`."""
+        # Positions that all rows share come again for every layer.
+        return _phases_again(self, positions) if positions.shape[0] == 1 else _phases(self, positions)
+
+    def turn(self, x: torch.Tensor, phases: torch.Tensor) -> torch.Tensor:
+        """Float32 x `[..., head_dim]` in the paired order, turned by phases `[..., pairs]` (broadcast)."""
+        turned = 2 * self.pairs
+        z = torch.view_as_complex(x[..., :turned].unflatten(-1, (-1, 2)))
+        out = torch.view_as_real(z * phases).flatten(-2)
+        return out if turned == x.shape[-1] else torch.cat([out, x[..., turned:]], -1)
+
+
+def _phases(rope: Rope, positions: torch.Tensor) -> torch.Tensor:
+    angles = positions[..., None].double() * rope.inv_freq.to(positions.device)
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+
+
+_phases_again = lru_cache(maxsize=16)(_phases)
