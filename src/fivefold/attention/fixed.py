@@ -37,6 +37,10 @@ class FixedTables:
         exact, packed = self.rows * self.exact_columns * 2, self.rows * self.packed_columns
         self._size, self._packed_at = exact + packed, exact
         self._page = first.packing.page if first.packing else kernels().TILE
+        # What the work lists were made for.
+        self._pages: np.ndarray | None = None
+        self._starts = np.zeros(0, dtype=np.int32)
+        self._beside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._number = {index: number for number, index in enumerate(stores)}
         with torch.inference_mode(False):
             self._tables = torch.zeros(len(stores) * self._size, dtype=torch.int64, device=self.device)
@@ -111,7 +115,11 @@ class FixedTables:
                         places.append(number * self._size + self._packed_at + at)
                         addresses.append(store.packed_pool.addresses(name, page))
                     cohort.packed_fixed = self.key
-        numbers[:, self._width :] = kernels().starts_of(seen, self._page).reshape(len(self.stores), -1)
+        pages = kernels().pages_of(seen, self._page)
+        if self._pages is None or not np.array_equal(pages, self._pages):
+            self._pages = pages
+            self._starts = kernels().starts_of(pages, kernels().programs_for(self.rows, self.device))
+        numbers[:, self._width :] = self._starts.reshape(len(self.stores), -1)
         self._spans.copy_(host, non_blocking=True)
         if event is not None:
             event.record()
@@ -140,7 +148,8 @@ class FixedTables:
         kernel = kernels()
         seen, starts, packed, exact = self._parts[index]
         kernel.append(keys.contiguous(), values.contiguous(), seen, exact)
-        return kernel.decode(queries.contiguous(), scaling, seen, packed, exact, starts=starts)[0]
+        beside = None if packed is None else self._beside
+        return kernel.decode(queries.contiguous(), scaling, seen, packed, exact, starts=starts, beside=beside)[0]
 
 
 def _ample(columns: int, least: int) -> int:

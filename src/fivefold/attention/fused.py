@@ -77,11 +77,12 @@ def _table(addresses: np.ndarray, device: torch.device) -> torch.Tensor:
 
 @lru_cache(maxsize=16)
 def _spans(geometry: Geometry, rows: int, device: torch.device, page: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the newest token sees, for every row: int32 `[rows, SPAN]`, and what comes before each row (`starts_of`)."""
+    """What the newest token sees, for every row: int32 `[rows, SPAN]`, and the work lists (`starts_of`)."""
     kernel = kernels()
     span = np.zeros((rows, kernel.SPAN), dtype=np.int32)
     span[:, :5] = spans(geometry)
-    return torch.from_numpy(span).to(device), torch.from_numpy(kernel.starts_of(span, page)).to(device)
+    starts = kernel.starts_of(kernel.pages_of(span, page), kernel.programs_for(rows, device))
+    return torch.from_numpy(span).to(device), torch.from_numpy(starts).to(device)
 
 
 def spans(geometry: Geometry) -> tuple[int, int, int, int, int]:

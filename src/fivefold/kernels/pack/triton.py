@@ -5,8 +5,7 @@ stored (float16) scale and zero point, round half to even, constant groups exact
 with the reciprocal and one step of correction (Markstein), which gives the same correctly rounded quotient in a third
 of the instructions.
 
-A program takes one side (keys or values) of `W` channels of a page, a plane at a time; one warp holds 64 channels, so
-that a minimum needs no shared memory.
+A program takes some channels of one side (keys or values) of a page, a plane at a time: 64 of them, or a whole group.
 """
 
 from __future__ import annotations
@@ -61,47 +60,51 @@ def _load(keys, sources, item, plane, planes, side, inside, DTYPE: tl.constexpr,
     return tl.load(source + inside).to(tl.float32)
 
 
+@triton.jit
+def _before(words, plane, BITS: tl.constexpr):
+    """What stands in a page before a plane; what follows it is zero."""
+    return tl.load(words, mask=plane > 0, other=0).to(tl.int32) & ((1 << (BITS * plane)) - 1)
+
+
 @triton.jit(do_not_specialize=("planes", "plane"))
 def _pack(
     keys, values, sources, records, places, peak, planes, plane,
-    D: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr,
-    CHANNELS: tl.constexpr, DTYPE: tl.constexpr, PAGED: tl.constexpr, FUSED: tl.constexpr,
+    D: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr,
+    GROUP: tl.constexpr, CHANNELS: tl.constexpr, DTYPE: tl.constexpr, PAGED: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
-    """`planes` planes of the keys (0) or the values (1) of a page, from a plane on. Grid: (pages, 2, D / W).
+    """`planes` planes of the keys (0) or the values (1) of a page, from a plane on. Grid: (pages, D / KEY_WIDTH + D /
+    VALUE_WIDTH).
 
     PAGED: the tokens lie in exact pages, `sources [pages, planes, 2]`, and the record is found at `places [pages, 2]`,
     which also says from what plane on; both are addresses in units of 16 bytes. Their largest absolute value is left at
     `peak`, as the bits of a float32.
     """
     item = tl.program_id(0).to(tl.int64)
-    side = tl.program_id(1)
     STEPS: tl.constexpr = 2**BITS - 1
     SHARE: tl.constexpr = GROUP // 32
     VALUE_GROUPS: tl.constexpr = D // CHANNELS
+    GROUPS: tl.constexpr = VALUE_WIDTH // CHANNELS
     KEY_SIDE: tl.constexpr = 32 * D + 2 * (TOKENS // GROUP) * D
     PAGE: tl.constexpr = KEY_SIDE + 32 * D + 2 * TOKENS * VALUE_GROUPS
     r = tl.arange(0, 32)
-    d = tl.program_id(2) * W + tl.arange(0, W)
-    inside = r[:, None] * D + d[None, :]
     if PAGED:
         plane = tl.load(places + 2 * item + 1).to(tl.int32)
         record = tl.multiple_of((tl.load(places + 2 * item) * 16).to(tl.pointer_type(tl.int16)), 16)
     else:
         record = records + item * PAGE
-    if side == 1:
-        record += KEY_SIDE
-    half = record.to(tl.pointer_type(tl.float16)) + 32 * D
-    # What stands before the planes stays; what follows them is zero.
-    before = tl.load(record + inside, mask=(d[None, :] < D) & (plane > 0), other=0)
-    words = before.to(tl.int32) & ((1 << (BITS * plane)) - 1)
-    most = tl.full([32, W], 0.0, tl.float32)
-    if side == 0:
+    part = tl.program_id(1)
+    if part < D // KEY_WIDTH:
+        d = part * KEY_WIDTH + tl.arange(0, KEY_WIDTH)
+        inside = r[:, None] * D + d[None, :]
+        half = record.to(tl.pointer_type(tl.float16)) + 32 * D
+        words = _before(record + inside, plane, BITS)
+        most = tl.zeros([32, KEY_WIDTH], tl.float32)
         for group in range(plane // SHARE, (plane + planes) // SHARE):
             first = group * SHARE - plane
             x = _load(keys, sources, item, first, planes, 0, inside, DTYPE, D, PAGED)
             low = tl.min(x, 0)
             high = tl.max(x, 0)
-            for i in tl.static_range(1, SHARE):
+            for i in range(1, SHARE):
                 y = _load(keys, sources, item, first + i, planes, 0, inside, DTYPE, D, PAGED)
                 low = tl.minimum(low, tl.min(y, 0))
                 high = tl.maximum(high, tl.max(y, 0))
@@ -110,48 +113,58 @@ def _pack(
             tl.store(half + (TOKENS // GROUP + group) * D + d, zero)
             step, inverse = _step(scale)
             shift = zero.to(tl.float32)
-            for i in tl.static_range(SHARE):
-                if i > 0:
+            for i in range(SHARE):
+                if SHARE > 1:
                     x = _load(keys, sources, item, first + i, planes, 0, inside, DTYPE, D, PAGED)
                 if PAGED:
                     most = tl.maximum(most, tl.where(x == x, tl.abs(x), float("inf")))
                 codes = _codes(x, shift[None, :], step[None, :], inverse[None, :], STEPS, FUSED)
                 words |= codes << (BITS * (group * SHARE + i))
         for group in range((plane + planes) // SHARE, TOKENS // GROUP):
-            tl.store(half + group * D + d, tl.zeros([W], tl.float16))
-            tl.store(half + (TOKENS // GROUP + group) * D + d, tl.zeros([W], tl.float16))
+            tl.store(half + group * D + d, tl.zeros([KEY_WIDTH], tl.float16))
+            tl.store(half + (TOKENS // GROUP + group) * D + d, tl.zeros([KEY_WIDTH], tl.float16))
+        tl.store(record + inside, words.to(tl.int16))
+        if PAGED:
+            tl.atomic_max(peak, tl.max(tl.max(most, 1), 0).to(tl.int32, bitcast=True))
     else:
-        g = tl.program_id(2) * (W // CHANNELS) + tl.arange(0, W // CHANNELS)
+        part -= D // KEY_WIDTH
+        record += KEY_SIDE
+        d = part * VALUE_WIDTH + tl.arange(0, VALUE_WIDTH)
+        inside = r[:, None] * D + d[None, :]
+        half = record.to(tl.pointer_type(tl.float16)) + 32 * D
+        words = _before(record + inside, plane, BITS)
+        most = tl.zeros([32, VALUE_WIDTH], tl.float32)
+        g = part * GROUPS + tl.arange(0, GROUPS)
         at = g[None, :] * 32 + r[:, None]
         for j in range(plane, plane + planes):
             x = _load(values, sources, item, j - plane, planes, 1, inside, DTYPE, D, PAGED)
             if PAGED:
                 most = tl.maximum(most, tl.where(x == x, tl.abs(x), float("inf")))
-            x = tl.reshape(x, [32, W // CHANNELS, CHANNELS])
+            x = tl.reshape(x, [32, GROUPS, CHANNELS])
             scale, zero = _ends(tl.min(x, 2), tl.max(x, 2), STEPS)
             tl.store(half + j * 32 * VALUE_GROUPS + at, scale)
             tl.store(half + (TOKENS + j * 32) * VALUE_GROUPS + at, zero)
             step, inverse = _step(scale)
             shift = zero.to(tl.float32)
             codes = _codes(x, shift[:, :, None], step[:, :, None], inverse[:, :, None], STEPS, FUSED)
-            words |= tl.reshape(codes, [32, W]) << (BITS * j)
+            words |= tl.reshape(codes, [32, VALUE_WIDTH]) << (BITS * j)
         for j in range(plane + planes, TOKENS // 32):
-            none = tl.zeros([32, W // CHANNELS], tl.float16)
+            none = tl.zeros([32, GROUPS], tl.float16)
             tl.store(half + j * 32 * VALUE_GROUPS + at, none)
             tl.store(half + (TOKENS + j * 32) * VALUE_GROUPS + at, none)
-    tl.store(record + inside, words.to(tl.int16))
-    if PAGED:
-        tl.atomic_max(peak, tl.max(tl.max(most, 1), 0).to(tl.int32, bitcast=True))
+        tl.store(record + inside, words.to(tl.int16))
+        if PAGED:
+            tl.atomic_max(peak, tl.max(tl.max(most, 1), 0).to(tl.int32, bitcast=True))
 
 
 def _launch(
     form: Form, pages: int, device: torch.device, *tensors: torch.Tensor, planes: int, **settings: object
 ) -> None:
-    width = max(min(64, form.head_dim), form.channels)
-    _pack[(pages, 2, form.head_dim // width)](
+    key_width, value_width = 64, max(64, form.channels)
+    _pack[(pages, form.head_dim // key_width + form.head_dim // value_width)](
         *tensors, planes,
-        D=form.head_dim, W=width, BITS=form.bits, TOKENS=form.tokens, GROUP=form.group, CHANNELS=form.channels,
-        FUSED=device.type == "cuda", num_warps=max(1, width // 64), **settings,
+        D=form.head_dim, KEY_WIDTH=key_width, VALUE_WIDTH=value_width, BITS=form.bits, TOKENS=form.tokens,
+        GROUP=form.group, CHANNELS=form.channels, FUSED=device.type == "cuda", num_warps=2, **settings,
     )  # fmt: skip
 
 

@@ -1,11 +1,10 @@
 """One decoding step over planar KIVI pages and exact pages, in Triton.
 
-Three kernels. `_packed` attends over packed pages and `_exact` over exact ones. The pages of all rows (sequence, kv
-head) stand one behind the other, and each program takes an equal stretch of them, which may end inside a row and reach
-over several: so all programs end together, however much longer some rows are than others. For each row in its stretch
-a program leaves a part (output, log-sum-exp), and `_combine` merges a row's parts. Pages are found by their addresses,
-in tables on the device, so they may lie anywhere; lengths are on the device too, so that a captured graph stays right
-while they grow.
+Three kernels. `_packed` attends over packed pages and `_exact` over exact ones; `_combine` merges what they leave. Each
+program takes one share of one row's (sequence, kv head) pages and leaves a part (output, log-sum-exp). A work list
+(`starts_of`) says which programs are whose: a row gets as many as it has pages, so that all programs end together,
+however much longer some rows are than others. Pages are found by their addresses, in tables on the device, so they may
+lie anywhere; lengths and the work list are on the device too, so that a captured graph stays right while they grow.
 
 What makes the packed loop fast:
 
@@ -21,6 +20,7 @@ What makes the packed loop fast:
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -135,36 +135,19 @@ def _queries(queries, row, heads, N: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _stretch(starts, rows, LEAST: tl.constexpr):
-    """The places [first, end) that this program takes of all rows' pages, one behind the other."""
-    program = tl.program_id(0)
-    total = tl.load(starts + rows)
-    programs = tl.minimum(tl.num_programs(0), tl.cdiv(total, LEAST))
-    some = program < programs
-    wide = tl.maximum(programs, 1).to(tl.int64)
-    first = tl.where(some, program * total.to(tl.int64) // wide, 0).to(tl.int32)
-    end = tl.where(some, (program + 1) * total.to(tl.int64) // wide, 0).to(tl.int32)
-    return first, end
-
-
-@triton.jit
-def _row_at(starts, rows, place, R: tl.constexpr):
-    """The row that a place belongs to."""
+def _row(starts, rows, R: tl.constexpr):
+    """The row that this program works for, `rows` if none; starts: the first program of each, and how many in all."""
     i = tl.arange(0, R)
-    return tl.sum((tl.load(starts + i, mask=i < rows, other=2147483647) <= place).to(tl.int32), 0) - 1
+    return tl.sum((tl.load(starts + 1 + i, mask=i < rows, other=2147483647) <= tl.program_id(0)).to(tl.int32), 0)
 
 
 @triton.jit
-def _parts_of(starts, row, rows, programs, LEAST: tl.constexpr):
-    """The first and the last of `programs` programs whose stretch reaches into a row; (0, -1) if it has no pages."""
-    total = tl.load(starts + rows)
+def _share(starts, row, pages):
+    """The pages [first, last) of the row's that are this program's."""
     start = tl.load(starts + row)
-    stop = tl.load(starts + row + 1)
-    wide = tl.minimum(programs, tl.cdiv(total, LEAST)).to(tl.int64)
-    total = tl.maximum(total, 1)
-    first = tl.where(stop > start, ((start + 1) * wide - 1) // total, 0)
-    last = tl.where(stop > start, (stop * wide - 1) // total, -1)
-    return first.to(tl.int32), last.to(tl.int32)
+    programs = tl.load(starts + row + 1) - start
+    share = tl.program_id(0) - start
+    return share * pages // programs, (share + 1) * pages // programs
 
 
 @triton.jit
@@ -182,9 +165,12 @@ def _leave(out, lse, place, o, m, total, heads, N: tl.constexpr, D: tl.constexpr
 def _packed(
     queries, table, spans, starts, out, lse, scale, rows, columns, heads,
     N: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr,
-    SPAN: tl.constexpr, R: tl.constexpr, LEAST: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
+    SPAN: tl.constexpr, R: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A stretch of the packed pages of all rows, `starts [rows + 1]` of them before each. Grid: (programs,)."""
+    """One share of the packed pages of a row. Grid: (programs,)."""
+    row = _row(starts, rows, R)
+    if row >= rows:
+        return
     PLANES: tl.constexpr = _code_planes(BITS)
     TOKENS: tl.constexpr = PLANES * 32
     KEY_GROUPS: tl.constexpr = TOKENS // GROUP
@@ -201,127 +187,118 @@ def _packed(
     d = tl.arange(0, D)
     g = tl.arange(0, VALUE_GROUPS)
     word = r[:, None] * D + d[None, :]
-    scale = scale * _fold(BITS)
-    place, end = _stretch(starts, rows, LEAST)
-    while place < end:
-        row = _row_at(starts, rows, place, R)
-        start = tl.load(starts + row)
-        stop = tl.minimum(tl.load(starts + row + 1), end)
-        low = tl.load(spans + row * SPAN)
-        high = tl.load(spans + row * SPAN + 1)
-        first = low // TOKENS + place - start
-        last = low // TOKENS + stop - start
-        place = stop
-        q = _queries(queries, row, heads, N, D).to(tl.float16)
-        m = tl.full([N], -1e30, tl.float32)
-        weight = tl.zeros([32, N], tl.float32)
-        offset = tl.zeros([32, N], tl.float32)
-        acc = tl.zeros([D, N], tl.float32)
-        address = tl.load(table + row * columns + first, mask=first < last, other=0)
-        for page in tl.range(first, last, num_stages=STAGES):
-            record = tl.multiple_of((address * 16).to(tl.pointer_type(tl.int16)), 16)
-            address = tl.load(table + row * columns + page + 1, mask=page + 1 < last, other=0)
-            half = record.to(tl.pointer_type(tl.float16))
-            words = tl.load(record + word)
-            key_scale = ()
-            key_zero = ()
-            value_scale = ()
-            value_zero = ()
-            for j in tl.static_range(PLANES):
-                at = j * 32 // GROUP * D + d
-                key_scale = key_scale + (_times(tl.load(half + KEY_SCALE + at), _log2_factor(BITS, j), ASM),)
-                key_zero = key_zero + (_times(tl.load(half + KEY_ZERO + at), UNFOLD, ASM),)
-            for j in tl.static_range(PLANES):
-                if VALUE_GROUPS == 1:
-                    value_scale = value_scale + (tl.load(half + VALUE_SCALE + j * 32 + r).to(tl.float32),)
-                    value_zero = value_zero + (tl.load(half + VALUE_ZERO + j * 32 + r).to(tl.float32),)
-                else:
-                    at = j * 32 * VALUE_GROUPS + g[:, None] * 32 + r[None, :]
-                    value_scale = value_scale + (_times(tl.load(half + VALUE_SCALE + at), _log2_factor(BITS, j), ASM),)
-                    value_zero = value_zero + (_times(tl.load(half + VALUE_ZERO + at), UNFOLD, ASM),)
-            value_words = tl.load(record + VALUE_WORDS + word)
+    q = _queries(queries, row, heads, N, D).to(tl.float16)
+    low = tl.load(spans + row * SPAN)
+    high = tl.load(spans + row * SPAN + 1)
+    first, last = _share(starts, row, tl.cdiv(high, TOKENS) - low // TOKENS)
+    first += low // TOKENS
+    last += low // TOKENS
 
-            scores = ()
-            for j in tl.static_range(PLANES):
-                k = _plane(words, BITS, j, ASM) * key_scale[j][None, :] + key_zero[j][None, :]
-                token = page * TOKENS + j * 32 + r
-                s = tl.where(((token >= low) & (token < high))[:, None], tl.dot(k, q), -1e30)
-                scores = scores + (s,)
-            top = scores[0]
-            for j in tl.static_range(1, PLANES):
-                top = tl.maximum(top, scores[j])
-            above = tl.maximum(m, tl.max(top, 0) * scale)
-            shrink = tl.exp2(m - above)
-            m = above
-            weight = weight * shrink[None, :]
-            offset = offset * shrink[None, :]
-            acc = acc * shrink[None, :]
-            for j in tl.static_range(PLANES):
-                p = tl.exp2(scores[j] * scale - m[None, :])
-                weight += p
-                v = tl.trans(_plane(value_words, BITS, j, ASM))
-                if VALUE_GROUPS == 1:
-                    # A token's scale and zero point go into its weight.
-                    offset += p * value_zero[j][:, None]
-                    p = p * (value_scale[j] * _factor(BITS, j))[:, None]
-                else:
-                    spread = tl.broadcast_to(value_scale[j][:, None, :], [VALUE_GROUPS, CHANNELS, 32])
-                    shift = tl.broadcast_to(value_zero[j][:, None, :], [VALUE_GROUPS, CHANNELS, 32])
-                    v = v * tl.reshape(spread, [D, 32]) + tl.reshape(shift, [D, 32])
-                acc = tl.dot(v, p.to(tl.float16), acc)
-        acc = acc * _fold(BITS)
-        if VALUE_GROUPS == 1:
-            acc += tl.sum(offset, 0)[None, :]
-        _leave(out, lse, tl.program_id(0) + row, acc, m, tl.sum(weight, 0), heads, N, D)
+    scale = scale * _fold(BITS)
+    m = tl.full([N], -1e30, tl.float32)
+    weight = tl.zeros([32, N], tl.float32)
+    offset = tl.zeros([32, N], tl.float32)
+    acc = tl.zeros([D, N], tl.float32)
+    address = tl.load(table + row * columns + first, mask=first < last, other=0)
+    for page in tl.range(first, last, num_stages=STAGES):
+        record = tl.multiple_of((address * 16).to(tl.pointer_type(tl.int16)), 16)
+        address = tl.load(table + row * columns + page + 1, mask=page + 1 < last, other=0)
+        half = record.to(tl.pointer_type(tl.float16))
+        words = tl.load(record + word)
+        key_scale = ()
+        key_zero = ()
+        value_scale = ()
+        value_zero = ()
+        for j in tl.static_range(PLANES):
+            at = j * 32 // GROUP * D + d
+            key_scale = key_scale + (_times(tl.load(half + KEY_SCALE + at), _log2_factor(BITS, j), ASM),)
+            key_zero = key_zero + (_times(tl.load(half + KEY_ZERO + at), UNFOLD, ASM),)
+        for j in tl.static_range(PLANES):
+            if VALUE_GROUPS == 1:
+                value_scale = value_scale + (tl.load(half + VALUE_SCALE + j * 32 + r).to(tl.float32),)
+                value_zero = value_zero + (tl.load(half + VALUE_ZERO + j * 32 + r).to(tl.float32),)
+            else:
+                at = j * 32 * VALUE_GROUPS + g[:, None] * 32 + r[None, :]
+                value_scale = value_scale + (_times(tl.load(half + VALUE_SCALE + at), _log2_factor(BITS, j), ASM),)
+                value_zero = value_zero + (_times(tl.load(half + VALUE_ZERO + at), UNFOLD, ASM),)
+        value_words = tl.load(record + VALUE_WORDS + word)
+
+        scores = ()
+        for j in tl.static_range(PLANES):
+            k = _plane(words, BITS, j, ASM) * key_scale[j][None, :] + key_zero[j][None, :]
+            token = page * TOKENS + j * 32 + r
+            s = tl.where(((token >= low) & (token < high))[:, None], tl.dot(k, q), -1e30)
+            scores = scores + (s,)
+        top = scores[0]
+        for j in tl.static_range(1, PLANES):
+            top = tl.maximum(top, scores[j])
+        above = tl.maximum(m, tl.max(top, 0) * scale)
+        shrink = tl.exp2(m - above)
+        m = above
+        weight = weight * shrink[None, :]
+        offset = offset * shrink[None, :]
+        acc = acc * shrink[None, :]
+        for j in tl.static_range(PLANES):
+            p = tl.exp2(scores[j] * scale - m[None, :])
+            weight += p
+            v = tl.trans(_plane(value_words, BITS, j, ASM))
+            if VALUE_GROUPS == 1:
+                # A token's scale and zero point go into its weight.
+                offset += p * value_zero[j][:, None]
+                p = p * (value_scale[j] * _factor(BITS, j))[:, None]
+            else:
+                spread = tl.broadcast_to(value_scale[j][:, None, :], [VALUE_GROUPS, CHANNELS, 32])
+                shift = tl.broadcast_to(value_zero[j][:, None, :], [VALUE_GROUPS, CHANNELS, 32])
+                v = v * tl.reshape(spread, [D, 32]) + tl.reshape(shift, [D, 32])
+            acc = tl.dot(v, p.to(tl.float16), acc)
+    acc = acc * _fold(BITS)
+    if VALUE_GROUPS == 1:
+        acc += tl.sum(offset, 0)[None, :]
+    _leave(out, lse, tl.program_id(0), acc, m, tl.sum(weight, 0), heads, N, D)
 
 
 @triton.jit(do_not_specialize=("rows", "columns", "heads"))
 def _exact(
     queries, table, spans, starts, out, lse, scale, rows, columns, heads,
     DTYPE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr,
-    LEAST: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
+    TILE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A stretch of the exact slots of all rows, in tiles of TILE. table: `[rows, columns, 2]`; starts: tiles before
-    each row, `[rows + 1]`. Grid: (programs,).
+    """One share of the exact slots of a row, in tiles of TILE. table: `[rows, columns, 2]`. Grid: (programs,).
 
     WIDE multiplies in float32 whatever the pages hold: the interpreter has no products of bfloat16.
     """
+    row = _row(starts, rows, R)
+    if row >= rows:
+        return
     work = tl.float32 if WIDE else DTYPE
     t = tl.arange(0, T)
     d = tl.arange(0, D)
-    place, end = _stretch(starts, rows, LEAST)
-    while place < end:
-        row = _row_at(starts, rows, place, R)
-        start_of_row = tl.load(starts + row)
-        until = tl.minimum(tl.load(starts + row + 1), end)
-        first = (place - start_of_row) * (TILE // T)
-        last = (until - start_of_row) * (TILE // T)
-        place = until
-        q = _queries(queries, row, heads, N, D).to(work)
-        sink = tl.load(spans + row * SPAN + 2)
-        start = tl.load(spans + row * SPAN + 3)
-        stop = tl.load(spans + row * SPAN + 4)
-        m = tl.full([N], -1e30, tl.float32)
-        weight = tl.zeros([T, N], tl.float32)
-        acc = tl.zeros([D, N], tl.float32)
-        for tile in range(first, last):
-            slot = tile * T + t
-            held = slot < stop
-            at = table + (row * columns + slot // 32) * 2
-            inside = (slot % 32)[:, None] * D + d[None, :]
-            keys = tl.multiple_of((tl.load(at, mask=held, other=0) * 16).to(tl.pointer_type(DTYPE)), 16)
-            values = tl.multiple_of((tl.load(at + 1, mask=held, other=0) * 16).to(tl.pointer_type(DTYPE)), 16)
-            k = tl.load(keys[:, None] + inside, mask=held[:, None], other=0.0).to(work)
-            v = tl.load(values[:, None] + inside, mask=held[:, None], other=0.0).to(work)
-            seen = held & ((slot < sink) | (slot >= start))
-            s = tl.where(seen[:, None], tl.dot(k, q, input_precision="ieee") * scale, -1e30)
-            above = tl.maximum(m, tl.max(s, 0))
-            shrink = tl.exp2(m - above)
-            m = above
-            p = tl.where(seen[:, None], tl.exp2(s - m[None, :]), 0.0)
-            weight = weight * shrink[None, :] + p
-            acc = tl.dot(tl.trans(v), p.to(work), acc * shrink[None, :], input_precision="ieee")
-        _leave(out, lse, tl.program_id(0) + row, acc, m, tl.sum(weight, 0), heads, N, D)
+    q = _queries(queries, row, heads, N, D).to(work)
+    sink = tl.load(spans + row * SPAN + 2)
+    start = tl.load(spans + row * SPAN + 3)
+    stop = tl.load(spans + row * SPAN + 4)
+    first, last = _share(starts, row, tl.cdiv(stop, TILE))
+    m = tl.full([N], -1e30, tl.float32)
+    weight = tl.zeros([T, N], tl.float32)
+    acc = tl.zeros([D, N], tl.float32)
+    for tile in range(first * (TILE // T), last * (TILE // T)):
+        slot = tile * T + t
+        held = slot < stop
+        at = table + (row * columns + slot // 32) * 2
+        inside = (slot % 32)[:, None] * D + d[None, :]
+        keys = tl.multiple_of((tl.load(at, mask=held, other=0) * 16).to(tl.pointer_type(DTYPE)), 16)
+        values = tl.multiple_of((tl.load(at + 1, mask=held, other=0) * 16).to(tl.pointer_type(DTYPE)), 16)
+        k = tl.load(keys[:, None] + inside, mask=held[:, None], other=0.0).to(work)
+        v = tl.load(values[:, None] + inside, mask=held[:, None], other=0.0).to(work)
+        seen = held & ((slot < sink) | (slot >= start))
+        s = tl.where(seen[:, None], tl.dot(k, q, input_precision="ieee") * scale, -1e30)
+        above = tl.maximum(m, tl.max(s, 0))
+        shrink = tl.exp2(m - above)
+        m = above
+        p = tl.where(seen[:, None], tl.exp2(s - m[None, :]), 0.0)
+        weight = weight * shrink[None, :] + p
+        acc = tl.dot(tl.trans(v), p.to(work), acc * shrink[None, :], input_precision="ieee")
+    _leave(out, lse, tl.program_id(0), acc, m, tl.sum(weight, 0), heads, N, D)
 
 
 @triton.jit(do_not_specialize=("columns",))
@@ -338,17 +315,14 @@ def _append(keys, values, table, spans, columns, DTYPE: tl.constexpr, D: tl.cons
 
 
 @triton.jit
-def _merge(
-    out, lse, starts, row, head, heads, rows, programs, m, total, acc,
-    D: tl.constexpr, P: tl.constexpr, LEAST: tl.constexpr,
-):  # fmt: skip
+def _merge(out, lse, starts, row, head, heads, m, total, acc, D: tl.constexpr, P: tl.constexpr):
     """Merge the parts that the programs of one kernel left of one head of a row into (m, total, acc)."""
     d = tl.arange(0, D)
-    first, last = _parts_of(starts, row, rows, programs, LEAST)
-    for begin in range(first, last + 1, P):
-        p = begin + tl.arange(0, P)
-        held = p <= last
-        at = (row + p).to(tl.int64) * heads + head
+    last = tl.load(starts + row + 1)
+    for first in range(tl.load(starts + row), last, P):
+        p = first + tl.arange(0, P)
+        held = p < last
+        at = p * heads + head
         part = tl.load(lse + at, mask=held, other=-1e30)
         o = tl.load(out + at[:, None] * D + d[None, :], mask=held[:, None], other=0.0)
         above = tl.maximum(m, tl.max(part, 0))
@@ -360,11 +334,10 @@ def _merge(
     return m, total, acc
 
 
-@triton.jit(do_not_specialize=("rows", "packed_programs", "exact_programs"))
+@triton.jit(do_not_specialize=("rows",))
 def _combine(
-    packed_out, packed_lse, exact_out, exact_lse, starts, merged, merged_lse, rows, packed_programs, exact_programs,
+    packed_out, packed_lse, exact_out, exact_lse, starts, merged, merged_lse, rows,
     D: tl.constexpr, P: tl.constexpr, WITH_LSE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
-    EXACT_LEAST: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts of one head of a row. Grid: (rows, heads)."""
     row = tl.program_id(0)
@@ -375,14 +348,9 @@ def _combine(
     total = 0.0
     acc = tl.zeros([D], tl.float32)
     if PACKED:
-        m, total, acc = _merge(
-            packed_out, packed_lse, starts, row, head, heads, rows, packed_programs, m, total, acc, D, P, 1
-        )
+        m, total, acc = _merge(packed_out, packed_lse, starts, row, head, heads, m, total, acc, D, P)
     if EXACT:
-        m, total, acc = _merge(
-            exact_out, exact_lse, starts + rows + 1, row, head, heads, rows, exact_programs, m, total, acc, D, P,
-            EXACT_LEAST,
-        )  # fmt: skip
+        m, total, acc = _merge(exact_out, exact_lse, starts + rows + 1, row, head, heads, m, total, acc, D, P)
     at = row * heads + head
     some = total > 0
     acc = acc / tl.where(some, total, 1.0)
@@ -426,19 +394,39 @@ def _processors(device: torch.device) -> int:
 
 
 TILE = 64
-"""Exact slots that are one piece of work; a program takes at least EXACT_LEAST of them."""
-EXACT_LEAST = 2
+"""Exact slots that are one piece of work."""
 
 
-def starts_of(spans: np.ndarray, page: int) -> np.ndarray:
-    """Pages of `page` tokens that the packed spans of the rows before a row touch, and `TILE`s of exact slots.
+def programs_for(rows: int, device: torch.device) -> int:
+    """How many programs work on that many rows: few rows are cut so that the device is filled once, many so that it is
+    filled several times over and none waits long for the last."""
+    once = RESIDENT * _processors(device)
+    return once if 8 * rows <= once else max(8 * once, 2 * rows)
 
-    spans: `[..., rows, >= 5]`. Returns int32 `[..., 2, rows + 1]`.
+
+def pages_of(spans: np.ndarray, page: int) -> np.ndarray:
+    """How many packed pages of `page` tokens, and how many `TILE`s of exact slots, the rows see part of.
+
+    spans: `[..., rows, >= 5]`. Returns `[..., 2, rows]`.
     """
     low, high, stop = spans[..., 0], spans[..., 1], spans[..., 4]
-    out = np.zeros((*spans.shape[:-2], 2, spans.shape[-2] + 1), dtype=np.int32)
-    np.cumsum(np.where(high > low, -(-high // page) - low // page, 0), -1, out=out[..., 0, 1:])
-    np.cumsum(-(-stop // TILE), -1, out=out[..., 1, 1:])
+    return np.stack([np.where(high > low, -(-high // page) - low // page, 0), -(-stop // TILE)], -2)
+
+
+def starts_of(pages: np.ndarray, programs: int) -> np.ndarray:
+    """The work list: the first program of each row, and how many programs there are, int32 `[..., rows + 1]`.
+
+    pages: `[..., rows]`, at most `programs` of which may have any. No program gets more pages than it must.
+    """
+    each = np.maximum(1, -(-pages.sum(-1, keepdims=True) // programs))
+    while True:
+        shares = -(-pages // each)
+        over = shares.sum(-1, keepdims=True) > programs
+        if not over.any():
+            break
+        each += np.where(over, np.maximum(1, each // 32), 0)
+    out = np.zeros((*pages.shape[:-1], pages.shape[-1] + 1), dtype=np.int32)
+    np.cumsum(shares, -1, out=out[..., 1:])
     return out
 
 
@@ -461,11 +449,13 @@ def decode(
     asm: bool | None = None,
     starts: torch.Tensor | None = None,
     programs: int | None = None,
+    beside: torch.cuda.Stream | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one query per row and head over packed and exact pages: see `decode_reference`.
 
     queries: contiguous `[rows, query_heads, head_dim]`, float16, bfloat16 or float32; spans: int32 `[rows, SPAN]`;
-    starts: int32 `[2, rows + 1]`, what `starts_of` makes of them (here, waiting for the device, if not given).
+    starts: int32 `[2, rows + 1]`, the work lists of packed and exact pages for at most `programs` programs each (made
+    here, waiting for the device, if not given). beside: a stream on which the exact pages are attended on meanwhile.
     Packed pages are attended on in float16, exact ones in their dtype, both with float32 sums.
     Returns the output in the dtype of the queries and, if asked for, the natural log-sum-exp, float32.
     """
@@ -474,39 +464,46 @@ def decode(
     asm = device.type == "cuda" if asm is None else asm
     scale = scaling * 1.4426950408889634
     n = 8 if heads <= 8 else 16
+    programs = programs or programs_for(rows, device)
     if starts is None:
-        page = packed.form.tokens if packed is not None else TILE
-        starts = torch.from_numpy(starts_of(spans.cpu().numpy(), page)).to(device)
-    programs = programs or RESIDENT * _processors(device)
+        pages = pages_of(spans.cpu().numpy(), packed.form.tokens if packed is not None else TILE)
+        starts = torch.from_numpy(starts_of(pages, programs)).to(device)
     common = {"N": n, "D": dim, "SPAN": SPAN, "R": triton.next_power_of_2(rows)}
 
     def parts(most: int) -> tuple[int, torch.Tensor, torch.Tensor]:
         count = max(1, min(programs, most))
-        out = torch.empty((count + rows, heads, dim), dtype=torch.float32, device=device)
-        return count, out, torch.empty((count + rows, heads), dtype=torch.float32, device=device)
+        out = torch.empty((count, heads, dim), dtype=torch.float32, device=device)
+        return count, out, torch.empty((count, heads), dtype=torch.float32, device=device)
 
-    packed_programs, packed_out, packed_lse = exact_programs, exact_out, exact_lse = 0, queries, queries
+    packed_out, packed_lse = exact_out, exact_lse = queries, queries
+    exact_programs = 0
+    if exact is not None:
+        exact_programs, exact_out, exact_lse = parts(-(-exact.table.shape[1] * 32 // TILE) * rows)
     if packed is not None:
-        form = packed.form
         packed_programs, packed_out, packed_lse = parts(packed.table.numel())
-        _packed[(packed_programs,)](
-            queries, packed.table, spans, starts[0], packed_out, packed_lse, scale, rows, packed.table.shape[1], heads,
-            BITS=form.bits, GROUP=form.group, CHANNELS=form.channels, ASM=asm, LEAST=1,
-            STAGES=_STAGES[form.bits], num_warps=2, num_stages=_STAGES[form.bits], **common,
-        )  # fmt: skip
+    if beside is not None:
+        beside.wait_stream(torch.cuda.current_stream())
     if exact is not None:
         wide = exact.dtype.itemsize == 4
-        exact_programs, exact_out, exact_lse = parts(-(-exact.table.shape[1] * 32 // TILE // EXACT_LEAST) * rows)
-        _exact[(exact_programs,)](
-            queries, exact.table, spans, starts[1], exact_out, exact_lse, scale, rows, exact.table.shape[1], heads,
-            DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE, TILE=TILE, LEAST=EXACT_LEAST, WIDE=not asm,
-            num_warps=2, num_stages=1 if wide else 3, **common,
+        with nullcontext() if beside is None else torch.cuda.stream(beside):
+            _exact[(exact_programs,)](
+                queries, exact.table, spans, starts[1], exact_out, exact_lse, scale, rows, exact.table.shape[1], heads,
+                DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE, TILE=TILE, WIDE=not asm,
+                num_warps=2, num_stages=1 if wide else 3, **common,
+            )  # fmt: skip
+    if packed is not None:
+        form = packed.form
+        _packed[(packed_programs,)](
+            queries, packed.table, spans, starts[0], packed_out, packed_lse, scale, rows, packed.table.shape[1], heads,
+            BITS=form.bits, GROUP=form.group, CHANNELS=form.channels, ASM=asm,
+            STAGES=_STAGES[form.bits], num_warps=2, num_stages=_STAGES[form.bits], **common,
         )  # fmt: skip
+    if beside is not None:
+        torch.cuda.current_stream().wait_stream(beside)
     merged = torch.empty_like(queries)
     merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
     _combine[(rows, heads)](
         packed_out, packed_lse, exact_out, exact_lse, starts, merged, merged_lse if with_lse else exact_lse, rows,
-        packed_programs, exact_programs, D=dim, P=16, WITH_LSE=with_lse, PACKED=packed is not None,
-        EXACT=exact is not None, EXACT_LEAST=EXACT_LEAST, num_warps=4,
+        D=dim, P=64, WITH_LSE=with_lse, PACKED=packed is not None, EXACT=exact is not None, num_warps=8,
     )  # fmt: skip
     return merged, merged_lse
