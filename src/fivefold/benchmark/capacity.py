@@ -18,8 +18,8 @@ from fivefold.benchmark.kernels import fill
 
 MARGIN = 3 << 29
 """Bytes of a GPU that are left for what a step computes with: logits, products, parts of attention."""
-CPU_BYTES = 1 << 24
-PIECE = 1 << 26  # numbers of keys that are made and stored at a time
+CPU_BYTES = 1 << 22
+PIECE = 1 << 25  # numbers of keys that are made and stored at a time
 
 
 def heads(share: float, shape: str) -> str:

@@ -106,7 +106,7 @@ def filled(model: Any, name: str, context: int, batch: int, graph: bool) -> Any:
     cache = fivefold.compress(model, name, cuda_graph=graph)
     for index, store in cache.state.stores.items():
         store.start(batch)
-        fill(store, context)
+        fill(store, context, piece=1 << 25)
         cache.state.logical[index] += context
     return cache
 

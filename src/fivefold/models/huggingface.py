@@ -735,7 +735,7 @@ class FivefoldCache(Cache):
     def __del__(self) -> None:
         # Forks share the pools: what only this cache held must not stay taken.
         state = getattr(self, "state", None)
-        if state is not None and not sys.is_finalizing():
+        if state is not None and sys is not None and not sys.is_finalizing():
             state.free()
             state.pools.budget.trim()
 

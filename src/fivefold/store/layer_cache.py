@@ -769,7 +769,8 @@ class LayerCache:
         page, rows = self.packing.page, len(cohort.rows)
         position = old.packed_stop if gone < columns else new.packed_base
         # Whole runs of fresh pages in bounded pieces; the rest of an open page first.
-        step = max(1, (1 << 21) // (page * rows * self.spec.head_dim)) * page
+        numbers = 1 << (21 if self.spec.device.type == "cpu" else 25)
+        step = max(1, numbers // (page * rows * self.spec.head_dim)) * page
         try:
             cohort.packed = self._widen(self.packed_pool, cohort.packed, fresh)
             if self.own_pool is not None:
