@@ -40,7 +40,6 @@ class FixedTables:
         # What the work lists were made for.
         self._pages: np.ndarray | None = None
         self._starts = np.zeros(0, dtype=np.int32)
-        self._beside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._number = {index: number for number, index in enumerate(stores)}
         with torch.inference_mode(False):
             self._tables = torch.zeros(len(stores) * self._size, dtype=torch.int64, device=self.device)
@@ -148,8 +147,7 @@ class FixedTables:
         kernel = kernels()
         seen, starts, packed, exact = self._parts[index]
         kernel.append(keys.contiguous(), values.contiguous(), seen, exact)
-        beside = None if packed is None else self._beside
-        return kernel.decode(queries.contiguous(), scaling, seen, packed, exact, starts=starts, beside=beside)[0]
+        return kernel.decode(queries.contiguous(), scaling, seen, packed, exact, starts=starts)[0]
 
 
 def _ample(columns: int, least: int) -> int:

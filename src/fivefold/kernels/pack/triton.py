@@ -66,95 +66,126 @@ def _before(words, plane, BITS: tl.constexpr):
     return tl.load(words, mask=plane > 0, other=0).to(tl.int32) & ((1 << (BITS * plane)) - 1)
 
 
+@triton.jit
+def _most(most, x):
+    """The larger of absolute values; not a number counts as infinite."""
+    return tl.maximum(most, tl.where(x == x, tl.abs(x), float("inf")))
+
+
+@triton.jit
+def _pack_keys(
+    keys, sources, record, peak, item, planes, plane, part,
+    D: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr,
+    DTYPE: tl.constexpr, PAGED: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    STEPS: tl.constexpr = 2**BITS - 1
+    SHARE: tl.constexpr = GROUP // 32
+    r = tl.arange(0, 32)
+    d = part * W + tl.arange(0, W)
+    inside = r[:, None] * D + d[None, :]
+    scales = record.to(tl.pointer_type(tl.float16)) + 32 * D + d
+    zeros = scales + TOKENS // GROUP * D
+    words = _before(record + inside, plane, BITS)
+    most = tl.zeros([32, W], tl.float32)
+    for group in range(plane // SHARE, (plane + planes) // SHARE):
+        first = group * SHARE - plane
+        x = _load(keys, sources, item, first, planes, 0, inside, DTYPE, D, PAGED)
+        low = tl.min(x, 0)
+        high = tl.max(x, 0)
+        for i in range(1, SHARE):
+            y = _load(keys, sources, item, first + i, planes, 0, inside, DTYPE, D, PAGED)
+            low = tl.minimum(low, tl.min(y, 0))
+            high = tl.maximum(high, tl.max(y, 0))
+        scale, zero = _ends(low, high, STEPS)
+        tl.store(scales + group * D, scale)
+        tl.store(zeros + group * D, zero)
+        step, inverse = _step(scale)
+        shift = zero.to(tl.float32)
+        for i in range(SHARE):
+            if SHARE > 1:
+                x = _load(keys, sources, item, first + i, planes, 0, inside, DTYPE, D, PAGED)
+            if PAGED:
+                most = _most(most, x)
+            codes = _codes(x, shift[None, :], step[None, :], inverse[None, :], STEPS, FUSED)
+            words |= codes << (BITS * (group * SHARE + i))
+    for group in range((plane + planes) // SHARE, TOKENS // GROUP):
+        tl.store(scales + group * D, tl.zeros([W], tl.float16))
+        tl.store(zeros + group * D, tl.zeros([W], tl.float16))
+    tl.store(record + inside, words.to(tl.int16))
+    if PAGED:
+        tl.atomic_max(peak, tl.max(tl.max(most, 1), 0).to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _pack_values(
+    values, sources, record, peak, item, planes, plane, part,
+    D: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    DTYPE: tl.constexpr, PAGED: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    STEPS: tl.constexpr = 2**BITS - 1
+    GROUPS: tl.constexpr = W // CHANNELS
+    PLANE: tl.constexpr = 32 * (D // CHANNELS)
+    r = tl.arange(0, 32)
+    d = part * W + tl.arange(0, W)
+    g = part * GROUPS + tl.arange(0, GROUPS)
+    inside = r[:, None] * D + d[None, :]
+    scales = record.to(tl.pointer_type(tl.float16)) + 32 * D + g[None, :] * 32 + r[:, None]
+    zeros = scales + TOKENS // 32 * PLANE
+    words = _before(record + inside, plane, BITS)
+    most = tl.zeros([32, W], tl.float32)
+    for j in range(plane, plane + planes):
+        x = _load(values, sources, item, j - plane, planes, 1, inside, DTYPE, D, PAGED)
+        if PAGED:
+            most = _most(most, x)
+        x = tl.reshape(x, [32, GROUPS, CHANNELS])
+        scale, zero = _ends(tl.min(x, 2), tl.max(x, 2), STEPS)
+        tl.store(scales + j * PLANE, scale)
+        tl.store(zeros + j * PLANE, zero)
+        step, inverse = _step(scale)
+        shift = zero.to(tl.float32)
+        codes = _codes(x, shift[:, :, None], step[:, :, None], inverse[:, :, None], STEPS, FUSED)
+        words |= tl.reshape(codes, [32, W]) << (BITS * j)
+    for j in range(plane + planes, TOKENS // 32):
+        tl.store(scales + j * PLANE, tl.zeros([32, GROUPS], tl.float16))
+        tl.store(zeros + j * PLANE, tl.zeros([32, GROUPS], tl.float16))
+    tl.store(record + inside, words.to(tl.int16))
+    if PAGED:
+        tl.atomic_max(peak, tl.max(tl.max(most, 1), 0).to(tl.int32, bitcast=True))
+
+
 @triton.jit(do_not_specialize=("planes", "plane"))
 def _pack(
     keys, values, sources, records, places, peak, planes, plane,
     D: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr,
     GROUP: tl.constexpr, CHANNELS: tl.constexpr, DTYPE: tl.constexpr, PAGED: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
-    """`planes` planes of the keys (0) or the values (1) of a page, from a plane on. Grid: (pages, D / KEY_WIDTH + D /
-    VALUE_WIDTH).
+    """`planes` planes of some channels of the keys or values of a page, from a plane on.
 
+    Grid: (pages, D / KEY_WIDTH + D / VALUE_WIDTH).
     PAGED: the tokens lie in exact pages, `sources [pages, planes, 2]`, and the record is found at `places [pages, 2]`,
     which also says from what plane on; both are addresses in units of 16 bytes. Their largest absolute value is left at
     `peak`, as the bits of a float32.
     """
     item = tl.program_id(0).to(tl.int64)
-    STEPS: tl.constexpr = 2**BITS - 1
-    SHARE: tl.constexpr = GROUP // 32
-    VALUE_GROUPS: tl.constexpr = D // CHANNELS
-    GROUPS: tl.constexpr = VALUE_WIDTH // CHANNELS
+    part = tl.program_id(1)
     KEY_SIDE: tl.constexpr = 32 * D + 2 * (TOKENS // GROUP) * D
-    PAGE: tl.constexpr = KEY_SIDE + 32 * D + 2 * TOKENS * VALUE_GROUPS
-    r = tl.arange(0, 32)
+    PAGE: tl.constexpr = KEY_SIDE + 32 * D + 2 * TOKENS * (D // CHANNELS)
+    KEY_PARTS: tl.constexpr = D // KEY_WIDTH
     if PAGED:
         plane = tl.load(places + 2 * item + 1).to(tl.int32)
         record = tl.multiple_of((tl.load(places + 2 * item) * 16).to(tl.pointer_type(tl.int16)), 16)
     else:
         record = records + item * PAGE
-    part = tl.program_id(1)
-    if part < D // KEY_WIDTH:
-        d = part * KEY_WIDTH + tl.arange(0, KEY_WIDTH)
-        inside = r[:, None] * D + d[None, :]
-        half = record.to(tl.pointer_type(tl.float16)) + 32 * D
-        words = _before(record + inside, plane, BITS)
-        most = tl.zeros([32, KEY_WIDTH], tl.float32)
-        for group in range(plane // SHARE, (plane + planes) // SHARE):
-            first = group * SHARE - plane
-            x = _load(keys, sources, item, first, planes, 0, inside, DTYPE, D, PAGED)
-            low = tl.min(x, 0)
-            high = tl.max(x, 0)
-            for i in range(1, SHARE):
-                y = _load(keys, sources, item, first + i, planes, 0, inside, DTYPE, D, PAGED)
-                low = tl.minimum(low, tl.min(y, 0))
-                high = tl.maximum(high, tl.max(y, 0))
-            scale, zero = _ends(low, high, STEPS)
-            tl.store(half + group * D + d, scale)
-            tl.store(half + (TOKENS // GROUP + group) * D + d, zero)
-            step, inverse = _step(scale)
-            shift = zero.to(tl.float32)
-            for i in range(SHARE):
-                if SHARE > 1:
-                    x = _load(keys, sources, item, first + i, planes, 0, inside, DTYPE, D, PAGED)
-                if PAGED:
-                    most = tl.maximum(most, tl.where(x == x, tl.abs(x), float("inf")))
-                codes = _codes(x, shift[None, :], step[None, :], inverse[None, :], STEPS, FUSED)
-                words |= codes << (BITS * (group * SHARE + i))
-        for group in range((plane + planes) // SHARE, TOKENS // GROUP):
-            tl.store(half + group * D + d, tl.zeros([KEY_WIDTH], tl.float16))
-            tl.store(half + (TOKENS // GROUP + group) * D + d, tl.zeros([KEY_WIDTH], tl.float16))
-        tl.store(record + inside, words.to(tl.int16))
-        if PAGED:
-            tl.atomic_max(peak, tl.max(tl.max(most, 1), 0).to(tl.int32, bitcast=True))
+    if part < KEY_PARTS:
+        _pack_keys(
+            keys, sources, record, peak, item, planes, plane, part,
+            D, KEY_WIDTH, BITS, TOKENS, GROUP, DTYPE, PAGED, FUSED,
+        )  # fmt: skip
     else:
-        part -= D // KEY_WIDTH
-        record += KEY_SIDE
-        d = part * VALUE_WIDTH + tl.arange(0, VALUE_WIDTH)
-        inside = r[:, None] * D + d[None, :]
-        half = record.to(tl.pointer_type(tl.float16)) + 32 * D
-        words = _before(record + inside, plane, BITS)
-        most = tl.zeros([32, VALUE_WIDTH], tl.float32)
-        g = part * GROUPS + tl.arange(0, GROUPS)
-        at = g[None, :] * 32 + r[:, None]
-        for j in range(plane, plane + planes):
-            x = _load(values, sources, item, j - plane, planes, 1, inside, DTYPE, D, PAGED)
-            if PAGED:
-                most = tl.maximum(most, tl.where(x == x, tl.abs(x), float("inf")))
-            x = tl.reshape(x, [32, GROUPS, CHANNELS])
-            scale, zero = _ends(tl.min(x, 2), tl.max(x, 2), STEPS)
-            tl.store(half + j * 32 * VALUE_GROUPS + at, scale)
-            tl.store(half + (TOKENS + j * 32) * VALUE_GROUPS + at, zero)
-            step, inverse = _step(scale)
-            shift = zero.to(tl.float32)
-            codes = _codes(x, shift[:, :, None], step[:, :, None], inverse[:, :, None], STEPS, FUSED)
-            words |= tl.reshape(codes, [32, VALUE_WIDTH]) << (BITS * j)
-        for j in range(plane + planes, TOKENS // 32):
-            none = tl.zeros([32, GROUPS], tl.float16)
-            tl.store(half + j * 32 * VALUE_GROUPS + at, none)
-            tl.store(half + (TOKENS + j * 32) * VALUE_GROUPS + at, none)
-        tl.store(record + inside, words.to(tl.int16))
-        if PAGED:
-            tl.atomic_max(peak, tl.max(tl.max(most, 1), 0).to(tl.int32, bitcast=True))
+        _pack_values(
+            values, sources, record + KEY_SIDE, peak, item, planes, plane, part - KEY_PARTS,
+            D, VALUE_WIDTH, BITS, TOKENS, CHANNELS, DTYPE, PAGED, FUSED,
+        )  # fmt: skip
 
 
 def _launch(

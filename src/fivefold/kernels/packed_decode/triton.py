@@ -20,7 +20,6 @@ What makes the packed loop fast:
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -449,13 +448,12 @@ def decode(
     asm: bool | None = None,
     starts: torch.Tensor | None = None,
     programs: int | None = None,
-    beside: torch.cuda.Stream | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one query per row and head over packed and exact pages: see `decode_reference`.
 
     queries: contiguous `[rows, query_heads, head_dim]`, float16, bfloat16 or float32; spans: int32 `[rows, SPAN]`;
     starts: int32 `[2, rows + 1]`, the work lists of packed and exact pages for at most `programs` programs each (made
-    here, waiting for the device, if not given). beside: a stream on which the exact pages are attended on meanwhile.
+    here, waiting for the device, if not given).
     Packed pages are attended on in float16, exact ones in their dtype, both with float32 sums.
     Returns the output in the dtype of the queries and, if asked for, the natural log-sum-exp, float32.
     """
@@ -476,30 +474,22 @@ def decode(
         return count, out, torch.empty((count, heads), dtype=torch.float32, device=device)
 
     packed_out, packed_lse = exact_out, exact_lse = queries, queries
-    exact_programs = 0
-    if exact is not None:
-        exact_programs, exact_out, exact_lse = parts(-(-exact.table.shape[1] * 32 // TILE) * rows)
-    if packed is not None:
-        packed_programs, packed_out, packed_lse = parts(packed.table.numel())
-    if beside is not None:
-        beside.wait_stream(torch.cuda.current_stream())
-    if exact is not None:
-        wide = exact.dtype.itemsize == 4
-        with nullcontext() if beside is None else torch.cuda.stream(beside):
-            _exact[(exact_programs,)](
-                queries, exact.table, spans, starts[1], exact_out, exact_lse, scale, rows, exact.table.shape[1], heads,
-                DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE, TILE=TILE, WIDE=not asm,
-                num_warps=2, num_stages=1 if wide else 3, **common,
-            )  # fmt: skip
     if packed is not None:
         form = packed.form
-        _packed[(packed_programs,)](
+        count, packed_out, packed_lse = parts(packed.table.numel())
+        _packed[(count,)](
             queries, packed.table, spans, starts[0], packed_out, packed_lse, scale, rows, packed.table.shape[1], heads,
             BITS=form.bits, GROUP=form.group, CHANNELS=form.channels, ASM=asm,
             STAGES=_STAGES[form.bits], num_warps=2, num_stages=_STAGES[form.bits], **common,
         )  # fmt: skip
-    if beside is not None:
-        torch.cuda.current_stream().wait_stream(beside)
+    if exact is not None:
+        wide = exact.dtype.itemsize == 4
+        count, exact_out, exact_lse = parts(-(-exact.table.shape[1] * 32 // TILE) * rows)
+        _exact[(count,)](
+            queries, exact.table, spans, starts[1], exact_out, exact_lse, scale, rows, exact.table.shape[1], heads,
+            DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE, TILE=TILE, WIDE=not asm,
+            num_warps=2, num_stages=1 if wide else 3, **common,
+        )  # fmt: skip
     merged = torch.empty_like(queries)
     merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
     _combine[(rows, heads)](
