@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from fivefold.attention import attend_step
+from fivefold.attention import attend_picked, attend_step
 from fivefold.attention.decode import exact_bias, exact_tokens, packed_bias
 from fivefold.attention.fused import pack_due, spans, why_not
 from fivefold.errors import CacheStateError, NonFiniteError
@@ -189,3 +189,25 @@ def test_a_group_that_cannot_be_packed_is_said_and_stays(device, monkeypatch) ->
     with pytest.raises(NonFiniteError, match="values to be packed reach nan"):
         layer.append(cohort, None, None)
     assert cohort.geometry == before
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_picked_tokens_are_those_of_the_reference(device, dtype, monkeypatch) -> None:
+    """With some that a row does not hold, and the newest among them or not."""
+    torch.manual_seed(0)
+    layer = make(device, [Extent()] * 2, None, dtype)
+    layer.start(2)
+    (cohort,) = layer.cohorts
+    layer.append(cohort, *torch.randn(2, 4, 333, 64, device=device, dtype=dtype), settle=False)
+    positions = torch.stack([torch.randperm(333, device=device)[:130] for _ in range(4)])
+    positions[0, :5], positions[1, 7] = -1, 332
+    queries = torch.randn(4, 4, 64, device=device, dtype=dtype)
+    monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
+    wanted = attend_picked(layer, cohort, queries, 0.125, positions.clone())[0]
+    monkeypatch.setenv("FIVEFOLD_KERNELS", "triton")
+    found = attend_picked(layer, cohort, queries, 0.125, positions.clone())[0]
+    assert cohort.exact_table is not None
+    assert (found.float() - wanted.float()).norm() < (
+        3e-3 if dtype is torch.float32 else 1.5e-2
+    ) * wanted.float().norm()

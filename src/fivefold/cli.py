@@ -620,7 +620,7 @@ def bench_kernels(size: BenchSize = None, recipe: BenchRecipe = None, json_file:
     recipes = _recipes_of_one_head_kind(recipe or list(kernels.RECIPES))
     rows: list[dict[str, Any]] = []
     with _bars() as bars:
-        task = bars.add_task("copy", total=len(sizes) * (len(recipes) + 1), amount="")
+        task = bars.add_task("copy", total=None, amount="")
         copy = machine.copy_rate(device)
         for context, batch in sizes:
             bars.update(task, description=f"{context} x {batch}")
@@ -708,6 +708,8 @@ def bench_capacity(
     json_file: BenchJson = None,
 ) -> None:
     """The largest batch and the longest context that really fit and decode, against transformers' DynamicCache."""
+    import torch
+
     from fivefold.benchmark import capacity, decode, machine
     from fivefold.recipe import Recipe
 
@@ -724,23 +726,29 @@ def bench_capacity(
     ]
     longest = {name: name for name in batches[1:]} if recipe else capacity.recipes(shape)
     rows: list[dict[str, Any]] = []
+    head = {**machine.stamp(), "shape": shape}
     _silence()
     with _bars() as bars:
         task = bars.add_task("model", total=len(batches) + len(longest) + 1, amount="")
         model = decode.build(shape, device)
-        for name in batches:
-            bars.update(task, description=f"batch of {context}")
-            rows.append({"what": "batch", **capacity.largest_batch(model, name, context, steps, memory)})
+
+        def note(what: str, name: str, measure: Callable[..., dict[str, Any]], *args: Any) -> None:
+            bars.update(task, description=f"{what}: {name[:30]}")
+            try:
+                row = {"what": what, "recipe": name, **measure(model, *args)}
+            except torch.OutOfMemoryError as error:
+                row = {"what": what, "recipe": name, "error": str(error).split(". ")[0]}
+            rows.append(row)
+            if target is not None:  # what was measured is kept if the rest is broken off
+                _write(target, json.dumps({**head, "rows": rows}, indent=2) + "\n")
             bars.advance(task)
-        bars.update(task, description="context")
-        rows.append({"what": "context", "recipe": decode.BASELINE, **capacity.longest_dynamic(model, steps, memory)})
-        bars.advance(task)
+
+        for name in batches:
+            note("batch", name, capacity.largest_batch, name, context, steps, memory)
+        note("context", decode.BASELINE, capacity.longest_dynamic, steps, memory)
         for number, (name, text) in enumerate(longest.items()):
             aim = goal if number == len(longest) - 1 and not recipe else None
-            rows.append(
-                {"what": "context", "recipe": name, **capacity.longest_context(model, text, steps, aim, memory)}
-            )
-            bars.advance(task)
+            note("context", name, capacity.longest_context, text, steps, aim, memory)
     table = Table(box=box.SIMPLE_HEAD, title=f"{shape} on {machine.describe()['devices'][-1]['name']}")
     for name in ("most", "cache"):
         table.add_column(name)
@@ -752,13 +760,13 @@ def bench_capacity(
             table.add_row(row["what"], row["recipe"], row["error"])
             continue
         measure = "tokens_s" if row["what"] == "batch" else "context"
-        row["gain"] = row[measure] / first[measure] if measure in first else None
+        row["gain"] = row[measure] / first[measure] if first.get(measure) else None
         table.add_row(
             row["what"], row["recipe"], str(row["batch"]), f"{row['context']:,}", f"{row['cache_bytes'] / 2**30:,.3f}",
             f"{row['ms']:.2f}", f"{row['tokens_s']:,.1f}", f"{row['gain']:.2f}" if row["gain"] else "",
         )  # fmt: skip
     out.print(table)
-    _bench_results(target, json_file, {**machine.stamp(), "shape": shape, "rows": rows})
+    _bench_results(target, json_file, {**head, "rows": rows})
 
 
 def _sizes(texts: list[str] | None) -> list[tuple[int, int]]:

@@ -34,13 +34,26 @@ def attend_fused(layer: LayerCache, cohort: Cohort, queries: torch.Tensor, scali
             first = layer.packed_pool.layout.fields[0].name
             cohort.packed_table = _table(layer.packed_pool.addresses(first, cohort.packed), queries.device)
         packed = kernel.Packed(cohort.packed_table, layer.codec.form)
-    if cohort.exact_table is None:
-        pair = [layer.exact_pool.addresses(name, cohort.exact) for name in ("keys", "values")]
-        cohort.exact_table = _table(np.stack(pair, 2), queries.device)
-    exact = kernel.Exact(cohort.exact_table, layer.spec.dtype)
+    exact = kernel.Exact(_exact_table(layer, cohort, queries.device), layer.spec.dtype)
     page = layer.packing.page if layer.packing else kernel.TILE
     span, starts = _spans(cohort.geometry, len(cohort.rows), queries.device, page)
     return kernel.decode(queries.contiguous(), scaling, span, packed, exact, starts=starts)[0]
+
+
+def attend_picked_fused(
+    layer: LayerCache, cohort: Cohort, queries: torch.Tensor, scaling: float, slots: torch.Tensor
+) -> torch.Tensor | None:
+    """Attention over the exact slots `slots [rows, n]` alone, negative ones left out; None where the kernels do not
+    run."""
+    if queries.device.type == "cpu" and choose(queries.device).path == "reference":
+        return None
+    if why_not(layer, queries.device, queries.shape[1]) is not None:
+        return None
+    kernel = kernels()
+    exact = kernel.Exact(_exact_table(layer, cohort, queries.device), layer.spec.dtype)
+    span, starts = _picked_spans(slots.shape[1], len(cohort.rows), queries.device)
+    picks = slots.to(torch.int32).contiguous()
+    return kernel.decode(queries.contiguous(), scaling, span, None, exact, starts=starts, picks=picks)[0]
 
 
 def why_not(layer: LayerCache, device: torch.device, heads: int) -> str | None:
@@ -75,14 +88,30 @@ def _table(addresses: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(addresses).to(device) >> 4
 
 
+def _exact_table(layer: LayerCache, cohort: Cohort, device: torch.device) -> torch.Tensor:
+    if cohort.exact_table is None:
+        pair = [layer.exact_pool.addresses(name, cohort.exact) for name in ("keys", "values")]
+        cohort.exact_table = _table(np.stack(pair, 2), device)
+    return cohort.exact_table
+
+
+@lru_cache(maxsize=16)
+def _picked_spans(count: int, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return _work([(0, 0, 0, 0, count)] * rows, kernels().TILE, device)
+
+
+def _work(seen: list[tuple[int, int, int, int, int]], page: int, device: torch.device) -> tuple:
+    kernel = kernels()
+    span = np.zeros((len(seen), kernel.SPAN), dtype=np.int32)
+    span[:, :5] = seen
+    starts = kernel.starts_of(kernel.pages_of(span, page), kernel.programs_for(len(seen), device))
+    return torch.from_numpy(span).to(device), torch.from_numpy(starts).to(device)
+
+
 @lru_cache(maxsize=16)
 def _spans(geometry: Geometry, rows: int, device: torch.device, page: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What the newest token sees, for every row: int32 `[rows, SPAN]`, and the work lists (`starts_of`)."""
-    kernel = kernels()
-    span = np.zeros((rows, kernel.SPAN), dtype=np.int32)
-    span[:, :5] = spans(geometry)
-    starts = kernel.starts_of(kernel.pages_of(span, page), kernel.programs_for(rows, device))
-    return torch.from_numpy(span).to(device), torch.from_numpy(starts).to(device)
+    return _work([spans(geometry)] * rows, page, device)
 
 
 def spans(geometry: Geometry) -> tuple[int, int, int, int, int]:

@@ -258,12 +258,13 @@ def _packed(
 
 @triton.jit(do_not_specialize=("rows", "columns", "heads"))
 def _exact(
-    queries, table, spans, starts, out, lse, scale, rows, columns, heads,
+    queries, table, spans, starts, picks, out, lse, scale, rows, columns, heads,
     DTYPE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr,
-    TILE: tl.constexpr, WIDE: tl.constexpr,
+    TILE: tl.constexpr, WIDE: tl.constexpr, PICKED: tl.constexpr,
 ):  # fmt: skip
     """One share of the exact slots of a row, in tiles of TILE. table: `[rows, columns, 2]`. Grid: (programs,).
 
+    PICKED: of the slots named in `picks`, a row's `stop` of them one behind the other; negative ones are none.
     WIDE multiplies in float32 whatever the pages hold: the interpreter has no products of bfloat16.
     """
     row = _row(starts, rows, R)
@@ -283,6 +284,10 @@ def _exact(
     for tile in range(first * (TILE // T), last * (TILE // T)):
         slot = tile * T + t
         held = slot < stop
+        if PICKED:
+            slot = tl.load(picks + row * stop + slot, mask=held, other=-1)
+            held = slot >= 0
+            slot = tl.maximum(slot, 0)
         at = table + (row * columns + slot // 32) * 2
         inside = (slot % 32)[:, None] * D + d[None, :]
         keys = tl.multiple_of((tl.load(at, mask=held, other=0) * 16).to(tl.pointer_type(DTYPE)), 16)
@@ -448,12 +453,14 @@ def decode(
     asm: bool | None = None,
     starts: torch.Tensor | None = None,
     programs: int | None = None,
+    picks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one query per row and head over packed and exact pages: see `decode_reference`.
 
     queries: contiguous `[rows, query_heads, head_dim]`, float16, bfloat16 or float32; spans: int32 `[rows, SPAN]`;
     starts: int32 `[2, rows + 1]`, the work lists of packed and exact pages for at most `programs` programs each (made
-    here, waiting for the device, if not given).
+    here, waiting for the device, if not given). picks: int32 `[rows, n]`, the exact slots that are attended on,
+    negative ones left out; the exact span must then be `0, 0, n`.
     Packed pages are attended on in float16, exact ones in their dtype, both with float32 sums.
     Returns the output in the dtype of the queries and, if asked for, the natural log-sum-exp, float32.
     """
@@ -484,10 +491,12 @@ def decode(
         )  # fmt: skip
     if exact is not None:
         wide = exact.dtype.itemsize == 4
-        count, exact_out, exact_lse = parts(-(-exact.table.shape[1] * 32 // TILE) * rows)
+        picked = starts if picks is None else picks
+        slots = exact.table.shape[1] * 32 if picks is None else picks.shape[1]
+        count, exact_out, exact_lse = parts(-(-slots // TILE) * rows)
         _exact[(count,)](
-            queries, exact.table, spans, starts[1], exact_out, exact_lse, scale, rows, exact.table.shape[1], heads,
-            DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE, TILE=TILE, WIDE=not asm,
+            queries, exact.table, spans, starts[1], picked, exact_out, exact_lse, scale, rows, exact.table.shape[1],
+            heads, DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE, TILE=TILE, WIDE=not asm, PICKED=picks is not None,
             num_warps=2, num_stages=1 if wide else 3, **common,
         )  # fmt: skip
     merged = torch.empty_like(queries)
