@@ -39,3 +39,30 @@ def test_bench_kernels(tmp_path) -> None:
 def test_sizes_that_are_none(size: str) -> None:
     bad = run("bench", "decode", "--size", size)
     assert bad.returncode == 2 and "is no size" in bad.stderr
+
+
+def test_bench_capacity(tmp_path) -> None:
+    target = tmp_path / "c.json"
+    args = (
+        "--context",
+        "300",
+        "--memory",
+        "12000000",
+        "--steps",
+        "1",
+        "--recipe",
+        "kivi(bits=2)",
+        "--json",
+        str(target),
+    )
+    done = run("bench", "capacity", *args)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(target.read_text())["rows"]
+    assert [(row["what"], row["recipe"]) for row in rows] == [
+        ("batch", "DynamicCache"), ("batch", "kivi(bits=2)"), ("context", "DynamicCache"), ("context", "kivi(bits=2)"),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["cache_bytes"] < 13e6 and row["ms"] > 0
+    one = 4 * 2 * 2 * 64 * 4 * 300  # four layers, two heads, keys and values, 64 channels of 4 bytes
+    assert rows[0]["batch"] == 12000000 // (one * 5 // 4) and rows[1]["batch"] > rows[0]["batch"]
+    assert rows[3]["context"] > 2 * rows[2]["context"]

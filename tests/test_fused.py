@@ -7,10 +7,10 @@ import random
 import pytest
 import torch
 
-from fivefold.attention import attend_step
+from fivefold.attention import attend_picked, attend_step
 from fivefold.attention.decode import exact_bias, exact_tokens, packed_bias
-from fivefold.attention.fused import spans, why_not
-from fivefold.errors import CacheStateError
+from fivefold.attention.fused import pack_due, spans, why_not
+from fivefold.errors import CacheStateError, NonFiniteError
 from fivefold.kernels.choice import choose
 from fivefold.methods.bits.kivi import Kivi
 from fivefold.store.layer_cache import LayerCache, LayerSpec, Pools
@@ -123,3 +123,91 @@ def test_numbers_beyond_the_kernels_take_the_reference(device, monkeypatch) -> N
     assert why_not(layer, tokens.device, 4) == "keys or values reach 2000, more than the kernels' 750"
     out, _ = attend_step(layer, cohort, torch.randn(1, 4, 64, device=device), 0.125)
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "group"), [(2, 32), (4, 64), (3, 32)])
+def test_groups_are_packed_where_they_lie_to_the_same_bytes(device, dtype, bits, group, monkeypatch) -> None:
+    """In all layers together, in open pages and fresh ones, shared ones, and behind a sliding window."""
+    codec = Kivi(bits=bits, group=group, residual=32)
+    extents = [Extent(), Extent(4, 200)]
+    layers = [make(device, extents, codec, dtype) for _ in range(4)]
+    for layer in layers:
+        layer.start(2)
+
+    def append(tokens: int, settle: bool) -> None:
+        new = torch.randn(2, 2, 2, 2, tokens, 64, device=device, dtype=dtype)
+        for number, layer in enumerate(layers):
+            for cohort, (keys, values) in zip(layer.cohorts, new[number % 2]):
+                layer.append(cohort, keys, values, settle=settle)
+
+    packed = 0
+    append(100, True)
+    forks = [layer.fork() for layer in layers]
+    for number in range(270):
+        append(1, False)
+        before = [cohort.geometry.packed_stop for cohort in layers[0].cohorts]
+        monkeypatch.setenv("FIVEFOLD_KERNELS", "triton")
+        pack_due(layers[:2], 0)
+        packed += before != [cohort.geometry.packed_stop for cohort in layers[0].cohorts]
+        monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
+        pack_due(layers[2:], 0)
+        for layer in layers:
+            for cohort in layer.cohorts:
+                layer.append(cohort, None, None)
+        if number % 45 == 0:
+            for one, other in zip(layers[:2], layers[2:]):
+                for mine, theirs in zip(one.cohorts, other.cohorts):
+                    assert mine.geometry == theirs.geometry
+                    if not mine.packed.shape[1]:
+                        continue
+                    for name, field in one.packed_fields(mine, 0, mine.packed.shape[1]).items():
+                        assert torch.equal(field, other.packed_fields(theirs, 0, theirs.packed.shape[1])[name])
+                    assert torch.equal(one.dense_part(mine, 0), other.dense_part(theirs, 0))
+    assert packed >= 270 // group
+    for one, other in zip(forks[:2], forks[2:]):  # nobody has written into what the forks share
+        for mine, theirs in zip(one.cohorts, other.cohorts):
+            assert torch.equal(one.dense_part(mine, 1), other.dense_part(theirs, 1))
+    for layer in [*layers, *forks]:
+        layer.free()
+    assert all(pool.pages_in_use == 0 for layer in layers for pool in layer.pools)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_group_that_cannot_be_packed_is_said_and_stays(device, monkeypatch) -> None:
+    monkeypatch.setenv("FIVEFOLD_KERNELS", "triton")
+    layer = make(device, [Extent()], Kivi(bits=4, residual=32))
+    layer.start(1)
+    (cohort,) = layer.cohorts
+    tokens = torch.randn(2, 1, 64, 64, device=device)
+    tokens[1, 0, 5, 3] = float("nan")
+    layer.append(cohort, *tokens, settle=False)
+    before = cohort.geometry
+    pack_due([layer], 0)
+    assert cohort.geometry == before and cohort.packed.shape[1] == 0 and layer.packed_pool.pages_in_use == 0
+    with pytest.raises(NonFiniteError, match="values to be packed reach nan"):
+        layer.append(cohort, None, None)
+    assert cohort.geometry == before
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_picked_tokens_are_those_of_the_reference(device, dtype, monkeypatch) -> None:
+    """With some that a row does not hold, and the newest among them or not."""
+    torch.manual_seed(0)
+    layer = make(device, [Extent()] * 2, None, dtype)
+    layer.start(2)
+    (cohort,) = layer.cohorts
+    layer.append(cohort, *torch.randn(2, 4, 333, 64, device=device, dtype=dtype), settle=False)
+    positions = torch.stack([torch.randperm(333, device=device)[:130] for _ in range(4)])
+    positions[0, :5], positions[1, 7] = -1, 332
+    queries = torch.randn(4, 4, 64, device=device, dtype=dtype)
+    monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
+    wanted = attend_picked(layer, cohort, queries, 0.125, positions.clone())[0]
+    monkeypatch.setenv("FIVEFOLD_KERNELS", "triton")
+    found = attend_picked(layer, cohort, queries, 0.125, positions.clone())[0]
+    assert cohort.exact_table is not None
+    assert (found.float() - wanted.float()).norm() < (
+        3e-3 if dtype is torch.float32 else 1.5e-2
+    ) * wanted.float().norm()

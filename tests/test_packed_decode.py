@@ -85,7 +85,7 @@ def check(
     spans: list[tuple[int, ...]],
     dtype: torch.dtype = torch.float16,
     bound: float = 3e-3,
-    **shares: int,
+    programs: int | None = None,
 ) -> None:
     packed = packed_tier(rows, columns, form, device) if columns else None
     exact = exact_tier(rows, exact_columns, form.head_dim, dtype, device) if exact_columns else None
@@ -100,7 +100,7 @@ def check(
     if exact is not None:
         slots = kernel.Exact(torch.stack([exact.addresses("keys"), exact.addresses("values")], 2), dtype)
         keys, values = (exact.rows(name).flatten(1, 2) for name in ("keys", "values"))
-    found, lse = kernel.decode(queries, scaling, span, pages, slots, with_lse=True, **shares)
+    found, lse = kernel.decode(queries, scaling, span, pages, slots, with_lse=True, programs=programs)
     wanted, wanted_lse = decode_reference(queries, scaling, span, form, fields, keys, values)
     assert found.dtype == queries.dtype and found.shape == queries.shape
     some = wanted_lse.isfinite().all(1)
@@ -121,7 +121,7 @@ def test_packed_and_exact_pages(device: str, bits: int, group: int, channels: in
     page = form.tokens
     # Whole pages and a group less; a window that begins inside a page; nothing packed; one exact token.
     spans = [(0, 2 * page - group, 0, 0, 33), (page + 5, 2 * page, 3, 40, 64), (0, 0, 0, 0, 1)]
-    check(device, 3, 4, form, 2, 2, spans, packed_shares=2, exact_shares=2)
+    check(device, 3, 4, form, 2, 2, spans, programs=5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -144,8 +144,8 @@ def test_wide_heads(device: str) -> None:
 def test_tiers_alone_and_rows_that_see_nothing(device: str) -> None:
     torch.manual_seed(1)
     form = Form(2, 32, 32, 64)
-    check(device, 2, 4, form, 2, 0, [(0, 300, 0, 0, 0), (0, 0, 0, 0, 0)], packed_shares=5)
-    check(device, 2, 4, form, 0, 5, [(0, 0, 4, 120, 150), (0, 0, 0, 0, 0)], exact_shares=3)
+    check(device, 2, 4, form, 2, 0, [(0, 300, 0, 0, 0), (0, 0, 0, 0, 0)], programs=5)
+    check(device, 2, 4, form, 0, 5, [(0, 0, 4, 120, 150), (0, 0, 0, 0, 0)], programs=3)
 
 
 @pytest.mark.gpu

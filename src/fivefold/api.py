@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from fivefold.models.huggingface import FivefoldCache
 
 
-def compress(model: PreTrainedModel, recipe: str | Recipe = "full()", max_bytes: int | None = None) -> FivefoldCache:
+def compress(
+    model: PreTrainedModel,
+    recipe: str | Recipe = "full()",
+    max_bytes: int | None = None,
+    cuda_graph: bool = False,
+) -> FivefoldCache:
     """A KV cache for `model` that keeps what `recipe` says.
 
     Pass it on as `model.generate(..., past_key_values=cache)`. One cache serves one conversation (or batch); make as
@@ -25,19 +30,25 @@ def compress(model: PreTrainedModel, recipe: str | Recipe = "full()", max_bytes:
         recipe: for example `"duo(keep=0.5) + kivi(bits=2)"`; `fivefold recipes` lists all methods.
         max_bytes: a hard cap on what the cache may allocate; a call that would pass it raises `CacheFullError` and
             leaves the cache as it was.
+        cuda_graph: replay each decoding step of the whole model as one CUDA graph, so that no time goes by between
+            kernels. The model's `forward` does that for this cache from the second token on; what cannot be replayed
+            (see `fivefold.models.graph`) runs as without, with one warning that says why. Hooks on modules do not run
+            in a replay.
 
     Raises:
         RecipeError: the recipe cannot be read or does not fit the model.
         ProfileError: a method lacks a profile for the model.
         UnsupportedModelError: the model's family is not supported.
     """
-    from fivefold.models import huggingface
+    from fivefold.models import graph, huggingface
 
     if max_bytes is not None and max_bytes <= 0:
         raise InputError(f"max_bytes={max_bytes} leaves no room for a cache: give a positive number of bytes.")
     parsed = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe)
-    cache = huggingface.make_cache(model, parsed, max_bytes)
+    cache = huggingface.make_cache(model, parsed, max_bytes, cuda_graph)
     huggingface.prepare(model)
+    if cuda_graph:
+        graph.install(model)
     return cache
 
 

@@ -620,7 +620,7 @@ def bench_kernels(size: BenchSize = None, recipe: BenchRecipe = None, json_file:
     recipes = _recipes_of_one_head_kind(recipe or list(kernels.RECIPES))
     rows: list[dict[str, Any]] = []
     with _bars() as bars:
-        task = bars.add_task("copy", total=len(sizes) * (len(recipes) + 1), amount="")
+        task = bars.add_task("copy", total=None, amount="")
         copy = machine.copy_rate(device)
         for context, batch in sizes:
             bars.update(task, description=f"{context} x {batch}")
@@ -669,19 +669,19 @@ def bench_decode(
     rows: list[dict[str, Any]] = []
     _silence()
     with _bars() as bars:
-        task = bars.add_task(shape, total=len(sizes) * (len(recipes) + 1), amount="")
+        task = bars.add_task(shape, total=len(sizes) * len(decode.names(device, recipes)), amount="")
         for context, batch in sizes:
             bars.update(task, description=f"{context} x {batch}")
             for row in decode.measure(shape, device, context, batch, recipes, steps):
                 rows.append(row)
                 bars.advance(task)
     table = Table(box=box.SIMPLE_HEAD, title=f"{shape} on {machine.describe()['devices'][-1]['name']}")
-    for name in ("context", "batch", "recipe"):
+    for name in ("context", "batch", "cache", "graph"):
         table.add_column(name)
     for name in ("ms/step", "mean", "x DynamicCache", "tokens/s", "cache MiB"):
         table.add_column(name, justify="right")
     for row in rows:
-        cells = [f"{row['context']:,}", str(row["batch"]), row["recipe"]]
+        cells = [f"{row['context']:,}", str(row["batch"]), row["recipe"], "yes" if row["graph"] else ""]
         if "error" in row:
             cells += [row["error"], "", "", "", ""]
         else:
@@ -691,6 +691,82 @@ def bench_decode(
         table.add_row(*cells)
     out.print(table)
     _bench_results(target, json_file, {**machine.stamp(), "rows": rows})
+
+
+@bench.command(name="capacity")
+def bench_capacity(
+    context: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of each sequence of the batch.")] = 32768,
+    recipe: BenchRecipe = None,
+    goal: Annotated[int, typer.Option(min=1, metavar="N", help="A context that the last recipe is to hold.")] = 10**7,
+    shape: Annotated[
+        str | None, typer.Option(metavar="SHAPE", help="llama-3-8b or small; by default what the device can run.")
+    ] = None,
+    memory: Annotated[
+        int | None, typer.Option(min=1, metavar="BYTES", help="What a cache may take; by default all of a GPU.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps to time.")] = 20,
+    json_file: BenchJson = None,
+) -> None:
+    """The largest batch and the longest context that really fit and decode, against transformers' DynamicCache."""
+    import torch
+
+    from fivefold.benchmark import capacity, decode, machine
+    from fivefold.recipe import Recipe
+
+    device = machine.device()
+    shape = shape or ("llama-3-8b" if device.type == "cuda" else "small")
+    if shape not in decode.SHAPES:
+        raise InputError(f"--shape {shape!r} is none of {', '.join(decode.SHAPES)}.")
+    if device.type != "cuda":
+        context, goal = min(context, 2048), min(goal, 1 << 16)
+    target = None if json_file is None else _writable(json_file)
+    batches = [
+        decode.BASELINE,
+        *(str(Recipe.parse(text)) for text in recipe or ("full()", "kivi(bits=4)", "kivi(bits=2)")),
+    ]
+    longest = {name: name for name in batches[1:]} if recipe else capacity.recipes(shape)
+    rows: list[dict[str, Any]] = []
+    head = {**machine.stamp(), "shape": shape}
+    _silence()
+    with _bars() as bars:
+        task = bars.add_task("model", total=len(batches) + len(longest) + 1, amount="")
+        model = decode.build(shape, device)
+
+        def note(what: str, name: str, measure: Callable[..., dict[str, Any]], *args: Any) -> None:
+            bars.update(task, description=f"{what}: {name[:30]}")
+            try:
+                row = {"what": what, "recipe": name, **measure(model, *args)}
+            except torch.OutOfMemoryError as error:
+                row = {"what": what, "recipe": name, "error": str(error).split(". ")[0]}
+            rows.append(row)
+            if target is not None:  # what was measured is kept if the rest is broken off
+                _write(target, json.dumps({**head, "rows": rows}, indent=2) + "\n")
+            bars.advance(task)
+
+        for name in batches:
+            note("batch", name, capacity.largest_batch, name, context, steps, memory)
+        note("context", decode.BASELINE, capacity.longest_dynamic, steps, memory)
+        for number, (name, text) in enumerate(longest.items()):
+            aim = goal if number == len(longest) - 1 and not recipe else None
+            note("context", name, capacity.longest_context, text, steps, aim, memory)
+    table = Table(box=box.SIMPLE_HEAD, title=f"{shape} on {machine.describe()['devices'][-1]['name']}")
+    for name in ("most", "cache"):
+        table.add_column(name)
+    for name in ("sequences", "context", "cache GiB", "ms/step", "tokens/s", "x DynamicCache"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        first = next(other for other in rows if other["what"] == row["what"])
+        if "error" in row:
+            table.add_row(row["what"], row["recipe"], row["error"])
+            continue
+        measure = "tokens_s" if row["what"] == "batch" else "context"
+        row["gain"] = row[measure] / first[measure] if first.get(measure) else None
+        table.add_row(
+            row["what"], row["recipe"], str(row["batch"]), f"{row['context']:,}", f"{row['cache_bytes'] / 2**30:,.3f}",
+            f"{row['ms']:.2f}", f"{row['tokens_s']:,.1f}", f"{row['gain']:.2f}" if row["gain"] else "",
+        )  # fmt: skip
+    out.print(table)
+    _bench_results(target, json_file, {**head, "rows": rows})
 
 
 def _sizes(texts: list[str] | None) -> list[tuple[int, int]]:

@@ -74,7 +74,8 @@ class Report:
 def measure(cache: FivefoldCache) -> Report:
     """Count a cache's bytes from its page tables and pools."""
     held: dict[Any, list[tuple[np.ndarray, np.ndarray]]] = {pool: [] for pool in cache.state.pools}
-    seen = stored = exact_equivalent = tables = statistics = 0
+    seen = stored = exact_equivalent = statistics = 0
+    tables = 0 if cache.step is None else cache.step.nbytes
     for index, store in cache.state.stores.items():
         spec = store.spec
         logical = cache.state.logical[index] * store.batch

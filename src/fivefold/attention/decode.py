@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from fivefold.attention.fused import attend_fused
+from fivefold.attention.fused import attend_fused, attend_picked_fused
 from fivefold.attention.merge import MASKED, attend, merge
 from fivefold.store.layer_cache import Cohort, LayerCache
 from fivefold.store.tiers import PAGE, Geometry
@@ -85,6 +85,11 @@ def attend_picked(
         slots, there = slots.gather(1, order).clamp_(0, stop - 1), there.gather(1, order)
     else:
         there = (slots >= 0) & (slots != newest)
+        if not watch:
+            picked = torch.nn.functional.pad(slots.masked_fill(~there, -1), (0, 1), value=newest)
+            fused = attend_picked_fused(layer, cohort, queries, scaling, picked)
+            if fused is not None:
+                return fused, None
         slots = torch.cat([slots.clamp_(min=0), slots.new_full((len(slots), 1), newest)], 1)
         there = torch.nn.functional.pad(there, (0, 1), value=True)
     keys, values = layer.tokens(cohort, slots)

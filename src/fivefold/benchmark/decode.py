@@ -6,18 +6,23 @@ clock around a synchronised call, so that launch gaps count, as they do for a us
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 
 import fivefold
+import fivefold.models.huggingface
 from fivefold.benchmark.kernels import fill
 
 BASELINE = "DynamicCache"
+STATIC = "StaticCache"
+SPARE = 256  # tokens that a static cache has room for beyond the context
+WARM_UP = 8  # steps that are not timed
 RECIPES = ("full()", "kivi(bits=4)", "kivi(bits=2)")
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
@@ -51,65 +56,126 @@ def measure(
     recipes: list[str],
     steps: int = 40,
 ) -> Iterator[dict[str, Any]]:
-    """Rows: recipe, median milliseconds a step, tokens a second, bytes of the cache and of the device's peak."""
+    """Rows: recipe, whether its steps are replayed as a graph, median milliseconds a step, tokens a second, bytes of
+    the cache and of the device's peak. On a GPU each recipe is measured launch by launch and as a graph."""
     model = build(shape, device)
     base = None
-    for name in [BASELINE, *recipes]:
-        row: dict[str, Any] = {"shape": shape, "context": context, "batch": batch, "recipe": name}
+    for name, graph in names(device, recipes):
+        row: dict[str, Any] = {"shape": shape, "context": context, "batch": batch, "recipe": name, "graph": graph}
         try:
-            row.update(_steps(model, name, context, batch, steps))
+            row.update(_steps(model, name, context, batch, steps, graph))
         except torch.OutOfMemoryError:
             row["error"] = "out of memory"
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            yield row
-            continue
-        base = row["ms"] if name == BASELINE else base
-        row["gain"] = base / row["ms"] if base else None
+        if device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+        if "error" not in row:
+            base = row["ms"] if name == BASELINE else base
+            row["gain"] = base / row["ms"] if base else None
         yield row
 
 
-def _steps(model: Any, name: str, context: int, batch: int, steps: int) -> dict[str, Any]:
-    device = model.device
+def names(device: torch.device, recipes: list[str]) -> list[tuple[str, bool]]:
+    """What is measured on a device: (recipe or cache of transformers, whether as a graph)."""
     cuda = device.type == "cuda"
-    if cuda:
+    stock = [(BASELINE, False), *([(STATIC, True)] if cuda else [])]
+    return stock + [(recipe, graph) for recipe in recipes for graph in ((False, True) if cuda else (False,))]
+
+
+def filled(model: Any, name: str, context: int, batch: int, graph: bool) -> Any:
+    """A cache that holds `context` random tokens of `batch` sequences."""
+    config, device = model.config, model.device
+    heads, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    if name == BASELINE:
+        fivefold.restore(model)
+        dynamic = DynamicCache(config=config)
+        for layer in range(config.num_hidden_layers):
+            shape = (batch, heads, context, dim)
+            dynamic.update(*(torch.randn(shape, device=device, dtype=model.dtype) for _ in range(2)), layer)
+        return dynamic
+    if name == STATIC:
+        fivefold.restore(model)
+        static = StaticCache(config=config, max_cache_len=context + SPARE)
+        one = torch.empty(batch, heads, 1, dim, device=device, dtype=model.dtype)
+        for part in static.layers:
+            part.lazy_initialization(one, one)
+            part.keys.normal_()
+            part.values.normal_()
+            part.cumulative_length.fill_(context)
+        return static
+    cache = fivefold.compress(model, name, cuda_graph=graph)
+    for index, store in cache.state.stores.items():
+        store.start(batch)
+        fill(store, context, piece=1 << 25)
+        cache.state.logical[index] += context
+    return cache
+
+
+def held_bytes(cache: Any) -> int:
+    if isinstance(cache, fivefold.models.huggingface.FivefoldCache):
+        return cache.report().total
+    return sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+
+
+def _static_step(model: Any, cache: Any, token: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """A step with a StaticCache as a CUDA graph; the tokens that it takes on the way there count too."""
+    positions = cache.layers[0].cumulative_length.clone().view(1, 1).expand(len(token), 1).contiguous()
+
+    def step() -> torch.Tensor:
+        logits = model(token, position_ids=positions, past_key_values=cache).logits
+        token.copy_(logits[:, -1:].argmax(-1))
+        positions.add_(1)
+        return token
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return token
+
+    return replay
+
+
+def _steps(model: Any, name: str, context: int, batch: int, steps: int, graph: bool) -> dict[str, Any]:
+    if model.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    config = model.config
-    heads, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     with torch.inference_mode():
-        if name == BASELINE:
-            fivefold.restore(model)
-            cache: Any = DynamicCache(config=config)
-            for layer in range(config.num_hidden_layers):
-                keys, values = (
-                    torch.randn(batch, heads, context, dim, device=device, dtype=model.dtype) for _ in range(2)
-                )
-                cache.update(keys, values, layer)
+        return timed(model, filled(model, name, context, batch, graph), batch, steps)
+
+
+def timed(model: Any, cache: Any, batch: int, steps: int) -> dict[str, Any]:
+    """Decode greedily and time it; the cache is given back. Called in inference mode."""
+    cuda = model.device.type == "cuda"
+    token = torch.ones(batch, 1, dtype=torch.long, device=model.device)
+    static = _static_step(model, cache, token) if isinstance(cache, StaticCache) else None
+    times = []
+    for _ in range(steps + WARM_UP):
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        if static is not None:
+            token = static()
         else:
-            cache = fivefold.compress(model, name)
-            for index, store in cache.state.stores.items():
-                store.start(batch)
-                fill(store, context)
-                cache.state.logical[index] += context
-        token = torch.ones(batch, 1, dtype=torch.long, device=device)
-        times = []
-        for _ in range(steps + 8):
-            if cuda:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
             token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-            if cuda:
-                torch.cuda.synchronize()
-            times.append((time.perf_counter() - start) * 1000)
-        times = times[8:]
-        ms = statistics.median(times)
-        if name == BASELINE:
-            held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
-        else:
-            held = cache.report().total
-            cache.free()
+        if cuda:
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1000)
+    times = times[WARM_UP:]
+    held = held_bytes(cache)
+    failed = getattr(getattr(cache, "step", None), "failed", None)
+    if hasattr(cache, "free"):
+        cache.free()
     # Every 32nd step packs a group: the mean has it, the median does not.
-    mean = statistics.fmean(times)
+    ms, mean = statistics.median(times), statistics.fmean(times)
     peak = torch.cuda.max_memory_allocated() if cuda else None
-    return {"ms": ms, "mean_ms": mean, "tokens_s": 1000 * batch / mean, "cache_bytes": held, "peak_bytes": peak}
+    row = {"ms": ms, "mean_ms": mean, "tokens_s": 1000 * batch / mean, "cache_bytes": held, "peak_bytes": peak}
+    return {**row, "no_graph": failed} if failed else row

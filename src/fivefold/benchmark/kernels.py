@@ -6,7 +6,7 @@ a pool, and the step is the engine's own `attend_step`, all tiers and their merg
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fivefold.attention import attend_step
+from fivefold.attention import attend_picked, attend_step
 from fivefold.attention.decode import exact_tokens
+from fivefold.attention.fixed import FixedTables
 from fivefold.attention.fused import why_not
 from fivefold.benchmark.machine import median_ms
 from fivefold.kernels.choice import choose
@@ -30,6 +31,8 @@ RECIPES = (
 )  # fmt: skip
 SIZES = {"cuda": ((8192, 1), (32768, 1), (131072, 4), (524288, 1)), "cpu": ((4096, 1), (16384, 1))}
 KV_HEADS, GROUP, HEAD_DIM = 8, 4, 128
+Call = Callable[[], Any]
+TOP = 512  # tokens that a sparse layer reads
 PACKED = 1 << 20  # tokens that are packed to time it
 PIECE = 1 << 24  # numbers that are made and stored at a time
 
@@ -62,6 +65,37 @@ def measure(device: torch.device, context: int, batch: int, recipes: list[str]) 
         if layer.codec is not None and layer.codec.form is not None:
             ms, moved = _pack(layer.codec.form, rows * context, device, dtype)
             yield {**row(f"pack {recipe}", choose(device).path, ms, moved, best), "gain": None}
+
+    if not why_not(layer, device, GROUP):
+        for name, nbytes, call in (
+            _streaming(device, context, batch, queries),
+            _picked(device, context, batch, queries),
+        ):
+            yield row(name, "triton", median_ms(call, device), nbytes, best)
+
+
+def _streaming(device: torch.device, context: int, batch: int, queries: torch.Tensor) -> tuple[str, int, Call]:
+    """A step of a layer half of whose heads hold a window only, by the tables that a graph of steps reads; the newest
+    token is stored by it too."""
+    text = f"duo(retrieval={[[0, head] for head in range(KV_HEADS // 2)]})"
+    layer = filled(Recipe.parse(text), device, context, batch, queries.dtype)
+    tables = FixedTables({0: layer})
+    tables.update()
+    newest = torch.randn(2, len(queries), HEAD_DIM, device=device, dtype=queries.dtype)
+    tokens = sum(exact_tokens(cohort.geometry) * len(cohort.rows) for cohort in layer.cohorts)
+    call = partial(tables.attend, 0, queries, newest[0], newest[1], HEAD_DIM**-0.5)
+    return "duo, 1/2 of the heads", tokens * 2 * HEAD_DIM * queries.dtype.itemsize, call
+
+
+def _picked(device: torch.device, context: int, batch: int, queries: torch.Tensor) -> tuple[str, int, Call]:
+    """A step of a layer that reads the tokens that another one picked."""
+    layer = filled(Recipe.parse("full()"), device, context, batch, queries.dtype)
+    (cohort,) = layer.cohorts
+    top = min(TOP, context)
+    positions = torch.stack([torch.randperm(context, device=device)[:top] for _ in range(len(queries))])
+    call = partial(attend_picked, layer, cohort, queries, HEAD_DIM**-0.5, positions)
+    read = len(queries) * (top + 1) * 2 * HEAD_DIM * queries.dtype.itemsize
+    return f"tidal, {top} tokens picked", read, call
 
 
 def _sdpa(queries: torch.Tensor, context: int) -> tuple[list[tuple[str, float]], int]:
@@ -100,10 +134,10 @@ def filled(recipe: Recipe, device: torch.device, context: int, batch: int, dtype
     return layer
 
 
-def fill(layer: LayerCache, context: int, scale: torch.Tensor | float = 1.0) -> None:
-    """Append `context` random tokens to every sequence of a layer. scale: of the channels."""
+def fill(layer: LayerCache, context: int, scale: torch.Tensor | float = 1.0, piece: int = PIECE) -> None:
+    """Append `context` random tokens to every sequence of a layer. scale: of the channels; piece: numbers at a time."""
     spec = layer.spec
-    step = max(1024, PIECE // (layer.batch * spec.kv_heads * spec.head_dim) // 1024 * 1024)
+    step = max(1024, piece // (layer.batch * spec.kv_heads * spec.head_dim) // 1024 * 1024)
     for first in range(0, context, step):
         tokens = min(step, context - first)
         for cohort in layer.cohorts:

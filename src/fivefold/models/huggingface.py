@@ -33,9 +33,12 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from transformers.modeling_utils import AttentionInterface
 
 from fivefold.attention import attend_chunk, attend_observed, attend_picked, attend_step, pick
+from fivefold.attention.fixed import FixedTables
+from fivefold.attention.fused import pack_due
 from fivefold.calibrate.profile import config_hash, signature
 from fivefold.errors import CacheFullError, CacheStateError, FivefoldError, UnsupportedModelError
 from fivefold.methods import ReadPolicy, TokenPolicy
+from fivefold.models import graph
 from fivefold.recipe import Recipe
 from fivefold.report import Report, measure
 from fivefold.store.context import Rope
@@ -209,6 +212,7 @@ def restore(model: PreTrainedModel) -> None:
             hook.remove()
         if hasattr(model, "_fivefold_hooks"):
             del model._fivefold_hooks
+        graph.remove(model)
         if hasattr(model, "_fivefold_before"):
             model.set_attn_implementation(model._fivefold_before)
             del model._fivefold_before
@@ -279,6 +283,12 @@ class _State:
         self.offsets = np.zeros(0, dtype=np.int64)
         # The stock layers as they were when the forward began: they replace tensors and never write into them.
         self.before: dict[int, dict[str, Any]] = {}
+        self.fixed: FixedTables | None = None
+        """While a step runs for a graph (`models/graph.py`), which has opened the token's slots."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.stores[self.first].spec.device
 
     @property
     def horizon(self) -> int:
@@ -318,9 +328,12 @@ class _State:
         if index == self.layers - 1:
             self.before = {}
 
-    def mend(self) -> None:
-        """Bring layers that a broken-off forward has left ahead of the others back to where it began."""
-        length = self.length
+    def mend(self, length: int | None = None) -> None:
+        """Bring layers that a broken-off forward has left ahead of the others back to where it began, or to `length`
+        tokens."""
+        if self.fixed is not None:
+            return
+        length = self.length if length is None else length
         for index, layer in self.stock.items():
             if layer.get_seq_length() > length:
                 vars(layer).update(self.before[index])
@@ -407,6 +420,7 @@ class _State:
 
     def settle(self, horizon: int) -> None:
         """Let the policies of all layers move what is due."""
+        pack_due(self.stores.values(), horizon)
         for store in self.stores.values():
             for cohort in store.cohorts:
                 if store.packing is not None or cohort.held is not None or cohort.geometry.extent.recent is not None:
@@ -528,13 +542,17 @@ class FivefoldLayer(CacheLayerMixin):
         """
         state, store = self.state, self.store
         batch, query_heads, chunk, dim = query.shape
-        if self.index == state.first:
+        if self.index == state.first and state.fixed is None:
             try:
                 state.admit(batch, chunk, mask, self.positions)
             except FivefoldError:
                 state.mend()  # sliding layers before this one have taken the chunk
                 raise
         group, rows = query_heads // store.spec.kv_heads, batch * store.spec.kv_heads
+        if state.fixed is not None:
+            newest = key.reshape(rows, dim), value.reshape(rows, dim)
+            out = state.fixed.attend(self.index, query.reshape(rows, group, dim), *newest, scaling)
+            return out.view(batch, 1, query_heads, dim)
         queries = query.reshape(rows, group, chunk, dim)
         keys, values = key.reshape(rows, chunk, dim), value.reshape(rows, chunk, dim)
         if chunk > 1 and store.codec is not None:
@@ -658,10 +676,11 @@ class FivefoldLayer(CacheLayerMixin):
 class FivefoldCache(Cache):
     """A transformers cache whose layers are compressed as a recipe says. Made by `fivefold.compress`."""
 
-    def __init__(self, recipe: Recipe, state: _State) -> None:
+    def __init__(self, recipe: Recipe, state: _State, cuda_graph: bool = False) -> None:
         super().__init__(layers=[state.stock.get(i) or FivefoldLayer(i, state) for i in range(state.layers)])
         self.recipe = recipe
         self.state = state
+        self.step = graph.Step() if cuda_graph else None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -706,7 +725,7 @@ class FivefoldCache(Cache):
         state = _State(stores, copy.deepcopy(old.stock), old.pools, old.roles, old.top)
         state.logical = dict(self.state.logical)
         state.recording = self.state.recording
-        return FivefoldCache(self.recipe, state)
+        return FivefoldCache(self.recipe, state, self.step is not None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FivefoldCache:
         return self.fork()
@@ -715,6 +734,8 @@ class FivefoldCache(Cache):
         """Forget everything."""
         self.state.free()
         self.state.recording = False
+        if self.step is not None:
+            self.step.reset()
         for layer in self.state.stock.values():
             # transformers 5.17 only fills them with zeros.
             vars(layer).update(vars(type(layer)(sliding_window=layer.sliding_window)))
@@ -776,7 +797,9 @@ def layer_spec(model: PreTrainedModel, index: int, module: torch.nn.Module) -> L
     )
 
 
-def make_cache(model: PreTrainedModel, recipe: Recipe, max_bytes: int | None = None) -> FivefoldCache:
+def make_cache(
+    model: PreTrainedModel, recipe: Recipe, max_bytes: int | None = None, cuda_graph: bool = False
+) -> FivefoldCache:
     """A cache for `model` that compresses as `recipe` says; see `fivefold.compress`."""
     check_model(model)
     modules = attention_modules(model)
@@ -813,4 +836,4 @@ def make_cache(model: PreTrainedModel, recipe: Recipe, max_bytes: int | None = N
     roles: dict[int, str] = {}
     if isinstance(reads, ReadPolicy):
         roles = dict(zip(stores, reads.roles([store.spec for store in stores.values()])))
-    return FivefoldCache(recipe, _State(stores, windows, pools, roles, getattr(reads, "top", 0)))
+    return FivefoldCache(recipe, _State(stores, windows, pools, roles, getattr(reads, "top", 0)), cuda_graph)

@@ -94,8 +94,8 @@ class Cohort:
     """
 
     __slots__ = (
-        "exact", "exact_blocks", "exact_table", "geometry", "held", "learned", "offset", "own", "packed",
-        "packed_blocks", "packed_table", "rows", "rows_tensor", "shared", "tail",
+        "exact", "exact_blocks", "exact_fixed", "exact_table", "geometry", "held", "learned", "offset", "own", "packed",
+        "packed_blocks", "packed_fixed", "packed_table", "rows", "rows_tensor", "shared", "tail",
     )  # fmt: skip
 
     def __init__(
@@ -127,11 +127,13 @@ class Cohort:
     def touched_exact(self) -> None:
         self.exact_blocks: list[tuple[int, int, Location]] | None = None
         self.exact_table: torch.Tensor | None = None  # addresses of pages, for kernels
+        self.exact_fixed: object | None = None  # the `FixedTables` that know them
         self.tail: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def touched_packed(self) -> None:
         self.packed_blocks: list[tuple[int, int, Location, Location | None]] | None = None
         self.packed_table: torch.Tensor | None = None
+        self.packed_fixed: object | None = None
 
     def pick(self, rows: np.ndarray, index: np.ndarray, shared: bool) -> Cohort:
         """The pages of the rows `index` of this cohort, now called `rows`."""
@@ -755,6 +757,22 @@ class LayerCache:
             )
         return torch.cat(parts, 1)
 
+    def make_room(self, cohort: Cohort) -> None:
+        """A slot for the next token of each row at the end of the last exact page, which nobody shares. A kernel writes
+        it; until the geometry says that it is there, nothing has changed."""
+        old = cohort.geometry
+        new = old.appended(1)
+        fresh = new.pinned_pages + new.window_pages - cohort.exact.shape[1]
+        if fresh > 0:
+            cohort.exact = self._widen(self.exact_pool, cohort.exact, fresh)
+            cohort.touched_exact()
+        elif cohort.shared:
+            before = cohort.exact[:, -1]
+            own = self.exact_pool.unshare(before)
+            if own is not before:
+                cohort.exact = np.concatenate([cohort.exact[:, :-1], own[:, None]], 1)
+                cohort.touched_exact()
+
     def _exact_parts(self, cohort: Cohort, name: str) -> list[torch.Tensor]:
         """Keys or values of the slots of the exact tier, views where they can be: `[rows, some slots, head_dim]`
         each."""
@@ -802,7 +820,8 @@ class LayerCache:
         page, rows = self.packing.page, len(cohort.rows)
         position = old.packed_stop if gone < columns else new.packed_base
         # Whole runs of fresh pages in bounded pieces; the rest of an open page first.
-        step = max(1, (1 << 21) // (page * rows * self.spec.head_dim)) * page
+        numbers = 1 << (21 if self.spec.device.type == "cpu" else 25)
+        step = max(1, numbers // (page * rows * self.spec.head_dim)) * page
         try:
             cohort.packed = self._widen(self.packed_pool, cohort.packed, fresh)
             if self.own_pool is not None:

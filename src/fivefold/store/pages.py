@@ -188,6 +188,8 @@ class PagePool:
         self._slabs: list[_Slab | None] = []
         self.free_pages = 0
         self.total_pages = 0
+        self.trimmed = 0
+        """How often memory was given back: until it is again, a page's id stands for one address."""
 
     # -- memory -------------------------------------------------------------------------------------------
 
@@ -217,6 +219,7 @@ class PagePool:
         for number, slab in enumerate(self._slabs):
             if slab is not None and slab.free == len(slab.references):
                 self._slabs[number] = None
+                self.trimmed += 1
                 self.free_pages -= slab.free
                 self.total_pages -= slab.free
                 self.budget.used -= slab.free * self.layout.nbytes

@@ -1,7 +1,11 @@
-"""Tokens into planar KIVI pages in one launch: read once from memory, quantised in registers, written as records.
+"""Tokens into planar KIVI pages in one launch: read from memory, quantised in registers, written as records.
 
-The arithmetic is that of `planar.quantise`, step by step, so that the same tokens give the same bytes: float32, codes
-against the stored (float16) scale and zero point, round half to even, constant groups exact.
+The arithmetic is that of `planar.quantise`, so that the same tokens give the same bytes: float32, codes against the
+stored (float16) scale and zero point, round half to even, constant groups exact. Only the division differs: a product
+with the reciprocal and one step of correction (Markstein), which gives the same correctly rounded quotient in a third
+of the instructions.
+
+A program takes some channels of one side (keys or values) of a page, a plane at a time: 64 of them, or a whole group.
 """
 
 from __future__ import annotations
@@ -11,6 +15,8 @@ import triton
 import triton.language as tl
 
 from fivefold.kernels.packed_decode.reference import Form
+
+_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 @triton.jit
@@ -22,84 +28,209 @@ def _ends(low, high, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _codes(x, scale, zero, STEPS: tl.constexpr):
-    """int32 codes of float32 x, with scale and zero point in float32 and of x's shape."""
-    y = tl.div_rn(x - zero, tl.where(scale > 0, scale, 1.0))
-    # Adding and taking off 1.5 * 2**23 rounds half to even.
-    y = (y + 12582912.0) - 12582912.0
-    return tl.minimum(tl.maximum(y, 0.0), STEPS).to(tl.int32)
+def _step(scale):
+    """What is divided by, and its reciprocal, float32."""
+    step = scale.to(tl.float32)
+    step = tl.where(step > 0, step, 1.0)
+    return step, tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step)
 
 
-@triton.jit(do_not_specialize=("tokens", "plane"))
-def _pack(
-    keys, values, records, tokens, plane,
-    D: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr,
+@triton.jit
+def _codes(x, zero, step, inverse, STEPS: tl.constexpr, FUSED: tl.constexpr):
+    """int32 codes of float32 x; the others are of x's shape."""
+    x = x - zero
+    if FUSED:
+        y = x * inverse
+        y = tl.fma(tl.fma(-y, step, x), inverse, y)
+    else:
+        y = tl.div_rn(x, step)
+    # Adding 1.5 * 2**23 rounds half to even, and leaves the whole number in the low bits.
+    y = tl.minimum(tl.maximum(y, 0.0), STEPS) + 12582912.0
+    return y.to(tl.int32, bitcast=True) & STEPS
+
+
+@triton.jit
+def _load(keys, sources, item, plane, planes, side, inside, DTYPE: tl.constexpr, D: tl.constexpr, PAGED: tl.constexpr):
+    """A plane's tokens, float32."""
+    if PAGED:
+        address = tl.load(sources + (item * planes + plane) * 2 + side)
+        source = tl.multiple_of((address * 16).to(tl.pointer_type(DTYPE)), 16)
+    else:
+        source = keys + (item * planes + plane) * 32 * D
+    return tl.load(source + inside).to(tl.float32)
+
+
+@triton.jit
+def _before(words, plane, BITS: tl.constexpr):
+    """What stands in a page before a plane; what follows it is zero."""
+    return tl.load(words, mask=plane > 0, other=0).to(tl.int32) & ((1 << (BITS * plane)) - 1)
+
+
+@triton.jit
+def _most(most, x):
+    """The larger of absolute values; not a number counts as infinite."""
+    return tl.maximum(most, tl.where(x == x, tl.abs(x), float("inf")))
+
+
+@triton.jit
+def _pack_keys(
+    keys, sources, record, peak, item, planes, plane, part,
+    D: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr,
+    DTYPE: tl.constexpr, PAGED: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
-    """The keys (0) or the values (1) of a page, from a plane on. Grid: (pages, 2)."""
-    page = tl.program_id(0).to(tl.int64)
     STEPS: tl.constexpr = 2**BITS - 1
     SHARE: tl.constexpr = GROUP // 32
-    VALUE_GROUPS: tl.constexpr = D // CHANNELS
-    KEY_SIDE: tl.constexpr = 32 * D + 2 * (TOKENS // GROUP) * D
-    PAGE: tl.constexpr = KEY_SIDE + 32 * D + 2 * TOKENS * VALUE_GROUPS
     r = tl.arange(0, 32)
-    d = tl.arange(0, D)
+    d = part * W + tl.arange(0, W)
     inside = r[:, None] * D + d[None, :]
-    record = records + page * PAGE
-    if tl.program_id(1) == 1:
-        record += KEY_SIDE
-    half = record.to(tl.pointer_type(tl.float16)) + 32 * D
-    words = tl.load(record + inside).to(tl.int32) & ((1 << (BITS * plane)) - 1)
-    if tl.program_id(1) == 0:
-        source = keys + page * tokens * D + inside
-        for group in range(plane // SHARE, (plane + tokens // 32) // SHARE):
-            low = tl.full([D], float("inf"), tl.float32)
-            high = tl.full([D], float("-inf"), tl.float32)
-            for i in tl.static_range(SHARE):
-                x = tl.load(source + (group * SHARE + i - plane) * 32 * D).to(tl.float32)
-                low = tl.minimum(low, tl.min(x, 0))
-                high = tl.maximum(high, tl.max(x, 0))
-            scale, zero = _ends(low, high, STEPS)
-            tl.store(half + group * D + d, scale)
-            tl.store(half + (TOKENS // GROUP + group) * D + d, zero)
-            spread = tl.broadcast_to(scale.to(tl.float32)[None, :], [32, D])
-            shift = tl.broadcast_to(zero.to(tl.float32)[None, :], [32, D])
-            for i in tl.static_range(SHARE):
-                x = tl.load(source + (group * SHARE + i - plane) * 32 * D).to(tl.float32)
-                words |= _codes(x, spread, shift, STEPS) << (BITS * (group * SHARE + i))
-    else:
-        source = values + page * tokens * D + inside
-        g = tl.arange(0, VALUE_GROUPS)
-        at = g[None, :] * 32 + r[:, None]
-        for j in range(plane, plane + tokens // 32):
-            x = tl.load(source + (j - plane) * 32 * D).to(tl.float32)
-            x = tl.reshape(x, [32, VALUE_GROUPS, CHANNELS])
-            scale, zero = _ends(tl.min(x, 2), tl.max(x, 2), STEPS)
-            tl.store(half + j * 32 * VALUE_GROUPS + at, scale)
-            tl.store(half + (TOKENS + j * 32) * VALUE_GROUPS + at, zero)
-            spread = tl.broadcast_to(scale.to(tl.float32)[:, :, None], [32, VALUE_GROUPS, CHANNELS])
-            shift = tl.broadcast_to(zero.to(tl.float32)[:, :, None], [32, VALUE_GROUPS, CHANNELS])
-            codes = tl.reshape(_codes(x, spread, shift, STEPS), [32, D])
-            words |= codes << (BITS * j)
+    scales = record.to(tl.pointer_type(tl.float16)) + 32 * D + d
+    zeros = scales + TOKENS // GROUP * D
+    words = _before(record + inside, plane, BITS)
+    most = tl.zeros([32, W], tl.float32)
+    for group in range(plane // SHARE, (plane + planes) // SHARE):
+        first = group * SHARE - plane
+        x = _load(keys, sources, item, first, planes, 0, inside, DTYPE, D, PAGED)
+        low = tl.min(x, 0)
+        high = tl.max(x, 0)
+        for i in range(1, SHARE):
+            y = _load(keys, sources, item, first + i, planes, 0, inside, DTYPE, D, PAGED)
+            low = tl.minimum(low, tl.min(y, 0))
+            high = tl.maximum(high, tl.max(y, 0))
+        scale, zero = _ends(low, high, STEPS)
+        tl.store(scales + group * D, scale)
+        tl.store(zeros + group * D, zero)
+        step, inverse = _step(scale)
+        shift = zero.to(tl.float32)
+        for i in range(SHARE):
+            if SHARE > 1:
+                x = _load(keys, sources, item, first + i, planes, 0, inside, DTYPE, D, PAGED)
+            if PAGED:
+                most = _most(most, x)
+            codes = _codes(x, shift[None, :], step[None, :], inverse[None, :], STEPS, FUSED)
+            words |= codes << (BITS * (group * SHARE + i))
+    for group in range((plane + planes) // SHARE, TOKENS // GROUP):
+        tl.store(scales + group * D, tl.zeros([W], tl.float16))
+        tl.store(zeros + group * D, tl.zeros([W], tl.float16))
     tl.store(record + inside, words.to(tl.int16))
+    if PAGED:
+        tl.atomic_max(peak, tl.max(tl.max(most, 1), 0).to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _pack_values(
+    values, sources, record, peak, item, planes, plane, part,
+    D: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    DTYPE: tl.constexpr, PAGED: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    STEPS: tl.constexpr = 2**BITS - 1
+    GROUPS: tl.constexpr = W // CHANNELS
+    PLANE: tl.constexpr = 32 * (D // CHANNELS)
+    r = tl.arange(0, 32)
+    d = part * W + tl.arange(0, W)
+    g = part * GROUPS + tl.arange(0, GROUPS)
+    inside = r[:, None] * D + d[None, :]
+    scales = record.to(tl.pointer_type(tl.float16)) + 32 * D + g[None, :] * 32 + r[:, None]
+    zeros = scales + TOKENS // 32 * PLANE
+    words = _before(record + inside, plane, BITS)
+    most = tl.zeros([32, W], tl.float32)
+    for j in range(plane, plane + planes):
+        x = _load(values, sources, item, j - plane, planes, 1, inside, DTYPE, D, PAGED)
+        if PAGED:
+            most = _most(most, x)
+        x = tl.reshape(x, [32, GROUPS, CHANNELS])
+        scale, zero = _ends(tl.min(x, 2), tl.max(x, 2), STEPS)
+        tl.store(scales + j * PLANE, scale)
+        tl.store(zeros + j * PLANE, zero)
+        step, inverse = _step(scale)
+        shift = zero.to(tl.float32)
+        codes = _codes(x, shift[:, :, None], step[:, :, None], inverse[:, :, None], STEPS, FUSED)
+        words |= tl.reshape(codes, [32, W]) << (BITS * j)
+    for j in range(plane + planes, TOKENS // 32):
+        tl.store(scales + j * PLANE, tl.zeros([32, GROUPS], tl.float16))
+        tl.store(zeros + j * PLANE, tl.zeros([32, GROUPS], tl.float16))
+    tl.store(record + inside, words.to(tl.int16))
+    if PAGED:
+        tl.atomic_max(peak, tl.max(tl.max(most, 1), 0).to(tl.int32, bitcast=True))
+
+
+@triton.jit(do_not_specialize=("planes", "plane"))
+def _pack(
+    keys, values, sources, records, places, peak, planes, plane,
+    D: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr,
+    GROUP: tl.constexpr, CHANNELS: tl.constexpr, DTYPE: tl.constexpr, PAGED: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """`planes` planes of some channels of the keys or values of a page, from a plane on.
+
+    Grid: (pages, D / KEY_WIDTH + D / VALUE_WIDTH).
+    PAGED: the tokens lie in exact pages, `sources [pages, planes, 2]`, and the record is found at `places [pages, 2]`,
+    which also says from what plane on; both are addresses in units of 16 bytes. Their largest absolute value is left at
+    `peak`, as the bits of a float32.
+    """
+    item = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    KEY_SIDE: tl.constexpr = 32 * D + 2 * (TOKENS // GROUP) * D
+    PAGE: tl.constexpr = KEY_SIDE + 32 * D + 2 * TOKENS * (D // CHANNELS)
+    KEY_PARTS: tl.constexpr = D // KEY_WIDTH
+    if PAGED:
+        plane = tl.load(places + 2 * item + 1).to(tl.int32)
+        record = tl.multiple_of((tl.load(places + 2 * item) * 16).to(tl.pointer_type(tl.int16)), 16)
+    else:
+        record = records + item * PAGE
+    if part < KEY_PARTS:
+        _pack_keys(
+            keys, sources, record, peak, item, planes, plane, part,
+            D, KEY_WIDTH, BITS, TOKENS, GROUP, DTYPE, PAGED, FUSED,
+        )  # fmt: skip
+    else:
+        _pack_values(
+            values, sources, record + KEY_SIDE, peak, item, planes, plane, part - KEY_PARTS,
+            D, VALUE_WIDTH, BITS, TOKENS, CHANNELS, DTYPE, PAGED, FUSED,
+        )  # fmt: skip
+
+
+def _launch(
+    form: Form, pages: int, device: torch.device, *tensors: torch.Tensor, planes: int, **settings: object
+) -> None:
+    key_width, value_width = 64, max(64, form.channels)
+    _pack[(pages, form.head_dim // key_width + form.head_dim // value_width)](
+        *tensors, planes,
+        D=form.head_dim, KEY_WIDTH=key_width, VALUE_WIDTH=value_width, BITS=form.bits, TOKENS=form.tokens,
+        GROUP=form.group, CHANNELS=form.channels, FUSED=device.type == "cuda", num_warps=2, **settings,
+    )  # fmt: skip
 
 
 def pack_pages(
     form: Form, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: tuple[torch.Tensor, ...] | None
 ) -> tuple[torch.Tensor, ...]:
     """`pack_reference` as one launch; the fields are views of one record per page."""
-    pages, tokens, dim = keys.shape
-    records = torch.zeros((pages, form.nbytes // 2), dtype=torch.int16, device=keys.device)
+    pages, tokens, _ = keys.shape
+    records = torch.empty((pages, form.nbytes // 2), dtype=torch.int16, device=keys.device)
     fields = _fields(form, records)
     if opened is not None:
         for field, old in zip(fields, opened):
             field.copy_(old)
-    _pack[(pages, 2)](
-        keys.contiguous(), values.contiguous(), records, tokens, slot // 32,
-        D=dim, BITS=form.bits, TOKENS=form.tokens, GROUP=form.group, CHANNELS=form.channels,
-        num_warps=4 if dim <= 128 else 8,
+    elif slot:
+        records.zero_()
+    _launch(
+        form, pages, keys.device, keys.contiguous(), values.contiguous(), records, records, records, records,
+        planes=tokens // 32, plane=slot // 32, DTYPE=_TYPES[keys.dtype], PAGED=False,
     )  # fmt: skip
     return fields
+
+
+def pack_exact(form: Form, sources: torch.Tensor, places: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Pack exact pages as they lie into pages as they lie.
+
+    sources: int64 `[pages, planes, 2]`, addresses of the exact pages' keys and values, in units of 16 bytes; places:
+    int64 `[pages, 2]`, address of the packed page and the plane from which on it is filled. Returns the largest
+    absolute value that was packed, infinity for NaN: float32 `[1]`.
+    """
+    peak = torch.zeros(1, dtype=torch.float32, device=sources.device)
+    _launch(
+        form, len(sources), sources.device, peak, peak, sources, peak, places, peak.view(torch.int32),
+        planes=sources.shape[1], plane=0, DTYPE=_TYPES[dtype], PAGED=True,
+    )  # fmt: skip
+    return peak
 
 
 def _fields(form: Form, records: torch.Tensor) -> tuple[torch.Tensor, ...]:

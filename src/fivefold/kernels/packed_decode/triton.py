@@ -1,9 +1,10 @@
 """One decoding step over planar KIVI pages and exact pages, in Triton.
 
-Three kernels. `_packed` attends over packed pages and `_exact` over exact ones, both split over the sequence, each
-program for one row (sequence, kv head) and one share of its pages; they leave parts (output, log-sum-exp) that
-`_combine` merges. Pages are found by their addresses, in tables on the device, so they may lie anywhere; lengths are
-on the device too, so that a captured graph stays right while they grow.
+Three kernels. `_packed` attends over packed pages and `_exact` over exact ones; `_combine` merges what they leave. Each
+program takes one share of one row's (sequence, kv head) pages and leaves a part (output, log-sum-exp). A work list
+(`starts_of`) says which programs are whose: a row gets as many as it has pages, so that all programs end together,
+however much longer some rows are than others. Pages are found by their addresses, in tables on the device, so they may
+lie anywhere; lengths and the work list are on the device too, so that a captured graph stays right while they grow.
 
 What makes the packed loop fast:
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -132,6 +134,22 @@ def _queries(queries, row, heads, N: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def _row(starts, rows, R: tl.constexpr):
+    """The row that this program works for, `rows` if none; starts: the first program of each, and how many in all."""
+    i = tl.arange(0, R)
+    return tl.sum((tl.load(starts + 1 + i, mask=i < rows, other=2147483647) <= tl.program_id(0)).to(tl.int32), 0)
+
+
+@triton.jit
+def _share(starts, row, pages):
+    """The pages [first, last) of the row's that are this program's."""
+    start = tl.load(starts + row)
+    programs = tl.load(starts + row + 1) - start
+    share = tl.program_id(0) - start
+    return share * pages // programs, (share + 1) * pages // programs
+
+
+@triton.jit
 def _leave(out, lse, place, o, m, total, heads, N: tl.constexpr, D: tl.constexpr):
     """Store a part: o `[D, N]` not yet divided by the `total: [N]` of weights whose log2 maximum was m."""
     d = tl.arange(0, D)
@@ -142,15 +160,16 @@ def _leave(out, lse, place, o, m, total, heads, N: tl.constexpr, D: tl.constexpr
     tl.store(lse + place * heads + h, tl.where(some, m + tl.log2(tl.where(some, total, 1.0)), -1e30), mask=h < heads)
 
 
-@triton.jit(do_not_specialize=("columns", "parts", "heads"))
+@triton.jit(do_not_specialize=("rows", "columns", "heads"))
 def _packed(
-    queries, table, spans, out, lse, scale, columns, parts, heads,
-    N: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    CHANNELS: tl.constexpr, SPAN: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
+    queries, table, spans, starts, out, lse, scale, rows, columns, heads,
+    N: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr,
+    SPAN: tl.constexpr, R: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One share of the packed pages of a row. Grid: (rows, shares)."""
-    row = tl.program_id(0)
-    share = tl.program_id(1)
+    """One share of the packed pages of a row. Grid: (programs,)."""
+    row = _row(starts, rows, R)
+    if row >= rows:
+        return
     PLANES: tl.constexpr = _code_planes(BITS)
     TOKENS: tl.constexpr = PLANES * 32
     KEY_GROUPS: tl.constexpr = TOKENS // GROUP
@@ -170,10 +189,9 @@ def _packed(
     q = _queries(queries, row, heads, N, D).to(tl.float16)
     low = tl.load(spans + row * SPAN)
     high = tl.load(spans + row * SPAN + 1)
-    begin = low // TOKENS
-    each = tl.cdiv(tl.cdiv(high, TOKENS) - begin, tl.num_programs(1))
-    first = begin + share * each
-    last = tl.minimum(first + each, tl.cdiv(high, TOKENS))
+    first, last = _share(starts, row, tl.cdiv(high, TOKENS) - low // TOKENS)
+    first += low // TOKENS
+    last += low // TOKENS
 
     scale = scale * _fold(BITS)
     m = tl.full([N], -1e30, tl.float32)
@@ -235,20 +253,23 @@ def _packed(
     acc = acc * _fold(BITS)
     if VALUE_GROUPS == 1:
         acc += tl.sum(offset, 0)[None, :]
-    _leave(out, lse, row * parts + share, acc, m, tl.sum(weight, 0), heads, N, D)
+    _leave(out, lse, tl.program_id(0), acc, m, tl.sum(weight, 0), heads, N, D)
 
 
-@triton.jit(do_not_specialize=("columns", "parts", "first_part", "heads"))
+@triton.jit(do_not_specialize=("rows", "columns", "heads"))
 def _exact(
-    queries, table, spans, out, lse, scale, columns, parts, first_part, heads,
-    DTYPE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr,
+    queries, table, spans, starts, picks, out, lse, scale, rows, columns, heads,
+    DTYPE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr,
+    TILE: tl.constexpr, WIDE: tl.constexpr, PICKED: tl.constexpr,
 ):  # fmt: skip
-    """One share of the exact slots of a row, pages of 32. table: `[rows, columns, 2]`. Grid: (rows, shares).
+    """One share of the exact slots of a row, in tiles of TILE. table: `[rows, columns, 2]`. Grid: (programs,).
 
+    PICKED: of the slots named in `picks`, a row's `stop` of them one behind the other; negative ones are none.
     WIDE multiplies in float32 whatever the pages hold: the interpreter has no products of bfloat16.
     """
-    row = tl.program_id(0)
-    share = tl.program_id(1)
+    row = _row(starts, rows, R)
+    if row >= rows:
+        return
     work = tl.float32 if WIDE else DTYPE
     t = tl.arange(0, T)
     d = tl.arange(0, D)
@@ -256,15 +277,17 @@ def _exact(
     sink = tl.load(spans + row * SPAN + 2)
     start = tl.load(spans + row * SPAN + 3)
     stop = tl.load(spans + row * SPAN + 4)
-    each = tl.cdiv(tl.cdiv(stop, T), tl.num_programs(1))
-    first = share * each
-    last = tl.minimum(first + each, tl.cdiv(stop, T))
+    first, last = _share(starts, row, tl.cdiv(stop, TILE))
     m = tl.full([N], -1e30, tl.float32)
     weight = tl.zeros([T, N], tl.float32)
     acc = tl.zeros([D, N], tl.float32)
-    for tile in range(first, last):
+    for tile in range(first * (TILE // T), last * (TILE // T)):
         slot = tile * T + t
         held = slot < stop
+        if PICKED:
+            slot = tl.load(picks + row * stop + slot, mask=held, other=-1)
+            held = slot >= 0
+            slot = tl.maximum(slot, 0)
         at = table + (row * columns + slot // 32) * 2
         inside = (slot % 32)[:, None] * D + d[None, :]
         keys = tl.multiple_of((tl.load(at, mask=held, other=0) * 16).to(tl.pointer_type(DTYPE)), 16)
@@ -279,13 +302,46 @@ def _exact(
         p = tl.where(seen[:, None], tl.exp2(s - m[None, :]), 0.0)
         weight = weight * shrink[None, :] + p
         acc = tl.dot(tl.trans(v), p.to(work), acc * shrink[None, :], input_precision="ieee")
-    _leave(out, lse, row * parts + first_part + share, acc, m, tl.sum(weight, 0), heads, N, D)
+    _leave(out, lse, tl.program_id(0), acc, m, tl.sum(weight, 0), heads, N, D)
 
 
-@triton.jit(do_not_specialize=("parts",))
+@triton.jit(do_not_specialize=("columns",))
+def _append(keys, values, table, spans, columns, DTYPE: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr):
+    """The newest token of a row into its last exact slot: `[rows, D]` each. Grid: (rows, 2)."""
+    row = tl.program_id(0)
+    side = tl.program_id(1)
+    d = tl.arange(0, D)
+    slot = tl.load(spans + row * SPAN + 4) - 1
+    address = tl.load(table + (row * columns + slot // 32) * 2 + side)
+    page = tl.multiple_of((address * 16).to(tl.pointer_type(DTYPE)), 16)
+    source = keys if side == 0 else values
+    tl.store(page + (slot % 32) * D + d, tl.load(source + row * D + d))
+
+
+@triton.jit
+def _merge(out, lse, starts, row, head, heads, m, total, acc, D: tl.constexpr, P: tl.constexpr):
+    """Merge the parts that the programs of one kernel left of one head of a row into (m, total, acc)."""
+    d = tl.arange(0, D)
+    last = tl.load(starts + row + 1)
+    for first in range(tl.load(starts + row), last, P):
+        p = first + tl.arange(0, P)
+        held = p < last
+        at = p * heads + head
+        part = tl.load(lse + at, mask=held, other=-1e30)
+        o = tl.load(out + at[:, None] * D + d[None, :], mask=held[:, None], other=0.0)
+        above = tl.maximum(m, tl.max(part, 0))
+        w = tl.where(part > -1e29, tl.exp2(part - above), 0.0)
+        shrink = tl.exp2(m - above)
+        m = above
+        total = total * shrink + tl.sum(w, 0)
+        acc = acc * shrink + tl.sum(o * w[:, None], 0)
+    return m, total, acc
+
+
+@triton.jit(do_not_specialize=("rows",))
 def _combine(
-    out, lse, merged, merged_lse, parts,
-    D: tl.constexpr, P: tl.constexpr, WITH_LSE: tl.constexpr,
+    packed_out, packed_lse, exact_out, exact_lse, starts, merged, merged_lse, rows,
+    D: tl.constexpr, P: tl.constexpr, WITH_LSE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts of one head of a row. Grid: (rows, heads)."""
     row = tl.program_id(0)
@@ -295,18 +351,10 @@ def _combine(
     m = -1e30
     total = 0.0
     acc = tl.zeros([D], tl.float32)
-    for first in range(0, parts, P):
-        p = first + tl.arange(0, P)
-        held = p < parts
-        at = (row * parts + p) * heads + head
-        part = tl.load(lse + at, mask=held, other=-1e30)
-        o = tl.load(out + at[:, None] * D + d[None, :], mask=held[:, None], other=0.0)
-        above = tl.maximum(m, tl.max(part, 0))
-        w = tl.where(part > -1e29, tl.exp2(part - above), 0.0)
-        shrink = tl.exp2(m - above)
-        m = above
-        total = total * shrink + tl.sum(w, 0)
-        acc = acc * shrink + tl.sum(o * w[:, None], 0)
+    if PACKED:
+        m, total, acc = _merge(packed_out, packed_lse, starts, row, head, heads, m, total, acc, D, P)
+    if EXACT:
+        m, total, acc = _merge(exact_out, exact_lse, starts + rows + 1, row, head, heads, m, total, acc, D, P)
     at = row * heads + head
     some = total > 0
     acc = acc / tl.where(some, total, 1.0)
@@ -349,11 +397,50 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def shares(rows: int, columns: int, device: torch.device, resident: int, least: int = 1) -> int:
-    """Into how many shares the columns of each row are cut, so that the device is filled once: at least `least`
-    columns each."""
-    wanted = max(1, resident * _processors(device) // rows)
-    return max(1, min(wanted, columns // least))
+TILE = 64
+"""Exact slots that are one piece of work."""
+
+
+def programs_for(rows: int, device: torch.device) -> int:
+    """How many programs work on that many rows: few rows are cut so that the device is filled once, many so that it is
+    filled several times over and none waits long for the last."""
+    once = RESIDENT * _processors(device)
+    return once if 8 * rows <= once else max(8 * once, 2 * rows)
+
+
+def pages_of(spans: np.ndarray, page: int) -> np.ndarray:
+    """How many packed pages of `page` tokens, and how many `TILE`s of exact slots, the rows see part of.
+
+    spans: `[..., rows, >= 5]`. Returns `[..., 2, rows]`.
+    """
+    low, high, stop = spans[..., 0], spans[..., 1], spans[..., 4]
+    return np.stack([np.where(high > low, -(-high // page) - low // page, 0), -(-stop // TILE)], -2)
+
+
+def starts_of(pages: np.ndarray, programs: int) -> np.ndarray:
+    """The work list: the first program of each row, and how many programs there are, int32 `[..., rows + 1]`.
+
+    pages: `[..., rows]`, at most `programs` of which may have any. No program gets more pages than it must.
+    """
+    each = np.maximum(1, -(-pages.sum(-1, keepdims=True) // programs))
+    while True:
+        shares = -(-pages // each)
+        over = shares.sum(-1, keepdims=True) > programs
+        if not over.any():
+            break
+        each += np.where(over, np.maximum(1, each // 32), 0)
+    out = np.zeros((*pages.shape[:-1], pages.shape[-1] + 1), dtype=np.int32)
+    np.cumsum(shares, -1, out=out[..., 1:])
+    return out
+
+
+def append(keys: torch.Tensor, values: torch.Tensor, spans: torch.Tensor, exact: Exact) -> None:
+    """Write the newest token of each row, contiguous `[rows, head_dim]` in the pages' dtype, into the last exact slot
+    that `spans` says there is."""
+    rows, dim = keys.shape
+    _append[(rows, 2)](
+        keys, values, exact.table, spans, exact.table.shape[1], DTYPE=_TYPES[exact.dtype], D=dim, SPAN=SPAN, num_warps=1
+    )
 
 
 def decode(
@@ -364,12 +451,16 @@ def decode(
     exact: Exact | None = None,
     with_lse: bool = False,
     asm: bool | None = None,
-    packed_shares: int | None = None,
-    exact_shares: int | None = None,
+    starts: torch.Tensor | None = None,
+    programs: int | None = None,
+    picks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one query per row and head over packed and exact pages: see `decode_reference`.
 
-    queries: contiguous `[rows, query_heads, head_dim]`, float16, bfloat16 or float32; spans: int32 `[rows, SPAN]`.
+    queries: contiguous `[rows, query_heads, head_dim]`, float16, bfloat16 or float32; spans: int32 `[rows, SPAN]`;
+    starts: int32 `[2, rows + 1]`, the work lists of packed and exact pages for at most `programs` programs each (made
+    here, waiting for the device, if not given). picks: int32 `[rows, n]`, the exact slots that are attended on,
+    negative ones left out; the exact span must then be `0, 0, n`.
     Packed pages are attended on in float16, exact ones in their dtype, both with float32 sums.
     Returns the output in the dtype of the queries and, if asked for, the natural log-sum-exp, float32.
     """
@@ -378,32 +469,40 @@ def decode(
     asm = device.type == "cuda" if asm is None else asm
     scale = scaling * 1.4426950408889634
     n = 8 if heads <= 8 else 16
-    packed_parts = exact_parts = 0
-    if packed is not None:
-        packed_parts = packed_shares or shares(rows, packed.table.shape[1], device, RESIDENT)
-    if exact is not None:
-        exact_parts = exact_shares or shares(rows, exact.table.shape[1], device, RESIDENT, 4)
-    parts = packed_parts + exact_parts
-    out = torch.empty((rows, parts, heads, dim), dtype=torch.float32, device=device)
-    lse = torch.empty((rows, parts, heads), dtype=torch.float32, device=device)
+    programs = programs or programs_for(rows, device)
+    if starts is None:
+        pages = pages_of(spans.cpu().numpy(), packed.form.tokens if packed is not None else TILE)
+        starts = torch.from_numpy(starts_of(pages, programs)).to(device)
+    common = {"N": n, "D": dim, "SPAN": SPAN, "R": triton.next_power_of_2(rows)}
+
+    def parts(most: int) -> tuple[int, torch.Tensor, torch.Tensor]:
+        count = max(1, min(programs, most))
+        out = torch.empty((count, heads, dim), dtype=torch.float32, device=device)
+        return count, out, torch.empty((count, heads), dtype=torch.float32, device=device)
+
+    packed_out, packed_lse = exact_out, exact_lse = queries, queries
     if packed is not None:
         form = packed.form
-        _packed[(rows, packed_parts)](
-            queries, packed.table, spans, out, lse, scale, packed.table.shape[1], parts, heads,
-            N=n, D=dim, BITS=form.bits, GROUP=form.group, CHANNELS=form.channels, SPAN=SPAN, ASM=asm,
-            STAGES=_STAGES[form.bits], num_warps=2, num_stages=_STAGES[form.bits],
+        count, packed_out, packed_lse = parts(packed.table.numel())
+        _packed[(count,)](
+            queries, packed.table, spans, starts[0], packed_out, packed_lse, scale, rows, packed.table.shape[1], heads,
+            BITS=form.bits, GROUP=form.group, CHANNELS=form.channels, ASM=asm,
+            STAGES=_STAGES[form.bits], num_warps=2, num_stages=_STAGES[form.bits], **common,
         )  # fmt: skip
     if exact is not None:
         wide = exact.dtype.itemsize == 4
-        _exact[(rows, exact_parts)](
-            queries, exact.table, spans, out, lse, scale, exact.table.shape[1], parts, packed_parts, heads,
-            DTYPE=_TYPES[exact.dtype], N=n, D=dim, T=32 if wide else 64, SPAN=SPAN, WIDE=not asm,
-            num_warps=2, num_stages=1 if wide else 3,
+        picked = starts if picks is None else picks
+        slots = exact.table.shape[1] * 32 if picks is None else picks.shape[1]
+        count, exact_out, exact_lse = parts(-(-slots // TILE) * rows)
+        _exact[(count,)](
+            queries, exact.table, spans, starts[1], picked, exact_out, exact_lse, scale, rows, exact.table.shape[1],
+            heads, DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE, TILE=TILE, WIDE=not asm, PICKED=picks is not None,
+            num_warps=2, num_stages=1 if wide else 3, **common,
         )  # fmt: skip
     merged = torch.empty_like(queries)
     merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
     _combine[(rows, heads)](
-        out, lse, merged, merged_lse if with_lse else lse, parts,
-        D=dim, P=16, WITH_LSE=with_lse, num_warps=4,
+        packed_out, packed_lse, exact_out, exact_lse, starts, merged, merged_lse if with_lse else exact_lse, rows,
+        D=dim, P=64, WITH_LSE=with_lse, PACKED=packed is not None, EXACT=exact is not None, num_warps=8,
     )  # fmt: skip
     return merged, merged_lse

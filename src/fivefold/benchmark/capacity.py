@@ -1,0 +1,127 @@
+"""What fits: the most sequences of a context, and the longest context, that are really held and decoded.
+
+Caches are filled with random tokens, packed as ever, not by a prefill; the decoding steps are the model's own. On a GPU
+all of its memory but `MARGIN` is used; on a CPU as much as is given.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+import fivefold
+from fivefold.benchmark import decode
+from fivefold.benchmark.kernels import fill
+
+MARGIN = 3 << 29
+"""Bytes of a GPU that are left for what a step computes with, and for making random tokens."""
+CPU_BYTES = 1 << 22
+PIECE = 1 << 26  # numbers of keys that are made and stored at a time
+
+
+def heads(share: float, shape: str) -> str:
+    """`duo` with so large a share of each layer's heads as retrieval heads: random weights have no profile."""
+    config = decode.SHAPES[shape]
+    count = round(share * config["num_key_value_heads"])
+    pairs = [[layer, head] for layer in range(config["num_hidden_layers"]) for head in range(count)]
+    return f"duo(retrieval={pairs})"
+
+
+def recipes(shape: str) -> dict[str, str]:
+    """Recipes by what they are called, for the longest context."""
+    half, quarter = heads(0.5, shape), heads(0.25, shape)
+    return {
+        "full()": "full()",
+        "kivi(bits=2)": "kivi(bits=2)",
+        "duo, 1/2 of the heads + kivi(bits=2)": f"{half} + kivi(bits=2)",
+        "duo, 1/2 of the heads + kivi(bits=2, group=128)": f"{half} + kivi(bits=2, group=128)",
+        "duo, 1/4 of the heads + kivi(bits=2, group=128)": f"{quarter} + kivi(bits=2, group=128)",
+    }  # fmt: skip
+
+
+def room(device: torch.device, limit: int | None) -> int:
+    """Bytes that a cache may take now."""
+    if device.type != "cuda":
+        return CPU_BYTES if limit is None else limit
+    gc.collect()
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] - MARGIN
+    return free if limit is None else min(free, limit)
+
+
+def largest_batch(model: Any, name: str, context: int, steps: int, limit: int | None = None) -> dict[str, Any]:
+    """The most sequences of `context` tokens that fit, and their decoding. name: a recipe, or DynamicCache."""
+    device, config = model.device, model.config
+    with torch.inference_mode():
+        if name == decode.BASELINE:
+            width = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
+            layer = 2 * width * context * model.dtype.itemsize
+            # One layer is there twice while a token is appended.
+            one = layer * (config.num_hidden_layers + 1)
+        else:
+            cache = decode.filled(model, name, context, 1, False)
+            report = cache.report()
+            one = report.total - report.free
+            cache.free()
+            del cache
+    batch = room(device, limit) // one
+    row: dict[str, Any] = {"context": context}
+    while batch > 0:
+        try:
+            with torch.inference_mode():
+                cache = decode.filled(model, name, context, batch, device.type == "cuda" and name != decode.BASELINE)
+                return {**row, "batch": batch, **decode.timed(model, cache, batch, steps)}
+        except torch.OutOfMemoryError:
+            cache = None
+            room(device, limit)
+            batch -= max(1, batch // 25)
+    return {**row, "error": "not one fits"}
+
+
+def longest_context(
+    model: Any, recipe: str, steps: int, goal: int | None = None, limit: int | None = None
+) -> dict[str, Any]:
+    """Fill one sequence until memory is, or until it holds `goal` tokens; then decode."""
+    device, config = model.device, model.config
+    with torch.inference_mode():
+        cache = fivefold.compress(model, recipe, cuda_graph=device.type == "cuda")
+        pools, stores = cache.state.pools, cache.state.stores
+        start = room(device, limit)
+        for store in stores.values():
+            store.start(1)
+
+        def left() -> int:
+            if device.type != "cuda":
+                return start - sum(pool.allocated_bytes for pool in pools)
+            # What the allocator has taken from the device and not given to anybody is there too, but in pieces.
+            torch.cuda.empty_cache()
+            return min(torch.cuda.mem_get_info()[0] - MARGIN, start if limit is None else limit)
+
+        tokens, before = 0, start
+        step = PIECE // (config.num_key_value_heads * (config.hidden_size // config.num_attention_heads))
+        step = min(step, max(1024, start >> 18)) // 1024 * 1024
+        while goal is None or tokens < goal:
+            new = step if goal is None else min(step, goal - tokens)
+            for index, store in stores.items():
+                fill(store, new, piece=PIECE)
+                cache.state.logical[index] += new
+            tokens += new
+            now = left()
+            if now < 1.25 * (before - now):
+                break
+            before = now
+        return {"batch": 1, "context": tokens, "goal": goal, **decode.timed(model, cache, 1, steps)}
+
+
+def longest_dynamic(model: Any, steps: int, limit: int | None = None) -> dict[str, Any]:
+    """The same for transformers' DynamicCache."""
+    config = model.config
+    width = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
+    one = 2 * width * model.dtype.itemsize * (config.num_hidden_layers + 2)
+    context = room(model.device, limit) // one // 32 * 32
+    with torch.inference_mode():
+        cache: DynamicCache = decode.filled(model, decode.BASELINE, context, 1, False)
+        return {"batch": 1, "context": context, "goal": None, **decode.timed(model, cache, 1, steps)}
