@@ -14,6 +14,7 @@ from fivefold.calibrate.profile import Profile, load_profile
 from fivefold.errors import NonFiniteError, ProfileError, RecipeError
 from fivefold.kernels.planar import PLANES, dequantise, pack, quantise, unpack
 from fivefold.methods import Codec, Method, param, register
+from fivefold.methods.before_rope import BeforeRope
 from fivefold.store import Context, Field, LayerSpec, PageLayout, Rope
 from fivefold.store.context import running
 
@@ -247,24 +248,23 @@ class CskvCodec(Codec):
         return _Bound(self, context)
 
 
-class _Bound(Codec):
+class _Bound(BeforeRope):
     """The codec on the pages of some rows."""
 
-    contextual = True
+    codec: CskvCodec
 
     def __init__(self, codec: CskvCodec, context: Context) -> None:
-        self.codec, self.context, self.layout, self.group = codec, context, codec.layout, codec.group
+        super().__init__(codec, context)
         self.key_down, self.key_up, self.value_down, self.value_up = codec.bases(context)
 
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
     ) -> dict[str, torch.Tensor]:
         self.codec.check(keys, values)
-        rope, context, tokens = self.codec.rope, self.context, keys.shape[1]
-        unturned = rope.turn(context.join(keys.float()[..., rope.order]), rope.phases_of(context).conj())
+        context, tokens = self.context, keys.shape[1]
         out: dict[str, torch.Tensor] = {}
         for name, x, down, rank in (
-            ("key", unturned, self.key_down, self.codec.ranks[0]),
+            ("key", self.unturned(keys), self.key_down, self.codec.ranks[0]),
             ("value", context.join(values.float()), self.value_down, self.codec.ranks[1]),
         ):
             features = (x.flatten(2) @ down).unflatten(2, (context.together, rank))
@@ -305,20 +305,12 @@ class _Bound(Codec):
             x = dequantise(torch.stack(planes, -3), scale, zero).flatten(-3, -2)
         return self.context.join(x).flatten(2)
 
-    def _keys(self, fields: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Keys after RoPE, channels in the paired order: `[groups, tokens, together, head_dim]`."""
-        keys = torch.matmul(self._features("key", fields), self.key_up)
-        rope = self.codec.rope
-        return rope.turn(keys.unflatten(2, (self.context.together, -1)), rope.phases_of(self.context))
+    def before(self, fields: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.matmul(self._features("key", fields), self.key_up).unflatten(2, (self.context.together, -1))
 
     def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        keys = self._keys(fields)[..., self.codec.rope.back]
         values = torch.matmul(self._features("value", fields), self.value_up).unflatten(2, (self.context.together, -1))
-        return self.context.part(keys, self.layout.tokens), self.context.part(values, self.layout.tokens)
-
-    def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
-        keys = self._keys(fields).permute(0, 2, 3, 1).flatten(0, 1)
-        return queries.float()[..., self.codec.rope.order] @ keys
+        return self.keys(fields), self.context.part(values, self.layout.tokens)
 
     def output(self, weights: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         # The features are weighted, and only the sum is made into a value.
