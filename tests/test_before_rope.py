@@ -12,8 +12,9 @@ import fivefold
 from conftest import VOCAB
 from fivefold.errors import NonFiniteError, ProfileError, RecipeError
 from fivefold.evaluate.demo import make_task
+from fivefold.methods.channels.cskv import attended
 from fivefold.models import smollm2
-from fivefold.store import Context
+from fivefold.store import Context, Rope
 from fivefold.store.tiers import PAGE
 from learned import learn
 
@@ -272,3 +273,20 @@ def test_the_embedded_model_out_of_the_box() -> None:
     assert kl["cskv(keep=0.4)"] < kl["cskv(keep=0.2)"] < 1.0, kl
     assert kl["cskv(keep=0.4, bits=4)"] < 2 * kl["cskv(keep=0.4)"], kl
     fivefold.restore(model)
+
+
+def test_what_attention_makes_of_values() -> None:
+    torch.manual_seed(0)
+    queries, keys, values = torch.randn(4, 20, 8), torch.randn(2, 20, 8), torch.randn(2, 20, 8)
+    rope = Rope(1 / 100 ** (torch.arange(0, 8, 2) / 8), 8)
+    expected = torch.zeros(16, 16)
+    for head in range(4):
+        for token in (7, 15):
+            scores = torch.empty(token + 1)
+            for other in range(token + 1):
+                turn = rope.phases(torch.tensor([[token - other]]))[0]
+                turned = rope.turn(rope.pair(queries[head, token]), turn[0])
+                scores[other] = turned @ rope.pair(keys[head // 2, other]) / 8**0.5
+            summed = scores.softmax(0) @ values[:, : token + 1].transpose(0, 1).flatten(1)
+            expected += torch.outer(summed, summed)
+    assert (attended(queries, keys, values, rope) - expected).abs().max() < 1e-4 * expected.abs().max()
