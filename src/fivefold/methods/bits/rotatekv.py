@@ -149,7 +149,7 @@ class RotateCodec(Codec):
     are made of channels of all of them.
     """
 
-    contextual = True
+    contextual = positional = True
     group = 32
 
     def __init__(self, method: RotateKV, spec: LayerSpec, profile: Profile) -> None:

@@ -195,7 +195,7 @@ class CskvCodec(Codec):
     planar words int16 [32, r] with scale and zero float16 [planes, r], and the same for values.
     """
 
-    contextual = True
+    contextual = positional = True
     group = 32
 
     def __init__(self, spec: LayerSpec, profile: Profile, ranks: tuple[int, int], bits: int) -> None:
