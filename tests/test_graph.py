@@ -139,7 +139,8 @@ def test_what_cannot_be_replayed_says_why_and_runs(model, recipe: str) -> None:
             model(ids(1, 64, model.device), past_key_values=cache)
     with pytest.warns(UserWarning, match="decoding without a CUDA graph: .* in every step"):
         one, other = steps(model, caches, ids(1, 3, model.device, 3))
-    assert torch.equal(one, other) and caches[1].step.replays == 0
+    alike(one, other, 1e-4)
+    assert caches[1].step.replays == 0
 
 
 def test_calls_that_ask_for_more_go_through_the_model(model) -> None:

@@ -697,7 +697,10 @@ def bench_decode(
 def bench_capacity(
     context: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of each sequence of the batch.")] = 32768,
     recipe: BenchRecipe = None,
-    goal: Annotated[int, typer.Option(min=1, metavar="N", help="A context that the last recipe is to hold.")] = 10**7,
+    most: Annotated[str, typer.Option(metavar="WHAT", help="batch, context, or both.")] = "both",
+    goal: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Fill the last recipe with so many tokens and no more.")
+    ] = None,
     shape: Annotated[
         str | None, typer.Option(metavar="SHAPE", help="llama-3-8b or small; by default what the device can run.")
     ] = None,
@@ -717,19 +720,20 @@ def bench_capacity(
     shape = shape or ("llama-3-8b" if device.type == "cuda" else "small")
     if shape not in decode.SHAPES:
         raise InputError(f"--shape {shape!r} is none of {', '.join(decode.SHAPES)}.")
+    if most not in ("batch", "context", "both"):
+        raise InputError(f"--most {most!r} is none of batch, context, both.")
     if device.type != "cuda":
-        context, goal = min(context, 2048), min(goal, 1 << 16)
+        context = min(context, 2048)
+    if goal is None and not recipe:
+        goal = capacity.GOAL if device.type == "cuda" else 1 << 16
     target = None if json_file is None else _writable(json_file)
-    batches = [
-        decode.BASELINE,
-        *(str(Recipe.parse(text)) for text in recipe or ("full()", "kivi(bits=4)", "kivi(bits=2)")),
-    ]
-    longest = {name: name for name in batches[1:]} if recipe else capacity.recipes(shape)
+    batches = [Recipe.parse(text) for text in recipe or capacity.BATCHES] if most != "context" else []
+    longest = [Recipe.parse(text) for text in recipe or capacity.CONTEXTS] if most != "batch" else []
     rows: list[dict[str, Any]] = []
     head = {**machine.stamp(), "shape": shape}
     _silence()
     with _bars() as bars:
-        task = bars.add_task("model", total=len(batches) + len(longest) + 1, amount="")
+        task = bars.add_task("model", total=len(batches) + len(longest) + 2, amount="")
         model = decode.build(shape, device)
 
         def note(what: str, name: str, measure: Callable[..., dict[str, Any]], *args: Any) -> None:
@@ -743,12 +747,16 @@ def bench_capacity(
                 _write(target, json.dumps({**head, "rows": rows}, indent=2) + "\n")
             bars.advance(task)
 
-        for name in batches:
-            note("batch", name, capacity.largest_batch, name, context, steps, memory)
-        note("context", decode.BASELINE, capacity.longest_dynamic, steps, memory)
-        for number, (name, text) in enumerate(longest.items()):
-            aim = goal if number == len(longest) - 1 and not recipe else None
-            note("context", name, capacity.longest_context, text, steps, aim, memory)
+        if batches:
+            note("batch", decode.BASELINE, capacity.largest_batch, None, context, steps, memory)
+        for one in batches:
+            note("batch", str(one), capacity.largest_batch, one, context, steps, memory)
+        if longest:
+            note("context", decode.BASELINE, capacity.longest_dynamic, steps, memory)
+        for one in longest:
+            note(
+                "context", str(one), capacity.longest_context, one, steps, goal if one is longest[-1] else None, memory
+            )
     table = Table(box=box.SIMPLE_HEAD, title=f"{shape} on {machine.describe()['devices'][-1]['name']}")
     for name in ("most", "cache"):
         table.add_column(name)

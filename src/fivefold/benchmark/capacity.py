@@ -7,6 +7,7 @@ all of its memory but `MARGIN` is used; on a CPU as much as is given.
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from transformers import DynamicCache
 import fivefold
 from fivefold.benchmark import decode
 from fivefold.benchmark.kernels import fill
+from fivefold.methods.heads.duo_attention import DuoAttention
+from fivefold.recipe import Recipe
 
 MARGIN = 3 << 29
 """Bytes of a GPU that are left for what a step computes with, and for making random tokens."""
@@ -22,24 +25,24 @@ CPU_BYTES = 1 << 22
 PIECE = 1 << 26  # numbers of keys that are made and stored at a time
 
 
-def heads(share: float, shape: str) -> str:
-    """`duo` with so large a share of each layer's heads as retrieval heads: random weights have no profile."""
-    config = decode.SHAPES[shape]
-    count = round(share * config["num_key_value_heads"])
-    pairs = [[layer, head] for layer in range(config["num_hidden_layers"]) for head in range(count)]
-    return f"duo(retrieval={pairs})"
+BATCHES = ("full()", "kivi(bits=4)", "kivi(bits=2)")
+CONTEXTS = (
+    "full()", "kivi(bits=2)", "duo(keep=0.5) + kivi(bits=2)", "duo(keep=0.5) + kivi(bits=2, group=128)",
+    "duo(keep=0.25) + kivi(bits=2, group=128)",
+)  # fmt: skip
+GOAL = 10**7
+"""Tokens that the last of CONTEXTS is to hold."""
 
 
-def recipes(shape: str) -> dict[str, str]:
-    """Recipes by what they are called, for the longest context."""
-    half, quarter = heads(0.5, shape), heads(0.25, shape)
-    return {
-        "full()": "full()",
-        "kivi(bits=2)": "kivi(bits=2)",
-        "duo, 1/2 of the heads + kivi(bits=2)": f"{half} + kivi(bits=2)",
-        "duo, 1/2 of the heads + kivi(bits=2, group=128)": f"{half} + kivi(bits=2, group=128)",
-        "duo, 1/4 of the heads + kivi(bits=2, group=128)": f"{quarter} + kivi(bits=2, group=128)",
-    }  # fmt: skip
+def for_random_weights(recipe: Recipe, config: Any) -> Recipe:
+    """`duo(keep=...)` without a profile, which a model of random weights has none of: the first heads of each layer."""
+    method = recipe.get("heads")
+    if not isinstance(method, DuoAttention) or method.retrieval is not None:
+        return recipe
+    count = round(method.keep * config.num_key_value_heads)
+    pairs = tuple((layer, head) for layer in range(config.num_hidden_layers) for head in range(count))
+    others = tuple(other for other in recipe.methods if other is not method)
+    return Recipe((*others, replace(method, retrieval=pairs)))
 
 
 def room(device: torch.device, limit: int | None) -> int:
@@ -52,11 +55,15 @@ def room(device: torch.device, limit: int | None) -> int:
     return free if limit is None else min(free, limit)
 
 
-def largest_batch(model: Any, name: str, context: int, steps: int, limit: int | None = None) -> dict[str, Any]:
-    """The most sequences of `context` tokens that fit, and their decoding. name: a recipe, or DynamicCache."""
+def largest_batch(
+    model: Any, recipe: Recipe | None, context: int, steps: int, limit: int | None = None
+) -> dict[str, Any]:
+    """The most sequences of `context` tokens that fit, and their decoding; None is DynamicCache."""
     device, config = model.device, model.config
+    graph = device.type == "cuda" and recipe is not None
+    name = decode.BASELINE if recipe is None else for_random_weights(recipe, config)
     with torch.inference_mode():
-        if name == decode.BASELINE:
+        if recipe is None:
             width = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
             layer = 2 * width * context * model.dtype.itemsize
             # One layer is there twice while a token is appended.
@@ -68,26 +75,25 @@ def largest_batch(model: Any, name: str, context: int, steps: int, limit: int | 
             cache.free()
             del cache
     batch = room(device, limit) // one
-    row: dict[str, Any] = {"context": context}
     while batch > 0:
         try:
             with torch.inference_mode():
-                cache = decode.filled(model, name, context, batch, device.type == "cuda" and name != decode.BASELINE)
-                return {**row, "batch": batch, **decode.timed(model, cache, batch, steps)}
+                cache = decode.filled(model, name, context, batch, graph)
+                return {"context": context, "batch": batch, **decode.timed(model, cache, batch, steps)}
         except torch.OutOfMemoryError:
             cache = None
             room(device, limit)
             batch -= max(1, batch // 25)
-    return {**row, "error": "not one fits"}
+    return {"context": context, "error": "not one fits"}
 
 
 def longest_context(
-    model: Any, recipe: str, steps: int, goal: int | None = None, limit: int | None = None
+    model: Any, recipe: Recipe, steps: int, goal: int | None = None, limit: int | None = None
 ) -> dict[str, Any]:
     """Fill one sequence until memory is, or until it holds `goal` tokens; then decode."""
     device, config = model.device, model.config
     with torch.inference_mode():
-        cache = fivefold.compress(model, recipe, cuda_graph=device.type == "cuda")
+        cache = fivefold.compress(model, for_random_weights(recipe, config), cuda_graph=device.type == "cuda")
         pools, stores = cache.state.pools, cache.state.stores
         start = room(device, limit)
         for store in stores.values():

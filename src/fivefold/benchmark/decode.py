@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Static
 import fivefold
 import fivefold.models.huggingface
 from fivefold.benchmark.kernels import fill
+from fivefold.recipe import Recipe
 
 BASELINE = "DynamicCache"
 STATIC = "StaticCache"
@@ -82,7 +83,7 @@ def names(device: torch.device, recipes: list[str]) -> list[tuple[str, bool]]:
     return stock + [(recipe, graph) for recipe in recipes for graph in ((False, True) if cuda else (False,))]
 
 
-def filled(model: Any, name: str, context: int, batch: int, graph: bool) -> Any:
+def filled(model: Any, name: str | Recipe, context: int, batch: int, graph: bool) -> Any:
     """A cache that holds `context` random tokens of `batch` sequences."""
     config, device = model.config, model.device
     heads, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
