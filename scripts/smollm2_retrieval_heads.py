@@ -14,7 +14,7 @@ import torch
 from rich.progress import track
 from transformers import DynamicCache
 
-from fivefold.calibrate import Profile, save_profile, signature
+from fivefold.calibrate import Profile, config_hash, save_profile, signature
 from fivefold.models import smollm2
 
 LENGTH, COPIES, SEQUENCES, SEED = 384, 4, 4, 0
@@ -47,7 +47,7 @@ def main() -> None:
         "score": "echo + induction attention on repeated random tokens, highest query head of each kv head",
         "length": LENGTH, "copies": COPIES, "sequences": SEQUENCES, "seed": SEED,
     }  # fmt: skip
-    save_profile(folder, Profile("duo", name, settings, {"scores": best}))
+    save_profile(folder, Profile("duo", name, settings, {"scores": best}, config_hash(config)))
     ranked = best.flatten().sort(descending=True).values
     print(f"{folder}: scores {ranked[0]:.3f} ... {ranked[len(ranked) // 2]:.3f} (median) ... {ranked[-1]:.3f}")
 

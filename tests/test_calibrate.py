@@ -18,6 +18,7 @@ from tests.conftest import FAMILIES, VOCAB
 from transformers import DynamicCache
 from typer.testing import CliRunner
 
+import fivefold
 from fivefold.calibrate import Capture, Learner, Profile, config_hash, load_profile, save_profile, signature
 from fivefold.calibrate.learner import CAPTURES
 from fivefold.calibrate.run import Stopped, calibrate, chunks, default_texts
@@ -140,6 +141,14 @@ def test_what_is_captured_is_what_the_projections_make(tiny: Callable[..., Any],
             turned = rotate(captured["keys"], cos, sin)
             held = cache.layers[layer].keys
             assert (turned - held).abs().max() <= 1e-5 * held.abs().max()
+        # The weights of the newest queries are those of the eager attention.
+        model.set_attn_implementation("eager")
+        eager = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
+        model.set_attn_implementation("sdpa")
+        for layer, captured in seen.items():
+            if family != "gemma3_text" or layer % 2:  # its even layers have a window
+                assert captured["attention"].shape == (2, *eager[layer].shape[1:2], 32, 37)
+                assert (captured["attention"] - eager[layer][:, :, -32:]).abs().max() <= 1e-5
 
 
 def test_scaled_rope_is_undone(tiny: Callable[..., Any]) -> None:
@@ -341,7 +350,12 @@ def test_recipes_that_learn_nothing(tiny: Callable[..., Any], tmp_path: Path) ->
     with pytest.raises(RecipeError, match=r"^nothing in the recipe 'kivi\(\)' learns from the model: "):
         calibrate(tiny(), Words(), "kivi()", tmp_path)
     result = CliRunner().invoke(app, ["calibrate", "-r", "streaming()", "-o", str(tmp_path / "x")])
-    assert result.exit_code == 2 and "learns from the model" in result.output and not (tmp_path / "x").exists()
+    assert (
+        result.exit_code == 2
+        and "use one with" in result.output
+        and "tidal" in result.output
+        and not (tmp_path / "x").exists()
+    )
 
 
 @pytest.mark.usefixtures("moments")
@@ -382,6 +396,42 @@ def test_the_command(tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pyte
 def run_to(model: Any, out: Path) -> Path:
     run(model, out)
     return out
+
+
+def test_tidal_learns_where_to_pick_again(
+    tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against whole attention matrices and sets of tokens."""
+    monkeypatch.setattr("fivefold.calibrate.run.LENGTH", 128)
+    model = tiny("llama", num_hidden_layers=6)
+    recipe = "tidal(top=20, full_layers=1)"
+    profile = calibrate(model, Words(), recipe, tmp_path / "x", [TEXT], 384)
+    recall = dict.fromkeys(range(2, 6), 0.0)
+    model.set_attn_implementation("eager")
+    for piece in chunks(Words(), [TEXT], 384, 0, 4096):
+        with torch.inference_mode():
+            eager = model(input_ids=piece, use_cache=False, output_attentions=True).attentions
+        weights = [w[0, :, -32:].view(2, 2, 32, 128).mean(1) for w in eager]
+        for again in recall:
+            shares = []
+            for layer in {*range(2, 6)} - {again}:
+                source = weights[1 if layer < again else again]
+                for head in range(2):
+                    for query in range(32):
+                        top = source[head, query].topk(20).indices.tolist()
+                        shares.append(sum(float(weights[layer][head, query, t]) for t in top))
+            recall[again] += sum(shares) / len(shares) / 3
+    assert profile.tensors["recall"][2:].tolist() == pytest.approx(list(recall.values()), rel=1e-4)
+    best = max(recall, key=recall.__getitem__)
+    assert int(profile.tensors["layer"]) == best and profile.settings == {"top": 20, "full_layers": 1}
+    cache = fivefold.compress(model, f'tidal(top=20, full_layers=1, select_layers="{tmp_path / "x"}")')
+    assert [i for i, role in cache.state.roles.items() if role == "select"] == sorted({1, best})
+    with pytest.raises(ProfileError, match="there is no profile"):
+        fivefold.compress(model, 'tidal(select_layers="nowhere")')
+    with pytest.raises(ProfileError, match="was made for"):
+        fivefold.compress(tiny(), f'tidal(select_layers="{tmp_path / "x"}")')
+    with pytest.raises(RecipeError, match="leaves no layer to choose"):
+        calibrate(tiny(), Words(), "tidal(full_layers=2)", tmp_path / "y", [TEXT], 384)
 
 
 # -- profiles ---------------------------------------------------------------------------------------------
@@ -426,7 +476,9 @@ def test_bad_profiles_are_refused_in_a_sentence(saved: Path, tmp_path_factory: p
         ("cannot be read", lambda f: (f / tensors).unlink()),
         ("there is no profile", lambda f: (f / text).unlink()),
         ("has format 99: update Fivefold", lambda f: edit(f, format=99)),
+        ("has the old format 1", lambda f: edit(f, format=1, settings={"x": 2})),
         ("cannot be read", lambda f: edit(f, format="new")),
+        ("cannot be read", lambda f: (f / text).write_text("[" * 100_000)),
         ("was changed", lambda f: edit(f, settings={"x": 2})),
         ("was changed", lambda f: edit(f, made={"seed": 9})),
         ("cannot be read", lambda f: edit(f, check=None, format=None)),

@@ -281,7 +281,7 @@ def test_sparse_layers_read_what_was_picked(extra: str, tiny: Callable[..., Any]
 def test_bad_parameters() -> None:
     for recipe, words in (
         ("snapkv(kernel=4)", "no middle"),
-        ("tidal(select_layers='some')", "give a list of layers"),
+        ("tidal(select_layers=3)", "must be a list or a text"),
         ("tidal(select_layers=[])", "name layers"),
         ("h2o(keep=0)", "out of range"),
         ("h2o() + snapkv()", "both fill the slot"),

@@ -60,7 +60,6 @@ def test_frozen_with_one_method_per_slot():
         ("kivi(bitz=2)", "has no parameter 'bitz'"),
         ("kivi(2)", "write key=value"),
         ("kivi(**{})", "write key=value"),
-        ("kivi(bits=3, group=64)", "use group=32"),
         ("streaming(recent=0)", "at least 1"),
         ("duo(keep=1.5)", "0 to 1"),
         ("duo(keep=1e999)", "must be a number"),

@@ -30,7 +30,7 @@ def attend_observed(
     policy, chunk = layer.policy, keys.shape[1]
     assert policy is not None
     first = 0 if policy.observes is None else max(0, chunk - policy.observes)
-    if not policy.evicts or first == chunk:
+    if not policy.chooses or first == chunk:
         return attend_chunk(layer, cohort, queries, keys, values, scaling), None
     if first == 0:
         out = torch.empty_like(queries)

@@ -7,11 +7,13 @@ from typing import Any, Literal
 
 import torch
 
-Capture = Literal["keys", "queries", "values", "inputs"]
+Capture = Literal["keys", "queries", "values", "inputs", "attention"]
 """keys, queries: before RoPE and behind any norm that the model applies to them, float32
 `[batch, kv_head or query_head, tokens, head_dim]`. values: the shape of keys. inputs: what the attention module is
-given, float32 `[batch, tokens, hidden]`."""
-CAPTURES: tuple[Capture, ...] = ("keys", "queries", "values", "inputs")
+given, float32 `[batch, tokens, hidden]`. attention: the weights of the chunk's `OBSERVED` newest queries, float32
+`[batch, query_head, OBSERVED, tokens]`."""
+CAPTURES: tuple[Capture, ...] = ("keys", "queries", "values", "inputs", "attention")
+OBSERVED = 32
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what is being done)."""

@@ -131,13 +131,15 @@ def _read(folder: Path, where: str, stamps: tuple[int, ...]) -> Profile:
         data = (folder / "profile.safetensors").read_bytes()
         if text["format"] > FORMAT:
             raise ProfileError(f"the profile {where!r} has format {text['format']}: update Fivefold to read it.")
+        if text["format"] < FORMAT:
+            raise ProfileError(f"the profile {where!r} has the old format {text['format']}: make it anew.")
         if hashlib.sha256(data).hexdigest() != text["sha256"]:
             raise ProfileError(f"the profile {where!r} is damaged (its tensors do not match its hash): make it anew.")
-        if text["format"] > 1 and _check(text) != text["check"]:
+        if _check(text) != text["check"]:
             raise ProfileError(f"the profile {where!r} was changed (its text does not match its hash): make it anew.")
         known = (text["method"], text["model"], text["settings"], load(data))
         return Profile(*known, text.get("config", ""), text.get("made", {}))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise _unreadable(where, error) from None
 
 

@@ -124,19 +124,33 @@ class TokenPolicy(Method):
     waits: bool = False
     """Whether tokens go only when all layers have seen the chunk, because their budgets hang together (`shares`)."""
 
+    demotes: bool = False
+    """Whether what is not chosen is packed instead of given up; it then brings the codec, too."""
+    high: int = 16
+    """With `demotes`: bits of what is not packed; 16 is as the model made it."""
+
     @property
     def evicts(self) -> bool:
         """Whether anything ever goes."""
         return self.keep < 1
 
     @property
+    def chooses(self) -> bool:
+        """Whether its choice matters at all."""
+        return self.evicts or self.demotes
+
+    @property
     def commits(self) -> bool:
         """Whether tokens cannot be taken back: their attention has counted, or others went for them."""
-        return self.evicts and (self.watches or self.trims)
+        return self.chooses and (self.watches or self.trims)
 
     def budget(self, held: Held) -> int:
         """How many tokens a row may hold. Here: `keep` of the prompt, while generating too."""
         return max(1, round(self.keep * held.share * held.prompt))
+
+    def residual(self, extent: Extent) -> int:
+        """With `demotes`: how many of the newest tokens of a head with a window are exact."""
+        raise NotImplementedError
 
     def observe(self, weights: torch.Tensor, held: Held, first: int) -> torch.Tensor:
         """What the attention of some queries adds to the scores: float32 `[rows, slots]`.
@@ -228,8 +242,8 @@ class Codec:
         """If `contextual`: what it wants to remember of rows whose first tokens have come, `[rows, ...]` each.
 
         queries: `[rows, query_heads per kv head, token, head_dim]`; keys, values: `[rows, token, head_dim]`; inputs:
-        what the attention module was given, `[sequences, token, hidden_size]`: each sequence has as many rows, in
-        succession.
+        what the layer was given (the residual stream), `[sequences, token, hidden_size]`: each sequence has as many
+        rows, in succession.
         """
         return {}
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from fivefold.calibrate.learner import Capture
+from fivefold.calibrate.learner import OBSERVED, Capture
 from fivefold.models.huggingface import _mask, _stock_attention, attention_modules
 
 _NAME = "fivefold_capture"
@@ -60,7 +60,7 @@ def capturing(
         given = signatures[index].bind(*args, **kwargs).arguments
         cos, sin = given["position_embeddings"]
 
-        def take(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        def take(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> None:
             captured: dict[Capture, torch.Tensor] = {}
             if "keys" in wanted:
                 captured["keys"] = unrotate(key.float(), cos, sin)
@@ -70,6 +70,8 @@ def capturing(
                 captured["values"] = value.float()
             if "inputs" in wanted:
                 captured["inputs"] = given["hidden_states"].float()
+            if "attention" in wanted:
+                captured["attention"] = _weights(query[:, :, -OBSERVED:].float() * scaling, key.float())
             see(index, captured)
 
         return args, {**kwargs, _SEEN: take}
@@ -85,6 +87,14 @@ def capturing(
         model.set_attn_implementation(before)
 
 
+def _weights(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Causal attention of the last queries, `[batch, query_head, queries, tokens]`."""
+    count, tokens = queries.shape[2], keys.shape[2]
+    scores = torch.matmul(queries.unflatten(1, (keys.shape[1], -1)), keys[:, :, None].transpose(3, 4)).flatten(1, 2)
+    later = torch.ones((count, tokens), dtype=torch.bool, device=keys.device).triu_(tokens - count + 1)
+    return scores.masked_fill_(later, float("-inf")).softmax(-1)
+
+
 def _attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -97,5 +107,5 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     take = kwargs.pop(_SEEN, None)
     if take is not None:
-        take(query, key, value)
+        take(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return _stock_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)

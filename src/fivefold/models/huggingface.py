@@ -13,7 +13,9 @@ from __future__ import annotations
 import copy
 import sys
 import threading
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -189,10 +191,14 @@ def prepare(model: PreTrainedModel) -> None:
         AttentionInterface.register(NAME, _attention)
         AttentionMaskInterface.register(NAME, _mask)
         if not hasattr(model, "_fivefold_hooks"):
-            hooks = [
-                module.register_forward_pre_hook(_hand_over, with_kwargs=True)
-                for module in attention_modules(model).values()
-            ]
+            modules = attention_modules(model)
+            hooks = [module.register_forward_pre_hook(_hand_over, with_kwargs=True) for module in modules.values()]
+            indices = {module: index for index, module in modules.items()}
+            for layer in model.modules():
+                for child in layer.children():
+                    if child in indices:
+                        hook = partial(_hand_in, indices[child])
+                        hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
             model._fivefold_hooks = hooks
         if model.config._attn_implementation != NAME:
             model._fivefold_before = model.config._attn_implementation
@@ -212,6 +218,14 @@ def restore(model: PreTrainedModel) -> None:
             del model._fivefold_before
 
 
+def _hand_in(index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A layer's input, which its attention module sees only behind a norm, for codecs that want to know it."""
+    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    layer = cache.layers[index] if isinstance(cache, FivefoldCache) else None
+    if isinstance(layer, FivefoldLayer) and layer.contextual:
+        layer.inputs = args[0] if args else kwargs["hidden_states"]
+
+
 def _hand_over(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
     if not isinstance(cache, FivefoldCache):
@@ -228,7 +242,6 @@ def _hand_over(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     cache.state.armed = index
     layer = cache.layers[index]
     if isinstance(layer, FivefoldLayer) and layer.contextual:
-        layer.inputs = args[0] if args else kwargs["hidden_states"]
         layer.positions = kwargs.get("position_ids")
     return (args, {**kwargs, _LAYER: layer}) if isinstance(layer, FivefoldLayer) else None
 
@@ -476,7 +489,7 @@ class FivefoldLayer(CacheLayerMixin):
         self.state = state
         self.store = state.stores[index]
         self.contextual = self.store.codec is not None and self.store.codec.contextual
-        # What the attention module was called with, if the codec wants to know it: see `_hand_over`.
+        # What the layer was called with, if the codec wants to know it: see `_hand_in` and `_hand_over`.
         self.inputs: torch.Tensor | None = None
         self.positions: torch.Tensor | None = None
 
@@ -592,7 +605,7 @@ class FivefoldLayer(CacheLayerMixin):
     def _step(self, cohort: Cohort, queries: torch.Tensor, scaling: float, decoding: bool) -> torch.Tensor:
         """Attention of the newest token of each row; the policies are told of it."""
         state, store, policy = self.state, self.store, self.store.policy
-        watch = cohort.held is not None and policy is not None and policy.evicts and policy.watches
+        watch = cohort.held is not None and policy is not None and policy.chooses and policy.watches
         role = state.roles.get(self.index, "full") if decoding and cohort.geometry.extent.recent is None else "full"
         picks = state.picks(cohort) if role == "sparse" else None
         if picks is not None:
@@ -732,12 +745,16 @@ class FivefoldCache(Cache):
         self.reset()
         self.state.pools.budget.trim()
 
-    def __del__(self) -> None:
-        # Forks share the pools: what only this cache held must not stay taken.
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        # Forks share the pools: what only this cache held must not stay taken. At the very end `sys` may be gone.
         state = getattr(self, "state", None)
-        if state is not None and sys is not None and not sys.is_finalizing():
+        if state is not None and not ending():
             state.free()
             state.pools.budget.trim()
+
+
+# One for all layers and caches of a model that have the same.
+_ropes: weakref.WeakKeyDictionary[Any, dict[str, Rope]] = weakref.WeakKeyDictionary()
 
 
 def rope_of(model: PreTrainedModel, index: int, head_dim: int) -> tuple[Rope | None, str]:
@@ -751,7 +768,11 @@ def rope_of(model: PreTrainedModel, index: int, head_dim: int) -> tuple[Rope | N
         return None, f"Fivefold finds no rotary embedding in this {model.config.model_type} model"
     if kind not in ("default", "linear", "llama3", "yarn"):
         return None, f"its rotary embedding ({kind}) changes with the length of the text"
-    return Rope(inv_freq, head_dim), ""
+    made = _ropes.setdefault(rotary, {})
+    key = types[index] if types and isinstance(rotary.rope_type, dict) else ""
+    if key not in made or not torch.equal(made[key].inv_freq, inv_freq.detach().double().cpu()):
+        made[key] = Rope(inv_freq, head_dim)
+    return made[key], ""
 
 
 def layer_spec(model: PreTrainedModel, index: int, module: torch.nn.Module) -> LayerSpec:
@@ -791,8 +812,7 @@ def make_cache(
     pools = Pools(max_bytes)
     stores: dict[int, LayerCache] = {}
     codec_owner = recipe.get("bits") or recipe.get("channels")
-    tokens = recipe.get("tokens")
-    policy = tokens if isinstance(tokens, TokenPolicy) else None
+    policy = next((method for method in recipe.methods if isinstance(method, TokenPolicy)), None)
     for index, layer in enumerate(stock):
         if isinstance(layer, DynamicSlidingWindowLayer):
             continue

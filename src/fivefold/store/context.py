@@ -29,6 +29,20 @@ class Context:
     def rows(self) -> int:
         return len(self.heads)
 
+    @property
+    def groups(self) -> list[tuple[int, ...]]:
+        """The heads of the rows that are together: once if they are the same all along, else of each group."""
+        parts = [self.heads[i : i + self.together] for i in range(0, self.rows, self.together)]
+        return parts[:1] if len(set(parts)) == 1 else parts
+
+    def join(self, x: torch.Tensor) -> torch.Tensor:
+        """`[rows * pages, token, numbers]` as `[groups, pages * token, together, numbers]`."""
+        return x.reshape(self.rows // self.together, self.together, -1, x.shape[-1]).transpose(1, 2)
+
+    def part(self, x: torch.Tensor, tokens: int) -> torch.Tensor:
+        """The other way round, for pages of so many tokens."""
+        return x.transpose(1, 2).reshape(-1, tokens, x.shape[-1])
+
 
 @lru_cache(maxsize=64)
 def running(start: int, stop: int, device: torch.device) -> torch.Tensor:
@@ -57,6 +71,17 @@ class Rope:
         """`exp(i * position * inv_freq)`: complex64 `[*positions.shape, pairs]`."""
         # Positions that all rows share come again for every layer.
         return _phases_again(self, positions) if positions.shape[0] == 1 else _phases(self, positions)
+
+    def phases_of(self, context: Context) -> torch.Tensor:
+        """The same for what `Context.join` makes: complex64 `[groups or 1, tokens, 1, pairs]`."""
+        phases = self.phases(context.positions)
+        return (phases if phases.shape[0] == 1 else phases[:: context.together])[:, :, None]
+
+    def pair(self, x: torch.Tensor) -> torch.Tensor:
+        """Float32 x `[..., head_dim]` in the paired order."""
+        turned = 2 * self.pairs
+        z = torch.view_as_real(torch.complex(x[..., : self.pairs], x[..., self.pairs : turned])).flatten(-2)
+        return z if turned == x.shape[-1] else torch.cat([z, x[..., turned:]], -1)
 
     def turn(self, x: torch.Tensor, phases: torch.Tensor) -> torch.Tensor:
         """Float32 x `[..., head_dim]` in the paired order, turned by phases `[..., pairs]` (broadcast)."""

@@ -19,6 +19,7 @@ from fivefold.errors import CacheStateError
 from fivefold.store.context import Context, Rope, running
 from fivefold.store.held import Held
 from fivefold.store.pages import Budget, Field, Location, PageLayout, PagePool
+from fivefold.store.rounded import RoundedPool, rounded_layout
 from fivefold.store.tiers import PAGE, Extent, Geometry, Packing
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ class Pools:
     def of(self, layout: PageLayout, device: torch.device) -> PagePool:
         key = (layout, device)
         if key not in self._pools:
-            self._pools[key] = PagePool(layout, device, self.budget)
+            kind = PagePool if layout.holds is None else RoundedPool
+            self._pools[key] = kind(layout, device, self.budget)
         return self._pools[key]
 
     def __iter__(self) -> Iterator[PagePool]:
@@ -197,7 +199,9 @@ class LayerCache:
         self.codec = codec
         self.policy = policy
         self.packing = None if codec is None else Packing(codec.group, residual, codec.layout.tokens)
-        self.exact_pool = pools.of(exact_layout(spec.head_dim, spec.dtype), spec.device)
+        rounded = policy is not None and policy.high == 8
+        layout = rounded_layout(PAGE, spec.head_dim, spec.dtype) if rounded else exact_layout(spec.head_dim, spec.dtype)
+        self.exact_pool = pools.of(layout, spec.device)
         self.packed_pool: PagePool | None = None
         self.own_pool: PagePool | None = None
         if codec is not None:
@@ -345,7 +349,7 @@ class LayerCache:
                         note(needed, fresh, None, None)
                     continue
                 added = old.appended(count)
-                new = added.settled(self.packing, horizon)
+                new = added.settled(self._packing_of(cohort), horizon)
                 # A token alone passes through the exact tier; a chunk goes straight to where it belongs.
                 late = new if count > 1 else added
                 gone = min(old.window_pages, (new.exact_base - old.exact_base) // PAGE)
@@ -382,7 +386,8 @@ class LayerCache:
             seen = cohort.held.seen + count
             room = self._room(replace(cohort.held, prompt=seen, seen=seen), horizon)
             new = Geometry(old.extent, min(new.length, room))
-        settled = new.settled(self.packing, horizon)
+        after = replace(cohort.held, seen=cohort.held.seen + count)
+        settled = new.settled(self._packing_of(cohort, after), horizon)
         late = new if count == 1 or self.policy.waits else settled
         packed = settled.packed_pages(self.packing)
         needs: list[tuple[PagePool | None, np.ndarray, int]] = [
@@ -393,6 +398,14 @@ class LayerCache:
         for pool, table, pages in needs:
             if pool is not None:
                 yield pool, len(rows) * pages - int((pool.references(table[rows]) == 1).sum())
+
+    def _packing_of(self, cohort: Cohort, held: Held | None = None) -> Packing | None:
+        """How the rows of a cohort pack; held: as they will be, if not as they are."""
+        policy, held = self.policy, held or cohort.held
+        if self.packing is None or policy is None or not policy.demotes:
+            return self.packing
+        residual = policy.residual(cohort.geometry.extent) if held is None else policy.budget(held)
+        return replace(self.packing, residual=residual)
 
     def _packed_columns(self, old: Geometry, new: Geometry) -> int:
         """How many packed pages at the front of a row are given up between two geometries."""
@@ -438,7 +451,7 @@ class LayerCache:
             return
         new = old.appended(tokens)
         if settle:
-            new = new.settled(self.packing, horizon)
+            new = new.settled(self._packing_of(cohort, held), horizon)
         if new == old:
             return
         if self.packing is not None and (new.packed_stop, new.packed_base) != (
@@ -478,7 +491,9 @@ class LayerCache:
         scores = after.scores if self.policy.accumulates else torch.zeros_like(after.scores)
         scores = scores if observed is None else scores + observed
         after = replace(after, scores=scores, prompt=after.seen, before=None)
-        if not self.policy.evicts or self.policy.waits or self._room(after, horizon) >= after.slots:
+        if self.policy.demotes:
+            self._demote(cohort, after, horizon, keys, values)
+        elif not self.policy.evicts or self.policy.waits or self._room(after, horizon) >= after.slots:
             self._append(cohort, keys, values, not (self.policy.evicts and self.policy.waits), horizon, after)
             cohort.held = after
         else:
@@ -530,6 +545,38 @@ class LayerCache:
         self._append(cohort, keys.to(self.spec.dtype), values.to(self.spec.dtype), True, horizon, chosen)
         cohort.held = chosen
 
+    def _demote(
+        self,
+        cohort: Cohort,
+        held: Held,
+        horizon: int,
+        keys: torch.Tensor | None = None,
+        values: torch.Tensor | None = None,
+    ) -> None:
+        """Pack what the policy does not choose of the exact tier and of a chunk; what was packed before stays so."""
+        assert self.policy is not None
+        old, rows, stop = cohort.geometry, len(cohort.rows), cohort.geometry.packed_stop
+        count = min(held.slots - stop, self._room(held, horizon))
+        priority = self.policy.priority(held, count)[:, stop:]
+        if horizon:
+            priority = priority.masked_fill(held.newest(horizon)[:, stop:], float("inf"))
+        best = torch.sort(priority, dim=1, descending=True, stable=True).indices[:, :count]
+        stays = torch.zeros_like(priority, dtype=torch.int64).scatter_(1, best, 1)
+        # Both parts by position, those that go into the packed tier first.
+        order = (held.positions[:, stop:] + stays * (1 << 32)).argsort(1)
+        chunk = []
+        for name, new in (("keys", keys), ("values", values)):
+            parts = [*self._exact_parts(cohort, name), *(() if new is None else (new,))]
+            chunk.append(torch.cat(parts, 1).gather(1, order[:, :, None].expand(-1, -1, self.spec.head_dim)))
+        self.exact_pool.release(cohort.exact)
+        cohort.exact = np.empty((rows, 0), dtype=np.int64)
+        cohort.touched_exact()
+        cohort.geometry = replace(old, length=stop, exact_base=stop)
+        first = torch.arange(stop, device=order.device).expand(rows, -1)
+        held = replace(held.chosen(torch.cat([first, order + stop], 1)), settled=held.seen - horizon)
+        self._append(cohort, chunk[0], chunk[1], True, horizon, held)
+        cohort.held = held
+
     def choose_together(self, share: dict[int, float]) -> None:
         """What a policy that `waits` has chosen, after all layers have seen the chunk: `share` by sequence."""
         whole = self.cohorts
@@ -560,6 +607,10 @@ class LayerCache:
         held = replace(cohort.held, before=None)
         cohort.held = held
         old = cohort.geometry
+        if self.policy.demotes:
+            if old.settled(self._packing_of(cohort), horizon) != old:
+                self._demote(cohort, held, horizon)
+            return
         excess = 0
         if self.policy.evicts and self.policy.trims and held.prompt:
             excess = old.length - self._room(held, horizon)
@@ -665,14 +716,14 @@ class LayerCache:
             codec = self.codec
             if codec.contextual:
                 slots = torch.from_numpy(c * page)[:, None] + torch.arange(page)
-                codec = codec.of(self._context(cohort, self._positions_at(cohort, slots, r), r))
+                codec = self.codec.of(self._context(cohort, self._positions_at(cohort, slots, r), r))
             tokens = [x[:, :filled] for x in codec.decode(fields)]
             mine = np.isin(row * cohort.packed.shape[1] + slot // page, pages)
             which = np.searchsorted(pages, (row * cohort.packed.shape[1] + slot // page)[mine])
             for x, y in zip(tokens, new):
                 x[which, slot[mine] % page] = y[mine].to(x.dtype)
             if codec.contextual:
-                codec = codec.of(self._context(cohort, self._positions_at(cohort, slots[:, :filled], r, after), r))
+                codec = self.codec.of(self._context(cohort, self._positions_at(cohort, slots[:, :filled], r, after), r))
             made = codec.encode(tokens[0], tokens[1], 0, None)
             for f in self.packed_pool.layout.fields:
                 self.packed_pool.write(f.name, cohort.packed[r, c], made[f.name])
@@ -741,7 +792,7 @@ class LayerCache:
             if cohort.shared and (self.exact_pool.references(cohort.exact[:, -1]) > 1).any():
                 return False
             location = self.exact_pool.locate(cohort.exact[:, -1:])
-            if location.slab is None:
+            if location.slab is None or self.exact_pool.layout.holds is not None:
                 return False
             cohort.tail = (
                 self.exact_pool.fetch("keys", location)[:, 0],
@@ -1155,7 +1206,7 @@ class LayerCache:
             cohort.exact_blocks = []
             for first, last in _blocks(cohort.exact, cohort.exact.shape[1]):
                 whole = self.exact_pool.locate(cohort.exact[:, first:last])
-                if whole.slab is not None and whole.strides[1] == 1:
+                if whole.slab is not None and whole.strides[1] == 1 and self.exact_pool.layout.holds is None:
                     cohort.exact_blocks.append((first, last, whole))
                     continue
                 for start in range(first, last, longest):

@@ -60,6 +60,7 @@ class PageLayout:
     tokens: int
     fields: tuple[Field, ...]
     record: bool = False
+    holds: torch.dtype | None = None
 
     @property
     def nbytes(self) -> int:

@@ -42,16 +42,25 @@ def decode_page(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values `[pages, tokens, head_dim]` of pages; their fields, `[pages, *shape]`, in the record's order."""
     key_words, key_scale, key_zero, value_words, value_scale, value_zero = fields
-    planes = PLANES[form.bits]
-    keys, values = [], []
-    for j in range(planes):
-        g = j * 32 // form.group
-        codes = unpack(key_words, form.bits, j)
-        keys.append(dequantise(codes, key_scale[:, g, None], key_zero[:, g, None]))
-        codes = unpack(value_words, form.bits, j).unflatten(2, (-1, form.channels))
-        scale, zero = (x[:, j].transpose(1, 2)[..., None] for x in (value_scale, value_zero))
-        values.append(dequantise(codes, scale, zero).flatten(2))
-    return torch.cat(keys, 1).to(dtype), torch.cat(values, 1).to(dtype)
+    keys = decode_keys(key_words, key_scale, key_zero, form.bits, PLANES[form.bits])
+    return keys.to(dtype), decode_values(value_words, value_scale, value_zero, form.bits).to(dtype)
+
+
+def decode_keys(words: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int, planes: int) -> torch.Tensor:
+    """float32 `[pages, planes * 32, head_dim]`; scale, zero: `[pages, groups, head_dim]`."""
+    group = [j * scale.shape[1] // planes for j in range(planes)]
+    parts = [dequantise(unpack(words, bits, j), scale[:, g, None], zero[:, g, None]) for j, g in enumerate(group)]
+    return torch.cat(parts, 1)
+
+
+def decode_values(words: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
+    """float32 `[pages, planes * 32, head_dim]`; scale, zero: `[pages, planes, groups, 32]`."""
+    parts = []
+    for j in range(scale.shape[1]):
+        codes = unpack(words, bits, j).unflatten(2, (scale.shape[2], -1))
+        by_token = [x[:, j].transpose(1, 2)[..., None] for x in (scale, zero)]
+        parts.append(dequantise(codes, by_token[0], by_token[1]).flatten(2))
+    return torch.cat(parts, 1)
 
 
 def decode_reference(

@@ -6,8 +6,22 @@ from fivefold.kernels.planar.reference import (
     pack,
     planar_output,
     planar_scores,
+    planar_token_scores,
+    planes_of,
     quantise,
+    sheets_of,
     unpack,
 )
 
-__all__ = ["PLANES", "dequantise", "pack", "planar_output", "planar_scores", "quantise", "unpack"]
+__all__ = [
+    "PLANES",
+    "dequantise",
+    "pack",
+    "planar_output",
+    "planar_scores",
+    "planar_token_scores",
+    "planes_of",
+    "quantise",
+    "sheets_of",
+    "unpack",
+]

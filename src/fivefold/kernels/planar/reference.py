@@ -7,14 +7,38 @@ is the code of token `32*j + r`, channel d. So a page is 32 rows of head_dim wor
     bits      2    3    4    8
     planes    8    5    4    2      (3 bits leave one bit of each word unused: 3.2 bits a number)
     tokens  256  160  128   64
+
+A page may have several such sheets of words, one below the other: planes go on in the next sheet when one is full.
+That is how keys and values of different bits share a page (`planes_of`).
 """
 
 from __future__ import annotations
+
+from fractions import Fraction
 
 import torch
 
 PLANES = {2: 8, 3: 5, 4: 4, 8: 2}
 ROWS = 32
+
+
+_LARGEST = 20
+"""Planes of the largest page: 640 tokens."""
+
+
+def sheets_of(bits: int, planes: int) -> int:
+    """Sheets of words that hold so many planes."""
+    return -(-planes // PLANES[bits])
+
+
+def planes_of(key_bits: int, value_bits: int, group: int) -> int:
+    """Planes of a page of keys and values: whole groups, as few bytes a token as can be, and then as few tokens."""
+    step = group // ROWS
+
+    def cost(planes: int) -> tuple[Fraction, int]:
+        return Fraction(sheets_of(key_bits, planes) + sheets_of(value_bits, planes), planes), planes
+
+    return min(range(step, _LARGEST + 1, step), key=cost)
 
 
 def quantise(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -37,26 +61,32 @@ def dequantise(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> 
     return codes.float() * scale.float() + zero.float()
 
 
-def pack(codes: torch.Tensor, bits: int, plane: int = 0, words: torch.Tensor | None = None) -> torch.Tensor:
+def pack(
+    codes: torch.Tensor, bits: int, plane: int = 0, words: torch.Tensor | None = None, sheets: int = 1
+) -> torch.Tensor:
     """Codes of whole planes into words.
 
-    codes: int16 `[pages, planes * 32, head_dim]` for planes `plane ..`; words: int16 `[pages, 32, head_dim]`
+    codes: int16 `[pages, planes * 32, head_dim]` for planes `plane ..`; words: int16 `[pages, sheets * 32, head_dim]`
     of the same pages as they are now (its planes from `plane` on are overwritten).
-    Returns int16 `[pages, 32, head_dim]`.
+    Returns int16 `[pages, sheets * 32, head_dim]`.
     """
     planes = codes.unflatten(1, (-1, ROWS)).to(torch.int32)
-    out = torch.zeros_like(planes[:, 0])
+    out = planes.new_zeros((len(codes), sheets, ROWS, codes.shape[2]))
+    first, field = divmod(plane, PLANES[bits])
     if words is not None:
-        out = words.to(torch.int32) & ((1 << (bits * plane)) - 1)
+        out[:, : first + 1] = words.unflatten(1, (sheets, ROWS))[:, : first + 1].to(torch.int32)
+        out[:, first] &= (1 << (bits * field)) - 1
     for j in range(planes.shape[1]):
-        out |= planes[:, j] << (bits * (plane + j))
-    return out.to(torch.int16)
+        sheet, field = divmod(plane + j, PLANES[bits])
+        out[:, sheet] |= planes[:, j] << (bits * field)
+    return out.to(torch.int16).flatten(1, 2)
 
 
 def unpack(words: torch.Tensor, bits: int, plane: int, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Codes of one plane: int16, the shape of `words`."""
+    """Codes of one plane: int16 `[..., 32, head_dim]` of words `[..., sheets * 32, head_dim]`."""
+    sheet, field = divmod(plane, PLANES[bits])
     # An arithmetic shift brings sign bits in from the left; the mask takes them off again.
-    codes = torch.bitwise_right_shift(words, bits * plane, out=out)
+    codes = torch.bitwise_right_shift(words[..., sheet * ROWS : (sheet + 1) * ROWS, :], bits * field, out=out)
     return codes.bitwise_and_(2**bits - 1)
 
 
@@ -68,23 +98,31 @@ class _Planes:
 
     def __init__(self, words: torch.Tensor, bits: int) -> None:
         self.words, self.bits = words, bits
-        self.codes = torch.empty(words.shape, dtype=torch.int16, device=words.device)
-        self.numbers = torch.empty(words.shape, dtype=torch.float32, device=words.device)
+        shape = (*words.shape[:-2], ROWS, words.shape[-1])
+        self.codes = torch.empty(shape, dtype=torch.int16, device=words.device)
+        self.numbers = torch.empty(shape, dtype=torch.float32, device=words.device)
 
     def __getitem__(self, plane: int) -> torch.Tensor:
         return self.numbers.copy_(unpack(self.words, self.bits, plane, self.codes))
 
 
 def planar_scores(
-    queries: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int
+    queries: torch.Tensor,
+    words: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    bits: int,
+    planes: int | None = None,
 ) -> torch.Tensor:
     """Inner products with keys that are quantised per channel in groups of whole planes.
 
-    queries: float32 `[rows, query, head_dim]`; words: int16 `[rows, pages, 32, head_dim]`; scale, zero:
-    float16 `[rows, pages, groups, head_dim]`. Returns float32 `[rows, query, pages * planes * 32]`.
+    queries: float32 `[rows, query, head_dim]`; words: int16 `[rows, pages, sheets * 32, head_dim]`; scale, zero:
+    float16 `[rows, pages, groups, head_dim]`; planes: of a page, all that one sheet has if not given.
+    Returns float32 `[rows, query, pages * planes * 32]`.
     """
     rows, pages, _, dim = words.shape
-    query, planes, groups = queries.shape[1], PLANES[bits], scale.shape[2]
+    query, groups = queries.shape[1], scale.shape[2]
+    planes = PLANES[bits] if planes is None else planes
     # The channel's scale goes into the query, so that a plane's codes enter the product as they are.
     spread = queries[:, None].expand(rows, pages, query, dim)
     shape = (groups, rows * pages, query)
@@ -98,16 +136,38 @@ def planar_scores(
     return out.view(planes, rows, pages, query, ROWS).permute(1, 3, 2, 0, 4).reshape(rows, query, -1)
 
 
+def planar_token_scores(
+    queries: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int
+) -> torch.Tensor:
+    """Inner products with keys that are quantised per token in groups of channels.
+
+    queries: float32 `[rows, query, head_dim]`; words: int16 `[rows, pages, 32, head_dim]`; scale, zero:
+    float16 `[rows, pages, planes, groups, 32]`. Returns float32 `[rows, query, pages * planes * 32]`.
+    """
+    rows, query, planes, groups = len(words), queries.shape[1], PLANES[bits], scale.shape[3]
+    query, planes, groups = queries.shape[1], PLANES[bits], scale.shape[3]
+    split = queries.unflatten(2, (groups, -1))
+    # One product for all groups: each has its own copy of the query, with the other groups' channels 0.
+    eye = torch.eye(groups, device=queries.device)
+    apart = (split[:, None] * eye[:, None, :, None]).flatten(3).flatten(1, 2)  # [rows, groups * query, head_dim]
+    out = torch.matmul(split.sum(-1)[:, None, None], zero.float())  # [rows, pages, planes, query, 32]
+    tile = _Planes(words, bits)
+    for j in range(planes):
+        products = torch.matmul(apart[:, None], tile[j].transpose(2, 3)).unflatten(2, (groups, query))
+        out[:, :, j] += (products * scale[:, :, j, :, None]).sum(2)
+    return out.permute(0, 3, 1, 2, 4).reshape(rows, query, -1)
+
+
 def planar_output(
     weights: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int
 ) -> torch.Tensor:
     """Values that are quantised per token in groups of channels, weighted.
 
-    weights: float32 `[rows, query, pages * planes * 32]`; words: int16 `[rows, pages, 32, head_dim]`; scale,
+    weights: float32 `[rows, query, pages * planes * 32]`; words: int16 `[rows, pages, sheets * 32, head_dim]`; scale,
     zero: float16 `[rows, pages, planes, groups, 32]`. Returns float32 `[rows, query, head_dim]`.
     """
     rows, pages, _, dim = words.shape
-    query, planes, groups = weights.shape[1], PLANES[bits], scale.shape[3]
+    query, planes, groups = weights.shape[1], scale.shape[2], scale.shape[3]
     # A token's scale goes into its weight.
     scaled = weights.new_empty((planes, groups, rows, query, pages, ROWS))
     split = weights.view(rows, query, pages, planes, ROWS).permute(3, 0, 1, 2, 4)

@@ -7,14 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from fivefold.errors import NonFiniteError, RecipeError
-from fivefold.kernels.pack import pack_pages
-from fivefold.kernels.packed_decode import Form, decode_page
-from fivefold.kernels.planar import (
-    PLANES,
-    dequantise,
-    planar_output,
-    planar_scores,
-)
+from fivefold.kernels.pack import pack_keys, pack_pages, pack_values
+from fivefold.kernels.packed_decode import Form, decode_keys, decode_values
+from fivefold.kernels.planar import PLANES, dequantise, planar_output, planar_scores, planes_of, sheets_of
 from fivefold.methods import Codec, Method, param, register
 from fivefold.store import Field, LayerSpec, PageLayout
 
@@ -38,21 +33,21 @@ class Kivi(Method):
     are exact. Scales and zero points are float16, and codes are taken against the stored ones; a constant
     group decodes exactly up to float16 (the official code divides by zero there).
 
-    Bytes per packed token of one head, of `head_dim` d, keys and values: `2 * d * 16 / (8 * planes)` codes,
-    with planes = 8, 5, 4, 2 for 2, 3, 4, 8 bits, and `4 * d / group + 4 * d / min(group, d)` scales and zero
-    points.
+    Keys and values may have bits of their own. A page then holds as many tokens as suit both: words hold 8, 5, 4
+    or 2 planes of 32 tokens at 2, 3, 4 or 8 bits, and a page has whole groups, as few bytes a token as can be, and
+    then as few tokens (`planes_of`): 256, 160, 128, 64 tokens for equal bits, 256 for 4 and 2, 480 for 3 and 2.
+
+    Bytes per packed token of one head, of `head_dim` d: `2 * d * sheets / planes` codes for keys and as many for
+    values, where P planes take ceil(P/8), ceil(P/5), ceil(P/4), ceil(P/2) sheets at 2, 3, 4, 8 bits (that is
+    `bits * d / 8` where the sheets are full, and 3.2 for 3), and `4 * d / group + 4 * d / min(group, d)` scales and
+    zero points.
     """
 
     bits: int = param(2, "bits a number", choices=(2, 3, 4, 8))
+    key_bits: int | None = param(None, "bits of keys, if not `bits`", choices=(None, 2, 3, 4, 8))
+    value_bits: int | None = param(None, "bits of values, if not `bits`", choices=(None, 2, 3, 4, 8))
     group: int = param(32, "tokens (keys) or channels (values) that share a scale", choices=(32, 64, 128))
     residual: int = param(128, "recent tokens that stay exact", low=0)
-
-    def check(self) -> None:
-        if PLANES[self.bits] * 32 % self.group:
-            raise RecipeError(
-                f"kivi(bits={self.bits}, group={self.group}) is not possible: a page of {self.bits} bits "
-                f"holds {PLANES[self.bits] * 32} tokens, which is no multiple of the group; use group=32."
-            )
 
     @property
     def exact_tokens(self) -> int:
@@ -64,32 +59,47 @@ class Kivi(Method):
             raise RecipeError(
                 f"kivi(group={self.group}) does not divide the model's head_dim of {spec.head_dim}: use another group."
             )
-        return KiviCodec(self.bits, self.group, channels, spec.head_dim)
+        return KiviCodec(self.key_bits or self.bits, self.group, channels, spec.head_dim, self.value_bits or self.bits)
+
+
+def check_finite(keys: torch.Tensor, values: torch.Tensor) -> float:
+    """The largest magnitude. Raises `NonFiniteError` if float16 scales cannot hold it."""
+    largest = 0.0
+    for name, x in (("keys", keys), ("values", values)):
+        peak = float(x.detach().abs().amax())
+        if not peak <= FLOAT16_MAX:  # also when it is NaN
+            raise NonFiniteError(
+                f"{name} to be packed reach {peak}, beyond what float16 scales can hold: use full() for this model, or "
+                "look for the layer that overflows."
+            )
+        largest = max(largest, peak)
+    return largest
 
 
 class KiviCodec(Codec):
-    """Planar pages of `bits`-bit codes (see `kernels/planar`), with their scales and zero points.
+    """Planar pages of codes (see `kernels/planar`), with their scales and zero points.
 
-    Fields, d = head_dim, P = planes: key_words, value_words int16 [32, d]; key_scale, key_zero float16
-    [P*32/group, d]; value_scale, value_zero float16 [P, d/channels, 32].
+    Fields, d = head_dim, P = planes, s = sheets of a side: key_words, value_words int16 [s*32, d]; key_scale, key_zero
+    float16 [P*32/group, d]; value_scale, value_zero float16 [P, d/channels, 32].
     """
 
-    form: Form
-
-    def __init__(self, bits: int, group: int, channels: int, head_dim: int) -> None:
-        planes = PLANES[bits]
-        self.form = Form(bits, group, channels, head_dim)
-        self.bits, self.group, self.channels, self.planes = bits, group, channels, planes
+    def __init__(self, bits: int, group: int, channels: int, head_dim: int, value_bits: int | None = None) -> None:
+        self.bits, self.value_bits = bits, value_bits or bits
+        self.group, self.channels = group, channels
+        self.planes = planes = planes_of(self.bits, self.value_bits, group)
+        # The kernels read pages of one sheet.
+        if self.bits == self.value_bits and planes == PLANES[bits]:
+            self.form = Form(bits, group, channels, head_dim)
         key_groups, value_groups = planes * 32 // group, head_dim // channels
         half = torch.float16
         self.layout = PageLayout(
-            f"kivi{bits}",
+            f"kivi{bits}" if bits == self.value_bits else f"kivi{bits}.{self.value_bits}",
             planes * 32,
             (
-                Field("key_words", (32, head_dim), torch.int16, "codes"),
+                Field("key_words", (sheets_of(bits, planes) * 32, head_dim), torch.int16, "codes"),
                 Field("key_scale", (key_groups, head_dim), half, "scales"),
                 Field("key_zero", (key_groups, head_dim), half, "scales"),
-                Field("value_words", (32, head_dim), torch.int16, "codes"),
+                Field("value_words", (sheets_of(self.value_bits, planes) * 32, head_dim), torch.int16, "codes"),
                 Field("value_scale", (planes, value_groups, 32), half, "scales"),
                 Field("value_zero", (planes, value_groups, 32), half, "scales"),
             ),
@@ -97,14 +107,7 @@ class KiviCodec(Codec):
         )
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        for name, x in (("keys", keys), ("values", values)):
-            peak = float(x.detach().abs().amax())
-            if not peak <= FLOAT16_MAX:  # also when it is NaN
-                raise NonFiniteError(
-                    f"{name} to be packed reach {peak}, beyond what float16 scales can hold: use "
-                    "full() for this model, or look for the layer that overflows."
-                )
-            self.peak = max(self.peak, peak)
+        self.peak = max(self.peak, check_finite(keys, values))
 
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
@@ -112,25 +115,41 @@ class KiviCodec(Codec):
         self.check(keys, values)
         names = [part.name for part in self.layout.fields]
         old = None if opened is None else tuple(opened[name] for name in names)
-        return dict(zip(names, pack_pages(self.form, keys, values, slot, old)))
+        if self.form is not None:
+            return dict(zip(names, pack_pages(self.form, keys, values, slot, old)))
+        sides = (None, None) if old is None else (old[:3], old[3:])
+        made = (
+            *pack_keys(keys, self.bits, self.group, self.planes, slot // 32, sides[0]),
+            *pack_values(values, self.value_bits, self.channels, self.planes, slot // 32, sides[1]),
+        )
+        return dict(zip(names, made))
 
     def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        return decode_page(self.form, tuple(fields[part.name] for part in self.layout.fields))
+        keys = decode_keys(fields["key_words"], fields["key_scale"], fields["key_zero"], self.bits, self.planes)
+        return keys, decode_values(fields["value_words"], fields["value_scale"], fields["value_zero"], self.value_bits)
 
     def take(
         self, fields: dict[str, torch.Tensor], pages: torch.Tensor, slots: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         plane, row = slots // 32, slots % 32
-        shift, mask = (self.bits * plane).to(torch.int16)[:, None], 2**self.bits - 1
-        codes = (fields["key_words"][pages, row] >> shift).bitwise_and_(mask)
+        codes = _codes(fields["key_words"], self.bits, pages, plane, row)
         group = slots // self.group
         keys = dequantise(codes, fields["key_scale"][pages, group], fields["key_zero"][pages, group])
-        codes = (fields["value_words"][pages, row] >> shift).bitwise_and_(mask).unflatten(1, (-1, self.channels))
+        codes = _codes(fields["value_words"], self.value_bits, pages, plane, row).unflatten(1, (-1, self.channels))
         scale, zero = (fields[name][pages, plane, :, row][:, :, None] for name in ("value_scale", "value_zero"))
         return keys, dequantise(codes, scale, zero).flatten(1)
 
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
-        return planar_scores(queries.float(), fields["key_words"], fields["key_scale"], fields["key_zero"], self.bits)
+        words, scale, zero = fields["key_words"], fields["key_scale"], fields["key_zero"]
+        return planar_scores(queries.float(), words, scale, zero, self.bits, self.planes)
 
     def output(self, weights: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
-        return planar_output(weights, fields["value_words"], fields["value_scale"], fields["value_zero"], self.bits)
+        words, scale, zero = fields["value_words"], fields["value_scale"], fields["value_zero"]
+        return planar_output(weights, words, scale, zero, self.value_bits)
+
+
+def _codes(words: torch.Tensor, bits: int, pages: torch.Tensor, plane: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """Codes of single tokens, int16 `[tokens, head_dim]`."""
+    sheet, field = plane // PLANES[bits], plane % PLANES[bits]
+    shift = (bits * field).to(torch.int16)[:, None]
+    return (words[pages, sheet * 32 + row] >> shift).bitwise_and_(2**bits - 1)

@@ -55,7 +55,7 @@ class DuoAttention(Method):
                     )
             return frozenset(self.retrieval)
         try:
-            profile = load_profile(self.retrieval or f"duo-{spec.model}", "duo", spec.model)
+            profile = load_profile(self.retrieval or f"duo-{spec.model}", "duo", spec.model, spec.config)
         except ProfileError as error:
             if self.retrieval:
                 raise

@@ -1,0 +1,35 @@
+"""Make the profiles that ship for the embedded model: of every method that learns, with its default parameters.
+
+    python scripts/smollm2_profiles.py [METHOD ...]
+
+What is there is made anew; a run that is broken off goes on where it stopped. `duo` does not learn from text: see
+`smollm2_retrieval_heads.py`.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import fivefold
+from fivefold.calibrate import signature
+from fivefold.calibrate.run import calibrate
+from fivefold.cli import _work_bar
+from fivefold.methods import registered
+from fivefold.models import smollm2
+
+
+def main() -> None:
+    model, tokenizer = smollm2.load()
+    profiles = Path(fivefold.__file__).parent / "profiles"
+    for method in sys.argv[1:] or [name for name, cls in registered().items() if cls.captures]:
+        work = Path(__file__).parents[1] / "build" / f"profile-{method}"
+        with _work_bar() as progress:
+            calibrate(model, tokenizer, f"{method}()", work, progress=progress)
+        folder = profiles / f"{method}-{signature(model.config)}"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.move(work, folder)
+        print(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""MiKV: important tokens stay precise, the others are packed instead of given up."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+
+from fivefold.errors import RecipeError
+from fivefold.kernels.planar import PLANES, dequantise, pack, planar_output, planar_token_scores, quantise, unpack
+from fivefold.methods import Codec, Method, TokenPolicy, param, register
+from fivefold.methods.bits.kivi import check_finite
+from fivefold.store import Context, Extent, Field, Held, LayerSpec, PageLayout
+
+_ROWS = 32
+
+
+@register(
+    slot="bits",
+    name="mikv",
+    paper="Yang et al., No Token Left Behind: Reliable KV Cache Compression via Importance-Aware Mixed Precision "
+    "Quantization, 2024 (arXiv:2402.18096)",
+)
+@dataclass(frozen=True)
+class MiKV(TokenPolicy):
+    """Every KV head holds all tokens: the `important` share of them precisely (`high` bits), the others in `low` bits
+    (section 3). Important are the newest ones, the `recent` share of these, and those that received most attention,
+    summed over all queries so far, as in H2O. Tokens go from the high tier to the low one, never back: what rounding
+    took is gone.
+
+    Low bits: asymmetric min-max quantisation of each token's key and value in groups of `group` channels. With
+    `balance`, keys are multiplied by b and queries divided by it (section 3.3), channel by channel, b =
+    sqrt(max|q| / max|k|) over the first chunk that a sequence has read: channels in which keys are large and queries
+    small lose their outliers. The largest magnitudes of a group's query heads count.
+
+    high=16 keeps important tokens as the model made them; high=8 rounds each one's key and value to 8 bits, the newest
+    token's too. A head with a window holds the newest `important` share of it precisely.
+
+    `unbias` is ours, not the paper's. Rounding adds noise to a token's score before the softmax, and the mean of an
+    exponential grows with the variance of its exponent: many coarse tokens together then draw attention that none of
+    them has earned. In decoding steps half the variance that rounding to `low` bits has, |q|^2 scale^2 / 12 summed over
+    the groups of channels, is taken off each coarse token's score.
+
+    There is no official code: this follows the paper's text as known to us, and holds as many tokens precisely of the
+    whole text, while generating too. Tokens move 32 at a time, so that up to 31 more than that are in the high tier.
+
+    Bytes per head of head_dim d: in the low tier 2 * d * 16 / (8 * planes) + 8 * d / group for a token, with planes =
+    8, 5, 4 for 2, 3, 4 bits; in the high tier 2 * d * (the model's bytes), or 2 * d + 8 with high=8; and 8 bytes for
+    each token (position, score).
+    """
+
+    important: float = param(0.2, "fraction of the tokens that stay precise", low=0.001, high=1)
+    high: int = param(16, "bits of these: 16 is as the model made them", choices=(8, 16))
+    low: int = param(2, "bits of the others", choices=(2, 3, 4))
+    balance: bool = param(True, "whether outliers of the keys' channels are moved into the queries")
+    unbias: bool = param(True, "whether what noise adds to the attention of coarse tokens is taken off (ours)")
+    recent: float = param(0.5, "fraction of the precise tokens that are the newest", low=0, high=1)
+    group: int = param(32, "channels that share a scale", choices=(32, 64, 128))
+
+    keep = 1.0
+    demotes = True
+
+    def budget(self, held: Held) -> int:
+        return max(1, round(self.important * held.seen))
+
+    def residual(self, extent: Extent) -> int:
+        return max(1, round(self.important * (extent.recent or 0)))
+
+    def priority(self, held: Held, budget: int) -> torch.Tensor:
+        return held.scores.masked_fill(held.newest(int(self.recent * budget)), float("inf"))
+
+    def excludes(self, other: Method) -> str | None:
+        if isinstance(other, TokenPolicy):
+            return f"both choose tokens by their attention; use kivi beside {other.name}, or mikv alone."
+        return None
+
+    def codec(self, spec: LayerSpec) -> TokenCodec:
+        channels = min(self.group, spec.head_dim)
+        if spec.head_dim % channels:
+            raise RecipeError(
+                f"mikv(group={self.group}) does not divide the model's head_dim of {spec.head_dim}: use another group."
+            )
+        return TokenCodec(self.low, channels, spec.head_dim, self.balance, self.unbias)
+
+
+class TokenCodec(Codec):
+    """Planar pages whose keys and values are both quantised token by token, in groups of channels.
+
+    Fields, d = head_dim, P = planes: key_words, value_words int16 [32, d]; key_scale, key_zero, value_scale, value_zero
+    float16 [P, d/channels, 32].
+    """
+
+    group = _ROWS
+
+    def __init__(self, bits: int, channels: int, head_dim: int, balance: bool, unbias: bool = False) -> None:
+        self.bits, self.channels, self.planes, self.unbias = bits, channels, PLANES[bits], unbias
+        self.contextual = balance
+        self.balance: torch.Tensor | None = None
+        shape, half = (self.planes, head_dim // channels, _ROWS), torch.float16
+        self.layout = PageLayout(
+            f"token{bits}",
+            self.planes * _ROWS,
+            tuple(
+                field
+                for name in ("key", "value")
+                for field in (
+                    Field(f"{name}_words", (_ROWS, head_dim), torch.int16, "codes"),
+                    Field(f"{name}_scale", shape, half, "scales"),
+                    Field(f"{name}_zero", shape, half, "scales"),
+                )
+            ),
+        )
+
+    def learn(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inputs: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        ratio = queries.abs().amax((1, 2)).float() / keys.abs().amax(1).float()
+        # A channel that is never used, on either side, needs no balance.
+        return {"balance": torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0).sqrt()}
+
+    def of(self, context: Context) -> Codec:
+        bound = copy.copy(self)
+        bound.balance = context.learned["balance"]
+        return bound
+
+    def _balanced(self, keys: torch.Tensor, back: bool) -> torch.Tensor:
+        """Keys of pages `[rows * pages, token, head_dim]` times their rows' balance, or divided by it."""
+        if self.balance is None:
+            return keys
+        rows, dim = self.balance.shape
+        balance = self.balance if not back else 1 / self.balance
+        return (keys.view(rows, -1, dim) * balance[:, None]).view(keys.shape)
+
+    def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.peak = max(self.peak, check_finite(keys, values))
+
+    def encode(
+        self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
+    ) -> dict[str, torch.Tensor]:
+        self.check(keys, values)
+        plane, out = slot // _ROWS, {}
+        for name, x in (("key", self._balanced(keys.float().contiguous(), False)), ("value", values.float())):
+            codes, *scales = quantise(x.unflatten(2, (-1, self.channels)), self.bits)
+            words = None if opened is None else opened[f"{name}_words"]
+            out[f"{name}_words"] = pack(codes.flatten(2), self.bits, plane, words)
+            for part, scale in zip(("scale", "zero"), scales):
+                # By plane, group of channels and row of the plane.
+                new = scale.squeeze(-1).unflatten(1, (-1, _ROWS)).transpose(2, 3)
+                if opened is None:
+                    whole = new.new_zeros((len(new), self.planes, *new.shape[2:]))
+                else:
+                    whole = opened[f"{name}_{part}"].clone()
+                whole[:, plane : plane + new.shape[1]] = new
+                out[f"{name}_{part}"] = whole
+        return out
+
+    def _decoded(self, fields: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+        words = fields[f"{name}_words"]
+        codes = torch.cat([unpack(words, self.bits, j) for j in range(self.planes)], 1)
+        scale, zero = (fields[f"{name}_{x}"].transpose(2, 3).flatten(1, 2)[..., None] for x in ("scale", "zero"))
+        return dequantise(codes.unflatten(2, (-1, self.channels)), scale, zero).flatten(2)
+
+    def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._balanced(self._decoded(fields, "key"), True), self._decoded(fields, "value")
+
+    def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
+        queries = queries.float() if self.balance is None else queries.float() / self.balance[:, None]
+        parts = (fields["key_words"], fields["key_scale"], fields["key_zero"])
+        out = planar_token_scores(queries, *parts, self.bits)
+        if self.unbias:
+            # [rows, 1, 1, query, groups] by [rows, pages, planes, groups, 32]
+            size = queries.unflatten(2, (-1, self.channels)).square().sum(-1)[:, None, None]
+            variance = torch.matmul(size, fields["key_scale"].float().square() / 12)
+            out -= variance.permute(0, 3, 1, 2, 4).reshape(out.shape) / 2
+        return out
+
+    def output(self, weights: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
+        return planar_output(weights, fields["value_words"], fields["value_scale"], fields["value_zero"], self.bits)

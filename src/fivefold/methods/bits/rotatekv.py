@@ -1,0 +1,353 @@
+"""RotateKV: keys before RoPE and values, rotated by Hadamard matrices so that no channel stands out, then quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+
+from fivefold.calibrate.learner import Capture, Learner, Progress
+from fivefold.calibrate.profile import Profile, load_profile
+from fivefold.errors import NonFiniteError, ProfileError, RecipeError
+from fivefold.kernels.hadamard import exists, transform
+from fivefold.kernels.planar import PLANES, dequantise, pack, planar_output, quantise, unpack
+from fivefold.methods import Codec, Method, param, register
+from fivefold.store import Context, Field, LayerSpec, PageLayout
+
+FLOAT16_MAX = torch.finfo(torch.float16).max
+# Numbers of keys that are made again at a time, so that they stay in the processor's cache.
+SLICE = 1 << 18
+
+
+@register(
+    slot="bits",
+    name="rotatekv",
+    paper="Su et al., RotateKV: Accurate and Robust 2-Bit KV Cache Quantization for LLMs via Outlier-Aware Adaptive "
+    "Rotations, IJCAI 2025 (arXiv:2501.16383)",
+)
+@dataclass(frozen=True)
+class RotateKV(Method):
+    """Keys before RoPE times an orthonormal Hadamard matrix over `head_group` heads together, values over each head;
+    then min-max quantisation per token in groups of channels, with clipping (section 3).
+
+    The channels of a pair that RoPE turns stand side by side when they are rotated, and not in their usual order; a
+    Hadamard matrix with its rows in another order is one still. Which rotated channels share a scale is calibrated:
+    they are sorted by their sum over a text, so that channels of like size stand together ("outlier-aware"; as the
+    official code does it, which reorders what it has rotated). Sorting needs only the mean of each channel, whose
+    rotation is known for any subset of heads. On read the rotation is undone, then RoPE applied; that of values is
+    undone on the weighted sum, so that the model's weights stay as they are. Powers of two are not needed: 3 heads of
+    64 channels have a Hadamard matrix of order 192.
+
+    Attention sinks are found by massive activations: the (up to `sinks`) tokens of a sequence's first chunk that hold
+    the largest of the 20 largest entries of a layer's input, as the official code does (which keeps all of up to 20).
+    They are kept exact.
+
+    `clip` shrinks each group's range about its middle; the official code multiplies both ends, which for groups that
+    lie on one side of zero, as sorted channels do, cuts one end and widens the other. Zero points are float16 minima,
+    there rounded to whole steps.
+
+    Bytes per packed token of one head, of head_dim d, keys and values: `2 * d * 16 / (8 * planes)` codes, planes = 8,
+    5, 4 for 2, 3, 4 bits, and `8 * d / group` scales and zero points: as many as KIVI with the same group. Further
+    2 * `sinks` bytes a page, and `(2 d * itemsize + 8) * sinks` a head.
+    """
+
+    captures: ClassVar[tuple[Capture, ...]] = ("keys",)
+
+    bits: int = param(2, "bits a number", choices=(2, 3, 4))
+    group: int = param(32, "channels that share a scale", choices=(32, 64, 128))
+    head_group: int = param(4, "heads whose keys are rotated together, at most", low=1)
+    clip: float | None = param(None, "part of a group's range that is covered; 0.8 for 2 bits, else 1", low=0.1, high=1)
+    sinks: int = param(4, "attention sinks that stay exact, at most", low=0, high=20)
+    residual: int = param(64, "recent tokens that stay exact", low=0)
+    profile: str | None = param(None, "folder of a profile, if not the one that ships for the model")
+
+    @property
+    def exact_tokens(self) -> int:
+        return self.residual
+
+    @property
+    def covered(self) -> float:
+        return self.clip if self.clip is not None else 0.8 if self.bits == 2 else 1.0
+
+    def learner(self, specs: Sequence[LayerSpec]) -> Learner:
+        return RotateLearner(specs)
+
+    def codec(self, spec: LayerSpec) -> RotateCodec:
+        if spec.rope is None:
+            raise RecipeError(f"rotatekv() stores keys as they are before RoPE, and {spec.no_rope}: use kivi().")
+        if not exists(spec.head_dim) or spec.head_dim % min(self.group, spec.head_dim):
+            raise RecipeError(
+                f"rotatekv(group={self.group}) cannot rotate heads of {spec.head_dim} channels: use kivi() for this "
+                "model."
+            )
+        where = self.profile or f"rotatekv-{spec.model}"
+        try:
+            profile = load_profile(where, "rotatekv", spec.model, spec.config)
+        except ProfileError as error:
+            if self.profile:
+                raise
+            raise ProfileError(
+                f"rotatekv() has learned nothing of this model ({spec.model}): run fivefold calibrate --recipe "
+                "'rotatekv()', and give the folder as rotatekv(profile=...)."
+            ) from error
+        return RotateCodec(self, spec, profile)
+
+
+class RotateLearner(Learner):
+    """The profile holds `key_mean` float32 [layer, kv_heads * head_dim]: the mean key before RoPE."""
+
+    def __init__(self, specs: Sequence[LayerSpec]) -> None:
+        super().__init__()
+        self.layers = [spec.layer for spec in specs]
+
+    def see(self, layer: int, captured: dict[Capture, torch.Tensor]) -> None:
+        keys = captured["keys"].double()
+        self.add(f"keys.{layer}", keys.sum((0, 2)).flatten())
+        self.add(f"tokens.{layer}", torch.tensor(float(keys.shape[0] * keys.shape[2]), dtype=torch.float64))
+
+    def finish(self, progress: Progress) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        means = [(self.sums[f"keys.{layer}"] / self.sums[f"tokens.{layer}"]).float() for layer in self.layers]
+        return {"layers": self.layers}, {"key_mean": torch.stack(means)}
+
+
+def rotate(keys: torch.Tensor, together: int, block: int, back: bool = False) -> torch.Tensor:
+    """Keys `[..., together * head_dim]`, `block` heads at a time times a Hadamard matrix."""
+    return transform(keys.unflatten(-1, (together // block, -1)), back).flatten(-2)
+
+
+def heads_together(heads: int, head_group: int, head_dim: int) -> int:
+    """How many of `heads` heads are rotated together: at most `head_group`, a divisor, an order that has a matrix."""
+    possible = [n for n in range(1, min(head_group, heads) + 1) if heads % n == 0 and exists(n * head_dim)]
+    return max(possible)
+
+
+@lru_cache(maxsize=1024)
+def order_of(mean: torch.Tensor, layer: int, channels: tuple[int, ...], heads: int, block: int) -> torch.Tensor:
+    """The order of rotated channels by their mean: int64 `[channels]`."""
+    return rotate(mean[layer, list(channels)].double(), heads, block).argsort(stable=True)
+
+
+def massive(inputs: torch.Tensor, count: int) -> torch.Tensor:
+    """Tokens of a layer's input `[sequences, token, hidden]` that hold the largest of its 20 largest entries: int64
+    `[sequences, count]`, the largest first, -1 where there are fewer."""
+    out = inputs.new_full((len(inputs), count), -1, dtype=torch.int64)
+    peaks = inputs.abs().flatten(1).topk(min(20, inputs[0].numel()), 1).indices // inputs.shape[2]
+    for row, tokens in enumerate(peaks.tolist()):
+        found = list(dict.fromkeys(tokens))[:count]
+        out[row, : len(found)] = torch.tensor(found)
+    return out
+
+
+class RotateCodec(Codec):
+    """Planar pages (see `kernels/planar`) of rotated keys and values.
+
+    Fields, d = head_dim, P = planes: key_words, value_words int16 [32, d]; key_scale, key_zero, value_scale, value_zero
+    float16 [P, d / group, 32]; sinks int16 [sinks], the slots of exact tokens, -1 for none. A head's key words hold an
+    equal share of the rotated channels of all heads that are together; its scales an equal share of the groups, which
+    are made of channels of all of them.
+    """
+
+    contextual = True
+    group = 32
+
+    def __init__(self, method: RotateKV, spec: LayerSpec, profile: Profile) -> None:
+        assert spec.rope is not None
+        self.method, self.spec, self.profile, self.rope = method, spec, profile, spec.rope
+        self.planes, self.channels = PLANES[method.bits], min(method.group, spec.head_dim)
+        dim, half = spec.head_dim, torch.float16
+        grouped = (self.planes, dim // self.channels, 32)
+        fields = []
+        for name in ("key", "value"):
+            fields += [
+                Field(f"{name}_words", (32, dim), torch.int16, "codes"),
+                Field(f"{name}_scale", grouped, half, "scales"),
+                Field(f"{name}_zero", grouped, half, "scales"),
+            ]
+        if method.sinks:
+            fields.append(Field("sinks", (method.sinks,), torch.int16, "other"))
+        self.layout = PageLayout(f"rotatekv{method.bits}", self.planes * 32, tuple(fields))
+        self.shifts = torch.arange(self.planes, dtype=torch.int16)[:, None, None] * method.bits
+        self._orders: dict[tuple[tuple[int, ...], ...], tuple[torch.Tensor, ...]] = {}
+
+    def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        # A rotation of n channels makes numbers at most sqrt(n) times as large.
+        limit = FLOAT16_MAX / (self.spec.kv_heads * self.spec.head_dim) ** 0.5
+        for name, x in (("keys", keys), ("values", values)):
+            peak = float(x.detach().abs().amax())
+            if not peak <= limit:  # also when it is NaN
+                raise NonFiniteError(
+                    f"{name} to be packed reach {peak}, beyond what float16 scales can hold once they are rotated: use "
+                    "full() for this model, or look for the layer that overflows."
+                )
+
+    def learn(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inputs: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        if not self.method.sinks:
+            return {}
+        where = massive(inputs.float(), self.method.sinks).repeat_interleave(len(keys) // len(inputs), 0)
+        index = where.clamp(min=0)[:, :, None].expand(-1, -1, keys.shape[2])
+        absent = (where < 0)[:, :, None]  # equal to no key
+        return {
+            "sink_keys": keys.gather(1, index).masked_fill(absent, float("nan")),
+            "sink_values": values.gather(1, index),
+        }
+
+    def orders(self, context: Context) -> tuple[torch.Tensor, ...]:
+        """The order of rotated channels, int64 `[groups or 1, n]`; for each of their groups 1 at its channels, float32
+        `[groups or 1, n / group, n]`, and the same with the rotation undone."""
+        groups, dim = tuple(context.groups), self.spec.head_dim
+        if groups not in self._orders:
+            layer, heads = self.profile.settings["layers"].index(self.spec.layer), context.together
+            mean, block, each = self.profile.tensors["key_mean"], self.block(heads), []
+            for part in groups:
+                channels = (torch.tensor(part)[:, None] * dim + self.rope.order).flatten().tolist()
+                each.append(order_of(mean, layer, tuple(channels), heads, block))
+            order = torch.stack(each)
+            members = torch.nn.functional.one_hot(order.argsort(1) // self.channels).transpose(1, 2).float()
+            made = order, members, rotate(members, heads, block, back=True)
+            self._orders[groups] = tuple(x.to(self.spec.device) for x in made)
+        return self._orders[groups]
+
+    def block(self, heads: int) -> int:
+        return heads_together(heads, self.method.head_group, self.spec.head_dim)
+
+    def of(self, context: Context) -> _Bound:
+        return _Bound(self, context)
+
+
+class _Bound(Codec):
+    """The codec on the pages of some rows."""
+
+    contextual = True
+
+    def __init__(self, codec: RotateCodec, context: Context) -> None:
+        self.codec, self.context, self.layout, self.group = codec, context, codec.layout, codec.group
+        self.order, self.members, self.unrotated = codec.orders(context)
+        self.block = codec.block(context.together)
+
+    def encode(
+        self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
+    ) -> dict[str, torch.Tensor]:
+        codec, context, tokens = self.codec, self.context, keys.shape[1]
+        codec.check(keys, values)
+        rope, together = codec.rope, context.together
+        unturned = rope.turn(context.join(keys.float()[..., rope.order]), rope.phases_of(context).conj())
+        rotated = rotate(unturned.flatten(2), together, self.block)
+        order = self.order[:, None].expand(*rotated.shape[:2], -1)
+        sorted_ = rotated.gather(2, order).unflatten(2, (together, -1))
+        codes, *ends = self._quantise(sorted_)
+        # The codes go back to where their channels stand; the scales stay in the order of the groups.
+        codes = torch.empty_like(order, dtype=torch.int16).scatter_(2, order, codes.flatten(2))
+        key = [context.part(x, tokens) for x in (codes.unflatten(2, (together, -1)), *ends)]
+        value = self._quantise(transform(values.float()))
+        out: dict[str, torch.Tensor] = {}
+        for name, (words, scale, zero) in (("key", key), ("value", value)):
+            old = None if opened is None else opened[f"{name}_words"]
+            out[f"{name}_words"] = pack(words, codec.method.bits, slot // 32, old)
+            for part, x in (("scale", scale), ("zero", zero)):
+                new = x.unflatten(1, (-1, 32)).transpose(2, 3)
+                shape = (len(new), codec.planes, *new.shape[2:])
+                whole = new.new_zeros(shape) if opened is None else opened[f"{name}_{part}"].clone()
+                whole[:, slot // 32 : slot // 32 + new.shape[1]] = new
+                out[f"{name}_{part}"] = whole
+        if codec.method.sinks:
+            out["sinks"] = self._marks(keys, slot, None if opened is None else opened["sinks"])
+        return out
+
+    def _quantise(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes, the shape of x `[..., n]`, and scales and zero points `[..., n / group]`."""
+        grouped = x.unflatten(-1, (-1, self.codec.channels))
+        if self.codec.method.covered < 1:
+            low, high = grouped.aminmax(dim=-1, keepdim=True)
+            cut = (high - low) * ((1 - self.codec.method.covered) / 2)
+            grouped = torch.minimum(torch.maximum(grouped, low + cut), high - cut)
+        codes, scale, zero = quantise(grouped, self.codec.method.bits)
+        return codes.flatten(-2), scale.squeeze(-1), zero.squeeze(-1)
+
+    def _marks(self, keys: torch.Tensor, slot: int, opened: torch.Tensor | None) -> torch.Tensor:
+        """The slots of sinks in pages whose slots from `slot` on hold `keys`: int16 `[pages, sinks]`.
+
+        A sink is known by its key: another token, come in its place after a crop, or one that others were merged into,
+        has another.
+        """
+        sinks = self.context.learned["sink_keys"].repeat_interleave(len(keys) // self.context.rows, 0).to(keys.dtype)
+        marks = torch.full(sinks.shape[:2], -1, dtype=torch.int16, device=keys.device)
+        if opened is not None:
+            marks = torch.where(opened < slot, opened, marks)
+        page, token, sink = (keys[:, :, None, 0] == sinks[:, None, :, 0]).nonzero().unbind(1)
+        same = (keys[page, token] == sinks[page, sink]).all(1)
+        marks[page[same], sink[same]] = (token[same] + slot).to(torch.int16)
+        return marks
+
+    def _sinks(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """(row, slot, sink) of all exact tokens, slots counted over a row's pages; None if there are none."""
+        if not self.codec.method.sinks:
+            return None
+        marks = fields["sinks"].reshape(self.context.rows, -1, self.codec.method.sinks)
+        row, page, sink = (marks >= 0).nonzero().unbind(1)
+        return (row, page * self.layout.tokens + marks[row, page, sink].long(), sink) if len(row) else None
+
+    def _keys(self, fields: dict[str, torch.Tensor], phases: torch.Tensor) -> torch.Tensor:
+        """Keys after RoPE, channels in the paired order: `[groups, tokens, together, head_dim]`."""
+        codec, context = self.codec, self.context
+        shape = fields["key_words"].shape
+        words = fields["key_words"].reshape(-1, *shape[-2:])
+        # All planes at once: int16 is half the memory, and made into float32 where it lies in order.
+        codes = (words[:, None] >> codec.shifts.to(words.device)).bitwise_and_(2**codec.method.bits - 1)
+        ends = []
+        for name in ("key_scale", "key_zero"):
+            by_token = fields[name].reshape(len(words), codec.planes, -1, 32).transpose(2, 3).float()
+            ends.append(context.join(by_token.flatten(1, 2)).flatten(2))
+        # A group's scale at all of its channels; its zero point as the same vector always, which is rotated but once.
+        rotated = (ends[0] @ self.members).mul_(context.join(codes.flatten(1, 2)).flatten(2))
+        keys = rotate(rotated, context.together, self.block, back=True).add_(ends[1] @ self.unrotated)
+        return codec.rope.turn(keys.unflatten(2, (context.together, -1)), phases)
+
+    def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        context, codec = self.context, self.codec
+        keys = self._keys(fields, codec.rope.phases_of(context))[..., codec.rope.back].transpose(1, 2).flatten(0, 1)
+        values = []
+        scale, zero = (fields[f"value_{name}"].transpose(2, 3)[..., None] for name in ("scale", "zero"))
+        for j in range(codec.planes):
+            codes = unpack(fields["value_words"], codec.method.bits, j).unflatten(2, (-1, codec.channels))
+            values.append(dequantise(codes, scale[:, j], zero[:, j]).flatten(2))
+        whole = transform(torch.cat(values, 1), back=True).reshape(keys.shape)
+        sinks = self._sinks(fields)
+        if sinks is not None:
+            row, slot, sink = sinks
+            keys[row, slot] = context.learned["sink_keys"][row, sink].float()
+            whole[row, slot] = context.learned["sink_values"][row, sink].float()
+        shape = (-1, self.layout.tokens, keys.shape[2])
+        return keys.reshape(shape), whole.reshape(shape)
+
+    def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
+        queries, page = queries.float(), self.layout.tokens
+        rows, pages = fields["key_words"].shape[:2]
+        paired, phases = self.codec.rope.pair(queries), self.codec.rope.phases_of(self.context)
+        out = queries.new_empty((rows, queries.shape[1], pages * page))
+        step = max(1, SLICE // (rows * page * queries.shape[2]))
+        for first in range(0, pages, step):
+            at = slice(first * page, min(first + step, pages) * page)
+            keys = self._keys({name: x[:, first : first + step] for name, x in fields.items()}, phases[:, at])
+            out[:, :, at] = paired @ keys.permute(0, 2, 3, 1).flatten(0, 1)
+        sinks = self._sinks(fields)
+        if sinks is not None:
+            row, slot, sink = sinks
+            exact = self.context.learned["sink_keys"][row, sink].float()
+            out[row, :, slot] = (queries[row] @ exact[:, :, None])[..., 0]
+        return out
+
+    def output(self, weights: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
+        sinks, exact = self._sinks(fields), None
+        if sinks is not None:
+            row, slot, sink = sinks
+            exact = weights[row, :, slot][..., None] * self.context.learned["sink_values"][row, sink, None].float()
+            weights = weights.clone()
+            weights[row, :, slot] = 0
+        words, scale, zero = (fields[f"value_{name}"] for name in ("words", "scale", "zero"))
+        out = transform(planar_output(weights, words, scale, zero, self.codec.method.bits), back=True)
+        return out if exact is None else out.index_add_(0, row, exact)

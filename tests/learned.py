@@ -1,0 +1,28 @@
+"""Profiles of the tiny models, made by the methods' own learners from random text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conftest import VOCAB
+from fivefold.calibrate.profile import Profile, config_hash, save_profile, signature
+from fivefold.models.capture import capturing
+from fivefold.models.huggingface import make_cache
+from fivefold.recipe import Recipe
+
+
+def learn(model: Any, recipe: str, folder: Path, chunks: int = 4) -> str:
+    """A profile of the recipe's first method in `folder`, whose name is returned."""
+    method = Recipe.parse(recipe).methods[0]
+    learner = method.learner([store.spec for store in make_cache(model, Recipe()).state.stores.values()])
+    generator = torch.Generator().manual_seed(1)
+    with torch.inference_mode(), capturing(model, method.captures, learner.see):
+        for _ in range(chunks):
+            model(torch.randint(1, VOCAB, (1, 256), generator=generator), use_cache=False)
+    settings, tensors = learner.finish(lambda done, total, what: None)
+    made = Profile(method.name, signature(model.config), settings, tensors, config_hash(model.config))
+    save_profile(folder, made)
+    return str(folder)
