@@ -156,3 +156,21 @@ def test_calls_that_ask_for_more_go_through_the_model(model) -> None:
     assert isinstance(twin.forward, Forward) and twin.forward.model is twin
     fivefold.restore(model)
     assert "forward" not in vars(model)
+
+
+def test_a_forward_that_was_there_before_stays(model) -> None:
+    calls = []
+
+    def forward(*args, **kwargs):
+        calls.append(1)
+        return type(model).forward(model, *args, **kwargs)
+
+    model.forward = forward
+    cache = fivefold.compress(model, "full()", cuda_graph=True)
+    with torch.inference_mode():
+        model(ids(1, 40, model.device), past_key_values=cache)
+        model(ids(1, 1, model.device), past_key_values=cache)
+    assert cache.step.replays == 1 and len(calls) >= 2
+    fivefold.restore(model)
+    assert model.forward is forward
+    del model.forward

@@ -36,6 +36,8 @@ class Forward:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        # Somebody else's, put there before.
+        self.before: Callable[..., Any] | None = vars(model).get("forward")
         functools.update_wrapper(self, model.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -52,10 +54,12 @@ class Forward:
 
     @property
     def plain(self) -> Callable[..., Any]:
-        return functools.partial(type(self.model).forward, self.model)
+        return self.before or functools.partial(type(self.model).forward, self.model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
-        return Forward(copy.deepcopy(self.model, memo))
+        twin = Forward(copy.deepcopy(self.model, memo))
+        twin.before = copy.deepcopy(self.before, memo)
+        return twin
 
 
 def install(model: PreTrainedModel) -> None:
@@ -65,8 +69,12 @@ def install(model: PreTrainedModel) -> None:
 
 
 def remove(model: PreTrainedModel) -> None:
-    if isinstance(vars(model).get("forward"), Forward):
+    """Undo `install`."""
+    mine = vars(model).get("forward")
+    if isinstance(mine, Forward):
         del model.forward
+        if mine.before is not None:
+            model.forward = mine.before
 
 
 class Step:

@@ -1,0 +1,89 @@
+"""What the packed decoding kernel compiles to for an H100: registers, spills, instructions per number of its loop.
+
+python benchmarks/instructions.py
+
+Needs Triton, but no GPU. A thread-instruction per number of keys and values: an H100 issues 29.7e12 a second in all.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fivefold.kernels.packed_decode import Form
+from fivefold.kernels.packed_decode import triton as kernel
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+WARPS = 2
+
+
+def compiled(form: Form) -> triton.compiler.CompiledKernel:
+    """`_packed` as a step of eight rows with four query heads each launches it."""
+    types = {
+        "queries": "*bf16", "table": "*i64", "spans": "*i32", "starts": "*i32", "out": "*fp32", "lse": "*fp32",
+        "scale": "fp32", "rows": "i32", "columns": "i32", "heads": "i32",
+    }  # fmt: skip
+    stages = kernel._STAGES[form.bits]
+    constants = {
+        "N": 8, "D": form.head_dim, "BITS": form.bits, "GROUP": form.group, "CHANNELS": form.channels,
+        "SPAN": kernel.SPAN, "R": 8, "ASM": True, "STAGES": stages,
+    }  # fmt: skip
+    names = kernel._packed.arg_names
+    source = ASTSource(
+        fn=kernel._packed,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs=constants,
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t[0] == "*"},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS, "num_stages": stages})
+
+
+def loop(cubin: bytes) -> list[str]:
+    """The instructions of the longest loop."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([TOOLS / "cuobjdump", "-sass", file.name], capture_output=True, text=True).stdout
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.M)
+    lines = [(int(at, 16), code) for at, code in found]
+    loops = [
+        [code for place, code in lines if int(target[1], 16) <= place <= at]
+        for at, code in lines
+        if (target := re.search(r"BRA.*?(0x[0-9a-f]+)", code)) and int(target[1], 16) < at
+    ]
+    return max(loops, key=len)
+
+
+def resources(ptx: str) -> str:
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [TOOLS / "ptxas", "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True).stderr
+    registers = re.search(r"Used (\d+) registers", said)
+    spilled = re.search(r"(\d+) bytes spill stores", said)
+    assert registers and spilled
+    return f"{registers[1]} registers, {spilled[1]} bytes spilled"
+
+
+def main() -> None:
+    print(f"Triton {triton.__version__}")
+    for bits, group in ((2, 32), (2, 128), (3, 32), (4, 32), (4, 128), (8, 32)):
+        form = Form(bits, group, group, 128)
+        result = compiled(form)
+        codes = loop(result.asm["cubin"])
+        each = len(codes) * 32 * WARPS / (form.tokens * 2 * form.head_dim)
+        kinds = Counter(re.sub(r"^@!?U?P\w+ ", "", code).split()[0].split(".")[0] for code in codes)
+        most = ", ".join(f"{name} {count}" for name, count in kinds.most_common(7))
+        print(f"{bits} bits, groups of {group}: {each:.2f} per number; {resources(result.asm['ptx'])}; {most}")
+
+
+if __name__ == "__main__":
+    main()
