@@ -22,7 +22,7 @@ from fivefold.errors import CacheStateError
 from fivefold.methods.bits.kivi import Kivi
 from fivefold.models.graph import Forward
 from fivefold.store.layer_cache import LayerCache, LayerSpec, Pools
-from fivefold.store.tiers import Extent
+from fivefold.store.tiers import PAGE, Extent
 
 pytest.importorskip("triton", reason="needs Triton")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -201,6 +201,7 @@ def test_tables_follow_whatever_happens_to_the_pages(seed: int, monkeypatch) -> 
         for index in range(2)
     }
     others: list[dict[int, LayerCache]] = []
+    elsewhere: list[torch.Tensor] = []
     tables: FixedTables | None = None
 
     def append(tokens: int, sequences: np.ndarray | None = None) -> None:
@@ -214,6 +215,9 @@ def test_tables_follow_whatever_happens_to_the_pages(seed: int, monkeypatch) -> 
         for store in stores.values():
             for cohort in store.cohorts:
                 store.make_room(cohort)
+                slots = np.full(len(cohort.rows), cohort.geometry.length % PAGE)
+                for name in ("keys", "values"):
+                    store.exact_pool.write_tokens(name, cohort.exact[:, -1], slots, torch.randn(len(slots), 64))
                 cohort.geometry = cohort.geometry.appended(1)
 
     for store in stores.values():
@@ -237,8 +241,17 @@ def test_tables_follow_whatever_happens_to_the_pages(seed: int, monkeypatch) -> 
             order = np.array([random.randrange(3) for _ in range(3)])
             for store in stores.values():
                 store.select(order)
-        elif kind == "trim":
+        elif kind == "trim":  # page ids come again for memory elsewhere
+            append(count := random.randint(70, 300))
+            tables = None if tables is None else tables if tables.fit() else FixedTables(stores)
+            if tables is not None:
+                tables.update()
+            with contextlib.suppress(CacheStateError):
+                for store in stores.values():
+                    store.crop(count)
             pools.budget.trim()
+            elsewhere += [torch.empty(size) for size in (1 << 16, 1 << 18, 1 << 20)]
+            append(count)
         step()
         if tables is None or not tables.fit():
             tables, made = FixedTables(stores), made + 1
