@@ -17,9 +17,15 @@ from fivefold.recipe import Recipe
 def learn(model: Any, recipe: str, folder: Path, chunks: int = 4) -> str:
     """A profile of the recipe's first method in `folder`, whose name is returned."""
     method = Recipe.parse(recipe).methods[0]
-    learner = method.learner([store.spec for store in make_cache(model, Recipe()).state.stores.values()])
+    specs = {index: store.spec for index, store in make_cache(model, Recipe()).state.stores.items()}
+    learner = method.learner(list(specs.values()))
+
+    def see(layer: int, captured: Any) -> None:
+        if layer in specs:
+            learner.see(layer, captured)
+
     generator = torch.Generator().manual_seed(1)
-    with torch.inference_mode(), capturing(model, method.captures, learner.see):
+    with torch.inference_mode(), capturing(model, method.captures, see):
         for _ in range(chunks):
             model(torch.randint(1, VOCAB, (1, 256), generator=generator), use_cache=False)
     settings, tensors = learner.finish(lambda done, total, what: None)

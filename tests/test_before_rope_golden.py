@@ -113,8 +113,9 @@ def test_rotation_halves_the_error_of_outlier_channels() -> None:
 def learned(keys: torch.Tensor, values: torch.Tensor) -> Profile:
     """What cskv learns from these, with queries of the same size everywhere."""
     learner = CskvLearner([spec()], 1.0)
-    ones = torch.ones(1, HEADS, 1, DIM)
+    ones = torch.ones(1, HEADS, len(keys), DIM)
     learner.see(0, {"keys": per_head(keys)[None], "values": per_head(values)[None], "queries": ones})
+    learner.sums["attended.0"] = learner.sums["values.0"]  # the values' own loss, as in the official code
     settings, tensors = learner.finish(lambda done, total, what: None)
     return Profile("cskv", "", settings, tensors)
 

@@ -235,6 +235,8 @@ class Codec:
     """The largest absolute number that was checked so far, for kernels with a narrower range than the pages."""
     contextual: bool = False
     """Whether it wants to know whose pages it is given (`learn`, `of`)."""
+    positional: bool = False
+    """If `contextual`: whether positions must be those that the model used; else they count from 0, padding aside."""
 
     def learn(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inputs: torch.Tensor

@@ -242,7 +242,8 @@ def _hand_over(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     cache.state.armed = index
     layer = cache.layers[index]
     if isinstance(layer, FivefoldLayer) and layer.contextual:
-        layer.positions = kwargs.get("position_ids")
+        positional = layer.store.codec is not None and layer.store.codec.positional
+        layer.positions = kwargs.get("position_ids") if positional else None
     return (args, {**kwargs, _LAYER: layer}) if isinstance(layer, FivefoldLayer) else None
 
 
@@ -369,6 +370,7 @@ class _State:
                 raise CacheStateError(
                     "the attention mask says otherwise about stored tokens than when they came: masks may only grow."
                 )
+        self.offsets = np.zeros(batch, dtype=np.int64)
         if positions is not None:
             self.offsets = self._offsets(positions.expand(batch, -1).cpu().numpy(), first)
         fresh = first.batch == 0

@@ -15,11 +15,10 @@ from fivefold.errors import NonFiniteError, ProfileError, RecipeError
 from fivefold.kernels.hadamard import exists, transform
 from fivefold.kernels.planar import PLANES, dequantise, pack, planar_output, quantise, unpack
 from fivefold.methods import Codec, Method, param, register
+from fivefold.methods.before_rope import BeforeRope
 from fivefold.store import Context, Field, LayerSpec, PageLayout
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
-# Numbers of keys that are made again at a time, so that they stay in the processor's cache.
-SLICE = 1 << 18
 
 
 @register(
@@ -150,7 +149,7 @@ class RotateCodec(Codec):
     are made of channels of all of them.
     """
 
-    contextual = True
+    contextual = positional = True
     group = 32
 
     def __init__(self, method: RotateKV, spec: LayerSpec, profile: Profile) -> None:
@@ -219,13 +218,13 @@ class RotateCodec(Codec):
         return _Bound(self, context)
 
 
-class _Bound(Codec):
+class _Bound(BeforeRope):
     """The codec on the pages of some rows."""
 
-    contextual = True
+    codec: RotateCodec
 
     def __init__(self, codec: RotateCodec, context: Context) -> None:
-        self.codec, self.context, self.layout, self.group = codec, context, codec.layout, codec.group
+        super().__init__(codec, context)
         self.order, self.members, self.unrotated = codec.orders(context)
         self.block = codec.block(context.together)
 
@@ -234,9 +233,8 @@ class _Bound(Codec):
     ) -> dict[str, torch.Tensor]:
         codec, context, tokens = self.codec, self.context, keys.shape[1]
         codec.check(keys, values)
-        rope, together = codec.rope, context.together
-        unturned = rope.turn(context.join(keys.float()[..., rope.order]), rope.phases_of(context).conj())
-        rotated = rotate(unturned.flatten(2), together, self.block)
+        together = context.together
+        rotated = rotate(self.unturned(keys).flatten(2), together, self.block)
         order = self.order[:, None].expand(*rotated.shape[:2], -1)
         sorted_ = rotated.gather(2, order).unflatten(2, (together, -1))
         codes, *ends = self._quantise(sorted_)
@@ -291,8 +289,7 @@ class _Bound(Codec):
         row, page, sink = (marks >= 0).nonzero().unbind(1)
         return (row, page * self.layout.tokens + marks[row, page, sink].long(), sink) if len(row) else None
 
-    def _keys(self, fields: dict[str, torch.Tensor], phases: torch.Tensor) -> torch.Tensor:
-        """Keys after RoPE, channels in the paired order: `[groups, tokens, together, head_dim]`."""
+    def before(self, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         codec, context = self.codec, self.context
         shape = fields["key_words"].shape
         words = fields["key_words"].reshape(-1, *shape[-2:])
@@ -305,11 +302,12 @@ class _Bound(Codec):
         # A group's scale at all of its channels; its zero point as the same vector always, which is rotated but once.
         rotated = (ends[0] @ self.members).mul_(context.join(codes.flatten(1, 2)).flatten(2))
         keys = rotate(rotated, context.together, self.block, back=True).add_(ends[1] @ self.unrotated)
-        return codec.rope.turn(keys.unflatten(2, (context.together, -1)), phases)
+        return keys.unflatten(2, (context.together, -1))
 
     def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         context, codec = self.context, self.codec
-        keys = self._keys(fields, codec.rope.phases_of(context))[..., codec.rope.back].transpose(1, 2).flatten(0, 1)
+        keys = self.keys(fields)
+        keys = keys.reshape(context.rows, -1, keys.shape[2])
         values = []
         scale, zero = (fields[f"value_{name}"].transpose(2, 3)[..., None] for name in ("scale", "zero"))
         for j in range(codec.planes):
@@ -325,20 +323,12 @@ class _Bound(Codec):
         return keys.reshape(shape), whole.reshape(shape)
 
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
-        queries, page = queries.float(), self.layout.tokens
-        rows, pages = fields["key_words"].shape[:2]
-        paired, phases = self.codec.rope.pair(queries), self.codec.rope.phases_of(self.context)
-        out = queries.new_empty((rows, queries.shape[1], pages * page))
-        step = max(1, SLICE // (rows * page * queries.shape[2]))
-        for first in range(0, pages, step):
-            at = slice(first * page, min(first + step, pages) * page)
-            keys = self._keys({name: x[:, first : first + step] for name, x in fields.items()}, phases[:, at])
-            out[:, :, at] = paired @ keys.permute(0, 2, 3, 1).flatten(0, 1)
+        out = super().scores(queries, fields)
         sinks = self._sinks(fields)
         if sinks is not None:
             row, slot, sink = sinks
             exact = self.context.learned["sink_keys"][row, sink].float()
-            out[row, :, slot] = (queries[row] @ exact[:, :, None])[..., 0]
+            out[row, :, slot] = (queries[row].float() @ exact[:, :, None])[..., 0]
         return out
 
     def output(self, weights: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -14,12 +14,16 @@ from fivefold.calibrate.profile import Profile, load_profile
 from fivefold.errors import NonFiniteError, ProfileError, RecipeError
 from fivefold.kernels.planar import PLANES, dequantise, pack, quantise, unpack
 from fivefold.methods import Codec, Method, param, register
-from fivefold.store import Context, Field, LayerSpec, PageLayout
+from fivefold.methods.before_rope import BeforeRope
+from fivefold.store import Context, Field, LayerSpec, PageLayout, Rope
+from fivefold.store.context import running
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
 Bases = tuple[torch.Tensor, torch.Tensor]
 HELD = 0.4
 """A profile holds what is needed for this part of the channels, or for `keep` if that is more."""
+VALUES = 0.1
+"""How much values count beside their weighted sums."""
 
 
 @register(
@@ -36,11 +40,13 @@ class Cskv(Method):
     as `c B`, then turned by RoPE; values likewise. The two branches of the paper are the tiers: the last `window`
     tokens (to window + 31, since 32 are packed at a time) are exact, older ones features.
 
-    A and B minimise `sum_i w_i (k_i - (k A B)_i)^2` over the calibration text: the paper's reconstruction loss, which
-    it descends on from an activation-aware SVD (ASVD), and whose minimum has a closed form, the leading eigenvectors
-    of the second moments (`benchmarks/cskv_fit.py` compares them). For values w is 1, as there. For keys w is the mean
-    square of the queries in the same pair of channels that RoPE turns, because an error in a key matters by its
-    product with queries. Since a kept direction costs the same wherever it comes from, heads get what they need.
+    A and B minimise a reconstruction loss over the calibration text. The paper descends on it from an activation-aware
+    SVD (ASVD); its minimum has a closed form, the leading eigenvectors of the second moments, which is taken here
+    (`benchmarks/cskv_fit.py` compares them). The loss is the paper's, the mean square, but of what attention makes of
+    keys and values. Of keys, channels are weighted by the mean square of the queries in the same pair of channels that
+    RoPE turns, since an error matters by its product with queries. Of values, it is that of their weighted sums over
+    the tokens that the text's queries attend to (for all heads' values with each query head's weights), since sums of
+    what is made again are what is made again of sums; values themselves count a tenth as much.
 
     Heads that hold other tokens than the rest of their layer (`duo`, `streaming`) get a basis of their own, worked out
     from the same moments; where a policy chooses for each head alone, every head does.
@@ -99,16 +105,16 @@ class Cskv(Method):
 
 
 class CskvLearner(Learner):
-    """Sums the second moments of keys, values and queries, float64.
+    """Sums the second moments of keys, values, what attention makes of values, and queries, float64.
 
     The profile holds, for every layer, n = kv_heads * head_dim, R = `rank`: key_factor, value_factor float16
-    [layer, n, R] with `factor factor^T` ~ the second moments (of keys times `key_weight` float32 [layer, n]).
+    [layer, n, R] with `factor factor^T` ~ the moments to be kept (of keys times `key_weight` float32 [layer, n]).
     """
 
     def __init__(self, specs: Sequence[LayerSpec], keep: float) -> None:
         super().__init__()
         self.layers = [spec.layer for spec in specs]
-        self.pairs = {spec.layer: spec.rope.pairs if spec.rope is not None else 0 for spec in specs}
+        self.ropes = {spec.layer: spec.rope for spec in specs}
         self.channels = specs[0].kv_heads * specs[0].head_dim
         self.rank = min(self.channels, max(1, round(keep * specs[0].head_dim)) * specs[0].kv_heads)
 
@@ -120,18 +126,41 @@ class CskvLearner(Learner):
         queries = captured["queries"]
         grouped = queries.unflatten(1, (captured["keys"].shape[1], -1))
         self.add(f"queries.{layer}", grouped.double().square().mean((0, 2, 3)))
+        for one in zip(queries, captured["keys"], captured["values"]):
+            self.add(f"attended.{layer}", attended(*one, self.ropes[layer]))
 
     def finish(self, progress: Progress) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         tensors: dict[str, list[torch.Tensor]] = {"key_factor": [], "value_factor": [], "key_weight": []}
         for number, layer in enumerate(self.layers):
             progress(number, len(self.layers), "Fitting")
-            weight = pair_weight(self.sums[f"queries.{layer}"], self.pairs[layer])
+            rope = self.ropes[layer]
+            weight = pair_weight(self.sums[f"queries.{layer}"], 0 if rope is None else rope.pairs)
             tensors["key_weight"].append(weight.float())
             moments = self.sums[f"keys.{layer}"] * weight[:, None] * weight
             tensors["key_factor"].append(_factor(moments, self.rank))
-            tensors["value_factor"].append(_factor(self.sums[f"values.{layer}"], self.rank))
+            parts = (self.sums[f"{name}.{layer}"] for name in ("attended", "values"))
+            sums, values = (x / x.diagonal().mean().clamp(min=1e-30) for x in parts)
+            tensors["value_factor"].append(_factor(sums + VALUES * values, self.rank))
         settings = {"layers": self.layers, "rank": self.rank}
         return settings, {name: torch.stack(parts) for name, parts in tensors.items()}
+
+
+def attended(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rope: Rope | None) -> torch.Tensor:
+    """Second moments, float64 `[n, n]`, of all heads' values `[kv_head, token, head_dim]` as each query head of every
+    8th token weighs them; queries `[query_head, token, head_dim]` and keys before RoPE."""
+    heads, tokens, dim = keys.shape
+    picked = torch.arange(min(7, tokens - 1), tokens, 8, device=keys.device)
+    if rope is not None:
+        phases = rope.phases(running(0, tokens, keys.device))
+        keys, queries = (rope.turn(rope.pair(x), phases) for x in (keys, queries))
+    later = torch.arange(tokens, device=keys.device) > picked[:, None]
+    flat = values.transpose(0, 1).flatten(1)
+    out = torch.zeros(heads * dim, heads * dim, dtype=torch.float64, device=keys.device)
+    for number, query in enumerate(queries):
+        scores = query[picked] @ keys[number * heads // len(queries)].T * dim**-0.5
+        sums = (scores.masked_fill_(later, float("-inf")).softmax(-1) @ flat).double()
+        out += sums.T @ sums
+    return out
 
 
 def pair_weight(squares: torch.Tensor, pairs: int) -> torch.Tensor:
@@ -166,7 +195,7 @@ class CskvCodec(Codec):
     planar words int16 [32, r] with scale and zero float16 [planes, r], and the same for values.
     """
 
-    contextual = True
+    contextual = positional = True
     group = 32
 
     def __init__(self, spec: LayerSpec, profile: Profile, ranks: tuple[int, int], bits: int) -> None:
@@ -219,24 +248,23 @@ class CskvCodec(Codec):
         return _Bound(self, context)
 
 
-class _Bound(Codec):
+class _Bound(BeforeRope):
     """The codec on the pages of some rows."""
 
-    contextual = True
+    codec: CskvCodec
 
     def __init__(self, codec: CskvCodec, context: Context) -> None:
-        self.codec, self.context, self.layout, self.group = codec, context, codec.layout, codec.group
+        super().__init__(codec, context)
         self.key_down, self.key_up, self.value_down, self.value_up = codec.bases(context)
 
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
     ) -> dict[str, torch.Tensor]:
         self.codec.check(keys, values)
-        rope, context, tokens = self.codec.rope, self.context, keys.shape[1]
-        unturned = rope.turn(context.join(keys.float()[..., rope.order]), rope.phases_of(context).conj())
+        context, tokens = self.context, keys.shape[1]
         out: dict[str, torch.Tensor] = {}
         for name, x, down, rank in (
-            ("key", unturned, self.key_down, self.codec.ranks[0]),
+            ("key", self.unturned(keys), self.key_down, self.codec.ranks[0]),
             ("value", context.join(values.float()), self.value_down, self.codec.ranks[1]),
         ):
             features = (x.flatten(2) @ down).unflatten(2, (context.together, rank))
@@ -277,20 +305,12 @@ class _Bound(Codec):
             x = dequantise(torch.stack(planes, -3), scale, zero).flatten(-3, -2)
         return self.context.join(x).flatten(2)
 
-    def _keys(self, fields: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Keys after RoPE, channels in the paired order: `[groups, tokens, together, head_dim]`."""
-        keys = torch.matmul(self._features("key", fields), self.key_up)
-        rope = self.codec.rope
-        return rope.turn(keys.unflatten(2, (self.context.together, -1)), rope.phases_of(self.context))
+    def before(self, fields: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.matmul(self._features("key", fields), self.key_up).unflatten(2, (self.context.together, -1))
 
     def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        keys = self._keys(fields)[..., self.codec.rope.back]
         values = torch.matmul(self._features("value", fields), self.value_up).unflatten(2, (self.context.together, -1))
-        return self.context.part(keys, self.layout.tokens), self.context.part(values, self.layout.tokens)
-
-    def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
-        keys = self._keys(fields).permute(0, 2, 3, 1).flatten(0, 1)
-        return queries.float()[..., self.codec.rope.order] @ keys
+        return self.keys(fields), self.context.part(values, self.layout.tokens)
 
     def output(self, weights: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         # The features are weighted, and only the sum is made into a value.
