@@ -5,15 +5,24 @@ On a GPU they are replayed as a graph; on a CPU the same step runs in Triton's i
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
+import random
 
+import numpy as np
 import pytest
 import torch
 
 import fivefold
+from fivefold.attention.fixed import FixedTables
+from fivefold.attention.fused import kernels, spans
+from fivefold.errors import CacheStateError
+from fivefold.methods.bits.kivi import Kivi
 from fivefold.models.graph import Forward
+from fivefold.store.layer_cache import LayerCache, LayerSpec, Pools
+from fivefold.store.tiers import PAGE, Extent
 
 pytest.importorskip("triton", reason="needs Triton")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -174,3 +183,95 @@ def test_a_forward_that_was_there_before_stays(model) -> None:
     fivefold.restore(model)
     assert model.forward is forward
     del model.forward
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_tables_follow_whatever_happens_to_the_pages(seed: int, monkeypatch) -> None:
+    """Addresses and spans on the device are those of the page tables after any steps, chunks, forks, crops, trims and
+    changes of place."""
+    monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
+    random.seed(seed)
+    torch.manual_seed(seed)
+    codec = random.choice([None, Kivi(bits=2, residual=32), Kivi(bits=4, group=64, residual=0)])
+    extents = [Extent(), random.choice([Extent(), Extent(random.randint(0, 40), random.randint(1, 90))])]
+    spec = LayerSpec(0, 2, 2, 4, 64, torch.float32, torch.device("cpu"))
+    pools = Pools()
+    stores = {
+        index: LayerCache(spec, pools, extents, codec and codec.codec(spec), codec.residual if codec else 0)
+        for index in range(2)
+    }
+    others: list[dict[int, LayerCache]] = []
+    elsewhere: list[torch.Tensor] = []
+    tables: FixedTables | None = None
+
+    def append(tokens: int, sequences: np.ndarray | None = None) -> None:
+        for store in stores.values():
+            counts = np.full(3, tokens) if sequences is None else sequences
+            for cohort, count in store.split_by(counts):
+                if count:
+                    store.append(cohort, *torch.randn(2, len(cohort.rows), count, 64))
+
+    def step() -> None:
+        for store in stores.values():
+            for cohort in store.cohorts:
+                store.make_room(cohort)
+                slots = np.full(len(cohort.rows), cohort.geometry.length % PAGE)
+                for name in ("keys", "values"):
+                    store.exact_pool.write_tokens(name, cohort.exact[:, -1], slots, torch.randn(len(slots), 64))
+                cohort.geometry = cohort.geometry.appended(1)
+
+    for store in stores.values():
+        store.start(3)
+    append(0, np.array([70, 70, 45]) if seed % 2 else np.array([50, 50, 50]))
+    made = 0
+    for _ in range(120):
+        kind = random.choice(["step"] * 8 + ["chunk", "fork", "forget", "crop", "select", "trim"])
+        if kind == "chunk":
+            append(random.randint(2, 70))
+        elif kind == "fork":
+            others.append({index: store.fork() for index, store in stores.items()})
+        elif kind == "forget" and others:
+            for store in others.pop().values():
+                store.free()
+        elif kind == "crop":
+            with contextlib.suppress(CacheStateError):
+                for store in stores.values():
+                    store.crop(random.Random(made).randint(1, 5))
+        elif kind == "select":
+            order = np.array([random.randrange(3) for _ in range(3)])
+            for store in stores.values():
+                store.select(order)
+        elif kind == "trim":  # page ids come again for memory elsewhere
+            append(count := random.randint(70, 300))
+            tables = None if tables is None else tables if tables.fit() else FixedTables(stores)
+            if tables is not None:
+                tables.update()
+            with contextlib.suppress(CacheStateError):
+                for store in stores.values():
+                    store.crop(count)
+            pools.budget.trim()
+            elsewhere += [torch.empty(size) for size in (1 << 16, 1 << 18, 1 << 20)]
+            append(count)
+        step()
+        if tables is None or not tables.fit():
+            tables, made = FixedTables(stores), made + 1
+        tables.update()
+        for index, store in stores.items():
+            span, starts, packed, exact = tables._parts[index]
+            shares = kernels().starts_of(
+                kernels().pages_of(span.numpy(), tables._page), kernels().programs_for(6, spec.device)
+            )
+            assert torch.equal(starts, torch.from_numpy(shares))
+            for cohort in store.cohorts:
+                wanted = torch.tensor(spans(cohort.geometry)).expand(len(cohort.rows), -1)
+                assert torch.equal(span[cohort.rows, :5].long(), wanted)
+                for side, name in enumerate(("keys", "values")):
+                    at = store.exact_pool.addresses(name, cohort.exact) >> 4
+                    assert np.array_equal(exact.table[cohort.rows, : at.shape[1], side].numpy(), at)
+                # The newest token's slot is nobody else's.
+                assert (store.exact_pool.references(cohort.exact[:, -1]) == 1).all()
+                if packed is not None and store.packed_pool is not None:
+                    at = store.packed_pool.addresses("key_words", cohort.packed) >> 4
+                    assert np.array_equal(packed.table[cohort.rows, : at.shape[1]].numpy(), at)
+                store.append(cohort, None, None)
+    assert made >= 1

@@ -271,3 +271,12 @@ def test_copy_on_write_that_does_not_fit_changes_nothing() -> None:
         pages.unshare(held)
     assert pages.references(held).tolist() == [2, 2]
     assert pages.budget.used == 2 * BYTES
+
+
+def test_consecutive_pages_are_copied_to_scattered_ones_of_the_same_slab() -> None:
+    pages = pool()
+    taken = pages.allocate(8)
+    values = fill(pages, taken)
+    pages.copy(taken[1:4], taken[[6, 0, 5]])
+    for name, x in values.items():
+        assert torch.equal(pages.read(name, taken), x[[2, 1, 2, 3, 4, 3, 1, 7]])

@@ -423,7 +423,8 @@ class PagePool:
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copy whole pages."""
         for part in self.layout.fields:
-            self.write(part.name, target, self.read(part.name, source))
+            # What is read may be a view of the slab that is written into.
+            self.write(part.name, target, self.read(part.name, source).clone())
 
     def unshare(self, pages: np.ndarray) -> np.ndarray:
         """Copy-on-write: `pages` with every shared one replaced by a copy of its own.
