@@ -14,9 +14,22 @@ from importlib.metadata import entry_points
 from typing import TypeVar
 
 from fivefold.errors import RecipeError
-from fivefold.methods.base import SLOTS, Codec, Method, ReadPolicy, Slot, TokenPolicy, param
+from fivefold.methods.base import FLOAT16_MAX, SLOTS, Codec, Method, ReadPolicy, Slot, TokenPolicy, check_finite, param
 
-__all__ = ["SLOTS", "Codec", "Method", "ReadPolicy", "Slot", "TokenPolicy", "find", "param", "register", "registered"]
+__all__ = [
+    "FLOAT16_MAX",
+    "SLOTS",
+    "Codec",
+    "Method",
+    "ReadPolicy",
+    "Slot",
+    "TokenPolicy",
+    "check_finite",
+    "find",
+    "param",
+    "register",
+    "registered",
+]
 
 _methods: dict[str, type[Method]] = {}
 _discovered = False

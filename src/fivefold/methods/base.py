@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from fivefold.calibrate.learner import Capture, Learner
-from fivefold.errors import RecipeError
+from fivefold.errors import NonFiniteError, RecipeError
 from fivefold.kernels.packed_decode import Form
 from fivefold.store.context import Context
 from fivefold.store.held import Held
@@ -308,6 +308,23 @@ class Codec:
         keys, values = self.decode({name: field.flatten(0, 1) for name, field in fields.items()})
         shape = (rows, -1, keys.shape[-1])
         return keys.reshape(shape), values.reshape(shape)
+
+
+FLOAT16_MAX = torch.finfo(torch.float16).max
+
+
+def check_finite(keys: torch.Tensor, values: torch.Tensor, limit: float = FLOAT16_MAX) -> float:
+    """The largest magnitude of both. Raises `NonFiniteError` if it is beyond `limit`, what float16 fields can hold."""
+    largest = 0.0
+    for name, x in (("keys", keys), ("values", values)):
+        peak = float(x.detach().abs().amax())
+        if not peak <= limit:  # also when it is NaN
+            raise NonFiniteError(
+                f"{name} to be packed reach {peak}, beyond what the float16 numbers of a page can hold: use full() for "
+                "this model, or look for the layer that overflows."
+            )
+        largest = max(largest, peak)
+    return largest
 
 
 def _show(value: Any) -> str:

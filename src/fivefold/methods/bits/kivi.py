@@ -6,14 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from fivefold.errors import NonFiniteError, RecipeError
+from fivefold.errors import RecipeError
 from fivefold.kernels.pack import pack_keys, pack_pages, pack_values
 from fivefold.kernels.packed_decode import Form, decode_keys, decode_values
 from fivefold.kernels.planar import PLANES, dequantise, planar_output, planar_scores, planes_of, sheets_of
-from fivefold.methods import Codec, Method, param, register
+from fivefold.methods import Codec, Method, check_finite, param, register
 from fivefold.store import Field, LayerSpec, PageLayout
-
-FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
 @register(
@@ -60,20 +58,6 @@ class Kivi(Method):
                 f"kivi(group={self.group}) does not divide the model's head_dim of {spec.head_dim}: use another group."
             )
         return KiviCodec(self.key_bits or self.bits, self.group, channels, spec.head_dim, self.value_bits or self.bits)
-
-
-def check_finite(keys: torch.Tensor, values: torch.Tensor) -> float:
-    """The largest magnitude. Raises `NonFiniteError` if float16 scales cannot hold it."""
-    largest = 0.0
-    for name, x in (("keys", keys), ("values", values)):
-        peak = float(x.detach().abs().amax())
-        if not peak <= FLOAT16_MAX:  # also when it is NaN
-            raise NonFiniteError(
-                f"{name} to be packed reach {peak}, beyond what float16 scales can hold: use full() for this model, or "
-                "look for the layer that overflows."
-            )
-        largest = max(largest, peak)
-    return largest
 
 
 class KiviCodec(Codec):

@@ -9,8 +9,7 @@ import torch
 
 from fivefold.errors import RecipeError
 from fivefold.kernels.planar import PLANES, dequantise, pack, planar_output, planar_token_scores, quantise, unpack
-from fivefold.methods import Codec, Method, TokenPolicy, param, register
-from fivefold.methods.bits.kivi import check_finite
+from fivefold.methods import Codec, Method, TokenPolicy, check_finite, param, register
 from fivefold.store import Context, Extent, Field, Held, LayerSpec, PageLayout
 
 _ROWS = 32

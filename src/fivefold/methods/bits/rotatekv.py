@@ -11,14 +11,12 @@ import torch
 
 from fivefold.calibrate.learner import Capture, Learner, Progress
 from fivefold.calibrate.profile import Profile, load_profile
-from fivefold.errors import NonFiniteError, ProfileError, RecipeError
+from fivefold.errors import ProfileError, RecipeError
 from fivefold.kernels.hadamard import exists, transform
 from fivefold.kernels.planar import PLANES, dequantise, pack, planar_output, quantise, unpack
-from fivefold.methods import Codec, Method, param, register
+from fivefold.methods import FLOAT16_MAX, Codec, Method, check_finite, param, register
 from fivefold.methods.before_rope import BeforeRope
 from fivefold.store import Context, Field, LayerSpec, PageLayout
-
-FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
 @register(
@@ -174,13 +172,7 @@ class RotateCodec(Codec):
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         # A rotation of n channels makes numbers at most sqrt(n) times as large.
         limit = FLOAT16_MAX / (self.spec.kv_heads * self.spec.head_dim) ** 0.5
-        for name, x in (("keys", keys), ("values", values)):
-            peak = float(x.detach().abs().amax())
-            if not peak <= limit:  # also when it is NaN
-                raise NonFiniteError(
-                    f"{name} to be packed reach {peak}, beyond what float16 scales can hold once they are rotated: use "
-                    "full() for this model, or look for the layer that overflows."
-                )
+        check_finite(keys, values, limit)
 
     def learn(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inputs: torch.Tensor

@@ -11,14 +11,13 @@ import torch
 
 from fivefold.calibrate.learner import Capture, Learner, Progress
 from fivefold.calibrate.profile import Profile, load_profile
-from fivefold.errors import NonFiniteError, ProfileError, RecipeError
+from fivefold.errors import ProfileError, RecipeError
 from fivefold.kernels.planar import PLANES, dequantise, pack, quantise, unpack
-from fivefold.methods import Codec, Method, param, register
+from fivefold.methods import Codec, Method, check_finite, param, register
 from fivefold.methods.before_rope import BeforeRope
 from fivefold.store import Context, Field, LayerSpec, PageLayout, Rope
 from fivefold.store.context import running
 
-FLOAT16_MAX = torch.finfo(torch.float16).max
 Bases = tuple[torch.Tensor, torch.Tensor]
 HELD = 0.4
 """A profile holds what is needed for this part of the channels, or for `keep` if that is more."""
@@ -216,13 +215,7 @@ class CskvCodec(Codec):
         self._bases: dict[tuple[tuple[int, ...], ...], list[torch.Tensor]] = {}
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        for name, x in (("keys", keys), ("values", values)):
-            peak = float(x.detach().abs().amax())
-            if not peak <= FLOAT16_MAX:  # also when it is NaN
-                raise NonFiniteError(
-                    f"{name} to be packed reach {peak}, beyond what float16 features can hold: use full() for this "
-                    "model, or look for the layer that overflows."
-                )
+        check_finite(keys, values)
 
     def bases(self, context: Context) -> list[torch.Tensor]:
         """A and B of keys (channels in the paired order) and of values: `[groups or 1, n, rank]`, `[.., rank, n]`."""
