@@ -1,10 +1,13 @@
 """The same engine on a CUDA device; run by hand with `pytest -m gpu`."""
 
+import json
+
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import fivefold
+from learned import learn
 
 pytestmark = [
     pytest.mark.gpu,
@@ -99,9 +102,21 @@ def test_report_is_what_the_device_allocated(model, recipe):
         "h2o(keep=0.6) + kivi(bits=8)",
         "tidal(top=64, full_layers=0, select_layers=[0])",
         "tidal(top=64, full_layers=0, select_layers=[0]) + kivi(bits=4)",
+        "mikv(low=4)",
+        "mikv(high=8, low=3)",
+        "gear(bits=4)",
+        "h2o(keep=0.5) + gear(bits=4)",
+        "kivi(key_bits=4, value_bits=3)",
+        "rotatekv(profile={}, bits=4)",
+        "cskv(profile={}, keep=0.5, bits=8)",
+        "snapkv(keep=0.5) + cskv(profile={}, keep=0.5)",
     ],
 )
-def test_policies_choose_as_on_a_cpu(model, recipe):
+def test_methods_do_as_on_a_cpu(model, recipe, tmp_path):
+    if "profile" in recipe:
+        name = "cskv" if "cskv" in recipe else "rotatekv"
+        model = model.to(torch.float32).to("cpu")
+        recipe = recipe.format(json.dumps(learn(model, f"{name}()", tmp_path)))
     ids = torch.randint(1, 512, (2, 1000), generator=torch.Generator().manual_seed(3))
     found = {}
     for device in ("cpu", "cuda"):
