@@ -108,8 +108,8 @@ def test_report_is_what_the_device_allocated(model, recipe):
         "h2o(keep=0.5) + gear(bits=4)",
         "kivi(key_bits=4, value_bits=3)",
         "rotatekv(profile={}, bits=4)",
-        "cskv(profile={}, keep=0.5, bits=8)",
-        "snapkv(keep=0.5) + cskv(profile={}, keep=0.5)",
+        "cskv(profile={}, keep=0.4, bits=8)",
+        "snapkv(keep=0.5) + cskv(profile={}, keep=0.4)",
     ],
 )
 def test_methods_do_as_on_a_cpu(model, recipe, tmp_path):
