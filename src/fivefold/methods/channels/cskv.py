@@ -21,8 +21,8 @@ from fivefold.store.context import running
 Bases = tuple[torch.Tensor, torch.Tensor]
 HELD = 0.4
 """A profile holds what is needed for this part of the channels, or for `keep` if that is more."""
-VALUES = 0.1
-"""How much values count beside their weighted sums."""
+VALUES = 2.0
+"""How much values count beside their weighted sums: with less, facts that are seldom attended to are lost."""
 
 
 @register(
@@ -45,7 +45,8 @@ class Cskv(Method):
     keys and values. Of keys, channels are weighted by the mean square of the queries in the same pair of channels that
     RoPE turns, since an error matters by its product with queries. Of values, it is that of their weighted sums over
     the tokens that the text's queries attend to (for all heads' values with each query head's weights), since sums of
-    what is made again are what is made again of sums; values themselves count a tenth as much.
+    what is made again are what is made again of sums; values themselves count twice as much,
+    for what is seldom attended to.
 
     Heads that hold other tokens than the rest of their layer (`duo`, `streaming`) get a basis of their own, worked out
     from the same moments; where a policy chooses for each head alone, every head does.
