@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.conftest import FAMILIES, VOCAB
 from transformers import DynamicCache
 from typer.testing import CliRunner
 
 import fivefold
+from conftest import FAMILIES, VOCAB
 from fivefold.calibrate import Capture, Learner, Profile, config_hash, load_profile, save_profile, signature
 from fivefold.calibrate.learner import CAPTURES
 from fivefold.calibrate.run import Stopped, calibrate, chunks, default_texts

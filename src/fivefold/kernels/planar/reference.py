@@ -145,7 +145,6 @@ def planar_token_scores(
     float16 `[rows, pages, planes, groups, 32]`. Returns float32 `[rows, query, pages * planes * 32]`.
     """
     rows, query, planes, groups = len(words), queries.shape[1], PLANES[bits], scale.shape[3]
-    query, planes, groups = queries.shape[1], PLANES[bits], scale.shape[3]
     split = queries.unflatten(2, (groups, -1))
     # One product for all groups: each has its own copy of the query, with the other groups' channels 0.
     eye = torch.eye(groups, device=queries.device)
