@@ -55,6 +55,11 @@ def room(device: torch.device, limit: int | None) -> int:
     return free if limit is None else min(free, limit)
 
 
+def _width(config: Any) -> int:
+    """Channels of a token's keys in a layer."""
+    return config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
+
+
 def largest_batch(
     model: Any, recipe: Recipe | None, context: int, steps: int, limit: int | None = None
 ) -> dict[str, Any]:
@@ -64,8 +69,7 @@ def largest_batch(
     name = decode.BASELINE if recipe is None else for_random_weights(recipe, config)
     with torch.inference_mode():
         if recipe is None:
-            width = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
-            layer = 2 * width * context * model.dtype.itemsize
+            layer = 2 * _width(config) * context * model.dtype.itemsize
             # One layer is there twice while a token is appended.
             one = layer * (config.num_hidden_layers + 1)
         else:
@@ -107,7 +111,7 @@ def longest_context(
             return min(torch.cuda.mem_get_info()[0] - MARGIN, start if limit is None else limit)
 
         tokens, before = 0, start
-        step = PIECE // (config.num_key_value_heads * (config.hidden_size // config.num_attention_heads))
+        step = PIECE // _width(config)
         step = min(step, max(1024, start >> 18)) // 1024 * 1024
         while goal is None or tokens < goal:
             new = step if goal is None else min(step, goal - tokens)
@@ -125,8 +129,7 @@ def longest_context(
 def longest_dynamic(model: Any, steps: int, limit: int | None = None) -> dict[str, Any]:
     """The same for transformers' DynamicCache."""
     config = model.config
-    width = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
-    one = 2 * width * model.dtype.itemsize * (config.num_hidden_layers + 2)
+    one = 2 * _width(config) * model.dtype.itemsize * (config.num_hidden_layers + 2)
     context = room(model.device, limit) // one // 32 * 32
     with torch.inference_mode():
         cache: DynamicCache = decode.filled(model, decode.BASELINE, context, 1, False)

@@ -3,10 +3,10 @@
 import torch
 
 from fivefold.kernels.choice import choose
-from fivefold.kernels.pack.reference import pack_keys, pack_reference, pack_values
+from fivefold.kernels.pack.reference import fill_rows, pack_keys, pack_reference, pack_values
 from fivefold.kernels.packed_decode.reference import Form
 
-__all__ = ["pack_keys", "pack_pages", "pack_reference", "pack_values"]
+__all__ = ["fill_rows", "pack_keys", "pack_pages", "pack_reference", "pack_values"]
 
 
 def pack_pages(

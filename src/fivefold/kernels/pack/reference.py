@@ -34,7 +34,7 @@ def pack_keys(
     return (
         pack(codes.transpose(2, 3).flatten(1, 2), bits, plane, words, sheets_of(bits, planes)),
         *(
-            _set(part.squeeze(-1), plane * 32 // group, planes * 32 // group, None if old is None else old[number])
+            fill_rows(part.squeeze(-1), plane * 32 // group, planes * 32 // group, None if old is None else old[number])
             for number, part in ((1, scale), (2, zero))
         ),
     )
@@ -54,11 +54,11 @@ def pack_values(
     by_plane = [x.squeeze(-1).unflatten(1, (-1, 32)).transpose(2, 3) for x in (scale, zero)]
     return (
         pack(codes.flatten(2), bits, plane, words, sheets_of(bits, planes)),
-        *(_set(part, plane, planes, None if old is None else old[n + 1]) for n, part in enumerate(by_plane)),
+        *(fill_rows(part, plane, planes, None if old is None else old[n + 1]) for n, part in enumerate(by_plane)),
     )
 
 
-def _set(part: torch.Tensor, at: int, count: int, old: torch.Tensor | None) -> torch.Tensor:
+def fill_rows(part: torch.Tensor, at: int, count: int, old: torch.Tensor | None) -> torch.Tensor:
     """`count` rows of a field: those of `part` from `at` on, and the others as they were, or zero."""
     whole = part.new_zeros((len(part), count, *part.shape[2:])) if old is None else old.clone()
     whole[:, at : at + part.shape[1]] = part

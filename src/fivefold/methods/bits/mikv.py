@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from fivefold.errors import RecipeError
-from fivefold.kernels.planar import PLANES, dequantise, pack, planar_output, planar_token_scores, quantise, unpack
+from fivefold.kernels.pack import pack_values
+from fivefold.kernels.packed_decode import decode_values
+from fivefold.kernels.planar import PLANES, planar_output, planar_token_scores
 from fivefold.methods import Codec, Method, TokenPolicy, check_finite, param, register
 from fivefold.store import Context, Extent, Field, Held, LayerSpec, PageLayout
 
 _ROWS = 32
+_PARTS = ("words", "scale", "zero")
 
 
 @register(
@@ -138,35 +141,22 @@ class TokenCodec(Codec):
         self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
     ) -> dict[str, torch.Tensor]:
         self.check(keys, values)
-        plane, out = slot // _ROWS, {}
-        for name, x in (("key", self._balanced(keys.float().contiguous(), False)), ("value", values.float())):
-            codes, *scales = quantise(x.unflatten(2, (-1, self.channels)), self.bits)
-            words = None if opened is None else opened[f"{name}_words"]
-            out[f"{name}_words"] = pack(codes.flatten(2), self.bits, plane, words)
-            for part, scale in zip(("scale", "zero"), scales):
-                # By plane, group of channels and row of the plane.
-                new = scale.squeeze(-1).unflatten(1, (-1, _ROWS)).transpose(2, 3)
-                if opened is None:
-                    whole = new.new_zeros((len(new), self.planes, *new.shape[2:]))
-                else:
-                    whole = opened[f"{name}_{part}"].clone()
-                whole[:, plane : plane + new.shape[1]] = new
-                out[f"{name}_{part}"] = whole
+        out: dict[str, torch.Tensor] = {}
+        for name, x in (("key", self._balanced(keys.float().contiguous(), False)), ("value", values)):
+            names = [f"{name}_{part}" for part in _PARTS]
+            old = None if opened is None else tuple(opened[n] for n in names)
+            out |= zip(names, pack_values(x, self.bits, self.channels, self.planes, slot // _ROWS, old))
         return out
 
-    def _decoded(self, fields: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-        words = fields[f"{name}_words"]
-        codes = torch.cat([unpack(words, self.bits, j) for j in range(self.planes)], 1)
-        scale, zero = (fields[f"{name}_{x}"].transpose(2, 3).flatten(1, 2)[..., None] for x in ("scale", "zero"))
-        return dequantise(codes.unflatten(2, (-1, self.channels)), scale, zero).flatten(2)
-
     def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._balanced(self._decoded(fields, "key"), True), self._decoded(fields, "value")
+        keys, values = (
+            decode_values(*(fields[f"{name}_{part}"] for part in _PARTS), self.bits) for name in ("key", "value")
+        )
+        return self._balanced(keys, True), values
 
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         queries = queries.float() if self.balance is None else queries.float() / self.balance[:, None]
-        parts = (fields["key_words"], fields["key_scale"], fields["key_zero"])
-        out = planar_token_scores(queries, *parts, self.bits)
+        out = planar_token_scores(queries, *(fields[f"key_{part}"] for part in _PARTS), self.bits)
         if self.unbias:
             # [rows, 1, 1, query, groups] by [rows, pages, planes, groups, 32]
             size = queries.unflatten(2, (-1, self.channels)).square().sum(-1)[:, None, None]
@@ -175,4 +165,4 @@ class TokenCodec(Codec):
         return out
 
     def output(self, weights: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
-        return planar_output(weights, fields["value_words"], fields["value_scale"], fields["value_zero"], self.bits)
+        return planar_output(weights, *(fields[f"value_{part}"] for part in _PARTS), self.bits)

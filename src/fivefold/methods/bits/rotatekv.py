@@ -13,7 +13,9 @@ from fivefold.calibrate.learner import Capture, Learner, Progress
 from fivefold.calibrate.profile import Profile, load_profile
 from fivefold.errors import ProfileError, RecipeError
 from fivefold.kernels.hadamard import exists, transform
-from fivefold.kernels.planar import PLANES, dequantise, pack, planar_output, quantise, unpack
+from fivefold.kernels.pack import fill_rows
+from fivefold.kernels.packed_decode import decode_values
+from fivefold.kernels.planar import PLANES, pack, planar_output, quantise
 from fivefold.methods import FLOAT16_MAX, Codec, Method, check_finite, param, register
 from fivefold.methods.before_rope import BeforeRope
 from fivefold.store import Context, Field, LayerSpec, PageLayout
@@ -240,10 +242,8 @@ class _Bound(BeforeRope):
             out[f"{name}_words"] = pack(words, codec.method.bits, slot // 32, old)
             for part, x in (("scale", scale), ("zero", zero)):
                 new = x.unflatten(1, (-1, 32)).transpose(2, 3)
-                shape = (len(new), codec.planes, *new.shape[2:])
-                whole = new.new_zeros(shape) if opened is None else opened[f"{name}_{part}"].clone()
-                whole[:, slot // 32 : slot // 32 + new.shape[1]] = new
-                out[f"{name}_{part}"] = whole
+                before = None if opened is None else opened[f"{name}_{part}"]
+                out[f"{name}_{part}"] = fill_rows(new, slot // 32, codec.planes, before)
         if codec.method.sinks:
             out["sinks"] = self._marks(keys, slot, None if opened is None else opened["sinks"])
         return out
@@ -300,12 +300,8 @@ class _Bound(BeforeRope):
         context, codec = self.context, self.codec
         keys = self.keys(fields)
         keys = keys.reshape(context.rows, -1, keys.shape[2])
-        values = []
-        scale, zero = (fields[f"value_{name}"].transpose(2, 3)[..., None] for name in ("scale", "zero"))
-        for j in range(codec.planes):
-            codes = unpack(fields["value_words"], codec.method.bits, j).unflatten(2, (-1, codec.channels))
-            values.append(dequantise(codes, scale[:, j], zero[:, j]).flatten(2))
-        whole = transform(torch.cat(values, 1), back=True).reshape(keys.shape)
+        values = decode_values(*(fields[f"value_{part}"] for part in ("words", "scale", "zero")), codec.method.bits)
+        whole = transform(values, back=True).reshape(keys.shape)
         sinks = self._sinks(fields)
         if sinks is not None:
             row, slot, sink = sinks

@@ -12,6 +12,7 @@ import torch
 from fivefold.calibrate.learner import Capture, Learner, Progress
 from fivefold.calibrate.profile import Profile, load_profile
 from fivefold.errors import ProfileError, RecipeError
+from fivefold.kernels.pack import fill_rows
 from fivefold.kernels.planar import PLANES, dequantise, pack, quantise, unpack
 from fivefold.methods import Codec, Method, check_finite, param, register
 from fivefold.methods.before_rope import BeforeRope
@@ -269,7 +270,7 @@ class _Bound(BeforeRope):
         self, name: str, features: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
     ) -> dict[str, torch.Tensor]:
         """The fields of pages whose slots from `slot` on hold features `[pages, tokens, rank]`."""
-        bits, tokens, rank = self.codec.bits, self.layout.tokens, features.shape[2]
+        bits, tokens = self.codec.bits, self.layout.tokens
         if bits == 16:
             parts = {f"{name}s": (features.half(), slot, tokens)}
             out = {}
@@ -283,9 +284,7 @@ class _Bound(BeforeRope):
                 f"{name}_zero": (zero.squeeze(-1), slot // 32, tokens // 32),
             }
         for field, (new, at, count) in parts.items():
-            whole = new.new_zeros((len(new), count, rank)) if opened is None else opened[field].clone()
-            whole[:, at : at + new.shape[1]] = new
-            out[field] = whole
+            out[field] = fill_rows(new, at, count, None if opened is None else opened[field])
         return out
 
     def _features(self, name: str, fields: dict[str, torch.Tensor]) -> torch.Tensor:
