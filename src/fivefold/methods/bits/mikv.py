@@ -15,7 +15,6 @@ from fivefold.methods import Codec, Method, TokenPolicy, check_finite, param, re
 from fivefold.store import Context, Extent, Field, Held, LayerSpec, PageLayout
 
 _ROWS = 32
-_PARTS = ("words", "scale", "zero")
 
 
 @register(
@@ -143,20 +142,18 @@ class TokenCodec(Codec):
         self.check(keys, values)
         out: dict[str, torch.Tensor] = {}
         for name, x in (("key", self._balanced(keys.float().contiguous(), False)), ("value", values)):
-            names = [f"{name}_{part}" for part in _PARTS]
-            old = None if opened is None else tuple(opened[n] for n in names)
-            out |= zip(names, pack_values(x, self.bits, self.channels, self.planes, slot // _ROWS, old))
+            old = None if opened is None else _parts(opened, name)
+            made = pack_values(x, self.bits, self.channels, self.planes, slot // _ROWS, old)
+            out |= zip((f"{name}_words", f"{name}_scale", f"{name}_zero"), made)
         return out
 
     def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = (
-            decode_values(*(fields[f"{name}_{part}"] for part in _PARTS), self.bits) for name in ("key", "value")
-        )
+        keys, values = (decode_values(*_parts(fields, name), self.bits) for name in ("key", "value"))
         return self._balanced(keys, True), values
 
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         queries = queries.float() if self.balance is None else queries.float() / self.balance[:, None]
-        out = planar_token_scores(queries, *(fields[f"key_{part}"] for part in _PARTS), self.bits)
+        out = planar_token_scores(queries, *_parts(fields, "key"), self.bits)
         if self.unbias:
             # [rows, 1, 1, query, groups] by [rows, pages, planes, groups, 32]
             size = queries.unflatten(2, (-1, self.channels)).square().sum(-1)[:, None, None]
@@ -165,4 +162,9 @@ class TokenCodec(Codec):
         return out
 
     def output(self, weights: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
-        return planar_output(weights, *(fields[f"value_{part}"] for part in _PARTS), self.bits)
+        return planar_output(weights, *_parts(fields, "value"), self.bits)
+
+
+def _parts(fields: dict[str, torch.Tensor], name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Words, scale and zero point of a page's keys or values."""
+    return fields[f"{name}_words"], fields[f"{name}_scale"], fields[f"{name}_zero"]

@@ -300,7 +300,8 @@ class _Bound(BeforeRope):
         context, codec = self.context, self.codec
         keys = self.keys(fields)
         keys = keys.reshape(context.rows, -1, keys.shape[2])
-        values = decode_values(*(fields[f"value_{part}"] for part in ("words", "scale", "zero")), codec.method.bits)
+        words, scale, zero = (fields[f"value_{part}"] for part in ("words", "scale", "zero"))
+        values = decode_values(words, scale, zero, codec.method.bits)
         whole = transform(values, back=True).reshape(keys.shape)
         sinks = self._sinks(fields)
         if sinks is not None:
