@@ -236,7 +236,8 @@ class Codec:
     contextual: bool = False
     """Whether it wants to know whose pages it is given (`learn`, `of`)."""
     positional: bool = False
-    """If `contextual`: whether positions must be those that the model used; else they count from 0, padding aside."""
+    """If `contextual`: whether it looks at positions, which are then those that the model used; else they say
+    nothing."""
 
     def learn(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inputs: torch.Tensor

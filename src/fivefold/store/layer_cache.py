@@ -1180,6 +1180,8 @@ class LayerCache:
         not want them."""
         if self.codec is None or not self.codec.contextual:
             return None
+        if not self.codec.positional:
+            return running(start, stop, self.spec.device)  # nobody looks at them
         assert cohort.offset is not None
         first = int(cohort.offset[0])
         if held is None and (cohort.offset == first).all():
