@@ -92,7 +92,7 @@ def test_keyformer_scores_and_first_choice(sequence: str, prompt: int) -> None:
     q, k = data[f"{sequence}.q"], data[f"{sequence}.k"]
     logits = q[:, :prompt] @ k[:, :prompt].transpose(1, 2) / 4 + data[f"{sequence}.0.noise"]
     logits.masked_fill_(torch.ones(prompt, prompt, dtype=torch.bool).triu(1), -1e30)
-    scores = Keyformer.noisy((logits - logits.amax(-1, keepdim=True)).exp(), 1.0).sum(1)
+    scores = Keyformer.added((logits - logits.amax(-1, keepdim=True)).exp(), 1.0)
     assert torch.allclose(scores, data[f"{sequence}.0.score_all"], atol=1e-4)
     policy = Keyformer(keep=0.6, recent=(recent + 0.5) / (recent + top))
     kept = policy.priority(held(scores), recent + top).topk(recent + top).indices.sort(-1).values
@@ -105,7 +105,7 @@ def test_keyformer_scores_and_first_choice(sequence: str, prompt: int) -> None:
         logits = data[f"{sequence}.{step}.logits"]
         alive = logits > -1e30
         noisy = torch.where(alive, logits + data[f"{sequence}.{step}.noise"], float("-inf"))
-        weights = Keyformer.noisy((noisy - noisy.amax(-1, keepdim=True)).exp(), tau)
+        weights = Keyformer.added((noisy - noisy.amax(-1, keepdim=True)).exp()[:, None], tau)
         score = weights + torch.nn.functional.pad(before, (0, weights.shape[1] - before.shape[1]))
         assert torch.allclose(score, data[f"{sequence}.{step}.score_all"], atol=1e-4)
         before = data[f"{sequence}.{step}.score"]

@@ -12,6 +12,8 @@ from fivefold.store import Held
 
 # Noise is read from a table of this many draws, from a place that hangs on the query: a prime.
 _DRAWS = 131071
+# Weights that are looked at a time: they stay in the processor's cache.
+_BLOCK = 1 << 18
 
 
 @register(
@@ -49,27 +51,36 @@ class Keyformer(TokenPolicy):
         for part in (torch.arange(group, device=weights.device)[:, None], head[:, None, None]):
             where = where * 1_000_003 + part
         start = ((where * 1_000_003 + held.layer) * 1_000_003 + self.seed) % _DRAWS
-        draws = _draws(self.seed, weights.device)
-        if held.slots:
-            # The rows of a decoding step hold its token already; those of a chunk stand behind them.
-            behind = torch.arange(held.seen, held.seen + slots - held.slots, device=weights.device)
-            positions = torch.cat([held.positions, behind.expand(held.rows, -1)], 1)[:, None, None]
-            noise = draws[(start[..., None] + positions) % _DRAWS]
-        else:  # key positions count from 0, so that a query's noise is a piece of the table
-            table = _repeated(self.seed, 1 + -(-slots // _DRAWS), weights.device)
-            noise = table.as_strided((_DRAWS, slots), (1, 1)).index_select(0, start.flatten()).view_as(weights)
-        return self.noisy(weights.mul_(noise), tau).flatten(1, 2).sum(1)
+        weights, start = weights.flatten(1, 2), start.flatten(1)
+        added = weights.new_zeros((held.rows, slots))
+        step = weights.shape[1] if weights.is_cuda else max(1, _BLOCK // (held.rows * slots))
+        for part, at in zip(weights.split(step, 1), start.split(step, 1)):
+            added += self.added(part.mul_(self._noise(held, at, slots)), tau)
+        return added
+
+    def _noise(self, held: Held, start: torch.Tensor, slots: int) -> torch.Tensor:
+        """exp(g) `[rows, queries, slots]` of queries whose noise begins at `start [rows, queries]` of the draws."""
+        behind = torch.arange(held.seen, held.seen + slots - held.slots, device=start.device)
+        table = _repeated(self.seed, 1 + -(-(held.seen + slots) // _DRAWS), start.device)
+        if not held.slots:  # key positions count from 0, so that a query's noise is a piece of the table
+            return table.as_strided((_DRAWS, slots), (1, 1)).index_select(0, start.flatten()).view(*start.shape, slots)
+        # The rows of a decoding step hold its token already; those of a chunk stand behind them.
+        positions = torch.cat([held.positions, behind.expand(held.rows, -1)], 1)
+        return table[start[..., None] + positions[:, None]]
 
     def temperature(self, generated: int) -> float:
         """After so many generated tokens."""
         return self.tau_init + (self.tau_end - self.tau_init) * min(1.0, max(0, generated) / self.steps)
 
     @staticmethod
-    def noisy(weights: torch.Tensor, tau: float) -> torch.Tensor:
-        """`softmax((x + g) / tau)` over the last axis, from `exp(x + g)` up to a factor; overwrites it."""
+    def added(weights: torch.Tensor, tau: float) -> torch.Tensor:
+        """The sum over queries of `softmax((x + g) / tau)`, `[rows, slots]`, from `exp(x + g) [rows, queries, slots]`.
+
+        A factor that a query has in common does not matter; the weights may be overwritten.
+        """
         if tau != 1:
             weights.pow_(1 / tau)
-        return weights.div_(weights.sum(-1, keepdim=True))
+        return (weights.sum(-1, keepdim=True).reciprocal_().transpose(1, 2) @ weights)[:, 0]
 
     def priority(self, held: Held, budget: int) -> torch.Tensor:
         return held.scores.masked_fill(held.newest(int(self.recent * budget)), float("inf"))
@@ -82,6 +93,6 @@ def _draws(seed: int, device: torch.device) -> torch.Tensor:
     return torch.empty(_DRAWS).exponential_(generator=generator).clamp_(min=1e-6).reciprocal_().to(device)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _repeated(seed: int, times: int, device: torch.device) -> torch.Tensor:
     return _draws(seed, device).repeat(times)
