@@ -60,11 +60,11 @@ class Keyformer(TokenPolicy):
 
     def _noise(self, held: Held, start: torch.Tensor, slots: int) -> torch.Tensor:
         """exp(g) `[rows, queries, slots]` of queries whose noise begins at `start [rows, queries]` of the draws."""
-        behind = torch.arange(held.seen, held.seen + slots - held.slots, device=start.device)
         table = _repeated(self.seed, 1 + -(-(held.seen + slots) // _DRAWS), start.device)
         if not held.slots:  # key positions count from 0, so that a query's noise is a piece of the table
             return table.as_strided((_DRAWS, slots), (1, 1)).index_select(0, start.flatten()).view(*start.shape, slots)
         # The rows of a decoding step hold its token already; those of a chunk stand behind them.
+        behind = torch.arange(held.seen, held.seen + slots - held.slots, device=start.device)
         positions = torch.cat([held.positions, behind.expand(held.rows, -1)], 1)
         return table[start[..., None] + positions[:, None]]
 
