@@ -123,7 +123,7 @@ class Run:
                 held = stored(layer, cohort)
                 layer.append(cohort, None, None, horizon=horizon)
             else:
-                found = attend_chunk(layer, cohort, q, k, v, self.scaling)
+                found, _ = attend_chunk(layer, cohort, q, k, v, self.scaling)
                 positions, old_keys, old_values = stored(layer, cohort)
                 layer.append(cohort, k, v, horizon=horizon)
                 held = (

@@ -1,7 +1,8 @@
 """The attention that tokens receive from a chunk, block by block: what policies choose by.
 
 A policy that wants to know it from every query gets it from the attention itself: a few queries at a time are
-attended, and their weights handed to it before they are overwritten. No [query, key] tensor of a prompt ever exists.
+attended, and their weights handed to it before they are overwritten. One that only wants sums gets them from a kernel
+where there is one, after the fused attention. No [query, key] tensor of a prompt ever exists.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from fivefold.attention.prefill import attend_chunk
+from fivefold.kernels.received import has_kernel, received
 from fivefold.store.layer_cache import Cohort, LayerCache
 
 # Weights that are made at a time: enough rows for an efficient product, few enough to stay near the processor.
@@ -28,14 +30,18 @@ def attend_observed(
     The latter is float32 `[rows, slots]`, the chunk's own slots last; None if the policy wants to know nothing.
     """
     policy, chunk = layer.policy, keys.shape[1]
-    assert policy is not None
+    assert policy is not None and cohort.held is not None
     first = 0 if policy.observes is None else max(0, chunk - policy.observes)
     if not policy.chooses or first == chunk:
-        return attend_chunk(layer, cohort, queries, keys, values, scaling), None
+        return attend_chunk(layer, cohort, queries, keys, values, scaling)[0], None
+    if first == 0 and policy.sums and has_kernel(keys):
+        out, lse = attend_chunk(layer, cohort, queries, keys, values, scaling)
+        seen = torch.cat([layer.dense_part(cohort, 0), keys], 1) if cohort.held.slots else keys
+        return out, received(queries, seen, lse, scaling)
     if first == 0:
         out = torch.empty_like(queries)
         return out, _weigh(layer, cohort, queries, keys, values, scaling, 0, out)
-    out = attend_chunk(layer, cohort, queries, keys, values, scaling)
+    out, _ = attend_chunk(layer, cohort, queries, keys, values, scaling)
     return out, _weigh(layer, cohort, queries, keys, values, scaling, first, None)
 
 

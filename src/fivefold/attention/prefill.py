@@ -27,11 +27,11 @@ def attend_chunk(
     keys: torch.Tensor,
     values: torch.Tensor,
     scaling: float,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a chunk that is not yet stored.
 
     queries: `[rows, query_heads per kv head, tokens, head_dim]`; keys, values: `[rows, tokens, head_dim]`.
-    Returns the shape and dtype of the queries.
+    Returns the output, shape and dtype of the queries, and its log-sum-exp, float32 `[rows, heads, tokens]`.
     """
     extent = cohort.geometry.extent
     chunk = keys.shape[1]
@@ -42,7 +42,7 @@ def attend_chunk(
     if cohort.geometry.length:
         for part in _stored(layer, cohort, queries, scaling):
             own = merge([own, part])
-    return own[0].to(queries.dtype)
+    return own[0].to(queries.dtype), own[1]
 
 
 def _spread(x: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:

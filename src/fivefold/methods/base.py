@@ -144,6 +144,11 @@ class TokenPolicy(Method):
         """Whether tokens cannot be taken back: their attention has counted, or others went for them."""
         return self.chooses and (self.watches or self.trims)
 
+    @property
+    def sums(self) -> bool:
+        """Whether all that it wants to know of a chunk is how much attention each token received."""
+        return type(self).observe is TokenPolicy.observe
+
     def budget(self, held: Held) -> int:
         """How many tokens a row may hold. Here: `keep` of the prompt, while generating too."""
         return max(1, round(self.keep * held.share * held.prompt))

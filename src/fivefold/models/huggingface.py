@@ -585,7 +585,7 @@ class FivefoldLayer(CacheLayerMixin):
             else:
                 observed = None
                 if cohort.held is None:
-                    part = attend_chunk(store, cohort, q, k, v, scaling)
+                    part, _ = attend_chunk(store, cohort, q, k, v, scaling)
                 else:
                     part, observed = attend_observed(store, cohort, q, k, v, scaling)
                 store.append(cohort, k, v, horizon=horizon, observed=observed)
