@@ -596,7 +596,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         raise InputError(f"{bad['why']}: set it to one of those, or unset it.")
 
 
-bench = typer.Typer(help="Time attention kernels and decoding steps on this machine.", no_args_is_help=True)
+bench = typer.Typer(help="Time attention kernels, prompts and decoding steps on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 BenchSize = Annotated[
@@ -607,6 +607,10 @@ BenchRecipe = Annotated[
     list[str] | None, typer.Option("--recipe", "-r", metavar="RECIPE", help="One to measure; repeat it for more.")
 ]
 BenchJson = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write all results into this file.")]
+BenchShape = Annotated[
+    str | None,
+    typer.Option("--shape", metavar="SHAPE", help="llama-3-8b or small; by default what the device can run."),
+]
 
 
 @bench.command(name="kernels")
@@ -649,9 +653,7 @@ def bench_kernels(size: BenchSize = None, recipe: BenchRecipe = None, json_file:
 def bench_decode(
     size: BenchSize = None,
     recipe: BenchRecipe = None,
-    shape: Annotated[
-        str | None, typer.Option(metavar="SHAPE", help="llama-3-8b or small; by default what the device can run.")
-    ] = None,
+    shape: BenchShape = None,
     steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps to time.")] = 40,
     json_file: BenchJson = None,
 ) -> None:
@@ -660,9 +662,7 @@ def bench_decode(
     from fivefold.recipe import Recipe
 
     device = machine.device()
-    shape = shape or ("llama-3-8b" if device.type == "cuda" else "small")
-    if shape not in decode.SHAPES:
-        raise InputError(f"--shape {shape!r} is none of {', '.join(decode.SHAPES)}.")
+    shape = _shape(shape, device)
     sizes = _sizes(size) or (((8192, 1), (32768, 1), (131072, 1)) if device.type == "cuda" else ((4096, 1),))
     target = None if json_file is None else _writable(json_file)
     recipes = [str(Recipe.parse(text)) for text in recipe or decode.RECIPES]
@@ -693,6 +693,52 @@ def bench_decode(
     _bench_results(target, json_file, {**machine.stamp(), "rows": rows})
 
 
+@bench.command(name="prefill")
+def bench_prefill(
+    size: BenchSize = None,
+    recipe: BenchRecipe = None,
+    shape: BenchShape = None,
+    chunk: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Tokens fed at a time; the whole prompt if not given.")
+    ] = None,
+    json_file: BenchJson = None,
+) -> None:
+    """Reading a prompt with a model of random weights against transformers' DynamicCache."""
+    from fivefold.benchmark import machine, prefill
+    from fivefold.recipe import Recipe
+
+    device = machine.device()
+    shape = _shape(shape, device)
+    sizes = _sizes(size) or (((32768, 1),) if device.type == "cuda" else ((4096, 1),))
+    target = None if json_file is None else _writable(json_file)
+    recipes = [str(Recipe.parse(text)) for text in recipe or prefill.RECIPES]
+    rows: list[dict[str, Any]] = []
+    _silence()
+    with _bars() as bars:
+        task = bars.add_task(shape, total=len(sizes) * (1 + len(recipes)), amount="")
+        for context, batch in sizes:
+            bars.update(task, description=f"{context} x {batch}")
+            for row in prefill.measure(shape, device, context, batch, recipes, chunk):
+                rows.append(row)
+                bars.advance(task)
+    table = Table(box=box.SIMPLE_HEAD, title=f"{shape} on {machine.describe()['devices'][-1]['name']}")
+    for name in ("context", "batch", "cache"):
+        table.add_column(name)
+    for name in ("seconds", "x DynamicCache", "cache MiB", "peak MiB"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        cells = [f"{row['context']:,}", str(row["batch"]), row["recipe"]]
+        if "error" in row:
+            cells += [row["error"], "", "", ""]
+        else:
+            peak = f"{row['peak_bytes'] / 2**20:,.0f}" if "peak_bytes" in row else ""
+            cells += [f"{row['seconds']:.2f}", f"{row['times']:.2f}" if row["times"] else ""]
+            cells += [f"{row['cache_bytes'] / 2**20:,.1f}", peak]
+        table.add_row(*cells)
+    out.print(table)
+    _bench_results(target, json_file, {**machine.stamp(), "rows": rows})
+
+
 @bench.command(name="capacity")
 def bench_capacity(
     context: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of each sequence of the batch.")] = 32768,
@@ -701,9 +747,7 @@ def bench_capacity(
     goal: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Fill the last recipe with so many tokens and no more.")
     ] = None,
-    shape: Annotated[
-        str | None, typer.Option(metavar="SHAPE", help="llama-3-8b or small; by default what the device can run.")
-    ] = None,
+    shape: BenchShape = None,
     memory: Annotated[
         int | None, typer.Option(min=1, metavar="BYTES", help="What a cache may take; by default all of a GPU.")
     ] = None,
@@ -717,9 +761,7 @@ def bench_capacity(
     from fivefold.recipe import Recipe
 
     device = machine.device()
-    shape = shape or ("llama-3-8b" if device.type == "cuda" else "small")
-    if shape not in decode.SHAPES:
-        raise InputError(f"--shape {shape!r} is none of {', '.join(decode.SHAPES)}.")
+    shape = _shape(shape, device)
     if most not in ("batch", "context", "both"):
         raise InputError(f"--most {most!r} is none of batch, context, both.")
     if device.type != "cuda":
@@ -799,6 +841,15 @@ def _recipes_of_one_head_kind(texts: list[str]) -> list[str]:
                 f"{text!r} treats heads differently, and `bench kernels` times one layer: use bench decode."
             )
     return [str(Recipe.parse(text)) for text in texts]
+
+
+def _shape(name: str | None, device: torch.device) -> str:
+    from fivefold.benchmark import decode
+
+    name = name or ("llama-3-8b" if device.type == "cuda" else "small")
+    if name not in decode.SHAPES:
+        raise InputError(f"--shape {name!r} is none of {', '.join(decode.SHAPES)}.")
+    return name
 
 
 def _bench_results(target: Path | None, name: str | None, results: dict[str, Any]) -> None:

@@ -1,0 +1,63 @@
+"""Reading a prompt with a model of random weights: time and memory, for recipes and for transformers' DynamicCache."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+import fivefold
+from fivefold.benchmark.decode import BASELINE, build, held_bytes
+
+RECIPES = ("full()", "kivi(bits=4)", "duo(keep=0.5) + kivi(bits=2)", "streaming()", "snapkv()", "h2o()", "d2o()")
+
+
+def measure(
+    shape: str, device: torch.device, context: int, batch: int, recipes: list[str], chunk: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """Rows: recipe, seconds until the last token's logits are there, as a share of DynamicCache's, bytes of the cache,
+    and on a GPU of the largest allocation beyond the weights. chunk: how many tokens are fed at a time; None: all."""
+    model = build(shape, device)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (batch, context), generator=generator).to(device)
+    base = None
+    for name in (BASELINE, *recipes):
+        row: dict[str, Any] = {"shape": shape, "context": context, "batch": batch, "chunk": chunk, "recipe": name}
+        try:
+            _read(model, name, ids[:, :512], None)  # compiles what there is to compile
+            row.update(_read(model, name, ids, chunk))
+        except torch.OutOfMemoryError:
+            row["error"] = "out of memory"
+        else:
+            base = row["seconds"] if name == BASELINE else base
+            row["times"] = row["seconds"] / base if base else None
+        yield row
+
+
+def _read(model: Any, name: str, ids: torch.Tensor, chunk: int | None) -> dict[str, Any]:
+    cuda = ids.is_cuda
+    if name == BASELINE:
+        fivefold.restore(model)
+        cache: Any = DynamicCache(config=model.config)
+    else:
+        cache = fivefold.compress(model, name)
+    if cuda:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for part in ids.split(chunk or ids.shape[1], 1):
+            model(part, past_key_values=cache, logits_to_keep=1)
+    if cuda:
+        torch.cuda.synchronize()
+    found = {"seconds": time.perf_counter() - start, "cache_bytes": held_bytes(cache)}
+    if cuda:
+        found["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    return found
