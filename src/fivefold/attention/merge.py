@@ -42,9 +42,12 @@ def attend(
             queries, keys, values, 0.0, causal, return_debug_mask=False, scale=scaling
         )
         return out[0], out[1]
-    if queries.device.type == "cuda" and bias is None and queries.dtype == torch.float32 and queries.shape[3] % 4 == 0:
+    if queries.device.type == "cuda" and queries.shape[3] % 8 == 0:
+        if bias is not None:  # finite in float16 too; a row begins where the kernel may load 16 bytes
+            bias = torch.nn.functional.pad(bias.clamp(min=-5e4).to(queries.dtype), (0, -bias.shape[1] % 8))
+            bias = bias[:, : keys.shape[2]].expand(*queries.shape[:2], -1, -1)
         out = torch.ops.aten._scaled_dot_product_efficient_attention(
-            queries, keys, values, None, True, 0.0, causal, scale=scaling
+            queries, keys, values, bias, True, 0.0, causal, scale=scaling
         )
         return out[0], out[1][..., : queries.shape[2]]  # it fills log-sum-exps up to blocks
     return attend_reference(queries, keys, values, scaling, bias, causal)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from fivefold.attention.decode import KV, exact_tokens
@@ -16,8 +17,9 @@ from fivefold.store.layer_cache import Cohort, LayerCache
 from fivefold.store.tiers import PAGE, Extent
 
 QUERY_BLOCK = 512
-# Tokens of the packed tier that are decoded at a time.
+# Tokens of the packed tier that are decoded at a time; on a GPU as many as make so many numbers.
 KEY_BLOCK = 2048
+KEY_NUMBERS = 1 << 25
 
 
 def attend_chunk(
@@ -38,7 +40,8 @@ def attend_chunk(
     if extent.recent is None or (cohort.geometry.length == 0 and chunk <= extent.recent):
         own = attend(queries, _spread(keys, queries), _spread(values, queries), scaling, causal=True)
     else:
-        own = _banded(extent, cohort.geometry.length, queries, keys, values, scaling)
+        start = cohort.geometry.length
+        own = _windowed(extent, start, queries, keys, values, np.arange(start, start + chunk), scaling)
     if cohort.geometry.length:
         for part in _stored(layer, cohort, queries, scaling):
             own = merge([own, part])
@@ -50,30 +53,40 @@ def _spread(x: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     return x[:, None].expand(-1, queries.shape[1], -1, -1)
 
 
-def _banded(
+def _windowed(
     extent: Extent,
     start: int,
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
+    positions: np.ndarray,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The chunk over itself under a window: each block of queries against its sinks and its band of keys."""
+    """Queries at positions from `start` on over keys at ascending `positions`, under a window: each block of queries
+    against what any of them sees."""
     assert extent.recent is not None
-    chunk = keys.shape[1]
-    sinks = min(max(0, extent.sink - start), chunk)
+    where = torch.from_numpy(positions).to(keys.device)
+    pinned = int(np.searchsorted(positions, extent.sink))
     outs, lses = [], []
-    for first in range(0, chunk, QUERY_BLOCK):
-        last = min(first + QUERY_BLOCK, chunk)
-        low = max(0, first - extent.recent + 1)
-        seen = torch.arange(low, last)
-        if sinks and low > 0:
-            seen = torch.cat([torch.arange(min(sinks, low)), seen])
-        block = [x[:, seen] if low > 0 else x[:, :last] for x in (keys, values)]
-        bias = _window_bias(extent, torch.arange(first, last) + start, seen + start).to(queries.device)
-        out, lse = attend(
-            queries[:, :, first:last], _spread(block[0], queries), _spread(block[1], queries), scaling, bias
-        )
+    for first in range(0, queries.shape[2], QUERY_BLOCK):
+        block = queries[:, :, first : first + QUERY_BLOCK]
+        low, high = start + first, start + first + block.shape[2] - 1
+        stop = int(np.searchsorted(positions, high, "right"))
+        begin = min(stop, max(pinned, int(np.searchsorted(positions, low - extent.recent, "right"))))
+        sinks = min(pinned, stop)
+        if sinks == 0 and begin == stop:
+            outs.append(torch.zeros_like(block))
+            lses.append(torch.full(block.shape[:3], MASKED, device=block.device))
+            continue
+        seen = [
+            torch.cat([x[:, :sinks], x[:, begin:stop]], 1) if 0 < sinks < begin else x[:, begin - sinks : stop]
+            for x in (keys, values)
+        ]
+        bias = None
+        if positions[stop - 1] > low or (begin < stop and positions[begin] <= high - extent.recent):
+            at = torch.cat([where[:sinks], where[begin:stop]])
+            bias = _window_bias(extent, torch.arange(low, high + 1, device=at.device), at)
+        out, lse = attend(block, _spread(seen[0], block), _spread(seen[1], block), scaling, bias)
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, 2), torch.cat(lses, 2)
@@ -94,22 +107,14 @@ def _stored(
     """The chunk over each tier, block by block: parts to be merged."""
     geometry = cohort.geometry
     rows, heads, chunk, dim = queries.shape
-    newest = geometry.length + torch.arange(chunk)
 
-    def over(keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def over(keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         if geometry.extent.recent is None:
             # Every query sees every stored key: the group's heads and the chunk are rows of one product.
             flat = queries.reshape(rows, 1, heads * chunk, dim)
             out, lse = attend(flat, keys[:, None], values[:, None], scaling)
             return out.view(queries.shape), lse.view(rows, heads, chunk)
-        outs, lses = [], []
-        for first in range(0, chunk, QUERY_BLOCK):
-            block = queries[:, :, first : first + QUERY_BLOCK]
-            bias = _window_bias(geometry.extent, newest[first : first + QUERY_BLOCK], positions)
-            out, lse = attend(block, _spread(keys, block), _spread(values, block), scaling, bias.to(queries.device))
-            outs.append(out)
-            lses.append(lse)
-        return torch.cat(outs, 2), torch.cat(lses, 2)
+        return _windowed(geometry.extent, geometry.length, queries, keys, values, positions, scaling)
 
     tokens = exact_tokens(geometry)
     positions = layer.exact_positions(geometry)[:tokens]
@@ -120,7 +125,7 @@ def _stored(
     if cohort.packed.shape[1]:
         assert layer.codec is not None and layer.packing is not None
         page = layer.packing.page
-        step = max(1, KEY_BLOCK // page)
+        step = max(1, (KEY_NUMBERS // (rows * dim) if queries.is_cuda else KEY_BLOCK) // page)
         for first in range(0, cohort.packed.shape[1], step):
             last = min(first + step, cohort.packed.shape[1])
             begin = geometry.packed_base + first * page
@@ -130,4 +135,4 @@ def _stored(
                 x.to(queries.dtype).reshape(rows, -1, dim)[:, : stop - begin]
                 for x in layer.codec_of(cohort, first, last).decode(fields)
             )
-            yield over(keys, values, torch.arange(begin, stop))
+            yield over(keys, values, np.arange(begin, stop))

@@ -1245,11 +1245,10 @@ class LayerCache:
                 out[part.name] = self.own_pool.fetch(part.name, own)
         return out
 
-    def exact_positions(self, geometry: Geometry) -> torch.Tensor:
+    def exact_positions(self, geometry: Geometry) -> np.ndarray:
         """The position of every slot of the exact columns: int64 `[columns * PAGE]`."""
-        pinned = torch.arange(geometry.pinned_pages * PAGE)
-        window = torch.arange(geometry.window_pages * PAGE) + geometry.exact_base
-        return torch.cat([pinned, window])
+        pinned = np.arange(geometry.pinned_pages * PAGE)
+        return np.concatenate([pinned, np.arange(geometry.window_pages * PAGE) + geometry.exact_base])
 
     def packed_fields(self, cohort: Cohort, first: int, last: int) -> dict[str, torch.Tensor]:
         """Every field of packed columns first..last: `[rows, columns, *shape]`."""
