@@ -193,13 +193,18 @@ def test_a_group_that_cannot_be_packed_is_said_and_stays(device, monkeypatch) ->
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_picked_tokens_are_those_of_the_reference(device, dtype, monkeypatch) -> None:
-    """With some that a row does not hold, and the newest among them or not."""
+@pytest.mark.parametrize(
+    "codec", [None, Kivi(bits=4, residual=32), Kivi(bits=2, group=64, residual=32), Kivi(bits=3, residual=32)]
+)
+def test_picked_tokens_are_those_of_the_reference(device, dtype, codec, monkeypatch) -> None:
+    """With some that a row does not hold, and the newest among them or not; packed ones beside the whole exact tier."""
     torch.manual_seed(0)
-    layer = make(device, [Extent()] * 2, None, dtype)
+    layer = make(device, [Extent()] * 2, codec, dtype)
     layer.start(2)
     (cohort,) = layer.cohorts
-    layer.append(cohort, *torch.randn(2, 4, 333, 64, device=device, dtype=dtype), settle=False)
+    layer.append(cohort, *torch.randn(2, 4, 332, 64, device=device, dtype=dtype))
+    layer.append(cohort, *torch.randn(2, 4, 1, 64, device=device, dtype=dtype), settle=False)
+    assert (cohort.packed.shape[1] > 0) == (codec is not None)
     positions = torch.stack([torch.randperm(333, device=device)[:130] for _ in range(4)])
     positions[0, :5], positions[1, 7] = -1, 332
     queries = torch.randn(4, 4, 64, device=device, dtype=dtype)
@@ -207,7 +212,7 @@ def test_picked_tokens_are_those_of_the_reference(device, dtype, monkeypatch) ->
     wanted = attend_picked(layer, cohort, queries, 0.125, positions.clone())[0]
     monkeypatch.setenv("FIVEFOLD_KERNELS", "triton")
     found = attend_picked(layer, cohort, queries, 0.125, positions.clone())[0]
-    assert cohort.exact_table is not None
+    assert cohort.exact_table is not None and (cohort.packed_table is None) == (codec is None)
     assert (found.float() - wanted.float()).norm() < (
         3e-3 if dtype is torch.float32 else 1.5e-2
     ) * wanted.float().norm()

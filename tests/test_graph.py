@@ -258,9 +258,7 @@ def test_tables_follow_whatever_happens_to_the_pages(seed: int, monkeypatch) -> 
         tables.update()
         for index, store in stores.items():
             span, starts, packed, exact = tables._parts[index]
-            shares = kernels().starts_of(
-                kernels().pages_of(span.numpy(), tables._page), kernels().programs_for(6, spec.device)
-            )
+            shares = kernels().starts_of(kernels().pages_of(span.numpy(), tables._page), tables._programs)
             assert torch.equal(starts, torch.from_numpy(shares))
             for cohort in store.cohorts:
                 wanted = torch.tensor(spans(cohort.geometry)).expand(len(cohort.rows), -1)

@@ -9,6 +9,7 @@ import torch
 
 from fivefold.kernels.pack import pack_reference
 from fivefold.kernels.packed_decode import Form
+from fivefold.kernels.packed_decode.reference import decode_page
 
 pytest.importorskip("triton", reason="needs Triton")
 kernel = importlib.import_module("fivefold.kernels.pack.triton")
@@ -48,3 +49,20 @@ def test_the_bytes_are_those_of_the_reference(device: str, bits: int, group: int
             for mine, theirs in zip(found, wanted):
                 assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
                 assert torch.equal(mine.cpu(), theirs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("bits", "group", "channels"), FORMS)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_unpacked_pages_are_those_of_the_reference(device: str, bits: int, group: int, channels: int, dim: int) -> None:
+    """From fields of their own, and from views of records."""
+    torch.manual_seed(bits + group)
+    form = Form(bits, group, min(channels, dim), dim)
+    keys, values = (tokens(3, form.tokens, dim, torch.float32) for _ in range(2))
+    fields = tuple(x.to(device) for x in pack_reference(form, keys, values, 0, None))
+    wanted = decode_page(form, fields)
+    records = torch.cat([x.reshape(3, -1).view(torch.int16) for x in fields], 1)
+    for given in (fields, kernel._fields(form, records)):
+        for mine, theirs in zip(kernel.unpack_pages(form, given), wanted):
+            # One rounding less where product and sum are one instruction.
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6 * float(theirs.abs().max()))

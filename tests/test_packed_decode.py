@@ -18,10 +18,21 @@ GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="needs Triton")
 kernel = importlib.import_module("fivefold.kernels.packed_decode.triton")
 
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
+PATHS = [pytest.param("cuda", marks=ON_GPU), pytest.param("triton", marks=ON_GPU)]
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(GPU, reason="the kernels are compiled for the GPU here")),
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]),
+    *PATHS,
 ]
+
+
+@pytest.fixture
+def device(request, monkeypatch) -> str:
+    """A path of the kernels as a parameter, the device it is for as a value."""
+    monkeypatch.setenv("FIVEFOLD_KERNELS", "auto" if request.param == "cpu" else request.param)
+    return "cpu" if request.param == "cpu" else "cuda"
+
+
 FORMS = [(2, 32, 32), (2, 64, 64), (2, 128, 128), (3, 32, 32), (4, 32, 32), (4, 128, 128), (8, 32, 32), (8, 64, 64)]
 
 
@@ -85,7 +96,7 @@ def check(
     spans: list[tuple[int, ...]],
     dtype: torch.dtype = torch.float16,
     bound: float = 3e-3,
-    programs: int | None = None,
+    programs: tuple[int, int] | None = None,
 ) -> None:
     packed = packed_tier(rows, columns, form, device) if columns else None
     exact = exact_tier(rows, exact_columns, form.head_dim, dtype, device) if exact_columns else None
@@ -111,7 +122,7 @@ def check(
         assert (lse.double() - wanted_lse)[some].abs().max() < 20 * bound
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("bits", "group", "channels"), FORMS)
 def test_packed_and_exact_pages(device: str, bits: int, group: int, channels: int, head_dim: int) -> None:
@@ -121,10 +132,10 @@ def test_packed_and_exact_pages(device: str, bits: int, group: int, channels: in
     page = form.tokens
     # Whole pages and a group less; a window that begins inside a page; nothing packed; one exact token.
     spans = [(0, 2 * page - group, 0, 0, 33), (page + 5, 2 * page, 3, 40, 64), (0, 0, 0, 0, 1)]
-    check(device, 3, 4, form, 2, 2, spans, programs=5)
+    check(device, 3, 4, form, 2, 2, spans, programs=(5, 5))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [1, 3, 9, 16])
 def test_heads_and_dtypes(device: str, heads: int, dtype: torch.dtype) -> None:
@@ -134,25 +145,25 @@ def test_heads_and_dtypes(device: str, heads: int, dtype: torch.dtype) -> None:
     check(device, 2, heads, form, 1, 1, [(0, 96, 0, 0, 17), (0, 32, 0, 0, 32)], dtype, bound)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
 def test_wide_heads(device: str) -> None:
     torch.manual_seed(0)
     check(device, 1, 2, Form(2, 32, 32, 256), 1, 1, [(0, 224, 0, 0, 9)])
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
 def test_tiers_alone_and_rows_that_see_nothing(device: str) -> None:
     torch.manual_seed(1)
     form = Form(2, 32, 32, 64)
-    check(device, 2, 4, form, 2, 0, [(0, 300, 0, 0, 0), (0, 0, 0, 0, 0)], programs=5)
-    check(device, 2, 4, form, 0, 5, [(0, 0, 4, 120, 150), (0, 0, 0, 0, 0)], programs=3)
+    check(device, 2, 4, form, 2, 0, [(0, 300, 0, 0, 0), (0, 0, 0, 0, 0)], programs=(5, 5))
+    check(device, 2, 4, form, 0, 5, [(0, 0, 4, 120, 150), (0, 0, 0, 0, 0)], programs=(3, 3))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
-def test_random_shapes() -> None:
-    random.seed(0)
-    for trial in range(200):
+@pytest.mark.parametrize("device", PATHS, indirect=True)
+@pytest.mark.parametrize("part", range(10))
+def test_random_shapes(device: str, part: int) -> None:
+    for trial in range(20 * part, 20 * part + 20):
+        random.seed(trial)
         torch.manual_seed(trial)
         bits, group, channels = random.choice(FORMS)
         head_dim = random.choice([64, 128])
@@ -166,4 +177,13 @@ def test_random_shapes() -> None:
             sink, start = random.choice([(0, 0), (random.randint(0, 8), random.randint(0, stop))])
             spans.append((low, high, sink, start, stop))
         dtype = random.choice([torch.float16, torch.float32, torch.bfloat16])
-        check("cuda", rows, heads, form, columns, exact, spans, dtype, 1.5e-2 if dtype is torch.bfloat16 else 3e-3)
+        check(device, rows, heads, form, columns, exact, spans, dtype, 1.5e-2 if dtype is torch.bfloat16 else 3e-3)
+
+
+@pytest.mark.parametrize("device", PATHS, indirect=True)
+def test_which_kernel_attends(device: str) -> None:
+    """CUDA C++ where it can, and if it is not forbidden."""
+    wanted = kernel.choose(torch.device(device)).path == "cuda"
+    assert kernel.by_cuda(Form(2, 32, 32, 128), 8, torch.device(device)) == wanted
+    for form, heads in ((Form(2, 32, 32, 256), 4), (Form(2, 32, 32, 128), 9)):
+        assert not kernel.by_cuda(form, heads, torch.device(device))

@@ -592,7 +592,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         table.add_row("", Text(f"kernels: {part['path']} ({part['why']})"))
     out.print(table)
     bad = next((part for part in found["devices"] if not part["possible"]), None)
-    if bad and found["FIVEFOLD_KERNELS"] != "triton":
+    if bad and found["FIVEFOLD_KERNELS"] not in ("triton", "cuda"):
         raise InputError(f"{bad['why']}: set it to one of those, or unset it.")
 
 

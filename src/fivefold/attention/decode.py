@@ -77,19 +77,20 @@ def attend_picked(
     slots = layer.slots_of(cohort, positions)
     newest = cohort.geometry.length - 1
     stop = cohort.geometry.packed_stop
+    there = (slots >= 0) & (slots < stop if stop else slots != newest)
+    if not watch:
+        picked = slots.masked_fill(~there, -1)
+        if not stop:
+            picked = torch.nn.functional.pad(picked, (0, 1), value=newest)
+        fused = attend_picked_fused(layer, cohort, queries, scaling, picked)
+        if fused is not None:
+            return fused, None
     if stop:
-        there = (slots >= 0) & (slots < stop)
         most = int(there.sum(1).max())
         # Those that count first, so that the others can be cut off.
         order = torch.sort(there.byte(), dim=1, descending=True, stable=True).indices[:, :most]
         slots, there = slots.gather(1, order).clamp_(0, stop - 1), there.gather(1, order)
     else:
-        there = (slots >= 0) & (slots != newest)
-        if not watch:
-            picked = torch.nn.functional.pad(slots.masked_fill(~there, -1), (0, 1), value=newest)
-            fused = attend_picked_fused(layer, cohort, queries, scaling, picked)
-            if fused is not None:
-                return fused, None
         slots = torch.cat([slots.clamp_(min=0), slots.new_full((len(slots), 1), newest)], 1)
         there = torch.nn.functional.pad(there, (0, 1), value=True)
     keys, values = layer.tokens(cohort, slots)

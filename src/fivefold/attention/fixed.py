@@ -37,6 +37,8 @@ class FixedTables:
         exact, packed = self.rows * self.exact_columns * 2, self.rows * self.packed_columns
         self._size, self._packed_at = exact + packed, exact
         self._page = first.packing.page if first.packing else kernels().TILE
+        form, heads = first.codec and first.codec.form, first.spec.query_heads // first.spec.kv_heads
+        self._programs = kernels().programs_for(self.rows, self.device, form, heads)
         # What the work lists were made for.
         self._pages: np.ndarray | None = None
         self._starts = np.zeros(0, dtype=np.int32)
@@ -117,7 +119,7 @@ class FixedTables:
         pages = kernels().pages_of(seen, self._page)
         if self._pages is None or not np.array_equal(pages, self._pages):
             self._pages = pages
-            self._starts = kernels().starts_of(pages, kernels().programs_for(self.rows, self.device))
+            self._starts = kernels().starts_of(pages, self._programs)
         numbers[:, self._width :] = self._starts.reshape(len(self.stores), -1)
         self._spans.copy_(host, non_blocking=True)
         if event is not None:
@@ -147,7 +149,8 @@ class FixedTables:
         kernel = kernels()
         seen, starts, packed, exact = self._parts[index]
         kernel.append(keys.contiguous(), values.contiguous(), seen, exact)
-        return kernel.decode(queries.contiguous(), scaling, seen, packed, exact, starts=starts)[0]
+        queries = queries.contiguous()
+        return kernel.decode(queries, scaling, seen, packed, exact, starts=starts, programs=self._programs)[0]
 
 
 def _ample(columns: int, least: int) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,33 +28,30 @@ def attend_fused(layer: LayerCache, cohort: Cohort, queries: torch.Tensor, scali
     if why_not(layer, queries.device, queries.shape[1]) is not None:
         return None
     kernel = kernels()
-    packed = None
-    if cohort.packed.shape[1]:
-        assert layer.codec is not None and layer.codec.form is not None and layer.packed_pool is not None
-        if cohort.packed_table is None:
-            first = layer.packed_pool.layout.fields[0].name
-            cohort.packed_table = _table(layer.packed_pool.addresses(first, cohort.packed), queries.device)
-        packed = kernel.Packed(cohort.packed_table, layer.codec.form)
+    packed = _packed(layer, cohort, queries.device)
     exact = kernel.Exact(_exact_table(layer, cohort, queries.device), layer.spec.dtype)
     page = layer.packing.page if layer.packing else kernel.TILE
-    span, starts = _spans(cohort.geometry, len(cohort.rows), queries.device, page)
-    return kernel.decode(queries.contiguous(), scaling, span, packed, exact, starts=starts)[0]
+    rows, heads, _ = queries.shape
+    programs = kernel.programs_for(rows, queries.device, packed and packed.form, heads)
+    span, starts = _spans(cohort.geometry, rows, queries.device, page, programs)
+    return kernel.decode(queries.contiguous(), scaling, span, packed, exact, starts=starts, programs=programs)[0]
 
 
 def attend_picked_fused(
     layer: LayerCache, cohort: Cohort, queries: torch.Tensor, scaling: float, slots: torch.Tensor
 ) -> torch.Tensor | None:
-    """Attention over the exact slots `slots [rows, n]` alone, negative ones left out; None where the kernels do not
-    run."""
+    """Attention over what `slots [rows, n]` name alone, negative ones left out: packed slots, beside the whole exact
+    tier, if anything is packed, else exact ones. None where the kernels do not run."""
     if queries.device.type == "cpu" and choose(queries.device).path == "reference":
         return None
     if why_not(layer, queries.device, queries.shape[1]) is not None:
         return None
-    kernel = kernels()
-    exact = kernel.Exact(_exact_table(layer, cohort, queries.device), layer.spec.dtype)
-    span, starts = _picked_spans(slots.shape[1], len(cohort.rows), queries.device)
+    packed = _packed(layer, cohort, queries.device)
+    exact = kernels().Exact(_exact_table(layer, cohort, queries.device), layer.spec.dtype)
+    geometry = None if packed is None else cohort.geometry
+    span, starts = _picked_spans(geometry, slots.shape[1], len(cohort.rows), queries.device)
     picks = slots.to(torch.int32).contiguous()
-    return kernel.decode(queries.contiguous(), scaling, span, None, exact, starts=starts, picks=picks)[0]
+    return kernels().decode(queries.contiguous(), scaling, span, packed, exact, starts=starts, picks=picks)[0]
 
 
 def why_not(layer: LayerCache, device: torch.device, heads: int) -> str | None:
@@ -88,6 +86,17 @@ def _table(addresses: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(addresses).to(device) >> 4
 
 
+def _packed(layer: LayerCache, cohort: Cohort, device: torch.device) -> Any:
+    """The packed pages of a cohort, if it has any."""
+    if not cohort.packed.shape[1]:
+        return None
+    assert layer.codec is not None and layer.codec.form is not None and layer.packed_pool is not None
+    if cohort.packed_table is None:
+        first = layer.packed_pool.layout.fields[0].name
+        cohort.packed_table = _table(layer.packed_pool.addresses(first, cohort.packed), device)
+    return kernels().Packed(cohort.packed_table, layer.codec.form)
+
+
 def _exact_table(layer: LayerCache, cohort: Cohort, device: torch.device) -> torch.Tensor:
     if cohort.exact_table is None:
         pair = [layer.exact_pool.addresses(name, cohort.exact) for name in ("keys", "values")]
@@ -96,22 +105,36 @@ def _exact_table(layer: LayerCache, cohort: Cohort, device: torch.device) -> tor
 
 
 @lru_cache(maxsize=16)
-def _picked_spans(count: int, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    return _work([(0, 0, 0, 0, count)] * rows, kernels().TILE, device)
+def _picked_spans(
+    geometry: Geometry | None, count: int, rows: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For picked slots of the packed tier, beside the exact tier of `geometry`, or if that is None of the exact one."""
+    kernel = kernels()
+    span = (0, 0, 0, 0, count)
+    if geometry is not None:
+        # Picks are shared out as pages of that many tokens would be.
+        span = (0, count, *spans(geometry)[2:])
+    return _work(
+        [span] * rows, kernel.TILE if geometry is None else kernel.PICKS, device, kernel.programs_for(rows, device)
+    )
 
 
-def _work(seen: list[tuple[int, int, int, int, int]], page: int, device: torch.device) -> tuple:
+def _work(
+    seen: list[tuple[int, int, int, int, int]], page: int, device: torch.device, programs: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     kernel = kernels()
     span = np.zeros((len(seen), kernel.SPAN), dtype=np.int32)
     span[:, :5] = seen
-    starts = kernel.starts_of(kernel.pages_of(span, page), kernel.programs_for(len(seen), device))
+    starts = kernel.starts_of(kernel.pages_of(span, page), programs)
     return torch.from_numpy(span).to(device), torch.from_numpy(starts).to(device)
 
 
 @lru_cache(maxsize=16)
-def _spans(geometry: Geometry, rows: int, device: torch.device, page: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _spans(
+    geometry: Geometry, rows: int, device: torch.device, page: int, programs: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What the newest token sees, for every row: int32 `[rows, SPAN]`, and the work lists (`starts_of`)."""
-    return _work([spans(geometry)] * rows, page, device)
+    return _work([spans(geometry)] * rows, page, device, programs)
 
 
 def spans(geometry: Geometry) -> tuple[int, int, int, int, int]:

@@ -1,8 +1,10 @@
 """Which kernels run: the environment variable FIVEFOLD_KERNELS, and what this machine has.
 
-auto        Triton on an NVIDIA GPU of compute capability 8.0 or more where Triton is installed, else the reference
+auto        the fastest there is: on an NVIDIA GPU of compute capability 8.0 or more where Triton is installed that, and
+            CUDA C++ where that can be compiled; else the reference
 reference   plain PyTorch everywhere
 triton      Triton or an error
+cuda        Triton, and CUDA C++ for packed pages, or an error
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-PATHS = ("auto", "reference", "triton")
+PATHS = ("auto", "reference", "triton", "cuda")
 
 
 class Choice(NamedTuple):
@@ -35,15 +37,29 @@ def _choose(asked: str, device: torch.device) -> Choice:
     if asked == "reference":
         return Choice("reference", "FIVEFOLD_KERNELS=reference")
     lacking = _lacking(device)
-    if lacking is None:
-        return Choice(
-            "triton", "FIVEFOLD_KERNELS=triton" if asked == "triton" else f"a {device.type} device with Triton"
-        )
-    return Choice("reference", lacking, asked == "auto")
+    if lacking is not None:
+        return Choice("reference", lacking, asked == "auto")
+    if asked == "triton":
+        return Choice("triton", "FIVEFOLD_KERNELS=triton")
+    if not _compiler():
+        return Choice("triton", "Triton is there, but not cuda-bindings, which compiles CUDA C++", asked == "auto")
+    return Choice(
+        "cuda", "FIVEFOLD_KERNELS=cuda" if asked == "cuda" else f"a {device.type} device with Triton and NVRTC"
+    )
+
+
+def _compiler() -> bool:
+    """Whether what compiles and launches CUDA C++ is installed (torch's CUDA wheels bring it)."""
+    try:
+        from cuda.bindings import driver, nvrtc
+
+        return not int(nvrtc.nvrtcVersion()[0]) and hasattr(driver, "cuLaunchKernel")
+    except (ImportError, RuntimeError):  # no such package, or no such library
+        return False
 
 
 def _lacking(device: torch.device) -> str | None:
-    """Why Triton's kernels cannot run on a device; None if they can."""
+    """Why kernels cannot run on a device; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if device.type == "cpu":

@@ -1,11 +1,12 @@
-"""Tokens into planar KIVI pages in one launch: read from memory, quantised in registers, written as records.
+"""Tokens into planar KIVI pages in one launch: read from memory, quantised in registers, written as records. And back.
 
 The arithmetic is that of `planar.quantise`, so that the same tokens give the same bytes: float32, codes against the
 stored (float16) scale and zero point, round half to even, constant groups exact. Only the division differs: a product
 with the reciprocal and one step of correction (Markstein), which gives the same correctly rounded quotient in a third
 of the instructions.
 
-A program takes some channels of one side (keys or values) of a page, a plane at a time: 64 of them, or a whole group.
+A program takes some channels of one side (keys or values) of a page, a plane or a group of keys at a time: tiles of
+2048 numbers of each plane, fewer rows where a value's group is wide, half as many channels where a key's group is long.
 """
 
 from __future__ import annotations
@@ -88,25 +89,24 @@ def _pack_keys(
     words = _before(record + inside, plane, BITS)
     most = tl.zeros([32, W], tl.float32)
     for group in range(plane // SHARE, (plane + planes) // SHARE):
-        first = group * SHARE - plane
-        x = _load(keys, sources, item, first, planes, 0, inside, DTYPE, D, PAGED)
-        low = tl.min(x, 0)
-        high = tl.max(x, 0)
-        for i in range(1, SHARE):
-            y = _load(keys, sources, item, first + i, planes, 0, inside, DTYPE, D, PAGED)
-            low = tl.minimum(low, tl.min(y, 0))
-            high = tl.maximum(high, tl.max(y, 0))
-        scale, zero = _ends(low, high, STEPS)
+        # All planes of a group at once, so that they are on their way together.
+        xs = ()
+        for i in tl.static_range(SHARE):
+            xs = xs + (_load(keys, sources, item, group * SHARE - plane + i, planes, 0, inside, DTYPE, D, PAGED),)
+        low = xs[0]
+        high = xs[0]
+        for i in tl.static_range(1, SHARE):
+            low = tl.minimum(low, xs[i])
+            high = tl.maximum(high, xs[i])
+        scale, zero = _ends(tl.min(low, 0), tl.max(high, 0), STEPS)
         tl.store(scales + group * D, scale)
         tl.store(zeros + group * D, zero)
         step, inverse = _step(scale)
         shift = zero.to(tl.float32)
-        for i in range(SHARE):
-            if SHARE > 1:
-                x = _load(keys, sources, item, first + i, planes, 0, inside, DTYPE, D, PAGED)
+        for i in tl.static_range(SHARE):
             if PAGED:
-                most = _most(most, x)
-            codes = _codes(x, shift[None, :], step[None, :], inverse[None, :], STEPS, FUSED)
+                most = _most(most, xs[i])
+            codes = _codes(xs[i], shift[None, :], step[None, :], inverse[None, :], STEPS, FUSED)
             words |= codes << (BITS * (group * SHARE + i))
     for group in range((plane + planes) // SHARE, TOKENS // GROUP):
         tl.store(scales + group * D, tl.zeros([W], tl.float16))
@@ -125,29 +125,31 @@ def _pack_values(
     STEPS: tl.constexpr = 2**BITS - 1
     GROUPS: tl.constexpr = W // CHANNELS
     PLANE: tl.constexpr = 32 * (D // CHANNELS)
-    r = tl.arange(0, 32)
-    d = part * W + tl.arange(0, W)
-    g = part * GROUPS + tl.arange(0, GROUPS)
+    ROWS: tl.constexpr = 2048 // W  # of the 32
+    SHARES: tl.constexpr = 32 // ROWS
+    r = part % SHARES * ROWS + tl.arange(0, ROWS)
+    d = part // SHARES * W + tl.arange(0, W)
+    g = part // SHARES * GROUPS + tl.arange(0, GROUPS)
     inside = r[:, None] * D + d[None, :]
     scales = record.to(tl.pointer_type(tl.float16)) + 32 * D + g[None, :] * 32 + r[:, None]
     zeros = scales + TOKENS // 32 * PLANE
     words = _before(record + inside, plane, BITS)
-    most = tl.zeros([32, W], tl.float32)
+    most = tl.zeros([ROWS, W], tl.float32)
     for j in range(plane, plane + planes):
         x = _load(values, sources, item, j - plane, planes, 1, inside, DTYPE, D, PAGED)
         if PAGED:
             most = _most(most, x)
-        x = tl.reshape(x, [32, GROUPS, CHANNELS])
+        x = tl.reshape(x, [ROWS, GROUPS, CHANNELS])
         scale, zero = _ends(tl.min(x, 2), tl.max(x, 2), STEPS)
         tl.store(scales + j * PLANE, scale)
         tl.store(zeros + j * PLANE, zero)
         step, inverse = _step(scale)
         shift = zero.to(tl.float32)
         codes = _codes(x, shift[:, :, None], step[:, :, None], inverse[:, :, None], STEPS, FUSED)
-        words |= tl.reshape(codes, [32, W]) << (BITS * j)
+        words |= tl.reshape(codes, [ROWS, W]) << (BITS * j)
     for j in range(plane + planes, TOKENS // 32):
-        tl.store(scales + j * PLANE, tl.zeros([32, GROUPS], tl.float16))
-        tl.store(zeros + j * PLANE, tl.zeros([32, GROUPS], tl.float16))
+        tl.store(scales + j * PLANE, tl.zeros([ROWS, GROUPS], tl.float16))
+        tl.store(zeros + j * PLANE, tl.zeros([ROWS, GROUPS], tl.float16))
     tl.store(record + inside, words.to(tl.int16))
     if PAGED:
         tl.atomic_max(peak, tl.max(tl.max(most, 1), 0).to(tl.int32, bitcast=True))
@@ -161,7 +163,7 @@ def _pack(
 ):  # fmt: skip
     """`planes` planes of some channels of the keys or values of a page, from a plane on.
 
-    Grid: (pages, D / KEY_WIDTH + D / VALUE_WIDTH).
+    Grid: (pages, D / KEY_WIDTH + D / 64).
     PAGED: the tokens lie in exact pages, `sources [pages, planes, 2]`, and the record is found at `places [pages, 2]`,
     which also says from what plane on; both are addresses in units of 16 bytes. Their largest absolute value is left at
     `peak`, as the bits of a float32.
@@ -191,8 +193,8 @@ def _pack(
 def _launch(
     form: Form, pages: int, device: torch.device, *tensors: torch.Tensor, planes: int, **settings: object
 ) -> None:
-    key_width, value_width = 64, max(64, form.channels)
-    _pack[(pages, form.head_dim // key_width + form.head_dim // value_width)](
+    key_width, value_width = 64 if form.group <= 64 else 32, max(64, form.channels)
+    _pack[(pages, form.head_dim // key_width + form.head_dim // 64)](
         *tensors, planes,
         D=form.head_dim, KEY_WIDTH=key_width, VALUE_WIDTH=value_width, BITS=form.bits, TOKENS=form.tokens,
         GROUP=form.group, CHANNELS=form.channels, FUSED=device.type == "cuda", num_warps=2, **settings,
@@ -231,6 +233,43 @@ def pack_exact(form: Form, sources: torch.Tensor, places: torch.Tensor, dtype: t
         planes=sources.shape[1], plane=0, DTYPE=_TYPES[dtype], PAGED=True,
     )  # fmt: skip
     return peak
+
+
+@triton.jit(do_not_specialize=("words_stride", "scale_stride", "zero_stride"))
+def _unpack(
+    words, scale, zero, out, words_stride, scale_stride, zero_stride,
+    D: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr,
+    KEYS: tl.constexpr,
+):  # fmt: skip
+    """The numbers of one side of a page: `[32 * PLANES, D]`. Grid: (pages,)."""
+    page = tl.program_id(0).to(tl.int64)
+    r = tl.arange(0, 32)
+    d = tl.arange(0, D)
+    inside = r[:, None] * D + d[None, :]
+    packed = tl.load(words + page * words_stride + inside).to(tl.int32)
+    for j in tl.static_range(PLANES):
+        if KEYS:
+            at = (j * 32 // GROUP * D + d)[None, :]
+        else:
+            at = j * 32 * (D // CHANNELS) + (d // CHANNELS * 32)[None, :] + r[:, None]
+        codes = ((packed >> (BITS * j)) & (2**BITS - 1)).to(tl.float32)
+        x = codes * tl.load(scale + page * scale_stride + at).to(tl.float32)
+        x += tl.load(zero + page * zero_stride + at).to(tl.float32)
+        tl.store(out + (page * PLANES + j) * 32 * D + inside, x)
+
+
+def unpack_pages(form: Form, fields: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`decode_page` as two launches: keys and values, float32 `[pages, tokens, head_dim]`."""
+    pages = len(fields[0])
+    out = torch.empty((2, pages, form.tokens, form.head_dim), dtype=torch.float32, device=fields[0].device)
+    for side, x in enumerate(out):
+        parts = [part if part[0].is_contiguous() else part.contiguous() for part in fields[3 * side : 3 * side + 3]]
+        if pages:
+            _unpack[(pages,)](
+                *parts, x, *(part.stride(0) for part in parts), D=form.head_dim, BITS=form.bits,
+                PLANES=form.tokens // 32, GROUP=form.group, CHANNELS=form.channels, KEYS=side == 0, num_warps=4,
+            )  # fmt: skip
+    return out[0], out[1]
 
 
 def _fields(form: Form, records: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -28,6 +28,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fivefold.kernels.choice import choose
+from fivefold.kernels.packed_decode import cuda
 from fivefold.kernels.packed_decode.reference import Form
 
 LIMIT = 750.0
@@ -305,6 +307,64 @@ def _exact(
     _leave(out, lse, tl.program_id(0), acc, m, tl.sum(weight, 0), heads, N, D)
 
 
+@triton.jit(do_not_specialize=("rows", "columns", "heads", "count"))
+def _picked(
+    queries, table, picks, starts, out, lse, scale, rows, columns, heads, count,
+    N: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr,
+    SPAN: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One share of the packed slots that `picks [rows, count]` names, in tiles of TILE; negative ones are none.
+
+    A token takes one field of its words, and all of the scales of its channels. Grid: (programs,).
+    """
+    row = _row(starts, rows, R)
+    if row >= rows:
+        return
+    TOKENS: tl.constexpr = _code_planes(BITS) * 32
+    KEY_SCALE: tl.constexpr = 32 * D
+    KEY_ZERO: tl.constexpr = KEY_SCALE + TOKENS // GROUP * D
+    VALUE_WORDS: tl.constexpr = KEY_ZERO + TOKENS // GROUP * D
+    VALUE_SCALE: tl.constexpr = VALUE_WORDS + 32 * D
+    VALUE_ZERO: tl.constexpr = VALUE_SCALE + TOKENS * (D // CHANNELS)
+    t = tl.arange(0, TILE)
+    d = tl.arange(0, D)
+    q = _queries(queries, row, heads, N, D).to(tl.float16)
+    first, last = _share(starts, row, tl.cdiv(count, TILE))
+    m = tl.full([N], -1e30, tl.float32)
+    weight = tl.zeros([TILE, N], tl.float32)
+    acc = tl.zeros([D, N], tl.float32)
+    for tile in range(first, last):
+        slot = tl.load(picks + row * count + tile * TILE + t, mask=tile * TILE + t < count, other=-1)
+        held = slot >= 0
+        slot = tl.maximum(slot, 0)
+        inside = slot % TOKENS
+        plane = inside // 32
+        r = inside % 32
+        address = tl.load(table + row * columns + slot // TOKENS, mask=held, other=0) * 16
+        words = tl.multiple_of(address.to(tl.pointer_type(tl.int16)), 16)[:, None] + (r[:, None] * D + d[None, :])
+        half = tl.multiple_of(address.to(tl.pointer_type(tl.float16)), 16)[:, None]
+        group = (inside // GROUP)[:, None] * D + d[None, :]
+        part = plane[:, None] * (32 * (D // CHANNELS)) + (d // CHANNELS * 32)[None, :] + r[:, None]
+        seen = held[:, None]
+        move = (plane * BITS)[:, None]
+        k = (tl.load(words, mask=seen, other=0).to(tl.int32) >> move) & (2**BITS - 1)
+        v = (tl.load(words + VALUE_WORDS, mask=seen, other=0).to(tl.int32) >> move) & (2**BITS - 1)
+        scales = tl.load(half + (KEY_SCALE + group), mask=seen, other=0.0).to(tl.float32)
+        zeros = tl.load(half + (KEY_ZERO + group), mask=seen, other=0.0).to(tl.float32)
+        k = (k.to(tl.float32) * scales + zeros).to(tl.float16)
+        scales = tl.load(half + (VALUE_SCALE + part), mask=seen, other=0.0).to(tl.float32)
+        zeros = tl.load(half + (VALUE_ZERO + part), mask=seen, other=0.0).to(tl.float32)
+        v = (v.to(tl.float32) * scales + zeros).to(tl.float16)
+        s = tl.where(seen, tl.dot(k, q) * scale, -1e30)
+        above = tl.maximum(m, tl.max(s, 0))
+        shrink = tl.exp2(m - above)
+        m = above
+        p = tl.where(seen, tl.exp2(s - m[None, :]), 0.0)
+        weight = weight * shrink[None, :] + p
+        acc = tl.dot(tl.trans(v), p.to(tl.float16), acc * shrink[None, :])
+    _leave(out, lse, tl.program_id(0), acc, m, tl.sum(weight, 0), heads, N, D)
+
+
 @triton.jit(do_not_specialize=("columns",))
 def _append(keys, values, table, spans, columns, DTYPE: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr):
     """The newest token of a row into its last exact slot: `[rows, D]` each. Grid: (rows, 2)."""
@@ -399,13 +459,27 @@ def _processors(device: torch.device) -> int:
 
 TILE = 64
 """Exact slots that are one piece of work."""
+PICKS = 32
+"""Picked packed slots that are one piece of work."""
 
 
-def programs_for(rows: int, device: torch.device) -> int:
-    """How many programs work on that many rows: few rows are cut so that the device is filled once, many so that it is
-    filled several times over and none waits long for the last."""
-    once = RESIDENT * _processors(device)
-    return once if 8 * rows <= once else max(8 * once, 2 * rows)
+def by_cuda(form: Form, heads: int, device: torch.device) -> bool:
+    """Whether `cuda.py` attends over packed pages of this form."""
+    return device.type == "cuda" and choose(device).path == "cuda" and cuda.supports(form, heads)
+
+
+def programs_for(rows: int, device: torch.device, form: Form | None = None, heads: int = 1) -> tuple[int, int]:
+    """How many programs work on the packed pages of that many rows, and on their exact ones.
+
+    Few rows are cut so that the device is filled once, many so that it is filled several times over and none waits long
+    for the last.
+    """
+    resident = cuda.resident(form, device) if form is not None and by_cuda(form, heads, device) else RESIDENT
+    packed, exact = (
+        once if 8 * rows <= once else max(8 * once, 2 * rows)
+        for once in (resident * _processors(device), RESIDENT * _processors(device))
+    )
+    return packed, exact
 
 
 def pages_of(spans: np.ndarray, page: int) -> np.ndarray:
@@ -417,15 +491,16 @@ def pages_of(spans: np.ndarray, page: int) -> np.ndarray:
     return np.stack([np.where(high > low, -(-high // page) - low // page, 0), -(-stop // TILE)], -2)
 
 
-def starts_of(pages: np.ndarray, programs: int) -> np.ndarray:
-    """The work list: the first program of each row, and how many programs there are, int32 `[..., rows + 1]`.
+def starts_of(pages: np.ndarray, programs: tuple[int, int]) -> np.ndarray:
+    """The work lists: the first program of each row, and how many programs there are, int32 `[..., 2, rows + 1]`.
 
-    pages: `[..., rows]`, at most `programs` of which may have any. No program gets more pages than it must.
+    pages: `[..., 2, rows]`, at most `programs` of which may have any. No program gets more pages than it must.
     """
-    each = np.maximum(1, -(-pages.sum(-1, keepdims=True) // programs))
+    most = np.array(programs)[:, None]
+    each = np.maximum(1, -(-pages.sum(-1, keepdims=True) // most))
     while True:
         shares = -(-pages // each)
-        over = shares.sum(-1, keepdims=True) > programs
+        over = shares.sum(-1, keepdims=True) > most
         if not over.any():
             break
         each += np.where(over, np.maximum(1, each // 32), 0)
@@ -452,15 +527,16 @@ def decode(
     with_lse: bool = False,
     asm: bool | None = None,
     starts: torch.Tensor | None = None,
-    programs: int | None = None,
+    programs: tuple[int, int] | None = None,
     picks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one query per row and head over packed and exact pages: see `decode_reference`.
 
     queries: contiguous `[rows, query_heads, head_dim]`, float16, bfloat16 or float32; spans: int32 `[rows, SPAN]`;
-    starts: int32 `[2, rows + 1]`, the work lists of packed and exact pages for at most `programs` programs each (made
-    here, waiting for the device, if not given). picks: int32 `[rows, n]`, the exact slots that are attended on,
-    negative ones left out; the exact span must then be `0, 0, n`.
+    starts: int32 `[2, rows + 1]`, the work lists of packed and exact pages for at most `programs` programs (made here,
+    waiting for the device, if not given). picks: int32 `[rows, n]`, the packed slots that are attended on if there
+    are packed pages, else the exact ones, whose span must then be `0, 0, n`; negative ones are none. The first of
+    `starts` then shares out `PICKS` of them at a time.
     Packed pages are attended on in float16, exact ones in their dtype, both with float32 sums.
     Returns the output in the dtype of the queries and, if asked for, the natural log-sum-exp, float32.
     """
@@ -469,13 +545,16 @@ def decode(
     asm = device.type == "cuda" if asm is None else asm
     scale = scaling * 1.4426950408889634
     n = 8 if heads <= 8 else 16
-    programs = programs or programs_for(rows, device)
+    form = packed.form if packed is not None and picks is None else None
+    programs = programs or programs_for(rows, device, form, heads)
     if starts is None:
         pages = pages_of(spans.cpu().numpy(), packed.form.tokens if packed is not None else TILE)
+        if picks is not None and packed is not None:
+            pages[0] = -(-picks.shape[1] // PICKS)
         starts = torch.from_numpy(starts_of(pages, programs)).to(device)
     common = {"N": n, "D": dim, "SPAN": SPAN, "R": triton.next_power_of_2(rows)}
 
-    def parts(most: int) -> tuple[int, torch.Tensor, torch.Tensor]:
+    def parts(programs: int, most: int) -> tuple[int, torch.Tensor, torch.Tensor]:
         count = max(1, min(programs, most))
         out = torch.empty((count, heads, dim), dtype=torch.float32, device=device)
         return count, out, torch.empty((count, heads), dtype=torch.float32, device=device)
@@ -483,21 +562,33 @@ def decode(
     packed_out, packed_lse = exact_out, exact_lse = queries, queries
     if packed is not None:
         form = packed.form
-        count, packed_out, packed_lse = parts(packed.table.numel())
-        _packed[(count,)](
-            queries, packed.table, spans, starts[0], packed_out, packed_lse, scale, rows, packed.table.shape[1], heads,
-            BITS=form.bits, GROUP=form.group, CHANNELS=form.channels, ASM=asm,
-            STAGES=_STAGES[form.bits], num_warps=2, num_stages=_STAGES[form.bits], **common,
-        )  # fmt: skip
+        tiles = packed.table.numel() if picks is None else -(-picks.shape[1] // PICKS) * rows
+        count, packed_out, packed_lse = parts(programs[0], tiles)
+        if picks is not None:
+            _picked[(count,)](
+                queries, packed.table, picks, starts[0], packed_out, packed_lse, scale, rows, packed.table.shape[1],
+                heads, picks.shape[1], BITS=form.bits, GROUP=form.group, CHANNELS=form.channels, TILE=PICKS,
+                num_warps=2, **common,
+            )  # fmt: skip
+        elif by_cuda(form, heads, device):
+            cuda.kernel(form, queries.dtype, device, SPAN)(
+                count, queries, packed.table, spans, starts[0], packed_out, packed_lse, scale
+            )
+        else:
+            _packed[(count,)](
+                queries, packed.table, spans, starts[0], packed_out, packed_lse, scale, rows, packed.table.shape[1],
+                heads, BITS=form.bits, GROUP=form.group, CHANNELS=form.channels, ASM=asm,
+                STAGES=_STAGES[form.bits], num_warps=2, num_stages=_STAGES[form.bits], **common,
+            )  # fmt: skip
     if exact is not None:
         wide = exact.dtype.itemsize == 4
-        picked = starts if picks is None else picks
-        slots = exact.table.shape[1] * 32 if picks is None else picks.shape[1]
-        count, exact_out, exact_lse = parts(-(-slots // TILE) * rows)
+        picked = picks if packed is None else None
+        slots = exact.table.shape[1] * 32 if picked is None else picked.shape[1]
+        count, exact_out, exact_lse = parts(programs[1], -(-slots // TILE) * rows)
         _exact[(count,)](
-            queries, exact.table, spans, starts[1], picked, exact_out, exact_lse, scale, rows, exact.table.shape[1],
-            heads, DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE, TILE=TILE, WIDE=not asm, PICKED=picks is not None,
-            num_warps=2, num_stages=1 if wide else 3, **common,
+            queries, exact.table, spans, starts[1], starts if picked is None else picked, exact_out, exact_lse, scale,
+            rows, exact.table.shape[1], heads, DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE, TILE=TILE,
+            WIDE=not asm, PICKED=picked is not None, num_warps=2, num_stages=1 if wide else 3, **common,
         )  # fmt: skip
     merged = torch.empty_like(queries)
     merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None

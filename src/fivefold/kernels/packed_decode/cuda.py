@@ -1,0 +1,121 @@
+"""The packed pages of a decoding step in CUDA C++ (`packed.cu`), compiled at run time by NVRTC.
+
+Triton moves each operand through shared memory and waits there; this kernel loads words straight into the operands of
+the tensor cores, and its copies run ahead of it. It does what `triton._packed` does, for heads of 64 or 128 numbers and
+up to 8 query heads a KV head; the rest, and what is not packed, is left to Triton.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fivefold.kernels.packed_decode.reference import Form
+
+SOURCE = Path(__file__).with_name("packed.cu")
+THREADS = 64
+UNITS = 4
+"""Sides of pages (keys or values) in shared memory: one that is read, the others on their way."""
+RESIDENT = 6
+"""Programs that fit on a processor at a time, if their shared memory does."""
+_QUERIES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def supports(form: Form, heads: int) -> bool:
+    """Whether there is a kernel for these pages and that many query heads a KV head."""
+    return form.head_dim in (64, 128) and heads <= 8
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The kernel for one form of pages and one dtype of queries, loaded on a device.
+
+    shared: bytes of shared memory a program takes.
+    """
+
+    function: Any
+    shared: int
+
+    def __call__(
+        self, programs: int, queries: torch.Tensor, table: torch.Tensor, spans: torch.Tensor, starts: torch.Tensor,
+        out: torch.Tensor, lse: torch.Tensor, scale: float,
+    ) -> None:  # fmt: skip
+        """Leave the parts of `programs` programs in out `[programs, heads, head_dim]` and lse `[programs, heads]`."""
+        from cuda.bindings import driver
+
+        rows, heads = queries.shape[:2]
+        pointers = [x.data_ptr() for x in (queries, table, spans, starts, out, lse)]
+        types = (*[ctypes.c_void_p] * 6, ctypes.c_float, *[ctypes.c_int] * 3)
+        values = (*pointers, scale, rows, table.shape[1], heads)
+        stream = torch.cuda.current_stream(queries.device).cuda_stream
+        _done(
+            driver.cuLaunchKernel(self.function, programs, 1, 1, THREADS, 1, 1, self.shared, stream, (values, types), 0)
+        )
+
+
+def shared_bytes(form: Form) -> int:
+    """Of a program: sides of pages, each with room for the larger of the two."""
+    words, dim = 64 * form.head_dim, form.head_dim
+    return UNITS * (words + 4 * max(form.tokens // form.group * dim, form.tokens * (dim // form.channels)))
+
+
+@cache
+def resident(form: Form, device: torch.device) -> int:
+    """Programs that fit on a processor at a time. (The driver keeps 1 KiB of each for itself.)"""
+    there = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    return min(RESIDENT, there // (shared_bytes(form) + 1024))
+
+
+@cache
+def compiled(form: Form, dtype: torch.dtype, capability: tuple[int, int], span: int, resident: int) -> bytes:
+    """The machine code for one form of pages. span: columns of a table of spans.
+
+    Raises RuntimeError with the compiler's words if it cannot be compiled.
+    """
+    from cuda.bindings import nvrtc
+
+    values = {
+        "BITS": form.bits, "GROUP": form.group, "CHANNELS": form.channels, "D": form.head_dim, "UNITS": UNITS,
+        "QUERIES": _QUERIES[dtype], "SPAN": span, "RESIDENT": resident,
+    }  # fmt: skip
+    major, minor = capability
+    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
+    options += [f"-D{name}={value}" for name, value in values.items()]
+    program = _done(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), b"packed.cu", 0, [], []))
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = b" " * _done(nvrtc.nvrtcGetProgramLogSize(program))
+        _done(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"packed.cu does not compile here (FIVEFOLD_KERNELS=triton does without it): {log.decode()}")
+    code = b" " * _done(nvrtc.nvrtcGetCUBINSize(program))
+    _done(nvrtc.nvrtcGetCUBIN(program, code))
+    _done(nvrtc.nvrtcDestroyProgram(program))
+    return code
+
+
+@cache
+def kernel(form: Form, dtype: torch.dtype, device: torch.device, span: int) -> Kernel:
+    from cuda.bindings import driver
+
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # makes the context
+        code = compiled(form, dtype, torch.cuda.get_device_capability(device), span, resident(form, device))
+        module = _done(driver.cuModuleLoadData(code))
+        function = _done(driver.cuModuleGetFunction(module, b"packed"))
+        shared = shared_bytes(form)
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _done(driver.cuFuncSetAttribute(function, attribute, shared))
+    return Kernel(function, shared)
+
+
+def _done(returned: tuple) -> Any:
+    """What a call returned beside its error."""
+    error, *rest = returned
+    if int(error):
+        raise RuntimeError(f"CUDA: {error!r}")
+    return rest[0] if rest else None
