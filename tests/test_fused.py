@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from fivefold.attention import attend_picked, attend_step
+from fivefold.attention import attend_chunk, attend_picked, attend_step
 from fivefold.attention.decode import exact_bias, exact_tokens, packed_bias
 from fivefold.attention.fused import pack_due, spans, why_not
 from fivefold.errors import CacheStateError, NonFiniteError
@@ -216,3 +216,22 @@ def test_picked_tokens_are_those_of_the_reference(device, dtype, codec, monkeypa
     assert (found.float() - wanted.float()).norm() < (
         3e-3 if dtype is torch.float32 else 1.5e-2
     ) * wanted.float().norm()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("extents", [[Extent()] * 2, [Extent(4, 150)] * 2])
+def test_a_chunk_over_packed_pages_is_that_of_the_reference(device, extents, monkeypatch) -> None:
+    torch.manual_seed(0)
+    layer = make(device, extents, Kivi(bits=4, residual=32))
+    layer.start(2)
+    (cohort,) = layer.cohorts
+    layer.append(cohort, *torch.randn(2, 4, 300, 64, device=device))
+    queries, (keys, values) = torch.randn(4, 4, 50, 64, device=device), torch.randn(2, 4, 50, 64, device=device)
+    monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
+    wanted, wanted_lse = attend_chunk(layer, cohort, queries, keys, values, 0.125)
+    assert cohort.packed_table is None
+    monkeypatch.setenv("FIVEFOLD_KERNELS", "triton")
+    found, lse = attend_chunk(layer, cohort, queries, keys, values, 0.125)
+    assert cohort.packed_table is not None
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lse, wanted_lse, rtol=1e-4, atol=1e-4)

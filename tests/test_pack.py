@@ -55,14 +55,16 @@ def test_the_bytes_are_those_of_the_reference(device: str, bits: int, group: int
 @pytest.mark.parametrize(("bits", "group", "channels"), FORMS)
 @pytest.mark.parametrize("dim", [64, 128])
 def test_unpacked_pages_are_those_of_the_reference(device: str, bits: int, group: int, channels: int, dim: int) -> None:
-    """From fields of their own, and from views of records."""
+    """Of some columns of a table, in no order."""
     torch.manual_seed(bits + group)
     form = Form(bits, group, min(channels, dim), dim)
-    keys, values = (tokens(3, form.tokens, dim, torch.float32) for _ in range(2))
+    keys, values = (tokens(6, form.tokens, dim, torch.float32) for _ in range(2))
     fields = tuple(x.to(device) for x in pack_reference(form, keys, values, 0, None))
-    wanted = decode_page(form, fields)
-    records = torch.cat([x.reshape(3, -1).view(torch.int16) for x in fields], 1)
-    for given in (fields, kernel._fields(form, records)):
-        for mine, theirs in zip(kernel.unpack_pages(form, given), wanted):
-            # One rounding less where product and sum are one instruction.
-            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6 * float(theirs.abs().max()))
+    records = torch.cat([x.reshape(6, -1).view(torch.int16) for x in fields], 1)
+    order = torch.tensor([[3, 0, 5], [1, 4, 2]])
+    table = (records.data_ptr() + order * form.nbytes).to(device) // 16
+    found = kernel.unpack_pages(form, table[:, 1:], torch.float32)
+    for mine, theirs in zip(found, decode_page(form, fields)):
+        wanted = theirs[order[:, 1:].to(device)].flatten(1, 2)
+        # One rounding less where product and sum are one instruction.
+        torch.testing.assert_close(mine, wanted, rtol=1e-6, atol=1e-6 * float(wanted.abs().max()))

@@ -632,20 +632,16 @@ def bench_kernels(size: BenchSize = None, recipe: BenchRecipe = None, json_file:
                 row["of_copy"] = row["rate"] / copy
                 rows.append(row)
                 bars.advance(task)
-    table = Table(
-        box=box.SIMPLE_HEAD, title=f"{machine.describe()['devices'][-1]['name']}, copy {copy / 1e12:.2f} TB/s"
-    )
-    for name in ("context", "batch", "kernel", "path"):
-        table.add_column(name)
-    for name in ("ms", "x SDPA", "MiB", "TB/s", "of copy"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(
+    cells = [
+        [
             f"{row['context']:,}", str(row["batch"]), row["kernel"], row["path"], f"{row['ms']:.4f}",
             f"{row['gain']:.2f}" if row["gain"] else "", f"{row['bytes'] / 2**20:,.1f}",
             f"{row['rate'] / 1e12:.3f}", f"{row['of_copy']:.0%}",
-        )  # fmt: skip
-    out.print(table)
+        ]
+        for row in rows
+    ]  # fmt: skip
+    title = f"{machine.describe()['devices'][-1]['name']}, copy {copy / 1e12:.2f} TB/s"
+    _bench_table(title, "context, batch, kernel, path", "ms, x SDPA, MiB, TB/s, of copy", cells)
     _bench_results(target, json_file, {**machine.stamp(), "copy_rate": copy, "rows": rows})
 
 
@@ -675,21 +671,18 @@ def bench_decode(
             for row in decode.measure(shape, device, context, batch, recipes, steps):
                 rows.append(row)
                 bars.advance(task)
-    table = Table(box=box.SIMPLE_HEAD, title=f"{shape} on {machine.describe()['devices'][-1]['name']}")
-    for name in ("context", "batch", "cache", "graph"):
-        table.add_column(name)
-    for name in ("ms/step", "mean", "x DynamicCache", "tokens/s", "cache MiB"):
-        table.add_column(name, justify="right")
+    lines = []
     for row in rows:
         cells = [f"{row['context']:,}", str(row["batch"]), row["recipe"], "yes" if row["graph"] else ""]
         if "error" in row:
-            cells += [row["error"], "", "", "", ""]
+            cells.append(row["error"])
         else:
             gain = f"{row['gain']:.2f}" if row["gain"] else ""
             cells += [f"{row['ms']:.2f}", f"{row['mean_ms']:.2f}", gain]
             cells += [f"{row['tokens_s']:.1f}", f"{row['cache_bytes'] / 2**20:,.1f}"]
-        table.add_row(*cells)
-    out.print(table)
+        lines.append(cells)
+    title = f"{shape} on {machine.describe()['devices'][-1]['name']}"
+    _bench_table(title, "context, batch, cache, graph", "ms/step, mean, x DynamicCache, tokens/s, cache MiB", lines)
     _bench_results(target, json_file, {**machine.stamp(), "rows": rows})
 
 
@@ -721,21 +714,18 @@ def bench_prefill(
             for row in prefill.measure(shape, device, context, batch, recipes, chunk):
                 rows.append(row)
                 bars.advance(task)
-    table = Table(box=box.SIMPLE_HEAD, title=f"{shape} on {machine.describe()['devices'][-1]['name']}")
-    for name in ("context", "batch", "cache"):
-        table.add_column(name)
-    for name in ("seconds", "x DynamicCache", "cache MiB", "peak MiB"):
-        table.add_column(name, justify="right")
+    lines = []
     for row in rows:
         cells = [f"{row['context']:,}", str(row["batch"]), row["recipe"]]
         if "error" in row:
-            cells += [row["error"], "", "", ""]
+            cells.append(row["error"])
         else:
             peak = f"{row['peak_bytes'] / 2**20:,.0f}" if "peak_bytes" in row else ""
             cells += [f"{row['seconds']:.2f}", f"{row['times']:.2f}" if row["times"] else ""]
             cells += [f"{row['cache_bytes'] / 2**20:,.1f}", peak]
-        table.add_row(*cells)
-    out.print(table)
+        lines.append(cells)
+    title = f"{shape} on {machine.describe()['devices'][-1]['name']}"
+    _bench_table(title, "context, batch, cache", "seconds, x DynamicCache, cache MiB, peak MiB", lines)
     _bench_results(target, json_file, {**machine.stamp(), "rows": rows})
 
 
@@ -799,23 +789,19 @@ def bench_capacity(
             note(
                 "context", str(one), capacity.longest_context, one, steps, goal if one is longest[-1] else None, memory
             )
-    table = Table(box=box.SIMPLE_HEAD, title=f"{shape} on {machine.describe()['devices'][-1]['name']}")
-    for name in ("most", "cache"):
-        table.add_column(name)
-    for name in ("sequences", "context", "cache GiB", "ms/step", "tokens/s", "x DynamicCache"):
-        table.add_column(name, justify="right")
+    lines = []
     for row in rows:
         first = next(other for other in rows if other["what"] == row["what"])
         if "error" in row:
-            table.add_row(row["what"], row["recipe"], row["error"])
+            lines.append([row["what"], row["recipe"], row["error"]])
             continue
         measure = "tokens_s" if row["what"] == "batch" else "context"
         row["gain"] = row[measure] / first[measure] if first.get(measure) else None
-        table.add_row(
-            row["what"], row["recipe"], str(row["batch"]), f"{row['context']:,}", f"{row['cache_bytes'] / 2**30:,.3f}",
-            f"{row['ms']:.2f}", f"{row['tokens_s']:,.1f}", f"{row['gain']:.2f}" if row["gain"] else "",
-        )  # fmt: skip
-    out.print(table)
+        cells = [row["what"], row["recipe"], str(row["batch"]), f"{row['context']:,}"]
+        cells += [f"{row['cache_bytes'] / 2**30:,.3f}", f"{row['ms']:.2f}", f"{row['tokens_s']:,.1f}"]
+        lines.append([*cells, f"{row['gain']:.2f}" if row["gain"] else ""])
+    title = f"{shape} on {machine.describe()['devices'][-1]['name']}"
+    _bench_table(title, "most, cache", "sequences, context, cache GiB, ms/step, tokens/s, x DynamicCache", lines)
     _bench_results(target, json_file, {**head, "rows": rows})
 
 
@@ -850,6 +836,17 @@ def _shape(name: str | None, device: torch.device) -> str:
     if name not in decode.SHAPES:
         raise InputError(f"--shape {name!r} is none of {', '.join(decode.SHAPES)}.")
     return name
+
+
+def _bench_table(title: str, words: str, numbers: str, rows: list[list[str]]) -> None:
+    """Print rows under headings, those of `words` and, to the right, of `numbers`."""
+    table = Table(box=box.SIMPLE_HEAD, title=title)
+    for names, justify in ((words, "left"), (numbers, "right")):
+        for name in names.split(", "):
+            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
 
 
 def _bench_results(target: Path | None, name: str | None, results: dict[str, Any]) -> None:

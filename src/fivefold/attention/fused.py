@@ -54,6 +54,20 @@ def attend_picked_fused(
     return kernels().decode(queries.contiguous(), scaling, span, packed, exact, starts=starts, picks=picks)[0]
 
 
+def unpack_fused(
+    layer: LayerCache, cohort: Cohort, first: int, last: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Keys and values of packed columns first..last, `[rows, tokens, head_dim]`; None where the kernel does not run."""
+    device, codec = layer.spec.device, layer.codec
+    if choose(device).path == "reference" or codec is None or codec.form is None or layer.own_pool is not None:
+        return None
+    if kernels().supports(codec.form, 1, layer.spec.head_dim) is not None:
+        return None
+    from fivefold.kernels.pack import triton as kernel
+
+    return kernel.unpack_pages(codec.form, _packed(layer, cohort, device).table[:, first:last], dtype)
+
+
 def why_not(layer: LayerCache, device: torch.device, heads: int) -> str | None:
     """Why the kernels do not decode this layer, in a few words; None if they do.
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fivefold.attention.decode import KV, exact_tokens
+from fivefold.attention.fused import unpack_fused
 from fivefold.attention.merge import MASKED, attend, merge
 from fivefold.store.layer_cache import Cohort, LayerCache
 from fivefold.store.tiers import PAGE, Extent
@@ -130,9 +131,10 @@ def _stored(
             last = min(first + step, cohort.packed.shape[1])
             begin = geometry.packed_base + first * page
             stop = min(geometry.packed_stop, geometry.packed_base + last * page)
-            fields = {name: x.flatten(0, 1) for name, x in layer.packed_fields(cohort, first, last).items()}
-            keys, values = (
-                x.to(queries.dtype).reshape(rows, -1, dim)[:, : stop - begin]
-                for x in layer.codec_of(cohort, first, last).decode(fields)
-            )
+            pair = unpack_fused(layer, cohort, first, last, queries.dtype)
+            if pair is None:
+                fields = {name: x.flatten(0, 1) for name, x in layer.packed_fields(cohort, first, last).items()}
+                keys, values = layer.codec_of(cohort, first, last).decode(fields)
+                pair = (keys.to(queries.dtype).reshape(rows, -1, dim), values.to(queries.dtype).reshape(rows, -1, dim))
+            keys, values = (x[:, : stop - begin] for x in pair)
             yield over(keys, values, np.arange(begin, stop))

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fivefold.attention import attend_picked, attend_step
 from fivefold.attention.decode import exact_tokens
 from fivefold.attention.fixed import FixedTables
-from fivefold.attention.fused import why_not
+from fivefold.attention.fused import kernels, why_not
 from fivefold.benchmark.machine import median_ms
 from fivefold.kernels.choice import choose
 from fivefold.kernels.pack import pack_pages
@@ -58,20 +58,28 @@ def measure(device: torch.device, context: int, batch: int, recipes: list[str]) 
         read = rows * exact_tokens(cohort.geometry) * 2 * HEAD_DIM * dtype.itemsize
         if layer.packed_pool is not None:
             read += cohort.packed.size * layer.packed_pool.layout.nbytes
-        path = "reference" if why_not(layer, device, GROUP) else "triton"
+        path = "reference" if why_not(layer, device, GROUP) else _path(layer, device)
         ms = median_ms(partial(attend_step, layer, cohort, queries, HEAD_DIM**-0.5), device)
         yield row(recipe, path, ms, read, best)
         layer.free()
         if layer.codec is not None and layer.codec.form is not None:
             ms, moved = _pack(layer.codec.form, rows * context, device, dtype)
-            yield {**row(f"pack {recipe}", choose(device).path, ms, moved, best), "gain": None}
+            path = "reference" if choose(device).path == "reference" else "triton"
+            yield {**row(f"pack {recipe}", path, ms, moved, best), "gain": None}
 
     if not why_not(layer, device, GROUP):
         for name, nbytes, call in (
             _streaming(device, context, batch, queries),
-            _picked(device, context, batch, queries),
+            _picked(device, context, batch, queries, "full()"),
+            _picked(device, context, batch, queries, "kivi(bits=4)"),
+            _picked(device, context, batch, queries, "kivi(bits=2)"),
         ):
             yield row(name, "triton", median_ms(call, device), nbytes, best)
+
+
+def _path(layer: LayerCache, device: torch.device) -> str:
+    form = None if layer.codec is None else layer.codec.form
+    return "cuda" if form is not None and kernels().by_cuda(form, GROUP, device) else "triton"
 
 
 def _streaming(device: torch.device, context: int, batch: int, queries: torch.Tensor) -> tuple[str, int, Call]:
@@ -87,15 +95,23 @@ def _streaming(device: torch.device, context: int, batch: int, queries: torch.Te
     return "duo, 1/2 of the heads", tokens * 2 * HEAD_DIM * queries.dtype.itemsize, call
 
 
-def _picked(device: torch.device, context: int, batch: int, queries: torch.Tensor) -> tuple[str, int, Call]:
-    """A step of a layer that reads the tokens that another one picked."""
-    layer = filled(Recipe.parse("full()"), device, context, batch, queries.dtype)
+def _picked(
+    device: torch.device, context: int, batch: int, queries: torch.Tensor, recipe: str
+) -> tuple[str, int, Call]:
+    """A step of a layer that reads the tokens that another one picked, all exact or, beside the exact tier, packed."""
+    layer = filled(Recipe.parse(recipe), device, context, batch, queries.dtype)
     (cohort,) = layer.cohorts
-    top = min(TOP, context)
+    top = min(TOP, cohort.geometry.packed_stop or context)
     positions = torch.stack([torch.randperm(context, device=device)[:top] for _ in range(len(queries))])
     call = partial(attend_picked, layer, cohort, queries, HEAD_DIM**-0.5, positions)
-    read = len(queries) * (top + 1) * 2 * HEAD_DIM * queries.dtype.itemsize
-    return f"tidal, {top} tokens picked", read, call
+    exact = 2 * HEAD_DIM * queries.dtype.itemsize
+    read = (top + 1) * exact
+    if layer.codec is not None and layer.codec.form is not None:
+        # Whole words, and the scales of all channels.
+        form = layer.codec.form
+        read = top * (8 * HEAD_DIM + 4 * HEAD_DIM // form.channels) + exact_tokens(cohort.geometry) * exact
+    name = f"tidal, {top} tokens picked"
+    return name if recipe == "full()" else f"{name} of {recipe}", len(queries) * read, call
 
 
 def _sdpa(queries: torch.Tensor, context: int) -> tuple[list[tuple[str, float]], int]:

@@ -235,41 +235,50 @@ def pack_exact(form: Form, sources: torch.Tensor, places: torch.Tensor, dtype: t
     return peak
 
 
-@triton.jit(do_not_specialize=("words_stride", "scale_stride", "zero_stride"))
+@triton.jit(do_not_specialize=("columns", "stride"))
 def _unpack(
-    words, scale, zero, out, words_stride, scale_stride, zero_stride,
-    D: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr,
-    KEYS: tl.constexpr,
+    table, keys, values, columns, stride,
+    D: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The numbers of one side of a page: `[32 * PLANES, D]`. Grid: (pages,)."""
+    """One side of a page, `[TOKENS, D]`, where `table [rows, >= columns]` says it lies. Grid: (rows * columns, 2)."""
     page = tl.program_id(0).to(tl.int64)
+    side = tl.program_id(1)
+    SIDE: tl.constexpr = 32 * D + 2 * (TOKENS // GROUP) * D
     r = tl.arange(0, 32)
     d = tl.arange(0, D)
     inside = r[:, None] * D + d[None, :]
-    packed = tl.load(words + page * words_stride + inside).to(tl.int32)
-    for j in tl.static_range(PLANES):
-        if KEYS:
-            at = (j * 32 // GROUP * D + d)[None, :]
+    address = tl.load(table + page // columns * stride + page % columns) * 16
+    words = tl.multiple_of(address.to(tl.pointer_type(tl.int16)), 16) + side * SIDE
+    scales = words.to(tl.pointer_type(tl.float16)) + 32 * D
+    packed = tl.load(words + inside).to(tl.int32)
+    out = (keys if side == 0 else values) + page * TOKENS * D + inside
+    for j in tl.static_range(TOKENS // 32):
+        if side == 0:
+            at = (j * 32 // GROUP * D + d)[None, :] + tl.zeros([32, 1], tl.int32)
+            zeros = scales + TOKENS // GROUP * D
         else:
             at = j * 32 * (D // CHANNELS) + (d // CHANNELS * 32)[None, :] + r[:, None]
+            zeros = scales + TOKENS * (D // CHANNELS)
         codes = ((packed >> (BITS * j)) & (2**BITS - 1)).to(tl.float32)
-        x = codes * tl.load(scale + page * scale_stride + at).to(tl.float32)
-        x += tl.load(zero + page * zero_stride + at).to(tl.float32)
-        tl.store(out + (page * PLANES + j) * 32 * D + inside, x)
+        x = codes * tl.load(scales + at).to(tl.float32) + tl.load(zeros + at).to(tl.float32)
+        tl.store(out + j * 32 * D, x.to(keys.dtype.element_ty))
 
 
-def unpack_pages(form: Form, fields: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`decode_page` as two launches: keys and values, float32 `[pages, tokens, head_dim]`."""
-    pages = len(fields[0])
-    out = torch.empty((2, pages, form.tokens, form.head_dim), dtype=torch.float32, device=fields[0].device)
-    for side, x in enumerate(out):
-        parts = [part if part[0].is_contiguous() else part.contiguous() for part in fields[3 * side : 3 * side + 3]]
-        if pages:
-            _unpack[(pages,)](
-                *parts, x, *(part.stride(0) for part in parts), D=form.head_dim, BITS=form.bits,
-                PLANES=form.tokens // 32, GROUP=form.group, CHANNELS=form.channels, KEYS=side == 0, num_warps=4,
-            )  # fmt: skip
-    return out[0], out[1]
+def unpack_pages(form: Form, table: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of pages as they lie, `[rows, columns * tokens, head_dim]` in a dtype: `decode_page` in one
+    launch.
+
+    table: int64 `[rows, columns]` of their addresses in units of 16 bytes; its last axis is contiguous.
+    """
+    rows, columns = table.shape
+    keys, values = (
+        torch.empty((rows, columns * form.tokens, form.head_dim), dtype=dtype, device=table.device) for _ in range(2)
+    )
+    _unpack[(rows * columns, 2)](
+        table, keys, values, columns, table.stride(0), D=form.head_dim, BITS=form.bits, TOKENS=form.tokens,
+        GROUP=form.group, CHANNELS=form.channels, num_warps=4,
+    )  # fmt: skip
+    return keys, values
 
 
 def _fields(form: Form, records: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -19,16 +19,16 @@ from fivefold.kernels.packed_decode.reference import Form
 
 SOURCE = Path(__file__).with_name("packed.cu")
 THREADS = 64
-UNITS = 4
+UNITS = 3
 """Sides of pages (keys or values) in shared memory: one that is read, the others on their way."""
-RESIDENT = 6
-"""Programs that fit on a processor at a time, if their shared memory does."""
+RESIDENT = {64: 6, 128: 4}
+"""Programs on a processor at a time, by head_dim. More keep no more bytes on their way, and leave more to merge."""
 _QUERIES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def supports(form: Form, heads: int) -> bool:
     """Whether there is a kernel for these pages and that many query heads a KV head."""
-    return form.head_dim in (64, 128) and heads <= 8
+    return form.head_dim in RESIDENT and heads <= 8
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def shared_bytes(form: Form) -> int:
 def resident(form: Form, device: torch.device) -> int:
     """Programs that fit on a processor at a time. (The driver keeps 1 KiB of each for itself.)"""
     there = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-    return min(RESIDENT, there // (shared_bytes(form) + 1024))
+    return min(RESIDENT[form.head_dim], there // (shared_bytes(form) + 1024))
 
 
 @cache

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fivefold.errors import RecipeError
-from fivefold.kernels.pack import pack_keys, pack_pages, pack_values, unpack_pages
+from fivefold.kernels.pack import pack_keys, pack_pages, pack_values
 from fivefold.kernels.packed_decode import Form, decode_keys, decode_values
 from fivefold.kernels.planar import PLANES, dequantise, planar_output, planar_scores, planes_of, sheets_of
 from fivefold.methods import Codec, Method, check_finite, param, register
@@ -109,8 +109,6 @@ class KiviCodec(Codec):
         return dict(zip(names, made))
 
     def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.form is not None:
-            return unpack_pages(self.form, tuple(fields[part.name] for part in self.layout.fields))
         keys = decode_keys(fields["key_words"], fields["key_scale"], fields["key_zero"], self.bits, self.planes)
         return keys, decode_values(fields["value_words"], fields["value_scale"], fields["value_zero"], self.value_bits)
 
