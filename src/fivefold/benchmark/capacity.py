@@ -7,7 +7,6 @@ all of its memory but `MARGIN` is used; on a CPU as much as is given.
 from __future__ import annotations
 
 import gc
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from transformers import DynamicCache
 import fivefold
 from fivefold.benchmark import decode
 from fivefold.benchmark.kernels import fill
-from fivefold.methods.heads.duo_attention import DuoAttention
 from fivefold.recipe import Recipe
 
 MARGIN = 3 << 29
@@ -32,17 +30,6 @@ CONTEXTS = (
 )  # fmt: skip
 GOAL = 10**7
 """Tokens that the last of CONTEXTS is to hold."""
-
-
-def for_random_weights(recipe: Recipe, config: Any) -> Recipe:
-    """`duo(keep=...)` without a profile, which a model of random weights has none of: the first heads of each layer."""
-    method = recipe.get("heads")
-    if not isinstance(method, DuoAttention) or method.retrieval is not None:
-        return recipe
-    count = round(method.keep * config.num_key_value_heads)
-    pairs = tuple((layer, head) for layer in range(config.num_hidden_layers) for head in range(count))
-    others = tuple(other for other in recipe.methods if other is not method)
-    return Recipe((*others, replace(method, retrieval=pairs)))
 
 
 def room(device: torch.device, limit: int | None) -> int:
@@ -66,7 +53,7 @@ def largest_batch(
     """The most sequences of `context` tokens that fit, and their decoding; None is DynamicCache."""
     device, config = model.device, model.config
     graph = device.type == "cuda" and recipe is not None
-    name = decode.BASELINE if recipe is None else for_random_weights(recipe, config)
+    name = decode.BASELINE if recipe is None else decode.for_random_weights(recipe, config)
     with torch.inference_mode():
         if recipe is None:
             layer = 2 * _width(config) * context * model.dtype.itemsize
@@ -97,7 +84,7 @@ def longest_context(
     """Fill one sequence until memory is, or until it holds `goal` tokens; then decode."""
     device, config = model.device, model.config
     with torch.inference_mode():
-        cache = fivefold.compress(model, for_random_weights(recipe, config), cuda_graph=device.type == "cuda")
+        cache = fivefold.compress(model, decode.for_random_weights(recipe, config), cuda_graph=device.type == "cuda")
         pools, stores = cache.state.pools, cache.state.stores
         start = room(device, limit)
         for store in stores.values():

@@ -10,6 +10,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Static
 import fivefold
 import fivefold.models.huggingface
 from fivefold.benchmark.kernels import fill
+from fivefold.methods.heads.duo_attention import DuoAttention
 from fivefold.recipe import Recipe
 
 BASELINE = "DynamicCache"
@@ -47,6 +49,17 @@ def build(shape: str, device: torch.device) -> Any:
             return AutoModelForCausalLM.from_config(config).eval()
     finally:
         torch.set_default_dtype(before)
+
+
+def for_random_weights(recipe: Recipe, config: Any) -> Recipe:
+    """`duo(keep=...)` without a profile, which a model of random weights has none of: the first heads of each layer."""
+    method = recipe.get("heads")
+    if not isinstance(method, DuoAttention) or method.retrieval is not None:
+        return recipe
+    count = round(method.keep * config.num_key_value_heads)
+    pairs = tuple((layer, head) for layer in range(config.num_hidden_layers) for head in range(count))
+    others = tuple(other for other in recipe.methods if other is not method)
+    return Recipe((*others, replace(method, retrieval=pairs)))
 
 
 def measure(
@@ -104,7 +117,8 @@ def filled(model: Any, name: str | Recipe, context: int, batch: int, graph: bool
             part.values.normal_()
             part.cumulative_length.fill_(context)
         return static
-    cache = fivefold.compress(model, name, cuda_graph=graph)
+    recipe = Recipe.parse(name) if isinstance(name, str) else name
+    cache = fivefold.compress(model, for_random_weights(recipe, config), cuda_graph=graph)
     for index, store in cache.state.stores.items():
         store.start(batch)
         fill(store, context, piece=1 << 25)

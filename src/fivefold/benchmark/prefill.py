@@ -11,7 +11,8 @@ import torch
 from transformers import DynamicCache
 
 import fivefold
-from fivefold.benchmark.decode import BASELINE, build, held_bytes
+from fivefold.benchmark.decode import BASELINE, build, for_random_weights, held_bytes
+from fivefold.recipe import Recipe
 
 RECIPES = ("full()", "kivi(bits=4)", "duo(keep=0.5) + kivi(bits=2)", "streaming()", "snapkv()", "h2o()", "d2o()")
 
@@ -44,7 +45,7 @@ def _read(model: Any, name: str, ids: torch.Tensor, chunk: int | None) -> dict[s
         fivefold.restore(model)
         cache: Any = DynamicCache(config=model.config)
     else:
-        cache = fivefold.compress(model, name)
+        cache = fivefold.compress(model, for_random_weights(Recipe.parse(name), model.config))
     if cuda:
         gc.collect()
         torch.cuda.empty_cache()
