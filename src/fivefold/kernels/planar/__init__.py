@@ -12,6 +12,7 @@ from fivefold.kernels.planar.reference import (
     quantise,
     sheets_of,
     shifts,
+    unbias_,
     unpack,
     unpack_planes,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "quantise",
     "sheets_of",
     "shifts",
+    "unbias_",
     "unpack",
     "unpack_planes",
 ]

@@ -167,6 +167,21 @@ def planar_output(
     return parts[0] if groups == 1 else torch.cat(parts, 2)
 
 
+def unbias_(scores: torch.Tensor, squares: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """Take off the scores what rounding adds to attention, in place.
+
+    A score that noise is added to before the softmax counts for more: the mean of an exponential grows with half the
+    variance of its exponent. A number that is rounded to steps of s has noise of variance s^2 / 12.
+
+    scores: float32 `[rows, query, tokens]`; squares: of queries, summed over the channels that have a step in common,
+    float32 `[rows, query, groups]`; steps: `[rows, groups, tokens]`, or as many as the tokens that share them in
+    succession.
+    """
+    parts = scores.unflatten(2, (steps.shape[2], -1))
+    parts.sub_(torch.bmm(squares, steps.float().square())[..., None], alpha=1 / 24)
+    return scores
+
+
 def by_token(x: torch.Tensor) -> torch.Tensor:
     """Scales or zero points `[rows, pages, planes, groups, 32]` by the order of tokens: `[rows, groups, tokens]`."""
     return x.permute(0, 3, 1, 2, 4).flatten(2)
