@@ -219,9 +219,10 @@ class _Bound(BeforeRope):
 
     def __init__(self, codec: RotateCodec, context: Context) -> None:
         super().__init__(codec, context)
-        self.order, places = codec.orders(context)
-        first = torch.arange(context.rows // context.together, device=places.device)[:, None]
-        self.places = (places + first * places.shape[1]).flatten()
+        self.order, self.places = codec.orders(context)
+        if context.rows > context.together:  # their rows, one group after the other
+            first = torch.arange(context.rows // context.together, device=self.places.device)[:, None]
+            self.places = self.places + first * self.places.shape[1]
         self.found: tuple[Any, tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None] | None = None
         self.block, self.planes = codec.block(context.together), codec.planes
 
@@ -305,7 +306,7 @@ class _Bound(BeforeRope):
         x = torch.addcmul(zero, scale, x, out=x).view(words.shape[0] * words.shape[1], -1)
         # Back to where the channels stand, and then the rotation undone.
         shape = (-1, self.block * self.codec.spec.head_dim, x.shape[1])
-        back = transform_columns(x.index_select(0, self.places).view(shape), True, x.view(shape))
+        back = transform_columns(x.index_select(0, self.places.flatten()).view(shape), True, x.view(shape))
         return back.view(*words.shape[:2], self.planes, *words.shape[2:])
 
     def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
