@@ -175,7 +175,8 @@ def _foreign_code(method: Any) -> str:
 def _chunk(recipe: str) -> int:
     """How many tokens of a continuation may be fed to a recipe's cache at a time without changing what it does."""
     methods = () if recipe == EXACT else Recipe.parse(recipe).methods
-    return 1 if any(isinstance(method, TokenPolicy | ReadPolicy) for method in methods) else fidelity.CHUNK
+    steps = (isinstance(method, TokenPolicy | ReadPolicy) or getattr(method, "unbias", False) for method in methods)
+    return 1 if any(steps) else fidelity.CHUNK
 
 
 def environment(model: Any, tokenizer: Any) -> dict[str, str]:

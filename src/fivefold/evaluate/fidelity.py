@@ -15,7 +15,8 @@ BINS = 4
 """Equal parts of the continuation that figures are also given for: does the damage grow with distance?"""
 CHUNK = 32
 """Tokens of the continuation that are fed at a time: what was fed before is compressed by then, as in decoding. Methods
-that do something else in a step than in a chunk (they choose tokens, or read some only) are fed one by one."""
+that do something else in a step than in a chunk (they choose tokens, read some only, or correct the scores) are fed one
+by one."""
 
 
 @dataclass(frozen=True)

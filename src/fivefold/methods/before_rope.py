@@ -9,8 +9,8 @@ import torch
 from fivefold.methods.base import Codec
 from fivefold.store import Context, Rope
 
-# Numbers of keys that are made again at a time, so that they stay in the processor's cache.
-SLICE = 1 << 18
+# Numbers of keys that are made again at a time: bounds the memory of a step.
+SLICE = 1 << 20
 
 
 class BeforeRope(Codec):
@@ -19,6 +19,9 @@ class BeforeRope(Codec):
     contextual = True
     codec: Any
     rope: Rope
+    planes: int
+    """How many stretches a page's tokens are in when it is read: those of all pages then stand together, so that
+    everything done to keys is done to long rows of memory."""
 
     def __init__(self, codec: Any, context: Context) -> None:
         self.codec, self.context, self.rope = codec, context, codec.rope
@@ -30,23 +33,34 @@ class BeforeRope(Codec):
         paired = self.rope.pair(self.context.join(keys.float()))
         return self.rope.turn(paired, self.rope.phases_of(self.context).conj())
 
-    def before(self, fields: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The same from pages `[rows, pages, *shape]` or `[rows * pages, *shape]`, as near as they hold it."""
+    def arranged(self, fields: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What `before` reads, from pages `[rows, pages, *shape]` or `[rows * pages, *shape]`: pages in the third
+        axis."""
+        raise NotImplementedError
+
+    def before(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Keys as `unturned` has them, as near as pages hold them, a channel's tokens in the last axes: float32
+        `[groups, together * head_dim, planes, pages, tokens of a plane]`, planes as in `planes`."""
         raise NotImplementedError
 
     def keys(self, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         """Keys after RoPE of whole pages: float32 `[pages, token, head_dim]`."""
-        turned = self.rope.turn(self.before(fields), self.rope.phases_of(self.context))
-        return self.context.part(turned[..., self.rope.back], self.layout.tokens)
+        columns = self.before(self.arranged(fields)).unflatten(1, (self.context.together, -1))
+        turned = self.rope.turn_columns(columns, self.rope.waves_of(self.context, columns.shape[4], self.planes))
+        tokens = turned[:, :, self.rope.back].permute(0, 1, 4, 3, 5, 2).contiguous()
+        return tokens.view(-1, self.layout.tokens, columns.shape[2])
 
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         page, paired = self.layout.tokens, self.rope.pair(queries.float())
         rows, pages = next(iter(fields.values())).shape[:2]
-        phases = self.rope.phases_of(self.context)
-        out = paired.new_empty((rows, queries.shape[1], pages * page))
+        parts, waves = self.arranged(fields), self.rope.waves_of(self.context, pages, self.planes)
+        out = paired.new_empty((rows, queries.shape[1], pages, self.planes, page // self.planes))
         step = max(1, SLICE // (rows * page * queries.shape[2]))
         for first in range(0, pages, step):
-            at = slice(first * page, min(first + step, pages) * page)
-            keys = self.before({name: x[:, first : first + step] for name, x in fields.items()})
-            out[:, :, at] = paired @ self.rope.turn(keys, phases[:, at]).permute(0, 2, 3, 1).flatten(0, 1)
-        return out
+            at = slice(first, first + step)
+            columns = self.before({name: x[:, :, at] for name, x in parts.items()})
+            columns = columns.unflatten(1, (self.context.together, -1))
+            turned = self.rope.turn_columns(columns, (waves[0][:, :, :, :, at], waves[1][:, :, :, :, at]))
+            products = torch.bmm(paired, turned.flatten(0, 1).flatten(2))
+            out[:, :, at] = products.unflatten(2, columns.shape[3:]).transpose(2, 3)
+        return out.flatten(2)

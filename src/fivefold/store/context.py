@@ -77,6 +77,14 @@ class Rope:
         phases = self.phases(context.positions)
         return (phases if phases.shape[0] == 1 else phases[:: context.together])[:, :, None]
 
+    def waves_of(self, context: Context, pages: int, planes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine for `turn_columns`, from the positions of so many pages whose tokens stand plane by plane:
+        float32 `[groups or 1, 1, pairs, planes, pages, tokens of a plane]` each."""
+        positions = context.positions
+        if len(positions) == 1:
+            return _waves_again(self, positions, pages, planes)
+        return _waves(self, positions[:: context.together], pages, planes)
+
     def pair(self, x: torch.Tensor) -> torch.Tensor:
         """Float32 x `[..., head_dim]` in the paired order."""
         turned = 2 * self.pairs
@@ -90,6 +98,20 @@ class Rope:
         out = torch.view_as_real(z * phases).flatten(-2)
         return out if turned == x.shape[-1] else torch.cat([out, x[..., turned:]], -1)
 
+    def turn_columns(self, x: torch.Tensor, waves: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """The same of float32 x `[groups, heads, head_dim, ...]`, by what `waves_of` says of the tokens in the axes
+        behind."""
+        cosine, sine = waves
+        turned = 2 * self.pairs
+        out = torch.empty_like(x)
+        old, new = (y[:, :, :turned].unflatten(2, (-1, 2)) for y in (x, out))
+        torch.mul(old, cosine[:, :, :, None], out=new)
+        new[:, :, :, 0].addcmul_(old[:, :, :, 1], sine, value=-1)
+        new[:, :, :, 1].addcmul_(old[:, :, :, 0], sine)
+        if turned < x.shape[2]:
+            out[:, :, turned:] = x[:, :, turned:]
+        return out
+
 
 def _phases(rope: Rope, positions: torch.Tensor) -> torch.Tensor:
     angles = positions[..., None].double() * rope.inv_freq.to(positions.device)
@@ -97,3 +119,11 @@ def _phases(rope: Rope, positions: torch.Tensor) -> torch.Tensor:
 
 
 _phases_again = lru_cache(maxsize=16)(_phases)
+
+
+def _waves(rope: Rope, positions: torch.Tensor, pages: int, planes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    phases = rope.phases(positions).transpose(1, 2)[:, None].unflatten(3, (pages, planes, -1)).transpose(3, 4)
+    return phases.real.contiguous(), phases.imag.contiguous()
+
+
+_waves_again = lru_cache(maxsize=16)(_waves)

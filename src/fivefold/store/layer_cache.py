@@ -128,7 +128,7 @@ class Cohort:
         self.exact_blocks: list[tuple[int, int, Location]] | None = None
         self.exact_table: torch.Tensor | None = None  # addresses of pages, for kernels
         self.exact_fixed: object | None = None  # the `FixedTables` that know them
-        self.tail: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.tail: list[torch.Tensor] | None = None
 
     def touched_packed(self) -> None:
         self.packed_blocks: list[tuple[int, int, Location, Location | None]] | None = None
@@ -792,14 +792,10 @@ class LayerCache:
             if cohort.shared and (self.exact_pool.references(cohort.exact[:, -1]) > 1).any():
                 return False
             location = self.exact_pool.locate(cohort.exact[:, -1:])
-            if location.slab is None or self.exact_pool.layout.holds is not None:
+            if location.slab is None:
                 return False
-            cohort.tail = (
-                self.exact_pool.fetch("keys", location)[:, 0],
-                self.exact_pool.fetch("values", location)[:, 0],
-            )
-        cohort.tail[0][:, slot].copy_(keys[:, 0])
-        cohort.tail[1][:, slot].copy_(values[:, 0])
+            cohort.tail = self.exact_pool.tail(location)
+        self.exact_pool.put(cohort.tail, slot, keys[:, 0], values[:, 0])
         cohort.geometry = cohort.geometry.appended(1)
         return True
 

@@ -407,6 +407,15 @@ class PagePool:
             out.index_copy_(0, torch.from_numpy(where).to(self.device), part)
         return out
 
+    def tail(self, location: Location) -> list[torch.Tensor]:
+        """The fields of single pages on a regular grid, as views, for `put`: `[rows, *shape]` each."""
+        return [PagePool.fetch(self, part.name, location)[:, 0] for part in self.layout.fields]
+
+    def put(self, tail: list[torch.Tensor], slot: int, *tokens: torch.Tensor) -> None:
+        """One token into a slot of each page of a `tail`: its part of every field, `[rows, *shape[1:]]` each."""
+        for page, x in zip(tail, tokens, strict=True):
+            page[:, slot].copy_(x)
+
     def by_slab(self, pages: np.ndarray) -> Iterator[tuple[dict[str, torch.Tensor], np.ndarray, np.ndarray]]:
         """(fields of a slab, indices in it, where they stand in `pages`) for every slab of a list of pages."""
         for slab, index, where in self._by_slab(pages):

@@ -36,6 +36,11 @@ class RoundedPool(PagePool):
         codes, scale, zero = quantise(values.float(), BITS)
         return [(f"{name}.codes", codes.to(torch.uint8)), (f"{name}.scale", scale), (f"{name}.zero", zero)]
 
+    def put(self, tail: list[torch.Tensor], slot: int, *tokens: torch.Tensor) -> None:
+        codes, scale, zero = quantise(torch.stack(tokens).float(), BITS)
+        parts = [x[side] for side in range(len(tokens)) for x in (codes, scale, zero)]
+        super().put(tail, slot, *parts)
+
     def fetch(self, name: str, location: Location) -> torch.Tensor:
         if "." in name:
             return super().fetch(name, location)

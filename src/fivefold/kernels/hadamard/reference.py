@@ -65,13 +65,11 @@ def exists(n: int) -> bool:
 
 @lru_cache(maxsize=64)
 def split(n: int) -> tuple[int, int]:
-    """(a, b) with `H_n = H_a (x) H_b`, a * b = n, a the largest power of two that is no larger than b."""
+    """(a, b) with `H_n = H_a (x) H_b`, a * b = n, a a power of two, and a + b as small as can be."""
     m = _core(n)
     assert m is not None
-    a = 1
-    while 4 * a * a <= n and 2 * a <= n // m:
-        a *= 2
-    return a, n // a
+    powers = [2**k for k in range((n // m).bit_length())]
+    return min(((a, n // a) for a in powers), key=lambda pair: (sum(pair), pair))
 
 
 def fwht(x: torch.Tensor, back: bool = False) -> torch.Tensor:
@@ -100,3 +98,22 @@ def transform(x: torch.Tensor, back: bool = False) -> torch.Tensor:
     inner = hadamard(b).to(x.device, x.dtype)
     x = x.unflatten(-1, (a, b)) @ (inner.T if back else inner)
     return (x if a == 1 else hadamard(a).to(x.device, x.dtype) @ x).flatten(-2)
+
+
+def transform_columns(x: torch.Tensor, back: bool = False, spare: torch.Tensor | None = None) -> torch.Tensor:
+    """`transform` of what stands in the columns of x `[rows, n, m]`: a long axis m makes two large products of it.
+
+    spare: memory of x's shape; both are then overwritten, and the result is one of them.
+    """
+    n = x.shape[1]
+    a, b = split(n) if n > 64 else (1, n)
+    inner = hadamard(b).to(x.device, x.dtype)
+    spare = torch.empty_like(x) if spare is None else spare
+    parts = x.view(-1, b, x.shape[2])
+    torch.bmm((inner if back else inner.T).expand(len(parts), b, b), parts, out=spare.view(parts.shape))
+    if a == 1:
+        return spare
+    whole = spare.view(len(x), a, -1)
+    return torch.bmm(hadamard(a).to(x.device, x.dtype).expand(len(x), a, a), whole, out=x.view(whole.shape)).view(
+        x.shape
+    )

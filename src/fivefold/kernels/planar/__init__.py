@@ -2,6 +2,7 @@
 
 from fivefold.kernels.planar.reference import (
     PLANES,
+    by_token,
     dequantise,
     pack,
     planar_output,
@@ -10,11 +11,15 @@ from fivefold.kernels.planar.reference import (
     planes_of,
     quantise,
     sheets_of,
+    shifts,
+    unbias_,
     unpack,
+    unpack_planes,
 )
 
 __all__ = [
     "PLANES",
+    "by_token",
     "dequantise",
     "pack",
     "planar_output",
@@ -23,5 +28,8 @@ __all__ = [
     "planes_of",
     "quantise",
     "sheets_of",
+    "shifts",
+    "unbias_",
     "unpack",
+    "unpack_planes",
 ]

@@ -15,6 +15,7 @@ That is how keys and values of different bits share a page (`planes_of`).
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import lru_cache
 
 import torch
 
@@ -58,7 +59,7 @@ def quantise(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, to
 
 def dequantise(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
     """float32 `codes * scale + zero`, broadcast."""
-    return codes.float() * scale.float() + zero.float()
+    return torch.addcmul(zero.float(), codes.float(), scale.float())
 
 
 def pack(
@@ -90,20 +91,21 @@ def unpack(words: torch.Tensor, bits: int, plane: int, out: torch.Tensor | None 
     return codes.bitwise_and_(2**bits - 1)
 
 
-class _Planes:
-    """The planes of words, one after the other, as float32: one pair of buffers serves all of them.
+@lru_cache(maxsize=16)
+def shifts(bits: int, device: torch.device) -> torch.Tensor:
+    """Where the fields of a word begin: int16 `[PLANES[bits]]`."""
+    with torch.inference_mode(False):
+        return torch.arange(PLANES[bits], dtype=torch.int16, device=device) * bits
 
-    A step's memory stays at a plane, and the plane in the processor's cache between unpacking and product.
+
+def unpack_planes(words: torch.Tensor, bits: int, planes: int | None = None) -> torch.Tensor:
+    """Codes of planes 0, 1, ... (all that one sheet has if not given): int16 `[..., planes, 32, head_dim]`.
+
+    In three passes over all of them, whatever their number: a step on a CPU is many small operations as it is.
     """
-
-    def __init__(self, words: torch.Tensor, bits: int) -> None:
-        self.words, self.bits = words, bits
-        shape = (*words.shape[:-2], ROWS, words.shape[-1])
-        self.codes = torch.empty(shape, dtype=torch.int16, device=words.device)
-        self.numbers = torch.empty(shape, dtype=torch.float32, device=words.device)
-
-    def __getitem__(self, plane: int) -> torch.Tensor:
-        return self.numbers.copy_(unpack(self.words, self.bits, plane, self.codes))
+    apart = words.unflatten(-2, (-1, 1, ROWS))
+    codes = (apart >> shifts(bits, words.device)[:, None, None]).bitwise_and_(2**bits - 1).flatten(-4, -3)
+    return codes if planes in (None, codes.shape[-3]) else codes[..., :planes, :, :]
 
 
 def planar_scores(
@@ -122,18 +124,12 @@ def planar_scores(
     """
     rows, pages, _, dim = words.shape
     query, groups = queries.shape[1], scale.shape[2]
-    planes = PLANES[bits] if planes is None else planes
-    # The channel's scale goes into the query, so that a plane's codes enter the product as they are.
-    spread = queries[:, None].expand(rows, pages, query, dim)
-    shape = (groups, rows * pages, query)
-    scaled = torch.mul(spread, scale.permute(2, 0, 1, 3)[:, :, :, None]).reshape(*shape, dim)
-    offset = torch.matmul(queries[:, None], zero.float().transpose(2, 3)).permute(3, 0, 1, 2).reshape(*shape, 1)
-    out = queries.new_empty((planes, rows * pages, query, ROWS))
-    tile = _Planes(words, bits)
-    for j in range(planes):
-        g = j * groups // planes
-        torch.baddbmm(offset[g], scaled[g], tile[j].flatten(0, 1).transpose(1, 2), out=out[j])
-    return out.view(planes, rows, pages, query, ROWS).permute(1, 3, 2, 0, 4).reshape(rows, query, -1)
+    # The channel's scale goes into the query, so that the codes enter the product as they are.
+    scaled = (queries[:, None, None] * scale[:, :, :, None]).flatten(0, 2)
+    offset = torch.matmul(queries[:, None], zero.float().transpose(2, 3)).transpose(2, 3).reshape(-1, query, 1)
+    codes = unpack_planes(words, bits, planes).float().view(rows * pages * groups, -1, dim)
+    out = torch.baddbmm(offset, scaled, codes.transpose(1, 2))
+    return out.view(rows, pages * groups, query, -1).transpose(1, 2).reshape(rows, query, -1)
 
 
 def planar_token_scores(
@@ -144,17 +140,14 @@ def planar_token_scores(
     queries: float32 `[rows, query, head_dim]`; words: int16 `[rows, pages, 32, head_dim]`; scale, zero:
     float16 `[rows, pages, planes, groups, 32]`. Returns float32 `[rows, query, pages * planes * 32]`.
     """
-    rows, query, planes, groups = len(words), queries.shape[1], PLANES[bits], scale.shape[3]
-    split = queries.unflatten(2, (groups, -1))
-    # One product for all groups: each has its own copy of the query, with the other groups' channels 0.
-    eye = torch.eye(groups, device=queries.device)
-    apart = (split[:, None] * eye[:, None, :, None]).flatten(3).flatten(1, 2)  # [rows, groups * query, head_dim]
-    out = torch.matmul(split.sum(-1)[:, None, None], zero.float())  # [rows, pages, planes, query, 32]
-    tile = _Planes(words, bits)
-    for j in range(planes):
-        products = torch.matmul(apart[:, None], tile[j].transpose(2, 3)).unflatten(2, (groups, query))
-        out[:, :, j] += (products * scale[:, :, j, :, None]).sum(2)
-    return out.permute(0, 3, 1, 2, 4).reshape(rows, query, -1)
+    split = queries.unflatten(2, (scale.shape[3], -1)).transpose(1, 2)  # [rows, groups, query, channels]
+    codes = unpack_planes(words, bits).float().flatten(1, 3).unflatten(2, (scale.shape[3], -1))
+    scale, zero = by_token(scale), by_token(zero).float()
+    out = torch.matmul(split.sum(3).transpose(1, 2), zero)
+    for group in range(scale.shape[1]):
+        products = torch.bmm(split[:, group], codes[:, :, group].transpose(1, 2))
+        out.addcmul_(products, scale[:, group, None].float())
+    return out
 
 
 def planar_output(
@@ -165,19 +158,30 @@ def planar_output(
     weights: float32 `[rows, query, pages * planes * 32]`; words: int16 `[rows, pages, sheets * 32, head_dim]`; scale,
     zero: float16 `[rows, pages, planes, groups, 32]`. Returns float32 `[rows, query, head_dim]`.
     """
-    rows, pages, _, dim = words.shape
-    query, planes, groups = weights.shape[1], scale.shape[2], scale.shape[3]
+    planes, groups = scale.shape[2:4]
+    codes = unpack_planes(words, bits, planes).float().flatten(1, 3).unflatten(2, (groups, -1))
     # A token's scale goes into its weight.
-    scaled = weights.new_empty((planes, groups, rows, query, pages, ROWS))
-    split = weights.view(rows, query, pages, planes, ROWS).permute(3, 0, 1, 2, 4)
-    torch.mul(split[:, None], scale.permute(2, 3, 0, 1, 4)[:, :, :, None], out=scaled)
-    scaled = scaled.flatten(4)
-    by_token = zero.float().transpose(3, 4).flatten(1, 3)
-    out = torch.matmul(weights, by_token).transpose(1, 2).transpose(0, 1)[..., None]
-    out = out.expand(groups, rows, query, dim // groups).contiguous()
-    tile = _Planes(words, bits)
-    for j in range(planes):
-        codes = tile[j].flatten(1, 2).unflatten(2, (groups, -1))
-        for g in range(groups):
-            out[g].baddbmm_(scaled[j, g], codes[:, :, g])
-    return out.permute(1, 2, 0, 3).reshape(rows, query, dim)
+    scaled = weights[:, None] * by_token(scale)[:, :, None]
+    offset = torch.bmm(weights, by_token(zero).float().transpose(1, 2))[..., None]
+    parts = [torch.baddbmm(offset[:, :, g], scaled[:, g], codes[:, :, g]) for g in range(groups)]
+    return parts[0] if groups == 1 else torch.cat(parts, 2)
+
+
+def unbias_(scores: torch.Tensor, squares: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """Take off the scores what rounding adds to attention, in place.
+
+    A score that noise is added to before the softmax counts for more: the mean of an exponential grows with half the
+    variance of its exponent. A number that is rounded to steps of s has noise of variance s^2 / 12.
+
+    scores: float32 `[rows, query, tokens]`; squares: of queries, summed over the channels that have a step in common,
+    float32 `[rows, query, groups]`; steps: `[rows, groups, tokens]`, or as many as the tokens that share them in
+    succession.
+    """
+    parts = scores.unflatten(2, (steps.shape[2], -1))
+    parts.sub_(torch.bmm(squares, steps.float().square())[..., None], alpha=1 / 24)
+    return scores
+
+
+def by_token(x: torch.Tensor) -> torch.Tensor:
+    """Scales or zero points `[rows, pages, planes, groups, 32]` by the order of tokens: `[rows, groups, tokens]`."""
+    return x.permute(0, 3, 1, 2, 4).flatten(2)

@@ -9,7 +9,7 @@ import torch
 from fivefold.errors import RecipeError
 from fivefold.kernels.pack import pack_keys, pack_pages, pack_values
 from fivefold.kernels.packed_decode import Form, decode_keys, decode_values
-from fivefold.kernels.planar import PLANES, dequantise, planar_output, planar_scores, planes_of, sheets_of
+from fivefold.kernels.planar import PLANES, dequantise, planar_output, planar_scores, planes_of, sheets_of, unbias_
 from fivefold.methods import Codec, Method, check_finite, param, register
 from fivefold.store import Field, LayerSpec, PageLayout
 
@@ -35,6 +35,9 @@ class Kivi(Method):
     or 2 planes of 32 tokens at 2, 3, 4 or 8 bits, and a page has whole groups, as few bytes a token as can be, and
     then as few tokens (`planes_of`): 256, 160, 128, 64 tokens for equal bits, 256 for 4 and 2, 480 for 3 and 2.
 
+    `unbias` is ours, as in `mikv`: in decoding steps half the variance that rounding gives a score, the sum of q^2
+    scale^2 / 12 over the channels, is taken off it. On a GPU the reference path attends then, and not the kernel.
+
     Bytes per packed token of one head, of `head_dim` d: `2 * d * sheets / planes` codes for keys and as many for
     values, where P planes take ceil(P/8), ceil(P/5), ceil(P/4), ceil(P/2) sheets at 2, 3, 4, 8 bits (that is
     `bits * d / 8` where the sheets are full, and 3.2 for 3), and `4 * d / group + 4 * d / min(group, d)` scales and
@@ -46,6 +49,7 @@ class Kivi(Method):
     value_bits: int | None = param(None, "bits of values, if not `bits`", choices=(None, 2, 3, 4, 8))
     group: int = param(32, "tokens (keys) or channels (values) that share a scale", choices=(32, 64, 128))
     residual: int = param(128, "recent tokens that stay exact", low=0)
+    unbias: bool = param(False, "whether what noise adds to the attention of packed tokens is taken off (ours)")
 
     @property
     def exact_tokens(self) -> int:
@@ -57,7 +61,8 @@ class Kivi(Method):
             raise RecipeError(
                 f"kivi(group={self.group}) does not divide the model's head_dim of {spec.head_dim}: use another group."
             )
-        return KiviCodec(self.key_bits or self.bits, self.group, channels, spec.head_dim, self.value_bits or self.bits)
+        bits = self.key_bits or self.bits, self.value_bits or self.bits
+        return KiviCodec(bits[0], self.group, channels, spec.head_dim, bits[1], self.unbias)
 
 
 class KiviCodec(Codec):
@@ -67,12 +72,14 @@ class KiviCodec(Codec):
     float16 [P*32/group, d]; value_scale, value_zero float16 [P, d/channels, 32].
     """
 
-    def __init__(self, bits: int, group: int, channels: int, head_dim: int, value_bits: int | None = None) -> None:
+    def __init__(
+        self, bits: int, group: int, channels: int, head_dim: int, value_bits: int | None = None, unbias: bool = False
+    ) -> None:
         self.bits, self.value_bits = bits, value_bits or bits
-        self.group, self.channels = group, channels
+        self.group, self.channels, self.unbias = group, channels, unbias
         self.planes = planes = planes_of(self.bits, self.value_bits, group)
-        # The kernels read pages of one sheet.
-        if self.bits == self.value_bits and planes == PLANES[bits]:
+        # The kernels read pages of one sheet, and correct nothing.
+        if not unbias and self.bits == self.value_bits and planes == PLANES[bits]:
             self.form = Form(bits, group, channels, head_dim)
         key_groups, value_groups = planes * 32 // group, head_dim // channels
         half = torch.float16
@@ -125,7 +132,10 @@ class KiviCodec(Codec):
 
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         words, scale, zero = fields["key_words"], fields["key_scale"], fields["key_zero"]
-        return planar_scores(queries.float(), words, scale, zero, self.bits, self.planes)
+        out = planar_scores(queries.float(), words, scale, zero, self.bits, self.planes)
+        if self.unbias:
+            unbias_(out, queries.float().square(), scale.flatten(1, 2).transpose(1, 2))
+        return out
 
     def output(self, weights: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         words, scale, zero = fields["value_words"], fields["value_scale"], fields["value_zero"]

@@ -10,7 +10,7 @@ import torch
 from fivefold.errors import RecipeError
 from fivefold.kernels.pack import pack_values
 from fivefold.kernels.packed_decode import decode_values
-from fivefold.kernels.planar import PLANES, planar_output, planar_token_scores
+from fivefold.kernels.planar import PLANES, by_token, planar_output, planar_token_scores, unbias_
 from fivefold.methods import Codec, Method, TokenPolicy, check_finite, param, register
 from fivefold.store import Context, Extent, Field, Held, LayerSpec, PageLayout
 
@@ -155,10 +155,8 @@ class TokenCodec(Codec):
         queries = queries.float() if self.balance is None else queries.float() / self.balance[:, None]
         out = planar_token_scores(queries, *_parts(fields, "key"), self.bits)
         if self.unbias:
-            # [rows, 1, 1, query, groups] by [rows, pages, planes, groups, 32]
-            size = queries.unflatten(2, (-1, self.channels)).square().sum(-1)[:, None, None]
-            variance = torch.matmul(size, fields["key_scale"].float().square() / 12)
-            out -= variance.permute(0, 3, 1, 2, 4).reshape(out.shape) / 2
+            squares = queries.unflatten(2, (-1, self.channels)).square().sum(-1)
+            unbias_(out, squares, by_token(fields["key_scale"]))
         return out
 
     def output(self, weights: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:

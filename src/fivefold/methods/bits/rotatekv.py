@@ -12,10 +12,10 @@ import torch
 from fivefold.calibrate.learner import Capture, Learner, Progress
 from fivefold.calibrate.profile import Profile, load_profile
 from fivefold.errors import ProfileError, RecipeError
-from fivefold.kernels.hadamard import exists, transform
+from fivefold.kernels.hadamard import exists, transform, transform_columns
 from fivefold.kernels.pack import fill_rows
 from fivefold.kernels.packed_decode import decode_values
-from fivefold.kernels.planar import PLANES, pack, planar_output, quantise
+from fivefold.kernels.planar import PLANES, by_token, pack, planar_output, quantise, shifts, unbias_
 from fivefold.methods import FLOAT16_MAX, Codec, Method, check_finite, param, register
 from fivefold.methods.before_rope import BeforeRope
 from fivefold.store import Context, Field, LayerSpec, PageLayout
@@ -48,6 +48,9 @@ class RotateKV(Method):
     lie on one side of zero, as sorted channels do, cuts one end and widens the other. Zero points are float16 minima,
     there rounded to whole steps.
 
+    `unbias` is ours, as in `mikv`: in decoding steps half the variance that rounding gives a score is taken off it. The
+    rotation spreads a query evenly over the channels, so that this is |q|^2 / 12 times the mean of a token's scale^2.
+
     Bytes per packed token of one head, of head_dim d, keys and values: `2 * d * 16 / (8 * planes)` codes, planes = 8,
     5, 4 for 2, 3, 4 bits, and `8 * d / group` scales and zero points: as many as KIVI with the same group. Further
     2 * `sinks` bytes a page, and `(2 d * itemsize + 8) * sinks` a head.
@@ -61,6 +64,7 @@ class RotateKV(Method):
     clip: float | None = param(None, "part of a group's range that is covered; 0.8 for 2 bits, else 1", low=0.1, high=1)
     sinks: int = param(4, "attention sinks that stay exact, at most", low=0, high=20)
     residual: int = param(64, "recent tokens that stay exact", low=0)
+    unbias: bool = param(False, "whether what noise adds to the attention of packed tokens is taken off (ours)")
     profile: str | None = param(None, "folder of a profile, if not the one that ships for the model")
 
     @property
@@ -161,15 +165,14 @@ class RotateCodec(Codec):
         fields = []
         for name in ("key", "value"):
             fields += [
-                Field(f"{name}_words", (32, dim), torch.int16, "codes"),
+                Field(f"{name}_words", (dim, 32) if name == "key" else (32, dim), torch.int16, "codes"),
                 Field(f"{name}_scale", grouped, half, "scales"),
                 Field(f"{name}_zero", grouped, half, "scales"),
             ]
         if method.sinks:
             fields.append(Field("sinks", (method.sinks,), torch.int16, "other"))
         self.layout = PageLayout(f"rotatekv{method.bits}", self.planes * 32, tuple(fields))
-        self.shifts = torch.arange(self.planes, dtype=torch.int16)[:, None, None] * method.bits
-        self._orders: dict[tuple[tuple[int, ...], ...], tuple[torch.Tensor, ...]] = {}
+        self._orders: dict[tuple[tuple[int, ...], ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         # A rotation of n channels makes numbers at most sqrt(n) times as large.
@@ -189,9 +192,8 @@ class RotateCodec(Codec):
             "sink_values": values.gather(1, index),
         }
 
-    def orders(self, context: Context) -> tuple[torch.Tensor, ...]:
-        """The order of rotated channels, int64 `[groups or 1, n]`; for each of their groups 1 at its channels, float32
-        `[groups or 1, n / group, n]`, and the same with the rotation undone."""
+    def orders(self, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+        """The order of rotated channels, and where in it each of them is: int64 `[groups or 1, n]`."""
         groups, dim = tuple(context.groups), self.spec.head_dim
         if groups not in self._orders:
             layer, heads = self.profile.settings["layers"].index(self.spec.layer), context.together
@@ -199,10 +201,8 @@ class RotateCodec(Codec):
             for part in groups:
                 channels = (torch.tensor(part)[:, None] * dim + self.rope.order).flatten().tolist()
                 each.append(order_of(mean, layer, tuple(channels), heads, block))
-            order = torch.stack(each)
-            members = torch.nn.functional.one_hot(order.argsort(1) // self.channels).transpose(1, 2).float()
-            made = order, members, rotate(members, heads, block, back=True)
-            self._orders[groups] = tuple(x.to(self.spec.device) for x in made)
+            order = torch.stack(each).to(self.spec.device)
+            self._orders[groups] = order, order.argsort(1)
         return self._orders[groups]
 
     def block(self, heads: int) -> int:
@@ -219,8 +219,12 @@ class _Bound(BeforeRope):
 
     def __init__(self, codec: RotateCodec, context: Context) -> None:
         super().__init__(codec, context)
-        self.order, self.members, self.unrotated = codec.orders(context)
-        self.block = codec.block(context.together)
+        self.order, self.places = codec.orders(context)
+        if context.rows > context.together:  # their rows, one group after the other
+            first = torch.arange(context.rows // context.together, device=self.places.device)[:, None]
+            self.places = self.places + first * self.places.shape[1]
+        self.found: tuple[Any, tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None] | None = None
+        self.block, self.planes = codec.block(context.together), codec.planes
 
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
@@ -230,16 +234,16 @@ class _Bound(BeforeRope):
         together = context.together
         rotated = rotate(self.unturned(keys).flatten(2), together, self.block)
         order = self.order[:, None].expand(*rotated.shape[:2], -1)
-        sorted_ = rotated.gather(2, order).unflatten(2, (together, -1))
-        codes, *ends = self._quantise(sorted_)
-        # The codes go back to where their channels stand; the scales stay in the order of the groups.
-        codes = torch.empty_like(order, dtype=torch.int16).scatter_(2, order, codes.flatten(2))
-        key = [context.part(x, tokens) for x in (codes.unflatten(2, (together, -1)), *ends)]
+        sorted_ = rotated.gather(2, order)
+        key = [context.part(x.unflatten(2, (together, -1)), tokens) for x in self._quantise(sorted_)]
         value = self._quantise(transform(values.float()))
         out: dict[str, torch.Tensor] = {}
         for name, (words, scale, zero) in (("key", key), ("value", value)):
-            old = None if opened is None else opened[f"{name}_words"]
-            out[f"{name}_words"] = pack(words, codec.method.bits, slot // 32, old)
+            stored, old = f"{name}_words", None
+            if opened is not None:
+                old = opened[stored].transpose(1, 2) if name == "key" else opened[stored]
+            made = pack(words, codec.method.bits, slot // 32, old)
+            out[stored] = made.transpose(1, 2) if name == "key" else made
             for part, x in (("scale", scale), ("zero", zero)):
                 new = x.unflatten(1, (-1, 32)).transpose(2, 3)
                 before = None if opened is None else opened[f"{name}_{part}"]
@@ -277,24 +281,33 @@ class _Bound(BeforeRope):
         """(row, slot, sink) of all exact tokens, slots counted over a row's pages; None if there are none."""
         if not self.codec.method.sinks:
             return None
-        marks = fields["sinks"].reshape(self.context.rows, -1, self.codec.method.sinks)
-        row, page, sink = (marks >= 0).nonzero().unbind(1)
-        return (row, page * self.layout.tokens + marks[row, page, sink].long(), sink) if len(row) else None
+        if self.found is None or self.found[0] is not fields:  # a step asks for the same pages twice
+            marks = fields["sinks"].reshape(self.context.rows, -1, self.codec.method.sinks)
+            row, page, sink = (marks >= 0).nonzero().unbind(1)
+            self.found = fields, (row, page * self.layout.tokens + marks[row, page, sink], sink) if len(row) else None
+        return self.found[1]
 
-    def before(self, fields: dict[str, torch.Tensor]) -> torch.Tensor:
-        codec, context = self.codec, self.context
-        shape = fields["key_words"].shape
-        words = fields["key_words"].reshape(-1, *shape[-2:])
-        # All planes at once: int16 is half the memory, and made into float32 where it lies in order.
-        codes = (words[:, None] >> codec.shifts.to(words.device)).bitwise_and_(2**codec.method.bits - 1)
-        ends = []
-        for name in ("key_scale", "key_zero"):
-            by_token = fields[name].reshape(len(words), codec.planes, -1, 32).transpose(2, 3).float()
-            ends.append(context.join(by_token.flatten(1, 2)).flatten(2))
-        # A group's scale at all of its channels; its zero point as the same vector always, which is rotated but once.
-        rotated = (ends[0] @ self.members).mul_(context.join(codes.flatten(1, 2)).flatten(2))
-        keys = rotate(rotated, context.together, self.block, back=True).add_(ends[1] @ self.unrotated)
-        return keys.unflatten(2, (context.together, -1))
+    def arranged(self, fields: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        codec, words, together = self.codec, fields["key_words"], self.context.together
+        dim, row = words.shape[-2:]
+        pages = words.numel() // (self.context.rows * dim * row)
+        words = words.reshape(-1, together, pages, dim, row).transpose(2, 3).contiguous().flatten(1, 2)
+        parts = {"words": words}
+        for name in ("scale", "zero"):
+            x = fields[f"key_{name}"].reshape(-1, together, pages, codec.planes, dim // codec.channels, row)
+            parts[name] = x.permute(0, 1, 4, 3, 2, 5).flatten(0, 2).float()
+        return parts
+
+    def before(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        bits, words = self.codec.method.bits, parts["words"]
+        codes = (words.flatten(2)[:, :, None] >> shifts(bits, words.device)[:, None]).bitwise_and_(2**bits - 1)
+        scale, zero = (parts[name].flatten(2)[:, None] for name in ("scale", "zero"))
+        x = codes.float().view(len(scale), -1, *scale.shape[2:])
+        x = torch.addcmul(zero, scale, x, out=x).view(words.shape[0] * words.shape[1], -1)
+        # Back to where the channels stand, and then the rotation undone.
+        shape = (-1, self.block * self.codec.spec.head_dim, x.shape[1])
+        back = transform_columns(x.index_select(0, self.places.flatten()).view(shape), True, x.view(shape))
+        return back.view(*words.shape[:2], self.planes, *words.shape[2:])
 
     def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         context, codec = self.context, self.codec
@@ -313,6 +326,11 @@ class _Bound(BeforeRope):
 
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         out = super().scores(queries, fields)
+        if self.codec.method.unbias:
+            together, steps = self.context.together, by_token(fields["key_scale"])
+            steps = steps.reshape(-1, together * steps.shape[1], steps.shape[2]).repeat_interleave(together, 0)
+            squares = queries.float().square().sum(2, keepdim=True) / steps.shape[1]
+            unbias_(out, squares.expand(-1, -1, steps.shape[1]), steps)
         sinks = self._sinks(fields)
         if sinks is not None:
             row, slot, sink = sinks

@@ -13,7 +13,7 @@ from fivefold.calibrate.learner import Capture, Learner, Progress
 from fivefold.calibrate.profile import Profile, load_profile
 from fivefold.errors import ProfileError, RecipeError
 from fivefold.kernels.pack import fill_rows
-from fivefold.kernels.planar import PLANES, dequantise, pack, quantise, unpack
+from fivefold.kernels.planar import PLANES, dequantise, pack, quantise, unpack_planes
 from fivefold.methods import Codec, Method, check_finite, param, register
 from fivefold.methods.before_rope import BeforeRope
 from fivefold.store import Context, Field, LayerSpec, PageLayout, Rope
@@ -247,6 +247,7 @@ class _Bound(BeforeRope):
     """The codec on the pages of some rows."""
 
     codec: CskvCodec
+    planes = 1
 
     def __init__(self, codec: CskvCodec, context: Context) -> None:
         super().__init__(codec, context)
@@ -292,14 +293,19 @@ class _Bound(BeforeRope):
         if self.codec.bits == 16:
             x = fields[f"{name}s"].float()
         else:
-            words = fields[f"{name}_words"]
-            planes = [unpack(words, self.codec.bits, j) for j in range(PLANES[self.codec.bits])]
+            codes = unpack_planes(fields[f"{name}_words"], self.codec.bits)
             scale, zero = (fields[f"{name}_{part}"][..., None, :] for part in ("scale", "zero"))
-            x = dequantise(torch.stack(planes, -3), scale, zero).flatten(-3, -2)
+            x = dequantise(codes, scale, zero).flatten(-3, -2)
         return self.context.join(x).flatten(2)
 
-    def before(self, fields: dict[str, torch.Tensor]) -> torch.Tensor:
-        return torch.matmul(self._features("key", fields), self.key_up).unflatten(2, (self.context.together, -1))
+    def arranged(self, fields: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        features = self._features("key", fields)
+        return {"features": features.unflatten(1, (1, -1, self.layout.tokens))}
+
+    def before(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        features = parts["features"]
+        columns = torch.matmul(self.key_up.transpose(1, 2), features.flatten(1, 3).transpose(1, 2))
+        return columns.unflatten(2, features.shape[1:4])
 
     def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         values = torch.matmul(self._features("value", fields), self.value_up).unflatten(2, (self.context.together, -1))
