@@ -284,6 +284,8 @@ _CONFIG = {
     "view": {"stroke": None},
 }  # fmt: skip
 # From nearly the page's colour on, so that it serves light and dark.
+_NAMED = 12
+"""Recipes in a plot of which those on the front are named."""
 _HEAT = ["rgba(128, 128, 128, 0.12)", "#f0a868", "#cf4520", "#6d0f24"]
 _SIZE = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
 
@@ -302,6 +304,8 @@ def _figures(result: dict[str, Any]) -> dict[str, _Figure]:
             for point in mine:  # names go towards the middle of the plot
                 point["align"] = "right" if point["x"] > middle else "left"
             caption = f"{words} Up and left is better; the line is the Pareto front, bars are 95% intervals."
+            if len(_each(mine, "recipe")) > _NAMED:
+                caption += " Numbers are those of the ranking."
             measures = [(one, one if one == _ALL else _short(one)) for one in _each(mine, "measure")]
             choices = {"measure": ("Measured by", measures), "context": ("at", _named_contexts(mine))}
             found[name] = _Figure(caption, _pareto(mine, title), choices)
@@ -380,6 +384,9 @@ def _pareto(points: list[dict[str, Any]], title: str) -> dict[str, Any]:
         "fill": "currentColor",
         "fontSize": 12,
     }
+    # Names have room beside a few points; the numbers are those of the ranking.
+    crowded = len({point["recipe"] for point in points}) > _NAMED
+    tag = "datum.rank" if crowded else "datum.front ? datum.rank + ' ' + datum.recipe : datum.rank"
     color = {"condition": {"test": "datum.front", "value": "#0f7fc4"}, "value": "#8a8f98"}
     tooltip = [
         {"field": "recipe", "title": "recipe"},
@@ -411,7 +418,7 @@ def _pareto(points: list[dict[str, Any]], title: str) -> dict[str, Any]:
                 "encoding": {"y": y, "color": color, "tooltip": tooltip},
             },
             {
-                "transform": [{"calculate": "datum.front ? datum.rank + ' ' + datum.recipe : datum.rank", "as": "tag"}],
+                "transform": [{"calculate": tag, "as": "tag"}],
                 "mark": {"type": "text", "limit": 190, **named},
                 "encoding": {
                     "y": y,
