@@ -1,8 +1,9 @@
-"""What the packed decoding kernel compiles to for an H100: registers, spills, instructions per number of its loop.
+"""What the packed decoding kernels compile to for an H100: registers, spills, instructions per number of their loop.
 
 python benchmarks/instructions.py
 
-Needs Triton, but no GPU. A thread-instruction per number of keys and values: an H100 issues 29.7e12 a second in all.
+Needs Triton, and for the kernel in CUDA C++ cuda-bindings and NVRTC, but no GPU. A thread-instruction per number of
+keys and values: an H100 issues 29.7e12 a second in all.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fivefold.kernels.packed_decode import Form
+from fivefold.kernels.packed_decode import Form, cuda
 from fivefold.kernels.packed_decode import triton as kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -73,16 +75,33 @@ def resources(ptx: str) -> str:
     return f"{registers[1]} registers, {spilled[1]} bytes spilled"
 
 
+def resources_of(cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
+    registers, spilled = re.search(r"REG:(\d+)", said), re.search(r"STACK:(\d+)", said)
+    assert registers and spilled
+    return f"{registers[1]} registers, {spilled[1]} bytes spilled"
+
+
+def line(name: str, form: Form, codes: list[str], used: str) -> None:
+    each = len(codes) * 32 * WARPS / (form.tokens * 2 * form.head_dim)
+    kinds = Counter(re.sub(r"^@!?U?P\w+ ", "", code).split()[0].split(".")[0] for code in codes)
+    most = ", ".join(f"{name} {count}" for name, count in kinds.most_common(7))
+    print(f"{name}: {form.bits} bits, groups of {form.group}: {each:.2f} per number; {used}; {most}")
+
+
 def main() -> None:
     print(f"Triton {triton.__version__}")
-    for bits, group in ((2, 32), (2, 128), (3, 32), (4, 32), (4, 128), (8, 32)):
-        form = Form(bits, group, group, 128)
+    forms = [Form(bits, group, group, 128) for bits, group in ((2, 32), (2, 128), (3, 32), (4, 32), (4, 128), (8, 32))]
+    for form in forms:
         result = compiled(form)
-        codes = loop(result.asm["cubin"])
-        each = len(codes) * 32 * WARPS / (form.tokens * 2 * form.head_dim)
-        kinds = Counter(re.sub(r"^@!?U?P\w+ ", "", code).split()[0].split(".")[0] for code in codes)
-        most = ", ".join(f"{name} {count}" for name, count in kinds.most_common(7))
-        print(f"{bits} bits, groups of {group}: {each:.2f} per number; {resources(result.asm['ptx'])}; {most}")
+        line("Triton", form, loop(result.asm["cubin"]), resources(result.asm["ptx"]))
+    for form in forms:
+        resident = min(cuda.RESIDENT[form.head_dim], 233472 // (cuda.shared_bytes(form) + 1024))
+        cubin = cuda.compiled(form, torch.bfloat16, (9, 0), kernel.SPAN, resident)
+        line("CUDA C++", form, loop(cubin), resources_of(cubin))
 
 
 if __name__ == "__main__":

@@ -71,21 +71,25 @@ def resident(form: Form, device: torch.device) -> int:
     return min(RESIDENT[form.head_dim], there // (shared_bytes(form) + 1024))
 
 
+def definitions(form: Form, dtype: torch.dtype, span: int, resident: int) -> dict[str, int]:
+    """What `packed.cu` is compiled with. span: columns of a table of spans."""
+    return {
+        "BITS": form.bits, "GROUP": form.group, "CHANNELS": form.channels, "D": form.head_dim, "UNITS": UNITS,
+        "QUERIES": _QUERIES[dtype], "SPAN": span, "RESIDENT": resident,
+    }  # fmt: skip
+
+
 @cache
 def compiled(form: Form, dtype: torch.dtype, capability: tuple[int, int], span: int, resident: int) -> bytes:
-    """The machine code for one form of pages. span: columns of a table of spans.
+    """The machine code for one form of pages.
 
     Raises RuntimeError with the compiler's words if it cannot be compiled.
     """
     from cuda.bindings import nvrtc
 
-    values = {
-        "BITS": form.bits, "GROUP": form.group, "CHANNELS": form.channels, "D": form.head_dim, "UNITS": UNITS,
-        "QUERIES": _QUERIES[dtype], "SPAN": span, "RESIDENT": resident,
-    }  # fmt: skip
     major, minor = capability
     options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
-    options += [f"-D{name}={value}" for name, value in values.items()]
+    options += [f"-D{name}={value}" for name, value in definitions(form, dtype, span, resident).items()]
     program = _done(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), b"packed.cu", 0, [], []))
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:

@@ -34,9 +34,8 @@ __device__ constexpr int value_bit(int j) { return BITS * j - value_shift(j); }
 constexpr int TOP = BITS == 2 ? 8 : BITS == 3 ? 6 : BITS == 4 ? 4 : 0;      // the highest of value_bit
 constexpr int FOLD = BITS == 2 ? 3 : BITS == 3 ? 5 : BITS == 4 ? 5 : 13;    // weights are times 2^FOLD
 
-__device__ __forceinline__ float pow2(int e) { return __int_as_float((e + 127) << 23); }
-__device__ __forceinline__ u32 half2_pow2(int e) { return u32((e + 15) << 10) * 0x10001u; }
-
+// What the hardware does. (tests/cuda_on_cpu.h does the same on a CPU.)
+#ifndef CUDA_ON_CPU
 __device__ __forceinline__ u32 mul2(u32 a, u32 b) {
   u32 c;
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
@@ -62,6 +61,35 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+__device__ __forceinline__ float half_to_float(unsigned short x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+  return y;
+}
+__device__ __forceinline__ void copy16(char* to, const char* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from));
+}
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
+template <int PENDING>
+__device__ __forceinline__ void wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+#endif
+
+#if QUERIES == 0
+typedef float Query;
+__device__ __forceinline__ float number(Query x) { return x; }
+#elif QUERIES == 1
+typedef unsigned short Query;
+__device__ __forceinline__ float number(Query x) { return half_to_float(x); }
+#else
+typedef unsigned short Query;  // bfloat16
+__device__ __forceinline__ float number(Query x) { return __uint_as_float(u32(x) << 16); }
+#endif
+
+__device__ __forceinline__ float pow2(int e) { return __int_as_float((e + 127) << 23); }
+__device__ __forceinline__ u32 half2_pow2(int e) { return u32((e + 15) << 10) * 0x10001u; }
+
 __device__ __forceinline__ uint4 load16(const char* p) { return *reinterpret_cast<const uint4*>(p); }
 
 // Blocks of 16 bytes of a side's words are swapped so that no two threads of a load meet in a bank.
@@ -69,31 +97,16 @@ __device__ __forceinline__ int key_swap(int row) { return (row & 1) << 2; }
 __device__ __forceinline__ int value_swap(int row) { return row & 6; }
 
 template <int BYTES, bool KEYS>
-__device__ __forceinline__ void copy(u32 to, const char* from) {
+__device__ __forceinline__ void copy(char* to, const char* from) {
 #pragma unroll
   for (int first = 0; first < BYTES / 16; first += THREADS) {
     int at = first + threadIdx.x;
     if (BYTES / 16 % THREADS && first + THREADS > BYTES / 16 && at >= BYTES / 16) break;
     int row = at / (ROW / 16), place = at;
     if (first < WORDS / 16) place = at ^ (KEYS ? key_swap(row) : value_swap(row));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + place * 16), "l"(from + at * 16));
+    copy16(to + place * 16, from + at * 16);
   }
 }
-
-#if QUERIES == 0
-typedef float Query;
-__device__ __forceinline__ float number(float x) { return x; }
-#elif QUERIES == 1
-typedef unsigned short Query;
-__device__ __forceinline__ float number(unsigned short x) {
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-  return y;
-}
-#else
-typedef unsigned short Query;  // bfloat16
-__device__ __forceinline__ float number(unsigned short x) { return __uint_as_float(u32(x) << 16); }
-#endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     packed(const Query* __restrict__ queries, const long long* __restrict__ table, const int* __restrict__ spans,
@@ -114,7 +127,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const int last = low / TOKENS + int((long long)(part - begin + 1) * pages / programs);
   table += (long long)row * columns;
 
-  const u32 ring = (u32)__cvta_generic_to_shared(memory);
   // What is copied next: a side of a page.
   int ahead = first;
   long long address = first < last ? table[first] * 16 : 0, next = first + 1 < last ? table[first + 1] * 16 : 0;
@@ -122,11 +134,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     if (ahead < last) {
       const char* record = reinterpret_cast<const char*>(address);
       if (keys)
-        copy<KEY_SIDE, true>(ring + unit * UNIT, record);
+        copy<KEY_SIDE, true>(memory + unit * UNIT, record);
       else
-        copy<VALUE_SIDE, false>(ring + unit * UNIT, record + KEY_SIDE);
+        copy<VALUE_SIDE, false>(memory + unit * UNIT, record + KEY_SIDE);
     }
-    asm volatile("cp.async.commit_group;");
+    commit();
     if (!keys) {
       ahead += 1;
       address = next;
@@ -164,10 +176,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 
   int unit = 0;
   auto turn = [&]() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(UNITS - 2) : "memory");
+    wait<UNITS - 2>();
     __syncthreads();
-    const char* here = memory + unit * UNIT;
-    return here;
+    return (const char*)memory + unit * UNIT;
   };
   auto done = [&]() { unit = unit + 1 == UNITS ? 0 : unit + 1; };
   auto behind = [&]() { return unit == 0 ? UNITS - 1 : unit - 1; };
@@ -323,7 +334,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     }
     done();
   }
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  wait<0>();
   __syncthreads();
 
   // The two warps' parts together. float [D][8], then maxima and sums [2][8].
