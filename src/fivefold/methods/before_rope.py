@@ -38,14 +38,16 @@ class BeforeRope(Codec):
         axis."""
         raise NotImplementedError
 
-    def before(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    def before(self, parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Keys as `unturned` has them, as near as pages hold them, a channel's tokens in the last axes: float32
-        `[groups, together * head_dim, planes, pages, tokens of a plane]`, planes as in `planes`."""
+        `[groups, together * head_dim, planes, pages, tokens of a plane]`, planes as in `planes`; and memory of that
+        shape
+        that is not needed any more, if there is: two such buffers stay in the processor's cache where three may not."""
         raise NotImplementedError
 
     def keys(self, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         """Keys after RoPE of whole pages: float32 `[pages, token, head_dim]`."""
-        columns = self.before(self.arranged(fields)).unflatten(1, (self.context.together, -1))
+        columns = self.before(self.arranged(fields))[0].unflatten(1, (self.context.together, -1))
         turned = self.rope.turn_columns(columns, self.rope.waves_of(self.context, columns.shape[4], self.planes))
         tokens = turned[:, :, self.rope.back].permute(0, 1, 4, 3, 5, 2).contiguous()
         return tokens.view(-1, self.layout.tokens, columns.shape[2])
@@ -58,9 +60,10 @@ class BeforeRope(Codec):
         step = max(1, SLICE // (rows * page * queries.shape[2]))
         for first in range(0, pages, step):
             at = slice(first, first + step)
-            columns = self.before({name: x[:, :, at] for name, x in parts.items()})
+            columns, spare = self.before({name: x[:, :, at] for name, x in parts.items()})
             columns = columns.unflatten(1, (self.context.together, -1))
-            turned = self.rope.turn_columns(columns, (waves[0][:, :, :, :, at], waves[1][:, :, :, :, at]))
+            out_at = None if spare is None else spare.view(columns.shape)
+            turned = self.rope.turn_columns(columns, (waves[0][:, :, :, :, at], waves[1][:, :, :, :, at]), out_at)
             products = torch.bmm(paired, turned.flatten(0, 1).flatten(2))
             out[:, :, at] = products.unflatten(2, columns.shape[3:]).transpose(2, 3)
         return out.flatten(2)

@@ -98,12 +98,14 @@ class Rope:
         out = torch.view_as_real(z * phases).flatten(-2)
         return out if turned == x.shape[-1] else torch.cat([out, x[..., turned:]], -1)
 
-    def turn_columns(self, x: torch.Tensor, waves: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def turn_columns(
+        self, x: torch.Tensor, waves: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The same of float32 x `[groups, heads, head_dim, ...]`, by what `waves_of` says of the tokens in the axes
         behind."""
         cosine, sine = waves
         turned = 2 * self.pairs
-        out = torch.empty_like(x)
+        out = torch.empty_like(x) if out is None else out
         old, new = (y[:, :, :turned].unflatten(2, (-1, 2)) for y in (x, out))
         torch.mul(old, cosine[:, :, :, None], out=new)
         new[:, :, :, 0].addcmul_(old[:, :, :, 1], sine, value=-1)
