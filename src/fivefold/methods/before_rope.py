@@ -54,16 +54,26 @@ class BeforeRope(Codec):
 
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         page, paired = self.layout.tokens, self.rope.pair(queries.float())
-        rows, pages = next(iter(fields.values())).shape[:2]
+        (rows, pages), (_, query, dim) = next(iter(fields.values())).shape[:2], queries.shape
         parts, waves = self.arranged(fields), self.rope.waves_of(self.context, pages, self.planes)
-        out = paired.new_empty((rows, queries.shape[1], pages, self.planes, page // self.planes))
-        step = max(1, SLICE // (rows * page * queries.shape[2]))
-        for first in range(0, pages, step):
-            at = slice(first, first + step)
-            columns, spare = self.before({name: x[:, :, at] for name, x in parts.items()})
-            columns = columns.unflatten(1, (self.context.together, -1))
-            out_at = None if spare is None else spare.view(columns.shape)
-            turned = self.rope.turn_columns(columns, (waves[0][:, :, :, :, at], waves[1][:, :, :, :, at]), out_at)
-            products = torch.bmm(paired, turned.flatten(0, 1).flatten(2))
-            out[:, :, at] = products.unflatten(2, columns.shape[3:]).transpose(2, 3)
+        step = max(1, SLICE // (rows * page * dim))
+        if step < pages:
+            out = paired.new_empty((rows, query, pages, page))
+            for first in range(0, pages, step):
+                at = slice(first, first + step)
+                some = {name: x[:, :, at] for name, x in parts.items()}
+                out[:, :, at] = self._scores(paired, some, (waves[0][:, :, :, :, at], waves[1][:, :, :, :, at]))
+        else:
+            out = self._scores(paired, parts, waves)
         return out.flatten(2)
+
+    def _scores(
+        self, paired: torch.Tensor, parts: dict[str, torch.Tensor], waves: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """`scores` for queries in the paired order, of pages that make at most `SLICE` numbers: `[rows, query, pages,
+        token]`."""
+        columns, spare = self.before(parts)
+        shape = (-1, self.context.together, paired.shape[2], *columns.shape[2:])
+        turned = self.rope.turn_columns(columns.view(shape), waves, None if spare is None else spare.view(shape))
+        products = torch.bmm(paired, turned.view(len(paired), paired.shape[2], -1))
+        return products.view(*products.shape[:2], *columns.shape[2:]).transpose(2, 3).flatten(3)

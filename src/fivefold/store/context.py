@@ -106,7 +106,8 @@ class Rope:
         cosine, sine = waves
         turned = 2 * self.pairs
         out = torch.empty_like(x) if out is None else out
-        old, new = (y[:, :, :turned].unflatten(2, (-1, 2)) for y in (x, out))
+        pairs = (*x.shape[:2], self.pairs, 2, *x.shape[3:])
+        old, new = (y[:, :, :turned].view(pairs) for y in (x, out))
         torch.mul(old, cosine[:, :, :, None], out=new)
         new[:, :, :, 0].addcmul_(old[:, :, :, 1], sine, value=-1)
         new[:, :, :, 1].addcmul_(old[:, :, :, 0], sine)
