@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 
 from fivefold.attention.fused import attend_fused, attend_picked_fused
 from fivefold.attention.merge import MASKED, attend, merge
 from fivefold.store.layer_cache import Cohort, LayerCache
+from fivefold.store.pages import Location
 from fivefold.store.tiers import PAGE, Geometry
+
+if TYPE_CHECKING:
+    from fivefold.methods.base import Codec
 
 # Numbers (keys times channels) of pages that are attended at a time: bounds the memory of a step, and keeps
 # it in the processor's cache.
 PACKED_BLOCK = 1 << 20
 
 
+PackedBlock = tuple[int, int, Location, Location | None]
 Weights = list[tuple[torch.Tensor, torch.Tensor]]
 """Weights within a part of the slots, `[rows, query_heads per kv head, slots]`, and the part's log-sum-exp."""
 
@@ -37,6 +43,9 @@ def attend_step(
     if not cohort.packed.shape[1]:
         out, lse = attend_exact(layer, cohort, queries, scaling, True, watched)
     else:
+        blocks = layer.packed_blocks(cohort, PACKED_BLOCK)
+        if len(blocks) == 1 and queries.dtype is torch.float32:
+            return _attend_at_once(layer, cohort, queries * scaling, blocks[0], watch)
         # In the order of the slots: packed ones first.
         parts = [
             attend_packed(layer, cohort, queries, scaling, watched),
@@ -44,6 +53,19 @@ def attend_step(
         ]
         out, lse = merge(parts)
     return out.to(queries.dtype), None if watched is None else _whole(watched, lse)
+
+
+def _attend_at_once(
+    layer: LayerCache, cohort: Cohort, scaled: torch.Tensor, block: PackedBlock, watch: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`attend_step` for one block of packed pages: with one softmax over both tiers, and nothing to merge."""
+    scores, filled, codec, fields = _packed_scores(layer, cohort, scaled, block)
+    stop = scores.shape[2]
+    weights = torch.cat([scores, _exact_scores(layer, cohort, scaled)], 2).softmax(-1)
+    out = codec.output(weights[:, :, :stop], fields).add_(_exact_output(layer, cohort, weights[:, :, stop:]))
+    if not watch or filled >= stop:
+        return out, weights if watch else None
+    return out, torch.cat([weights[:, :, :filled], weights[:, :, stop:]], 2)
 
 
 def _whole(watched: Weights, lse: torch.Tensor) -> torch.Tensor:
@@ -143,27 +165,38 @@ def attend_exact(
                 logits = torch.bmm(queries.float() * scaling, keys.float().transpose(1, 2))
                 watched.append(((logits - parts[-1][1][..., None]).exp_(), parts[-1][1]))
         return merge(parts)
-    scaled = queries * scaling
-    scores = [
-        torch.bmm(scaled, layer.exact("keys", location)[:, : tokens - first * PAGE].transpose(1, 2))
-        for first, _, location in blocks
-    ]
-    whole = scores[0] if len(scores) == 1 else torch.cat(scores, 2)
-    if bias is not None:
-        whole += bias
+    whole = _exact_scores(layer, cohort, queries * scaling)
     if alone:
         whole, lse = whole.softmax(-1), whole.new_empty(0)
     else:
         lse = softmax_(whole)
     if watched is not None:
         watched.append((whole, lse))
-    out = None
-    for first, _, location in blocks:
+    return _exact_output(layer, cohort, whole), lse
+
+
+def _exact_scores(layer: LayerCache, cohort: Cohort, scaled: torch.Tensor) -> torch.Tensor:
+    """Inner products of float32 queries with the exact tier's keys: `[rows, query_heads per kv head, tokens]`."""
+    tokens, bias = exact_tokens(cohort.geometry), exact_bias(cohort.geometry, scaled.device)
+    scores = [
+        torch.bmm(scaled, layer.exact("keys", location)[:, : tokens - first * PAGE].transpose(1, 2))
+        for first, _, location in layer.exact_blocks(cohort)
+    ]
+    whole = scores[0] if len(scores) == 1 else torch.cat(scores, 2)
+    if bias is not None:
+        whole += bias
+    return whole
+
+
+def _exact_output(layer: LayerCache, cohort: Cohort, weights: torch.Tensor) -> torch.Tensor:
+    """The exact tier's values, weighted."""
+    tokens, out = exact_tokens(cohort.geometry), None
+    for first, _, location in layer.exact_blocks(cohort):
         values = layer.exact("values", location)[:, : tokens - first * PAGE]
-        weights = whole[:, :, first * PAGE : first * PAGE + values.shape[1]]
-        out = torch.bmm(weights, values) if out is None else out.baddbmm_(weights, values)
+        part = weights[:, :, first * PAGE : first * PAGE + values.shape[1]]
+        out = torch.bmm(part, values) if out is None else out.baddbmm_(part, values)
     assert out is not None
-    return out, lse
+    return out
 
 
 KV = ("keys", "values")
@@ -181,20 +214,10 @@ def attend_packed(
     layer: LayerCache, cohort: Cohort, queries: torch.Tensor, scaling: float, watched: Weights | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(output, log-sum-exp) over the packed tier, page block by page block; the weights go to `watched`."""
-    assert layer.codec is not None and layer.packing is not None
-    geometry, page = cohort.geometry, layer.packing.page
-    bias = packed_bias(geometry, queries.device)
     scaled = queries.float() * scaling
     merged = None
-    for first, last, location, own in layer.packed_blocks(cohort, PACKED_BLOCK):
-        fields = layer.packed(location, own)
-        codec = layer.codec_of(cohort, first, last)
-        scores = codec.scores(scaled, fields)
-        if bias is not None:
-            scores += bias[first * page : last * page]
-        filled = geometry.packed_stop - geometry.packed_base - first * page
-        if filled < scores.shape[2]:
-            scores[:, :, filled:] = MASKED
+    for block in layer.packed_blocks(cohort, PACKED_BLOCK):
+        scores, filled, codec, fields = _packed_scores(layer, cohort, scaled, block)
         lse = softmax_(scores)
         part = (codec.output(scores, fields), lse)
         if watched is not None:
@@ -202,6 +225,25 @@ def attend_packed(
         merged = part if merged is None else merge([merged, part])
     assert merged is not None
     return merged
+
+
+def _packed_scores(
+    layer: LayerCache, cohort: Cohort, scaled: torch.Tensor, block: PackedBlock
+) -> tuple[torch.Tensor, int, Codec, dict[str, torch.Tensor]]:
+    """Inner products of float32 queries with a block's keys, `MASKED` where there are none, how many slots are filled,
+    and by what codec and from what fields."""
+    assert layer.packing is not None
+    geometry, page = cohort.geometry, layer.packing.page
+    first, last, location, own = block
+    fields, codec = layer.packed(location, own), layer.codec_of(cohort, first, last)
+    scores = codec.scores(scaled, fields)
+    bias = packed_bias(geometry, scaled.device)
+    if bias is not None:
+        scores += bias[first * page : last * page]
+    filled = geometry.packed_stop - geometry.packed_base - first * page
+    if filled < scores.shape[2]:
+        scores[:, :, filled:] = MASKED
+    return scores, filled, codec, fields
 
 
 def exact_tokens(geometry: Geometry) -> int:

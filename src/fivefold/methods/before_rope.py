@@ -38,29 +38,42 @@ class BeforeRope(Codec):
         axis."""
         raise NotImplementedError
 
-    def before(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    def before(self, parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Keys as `unturned` has them, as near as pages hold them, a channel's tokens in the last axes: float32
-        `[groups, together * head_dim, planes, pages, tokens of a plane]`, planes as in `planes`."""
+        `[groups, together * head_dim, planes, pages, tokens of a plane]`, planes as in `planes`; and memory of that
+        shape
+        that is not needed any more, if there is: two such buffers stay in the processor's cache where three may not."""
         raise NotImplementedError
 
     def keys(self, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         """Keys after RoPE of whole pages: float32 `[pages, token, head_dim]`."""
-        columns = self.before(self.arranged(fields)).unflatten(1, (self.context.together, -1))
+        columns = self.before(self.arranged(fields))[0].unflatten(1, (self.context.together, -1))
         turned = self.rope.turn_columns(columns, self.rope.waves_of(self.context, columns.shape[4], self.planes))
         tokens = turned[:, :, self.rope.back].permute(0, 1, 4, 3, 5, 2).contiguous()
         return tokens.view(-1, self.layout.tokens, columns.shape[2])
 
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         page, paired = self.layout.tokens, self.rope.pair(queries.float())
-        rows, pages = next(iter(fields.values())).shape[:2]
+        (rows, pages), (_, query, dim) = next(iter(fields.values())).shape[:2], queries.shape
         parts, waves = self.arranged(fields), self.rope.waves_of(self.context, pages, self.planes)
-        out = paired.new_empty((rows, queries.shape[1], pages, self.planes, page // self.planes))
-        step = max(1, SLICE // (rows * page * queries.shape[2]))
-        for first in range(0, pages, step):
-            at = slice(first, first + step)
-            columns = self.before({name: x[:, :, at] for name, x in parts.items()})
-            columns = columns.unflatten(1, (self.context.together, -1))
-            turned = self.rope.turn_columns(columns, (waves[0][:, :, :, :, at], waves[1][:, :, :, :, at]))
-            products = torch.bmm(paired, turned.flatten(0, 1).flatten(2))
-            out[:, :, at] = products.unflatten(2, columns.shape[3:]).transpose(2, 3)
+        step = max(1, SLICE // (rows * page * dim))
+        if step < pages:
+            out = paired.new_empty((rows, query, pages, page))
+            for first in range(0, pages, step):
+                at = slice(first, first + step)
+                some = {name: x[:, :, at] for name, x in parts.items()}
+                out[:, :, at] = self._scores(paired, some, (waves[0][:, :, :, :, at], waves[1][:, :, :, :, at]))
+        else:
+            out = self._scores(paired, parts, waves)
         return out.flatten(2)
+
+    def _scores(
+        self, paired: torch.Tensor, parts: dict[str, torch.Tensor], waves: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """`scores` for queries in the paired order, of pages that make at most `SLICE` numbers: `[rows, query, pages,
+        token]`."""
+        columns, spare = self.before(parts)
+        shape = (-1, self.context.together, paired.shape[2], *columns.shape[2:])
+        turned = self.rope.turn_columns(columns.view(shape), waves, None if spare is None else spare.view(shape))
+        products = torch.bmm(paired, turned.view(len(paired), paired.shape[2], -1))
+        return products.view(*products.shape[:2], *columns.shape[2:]).transpose(2, 3).flatten(3)

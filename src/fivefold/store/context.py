@@ -98,13 +98,16 @@ class Rope:
         out = torch.view_as_real(z * phases).flatten(-2)
         return out if turned == x.shape[-1] else torch.cat([out, x[..., turned:]], -1)
 
-    def turn_columns(self, x: torch.Tensor, waves: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def turn_columns(
+        self, x: torch.Tensor, waves: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The same of float32 x `[groups, heads, head_dim, ...]`, by what `waves_of` says of the tokens in the axes
         behind."""
         cosine, sine = waves
         turned = 2 * self.pairs
-        out = torch.empty_like(x)
-        old, new = (y[:, :, :turned].unflatten(2, (-1, 2)) for y in (x, out))
+        out = torch.empty_like(x) if out is None else out
+        pairs = (*x.shape[:2], self.pairs, 2, *x.shape[3:])
+        old, new = (y[:, :, :turned].view(pairs) for y in (x, out))
         torch.mul(old, cosine[:, :, :, None], out=new)
         new[:, :, :, 0].addcmul_(old[:, :, :, 1], sine, value=-1)
         new[:, :, :, 1].addcmul_(old[:, :, :, 0], sine)

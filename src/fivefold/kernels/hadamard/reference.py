@@ -100,10 +100,12 @@ def transform(x: torch.Tensor, back: bool = False) -> torch.Tensor:
     return (x if a == 1 else hadamard(a).to(x.device, x.dtype) @ x).flatten(-2)
 
 
-def transform_columns(x: torch.Tensor, back: bool = False, spare: torch.Tensor | None = None) -> torch.Tensor:
+def transform_columns(
+    x: torch.Tensor, back: bool = False, spare: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`transform` of what stands in the columns of x `[rows, n, m]`: a long axis m makes two large products of it.
 
-    spare: memory of x's shape; both are then overwritten, and the result is one of them.
+    Overwrites x and spare, memory of the same shape. Returns the result, which is one of them, and the other.
     """
     n = x.shape[1]
     a, b = split(n) if n > 64 else (1, n)
@@ -112,8 +114,7 @@ def transform_columns(x: torch.Tensor, back: bool = False, spare: torch.Tensor |
     parts = x.view(-1, b, x.shape[2])
     torch.bmm((inner if back else inner.T).expand(len(parts), b, b), parts, out=spare.view(parts.shape))
     if a == 1:
-        return spare
+        return spare, x
     whole = spare.view(len(x), a, -1)
-    return torch.bmm(hadamard(a).to(x.device, x.dtype).expand(len(x), a, a), whole, out=x.view(whole.shape)).view(
-        x.shape
-    )
+    torch.bmm(hadamard(a).to(x.device, x.dtype).expand(len(x), a, a), whole, out=x.view(whole.shape))
+    return x, spare

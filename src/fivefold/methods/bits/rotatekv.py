@@ -298,7 +298,7 @@ class _Bound(BeforeRope):
             parts[name] = x.permute(0, 1, 4, 3, 2, 5).flatten(0, 2).float()
         return parts
 
-    def before(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    def before(self, parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         bits, words = self.codec.method.bits, parts["words"]
         codes = (words.flatten(2)[:, :, None] >> shifts(bits, words.device)[:, None]).bitwise_and_(2**bits - 1)
         scale, zero = (parts[name].flatten(2)[:, None] for name in ("scale", "zero"))
@@ -306,8 +306,9 @@ class _Bound(BeforeRope):
         x = torch.addcmul(zero, scale, x, out=x).view(words.shape[0] * words.shape[1], -1)
         # Back to where the channels stand, and then the rotation undone.
         shape = (-1, self.block * self.codec.spec.head_dim, x.shape[1])
-        back = transform_columns(x.index_select(0, self.places.flatten()).view(shape), True, x.view(shape))
-        return back.view(*words.shape[:2], self.planes, *words.shape[2:])
+        both = transform_columns(x.index_select(0, self.places.flatten()).view(shape), True, x.view(shape))
+        columns, spare = (part.view(*words.shape[:2], self.planes, *words.shape[2:]) for part in both)
+        return columns, spare
 
     def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         context, codec = self.context, self.codec

@@ -302,10 +302,10 @@ class _Bound(BeforeRope):
         features = self._features("key", fields)
         return {"features": features.unflatten(1, (1, -1, self.layout.tokens))}
 
-    def before(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    def before(self, parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, None]:
         features = parts["features"]
         columns = torch.matmul(self.key_up.transpose(1, 2), features.flatten(1, 3).transpose(1, 2))
-        return columns.unflatten(2, features.shape[1:4])
+        return columns.unflatten(2, features.shape[1:4]), None
 
     def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         values = torch.matmul(self._features("value", fields), self.value_up).unflatten(2, (self.context.together, -1))
