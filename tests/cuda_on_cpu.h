@@ -109,8 +109,10 @@ static void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
 static bool late;
 static std::vector<std::pair<char*, const char*>> issued[FIBERS];
 static std::deque<std::vector<std::pair<char*, const char*>>> groups[FIBERS];
-static void copy16(char* to, const char* from) {
-  if (to < memory || to + 16 > memory + sizeof memory || (uintptr_t)to % 16 || (uintptr_t)from % 16) abort();
+static uint32_t shared(const char* p) { return p - memory; }
+static void copy16(uint32_t where, const char* from) {
+  if (where + 16 > sizeof memory || where % 16 || (uintptr_t)from % 16) abort();
+  char* const to = memory + where;
   if (late) issued[current].emplace_back(to, from);
   else memcpy(to, from, 16);
 }

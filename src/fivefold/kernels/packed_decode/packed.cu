@@ -66,8 +66,9 @@ __device__ __forceinline__ float half_to_float(unsigned short x) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
   return y;
 }
-__device__ __forceinline__ void copy16(char* to, const char* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from));
+__device__ __forceinline__ u32 shared(const char* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void copy16(u32 to, const char* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
 }
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
 template <int PENDING>
@@ -97,7 +98,7 @@ __device__ __forceinline__ int key_swap(int row) { return (row & 1) << 2; }
 __device__ __forceinline__ int value_swap(int row) { return row & 6; }
 
 template <int BYTES, bool KEYS>
-__device__ __forceinline__ void copy(char* to, const char* from) {
+__device__ __forceinline__ void copy(u32 to, const char* from) {
 #pragma unroll
   for (int first = 0; first < BYTES / 16; first += THREADS) {
     int at = first + threadIdx.x;
@@ -127,6 +128,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const int last = low / TOKENS + int((long long)(part - begin + 1) * pages / programs);
   table += (long long)row * columns;
 
+  const u32 ring = shared(memory);
   // What is copied next: a side of a page.
   int ahead = first;
   long long address = first < last ? table[first] * 16 : 0, next = first + 1 < last ? table[first + 1] * 16 : 0;
@@ -134,9 +136,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     if (ahead < last) {
       const char* record = reinterpret_cast<const char*>(address);
       if (keys)
-        copy<KEY_SIDE, true>(memory + unit * UNIT, record);
+        copy<KEY_SIDE, true>(ring + unit * UNIT, record);
       else
-        copy<VALUE_SIDE, false>(memory + unit * UNIT, record + KEY_SIDE);
+        copy<VALUE_SIDE, false>(ring + unit * UNIT, record + KEY_SIDE);
     }
     commit();
     if (!keys) {
