@@ -15,7 +15,7 @@ from fivefold.errors import ProfileError, RecipeError
 from fivefold.kernels.hadamard import exists, transform, transform_columns
 from fivefold.kernels.pack import fill_rows
 from fivefold.kernels.packed_decode import decode_values
-from fivefold.kernels.planar import PLANES, by_token, pack, planar_output, quantise, shifts, unbias_
+from fivefold.kernels.planar import PLANES, pack, planar_output, quantise, shifts
 from fivefold.methods import FLOAT16_MAX, Codec, Method, check_finite, param, register
 from fivefold.methods.before_rope import BeforeRope
 from fivefold.store import Context, Field, LayerSpec, PageLayout
@@ -48,9 +48,6 @@ class RotateKV(Method):
     lie on one side of zero, as sorted channels do, cuts one end and widens the other. Zero points are float16 minima,
     there rounded to whole steps.
 
-    `unbias` is ours, as in `mikv`: in decoding steps half the variance that rounding gives a score is taken off it. The
-    rotation spreads a query evenly over the channels, so that this is |q|^2 / 12 times the mean of a token's scale^2.
-
     Bytes per packed token of one head, of head_dim d, keys and values: `2 * d * 16 / (8 * planes)` codes, planes = 8,
     5, 4 for 2, 3, 4 bits, and `8 * d / group` scales and zero points: as many as KIVI with the same group. Further
     2 * `sinks` bytes a page, and `(2 d * itemsize + 8) * sinks` a head.
@@ -64,7 +61,6 @@ class RotateKV(Method):
     clip: float | None = param(None, "part of a group's range that is covered; 0.8 for 2 bits, else 1", low=0.1, high=1)
     sinks: int = param(4, "attention sinks that stay exact, at most", low=0, high=20)
     residual: int = param(64, "recent tokens that stay exact", low=0)
-    unbias: bool = param(False, "whether what noise adds to the attention of packed tokens is taken off (ours)")
     profile: str | None = param(None, "folder of a profile, if not the one that ships for the model")
 
     @property
@@ -327,11 +323,6 @@ class _Bound(BeforeRope):
 
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         out = super().scores(queries, fields)
-        if self.codec.method.unbias:
-            together, steps = self.context.together, by_token(fields["key_scale"])
-            steps = steps.reshape(-1, together * steps.shape[1], steps.shape[2]).repeat_interleave(together, 0)
-            squares = queries.float().square().sum(2, keepdim=True) / steps.shape[1]
-            unbias_(out, squares.expand(-1, -1, steps.shape[1]), steps)
         sinks = self._sinks(fields)
         if sinks is not None:
             row, slot, sink = sinks
