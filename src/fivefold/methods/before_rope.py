@@ -40,9 +40,11 @@ class BeforeRope(Codec):
 
     def before(self, parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Keys as `unturned` has them, as near as pages hold them, a channel's tokens in the last axes: float32
-        `[groups, together * head_dim, planes, pages, tokens of a plane]`, planes as in `planes`; and memory of that
-        shape
-        that is not needed any more, if there is: two such buffers stay in the processor's cache where three may not."""
+        `[groups, together * head_dim, planes, pages, tokens of a plane]`, planes as in `planes`.
+
+        And memory of that shape that is not needed any more, if there is: two such buffers stay in the processor's
+        cache where three may not.
+        """
         raise NotImplementedError
 
     def keys(self, fields: dict[str, torch.Tensor]) -> torch.Tensor:
