@@ -3,13 +3,15 @@
     python benchmarks/prefill_cpu.py --context 8000 --out benchmarks/results/prefill_cpu.json
 
 Peak memory is the largest anonymous resident size, looked at every few milliseconds, less what it was when the model
-was loaded (pages of the model's file come and go as the system likes). full() is measured first and last: how far
-these two are apart says how much the machine's speed drifted.
+was loaded (pages of the model's file come and go as the system likes). It is taken in a second process, in which memory
+that is freed goes back at once, since what an allocator keeps differs from run to run. full() is measured first and
+last: how far these two are apart says how much the machine's speed drifted.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +65,13 @@ def main(
     for name in recipe or RECIPES:
         print(name, file=sys.stderr)
         command = [sys.executable, "-c", _CHILD, name, str(context)]
-        rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        timed, watched = (
+            json.loads(
+                subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **extra}).stdout
+            )
+            for extra in ({}, {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)})
+        )
+        rows.append({**timed, "peak_bytes": watched["peak_bytes"]})
     base = rows[0]
     table = Table(title=f"SmolLM2-135M, float32, a prompt of {context} tokens; x: of full()")
     for column in ("recipe", "time x", "peak memory x", "seconds", "peak MiB", "cache MiB"):

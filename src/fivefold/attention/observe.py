@@ -14,7 +14,7 @@ from fivefold.kernels.received import has_kernel, received
 from fivefold.store.layer_cache import Cohort, LayerCache
 
 # Weights that are made at a time: enough rows for an efficient product, few enough to stay near the processor.
-BLOCK = 3 << 20
+BLOCK = 3 << 19
 
 
 def attend_observed(

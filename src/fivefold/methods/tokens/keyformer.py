@@ -13,7 +13,7 @@ from fivefold.store import Held
 # Noise is read from a table of this many draws, from a place that hangs on the query: a prime.
 _DRAWS = 131071
 # Weights that are looked at a time: they stay in the processor's cache.
-_BLOCK = 1 << 18
+_BLOCK = 1 << 19
 
 
 @register(
