@@ -1,10 +1,10 @@
 """Which kernels run: the environment variable FIVEFOLD_KERNELS, and what this machine has.
 
-auto        the fastest there is: on an NVIDIA GPU of compute capability 8.0 or more where Triton is installed that, and
-            CUDA C++ where that can be compiled; else the reference
+auto        Triton on an NVIDIA GPU of compute capability 8.0 or more where Triton is installed, else the reference
 reference   plain PyTorch everywhere
 triton      Triton or an error
-cuda        Triton, and CUDA C++ for packed pages, or an error
+cuda        Triton, and CUDA C++ for packed pages, or an error: faster, and not yet what `auto` takes, because its tests
+            on a GPU have not all been run since it was last changed
 """
 
 from __future__ import annotations
@@ -39,13 +39,11 @@ def _choose(asked: str, device: torch.device) -> Choice:
     lacking = _lacking(device)
     if lacking is not None:
         return Choice("reference", lacking, asked == "auto")
-    if asked == "triton":
-        return Choice("triton", "FIVEFOLD_KERNELS=triton")
-    if not _compiler():
-        return Choice("triton", "Triton is there, but not cuda-bindings, which compiles CUDA C++", asked == "auto")
-    return Choice(
-        "cuda", "FIVEFOLD_KERNELS=cuda" if asked == "cuda" else f"a {device.type} device with Triton and NVRTC"
-    )
+    if asked == "cuda":
+        if not _compiler():
+            return Choice("triton", "Triton is there, but not cuda-bindings, which compiles CUDA C++", False)
+        return Choice("cuda", "FIVEFOLD_KERNELS=cuda")
+    return Choice("triton", "FIVEFOLD_KERNELS=triton" if asked == "triton" else f"a {device.type} device with Triton")
 
 
 def _compiler() -> bool:
