@@ -73,6 +73,18 @@ def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **chan
     return AutoModelForCausalLM.from_config(kind(**{**_COMMON, **settings, **changes})).to(dtype).eval()
 
 
+# Where kernels are tested: compiled on a GPU, else in Triton's interpreter.
+DEVICES = [
+    pytest.param(
+        "cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled for the GPU here")
+    ),
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+    ),
+]
+
+
 @pytest.fixture(scope="session")
 def _models() -> dict[str, Any]:
     return {}

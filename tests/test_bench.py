@@ -15,6 +15,14 @@ def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def rows_of(folder, command: str, *args: str) -> list[dict]:
+    """What `fivefold bench COMMAND` wrote."""
+    target = folder / "rows.json"
+    done = run("bench", command, *args, "--json", str(target))
+    assert done.returncode == 0, done.stderr
+    return json.loads(target.read_text())["rows"]
+
+
 def test_doctor_says_which_path_runs_and_why() -> None:
     found = json.loads(run("doctor", "--json", FIVEFOLD_KERNELS="reference").stdout)
     assert found["torch"] and found["devices"][0]["path"] == "reference"
@@ -24,10 +32,7 @@ def test_doctor_says_which_path_runs_and_why() -> None:
 
 
 def test_bench_kernels(tmp_path) -> None:
-    target = tmp_path / "k.json"
-    done = run("bench", "kernels", "--size", "500x2", "--recipe", "kivi(bits=4)", "--json", str(target))
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(target.read_text())["rows"]
+    rows = rows_of(tmp_path, "kernels", "--size", "500x2", "--recipe", "kivi(bits=4)")
     packed = next(row for row in rows if row["kernel"] == "kivi(bits=4)")
     assert packed["context"] == 500 and packed["batch"] == 2 and packed["ms"] > 0
     # 500 tokens: 11 groups of 32 are packed in three pages, and 148 tokens are exact.
@@ -36,23 +41,9 @@ def test_bench_kernels(tmp_path) -> None:
 
 
 def test_bench_prefill(tmp_path) -> None:
-    target = tmp_path / "p.json"
-    args = (
-        "--size",
-        "600",
-        "--chunk",
-        "256",
-        "-r",
-        "full()",
-        "-r",
-        "duo(keep=0.5) + h2o(keep=0.25)",
-        "--json",
-        str(target),
-    )
-    done = run("bench", "prefill", *args)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(target.read_text())["rows"]
-    assert [row["recipe"] for row in rows] == ["DynamicCache", "full()", "duo(keep=0.5) + h2o(keep=0.25)"]
+    recipes = "full()", "duo(keep=0.5) + h2o(keep=0.25)"
+    rows = rows_of(tmp_path, "prefill", "--size", "600", "--chunk", "256", "-r", recipes[0], "-r", recipes[1])
+    assert [row["recipe"] for row in rows] == ["DynamicCache", *recipes]
     assert rows[0]["times"] == 1 and all(row["seconds"] > 0 for row in rows)
     one = 4 * 2 * 2 * 64 * 4  # four layers, two heads, keys and values, 64 channels of 4 bytes
     assert rows[0]["cache_bytes"] == 600 * one and rows[2]["cache_bytes"] < 0.5 * rows[1]["cache_bytes"]
@@ -67,22 +58,8 @@ def test_sizes_that_are_none(size: str) -> None:
 
 
 def test_bench_capacity(tmp_path) -> None:
-    target = tmp_path / "c.json"
-    args = (
-        "--context",
-        "300",
-        "--memory",
-        "12000000",
-        "--steps",
-        "1",
-        "--recipe",
-        "kivi(bits=2)",
-        "--json",
-        str(target),
-    )
-    done = run("bench", "capacity", *args)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(target.read_text())["rows"]
+    settings = "--context", "300", "--memory", "12000000", "--steps", "1", "--recipe", "kivi(bits=2)"
+    rows = rows_of(tmp_path, "capacity", *settings)
     assert [(row["what"], row["recipe"]) for row in rows] == [
         ("batch", "DynamicCache"), ("batch", "kivi(bits=2)"), ("context", "DynamicCache"), ("context", "kivi(bits=2)"),
     ]  # fmt: skip

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from conftest import DEVICES
 from fivefold.attention import attend_chunk, attend_picked, attend_step
 from fivefold.attention.decode import exact_bias, exact_tokens, packed_bias
 from fivefold.attention.fused import pack_due, spans, why_not
@@ -18,11 +19,6 @@ from fivefold.store.tiers import Extent, Geometry, Packing
 
 pytest.importorskip("triton", reason="needs Triton")
 pytestmark = pytest.mark.usefixtures("one_thread")
-GPU = torch.cuda.is_available()
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(GPU, reason="the kernels are compiled for the GPU here")),
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]),
-]
 
 
 def make(device: str, extents: list[Extent], codec: Kivi | None, dtype: torch.dtype = torch.float32) -> LayerCache:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import fivefold
+from conftest import DEVICES
 from fivefold.attention.fixed import FixedTables
 from fivefold.attention.fused import kernels, spans
 from fivefold.errors import CacheStateError
@@ -27,10 +28,6 @@ from fivefold.store.tiers import PAGE, Extent
 pytest.importorskip("triton", reason="needs Triton")
 pytestmark = pytest.mark.usefixtures("one_thread")
 GPU = torch.cuda.is_available()
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(GPU, reason="the kernels are compiled for the GPU here")),
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]),
-]
 VOCAB = 131
 RECIPES = ["full()", "kivi(bits=4, residual=32)", "duo(retrieval=[[0, 1], [1, 0]], recent=40) + kivi(bits=8)"]
 

@@ -7,17 +7,13 @@ import importlib
 import pytest
 import torch
 
+from conftest import DEVICES
 from fivefold.kernels.pack import pack_reference
 from fivefold.kernels.packed_decode import Form
 from fivefold.kernels.packed_decode.reference import decode_page
 
 pytest.importorskip("triton", reason="needs Triton")
 kernel = importlib.import_module("fivefold.kernels.pack.triton")
-GPU = torch.cuda.is_available()
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(GPU, reason="the kernels are compiled for the GPU here")),
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]),
-]
 FORMS = [(2, 32, 32), (2, 64, 64), (2, 128, 128), (3, 32, 32), (4, 32, 32), (4, 64, 64), (4, 128, 128), (8, 32, 32)]
 
 

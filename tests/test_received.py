@@ -7,6 +7,7 @@ import importlib
 import pytest
 import torch
 
+from conftest import DEVICES
 from fivefold.attention.merge import attend_reference
 from fivefold.kernels.received import received_reference
 from fivefold.methods.bits.kivi import Kivi
@@ -16,10 +17,6 @@ from policies import Run
 pytest.importorskip("triton", reason="needs Triton")
 kernel = importlib.import_module("fivefold.kernels.received.triton")
 GPU = torch.cuda.is_available()
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(GPU, reason="the kernels are compiled for the GPU here")),
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]),
-]
 
 
 @pytest.mark.parametrize("device", DEVICES)

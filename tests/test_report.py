@@ -111,6 +111,14 @@ def test_texts_are_texts_and_nothing_is_loaded(page):
     assert policy.startswith("default-src 'none'")
 
 
+def test_a_crowded_plot_names_its_points_by_their_rank(page, result, monkeypatch):
+    said = "Numbers are those of the ranking."
+    assert said not in page and "datum.rank + ' ' + datum.recipe" in page
+    monkeypatch.setattr(html, "_NAMED", 3)
+    crowded = html.render(result)
+    assert crowded.count(said) >= 2 and "datum.rank + ' ' + datum.recipe" not in crowded
+
+
 def test_a_sweep_of_one_suite_without_fidelity_is_shown_too(result):
     found = {(512, "passkey"): {EXACT: [question_row(0, "12345")], "full()": [question_row(0, "12345")]}}
     part = {**result, **summarise(found, ("full()",))}

@@ -32,7 +32,7 @@ def test_coarse_tokens_draw_no_more_attention_than_they_would_exactly(name: str)
     unbiased, noisy = (codec_of(name, unbias).scores(queries, by_row) for unbias in (True, False))
     assert (unbiased <= noisy).all()
     drawn = [float((x.exp().mean(-1) / exact).log().mean()) for x in (noisy, unbiased)]
-    assert drawn[0] > 0.3 and abs(drawn[1]) < 0.3 * drawn[0], drawn
+    assert drawn[0] > 0.5 and abs(drawn[1]) < 0.15
 
 
 def test_the_kernels_that_correct_nothing_are_not_asked() -> None:

@@ -18,7 +18,7 @@ import sys
 import time
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -622,16 +622,10 @@ def bench_kernels(size: BenchSize = None, recipe: BenchRecipe = None, json_file:
     sizes = _sizes(size) or kernels.SIZES[device.type]
     target = None if json_file is None else _writable(json_file)
     recipes = _recipes_of_one_head_kind(recipe or list(kernels.RECIPES))
-    rows: list[dict[str, Any]] = []
-    with _bars() as bars:
-        task = bars.add_task("copy", total=None, amount="")
-        copy = machine.copy_rate(device)
-        for context, batch in sizes:
-            bars.update(task, description=f"{context} x {batch}")
-            for row in kernels.measure(device, context, batch, recipes):
-                row["of_copy"] = row["rate"] / copy
-                rows.append(row)
-                bars.advance(task)
+    copy = machine.copy_rate(device)
+    rows = _measured(sizes, None, lambda context, batch: kernels.measure(device, context, batch, recipes))
+    for row in rows:
+        row["of_copy"] = row["rate"] / copy
     cells = [
         [
             f"{row['context']:,}", str(row["batch"]), row["kernel"], row["path"], f"{row['ms']:.4f}",
@@ -640,7 +634,7 @@ def bench_kernels(size: BenchSize = None, recipe: BenchRecipe = None, json_file:
         ]
         for row in rows
     ]  # fmt: skip
-    title = f"{machine.describe()['devices'][-1]['name']}, copy {copy / 1e12:.2f} TB/s"
+    title = f"{machine.name()}, copy {copy / 1e12:.2f} TB/s"
     _bench_table(title, "context, batch, kernel, path", "ms, x SDPA, MiB, TB/s, of copy", cells)
     _bench_results(target, json_file, {**machine.stamp(), "copy_rate": copy, "rows": rows})
 
@@ -662,15 +656,12 @@ def bench_decode(
     sizes = _sizes(size) or (((8192, 1), (32768, 1), (131072, 1)) if device.type == "cuda" else ((4096, 1),))
     target = None if json_file is None else _writable(json_file)
     recipes = [str(Recipe.parse(text)) for text in recipe or decode.RECIPES]
-    rows: list[dict[str, Any]] = []
     _silence()
-    with _bars() as bars:
-        task = bars.add_task(shape, total=len(sizes) * len(decode.names(device, recipes)), amount="")
-        for context, batch in sizes:
-            bars.update(task, description=f"{context} x {batch}")
-            for row in decode.measure(shape, device, context, batch, recipes, steps):
-                rows.append(row)
-                bars.advance(task)
+    rows = _measured(
+        sizes,
+        len(decode.names(device, recipes)),
+        lambda context, batch: decode.measure(shape, device, context, batch, recipes, steps),
+    )
     lines = []
     for row in rows:
         cells = [f"{row['context']:,}", str(row["batch"]), row["recipe"], "yes" if row["graph"] else ""]
@@ -681,7 +672,7 @@ def bench_decode(
             cells += [f"{row['ms']:.2f}", f"{row['mean_ms']:.2f}", gain]
             cells += [f"{row['tokens_s']:.1f}", f"{row['cache_bytes'] / 2**20:,.1f}"]
         lines.append(cells)
-    title = f"{shape} on {machine.describe()['devices'][-1]['name']}"
+    title = f"{shape} on {machine.name()}"
     _bench_table(title, "context, batch, cache, graph", "ms/step, mean, x DynamicCache, tokens/s, cache MiB", lines)
     _bench_results(target, json_file, {**machine.stamp(), "rows": rows})
 
@@ -705,15 +696,12 @@ def bench_prefill(
     sizes = _sizes(size) or (((32768, 1),) if device.type == "cuda" else ((4096, 1),))
     target = None if json_file is None else _writable(json_file)
     recipes = [str(Recipe.parse(text)) for text in recipe or prefill.RECIPES]
-    rows: list[dict[str, Any]] = []
     _silence()
-    with _bars() as bars:
-        task = bars.add_task(shape, total=len(sizes) * (1 + len(recipes)), amount="")
-        for context, batch in sizes:
-            bars.update(task, description=f"{context} x {batch}")
-            for row in prefill.measure(shape, device, context, batch, recipes, chunk):
-                rows.append(row)
-                bars.advance(task)
+    rows = _measured(
+        sizes,
+        1 + len(recipes),
+        lambda context, batch: prefill.measure(shape, device, context, batch, recipes, chunk),
+    )
     lines = []
     for row in rows:
         cells = [f"{row['context']:,}", str(row["batch"]), row["recipe"]]
@@ -724,7 +712,7 @@ def bench_prefill(
             cells += [f"{row['seconds']:.2f}", f"{row['times']:.2f}" if row["times"] else ""]
             cells += [f"{row['cache_bytes'] / 2**20:,.1f}", peak]
         lines.append(cells)
-    title = f"{shape} on {machine.describe()['devices'][-1]['name']}"
+    title = f"{shape} on {machine.name()}"
     _bench_table(title, "context, batch, cache", "seconds, x DynamicCache, cache MiB, peak MiB", lines)
     _bench_results(target, json_file, {**machine.stamp(), "rows": rows})
 
@@ -800,7 +788,7 @@ def bench_capacity(
         cells = [row["what"], row["recipe"], str(row["batch"]), f"{row['context']:,}"]
         cells += [f"{row['cache_bytes'] / 2**30:,.3f}", f"{row['ms']:.2f}", f"{row['tokens_s']:,.1f}"]
         lines.append([*cells, f"{row['gain']:.2f}" if row["gain"] else ""])
-    title = f"{shape} on {machine.describe()['devices'][-1]['name']}"
+    title = f"{shape} on {machine.name()}"
     _bench_table(title, "most, cache", "sequences, context, cache GiB, ms/step, tokens/s, x DynamicCache", lines)
     _bench_results(target, json_file, {**head, "rows": rows})
 
@@ -836,6 +824,21 @@ def _shape(name: str | None, device: torch.device) -> str:
     if name not in decode.SHAPES:
         raise InputError(f"--shape {name!r} is none of {', '.join(decode.SHAPES)}.")
     return name
+
+
+def _measured(
+    sizes: Sequence[tuple[int, int]], each: int | None, measure: Callable[[int, int], Iterable[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """The rows of `measure(context, batch)` for all sizes, `each` of them a size if that is known, under a bar."""
+    rows = []
+    with _bars() as bars:
+        task = bars.add_task("", total=each and each * len(sizes), amount="")
+        for context, batch in sizes:
+            bars.update(task, description=f"{context} x {batch}")
+            for row in measure(context, batch):
+                rows.append(row)
+                bars.advance(task)
+    return rows
 
 
 def _bench_table(title: str, words: str, numbers: str, rows: list[list[str]]) -> None:

@@ -36,13 +36,17 @@ def attend_observed(
         return attend_chunk(layer, cohort, queries, keys, values, scaling)[0], None
     if first == 0 and policy.sums and has_kernel(keys):
         out, lse = attend_chunk(layer, cohort, queries, keys, values, scaling)
-        seen = torch.cat([layer.dense_part(cohort, 0), keys], 1) if cohort.held.slots else keys
-        return out, received(queries, seen, lse, scaling)
+        return out, received(queries, _all(layer, cohort, 0, keys), lse, scaling)
     if first == 0:
         out = torch.empty_like(queries)
         return out, _weigh(layer, cohort, queries, keys, values, scaling, 0, out)
     out, _ = attend_chunk(layer, cohort, queries, keys, values, scaling)
     return out, _weigh(layer, cohort, queries, keys, values, scaling, first, None)
+
+
+def _all(layer: LayerCache, cohort: Cohort, which: int, new: torch.Tensor) -> torch.Tensor:
+    """The keys (0) or values (1) that are stored, and the chunk's: `[rows, slots, head_dim]`."""
+    return torch.cat([layer.dense_part(cohort, which), new], 1) if cohort.geometry.length else new
 
 
 def _weigh(
@@ -60,9 +64,8 @@ def _weigh(
     assert policy is not None and held is not None
     rows, group, chunk, dim = queries.shape
     stored = held.slots
-    if stored:
-        keys = torch.cat([layer.dense_part(cohort, 0), keys], 1)
-        values = values if out is None else torch.cat([layer.dense_part(cohort, 1), values], 1)
+    keys = _all(layer, cohort, 0, keys)
+    values = values if out is None else _all(layer, cohort, 1, values)
     total = stored + chunk
     observed = keys.new_zeros((rows, total), dtype=torch.float32)
     step = min(chunk - first, max(8, BLOCK // (group * total)))

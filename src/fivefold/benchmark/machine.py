@@ -50,6 +50,11 @@ def _hardware(device: torch.device) -> dict[str, Any]:
     }
 
 
+def name() -> str:
+    """The last device, the GPU where there is one."""
+    return str(describe()["devices"][-1]["name"])
+
+
 def stamp() -> dict[str, Any]:
     """The head of a file of results."""
     return {"date": time.strftime("%Y-%m-%d"), "machine": describe()}

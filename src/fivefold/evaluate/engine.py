@@ -36,7 +36,6 @@ from fivefold.evaluate.score import answer, twin
 from fivefold.evaluate.summary import EXACT, FIDELITY, OWN, exact_fails, summarise
 from fivefold.evaluate.tasks import Question, Sample, Task, settings, tasks
 from fivefold.evaluate.tasks.base import Kind
-from fivefold.methods import ReadPolicy, TokenPolicy
 from fivefold.recipe import Recipe
 
 CONTINUATION, FREE = 256, 32
@@ -175,8 +174,7 @@ def _foreign_code(method: Any) -> str:
 def _chunk(recipe: str) -> int:
     """How many tokens of a continuation may be fed to a recipe's cache at a time without changing what it does."""
     methods = () if recipe == EXACT else Recipe.parse(recipe).methods
-    steps = (isinstance(method, TokenPolicy | ReadPolicy) or getattr(method, "unbias", False) for method in methods)
-    return 1 if any(steps) else fidelity.CHUNK
+    return 1 if any(method.by_step for method in methods) else fidelity.CHUNK
 
 
 def environment(model: Any, tokenizer: Any) -> dict[str, str]:

@@ -283,9 +283,9 @@ _CONFIG = {
     "legend": {"labelColor": "currentColor", "titleColor": "currentColor", "labelFontSize": 12, "labelLimit": 260},
     "view": {"stroke": None},
 }  # fmt: skip
-# From nearly the page's colour on, so that it serves light and dark.
 _NAMED = 12
-"""Recipes in a plot of which those on the front are named."""
+"""The most recipes of a plot that names those on its front."""
+# From nearly the page's colour on, so that it serves light and dark.
 _HEAT = ["rgba(128, 128, 128, 0.12)", "#f0a868", "#cf4520", "#6d0f24"]
 _SIZE = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
 
@@ -304,11 +304,12 @@ def _figures(result: dict[str, Any]) -> dict[str, _Figure]:
             for point in mine:  # names go towards the middle of the plot
                 point["align"] = "right" if point["x"] > middle else "left"
             caption = f"{words} Up and left is better; the line is the Pareto front, bars are 95% intervals."
-            if len(_each(mine, "recipe")) > _NAMED:
+            crowded = len(_each(mine, "recipe")) > _NAMED
+            if crowded:
                 caption += " Numbers are those of the ranking."
             measures = [(one, one if one == _ALL else _short(one)) for one in _each(mine, "measure")]
             choices = {"measure": ("Measured by", measures), "context": ("at", _named_contexts(mine))}
-            found[name] = _Figure(caption, _pareto(mine, title), choices)
+            found[name] = _Figure(caption, _pareto(mine, title, crowded), choices)
     cells = [cell for cell in result["cells"] if cell["suite"] == FIDELITY]
     compressed = [cell for cell in cells if cell["recipe"] != EXACT]
     if compressed:
@@ -373,7 +374,7 @@ def _points(result: dict[str, Any]) -> list[dict[str, Any]]:
     return points
 
 
-def _pareto(points: list[dict[str, Any]], title: str) -> dict[str, Any]:
+def _pareto(points: list[dict[str, Any]], title: str, crowded: bool) -> dict[str, Any]:
     x = {"field": "x", "type": "quantitative", "title": title, "scale": {"type": "log", "nice": False, "padding": 24},
          "axis": {"format": "~r", "tickCount": 6}}  # fmt: skip
     y = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False, "padding": 8}}
@@ -385,7 +386,6 @@ def _pareto(points: list[dict[str, Any]], title: str) -> dict[str, Any]:
         "fontSize": 12,
     }
     # Names have room beside a few points; the numbers are those of the ranking.
-    crowded = len({point["recipe"] for point in points}) > _NAMED
     tag = "datum.rank" if crowded else "datum.front ? datum.rank + ' ' + datum.recipe : datum.rank"
     color = {"condition": {"test": "datum.front", "value": "#0f7fc4"}, "value": "#8a8f98"}
     tooltip = [

@@ -73,6 +73,11 @@ class Method:
         """One sentence saying why this method cannot be combined with `other`, or None if it can."""
         return None
 
+    @property
+    def by_step(self) -> bool:
+        """Whether a decoding step does something else than a chunk, so that only steps show what it costs."""
+        return False
+
     # -- what a method may bring --------------------------------------------------------------------------
 
     def extents(self, spec: LayerSpec) -> list[Extent] | None:
@@ -128,6 +133,8 @@ class TokenPolicy(Method):
     """Whether what is not chosen is packed instead of given up; it then brings the codec, too."""
     high: int = 16
     """With `demotes`: bits of what is not packed; 16 is as the model made it."""
+
+    by_step = True
 
     @property
     def evicts(self) -> bool:
@@ -218,6 +225,7 @@ class ReadPolicy(Method):
 
     top: int
     """How many tokens of each KV head are read."""
+    by_step = True
 
     def roles(self, specs: Sequence[LayerSpec]) -> list[Literal["full", "select", "sparse"]]:
         """What each of the layers that hold the whole context does: read everything, read everything and pick, or read

@@ -52,6 +52,10 @@ class Kivi(Method):
     unbias: bool = param(False, "whether what noise adds to the attention of packed tokens is taken off (ours)")
 
     @property
+    def by_step(self) -> bool:
+        return self.unbias
+
+    @property
     def exact_tokens(self) -> int:
         return self.residual
 
