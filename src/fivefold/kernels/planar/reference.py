@@ -83,11 +83,12 @@ def pack(
     return out.to(torch.int16).flatten(1, 2)
 
 
-def unpack(words: torch.Tensor, bits: int, plane: int) -> torch.Tensor:
+def unpack(words: torch.Tensor, bits: int, plane: int, out: torch.Tensor | None = None) -> torch.Tensor:
     """Codes of one plane: int16 `[..., 32, head_dim]` of words `[..., sheets * 32, head_dim]`."""
     sheet, field = divmod(plane, PLANES[bits])
     # An arithmetic shift brings sign bits in from the left; the mask takes them off again.
-    return (words[..., sheet * ROWS : (sheet + 1) * ROWS, :] >> bits * field).bitwise_and_(2**bits - 1)
+    codes = torch.bitwise_right_shift(words[..., sheet * ROWS : (sheet + 1) * ROWS, :], bits * field, out=out)
+    return codes.bitwise_and_(2**bits - 1)
 
 
 @lru_cache(maxsize=16)
