@@ -83,6 +83,8 @@ DEVICES = [
         marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
     ),
 ]
+# FIVEFOLD_KERNELS there: what a user of a GPU gets; the interpreter has to be asked for.
+KERNELS = "auto" if torch.cuda.is_available() else "triton"
 
 
 @pytest.fixture(scope="session")

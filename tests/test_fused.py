@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from conftest import DEVICES
+from conftest import DEVICES, KERNELS
 from fivefold.attention import attend_chunk, attend_picked, attend_step
 from fivefold.attention.decode import exact_bias, exact_tokens, packed_bias
 from fivefold.attention.fused import pack_due, spans, why_not
@@ -50,7 +50,7 @@ def test_a_step_is_that_of_the_reference(device, extents, codec, monkeypatch) ->
             queries = torch.randn(len(cohort.rows), 4, 64, device=device)
             monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
             wanted = attend_step(layer, cohort, queries, 0.125)[0]
-            monkeypatch.setenv("FIVEFOLD_KERNELS", "triton")
+            monkeypatch.setenv("FIVEFOLD_KERNELS", KERNELS)
             assert why_not(layer, queries.device, 4) is None
             found = attend_step(layer, cohort, queries, 0.125)[0]
             assert (found - wanted).norm() < 3e-3 * wanted.norm()
@@ -109,7 +109,7 @@ def test_which_path_and_why(monkeypatch) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_numbers_beyond_the_kernels_take_the_reference(device, monkeypatch) -> None:
-    monkeypatch.setenv("FIVEFOLD_KERNELS", "triton")
+    monkeypatch.setenv("FIVEFOLD_KERNELS", KERNELS)
     layer = make(device, [Extent()], Kivi(bits=4, residual=32))
     layer.start(1)
     (cohort,) = layer.cohorts
@@ -144,7 +144,7 @@ def test_groups_are_packed_where_they_lie_to_the_same_bytes(device, dtype, bits,
     for number in range(270):
         append(1, False)
         before = [cohort.geometry.packed_stop for cohort in layers[0].cohorts]
-        monkeypatch.setenv("FIVEFOLD_KERNELS", "triton")
+        monkeypatch.setenv("FIVEFOLD_KERNELS", KERNELS)
         pack_due(layers[:2], 0)
         packed += before != [cohort.geometry.packed_stop for cohort in layers[0].cohorts]
         monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
@@ -172,7 +172,7 @@ def test_groups_are_packed_where_they_lie_to_the_same_bytes(device, dtype, bits,
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_group_that_cannot_be_packed_is_said_and_stays(device, monkeypatch) -> None:
-    monkeypatch.setenv("FIVEFOLD_KERNELS", "triton")
+    monkeypatch.setenv("FIVEFOLD_KERNELS", KERNELS)
     layer = make(device, [Extent()], Kivi(bits=4, residual=32))
     layer.start(1)
     (cohort,) = layer.cohorts
@@ -206,7 +206,7 @@ def test_picked_tokens_are_those_of_the_reference(device, dtype, codec, monkeypa
     queries = torch.randn(4, 4, 64, device=device, dtype=dtype)
     monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
     wanted = attend_picked(layer, cohort, queries, 0.125, positions.clone())[0]
-    monkeypatch.setenv("FIVEFOLD_KERNELS", "triton")
+    monkeypatch.setenv("FIVEFOLD_KERNELS", KERNELS)
     found = attend_picked(layer, cohort, queries, 0.125, positions.clone())[0]
     assert cohort.exact_table is not None and (cohort.packed_table is None) == (codec is None)
     assert (found.float() - wanted.float()).norm() < (
@@ -226,7 +226,7 @@ def test_a_chunk_over_packed_pages_is_that_of_the_reference(device, extents, mon
     monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
     wanted, wanted_lse = attend_chunk(layer, cohort, queries, keys, values, 0.125)
     assert cohort.packed_table is None
-    monkeypatch.setenv("FIVEFOLD_KERNELS", "triton")
+    monkeypatch.setenv("FIVEFOLD_KERNELS", KERNELS)
     found, lse = attend_chunk(layer, cohort, queries, keys, values, 0.125)
     assert cohort.packed_table is not None
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import fivefold
-from conftest import DEVICES
+from conftest import DEVICES, KERNELS
 from fivefold.attention.fixed import FixedTables
 from fivefold.attention.fused import kernels, spans
 from fivefold.errors import CacheStateError
@@ -34,7 +34,7 @@ RECIPES = ["full()", "kivi(bits=4, residual=32)", "duo(retrieval=[[0, 1], [1, 0]
 
 @pytest.fixture(params=DEVICES)
 def model(request, tiny, monkeypatch):
-    monkeypatch.setenv("FIVEFOLD_KERNELS", "triton")
+    monkeypatch.setenv("FIVEFOLD_KERNELS", KERNELS)
     model = copy.deepcopy(tiny("llama", num_hidden_layers=2)).to(request.param)
     yield model
     fivefold.restore(model)

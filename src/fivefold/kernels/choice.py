@@ -1,10 +1,10 @@
 """Which kernels run: the environment variable FIVEFOLD_KERNELS, and what this machine has.
 
-auto        Triton on an NVIDIA GPU of compute capability 8.0 or more where Triton is installed, else the reference
+auto        Triton on an NVIDIA GPU of compute capability 8.0 or more where Triton is installed, and CUDA C++ for packed
+            pages where cuda-bindings can compile it for that GPU; else the reference
 reference   plain PyTorch everywhere
 triton      Triton or an error
-cuda        Triton, and CUDA C++ for packed pages, or an error: faster, and not yet what `auto` takes, because its tests
-            on a GPU have not all been run since it was last changed
+cuda        Triton, and CUDA C++ for packed pages, or an error
 """
 
 from __future__ import annotations
@@ -39,21 +39,31 @@ def _choose(asked: str, device: torch.device) -> Choice:
     lacking = _lacking(device)
     if lacking is not None:
         return Choice("reference", lacking, asked == "auto")
-    if asked == "cuda":
-        if not _compiler():
-            return Choice("triton", "Triton is there, but not cuda-bindings, which compiles CUDA C++", False)
-        return Choice("cuda", "FIVEFOLD_KERNELS=cuda")
-    return Choice("triton", "FIVEFOLD_KERNELS=triton" if asked == "triton" else f"a {device.type} device with Triton")
+    if asked == "triton":
+        return Choice("triton", "FIVEFOLD_KERNELS=triton")
+    lacking = _lacks_compiler(device)
+    if lacking is not None:
+        return Choice("triton", f"Triton is there, but {lacking}", asked == "auto")
+    return Choice(
+        "cuda", "FIVEFOLD_KERNELS=cuda" if asked == "cuda" else "a GPU with Triton and a compiler of CUDA C++"
+    )
 
 
-def _compiler() -> bool:
-    """Whether what compiles and launches CUDA C++ is installed (torch's CUDA wheels bring it)."""
+def _lacks_compiler(device: torch.device) -> str | None:
+    """Why CUDA C++ cannot be compiled for a device (torch's CUDA wheels bring what it takes); None if it can."""
     try:
         from cuda.bindings import driver, nvrtc
 
-        return not int(nvrtc.nvrtcVersion()[0]) and hasattr(driver, "cuLaunchKernel")
+        error, archs = nvrtc.nvrtcGetSupportedArchs()
+        there = not int(error) and hasattr(driver, "cuLaunchKernel")
     except (ImportError, RuntimeError):  # no such package, or no such library
-        return False
+        there = False
+    if not there:
+        return "not cuda-bindings, which compiles CUDA C++"
+    major, minor = torch.cuda.get_device_capability(device)
+    if 10 * major + minor not in archs:
+        return f"the CUDA compiler (NVRTC) knows no compute capability {major}.{minor}"
+    return None
 
 
 def _lacking(device: torch.device) -> str | None:

@@ -51,7 +51,8 @@ def quantise(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, to
     """
     low, high = x.aminmax(dim=-1, keepdim=True)
     zero = low.to(torch.float16)
-    scale = ((high - zero.float()).clamp_(min=0) / (2**bits - 1)).to(torch.float16)
+    # By a tensor: on a GPU a division by a number is a product with its reciprocal, which may round otherwise.
+    scale = ((high - zero.float()).clamp_(min=0) / high.new_full((1,), 2**bits - 1)).to(torch.float16)
     step = torch.where(scale > 0, scale.float(), 1.0)
     codes = ((x - zero.float()) / step).round_().clamp_(0, 2**bits - 1)
     return codes.to(torch.int16), scale, zero
