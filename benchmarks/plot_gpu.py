@@ -49,7 +49,7 @@ def main(target: str) -> None:
     ]
     steps = [
         {"name": f"{row['recipe']}{', graph' if row['graph'] else ''}", "value": row["ms"], "label": f"{row['ms']:.1f}"}
-        for row in rows("decode_128k_h100.json")
+        for row in rows("decode_h100.json")
         if row["context"] == 131072
     ]
     capacity = rows("capacity_h100.json")
