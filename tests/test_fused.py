@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fivefold.attention import attend_chunk, attend_picked, attend_step
 from fivefold.attention.decode import exact_bias, exact_tokens, packed_bias
 from fivefold.attention.fused import pack_due, spans, why_not
 from fivefold.errors import CacheStateError, NonFiniteError
+from fivefold.kernels import choice
 from fivefold.kernels.choice import choose
 from fivefold.methods.bits.kivi import Kivi
 from fivefold.store.layer_cache import LayerCache, LayerSpec, Pools
@@ -99,12 +101,31 @@ def test_which_path_and_why(monkeypatch) -> None:
     cpu = torch.device("cpu")
     for asked, path in (("auto", "reference"), ("reference", "reference")):
         monkeypatch.setenv("FIVEFOLD_KERNELS", asked)
-        choice = choose(cpu)
-        assert choice.path == path and choice.possible and choice.why
+        found = choose(cpu)
+        assert found.path == path and found.possible and found.why
     monkeypatch.setenv("FIVEFOLD_KERNELS", "fast")
     layer = make("cpu", [Extent()], None)
     with pytest.raises(CacheStateError, match="FIVEFOLD_KERNELS=fast is none of auto, reference, triton"):
         why_not(layer, cpu, 4)
+
+
+def test_which_path_on_a_gpu(monkeypatch) -> None:
+    """CUDA C++ where it can be compiled, else Triton; only what was asked for by name is an error."""
+    found = {}
+    monkeypatch.setattr(choice, "_lacking", lambda device: None)
+    for lacking in (None, "no compiler"):
+        monkeypatch.setattr(choice, "_lacks_compiler", lambda device, lacking=lacking: lacking)
+        for asked in ("auto", "triton", "cuda"):
+            # Past its memory, which is not to keep this.
+            found[asked, lacking] = choice._choose.__wrapped__(asked, torch.device("cuda"))
+    assert [one.path for one in found.values()] == ["cuda", "triton", "cuda", "triton", "triton", "triton"]
+    assert [one.possible for one in found.values()] == [True] * 5 + [False]
+    assert "no compiler" in found["auto", "no compiler"].why and "no compiler" in found["cuda", "no compiler"].why
+
+
+def test_what_the_compiler_lacks(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    assert choice._lacks_compiler(torch.device("cuda")) == "not cuda-bindings, which compiles CUDA C++"
 
 
 @pytest.mark.parametrize("device", DEVICES)

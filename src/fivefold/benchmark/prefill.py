@@ -29,8 +29,8 @@ def measure(
     for name in (BASELINE, *recipes):
         row: dict[str, Any] = {"shape": shape, "context": context, "batch": batch, "chunk": chunk, "recipe": name}
         try:
-            # Compiles what there is to compile, for a chunk over a stored past too.
-            _read(model, name, ids[:, : 512 if chunk is None else 1024], chunk and min(chunk, 512))
+            # Compiles what there is to compile, for a chunk over a stored past too if there will be one.
+            _read(model, name, ids[:, : 512 + min(chunk or 0, 512)], 512)
             row.update(_read(model, name, ids, chunk))
         except torch.OutOfMemoryError:
             row["error"] = "out of memory"
