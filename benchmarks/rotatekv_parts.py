@@ -20,6 +20,7 @@ from rich.progress import track
 
 import fivefold
 from fivefold.evaluate.demo import make_task
+from fivefold.kernels.rotated import reference
 from fivefold.methods.before_rope import BeforeRope
 from fivefold.methods.bits import rotatekv
 from fivefold.methods.channels import cskv
@@ -31,7 +32,8 @@ PARTS: tuple[tuple[str, Any, str], ...] = (
     ("scores: the product with queries", BeforeRope, "scores"),
     ("keys: codes times scales", rotatekv._Bound, "before"),
     ("keys: features times basis", cskv._Bound, "before"),
-    ("keys: rotation undone", rotatekv, "transform_columns"),
+    ("keys: rotation undone", reference, "transform_columns"),
+    ("keys, turned, times queries (compiled)", rotatekv, "rotated_scores"),
     ("keys: turned by position", Rope, "turn_columns"),
     ("values: weighted codes", rotatekv, "planar_output"),
     ("values: weighted features", cskv._Bound, "output"),

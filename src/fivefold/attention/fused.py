@@ -23,8 +23,6 @@ from fivefold.store.tiers import PAGE, Geometry
 
 def attend_fused(layer: LayerCache, cohort: Cohort, queries: torch.Tensor, scaling: float) -> torch.Tensor | None:
     """`attend_step` by kernels; None where they do not run (see `why_not`)."""
-    if queries.device.type == "cpu" and choose(queries.device).path == "reference":
-        return None  # quickly
     if why_not(layer, queries.device, queries.shape[1]) is not None:
         return None
     kernel = kernels()
@@ -42,8 +40,6 @@ def attend_picked_fused(
 ) -> torch.Tensor | None:
     """Attention over what `slots [rows, n]` name alone, negative ones left out: packed slots, beside the whole exact
     tier, if anything is packed, else exact ones. None where the kernels do not run."""
-    if queries.device.type == "cpu" and choose(queries.device).path == "reference":
-        return None
     if why_not(layer, queries.device, queries.shape[1]) is not None:
         return None
     packed = _packed(layer, cohort, queries.device)
@@ -59,7 +55,7 @@ def unpack_fused(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Keys and values of packed columns first..last, `[rows, tokens, head_dim]`; None where the kernel does not run."""
     device, codec = layer.spec.device, layer.codec
-    if choose(device).path == "reference" or codec is None or codec.form is None or layer.own_pool is not None:
+    if not choose(device).triton or codec is None or codec.form is None or layer.own_pool is not None:
         return None
     if kernels().supports(codec.form, 1, layer.spec.head_dim) is not None:
         return None
@@ -78,7 +74,7 @@ def why_not(layer: LayerCache, device: torch.device, heads: int) -> str | None:
         raise CacheStateError(
             f"the kernels that were asked for cannot run: {choice.why}; set FIVEFOLD_KERNELS=auto, or unset it."
         )
-    if choice.path == "reference":
+    if not choice.triton:
         return choice.why
     kernel, codec = kernels(), layer.codec
     if codec is not None:
@@ -174,7 +170,7 @@ def pack_due(layers: Iterable[LayerCache], horizon: int) -> None:
     due: dict[tuple, list[_Due]] = {}
     try:
         for layer in layers:
-            if layer.packing is None or choose(layer.spec.device).path == "reference":
+            if layer.packing is None or not choose(layer.spec.device).triton:
                 continue
             for cohort in layer.cohorts:
                 new = cohort.geometry.settled(layer.packing, horizon)

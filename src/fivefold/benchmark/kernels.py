@@ -64,7 +64,7 @@ def measure(device: torch.device, context: int, batch: int, recipes: list[str]) 
         layer.free()
         if layer.codec is not None and layer.codec.form is not None:
             ms, moved = _pack(layer.codec.form, rows * context, device, dtype)
-            path = "reference" if choose(device).path == "reference" else "triton"
+            path = "triton" if choose(device).triton else "reference"
             yield {**row(f"pack {recipe}", path, ms, moved, best), "gain": None}
 
     if not why_not(layer, device, GROUP):

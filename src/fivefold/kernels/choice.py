@@ -1,8 +1,9 @@
 """Which kernels run: the environment variable FIVEFOLD_KERNELS, and what this machine has.
 
-auto        Triton on an NVIDIA GPU of compute capability 8.0 or more where Triton is installed, and CUDA C++ for packed
-            pages where cuda-bindings can compile it for that GPU; else the reference
+auto        on a CPU numba where it is installed; on an NVIDIA GPU of compute capability 8.0 or more Triton where it is
+            installed, and CUDA C++ for packed pages where cuda-bindings can compile it for that GPU; else the reference
 reference   plain PyTorch everywhere
+numba       numba or an error
 triton      Triton or an error
 cuda        Triton, and CUDA C++ for packed pages, or an error
 """
@@ -16,13 +17,18 @@ from typing import NamedTuple
 
 import torch
 
-PATHS = ("auto", "reference", "triton", "cuda")
+PATHS = ("auto", "reference", "numba", "triton", "cuda")
 
 
 class Choice(NamedTuple):
     path: str
     why: str
     possible: bool = True
+
+    @property
+    def triton(self) -> bool:
+        """Whether Triton runs, whatever runs beside it."""
+        return self.path in ("triton", "cuda")
 
 
 def choose(device: torch.device) -> Choice:
@@ -36,6 +42,12 @@ def _choose(asked: str, device: torch.device) -> Choice:
         return Choice("reference", f"FIVEFOLD_KERNELS={asked} is none of {', '.join(PATHS)}", False)
     if asked == "reference":
         return Choice("reference", "FIVEFOLD_KERNELS=reference")
+    if asked == "numba" or (asked == "auto" and device.type == "cpu"):
+        if device.type != "cpu":
+            return Choice("reference", f"numba's kernels are written for CPUs, and the cache is on {device.type}", False)
+        if importlib.util.find_spec("numba") is None:
+            return Choice("reference", "numba is not installed: pip install 'fivefold[cpu]'", asked == "auto")
+        return Choice("numba", "FIVEFOLD_KERNELS=numba" if asked == "numba" else "a CPU with numba")
     lacking = _lacking(device)
     if lacking is not None:
         return Choice("reference", lacking, asked == "auto")

@@ -1,5 +1,5 @@
 """Products with Hadamard matrices."""
 
-from fivefold.kernels.hadamard.reference import exists, fwht, hadamard, split, transform, transform_columns
+from fivefold.kernels.hadamard.reference import core, exists, fwht, hadamard, split, transform, transform_columns
 
-__all__ = ["exists", "fwht", "hadamard", "split", "transform", "transform_columns"]
+__all__ = ["core", "exists", "fwht", "hadamard", "split", "transform", "transform_columns"]

@@ -59,6 +59,14 @@ def hadamard(n: int) -> torch.Tensor:
     return matrix.float() / n**0.5
 
 
+@lru_cache(maxsize=64)
+def core(n: int) -> torch.Tensor:
+    """The core of the matrix of order n, entries +-1: float32 `[m, m]`."""
+    m = _core(n)
+    assert m is not None
+    return hadamard(m) * m**0.5
+
+
 def exists(n: int) -> bool:
     return _core(n) is not None
 

@@ -13,7 +13,7 @@ def pack_pages(
     form: Form, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: tuple[torch.Tensor, ...] | None
 ) -> tuple[torch.Tensor, ...]:
     """`pack_reference`, by the kernel where that runs; the bytes are the same."""
-    if form.head_dim in (64, 128, 256) and choose(keys.device).path != "reference":
+    if form.head_dim in (64, 128, 256) and choose(keys.device).triton:
         from fivefold.kernels.pack import triton as kernel
 
         return kernel.pack_pages(form, keys, values, slot, opened)

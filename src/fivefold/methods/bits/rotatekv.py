@@ -12,10 +12,11 @@ import torch
 from fivefold.calibrate.learner import Capture, Learner, Progress
 from fivefold.calibrate.profile import Profile, load_profile
 from fivefold.errors import ProfileError, RecipeError
-from fivefold.kernels.hadamard import exists, transform, transform_columns
+from fivefold.kernels.hadamard import exists, transform
 from fivefold.kernels.pack import fill_rows
 from fivefold.kernels.packed_decode import decode_values
-from fivefold.kernels.planar import PLANES, pack, planar_output, quantise, shifts
+from fivefold.kernels.planar import PLANES, pack, planar_output, quantise
+from fivefold.kernels.rotated import has_kernel, rotated_columns, rotated_scores
 from fivefold.methods import FLOAT16_MAX, Codec, Method, check_finite, param, register
 from fivefold.methods.before_rope import BeforeRope
 from fivefold.store import Context, Field, LayerSpec, PageLayout
@@ -221,6 +222,7 @@ class _Bound(BeforeRope):
             self.places = self.places + first * self.places.shape[1]
         self.found: tuple[Any, tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None] | None = None
         self.block, self.planes = codec.block(context.together), codec.planes
+        self.n = self.block * codec.spec.head_dim
 
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
@@ -295,16 +297,7 @@ class _Bound(BeforeRope):
         return parts
 
     def before(self, parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        bits, words = self.codec.method.bits, parts["words"]
-        codes = (words.flatten(2)[:, :, None] >> shifts(bits, words.device)[:, None]).bitwise_and_(2**bits - 1)
-        scale, zero = (parts[name].flatten(2)[:, None] for name in ("scale", "zero"))
-        x = codes.float().view(len(scale), -1, *scale.shape[2:])
-        x = torch.addcmul(zero, scale, x, out=x).view(words.shape[0] * words.shape[1], -1)
-        # Back to where the channels stand, and then the rotation undone.
-        shape = (-1, self.block * self.codec.spec.head_dim, x.shape[1])
-        both = transform_columns(x.index_select(0, self.places.flatten()).view(shape), True, x.view(shape))
-        columns, spare = (part.view(*words.shape[:2], self.planes, *words.shape[2:]) for part in both)
-        return columns, spare
+        return rotated_columns(**parts, places=self.places.flatten(), n=self.n, bits=self.codec.method.bits)
 
     def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         context, codec = self.context, self.codec
@@ -322,7 +315,13 @@ class _Bound(BeforeRope):
         return keys.reshape(shape), whole.reshape(shape)
 
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
-        out = super().scores(queries, fields)
+        if has_kernel(queries.device):
+            waves = self.rope.waves_of(self.context, fields["key_words"].shape[1], self.planes)
+            parts = (fields[f"key_{name}"] for name in ("words", "scale", "zero"))
+            paired = self.rope.pair(queries.float())
+            out = rotated_scores(paired, *parts, self.order, self.n, waves, self.codec.method.bits)
+        else:
+            out = super().scores(queries, fields)
         sinks = self._sinks(fields)
         if sinks is not None:
             row, slot, sink = sinks
