@@ -57,9 +57,11 @@ def filled(codec: Any, context: Context, tokens: int, slot: int = 0) -> tuple[to
 @pytest.mark.parametrize("recipe", METHODS)
 @pytest.mark.parametrize("heads", [(0, 1), (1,), (0, 1, 0, 1)], ids=str)
 @pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
 def test_attending_in_compressed_form_is_attending_to_what_is_decoded(
-    learned: Any, recipe: str, heads: tuple[int, ...], alone: bool
+    learned: Any, recipe: str, heads: tuple[int, ...], alone: bool, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("FIVEFOLD_KERNELS", kernels)
     model, recipe = learned(recipe)
     codec = fivefold.compress(model, recipe).state.stores[1].codec
     page = codec.layout.tokens

@@ -99,14 +99,22 @@ def test_spans_are_the_slots_that_the_reference_sees() -> None:
 
 def test_which_path_and_why(monkeypatch) -> None:
     cpu = torch.device("cpu")
-    for asked, path in (("auto", "reference"), ("reference", "reference")):
+    for asked, path in (("auto", "numba"), ("numba", "numba"), ("reference", "reference")):
         monkeypatch.setenv("FIVEFOLD_KERNELS", asked)
         found = choose(cpu)
-        assert found.path == path and found.possible and found.why
+        assert found.path == path and found.possible and found.why and not found.triton
     monkeypatch.setenv("FIVEFOLD_KERNELS", "fast")
     layer = make("cpu", [Extent()], None)
-    with pytest.raises(CacheStateError, match="FIVEFOLD_KERNELS=fast is none of auto, reference, triton"):
+    with pytest.raises(CacheStateError, match="FIVEFOLD_KERNELS=fast is none of auto, reference, numba"):
         why_not(layer, cpu, 4)
+
+
+def test_without_numba(monkeypatch) -> None:
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
+    assert [choice._choose.__wrapped__(asked, torch.device("cpu"))[::2] for asked in ("auto", "numba")] == [
+        ("reference", True), ("reference", False)
+    ]  # fmt: skip
+    assert not choice._choose.__wrapped__("numba", torch.device("cuda")).possible
 
 
 def test_which_path_on_a_gpu(monkeypatch) -> None:

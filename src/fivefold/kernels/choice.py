@@ -44,7 +44,9 @@ def _choose(asked: str, device: torch.device) -> Choice:
         return Choice("reference", "FIVEFOLD_KERNELS=reference")
     if asked == "numba" or (asked == "auto" and device.type == "cpu"):
         if device.type != "cpu":
-            return Choice("reference", f"numba's kernels are written for CPUs, and the cache is on {device.type}", False)
+            return Choice(
+                "reference", f"numba's kernels are written for CPUs, and the cache is on {device.type}", False
+            )
         if importlib.util.find_spec("numba") is None:
             return Choice("reference", "numba is not installed: pip install 'fivefold[cpu]'", asked == "auto")
         return Choice("numba", "FIVEFOLD_KERNELS=numba" if asked == "numba" else "a CPU with numba")

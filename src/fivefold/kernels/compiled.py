@@ -62,7 +62,7 @@ def flat(field: torch.Tensor) -> tuple[torch.Tensor, int, int]:
 
 
 @part
-def halves(bits, floats):  # type: ignore[no-untyped-def]
+def halves(bits, floats):
     """float16 numbers given as int16 memory, into float32 memory of the same length. No infinities, no NaN."""
     shifted = floats.view(np.int32)
     for i in range(len(bits)):

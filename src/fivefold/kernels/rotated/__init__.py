@@ -27,10 +27,10 @@ def rotated_scores(
 ) -> torch.Tensor:
     """Inner products of queries with rotated keys (see `reference.py`), by the kernel: to be called where `has_kernel`.
 
-    queries: float32 `[rows, query, head_dim]` in the paired order; words, scale, zero: of pages, `[rows, pages, *shape]`
-    int16 `[head_dim, 32]` and float16 `[planes, groups, 32]`; order: int64 `[teams or 1, channels]`, which channel
-    every sorted one is; n: the order of the Hadamard matrix; waves: cosine and sine, float32 `[teams or 1, 1, pairs,
-    planes, pages, 32]`. Returns float32 `[rows, query, pages * planes * 32]`.
+    queries: float32 `[rows, query, head_dim]` in the paired order; words, scale, zero: of pages, `[rows, pages,
+    *shape]` int16 `[head_dim, 32]` and float16 `[planes, groups, 32]`; order: int64 `[teams or 1, channels]`, which
+    channel every sorted one is; n: the order of the Hadamard matrix; waves: cosine and sine, float32 `[teams or 1, 1,
+    pairs, planes, pages, 32]`. Returns float32 `[rows, query, pages * planes * 32]`.
     """
     from fivefold.kernels.compiled import flat
     from fivefold.kernels.rotated import numba as kernel

@@ -12,7 +12,7 @@ LANES = 32
 
 
 @part
-def decode_plane(words, scale, zero, order, x, shift, mask, plane, dim, group):  # type: ignore[no-untyped-def]
+def decode_plane(words, scale, zero, order, x, shift, mask, plane, dim, group):
     """Codes times scales of a plane, sorted channels to where they stand before that: x `[channels, LANES]`."""
     for channel in range(len(order)):
         head, inside, to = channel // dim, channel % dim // group, order[channel]
@@ -22,7 +22,7 @@ def decode_plane(words, scale, zero, order, x, shift, mask, plane, dim, group): 
 
 
 @part
-def times_core(x, y, core):  # type: ignore[no-untyped-def]
+def times_core(x, y, core):
     """Every m rows of x times the core, `[m, m]`, into y."""
     m = len(core)
     for first in range(0, len(x), m):
@@ -46,7 +46,7 @@ def times_core(x, y, core):  # type: ignore[no-untyped-def]
 
 
 @part
-def butterflies(x, step, n):  # type: ignore[no-untyped-def]
+def butterflies(x, step, n):
     """Sylvester's doublings of every n rows of x, from blocks of `step` rows on, two at a time."""
     while 4 * step <= n:
         for first in range(0, len(x), 4 * step):
@@ -65,7 +65,7 @@ def butterflies(x, step, n):  # type: ignore[no-untyped-def]
 
 
 @part
-def turn(x, cosine, sine, plane, page, dim):  # type: ignore[no-untyped-def]
+def turn(x, cosine, sine, plane, page, dim):
     """Pairs of channels in neighbouring rows of x, turned."""
     for first in range(0, len(x), dim):
         for i in range(len(cosine)):
@@ -77,7 +77,7 @@ def turn(x, cosine, sine, plane, page, dim):  # type: ignore[no-untyped-def]
 
 
 @part
-def products(x, first, query, out):  # type: ignore[no-untyped-def]
+def products(x, first, query, out):
     """Inner products of a query with the columns of x, from row `first` on: out `[LANES]`."""
     for t in range(LANES):
         out[t] = 0
@@ -99,7 +99,7 @@ def products(x, first, query, out):  # type: ignore[no-untyped-def]
     "float32[:, ::1], int64, float32[:, :, :, :, ::1], float32[:, :, :, :, ::1], float32[:, :, ::1], "
     "float32[:, :, :, :, ::1], int64, int64)"
 )
-def scores(  # type: ignore[no-untyped-def]
+def scores(
     words, word_row, word_page, scale, scale_row, scale_page, zero, zero_row, zero_page, order, core, n, cosine, sine,
     queries, out, bits, group,
 ):  # fmt: skip

@@ -28,6 +28,5 @@ def rotated_columns(
     # Back to where the channels stand, and then the rotation undone.
     shape = (-1, n, x.shape[1])
     both = transform_columns(x.index_select(0, places).view(shape), True, x.view(shape))
-    planes = scale.shape[2]
     columns, spare = (part.view(*words.shape[:2], -1, *words.shape[2:]) for part in both)
     return columns, spare
