@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fivefold.kernels.hadamard import exists
-from fivefold.kernels.planar import PLANES, planar_output, reference, sheets_of
+from fivefold.kernels.planar import PLANES
 from fivefold.kernels.rotated import rotated_columns, rotated_scores
 from fivefold.store import Rope
 
@@ -70,22 +70,3 @@ def test_torch_keeps_its_threads() -> None:
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("seed", range(24))
-def test_weighted_values_of_random_shapes(seed: int) -> None:
-    torch.manual_seed(seed)
-    pick = random.Random(seed)
-    bits, dim, groups = pick.choice([2, 3, 4, 8]), pick.choice([32, 64, 80, 128]), pick.choice([1, 2])
-    rows, pages, query, planes = (pick.randint(1, 5) for _ in range(4))
-    lines = sheets_of(bits, planes) * 32
-    record = torch.randint(-(2**15), 2**15, (rows, pages, lines * dim + 7), dtype=torch.int16)
-    words = record[:, :, : lines * dim].unflatten(2, (lines, dim))
-    scale, zero = (
-        torch.rand(rows, pages, planes, groups, 32).half(),
-        torch.randn(rows, pages, planes, groups, 32).half(),
-    )
-    weights = torch.rand(rows, query, pages * planes * 32 + 9)[:, :, : pages * planes * 32]
-    got = planar_output(weights, words, scale, zero, bits)
-    expected = reference.planar_output(weights, words, scale, zero, bits)
-    assert got.shape == expected.shape and (got - expected).abs().max() < 1e-5 * expected.abs().max()
