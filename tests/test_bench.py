@@ -28,7 +28,7 @@ def test_doctor_says_which_path_runs_and_why() -> None:
     assert found["torch"] and found["devices"][0]["path"] == "reference"
     assert found["devices"][0]["why"] == "FIVEFOLD_KERNELS=reference"
     bad = run("doctor", FIVEFOLD_KERNELS="fast")
-    assert bad.returncode == 2 and "fast is none of auto, reference, numba, triton, cuda" in bad.stderr
+    assert bad.returncode == 2 and "fast is none of auto, reference, cpp, triton, cuda" in bad.stderr
 
 
 def test_bench_kernels(tmp_path) -> None:

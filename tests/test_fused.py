@@ -13,7 +13,7 @@ from fivefold.attention import attend_chunk, attend_picked, attend_step
 from fivefold.attention.decode import exact_bias, exact_tokens, packed_bias
 from fivefold.attention.fused import pack_due, spans, why_not
 from fivefold.errors import CacheStateError, NonFiniteError
-from fivefold.kernels import choice
+from fivefold.kernels import choice, compiled
 from fivefold.kernels.choice import choose
 from fivefold.methods.bits.kivi import Kivi
 from fivefold.store.layer_cache import LayerCache, LayerSpec, Pools
@@ -99,22 +99,22 @@ def test_spans_are_the_slots_that_the_reference_sees() -> None:
 
 def test_which_path_and_why(monkeypatch) -> None:
     cpu = torch.device("cpu")
-    for asked, path in (("auto", "numba"), ("numba", "numba"), ("reference", "reference")):
+    for asked, path in (("auto", "cpp"), ("cpp", "cpp"), ("reference", "reference")):
         monkeypatch.setenv("FIVEFOLD_KERNELS", asked)
         found = choose(cpu)
         assert found.path == path and found.possible and found.why and not found.triton
     monkeypatch.setenv("FIVEFOLD_KERNELS", "fast")
     layer = make("cpu", [Extent()], None)
-    with pytest.raises(CacheStateError, match="FIVEFOLD_KERNELS=fast is none of auto, reference, numba"):
+    with pytest.raises(CacheStateError, match="FIVEFOLD_KERNELS=fast is none of auto, reference, cpp"):
         why_not(layer, cpu, 4)
 
 
-def test_without_numba(monkeypatch) -> None:
-    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
-    assert [choice._choose.__wrapped__(asked, torch.device("cpu"))[::2] for asked in ("auto", "numba")] == [
+def test_without_a_compiler(monkeypatch) -> None:
+    monkeypatch.setattr(compiled, "lacking", lambda: "no compiler")
+    assert [choice._choose.__wrapped__(asked, torch.device("cpu"))[::2] for asked in ("auto", "cpp")] == [
         ("reference", True), ("reference", False)
     ]  # fmt: skip
-    assert not choice._choose.__wrapped__("numba", torch.device("cuda")).possible
+    assert not choice._choose.__wrapped__("cpp", torch.device("cuda")).possible
 
 
 def test_which_path_on_a_gpu(monkeypatch) -> None:

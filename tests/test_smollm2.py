@@ -19,6 +19,7 @@ import torch
 
 from fivefold.errors import ModelUnavailableError
 from fivefold.models import smollm2
+from fivefold.paths import cache_dir
 
 GGUF_BYTES = b"GGUF stands for the model in tests that do not convert"
 
@@ -90,12 +91,12 @@ def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
 def test_cache_dir_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FIVEFOLD_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert smollm2.cache_dir() == tmp_path / "own"
+    assert cache_dir() == tmp_path / "own"
     monkeypatch.delenv("FIVEFOLD_CACHE")
-    assert smollm2.cache_dir() == tmp_path / "xdg" / "fivefold"
+    assert cache_dir() == tmp_path / "xdg" / "fivefold"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert smollm2.cache_dir() == tmp_path / "home" / ".cache" / "fivefold"
+    assert cache_dir() == tmp_path / "home" / ".cache" / "fivefold"
     assert smollm2.model_dir().name == f"smollm2-135m-instruct-{smollm2._GGUF_SHA256[:8]}"
     assert not (tmp_path / "home").exists(), "asking where it is must not create it"
 

@@ -1,9 +1,10 @@
 """Which kernels run: the environment variable FIVEFOLD_KERNELS, and what this machine has.
 
-auto        on a CPU numba where it is installed; on an NVIDIA GPU of compute capability 8.0 or more Triton where it is
-            installed, and CUDA C++ for packed pages where cuda-bindings can compile it for that GPU; else the reference
+auto        on a CPU C++ where there is a compiler; on an NVIDIA GPU of compute capability 8.0 or more Triton where it
+            is installed, and CUDA C++ for packed pages where cuda-bindings can compile it for that GPU; else the
+            reference
 reference   plain PyTorch everywhere
-numba       numba or an error
+cpp         C++ on a CPU, or an error
 triton      Triton or an error
 cuda        Triton, and CUDA C++ for packed pages, or an error
 """
@@ -17,7 +18,12 @@ from typing import NamedTuple
 
 import torch
 
-PATHS = ("auto", "reference", "numba", "triton", "cuda")
+from fivefold.kernels import compiled
+
+PATHS = ("auto", "reference", "cpp", "triton", "cuda")
+MAX_QUERIES = 16
+"""Queries of a row that the CPU kernels take. With more, unpacking is little of the work, and the rest is matrix
+products, which torch does as well."""
 
 
 class Choice(NamedTuple):
@@ -36,20 +42,24 @@ def choose(device: torch.device) -> Choice:
     return _choose(os.environ.get("FIVEFOLD_KERNELS", "auto"), torch.device(device))
 
 
+def takes_cpp(queries: torch.Tensor) -> bool:
+    """Whether the CPU kernels serve queries (or weights of queries) `[rows, query, ...]`."""
+    return queries.shape[1] <= MAX_QUERIES and choose(queries.device).path == "cpp"
+
+
 @cache
 def _choose(asked: str, device: torch.device) -> Choice:
     if asked not in PATHS:
         return Choice("reference", f"FIVEFOLD_KERNELS={asked} is none of {', '.join(PATHS)}", False)
     if asked == "reference":
         return Choice("reference", "FIVEFOLD_KERNELS=reference")
-    if asked == "numba" or (asked == "auto" and device.type == "cpu"):
+    if asked == "cpp" or (asked == "auto" and device.type == "cpu"):
         if device.type != "cpu":
-            return Choice(
-                "reference", f"numba's kernels are written for CPUs, and the cache is on {device.type}", False
-            )
-        if importlib.util.find_spec("numba") is None:
-            return Choice("reference", "numba is not installed: pip install 'fivefold[cpu]'", asked == "auto")
-        return Choice("numba", "FIVEFOLD_KERNELS=numba" if asked == "numba" else "a CPU with numba")
+            return Choice("reference", f"C++ kernels are written for CPUs, and the cache is on {device.type}", False)
+        lacking = compiled.lacking()
+        if lacking is not None:
+            return Choice("reference", f"{lacking}: install one for kernels on a CPU", asked == "auto")
+        return Choice("cpp", "FIVEFOLD_KERNELS=cpp" if asked == "cpp" else f"a CPU with {compiled.compiler()}")
     lacking = _lacking(device)
     if lacking is not None:
         return Choice("reference", lacking, asked == "auto")

@@ -1,72 +1,110 @@
-"""How functions that numba compiles for the CPU are compiled and called.
+"""How the CPU kernels, which are C++, are compiled and called.
 
-They are given plain memory: `flat` makes a one-dimensional view of a page field and says how far its pages lie apart,
-so that one compiled function serves pages that stand side by side and pages inside records. They use torch's threads
-where both found the same OpenMP library.
+A source is compiled for the very numbers (bits, head_dim, queries a head ...) that it is used with, and for this
+machine's processor, when it is first called with them; that takes half a second. Libraries are kept in the user's
+cache folder. They run on torch's OpenMP threads.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from typing import Any
+import contextlib
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
 
-import numba
-import numpy as np
 import torch
 
-# Not every threading layer that numba may find can be called from two threads.
-_LOCK = threading.Lock()
+from fivefold.paths import cache_dir
 
-part = numba.njit(fastmath=True, nogil=True, error_model="numpy", inline="always")
-"""Decorates what kernels share."""
+# Not -ffast-math: linked into a library it would change how the whole process treats subnormal numbers.
+_OPTIONS = (
+    "-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
+    "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=fast", "-Wl,--as-needed",
+)  # fmt: skip
+_HERE = Path(__file__).parent
+_PROBE = _HERE / "probe.cpp"
 
 
-def kernel(signature: str) -> Callable[[Callable[..., Any]], Callable[..., None]]:
-    """Decorates a function over numpy arrays and numbers that uses `numba.prange`; the compiled code is kept on disk.
+class CompileError(RuntimeError):
+    """A kernel cannot be compiled here."""
 
-    What is decorated takes tensors for the arrays. It is compiled when it is first called.
+
+class Field(ctypes.Structure):
+    """A page field `[rows, pages, *shape]` of 16-bit numbers, as `cpu.h` has it."""
+
+    _fields_ = (("at", ctypes.c_void_p), ("row", ctypes.c_int64), ("page", ctypes.c_int64))
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> Field:
+        if not x[0, 0].is_contiguous():
+            x = x.contiguous()
+        field = cls(x.data_ptr(), *x.stride()[:2])
+        field.memory = x  # a copy would have no other owner
+        return field
+
+
+def pointer(x: torch.Tensor) -> ctypes.c_void_p:
+    """Where the numbers of a tensor are."""
+    return ctypes.c_void_p(x.data_ptr())
+
+
+@cache
+def lacking() -> str | None:
+    """Why C++ cannot be compiled and called here; None if it can."""
+    if compiler() is None:
+        return "there is no C++ compiler (g++ or clang++)"
+    try:
+        library(_PROBE).threads()
+    except CompileError as error:
+        return str(error)
+    return None
+
+
+@cache
+def compiler() -> str | None:
+    """$CXX, g++ or clang++, whichever is there first."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX") or "g++", "g++", "clang++"))), None)
+
+
+@cache
+def library(source: Path, **numbers: int) -> ctypes.CDLL:
+    """The library of a C++ source with macros for `numbers`; compiled if it is not in the cache folder.
+
+    Raises `CompileError` with the compiler's words.
     """
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., None]:
-        made: list[Any] = []
-
-        def call(*args: Any) -> None:
-            arrays = [x.numpy() if isinstance(x, torch.Tensor) else x for x in args]
-            threads = torch.get_num_threads()
-            with _LOCK:
-                if not made:
-                    compile_ = numba.njit(
-                        signature, parallel=True, cache=True, fastmath=True, nogil=True, error_model="numpy"
-                    )
-                    made.append(compile_(function))
-                numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-                made[0](*arrays)
-            if torch.get_num_threads() != threads:  # starting numba's threads sets OpenMP's number of them
-                torch.set_num_threads(threads)
-
-        return call
-
-    return decorate
-
-
-def flat(field: torch.Tensor) -> tuple[torch.Tensor, int, int]:
-    """A page field `[rows, pages, *shape]` of 16-bit numbers as int16 memory `[span]`, and the strides of rows and
-    pages in it; every page's own numbers are one run."""
-    rows, pages, run = field.shape[0], field.shape[1], field[0, 0].numel()
-    if field.stride()[2:] != field[0, 0].contiguous().stride():
-        field = field.contiguous()
-    row, page = field.stride()[:2]
-    span = (rows - 1) * row + (pages - 1) * page + run
-    return field.view(torch.int16).as_strided((span,), (1,)), row, page
+    # torch's own OpenMP: a second one would have threads of its own, which wait for work on the same cores.
+    openmp = sorted(map(str, Path(torch.__file__).parent.glob("lib/libgomp*.so*")))
+    definitions = [f"-D{name}={value}" for name, value in sorted(numbers.items())]
+    command = [str(compiler()), *_OPTIONS, *definitions, str(source), *openmp]
+    texts = [path.read_bytes() for path in (source, _HERE / "cpu.h")]
+    key = hashlib.sha256(repr((command, _machine(), texts)).encode()).hexdigest()
+    folder = cache_dir() / "kernels"
+    target = folder / f"{source.stem}-{key[:24]}.so"
+    try:
+        if not target.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".") as work:
+                made = Path(work) / target.name
+                done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+                if done.returncode:
+                    raise CompileError(f"{source.name} does not compile: {done.stderr.strip()[-2000:]}")
+                made.replace(target)
+        return ctypes.CDLL(str(target))
+    except OSError as error:
+        raise CompileError(f"{source.name} cannot be compiled or loaded in {folder}: {error}") from error
 
 
-@part
-def halves(bits, floats):
-    """float16 numbers given as int16 memory, into float32 memory of the same length. No infinities, no NaN."""
-    shifted = floats.view(np.int32)
-    for i in range(len(bits)):
-        half = np.int32(bits[i])
-        shifted[i] = np.int32((half & 0x7FFF) << 13 | (half & 0x8000) << 16)
-    for i in range(len(bits)):
-        floats[i] *= np.float32(2.0**112)
+@cache
+def _machine() -> str:
+    """What machine code is made for and by: the processor, and the compiler's version."""
+    lines = []
+    with contextlib.suppress(OSError):
+        names = ("model name", "flags", "CPU part", "Features")
+        lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(names)]
+    version = subprocess.run([str(compiler()), "--version"], capture_output=True, text=True).stdout
+    return "\n".join([*sorted(set(lines)), version])

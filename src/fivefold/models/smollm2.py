@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from fivefold.errors import ModelUnavailableError
+from fivefold.paths import cache_dir
 
 if TYPE_CHECKING:
     import torch
@@ -78,17 +79,6 @@ class _DownloadError(ModelUnavailableError):
 
 
 # --- where it is ------------------------------------------------------------------------------------------
-
-
-def cache_dir() -> Path:
-    """``$FIVEFOLD_CACHE``, else ``$XDG_CACHE_HOME/fivefold``, else ``~/.cache/fivefold`` (not created)."""
-    own = os.environ.get("FIVEFOLD_CACHE")
-    if own:
-        return Path(own).expanduser().absolute()
-    xdg = os.environ.get("XDG_CACHE_HOME")
-    # The XDG specification says that a relative path is to be ignored.
-    base = Path(xdg) if xdg and Path(xdg).is_absolute() else Path("~/.cache").expanduser()
-    return base / "fivefold"
 
 
 def model_dir() -> Path:

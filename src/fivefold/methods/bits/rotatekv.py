@@ -12,11 +12,12 @@ import torch
 from fivefold.calibrate.learner import Capture, Learner, Progress
 from fivefold.calibrate.profile import Profile, load_profile
 from fivefold.errors import ProfileError, RecipeError
+from fivefold.kernels.choice import takes_cpp
 from fivefold.kernels.hadamard import exists, transform
 from fivefold.kernels.pack import fill_rows
 from fivefold.kernels.packed_decode import decode_values
 from fivefold.kernels.planar import PLANES, pack, planar_output, quantise
-from fivefold.kernels.rotated import has_kernel, rotated_columns, rotated_scores
+from fivefold.kernels.rotated import rotated_columns, rotated_scores
 from fivefold.methods import FLOAT16_MAX, Codec, Method, check_finite, param, register
 from fivefold.methods.before_rope import BeforeRope
 from fivefold.store import Context, Field, LayerSpec, PageLayout
@@ -315,7 +316,7 @@ class _Bound(BeforeRope):
         return keys.reshape(shape), whole.reshape(shape)
 
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
-        if has_kernel(queries.device):
+        if takes_cpp(queries):
             waves = self.rope.waves_of(self.context, fields["key_words"].shape[1], self.planes)
             words, scale, zero = (fields[f"key_{name}"] for name in ("words", "scale", "zero"))
             paired = self.rope.pair(queries.float())
