@@ -40,6 +40,11 @@ def test_bench_kernels(tmp_path) -> None:
     assert packed["bytes"] == 16 * (3 * page + 148 * 2 * 128 * 2)
 
 
+def test_bench_kernels_where_all_tokens_are_packed(tmp_path) -> None:
+    rows = rows_of(tmp_path, "kernels", "--size", "256", "--recipe", "gear(residual=0)")
+    assert next(row for row in rows if row["kernel"] == "gear(residual=0)")["ms"] > 0
+
+
 def test_bench_prefill(tmp_path) -> None:
     recipes = "full()", "duo(keep=0.5) + h2o(keep=0.25)"
     rows = rows_of(tmp_path, "prefill", "--size", "600", "--chunk", "256", "-r", recipes[0], "-r", recipes[1])

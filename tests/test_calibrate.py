@@ -148,7 +148,7 @@ def test_what_is_captured_is_what_the_projections_make(tiny: Callable[..., Any],
         for layer, captured in seen.items():
             if family != "gemma3_text" or layer % 2:  # its even layers have a window
                 assert captured["attention"].shape == (2, *eager[layer].shape[1:2], 32, 37)
-                assert (captured["attention"] - eager[layer][:, :, -32:]).abs().max() <= 1e-5
+                assert (captured["attention"] - eager[layer][:, :, -32:]).abs().max() <= 5e-5
 
 
 def test_scaled_rope_is_undone(tiny: Callable[..., Any]) -> None:

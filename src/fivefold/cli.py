@@ -575,6 +575,7 @@ def _facts(questions: list[dict[str, str]], runs: list[dict[str, Any]]) -> Group
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Say what this machine has, and which kernels run on it and why."""
     from fivefold.benchmark.machine import describe
+    from fivefold.kernels.choice import PATHS
 
     found = describe()
     if as_json:
@@ -592,7 +593,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         table.add_row("", Text(f"kernels: {part['path']} ({part['why']})"))
     out.print(table)
     bad = next((part for part in found["devices"] if not part["possible"]), None)
-    if bad and found["FIVEFOLD_KERNELS"] not in ("triton", "cuda"):
+    if bad and found["FIVEFOLD_KERNELS"] not in PATHS:
         raise InputError(f"{bad['why']}: set it to one of those, or unset it.")
 
 

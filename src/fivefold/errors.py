@@ -38,3 +38,7 @@ class ModelUnavailableError(FivefoldError):
 
 class InputError(FivefoldError):
     """A file or option that the command line cannot use."""
+
+
+class CompileError(FivefoldError, RuntimeError):
+    """A kernel that cannot be compiled on this machine."""

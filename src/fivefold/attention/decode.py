@@ -9,6 +9,7 @@ import torch
 
 from fivefold.attention.fused import attend_fused, attend_picked_fused
 from fivefold.attention.merge import MASKED, attend, merge
+from fivefold.kernels.choice import takes_cpp
 from fivefold.store.layer_cache import Cohort, LayerCache
 from fivefold.store.pages import Location
 from fivefold.store.tiers import PAGE, Geometry
@@ -43,7 +44,7 @@ def attend_step(
     if not cohort.packed.shape[1]:
         out, lse = attend_exact(layer, cohort, queries, scaling, True, watched)
     else:
-        blocks = layer.packed_blocks(cohort, PACKED_BLOCK)
+        blocks = packed_blocks(layer, cohort, queries)
         if len(blocks) == 1 and queries.dtype is torch.float32:
             return _attend_at_once(layer, cohort, queries * scaling, blocks[0], watch)
         # In the order of the slots: packed ones first.
@@ -216,7 +217,7 @@ def attend_packed(
     """(output, log-sum-exp) over the packed tier, page block by page block; the weights go to `watched`."""
     scaled = queries.float() * scaling
     merged = None
-    for block in layer.packed_blocks(cohort, PACKED_BLOCK):
+    for block in packed_blocks(layer, cohort, queries):
         scores, filled, codec, fields = _packed_scores(layer, cohort, scaled, block)
         lse = softmax_(scores)
         part = (codec.output(scores, fields), lse)
@@ -225,6 +226,13 @@ def attend_packed(
         merged = part if merged is None else merge([merged, part])
     assert merged is not None
     return merged
+
+
+def packed_blocks(layer: LayerCache, cohort: Cohort, queries: torch.Tensor) -> list[PackedBlock]:
+    """The packed tier in pieces; longer ones where compiled kernels make nothing of the size of keys."""
+    assert layer.codec is not None
+    at_once = 64 if layer.codec.compiled and takes_cpp(queries) else 1
+    return layer.packed_blocks(cohort, PACKED_BLOCK * at_once)
 
 
 def _packed_scores(

@@ -58,7 +58,7 @@ def measure(device: torch.device, context: int, batch: int, recipes: list[str]) 
         read = rows * exact_tokens(cohort.geometry) * 2 * HEAD_DIM * dtype.itemsize
         if layer.packed_pool is not None:
             read += cohort.packed.size * layer.packed_pool.layout.nbytes
-        path = "reference" if why_not(layer, device, GROUP) else _path(layer, device)
+        path = _path(layer, device)
         ms = median_ms(partial(attend_step, layer, cohort, queries, HEAD_DIM**-0.5), device)
         yield row(recipe, path, ms, read, best)
         layer.free()
@@ -79,6 +79,8 @@ def measure(device: torch.device, context: int, batch: int, recipes: list[str]) 
 
 def _path(layer: LayerCache, device: torch.device) -> str:
     form = None if layer.codec is None else layer.codec.form
+    if why_not(layer, device, GROUP):
+        return "cpp" if form is not None and choose(device).path == "cpp" else "reference"
     return "cuda" if form is not None and kernels().by_cuda(form, GROUP, device) else "triton"
 
 
@@ -147,6 +149,8 @@ def filled(recipe: Recipe, device: torch.device, context: int, batch: int, dtype
     layer.start(batch)
     scale = torch.where(torch.rand(HEAD_DIM, device=device) < 0.05, 20.0, 1.0).to(dtype)
     fill(layer, context, scale)
+    if not exact_tokens(layer.cohorts[0].geometry):
+        fill(layer, 1)  # a step's newest token is exact
     return layer
 
 

@@ -58,7 +58,7 @@ def _choose(asked: str, device: torch.device) -> Choice:
             return Choice("reference", f"C++ kernels are written for CPUs, and the cache is on {device.type}", False)
         lacking = compiled.lacking()
         if lacking is not None:
-            return Choice("reference", f"{lacking}: install one for kernels on a CPU", asked == "auto")
+            return Choice("reference", lacking, asked == "auto")
         return Choice("cpp", "FIVEFOLD_KERNELS=cpp" if asked == "cpp" else f"a CPU with {compiled.compiler()}")
     lacking = _lacking(device)
     if lacking is not None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from fivefold.errors import CompileError
 from fivefold.paths import cache_dir
 
 # Not -ffast-math: linked into a library it would change how the whole process treats subnormal numbers.
@@ -28,10 +29,6 @@ _OPTIONS = (
 )  # fmt: skip
 _HERE = Path(__file__).parent
 _PROBE = _HERE / "probe.cpp"
-
-
-class CompileError(RuntimeError):
-    """A kernel cannot be compiled here."""
 
 
 class Field(ctypes.Structure):
@@ -57,7 +54,7 @@ def pointer(x: torch.Tensor) -> ctypes.c_void_p:
 def lacking() -> str | None:
     """Why C++ cannot be compiled and called here; None if it can."""
     if compiler() is None:
-        return "there is no C++ compiler (g++ or clang++)"
+        return "there is no C++ compiler: install g++ or clang++ to have kernels on a CPU"
     try:
         library(_PROBE).threads()
     except CompileError as error:
@@ -92,11 +89,17 @@ def library(source: Path, **numbers: int) -> ctypes.CDLL:
                 made = Path(work) / target.name
                 done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
                 if done.returncode:
-                    raise CompileError(f"{source.name} does not compile: {done.stderr.strip()[-2000:]}")
+                    raise CompileError(
+                        f"{source.name} does not compile here (FIVEFOLD_KERNELS=reference does without it): "
+                        f"{done.stderr.strip()[-2000:]}"
+                    )
                 made.replace(target)
         return ctypes.CDLL(str(target))
     except OSError as error:
-        raise CompileError(f"{source.name} cannot be compiled or loaded in {folder}: {error}") from error
+        raise CompileError(
+            f"{source.name} cannot be compiled or loaded in {folder} ({error}): set FIVEFOLD_CACHE to a folder that "
+            "can be written to."
+        ) from error
 
 
 @cache

@@ -246,6 +246,8 @@ class Codec:
     """What its pages look like to the decoding kernels; None if those cannot read them."""
     peak: float = 0.0
     """The largest absolute number that was checked so far, for kernels with a narrower range than the pages."""
+    compiled: bool = False
+    """Whether its `scores` and `output` are kernels where C++ runs (`kernels/compiled.py`)."""
     contextual: bool = False
     """Whether it wants to know whose pages it is given (`learn`, `of`)."""
     positional: bool = False

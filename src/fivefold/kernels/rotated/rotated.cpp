@@ -4,17 +4,15 @@
 #include "../cpu.h"
 
 constexpr int CHANNELS = HEADS * D, GROUPS = D / GROUP;
+using Columns = float[CHANNELS][ROWS];  // a channel's tokens side by side
 
+// What the processor computes side by side.
 #ifdef __AVX512F__
 constexpr int WIDE = 16;
 #else
 constexpr int WIDE = 8;
 #endif
-typedef float Lanes __attribute__((vector_size(4 * WIDE)));
-static inline const Lanes* lanes(const float* x) { return (const Lanes*)x; }
-static inline Lanes* lanes(float* x) { return (Lanes*)x; }
-
-using Columns = float[CHANNELS][ROWS];  // a channel's tokens side by side
+typedef float Lanes __attribute__((vector_size(4 * WIDE), may_alias));
 
 // Sums of channels of x by their weights, `outs` of them at a time so that what is loaded serves them all.
 template <int outs>
@@ -22,7 +20,7 @@ static inline void weighted(const float* weights, int count, const float (*x)[RO
   Lanes sums[outs][ROWS / WIDE] = {};
   for (int k = 0; k < count; k++)
     for (int o = 0; o < outs; o++)
-      for (int i = 0; i < ROWS / WIDE; i++) sums[o][i] += weights[o * count + k] * lanes(x[k])[i];
+      for (int i = 0; i < ROWS / WIDE; i++) sums[o][i] += weights[o * count + k] * ((const Lanes*)x[k])[i];
   for (int o = 0; o < outs; o++) memcpy(out + o * apart, sums[o], sizeof sums[o]);
 }
 

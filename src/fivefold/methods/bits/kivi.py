@@ -76,6 +76,8 @@ class KiviCodec(Codec):
     float16 [P*32/group, d]; value_scale, value_zero float16 [P, d/channels, 32].
     """
 
+    compiled = True
+
     def __init__(
         self, bits: int, group: int, channels: int, head_dim: int, value_bits: int | None = None, unbias: bool = False
     ) -> None:

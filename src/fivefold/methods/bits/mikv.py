@@ -92,6 +92,7 @@ class TokenCodec(Codec):
     float16 [P, d/channels, 32].
     """
 
+    compiled = True
     group = _ROWS
 
     def __init__(self, bits: int, channels: int, head_dim: int, balance: bool, unbias: bool = False) -> None:

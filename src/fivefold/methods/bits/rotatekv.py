@@ -151,6 +151,7 @@ class RotateCodec(Codec):
     are made of channels of all of them.
     """
 
+    compiled = True
     contextual = positional = True
     group = 32
 
