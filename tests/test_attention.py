@@ -6,6 +6,8 @@ Fresh memory is filled with NaN, so that a slot which nobody wrote shows whereve
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +15,8 @@ import pytest
 import torch
 
 from fivefold.attention import attend_chunk, attend_step, decode, prefill
-from fivefold.attention.merge import MASKED, attend, attend_reference, merge
+from fivefold.attention import merge as merge_module
+from fivefold.attention.merge import MASKED, attend, attend_reference, attend_window, merge, takes_windows
 from fivefold.methods.base import Codec
 from fivefold.methods.bits.kivi import KiviCodec
 from fivefold.store import layer_cache
@@ -22,6 +25,7 @@ from fivefold.store.pages import _Slab
 from fivefold.store.tiers import PAGE, Extent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+HALVES = (torch.float16, torch.bfloat16)
 CPU = torch.device("cpu")
 EXTENTS = [Extent(), Extent(0, 1), Extent(0, 40), Extent(4, 33), Extent(40, 100), Extent(4, 300)]
 CODECS = [(2, 32), (2, 128), (3, 32), (4, 64), (4, 128), (8, 32), (8, 64)]
@@ -152,6 +156,63 @@ class Run:
             else:
                 for _ in range(self.rng.randint(1, 40)):
                     self.feed([1] * self.batch, horizon)
+
+
+def needs_cuda(test: Callable[..., None]) -> Callable[..., None]:
+    found = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test)
+    return pytest.mark.gpu(found)
+
+
+def window_reference(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, shift: int, recent: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k = torch.arange(queries.shape[2])[:, None] + shift, torch.arange(keys.shape[2])
+    seen = (k <= q) & (k > q - recent)
+    assert seen.any(1).all()
+    return attend_reference(queries, keys, values, scaling, torch.where(seen, 0.0, MASKED).to(queries.device))
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_windows_of_all_queries_at_once(seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on a GPU, but for the kernel of windows.
+    monkeypatch.setattr(prefill, "takes_windows", lambda _: True)
+    monkeypatch.setattr(prefill, "attend_window", window_reference)
+    Run(seed, dtype).go()
+
+
+@needs_cuda
+@pytest.mark.parametrize("seed", range(8))
+def test_long_attention(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # By cuDNN where torch would take it, however short.
+    monkeypatch.setattr(merge_module, "CUDNN_OPERATIONS", 0)
+    rng, generator = random.Random(seed), torch.Generator("cuda").manual_seed(seed)
+    causal, keys, dim, kind = bool(seed % 2), rng.randint(1, 3000), rng.choice((64, 128)), rng.choice(HALVES)
+    make = partial(torch.randn, device="cuda", generator=generator, dtype=kind)
+    q = make(rng.randint(1, 3), rng.randint(1, 5), keys if causal else rng.randint(1, 3000), dim)
+    k, v = (make(len(q), keys, dim)[:, None].expand(-1, q.shape[1], -1, -1) for _ in range(2))
+    if torch.cuda.get_device_capability()[0] == 9:
+        assert merge_module._takes_cudnn(q, k, v, causal)
+    wanted, found = (f(q, k, v, dim**-0.5, causal=causal) for f in (attend_reference, attend))
+    torch.testing.assert_close(found[0], wanted[0], atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(found[1], wanted[1], atol=1e-2, rtol=1e-3)
+
+
+@needs_cuda
+@pytest.mark.parametrize("seed", range(20))
+def test_the_kernel_of_windows(seed: int) -> None:
+    rng, generator = random.Random(seed), torch.Generator("cuda").manual_seed(seed)
+    dim, recent, keys = rng.choice((8, 64, 96, 128, 256)), rng.randint(1, 500), rng.randint(1, 1500)
+    shift = rng.randint(0, keys + recent - 2)  # of the first query from the first key; each sees one at least
+    queries = rng.randint(1, min(1500, keys + recent - 1 - shift))
+    rows, heads, kind = rng.randint(1, 4), rng.randint(1, 5), rng.choice(HALVES)
+    make = partial(torch.randn, device="cuda", generator=generator, dtype=kind)
+    q = make(rows, heads, queries, dim)
+    k, v = (make(rows, keys, dim)[:, None].expand(-1, heads, -1, -1) for _ in range(2))
+    assert takes_windows(q)
+    wanted, found = (f(q, k, v, dim**-0.5, shift, recent) for f in (window_reference, attend_window))
+    torch.testing.assert_close(found[0], wanted[0], atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(found[1], wanted[1], atol=1e-2, rtol=1e-3)
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -7,6 +7,11 @@ Softmax attention over disjoint token sets A and B, with outputs o and log-sum-e
 from __future__ import annotations
 
 import torch
+from torch.nn.attention import SDPBackend
+
+# cuDNN plans 45 to 70 ms for a new shape, on an H100, and then takes about half of FlashAttention 2's time: a model of
+# 32 layers has that back from its first prompt if an attention is of so many operations.
+CUDNN_OPERATIONS = 1 << 40
 
 MASKED = -1e30
 """Added to scores that must not count. Finite: a fully masked row has weight 0 in a merge, and not NaN."""
@@ -38,6 +43,11 @@ def attend(
         )
         return out[0], out[1]
     if queries.device.type == "cuda" and bias is None and queries.dtype in (torch.float16, torch.bfloat16):
+        if _takes_cudnn(queries, keys, values, causal):
+            out = torch.ops.aten._scaled_dot_product_cudnn_attention(
+                queries, keys, values, None, True, 0.0, causal, scale=scaling
+            )
+            return out[0], out[1].view(queries.shape[:3])
         out = torch.ops.aten._scaled_dot_product_flash_attention(
             queries, keys, values, 0.0, causal, return_debug_mask=False, scale=scaling
         )
@@ -51,6 +61,32 @@ def attend(
         )
         return out[0], out[1][..., : queries.shape[2]]  # it fills log-sum-exps up to blocks
     return attend_reference(queries, keys, values, scaling, bias, causal)
+
+
+def _takes_cudnn(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, causal: bool) -> bool:
+    """Whether torch would take cuDNN for this attention, and it is large enough to be worth a plan."""
+    if 4 * queries.numel() * keys.shape[2] < CUDNN_OPERATIONS * (1 + causal):
+        return False
+    chosen = torch.ops.aten._fused_sdp_choice(queries, keys, values, None, 0.0, causal)
+    return bool(chosen == SDPBackend.CUDNN_ATTENTION.value)
+
+
+def takes_windows(queries: torch.Tensor) -> bool:
+    """Whether `attend_window` takes such queries."""
+    return queries.is_cuda and queries.dtype in (torch.float16, torch.bfloat16) and queries.shape[3] in range(8, 257, 8)
+
+
+def attend_window(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, shift: int, recent: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend` where query i sees no keys but j with `i + shift - recent < j <= i + shift`: each must see one, since
+    an empty row's log-sum-exp is infinite. Where `takes_windows`."""
+    ahead = keys.shape[2] - queries.shape[2]  # the kernel's window is about the diagonal of the last query and key
+    out = torch.ops.aten._flash_attention_forward(
+        *(x.transpose(1, 2) for x in (queries, keys, values)), None, None, queries.shape[2], keys.shape[2], 0.0, False,
+        False, scale=scaling, window_size_left=ahead - shift + recent - 1, window_size_right=shift - ahead,
+    )  # fmt: skip
+    return out[0].transpose(1, 2), out[1]
 
 
 def attend_reference(

@@ -13,7 +13,7 @@ import torch
 
 from fivefold.attention.decode import KV, exact_tokens
 from fivefold.attention.fused import unpack_fused
-from fivefold.attention.merge import MASKED, attend, merge
+from fivefold.attention.merge import MASKED, attend, attend_window, merge, takes_windows
 from fivefold.store.layer_cache import Cohort, LayerCache
 from fivefold.store.tiers import PAGE, Extent
 
@@ -66,8 +66,11 @@ def _windowed(
     """Queries at positions from `start` on over keys at ascending `positions`, under a window: each block of queries
     against what any of them sees."""
     assert extent.recent is not None
-    where = torch.from_numpy(positions).to(keys.device)
     pinned = int(np.searchsorted(positions, extent.sink))
+    run = positions[pinned:]
+    if takes_windows(queries) and (not len(run) or run[-1] - run[0] == len(run) - 1):
+        return _windowed_run(extent, start, queries, keys, values, positions, scaling)
+    where = torch.from_numpy(positions).to(keys.device)
     outs, lses = [], []
     for first in range(0, queries.shape[2], QUERY_BLOCK):
         block = queries[:, :, first : first + QUERY_BLOCK]
@@ -91,6 +94,46 @@ def _windowed(
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def _windowed_run(
+    extent: Extent,
+    start: int,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: np.ndarray,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_windowed` where the keys after the sinks are a run of positions: all queries at once."""
+    assert extent.recent is not None
+    count, pinned = queries.shape[2], int(np.searchsorted(positions, extent.sink))
+    # Sinks may lie in the chunk itself, whose first queries then see but some of them.
+    whole = min(count, max(0, int(positions[pinned - 1]) + 1 - start)) if pinned else count
+    out, lse = torch.zeros_like(queries), queries.new_full(queries.shape[:3], MASKED, dtype=torch.float32)
+    for first, stop, bounded in ((0, whole, True), (whole, count, False)):
+        if pinned and first < stop:
+            block, bias = queries[:, :, first:stop], None
+            if bounded:
+                where = torch.from_numpy(positions[:pinned]).to(queries.device)
+                bias = _window_bias(extent, torch.arange(start + first, start + stop, device=where.device), where)
+            k, v = (_spread(x[:, :pinned], block) for x in (keys, values))
+            out[:, :, first:stop], lse[:, :, first:stop] = attend(block, k, v, scaling, bias)
+    if pinned < len(positions):
+        base, last = int(positions[pinned]), int(positions[-1])
+        first, stop = max(0, base - start), min(count, last + extent.recent - start)
+        if first < stop:
+            block = queries[:, :, first:stop]
+            k, v = (_spread(x[:, pinned:], block) for x in (keys, values))
+            part = attend_window(block, k, v, scaling, start + first - base, extent.recent)
+            if pinned or stop - first < count:
+                out = out.float()
+                out[:, :, first:stop], lse[:, :, first:stop] = merge(
+                    [(out[:, :, first:stop], lse[:, :, first:stop]), part]
+                )
+            else:
+                out, lse = part
+    return out, lse
 
 
 def _window_bias(extent: Extent, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
