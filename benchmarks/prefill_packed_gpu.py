@@ -1,5 +1,5 @@
-"""A chunk of a prompt over packed tokens on a GPU: attention of one layer against SDPA FlashAttention over the same
-tokens.
+"""A chunk of a prompt over packed tokens on a GPU: attention of one layer against SDPA over the same tokens, by
+FlashAttention with an aligned causal mask, and by what torch takes for a mask of booleans (transformers' call).
 
 python benchmarks/prefill_packed_gpu.py
 """
@@ -48,11 +48,14 @@ def main() -> None:
             keys, values = random(KV_HEADS, chunk, HEAD_DIM), random(KV_HEADS, chunk, HEAD_DIM)
             whole = [random(1, KV_HEADS, past + chunk, HEAD_DIM) for _ in range(2)]
             flat = queries.reshape(1, KV_HEADS * GROUP, chunk, HEAD_DIM)
-            bias = causal_lower_right(chunk, past + chunk)
+            sdpa = partial(F.scaled_dot_product_attention, flat)
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                call = partial(F.scaled_dot_product_attention, flat, *whole, attn_mask=bias, enable_gqa=True)
-                best = timed(call)
-            said = [f"{past} + {chunk}: SDPA flash {best:.3f} ms"]
+                bias = causal_lower_right(chunk, past + chunk)
+                flash = timed(partial(sdpa, *whole, attn_mask=bias, enable_gqa=True))
+            mask = torch.ones(chunk, past + chunk, device=DEVICE, dtype=torch.bool).tril(past)
+            masked = timed(partial(sdpa, *(x.repeat_interleave(GROUP, 1) for x in whole), attn_mask=mask))
+            best = min(flash, masked)
+            said = [f"{past} + {chunk}: SDPA flash {flash:.3f} ms, masked {masked:.3f} ms"]
             for recipe in ("full()", "kivi(bits=4)", "kivi(bits=2)"):
                 layer = filled(Recipe.parse(recipe), DEVICE, past, 1, DTYPE)
                 (cohort,) = layer.cohorts

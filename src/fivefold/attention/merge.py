@@ -81,10 +81,25 @@ def attend_window(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend` where query i sees no keys but j with `i + shift - recent < j <= i + shift`: each must see one, since
     an empty row's log-sum-exp is infinite. Where `takes_windows`."""
-    ahead = keys.shape[2] - queries.shape[2]  # the kernel's window is about the diagonal of the last query and key
+    count = queries.shape[2]
+    keys, values = (x[:, :, : shift + count] for x in (keys, values))  # none comes after the last query
+    held = keys.shape[2]
+    if count > held:
+        # The kernel cuts such windows short. Queries between these two see every key.
+        low = max(0, held - 1 - shift)
+        high = max(low, recent - shift)
+        parts = [
+            attend(queries[:, :, first:stop], keys, values, scaling)
+            if (first, stop) == (low, high)
+            else attend_window(queries[:, :, first:stop], keys, values, scaling, shift + first, recent)
+            for first, stop in ((0, low), (low, high), (high, count))
+            if first < stop
+        ]
+        return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+    ahead = held - count  # the kernel's window is about the diagonal of the last query and key
     out = torch.ops.aten._flash_attention_forward(
-        *(x.transpose(1, 2) for x in (queries, keys, values)), None, None, queries.shape[2], keys.shape[2], 0.0, False,
-        False, scale=scaling, window_size_left=ahead - shift + recent - 1, window_size_right=shift - ahead,
+        *(x.transpose(1, 2) for x in (queries, keys, values)), None, None, count, held, 0.0, False, False,
+        scale=scaling, window_size_left=ahead - shift + recent - 1, window_size_right=shift - ahead,
     )  # fmt: skip
     return out[0].transpose(1, 2), out[1]
 
