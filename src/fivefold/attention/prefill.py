@@ -69,7 +69,7 @@ def _windowed(
     pinned = int(np.searchsorted(positions, extent.sink))
     run = positions[pinned:]
     if takes_windows(queries) and (not len(run) or run[-1] - run[0] == len(run) - 1):
-        return _windowed_run(extent, start, queries, keys, values, positions, scaling)
+        return _windowed_run(extent, start, queries, keys, values, positions, pinned, scaling)
     where = torch.from_numpy(positions).to(keys.device)
     outs, lses = [], []
     for first in range(0, queries.shape[2], QUERY_BLOCK):
@@ -103,36 +103,35 @@ def _windowed_run(
     keys: torch.Tensor,
     values: torch.Tensor,
     positions: np.ndarray,
+    pinned: int,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_windowed` where the keys after the sinks are a run of positions: all queries at once."""
+    """`_windowed` where the keys after the `pinned` sinks are a run of positions: all queries at once."""
     assert extent.recent is not None
-    count, pinned = queries.shape[2], int(np.searchsorted(positions, extent.sink))
-    # Sinks may lie in the chunk itself, whose first queries then see but some of them.
-    whole = min(count, max(0, int(positions[pinned - 1]) + 1 - start)) if pinned else count
-    out, lse = torch.zeros_like(queries), queries.new_full(queries.shape[:3], MASKED, dtype=torch.float32)
-    for first, stop, bounded in ((0, whole, True), (whole, count, False)):
-        if pinned and first < stop:
-            block, bias = queries[:, :, first:stop], None
-            if bounded:
-                where = torch.from_numpy(positions[:pinned]).to(queries.device)
-                bias = _window_bias(extent, torch.arange(start + first, start + stop, device=where.device), where)
-            k, v = (_spread(x[:, :pinned], block) for x in (keys, values))
-            out[:, :, first:stop], lse[:, :, first:stop] = attend(block, k, v, scaling, bias)
+    count, part, first, stop = queries.shape[2], None, 0, 0
     if pinned < len(positions):
         base, last = int(positions[pinned]), int(positions[-1])
         first, stop = max(0, base - start), min(count, last + extent.recent - start)
-        if first < stop:
-            block = queries[:, :, first:stop]
-            k, v = (_spread(x[:, pinned:], block) for x in (keys, values))
-            part = attend_window(block, k, v, scaling, start + first - base, extent.recent)
-            if pinned or stop - first < count:
-                out = out.float()
-                out[:, :, first:stop], lse[:, :, first:stop] = merge(
-                    [(out[:, :, first:stop], lse[:, :, first:stop]), part]
-                )
-            else:
-                out, lse = part
+    if first < stop:
+        block = queries[:, :, first:stop]
+        k, v = (_spread(x[:, pinned:], block) for x in (keys, values))
+        part = attend_window(block, k, v, scaling, start + first - base, extent.recent)
+        if not pinned and stop - first == count:
+            return part
+    out, lse = torch.zeros_like(queries), queries.new_full(queries.shape[:3], MASKED, dtype=torch.float32)
+    # Sinks may lie in the chunk itself, whose first queries then see but some of them.
+    whole = min(count, max(0, int(positions[pinned - 1]) + 1 - start)) if pinned else count
+    for low, high in ((0, whole), (whole, count)):
+        if pinned and low < high:
+            block, bias = queries[:, :, low:high], None
+            if low < whole:
+                where = torch.from_numpy(positions[:pinned]).to(queries.device)
+                bias = _window_bias(extent, torch.arange(start + low, start + high, device=where.device), where)
+            k, v = (_spread(x[:, :pinned], block) for x in (keys, values))
+            out[:, :, low:high], lse[:, :, low:high] = attend(block, k, v, scaling, bias)
+    if part is not None:
+        out = out.float()
+        out[:, :, first:stop], lse[:, :, first:stop] = merge([(out[:, :, first:stop], lse[:, :, first:stop]), part])
     return out, lse
 
 
