@@ -13,17 +13,17 @@ from pathlib import Path
 import fivefold
 from fivefold.calibrate import signature
 from fivefold.calibrate.run import calibrate
-from fivefold.cli import _work_bar
+from fivefold.cli.terminal import work_bar
 from fivefold.methods import registered
-from fivefold.models import smollm2
+from fivefold.models import embedded
 
 
 def main() -> None:
-    model, tokenizer = smollm2.load()
+    model, tokenizer = embedded.load()
     profiles = Path(fivefold.__file__).parent / "profiles"
     for method in sys.argv[1:] or [name for name, cls in registered().items() if cls.captures]:
         work = Path(__file__).parents[1] / "build" / f"profile-{method}"
-        with _work_bar() as progress:
+        with work_bar() as progress:
             calibrate(model, tokenizer, f"{method}()", work, progress=progress)
         folder = profiles / f"{method}-{signature(model.config)}"
         shutil.rmtree(folder, ignore_errors=True)

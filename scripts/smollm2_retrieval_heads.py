@@ -15,13 +15,13 @@ from rich.progress import track
 from transformers import DynamicCache
 
 from fivefold.calibrate import Profile, config_hash, save_profile, signature
-from fivefold.models import smollm2
+from fivefold.models import embedded
 
 LENGTH, COPIES, SEQUENCES, SEED = 384, 4, 4, 0
 
 
 def main() -> None:
-    model, _ = smollm2.load()
+    model, _ = embedded.load()
     model.set_attn_implementation("eager")
     config = model.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads

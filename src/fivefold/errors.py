@@ -42,3 +42,9 @@ class InputError(FivefoldError):
 
 class CompileError(FivefoldError, RuntimeError):
     """A kernel that cannot be compiled on this machine."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, without its full stop and short enough to quote in a sentence."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".:")[:200]

@@ -147,7 +147,7 @@ class Results:
             os.fsync(file.fileno())
 
 
-_ONLY_SHOWS = {"cli.py", "evaluate/html.py", "evaluate/tables.py", "evaluate/lm_eval.py"}
+_ONLY_SHOWS = ("cli/", "serve/", "evaluate/charts.py", "evaluate/html.py", "evaluate/lm_eval.py", "evaluate/tables.py")
 
 
 @cache
@@ -157,7 +157,7 @@ def code_hash() -> str:
     root = Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
-        if name not in _ONLY_SHOWS and not name.startswith("serve/"):
+        if not name.startswith(_ONLY_SHOWS):
             digest.update(name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

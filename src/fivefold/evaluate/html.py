@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from html import escape
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
 from fivefold.errors import InputError
-from fivefold.evaluate.fidelity import BINS
+from fivefold.evaluate.charts import Figure, figures_of
 from fivefold.evaluate.summary import EXACT, FIDELITY
-from fivefold.evaluate.sweep import front
-from fivefold.evaluate.tables import context_name, number
+from fivefold.evaluate.tables import at_context, context_name, contexts_of, number, recipes_of, suite_name
 
 _ASSETS = Path(__file__).parent / "assets"
-_ALL = "quality, all suites"
 _CONTENT = "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data:"
-_METRICS = {"kl": "KL, nats", "top1": "top-1 agreement", "top5": "top-5 agreement", "perplexity": "perplexity"}
-_ERRORS = {
-    "own": "attention error of the layer's own cache",
-    "carried": "attention error, those of earlier layers included",
-    "lens": "KL of what the layer says (logit lens), nats",
-}
 _WORDS = {
     "quality": "What is left of the exact cache's score above chance, over all suites that the exact cache can do "
     "(fidelity counts by top-1 agreement); a suite weighs as much as there is to lose in it. 1 is as good as exact, "
@@ -53,7 +43,7 @@ def render(result: dict[str, Any]) -> str:
     """The page for what `fivefold.evaluate.engine.run` returned: HTML that needs no network."""
     import vl_convert
 
-    figures = _figures(result)
+    figures = figures_of(result)
     # Nothing in the data may end the script that it stands in.
     data = json.dumps({name: figure.spec for name, figure in figures.items()}, allow_nan=False).replace("<", r"\u003c")
     library = vl_convert.javascript_bundle().replace("</script", "<\\/script")  # type: ignore[call-arg]
@@ -84,17 +74,9 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _contexts(result: dict[str, Any]) -> list[int]:
-    return list(dict.fromkeys(entry["context"] for entry in result["ranking"]))
-
-
-def _at(entries: list[dict[str, Any]], context: int) -> list[dict[str, Any]]:
-    return [entry for entry in entries if entry["context"] == context]
-
-
 def _header(result: dict[str, Any]) -> Iterator[str]:
     environment, plan = result["environment"], result["plan"]
-    contexts = ", ".join(context_name(context).lower() for context in _contexts(result))
+    contexts = ", ".join(context_name(context).lower() for context in contexts_of(result))
     yield "<header><h1>Where each recipe breaks</h1>"
     yield (
         f"<p>{escape(environment['model'])} in {escape(environment['dtype'])}, {contexts}, {plan['samples']} texts per "
@@ -108,8 +90,8 @@ def _header(result: dict[str, Any]) -> Iterator[str]:
 
 def _findings(result: dict[str, Any]) -> Iterator[str]:
     """What the numbers say, in sentences."""
-    for context in _contexts(result):
-        known = [entry for entry in _at(result["ranking"], context) if entry["quality"] is not None]
+    for context in contexts_of(result):
+        known = [entry for entry in at_context(result["ranking"], context) if entry["quality"] is not None]
         close = [entry for entry in known if entry["recipe"] != EXACT and entry["quality"] >= 0.95]
         if close:
             best = min(close, key=lambda entry: entry["ratio"])
@@ -122,7 +104,7 @@ def _findings(result: dict[str, Any]) -> Iterator[str]:
             yield f"At {context_name(context).lower()}, no recipe keeps 95% of the exact cache's quality."
     failing = sorted({cell["suite"] for cell in result["cells"] if cell["exact_fails"]})
     if failing:
-        names = escape(", ".join(map(_short, failing)))
+        names = escape(", ".join(map(suite_name, failing)))
         yield f"This model does no better than chance with its exact cache in {names}: not counted."
 
 
@@ -143,8 +125,8 @@ def _ranking(result: dict[str, Any]) -> Iterator[str]:
     yield '<section id="ranking"><h2>Ranking</h2>'
     columns = ("#", "recipe", "quality (95% interval)", "bytes", "decode", "prefill s", "KL", "top-1", "front")
     head = "".join(f'<th scope="col"><button type="button">{name}</button></th>' for name in columns)
-    for context in _contexts(result):
-        entries = _at(result["ranking"], context)
+    for context in contexts_of(result):
+        entries = at_context(result["ranking"], context)
         exact = next(entry for entry in entries if entry["recipe"] == EXACT)
         rows = []
         for rank, entry in enumerate(entries):
@@ -192,13 +174,12 @@ def _heat(result: dict[str, Any]) -> Iterator[str]:
     suites = list(dict.fromkeys(suite for suite, _ in columns))
     top = "".join(
         f'<th scope="colgroup" colspan="{sum(one == suite for one, _ in columns)}" '
-        f'title="{escape(result["suites"][suite]["line"])}">{escape(_short(suite))}</th>'
+        f'title="{escape(result["suites"][suite]["line"])}">{escape(suite_name(suite))}</th>'
         for suite in suites
     )
     under = "".join(f'<th scope="col">{context_name(context)}</th>' for _, context in columns)
-    order = {entry["recipe"]: None for entry in result["ranking"]}
     rows = []
-    for recipe in order:
+    for recipe in recipes_of(result):
         cells = [
             _heat_cell(place.get((suite, context, recipe)), place[suite, context, EXACT]) for suite, context in columns
         ]
@@ -225,28 +206,7 @@ def _heat_cell(cell: dict[str, Any] | None, exact: dict[str, Any]) -> str:
     return f'<td style="--left:{100 * min(1.0, max(0.0, left)):.0f}%">{number(cell["score"])}{interval}</td>'
 
 
-def _short(suite: str) -> str:
-    """A file by its name alone, the tasks as words that can be broken."""
-    kind, _, file = suite.partition(":")
-    return Path(file).name if file else kind.replace("_", " ")
-
-
-@dataclass(frozen=True)
-class _Figure:
-    """A plot: what it shows, its Vega-Lite specification, and the choices that steer it: by name of the parameter, a
-    label and (value, label) of each option."""
-
-    caption: str
-    spec: dict[str, Any]
-    choices: dict[str, tuple[str, list[tuple[Any, str]]]]
-
-    def __post_init__(self) -> None:
-        steered = [{"name": name, "value": options[0][0]} for name, (_, options) in self.choices.items()]
-        self.spec.setdefault("params", []).extend(steered)
-        self.spec["config"] = _CONFIG
-
-
-def _section(name: str, title: str, figures: dict[str, _Figure], which: tuple[str, ...]) -> Iterator[str]:
+def _section(name: str, title: str, figures: dict[str, Figure], which: tuple[str, ...]) -> Iterator[str]:
     """A section of plots with the choices that steer them."""
     present = [one for one in which if one in figures]
     if not present:
@@ -271,227 +231,6 @@ def _section(name: str, title: str, figures: dict[str, _Figure], which: tuple[st
     yield "</div></section>"
 
 
-# Text and lines take the page's colour, so that dark, light and print need no second drawing.
-_CONFIG = {
-    "background": "transparent",
-    "font": "system-ui, sans-serif",
-    "axis": {
-        "labelColor": "currentColor", "titleColor": "currentColor", "domainColor": "currentColor",
-        "tickColor": "currentColor", "gridColor": "currentColor", "gridOpacity": 0.15, "labelFontSize": 12,
-        "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 170,
-    },
-    "legend": {"labelColor": "currentColor", "titleColor": "currentColor", "labelFontSize": 12, "labelLimit": 260},
-    "view": {"stroke": None},
-}  # fmt: skip
-_NAMED = 12
-"""The most recipes of a plot that names those on its front."""
-# From nearly the page's colour on, so that it serves light and dark.
-_HEAT = ["rgba(128, 128, 128, 0.12)", "#f0a868", "#cf4520", "#6d0f24"]
-_SIZE = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
-
-
-def _figures(result: dict[str, Any]) -> dict[str, _Figure]:
-    """Each plot that there is data for, by name."""
-    found: dict[str, _Figure] = {}
-    points = _points(result)
-    for name, title, words in (
-        ("bytes", "bytes, of the exact cache's", "Quality against the cache's bytes, of the exact cache's."),
-        ("time", "time of a decoding step, of the exact cache's", "Quality against the time of a decoding step."),
-    ):
-        mine = [{**point, "x": point[name], "front": point[f"{name}_front"]} for point in points if point[name]]
-        if mine:
-            middle = sqrt(min(point["x"] for point in mine) * max(point["x"] for point in mine))
-            for point in mine:  # names go towards the middle of the plot
-                point["align"] = "right" if point["x"] > middle else "left"
-            caption = f"{words} Up and left is better; the line is the Pareto front, bars are 95% intervals."
-            crowded = len(_each(mine, "recipe")) > _NAMED
-            if crowded:
-                caption += " Numbers are those of the ranking."
-            measures = [(one, one if one == _ALL else _short(one)) for one in _each(mine, "measure")]
-            choices = {"measure": ("Measured by", measures), "context": ("at", _named_contexts(mine))}
-            found[name] = _Figure(caption, _pareto(mine, title, crowded), choices)
-    cells = [cell for cell in result["cells"] if cell["suite"] == FIDELITY]
-    compressed = [cell for cell in cells if cell["recipe"] != EXACT]
-    if compressed:
-        at = ("at", _named_contexts(compressed))
-        found["positions"] = _Figure(
-            "Figures over parts of the text that goes on behind the prefix: does the damage grow or heal?",
-            _positions(result, compressed),
-            {"metric": ("Figure", list(_METRICS.items())), "context": at},
-        )
-        kinds = [(name, label) for name, label in _ERRORS.items() if name in compressed[0]["layers"][0]]
-        found["layers"] = _Figure(
-            "Relative error of each layer's attention output against the exact cache's, in the text behind the prefix.",
-            _layers(result, compressed),
-            {"kind": ("Figure", kinds), "context": at},
-        )
-    return found
-
-
-def _each(entries: list[dict[str, Any]], name: str) -> list[Any]:
-    return list(dict.fromkeys(entry[name] for entry in entries))
-
-
-def _named_contexts(entries: list[dict[str, Any]]) -> list[tuple[Any, str]]:
-    return [(context, context_name(context)) for context in _each(entries, "context")]
-
-
-def _points(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every recipe by every measure: the quality over all suites, and each suite's score."""
-    points = []
-    for context in _contexts(result):
-        entries = _at(result["ranking"], context)
-        exact = next(entry for entry in entries if entry["recipe"] == EXACT)
-        measures: dict[str, list[tuple[dict[str, Any], dict[str, Any], float | None]]] = {
-            _ALL: [(entry, entry, entry["quality"]) for entry in entries]
-        }
-        of = {entry["recipe"]: entry for entry in entries}
-        for cell in _at(result["cells"], context):
-            if not cell["exact_fails"]:
-                measures.setdefault(cell["suite"], []).append((of[cell["recipe"]], cell, cell["score"]))
-        for measure, listed in measures.items():
-            known = [(entry, source, value) for entry, source, value in listed if value is not None]
-            time = exact["decode_ms"]
-            found = [
-                {
-                    "context": context,
-                    "measure": measure,
-                    "recipe": entry["recipe"],
-                    "rank": entries.index(entry),
-                    "value": value,
-                    "low": source["low"],
-                    "high": source["high"],
-                    "bytes": entry["ratio"],
-                    "time": entry["decode_ms"] / time if time else None,
-                }
-                for entry, source, value in known
-            ]
-            for name in ("bytes", "time"):
-                placed = [point for point in found if point[name] is not None]
-                for point, on in zip(placed, front([(point[name], point["value"]) for point in placed])):
-                    point[f"{name}_front"] = on
-            points += found
-    return points
-
-
-def _pareto(points: list[dict[str, Any]], title: str, crowded: bool) -> dict[str, Any]:
-    x = {"field": "x", "type": "quantitative", "title": title, "scale": {"type": "log", "nice": False, "padding": 24},
-         "axis": {"format": "~r", "tickCount": 6}}  # fmt: skip
-    y = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False, "padding": 8}}
-    named = {
-        "align": {"expr": "datum.align"},
-        "dx": {"expr": "datum.align == 'left' ? 8 : -8"},
-        "dy": -8,
-        "fill": "currentColor",
-        "fontSize": 12,
-    }
-    # Names have room beside a few points; the numbers are those of the ranking.
-    tag = "datum.rank" if crowded else "datum.front ? datum.rank + ' ' + datum.recipe : datum.rank"
-    color = {"condition": {"test": "datum.front", "value": "#0f7fc4"}, "value": "#8a8f98"}
-    tooltip = [
-        {"field": "recipe", "title": "recipe"},
-        {"field": "value", "title": "quality", "format": ".3f"},
-        {"field": "low", "title": "from", "format": ".3f"},
-        {"field": "high", "title": "to", "format": ".3f"},
-        {"field": "bytes", "title": "bytes", "format": ".3f"},
-        {"field": "time", "title": "decode", "format": ".2f"},
-    ]
-    return {
-        **_SIZE,
-        "height": 340,
-        "data": {"values": points},
-        "transform": [{"filter": "datum.measure == measure && datum.context == context"}],
-        "encoding": {"x": x},
-        "layer": [
-            {
-                "transform": [{"filter": "datum.front"}],
-                "mark": {"type": "line", "interpolate": "step-after", "color": "#0f7fc4", "opacity": 0.6},
-                "encoding": {"y": y, "order": {"field": "x"}},
-            },
-            {
-                "transform": [{"filter": "isValid(datum.low)"}],
-                "mark": {"type": "rule", "opacity": 0.55, "strokeWidth": 1.5},
-                "encoding": {"y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": color},
-            },
-            {
-                "mark": {"type": "point", "filled": True, "size": 90, "opacity": 1},
-                "encoding": {"y": y, "color": color, "tooltip": tooltip},
-            },
-            {
-                "transform": [{"calculate": tag, "as": "tag"}],
-                "mark": {"type": "text", "limit": 190, **named},
-                "encoding": {
-                    "y": y,
-                    "text": {"field": "tag"},
-                    "opacity": {"condition": {"test": "datum.front", "value": 1}, "value": 0.75},
-                },
-            },
-        ],
-    }
-
-
-def _order(result: dict[str, Any]) -> list[str]:
-    return list(dict.fromkeys(entry["recipe"] for entry in result["ranking"]))
-
-
-def _positions(result: dict[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any]:
-    from fivefold.evaluate.engine import CONTINUATION
-
-    step = CONTINUATION // BINS
-    rows = [
-        {"context": cell["context"], "recipe": cell["recipe"], "at": f"{at * step + 1} to {(at + 1) * step}",
-         "place": at, **{name: part[name] for name in _METRICS}}
-        for cell in cells
-        for at, part in enumerate(cell["bins"])
-    ]  # fmt: skip
-    recipes = [recipe for recipe in _order(result) if recipe != EXACT]
-    return {
-        **_SIZE,
-        "height": 300,
-        "data": {"values": rows},
-        "params": [{"name": "picked", "select": {"type": "point", "fields": ["recipe"]}, "bind": "legend"}],
-        "transform": [{"filter": "datum.context == context"}, {"calculate": "datum[metric]", "as": "shown"}],
-        "mark": {"type": "line", "point": True, "strokeWidth": 2},
-        "encoding": {
-            "x": {"field": "at", "type": "ordinal", "title": "tokens behind the prefix", "sort": {"field": "place"},
-                  "axis": {"labelAngle": 0}},
-            "y": {"field": "shown", "type": "quantitative", "title": None, "scale": {"zero": False}},
-            "color": {"field": "recipe", "type": "nominal", "sort": recipes, "scale": {"scheme": "tableau20"},
-                      "legend": {"orient": "bottom", "columns": {"expr": "width > 480 ? 2 : 1"}, "title": None}},
-            "opacity": {"condition": {"param": "picked", "value": 1}, "value": 0.12},
-            "tooltip": [{"field": "recipe"}, {"field": "at", "title": "tokens"},
-                        {"field": "shown", "title": "figure", "format": ".4f"}],
-        },
-    }  # fmt: skip
-
-
-def _layers(result: dict[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any]:
-    rows = [
-        {"context": cell["context"], "recipe": cell["recipe"], "layer": at, **layer}
-        for cell in cells
-        for at, layer in enumerate(cell["layers"])
-    ]  # fmt: skip
-    recipes = [recipe for recipe in _order(result) if recipe != EXACT]
-    return {
-        **_SIZE,
-        "height": 26 * len(recipes),
-        "data": {"values": rows},
-        "transform": [{"filter": "datum.context == context"}, {"calculate": "datum[kind]", "as": "shown"}],
-        "mark": {"type": "rect"},
-        "encoding": {
-            "x": {"field": "layer", "type": "ordinal", "title": "layer",
-                  "axis": {"labelAngle": 0, "labelOverlap": True, "domain": False, "ticks": False}},
-            "y": {"field": "recipe", "type": "nominal", "title": None, "sort": recipes,
-                  "axis": {"domain": False, "ticks": False}},
-            "color": {"field": "shown", "type": "quantitative", "scale": {"type": "sqrt", "range": _HEAT,
-                      "domainMin": 0}, "legend": {"orient": "bottom", "title": None,
-                      "gradientLength": 200, "tickCount": 4}},
-            "tooltip": [{"field": "recipe"}, {"field": "layer"},
-                        *({"field": name, "format": ".4f"} for name in _ERRORS if name in rows[0])],
-        },
-    }  # fmt: skip
-
-
 def _answers(result: dict[str, Any]) -> Iterator[str]:
     """Questions that the exact cache or a recipe got wrong, all answers side by side."""
     groups: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
@@ -500,7 +239,7 @@ def _answers(result: dict[str, Any]) -> Iterator[str]:
             groups.setdefault((cell["suite"], cell["context"]), {})[cell["recipe"]] = cell
     if not groups:
         return
-    order = _order(result)
+    order = recipes_of(result)
     yield '<section id="answers"><h2>The answers themselves</h2>'
     yield "<p>Every question that was not answered rightly with all caches, with what was said with each.</p>"
     for (suite, context), of in groups.items():
@@ -524,7 +263,7 @@ def _answers(result: dict[str, Any]) -> Iterator[str]:
                 )
         if cards:
             many = "1 question" if len(cards) == 1 else f"{len(cards)} questions"
-            name = f"{_short(suite)}, {context_name(context).lower()}"
+            name = f"{suite_name(suite)}, {context_name(context).lower()}"
             yield f"<details><summary>{escape(name)}: {many}</summary>"
             yield f'<div class="cards">{"".join(cards)}</div></details>'
     yield "</section>"
@@ -556,5 +295,5 @@ def _run(result: dict[str, Any]) -> Iterator[str]:
     yield "</dl><h3>Suites</h3><dl>"
     for suite, about in result["suites"].items():
         source = f"<br><small>{escape(about['source'])}</small>" if about["source"] else ""
-        yield f"<dt>{escape(_short(suite))}</dt><dd>{escape(about['line'])}{source}</dd>"
+        yield f"<dt>{escape(suite_name(suite))}</dt><dd>{escape(about['line'])}{source}</dd>"
     yield "</dl></section>"

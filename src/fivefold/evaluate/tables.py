@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -34,15 +35,33 @@ def show(result: dict[str, Any]) -> Iterator[RenderableType]:
         f"{environment['model']} in {environment['dtype']} on {environment['machine']}; {plan['samples']} texts per "
         f"suite and context, seed {plan['seed']}"
     )
-    for context in dict.fromkeys(entry["context"] for entry in result["ranking"]):
-        ranking = [entry for entry in result["ranking"] if entry["context"] == context]
-        cells = [cell for cell in result["cells"] if cell["context"] == context]
+    for context in contexts_of(result):
+        ranking, cells = at_context(result["ranking"], context), at_context(result["cells"], context)
         yield Text(f"\n{context_name(context)}", style="bold")
         yield _ranked(ranking)
         for first in range(0, len(ranking), _ACROSS):
             yield ""
             yield _grid(range(first, min(first + _ACROSS, len(ranking))), ranking, cells)
     yield Text(f"\n{_LEGEND}\n{_GRID_LEGEND}", style="dim")
+
+
+def contexts_of(result: dict[str, Any]) -> list[int]:
+    return list(dict.fromkeys(entry["context"] for entry in result["ranking"]))
+
+
+def at_context(entries: list[dict[str, Any]], context: int) -> list[dict[str, Any]]:
+    return [entry for entry in entries if entry["context"] == context]
+
+
+def recipes_of(result: dict[str, Any]) -> list[str]:
+    """The recipes, in the order of the ranking."""
+    return list(dict.fromkeys(entry["recipe"] for entry in result["ranking"]))
+
+
+def suite_name(suite: str) -> str:
+    """A file by its name alone, the tasks as words that can be broken."""
+    kind, _, file = suite.partition(":")
+    return Path(file).name if file else kind.replace("_", " ")
 
 
 def context_name(context: int) -> str:

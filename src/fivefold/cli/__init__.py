@@ -1,0 +1,23 @@
+"""The command line: `fivefold recipes | fetch | generate | demo | eval | sweep | calibrate | doctor | bench`.
+
+What a command is asked for goes to stdout; bars, reports and errors go to stderr. Every error raised on
+purpose is one sentence and exit code 2; Ctrl-C is exit code 130. torch and transformers are imported inside
+the commands, so that `fivefold --help` is quick.
+"""
+
+from fivefold.cli import bench, calibrate, demo, evaluate, generate, machine, recipes
+from fivefold.cli.app import app as _app  # under its own name it would hide the module
+from fivefold.cli.app import main
+
+__all__ = ["main"]
+
+# In the order of `fivefold --help`; no command knows of another.
+_app.command()(recipes.recipes)
+_app.command()(machine.fetch)
+_app.command()(generate.generate)
+_app.command()(demo.demo)
+_app.command()(machine.doctor)
+_app.command(name="eval")(evaluate.evaluate)
+_app.command()(evaluate.sweep)
+_app.command()(calibrate.calibrate)
+_app.add_typer(bench.bench, name="bench")
