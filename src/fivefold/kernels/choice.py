@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from fivefold.kernels import compiled
+from fivefold.kernels.device import numbered
 
 PATHS = ("auto", "reference", "cpp", "triton", "cuda")
 MAX_QUERIES = 16
@@ -39,7 +40,7 @@ class Choice(NamedTuple):
 
 def choose(device: torch.device) -> Choice:
     """The path for tensors on a device, and why. `possible` is False where what was asked for cannot be had."""
-    return _choose(os.environ.get("FIVEFOLD_KERNELS", "auto"), torch.device(device))
+    return _choose(os.environ.get("FIVEFOLD_KERNELS", "auto"), numbered(torch.device(device)))
 
 
 def takes_cpp(queries: torch.Tensor) -> bool:

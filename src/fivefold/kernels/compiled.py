@@ -27,6 +27,8 @@ _OPTIONS = (
     "-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
     "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=fast", "-Wl,--as-needed",
 )  # fmt: skip
+# Where bits must be those of the reference; behind the others, which they take back.
+_STRICT = ("-ffp-contract=off", "-fno-associative-math", "-fsigned-zeros")
 _HERE = Path(__file__).parent
 _PROBE = _HERE / "probe.cpp"
 
@@ -69,15 +71,16 @@ def compiler() -> str | None:
 
 
 @cache
-def library(source: Path, **numbers: int) -> ctypes.CDLL:
+def library(source: Path, *, strict: bool = False, **numbers: int) -> ctypes.CDLL:
     """The library of a C++ source with macros for `numbers`; compiled if it is not in the cache folder.
 
+    strict: do arithmetic in the order in which it is written, every operation rounded by itself.
     Raises `CompileError` with the compiler's words.
     """
     # torch's own OpenMP: a second one would have threads of its own, which wait for work on the same cores.
     openmp = sorted(map(str, Path(torch.__file__).parent.glob("lib/libgomp*.so*")))
     definitions = [f"-D{name}={value}" for name, value in sorted(numbers.items())]
-    command = [str(compiler()), *_OPTIONS, *definitions, str(source), *openmp]
+    command = [str(compiler()), *_OPTIONS, *(_STRICT if strict else ()), *definitions, str(source), *openmp]
     texts = [path.read_bytes() for path in (source, _HERE / "cpu.h")]
     key = hashlib.sha256(repr((command, _machine(), texts)).encode()).hexdigest()
     folder = cache_dir() / "kernels"

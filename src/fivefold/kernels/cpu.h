@@ -4,8 +4,10 @@
 #include <cstring>
 
 constexpr int ROWS = 32;              // tokens of a plane
+#if BITS                              // of a code; 0 where nothing is packed
 constexpr int FIELDS = 16 / BITS;     // planes of a sheet of words
 constexpr int MASK = (1 << BITS) - 1;
+#endif
 
 // A page field of 16-bit numbers: pages lie `row` and `page` numbers apart, every page's own numbers are one run.
 struct Field {
@@ -26,5 +28,7 @@ inline void halves(const uint16_t* bits, float* out, int count) {
   for (int i = 0; i < count; i++) out[i] = half(bits[i]);
 }
 
+#if BITS
 // The code of a plane in a word.
 inline float code(uint16_t word, int plane) { return (float)((word >> BITS * (plane % FIELDS)) & MASK); }
+#endif

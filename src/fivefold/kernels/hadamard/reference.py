@@ -11,6 +11,8 @@ from functools import lru_cache
 
 import torch
 
+from fivefold.kernels.shared import shared
+
 
 def _prime(q: int) -> bool:
     return q > 2 and all(q % d for d in range(2, int(q**0.5) + 1))
@@ -47,7 +49,7 @@ def _paley(m: int) -> torch.Tensor:
     return torch.kron(border, one) + torch.kron(torch.eye(q + 1, dtype=torch.int64), other)
 
 
-@lru_cache(maxsize=64)
+@shared(64)
 def hadamard(n: int) -> torch.Tensor:
     """The matrix of order n, float32 `[n, n]`, H H^T = 1. Raises `ValueError` if none is known here."""
     m = _core(n)
@@ -59,7 +61,7 @@ def hadamard(n: int) -> torch.Tensor:
     return matrix.float() / n**0.5
 
 
-@lru_cache(maxsize=64)
+@shared(64)
 def core(n: int) -> torch.Tensor:
     """The core of the matrix of order n, entries +-1: float32 `[m, m]`."""
     m = _core(n)

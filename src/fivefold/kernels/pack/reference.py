@@ -63,3 +63,17 @@ def fill_rows(part: torch.Tensor, at: int, count: int, old: torch.Tensor | None)
     whole = part.new_zeros((len(part), count, *part.shape[2:])) if old is None else old.clone()
     whole[:, at : at + part.shape[1]] = part
     return whole
+
+
+def fields_of(form: Form, records: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The fields of records int16 `[pages, nbytes / 2]`, in order, as views."""
+    dim, half = form.head_dim, torch.float16
+    key, value = (form.tokens // form.group, dim), (form.tokens // 32, dim // form.channels, 32)
+    out, start = [], 0
+    for shape, dtype in (
+        ((32, dim), torch.int16), (key, half), (key, half), ((32, dim), torch.int16), (value, half), (value, half),
+    ):  # fmt: skip
+        size = torch.Size(shape).numel()
+        out.append(records[:, start : start + size].view(dtype).unflatten(1, shape))
+        start += size
+    return tuple(out)

@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fivefold.kernels.device import on
+from fivefold.kernels.pack.reference import fields_of
 from fivefold.kernels.packed_decode.reference import Form
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -194,11 +196,12 @@ def _launch(
     form: Form, pages: int, device: torch.device, *tensors: torch.Tensor, planes: int, **settings: object
 ) -> None:
     key_width, value_width = 64 if form.group <= 64 else 32, max(64, form.channels)
-    _pack[(pages, form.head_dim // key_width + form.head_dim // 64)](
-        *tensors, planes,
-        D=form.head_dim, KEY_WIDTH=key_width, VALUE_WIDTH=value_width, BITS=form.bits, TOKENS=form.tokens,
-        GROUP=form.group, CHANNELS=form.channels, FUSED=device.type == "cuda", num_warps=2, **settings,
-    )  # fmt: skip
+    with on(device):
+        _pack[(pages, form.head_dim // key_width + form.head_dim // 64)](
+            *tensors, planes,
+            D=form.head_dim, KEY_WIDTH=key_width, VALUE_WIDTH=value_width, BITS=form.bits, TOKENS=form.tokens,
+            GROUP=form.group, CHANNELS=form.channels, FUSED=device.type == "cuda", num_warps=2, **settings,
+        )  # fmt: skip
 
 
 def pack_pages(
@@ -207,7 +210,7 @@ def pack_pages(
     """`pack_reference` as one launch; the fields are views of one record per page."""
     pages, tokens, _ = keys.shape
     records = torch.empty((pages, form.nbytes // 2), dtype=torch.int16, device=keys.device)
-    fields = _fields(form, records)
+    fields = fields_of(form, records)
     if opened is not None:
         for field, old in zip(fields, opened):
             field.copy_(old)
@@ -274,22 +277,9 @@ def unpack_pages(form: Form, table: torch.Tensor, dtype: torch.dtype) -> tuple[t
     keys, values = (
         torch.empty((rows, columns * form.tokens, form.head_dim), dtype=dtype, device=table.device) for _ in range(2)
     )
-    _unpack[(rows * columns, 2)](
-        table, keys, values, columns, table.stride(0), D=form.head_dim, BITS=form.bits, TOKENS=form.tokens,
-        GROUP=form.group, CHANNELS=form.channels, num_warps=4,
-    )  # fmt: skip
+    with on(table.device):
+        _unpack[(rows * columns, 2)](
+            table, keys, values, columns, table.stride(0), D=form.head_dim, BITS=form.bits, TOKENS=form.tokens,
+            GROUP=form.group, CHANNELS=form.channels, num_warps=4,
+        )  # fmt: skip
     return keys, values
-
-
-def _fields(form: Form, records: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The fields of records int16 `[pages, nbytes / 2]`, in order, as views."""
-    dim, half = form.head_dim, torch.float16
-    key, value = (form.tokens // form.group, dim), (form.tokens // 32, dim // form.channels, 32)
-    out, start = [], 0
-    for shape, dtype in (
-        ((32, dim), torch.int16), (key, half), (key, half), ((32, dim), torch.int16), (value, half), (value, half),
-    ):  # fmt: skip
-        size = torch.Size(shape).numel()
-        out.append(records[:, start : start + size].view(dtype).unflatten(1, shape))
-        start += size
-    return tuple(out)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fivefold.kernels.device import numbered, on
 from fivefold.kernels.packed_decode.reference import Form
 
 SOURCE = Path(__file__).with_name("packed.cu")
@@ -53,9 +54,9 @@ class Kernel:
         types = (*[ctypes.c_void_p] * 6, ctypes.c_float, *[ctypes.c_int] * 3)
         values = (*pointers, scale, rows, table.shape[1], heads)
         stream = torch.cuda.current_stream(queries.device).cuda_stream
-        _done(
-            driver.cuLaunchKernel(self.function, programs, 1, 1, THREADS, 1, 1, self.shared, stream, (values, types), 0)
-        )
+        grid, block = (programs, 1, 1), (THREADS, 1, 1)
+        with on(queries.device):
+            _done(driver.cuLaunchKernel(self.function, *grid, *block, self.shared, stream, (values, types), 0))
 
 
 def shared_bytes(form: Form) -> int:
@@ -64,9 +65,14 @@ def shared_bytes(form: Form) -> int:
     return UNITS * (words + 4 * max(form.tokens // form.group * dim, form.tokens * (dim // form.channels)))
 
 
-@cache
 def resident(form: Form, device: torch.device) -> int:
-    """Programs that fit on a processor at a time. (The driver keeps 1 KiB of each for itself.)"""
+    """Programs that fit on a processor at a time."""
+    return _resident(form, numbered(device))
+
+
+@cache
+def _resident(form: Form, device: torch.device) -> int:
+    """(The driver keeps 1 KiB of each for itself.)"""
     there = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
     return min(RESIDENT[form.head_dim], there // (shared_bytes(form) + 1024))
 
@@ -102,8 +108,13 @@ def compiled(form: Form, dtype: torch.dtype, capability: tuple[int, int], span: 
     return code
 
 
-@cache
 def kernel(form: Form, dtype: torch.dtype, device: torch.device, span: int) -> Kernel:
+    """The kernel for pages, queries of a dtype, and a device, on which it is compiled and loaded once."""
+    return _kernel(form, dtype, numbered(device), span)
+
+
+@cache
+def _kernel(form: Form, dtype: torch.dtype, device: torch.device, span: int) -> Kernel:
     from cuda.bindings import driver
 
     with torch.cuda.device(device):

@@ -77,8 +77,9 @@ def decode_reference(
 
     queries: `[rows, query_heads, head_dim]`; fields: of packed pages, `[rows, columns, *shape]` each; keys, values:
     exact tokens `[rows, slots, head_dim]`. spans: int `[rows, >= 5]`: packed tokens `[0, 1)` are seen, and exact slots
-    that are below `2` or at least `3`, and below `4`. Computed in `dtype`; a row that sees nothing has output 0 and
-    log-sum-exp -inf. Returns output `[rows, query_heads, head_dim]` and natural log-sum-exp `[rows, query_heads]`.
+    that are below `2`, in `[5, 6)` (sinks that fade out, if there are so many columns) or at least `3`, and below `4`.
+    Computed in `dtype`; a row that sees nothing has output 0 and log-sum-exp -inf. Returns output
+    `[rows, query_heads, head_dim]` and natural log-sum-exp `[rows, query_heads]`.
     """
     all_keys: list[torch.Tensor] = []
     all_values: list[torch.Tensor] = []
@@ -99,7 +100,11 @@ def decode_reference(
         all_keys.append(keys.to(dtype))
         all_values.append(values.to(dtype))
         slot = torch.arange(keys.shape[1], device=device)
-        seen.append(((slot < sink) | (slot >= start)) & (slot < stop))
+        shown = (slot < sink) | (slot >= start)
+        if spans.shape[1] > 6:
+            fading, faded = spans.to(device).long()[:, 5:7, None].unbind(1)
+            shown |= (slot >= fading) & (slot < faded)
+        seen.append(shown & (slot < stop))
     visible = torch.cat(seen, 1)[:, None]
     scores = queries.to(dtype) * scaling @ torch.cat(all_keys, 1).transpose(1, 2)
     scores = scores.masked_fill(~visible, float("-inf"))

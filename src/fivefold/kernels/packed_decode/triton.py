@@ -20,17 +20,33 @@ What makes the packed loop fast:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from fivefold.kernels.choice import choose
+from fivefold.kernels.device import numbered, on
 from fivefold.kernels.packed_decode import cuda
 from fivefold.kernels.packed_decode.reference import Form
+from fivefold.kernels.packed_decode.schedule import PICKS, SPAN, TILE, Exact, Packed, lacks, pages_of, starts_of
+
+__all__ = [
+    "LIMIT",
+    "PICKS",
+    "SPAN",
+    "TILE",
+    "Exact",
+    "Packed",
+    "append",
+    "by_cuda",
+    "decode",
+    "pages_of",
+    "programs_for",
+    "starts_of",
+    "supports",
+]
 
 LIMIT = 750.0
 """Keys and values up to this absolute value can be attended on packed."""
@@ -50,9 +66,6 @@ RESIDENT = 4
 """Programs of two warps that fit on a processor at a time."""
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-
-SPAN = 8
-"""Columns of a table of spans; the first five are used (see `decode_reference`)."""
 
 
 @triton.constexpr_function
@@ -279,6 +292,8 @@ def _exact(
     sink = tl.load(spans + row * SPAN + 2)
     start = tl.load(spans + row * SPAN + 3)
     stop = tl.load(spans + row * SPAN + 4)
+    fading = tl.load(spans + row * SPAN + 5)
+    faded = tl.load(spans + row * SPAN + 6)
     first, last = _share(starts, row, tl.cdiv(stop, TILE))
     m = tl.full([N], -1e30, tl.float32)
     weight = tl.zeros([T, N], tl.float32)
@@ -294,9 +309,10 @@ def _exact(
         inside = (slot % 32)[:, None] * D + d[None, :]
         keys = tl.multiple_of((tl.load(at, mask=held, other=0) * 16).to(tl.pointer_type(DTYPE)), 16)
         values = tl.multiple_of((tl.load(at + 1, mask=held, other=0) * 16).to(tl.pointer_type(DTYPE)), 16)
-        k = tl.load(keys[:, None] + inside, mask=held[:, None], other=0.0).to(work)
-        v = tl.load(values[:, None] + inside, mask=held[:, None], other=0.0).to(work)
-        seen = held & ((slot < sink) | (slot >= start))
+        # What is not seen is not read: it may be anything, also not a number.
+        seen = held & ((slot < sink) | (slot >= start) | ((slot >= fading) & (slot < faded)))
+        k = tl.load(keys[:, None] + inside, mask=seen[:, None], other=0.0).to(work)
+        v = tl.load(values[:, None] + inside, mask=seen[:, None], other=0.0).to(work)
         s = tl.where(seen[:, None], tl.dot(k, q, input_precision="ieee") * scale, -1e30)
         above = tl.maximum(m, tl.max(s, 0))
         shrink = tl.exp2(m - above)
@@ -424,43 +440,22 @@ def _combine(
         tl.store(merged_lse + at, tl.where(some, natural, float("-inf")))
 
 
-@dataclass(frozen=True)
-class Packed:
-    """Packed pages: table int64 `[rows, columns]` of their addresses in units of 16 bytes, and what they look like."""
-
-    table: torch.Tensor
-    form: Form
-
-
-@dataclass(frozen=True)
-class Exact:
-    """Exact pages of 32 tokens: table int64 `[rows, columns, 2]` of the addresses of keys and values, in units of
-    16 bytes, and the dtype of both."""
-
-    table: torch.Tensor
-    dtype: torch.dtype
-
-
 def supports(form: Form | None, heads: int, head_dim: int) -> str | None:
     """Why these shapes cannot be attended on, in a few words; None if they can."""
     if head_dim not in (64, 128, 256):
         return f"head_dim {head_dim} is none of 64, 128, 256"
-    if heads > 16:
-        return f"{heads} query heads share a kv head, more than 16"
-    if form is not None and (form.group % 32 or form.tokens % form.group or form.channels & (form.channels - 1)):
-        return f"groups of {form.group} tokens and {form.channels} channels"
-    return None
+    if form is not None and form.channels & (form.channels - 1):
+        return f"groups of {form.channels} channels"
+    return lacks(form, heads)
+
+
+def _processors(device: torch.device) -> int:
+    return _processors_of(numbered(device))
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def _processors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-TILE = 64
-"""Exact slots that are one piece of work."""
-PICKS = 32
-"""Picked packed slots that are one piece of work."""
 
 
 def by_cuda(form: Form, heads: int, device: torch.device) -> bool:
@@ -482,40 +477,15 @@ def programs_for(rows: int, device: torch.device, form: Form | None = None, head
     return packed, exact
 
 
-def pages_of(spans: np.ndarray, page: int) -> np.ndarray:
-    """How many packed pages of `page` tokens, and how many `TILE`s of exact slots, the rows see part of.
-
-    spans: `[..., rows, >= 5]`. Returns `[..., 2, rows]`.
-    """
-    low, high, stop = spans[..., 0], spans[..., 1], spans[..., 4]
-    return np.stack([np.where(high > low, -(-high // page) - low // page, 0), -(-stop // TILE)], -2)
-
-
-def starts_of(pages: np.ndarray, programs: tuple[int, int]) -> np.ndarray:
-    """The work lists: the first program of each row, and how many programs there are, int32 `[..., 2, rows + 1]`.
-
-    pages: `[..., 2, rows]`, at most `programs` of which may have any. No program gets more pages than it must.
-    """
-    most = np.array(programs)[:, None]
-    each = np.maximum(1, -(-pages.sum(-1, keepdims=True) // most))
-    while True:
-        shares = -(-pages // each)
-        over = shares.sum(-1, keepdims=True) > most
-        if not over.any():
-            break
-        each += np.where(over, np.maximum(1, each // 32), 0)
-    out = np.zeros((*pages.shape[:-1], pages.shape[-1] + 1), dtype=np.int32)
-    np.cumsum(shares, -1, out=out[..., 1:])
-    return out
-
-
 def append(keys: torch.Tensor, values: torch.Tensor, spans: torch.Tensor, exact: Exact) -> None:
     """Write the newest token of each row, contiguous `[rows, head_dim]` in the pages' dtype, into the last exact slot
     that `spans` says there is."""
     rows, dim = keys.shape
-    _append[(rows, 2)](
-        keys, values, exact.table, spans, exact.table.shape[1], DTYPE=_TYPES[exact.dtype], D=dim, SPAN=SPAN, num_warps=1
-    )
+    with on(keys.device):
+        _append[(rows, 2)](
+            keys, values, exact.table, spans, exact.table.shape[1], DTYPE=_TYPES[exact.dtype], D=dim, SPAN=SPAN,
+            num_warps=1,
+        )  # fmt: skip
 
 
 def decode(
@@ -559,41 +529,42 @@ def decode(
         out = torch.empty((count, heads, dim), dtype=torch.float32, device=device)
         return count, out, torch.empty((count, heads), dtype=torch.float32, device=device)
 
-    packed_out, packed_lse = exact_out, exact_lse = queries, queries
-    if packed is not None:
-        form = packed.form
-        tiles = packed.table.numel() if picks is None else -(-picks.shape[1] // PICKS) * rows
-        count, packed_out, packed_lse = parts(programs[0], tiles)
-        if picks is not None:
-            _picked[(count,)](
-                queries, packed.table, picks, starts[0], packed_out, packed_lse, scale, rows, packed.table.shape[1],
-                heads, picks.shape[1], BITS=form.bits, GROUP=form.group, CHANNELS=form.channels, TILE=PICKS,
-                num_warps=2, **common,
+    with on(device):
+        packed_out, packed_lse = exact_out, exact_lse = queries, queries
+        if packed is not None:
+            form = packed.form
+            tiles = packed.table.numel() if picks is None else -(-picks.shape[1] // PICKS) * rows
+            count, packed_out, packed_lse = parts(programs[0], tiles)
+            if picks is not None:
+                _picked[(count,)](
+                    queries, packed.table, picks, starts[0], packed_out, packed_lse, scale, rows, packed.table.shape[1],
+                    heads, picks.shape[1], BITS=form.bits, GROUP=form.group, CHANNELS=form.channels, TILE=PICKS,
+                    num_warps=2, **common,
+                )  # fmt: skip
+            elif by_cuda(form, heads, device):
+                cuda.kernel(form, queries.dtype, device, SPAN)(
+                    count, queries, packed.table, spans, starts[0], packed_out, packed_lse, scale
+                )
+            else:
+                _packed[(count,)](
+                    queries, packed.table, spans, starts[0], packed_out, packed_lse, scale, rows, packed.table.shape[1],
+                    heads, BITS=form.bits, GROUP=form.group, CHANNELS=form.channels, ASM=asm,
+                    STAGES=_STAGES[form.bits], num_warps=2, num_stages=_STAGES[form.bits], **common,
+                )  # fmt: skip
+        if exact is not None:
+            wide = exact.dtype.itemsize == 4
+            picked = picks if packed is None else None
+            slots = exact.table.shape[1] * 32 if picked is None else picked.shape[1]
+            count, exact_out, exact_lse = parts(programs[1], -(-slots // TILE) * rows)
+            _exact[(count,)](
+                queries, exact.table, spans, starts[1], starts if picked is None else picked, exact_out, exact_lse,
+                scale, rows, exact.table.shape[1], heads, DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE,
+                TILE=TILE, WIDE=not asm, PICKED=picked is not None, num_warps=2, num_stages=1 if wide else 3, **common,
             )  # fmt: skip
-        elif by_cuda(form, heads, device):
-            cuda.kernel(form, queries.dtype, device, SPAN)(
-                count, queries, packed.table, spans, starts[0], packed_out, packed_lse, scale
-            )
-        else:
-            _packed[(count,)](
-                queries, packed.table, spans, starts[0], packed_out, packed_lse, scale, rows, packed.table.shape[1],
-                heads, BITS=form.bits, GROUP=form.group, CHANNELS=form.channels, ASM=asm,
-                STAGES=_STAGES[form.bits], num_warps=2, num_stages=_STAGES[form.bits], **common,
-            )  # fmt: skip
-    if exact is not None:
-        wide = exact.dtype.itemsize == 4
-        picked = picks if packed is None else None
-        slots = exact.table.shape[1] * 32 if picked is None else picked.shape[1]
-        count, exact_out, exact_lse = parts(programs[1], -(-slots // TILE) * rows)
-        _exact[(count,)](
-            queries, exact.table, spans, starts[1], starts if picked is None else picked, exact_out, exact_lse, scale,
-            rows, exact.table.shape[1], heads, DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE, TILE=TILE,
-            WIDE=not asm, PICKED=picked is not None, num_warps=2, num_stages=1 if wide else 3, **common,
+        merged = torch.empty_like(queries)
+        merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
+        _combine[(rows, heads)](
+            packed_out, packed_lse, exact_out, exact_lse, starts, merged, merged_lse if with_lse else exact_lse, rows,
+            D=dim, P=64, WITH_LSE=with_lse, PACKED=packed is not None, EXACT=exact is not None, num_warps=8,
         )  # fmt: skip
-    merged = torch.empty_like(queries)
-    merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
-    _combine[(rows, heads)](
-        packed_out, packed_lse, exact_out, exact_lse, starts, merged, merged_lse if with_lse else exact_lse, rows,
-        D=dim, P=64, WITH_LSE=with_lse, PACKED=packed is not None, EXACT=exact is not None, num_warps=8,
-    )  # fmt: skip
     return merged, merged_lse

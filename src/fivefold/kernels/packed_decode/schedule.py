@@ -1,0 +1,77 @@
+"""What the kernels of a decoding step have in common: where pages lie, what is seen of them, how work is shared out.
+
+It needs neither Triton nor a compiler.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fivefold.kernels.packed_decode.reference import Form
+
+SPAN = 8
+"""Columns of a table of spans; the first seven are used (see `decode_reference`)."""
+PAGE = 32
+"""Tokens of an exact page."""
+TILE = 64
+"""Exact slots that are one piece of work."""
+PICKS = 32
+"""Picked packed slots that are one piece of work."""
+HEADS = 16
+"""Query heads of a row, at most."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Packed pages: table int64 `[rows, columns]` of their addresses in units of 16 bytes, and what they look like."""
+
+    table: torch.Tensor
+    form: Form
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Exact pages of 32 tokens: table int64 `[rows, columns, 2]` of the addresses of keys and values, in units of
+    16 bytes, and the dtype of both."""
+
+    table: torch.Tensor
+    dtype: torch.dtype
+
+
+def lacks(form: Form | None, heads: int) -> str | None:
+    """Why no kernel attends on these shapes, in a few words; None if one may."""
+    if heads > HEADS:
+        return f"{heads} query heads share a kv head, more than {HEADS}"
+    if form is not None and (form.group % 32 or form.tokens % form.group or form.head_dim % form.channels):
+        return f"groups of {form.group} tokens and {form.channels} channels"
+    return None
+
+
+def pages_of(spans: np.ndarray, page: int) -> np.ndarray:
+    """How many packed pages of `page` tokens, and how many `TILE`s of exact slots, the rows see part of.
+
+    spans: `[..., rows, >= 5]`. Returns `[..., 2, rows]`.
+    """
+    low, high, stop = spans[..., 0], spans[..., 1], spans[..., 4]
+    return np.stack([np.where(high > low, -(-high // page) - low // page, 0), -(-stop // TILE)], -2)
+
+
+def starts_of(pages: np.ndarray, programs: tuple[int, int]) -> np.ndarray:
+    """The work lists: the first program of each row, and how many programs there are, int32 `[..., 2, rows + 1]`.
+
+    pages: `[..., 2, rows]`, at most `programs` of which may have any. No program gets more pages than it must.
+    """
+    most = np.array(programs)[:, None]
+    each = np.maximum(1, -(-pages.sum(-1, keepdims=True) // most))
+    while True:
+        shares = -(-pages // each)
+        over = shares.sum(-1, keepdims=True) > most
+        if not over.any():
+            break
+        each += np.where(over, np.maximum(1, each // 32), 0)
+    out = np.zeros((*pages.shape[:-1], pages.shape[-1] + 1), dtype=np.int32)
+    np.cumsum(shares, -1, out=out[..., 1:])
+    return out
