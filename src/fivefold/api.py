@@ -10,7 +10,7 @@ from fivefold.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from fivefold.models.huggingface import FivefoldCache
+    from fivefold.models.cache import FivefoldCache
 
 
 def compress(
@@ -40,15 +40,13 @@ def compress(
         ProfileError: a method lacks a profile for the model.
         UnsupportedModelError: the model's family is not supported.
     """
-    from fivefold.models import graph, huggingface
+    from fivefold.models import huggingface
 
     if max_bytes is not None and max_bytes <= 0:
         raise InputError(f"max_bytes={max_bytes} leaves no room for a cache: give a positive number of bytes.")
     parsed = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe)
     cache = huggingface.make_cache(model, parsed, max_bytes, cuda_graph)
     huggingface.prepare(model)
-    if cuda_graph:
-        graph.install(model)
     return cache
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from fivefold.errors import RecipeError
 from fivefold.methods import SLOTS, Method, Slot, find, registered
-from fivefold.store.layer_cache import LayerSpec
-from fivefold.store.tiers import Extent
+from fivefold.store.rows import Extent
+from fivefold.store.spec import LayerSpec
 
 _LONGEST = 2000
 
@@ -54,7 +54,7 @@ class Recipe:
         for method in self.methods:
             wanted = method.extents(spec)
             if wanted is not None:
-                out = [one.meet(other) for one, other in zip(out, wanted, strict=True)]
+                out = [one.intersect(other) for one, other in zip(out, wanted, strict=True)]
         return out
 
     def __str__(self) -> str:

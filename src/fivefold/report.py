@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 
-if TYPE_CHECKING:
-    from fivefold.models.huggingface import FivefoldCache
+from fivefold.engine.session import Session
+from fivefold.kernels import shared
+from fivefold.store.pages import PagePool
 
 
 @dataclass(frozen=True)
 class Report:
-    """Bytes of a cache by what they hold; `total` is what torch allocated for it, plus the page tables.
+    """Bytes of a cache by what they hold; `total` is all that goes when the cache goes.
 
     recipe: as text. tokens: logical length (padding included) x sequences.
     exact, codes, scales: filled slots of pages, by kind of field (any further kind a codec declares is in `other`).
-    statistics: what a policy knows about the tokens (positions, scores). slack: unfilled slots of pages in use. free:
+    learned: what codecs hold besides pages (bases, orders). statistics: what policies know about the tokens (positions,
+    scores), and codecs about the rows. slack: unfilled slots of pages in use. free:
     pages that are allocated and not in use. forks: pages that only other forks of the cache hold. sliding: layers with
-    a sliding window, kept as they are. tables: page tables, and indices made from them.
+    a sliding window, kept as they are. tables: page tables here and on the device. graph: what a captured step holds.
+    process: not part of the total: tables that all caches of the process share, bounded.
     exact_equivalent: what `DynamicCache` holds for the same tokens in the same dtype.
     kept_tokens: stored (token, kv head, layer) entries over all that were seen: what layers, heads and tokens saved.
     bits: bits per stored number of filled slots: what channels and bits saved.
@@ -32,12 +34,15 @@ class Report:
     codes: int
     scales: int
     other: int
+    learned: int
     statistics: int
     slack: int
     free: int
     forks: int
     sliding: int
     tables: int
+    graph: int
+    process: int
     exact_equivalent: int
     kept_tokens: float
     bits: float
@@ -45,8 +50,8 @@ class Report:
     @property
     def total(self) -> int:
         return (
-            self.exact + self.codes + self.scales + self.other + self.statistics + self.slack + self.free
-            + self.forks + self.sliding + self.tables
+            self.exact + self.codes + self.scales + self.other + self.learned + self.statistics + self.slack + self.free
+            + self.forks + self.sliding + self.tables + self.graph
         )  # fmt: skip
 
     @property
@@ -64,41 +69,34 @@ class Report:
             f"  tokens kept (layers, heads, tokens): {self.kept_tokens:.1%}    "
             f"bits per number (channels, bits): {self.bits:.2f}",
         ]
-        for name in ("exact", "codes", "scales", "other", "statistics", "sliding", "slack", "free", "forks", "tables"):
+        for name in (
+            "exact", "codes", "scales", "other", "learned", "statistics", "sliding", "slack", "free", "forks", "tables",
+            "graph", "process",
+        ):  # fmt: skip
             size = getattr(self, name)
             if size:
-                lines.append(f"  {name:<10} {size:>14,} bytes")
+                shared = " (shared by all caches, not counted above)" if name == "process" else ""
+                lines.append(f"  {name:<10} {size:>14,} bytes{shared}")
         return "\n".join(lines)
 
 
-def measure(cache: FivefoldCache) -> Report:
-    """Count a cache's bytes from its page tables and pools."""
-    held: dict[Any, list[tuple[np.ndarray, np.ndarray]]] = {pool: [] for pool in cache.state.pools}
-    seen = stored = exact_equivalent = statistics = 0
-    tables = 0 if cache.step is None else cache.step.nbytes
-    for index, store in cache.state.stores.items():
-        spec = store.spec
-        logical = cache.state.logical[index] * store.batch
-        exact_equivalent += 2 * logical * spec.kv_heads * spec.head_dim * spec.dtype.itemsize
-        tables += store.table_bytes
-        statistics += store.statistics_bytes
-        for cohort in store.cohorts:
-            geometry = cohort.geometry
-            rows = len(cohort.rows)
-            seen += rows * geometry.seen
-            stored += rows * geometry.stored_tokens
-            pinned = min(geometry.length, geometry.pinned_pages * store.exact_pool.layout.tokens)
-            window = max(0, geometry.length - geometry.exact_base)
-            filled = [(cohort.exact, pinned + window, store.exact_pool)]
-            packed = geometry.packed_stop - geometry.packed_base
-            if store.packed_pool is not None:
-                filled.append((cohort.packed, packed, store.packed_pool))
-            if store.own_pool is not None:
-                filled.append((cohort.own, packed, store.own_pool))
-            for table, tokens, pool in filled:
+def measure(session: Session, recipe: str, graph: int = 0) -> Report:
+    """Count a cache's bytes from its page tables and pools. graph: bytes of a captured step."""
+    held: dict[PagePool, list[tuple[np.ndarray, np.ndarray]]] = {pool: [] for pool in session.pools}
+    seen = stored = numbers = exact_equivalent = 0
+    for bank in session.banks:
+        bounds, spec = bank.at(slice(None)), bank.layers[0].spec
+        seen, stored = seen + int(bounds.seen.sum()), stored + int(bounds.stored_tokens.sum())
+        numbers += 2 * int(bounds.stored_tokens.sum()) * spec.head_dim
+        layers = sum(1 for store in session.stores.values() if store.bank is bank)
+        exact_equivalent += 2 * layers * session.length * bank.rows * spec.head_dim * spec.dtype.itemsize
+        for tier, tokens in ((bank.exact, bounds.exact_tokens), (bank.packed, bounds.packed_tokens)):
+            for number, pool in enumerate(tier.pools if tier is not None else ()):
+                assert tier is not None
                 page = pool.layout.tokens
-                columns = np.clip(tokens - np.arange(table.shape[1]) * page, 0, page)
-                held[pool].append((table.reshape(-1), np.tile(columns, rows)))
+                table = tier.tables[number]
+                filled = np.clip(tokens[:, None] - np.arange(table.shape[1]) * page, 0, page)
+                held[pool].append((table[filled > 0], filled[filled > 0]))
     kinds = {"exact": 0, "codes": 0, "scales": 0, "other": 0}
     slack = free = forks = 0
     for pool, parts in held.items():
@@ -117,32 +115,25 @@ def measure(cache: FivefoldCache) -> Report:
         slack += len(unique) * nbytes - used
         free += pool.free_pages * nbytes
         forks += (pool.pages_in_use - len(unique)) * nbytes
-    first = cache.state.stores[cache.state.first]
-    # After a long chunk their tensors are views of more than the window.
-    held_by_stock = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for layer in cache.state.stock.values()
-        for tensor in vars(layer).values()
-        if isinstance(tensor, torch.Tensor)
-    }
-    sliding = sum(held_by_stock.values())
-    exact_equivalent += sliding
-    spec = first.spec
-    numbers = 2 * stored * spec.head_dim
+    sliding = 0 if session.companions is None else session.companions.nbytes
+    first = session.stores[session.first].spec
     return Report(
-        recipe=str(cache.recipe),
-        tokens=cache.state.logical[cache.state.first] * first.batch,
+        recipe=recipe,
+        tokens=session.length * session.batch,
         exact=kinds["exact"],
         codes=kinds["codes"],
         scales=kinds["scales"],
         other=kinds["other"],
-        statistics=statistics,
+        learned=session.learned_bytes,
+        statistics=session.statistics_bytes,
         slack=slack,
         free=free,
         forks=forks,
         sliding=sliding,
-        tables=tables,
-        exact_equivalent=exact_equivalent,
+        tables=session.table_bytes,
+        graph=graph,
+        process=shared.nbytes(),
+        exact_equivalent=exact_equivalent + sliding,
         kept_tokens=stored / seen if seen else 1.0,
-        bits=8 * sum(kinds.values()) / numbers if numbers else 8.0 * spec.dtype.itemsize,
+        bits=8 * sum(kinds.values()) / numbers if numbers else 8.0 * first.dtype.itemsize,
     )

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 
 from fivefold.attention.fused import attend_fused, attend_picked_fused
 from fivefold.attention.merge import MASKED, attend, merge
 from fivefold.kernels.choice import takes_cpp
-from fivefold.store.layer_cache import Cohort, LayerCache
+from fivefold.store.codec import Codec
+from fivefold.store.group import KV, RowGroup
+from fivefold.store.layer_cache import LayerCache
 from fivefold.store.pages import Location
-from fivefold.store.tiers import PAGE, Geometry
-
-if TYPE_CHECKING:
-    from fivefold.methods.base import Codec
+from fivefold.store.rows import PAGE, Bounds
 
 # Numbers (keys times channels) of pages that are attended at a time: bounds the memory of a step, and keeps
 # it in the processor's cache.
@@ -23,47 +21,48 @@ PACKED_BLOCK = 1 << 20
 
 
 PackedBlock = tuple[int, int, Location, Location | None]
+Make = Callable[[Bounds, torch.device], torch.Tensor | None]
 Weights = list[tuple[torch.Tensor, torch.Tensor]]
 """Weights within a part of the slots, `[rows, query_heads per kv head, slots]`, and the part's log-sum-exp."""
 
 
 def attend_step(
-    layer: LayerCache, cohort: Cohort, queries: torch.Tensor, scaling: float, watch: bool = False
+    layer: LayerCache, group: RowGroup, queries: torch.Tensor, scaling: float, watch: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of the newest token of each row of a cohort.
+    """Attention of the newest token of each row of a group.
 
     queries: `[rows, query_heads per kv head, head_dim]`: the heads of a group are the rows of one product.
     Returns the same shape, and with `watch` the weights, float32 `[rows, query_heads per kv head, slots]`. By kernels
     where they run and nobody watches, else in plain PyTorch.
     """
     if not watch:
-        fused = attend_fused(layer, cohort, queries, scaling)
+        fused = attend_fused(layer, group, queries, scaling)
         if fused is not None:
             return fused, None
     watched: Weights | None = [] if watch else None
-    if not cohort.packed.shape[1]:
-        out, lse = attend_exact(layer, cohort, queries, scaling, True, watched)
+    if not group.packed.shape[1]:
+        out, lse = attend_exact(layer, group, queries, scaling, True, watched)
     else:
-        blocks = packed_blocks(layer, cohort, queries)
+        blocks = packed_blocks(layer, group, queries)
         if len(blocks) == 1 and queries.dtype is torch.float32:
-            return _attend_at_once(layer, cohort, queries * scaling, blocks[0], watch)
+            return _attend_at_once(layer, group, queries * scaling, blocks[0], watch)
         # In the order of the slots: packed ones first.
         parts = [
-            attend_packed(layer, cohort, queries, scaling, watched),
-            attend_exact(layer, cohort, queries, scaling, False, watched),
+            attend_packed(layer, group, queries, scaling, watched),
+            attend_exact(layer, group, queries, scaling, False, watched),
         ]
         out, lse = merge(parts)
     return out.to(queries.dtype), None if watched is None else _whole(watched, lse)
 
 
 def _attend_at_once(
-    layer: LayerCache, cohort: Cohort, scaled: torch.Tensor, block: PackedBlock, watch: bool
+    layer: LayerCache, group: RowGroup, scaled: torch.Tensor, block: PackedBlock, watch: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attend_step` for one block of packed pages: with one softmax over both tiers, and nothing to merge."""
-    scores, filled, codec, fields = _packed_scores(layer, cohort, scaled, block)
+    scores, filled, codec, fields = _packed_scores(layer, group, scaled, block)
     stop = scores.shape[2]
-    weights = torch.cat([scores, _exact_scores(layer, cohort, scaled)], 2).softmax(-1)
-    out = codec.output(weights[:, :, :stop], fields).add_(_exact_output(layer, cohort, weights[:, :, stop:]))
+    weights = torch.cat([scores, _exact_scores(layer, group, scaled)], 2).softmax(-1)
+    out = codec.output(weights[:, :, :stop], fields).add_(_exact_output(layer, group, weights[:, :, stop:]))
     if not watch or filled >= stop:
         return out, weights if watch else None
     return out, torch.cat([weights[:, :, :filled], weights[:, :, stop:]], 2)
@@ -76,18 +75,18 @@ def _whole(watched: Weights, lse: torch.Tensor) -> torch.Tensor:
     return torch.cat([part * (own - lse).exp()[..., None] for part, own in watched], 2)
 
 
-def pick(layer: LayerCache, cohort: Cohort, weights: torch.Tensor, top: int) -> torch.Tensor:
+def pick(layer: LayerCache, group: RowGroup, weights: torch.Tensor, top: int) -> torch.Tensor:
     """Positions of the `top` tokens that a step attended to most, the query heads of a kv head together.
 
     weights: `[rows, query_heads per kv head, slots]`. Returns int64 `[rows, top]`, or fewer if there are fewer.
     """
     slots = weights.sum(1).topk(min(top, weights.shape[2]), 1, sorted=False).indices
-    return slots if cohort.held is None else cohort.held.positions.gather(1, slots).long()
+    return slots if group.held is None else group.held.positions.gather(1, slots).long()
 
 
 def attend_picked(
     layer: LayerCache,
-    cohort: Cohort,
+    group: RowGroup,
     queries: torch.Tensor,
     scaling: float,
     positions: torch.Tensor,
@@ -97,15 +96,15 @@ def attend_picked(
 
     With a codec, the exact tier is read whole, and of the packed tier what was picked.
     """
-    slots = layer.slots_of(cohort, positions)
-    newest = cohort.geometry.length - 1
-    stop = cohort.geometry.packed_stop
+    slots = group.slots_of(positions)
+    newest = int(group.bounds.length) - 1
+    stop = int(group.bounds.packed_stop)
     there = (slots >= 0) & (slots < stop if stop else slots != newest)
     if not watch:
         picked = slots.masked_fill(~there, -1)
         if not stop:
             picked = torch.nn.functional.pad(picked, (0, 1), value=newest)
-        fused = attend_picked_fused(layer, cohort, queries, scaling, picked)
+        fused = attend_picked_fused(layer, group, queries, scaling, picked)
         if fused is not None:
             return fused, None
     if stop:
@@ -116,18 +115,18 @@ def attend_picked(
     else:
         slots = torch.cat([slots.clamp_(min=0), slots.new_full((len(slots), 1), newest)], 1)
         there = torch.nn.functional.pad(there, (0, 1), value=True)
-    keys, values = layer.tokens(cohort, slots)
+    keys, values = group.tokens(slots)
     scores = torch.bmm(queries.float() * scaling, keys.float().transpose(1, 2))
     scores += torch.where(there, 0.0, MASKED)[:, None]
     lse = softmax_(scores)
     parts = [(torch.bmm(scores, values.float()), lse)]
     watched: Weights | None = [] if watch else None
     if stop:
-        parts.append(attend_exact(layer, cohort, queries, scaling, False, watched))
+        parts.append(attend_exact(layer, group, queries, scaling, False, watched))
     out, total = merge(parts)
     if watched is None:
         return out.to(queries.dtype), None
-    weights = scores.new_zeros((*scores.shape[:2], cohort.geometry.length))
+    weights = scores.new_zeros((*scores.shape[:2], int(group.bounds.length)))
     # Slots that do not count are there twice at most, and then with a weight of 0.
     weights.scatter_add_(2, slots[:, None].expand_as(scores), scores * (lse - total).exp()[..., None])
     if watched:
@@ -137,7 +136,7 @@ def attend_picked(
 
 def attend_exact(
     layer: LayerCache,
-    cohort: Cohort,
+    group: RowGroup,
     queries: torch.Tensor,
     scaling: float,
     alone: bool = False,
@@ -147,10 +146,10 @@ def attend_exact(
 
     The weights go to `watched`, in the order of the slots.
     """
-    geometry = cohort.geometry
-    tokens = exact_tokens(geometry)
-    bias = exact_bias(geometry, queries.device)
-    blocks = layer.exact_blocks(cohort)
+    bounds = group.bounds
+    tokens = int(bounds.exact_tokens)
+    bias = _bias_of(layer, exact_bias, bounds, queries.device)
+    blocks = group.exact_blocks()
     if queries.dtype is not torch.float32:
         # The fused call accumulates in float32 whatever it is given; a plain product would round the scores.
         parts = []
@@ -158,7 +157,7 @@ def attend_exact(
             window = slice(first * PAGE, min(last * PAGE, tokens))
             if window.stop <= window.start:
                 continue  # a page that waits for its first token
-            keys, values = (layer.exact(name, location)[:, : window.stop - window.start] for name in KV)
+            keys, values = (group.read_exact(name, location)[:, : window.stop - window.start] for name in KV)
             seen = None if bias is None else bias[window].expand(queries.shape[1], -1)
             part = attend(queries[:, None], keys[:, None], values[:, None], scaling, seen)
             parts.append((part[0][:, 0], part[1][:, 0]))
@@ -166,22 +165,22 @@ def attend_exact(
                 logits = torch.bmm(queries.float() * scaling, keys.float().transpose(1, 2))
                 watched.append(((logits - parts[-1][1][..., None]).exp_(), parts[-1][1]))
         return merge(parts)
-    whole = _exact_scores(layer, cohort, queries * scaling)
+    whole = _exact_scores(layer, group, queries * scaling)
     if alone:
         whole, lse = whole.softmax(-1), whole.new_empty(0)
     else:
         lse = softmax_(whole)
     if watched is not None:
         watched.append((whole, lse))
-    return _exact_output(layer, cohort, whole), lse
+    return _exact_output(layer, group, whole), lse
 
 
-def _exact_scores(layer: LayerCache, cohort: Cohort, scaled: torch.Tensor) -> torch.Tensor:
+def _exact_scores(layer: LayerCache, group: RowGroup, scaled: torch.Tensor) -> torch.Tensor:
     """Inner products of float32 queries with the exact tier's keys: `[rows, query_heads per kv head, tokens]`."""
-    tokens, bias = exact_tokens(cohort.geometry), exact_bias(cohort.geometry, scaled.device)
+    tokens, bias = int(group.bounds.exact_tokens), _bias_of(layer, exact_bias, group.bounds, scaled.device)
     scores = [
-        torch.bmm(scaled, layer.exact("keys", location)[:, : tokens - first * PAGE].transpose(1, 2))
-        for first, _, location in layer.exact_blocks(cohort)
+        torch.bmm(scaled, group.read_exact("keys", location)[:, : tokens - first * PAGE].transpose(1, 2))
+        for first, _, location in group.exact_blocks()
     ]
     whole = scores[0] if len(scores) == 1 else torch.cat(scores, 2)
     if bias is not None:
@@ -189,18 +188,15 @@ def _exact_scores(layer: LayerCache, cohort: Cohort, scaled: torch.Tensor) -> to
     return whole
 
 
-def _exact_output(layer: LayerCache, cohort: Cohort, weights: torch.Tensor) -> torch.Tensor:
+def _exact_output(layer: LayerCache, group: RowGroup, weights: torch.Tensor) -> torch.Tensor:
     """The exact tier's values, weighted."""
-    tokens, out = exact_tokens(cohort.geometry), None
-    for first, _, location in layer.exact_blocks(cohort):
-        values = layer.exact("values", location)[:, : tokens - first * PAGE]
+    tokens, out = int(group.bounds.exact_tokens), None
+    for first, _, location in group.exact_blocks():
+        values = group.read_exact("values", location)[:, : tokens - first * PAGE]
         part = weights[:, :, first * PAGE : first * PAGE + values.shape[1]]
         out = torch.bmm(part, values) if out is None else out.baddbmm_(part, values)
     assert out is not None
     return out
-
-
-KV = ("keys", "values")
 
 
 def softmax_(scores: torch.Tensor) -> torch.Tensor:
@@ -212,13 +208,13 @@ def softmax_(scores: torch.Tensor) -> torch.Tensor:
 
 
 def attend_packed(
-    layer: LayerCache, cohort: Cohort, queries: torch.Tensor, scaling: float, watched: Weights | None = None
+    layer: LayerCache, group: RowGroup, queries: torch.Tensor, scaling: float, watched: Weights | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(output, log-sum-exp) over the packed tier, page block by page block; the weights go to `watched`."""
     scaled = queries.float() * scaling
     merged = None
-    for block in packed_blocks(layer, cohort, queries):
-        scores, filled, codec, fields = _packed_scores(layer, cohort, scaled, block)
+    for block in packed_blocks(layer, group, queries):
+        scores, filled, codec, fields = _packed_scores(layer, group, scaled, block)
         lse = softmax_(scores)
         part = (codec.output(scores, fields), lse)
         if watched is not None:
@@ -228,61 +224,55 @@ def attend_packed(
     return merged
 
 
-def packed_blocks(layer: LayerCache, cohort: Cohort, queries: torch.Tensor) -> list[PackedBlock]:
+def packed_blocks(layer: LayerCache, group: RowGroup, queries: torch.Tensor) -> list[PackedBlock]:
     """The packed tier in pieces; longer ones where compiled kernels make nothing of the size of keys."""
     assert layer.codec is not None
     at_once = 64 if layer.codec.compiled and takes_cpp(queries) else 1
-    return layer.packed_blocks(cohort, PACKED_BLOCK * at_once)
+    return group.packed_blocks(PACKED_BLOCK * at_once)
 
 
 def _packed_scores(
-    layer: LayerCache, cohort: Cohort, scaled: torch.Tensor, block: PackedBlock
+    layer: LayerCache, group: RowGroup, scaled: torch.Tensor, block: PackedBlock
 ) -> tuple[torch.Tensor, int, Codec, dict[str, torch.Tensor]]:
     """Inner products of float32 queries with a block's keys, `MASKED` where there are none, how many slots are filled,
     and by what codec and from what fields."""
     assert layer.packing is not None
-    geometry, page = cohort.geometry, layer.packing.page
+    bounds, page = group.bounds, layer.packing.page
     first, last, location, own = block
-    fields, codec = layer.packed(location, own), layer.codec_of(cohort, first, last)
+    fields, codec = group.read_packed(location, own), group.codec(first, last)
     scores = codec.scores(scaled, fields)
-    bias = packed_bias(geometry, scaled.device)
+    bias = _bias_of(layer, packed_bias, bounds, scaled.device)
     if bias is not None:
         scores += bias[first * page : last * page]
-    filled = geometry.packed_stop - geometry.packed_base - first * page
+    filled = int(bounds.packed_tokens) - first * page
     if filled < scores.shape[2]:
         scores[:, :, filled:] = MASKED
     return scores, filled, codec, fields
 
 
-def exact_tokens(geometry: Geometry) -> int:
-    """Filled slots of the exact tier; they are the first ones of its columns."""
-    window = max(0, geometry.length - geometry.exact_base)
-    return min(geometry.length, geometry.extent.pinned * PAGE) + window
+def _bias_of(layer: LayerCache, make: Make, bounds: Bounds, device: torch.device) -> torch.Tensor | None:
+    """The same for all layers of a step."""
+    if bounds.length <= bounds.recent:
+        return None
+    return layer.memo.get((make, bounds), lambda: make(bounds, device))
 
 
-@lru_cache(maxsize=16)
-def exact_bias(geometry: Geometry, device: torch.device) -> torch.Tensor | None:
+def exact_bias(bounds: Bounds, device: torch.device) -> torch.Tensor | None:
     """0 where the newest token sees a slot of the exact tier, else `MASKED`: `[tokens]`; None is all 0."""
-    recent = geometry.extent.recent
-    if recent is None or geometry.length <= recent:
+    if bounds.length <= bounds.recent:
         return None
-    pinned = min(geometry.length, geometry.extent.pinned * PAGE)
-    # While the pinned pages are not yet full, the window begins behind the newest token.
-    window = torch.arange(geometry.exact_base, max(geometry.exact_base, geometry.length))
-    positions = torch.cat([torch.arange(pinned), window])
-    return _bias(positions, geometry).to(device)
+    positions = bounds.exact_positions(int(bounds.exact_pages))[: int(bounds.exact_tokens)]
+    return _bias(torch.from_numpy(positions), bounds).to(device)
 
 
-@lru_cache(maxsize=16)
-def packed_bias(geometry: Geometry, device: torch.device) -> torch.Tensor | None:
+def packed_bias(bounds: Bounds, device: torch.device) -> torch.Tensor | None:
     """The same for the slots of the packed tier, those behind `packed_stop` included (they count as seen)."""
-    recent = geometry.extent.recent
-    if recent is None or geometry.length - recent <= geometry.packed_base:
+    if bounds.length - bounds.recent <= bounds.packed_base:
         return None
-    return _bias(torch.arange(geometry.packed_base, geometry.length + PAGE * 32), geometry).to(device)
+    return _bias(torch.arange(int(bounds.packed_base), int(bounds.length) + PAGE * 32), bounds).to(device)
 
 
-def _bias(positions: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-    assert geometry.extent.recent is not None
-    seen = (positions < geometry.extent.sink) | (positions >= geometry.length - geometry.extent.recent)
+def _bias(positions: torch.Tensor, bounds: Bounds) -> torch.Tensor:
+    seen = (positions < bounds.sink) | (positions >= bounds.length - bounds.recent)
+    seen |= (positions < bounds.late_sink) & (positions >= bounds.length - bounds.late_recent)
     return torch.where(seen, 0.0, MASKED)

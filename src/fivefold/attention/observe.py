@@ -11,7 +11,8 @@ import torch
 
 from fivefold.attention.prefill import attend_chunk
 from fivefold.kernels.received import has_kernel, received
-from fivefold.store.layer_cache import Cohort, LayerCache
+from fivefold.store.group import RowGroup
+from fivefold.store.layer_cache import LayerCache
 
 # Weights that are made at a time: enough rows for an efficient product, few enough to stay near the processor.
 BLOCK = 3 << 19
@@ -19,7 +20,7 @@ BLOCK = 3 << 19
 
 def attend_observed(
     layer: LayerCache,
-    cohort: Cohort,
+    group: RowGroup,
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -30,28 +31,28 @@ def attend_observed(
     The latter is float32 `[rows, slots]`, the chunk's own slots last; None if the policy wants to know nothing.
     """
     policy, chunk = layer.policy, keys.shape[1]
-    assert policy is not None and cohort.held is not None
+    assert policy is not None and group.held is not None
     first = 0 if policy.observes is None else max(0, chunk - policy.observes)
     if not policy.chooses or first == chunk:
-        return attend_chunk(layer, cohort, queries, keys, values, scaling)[0], None
+        return attend_chunk(layer, group, queries, keys, values, scaling)[0], None
     if first == 0 and policy.sums and has_kernel(keys):
-        out, lse = attend_chunk(layer, cohort, queries, keys, values, scaling)
-        return out, received(queries, _all(layer, cohort, 0, keys), lse, scaling)
+        out, lse = attend_chunk(layer, group, queries, keys, values, scaling)
+        return out, received(queries, _all(group, 0, keys), lse, scaling)
     if first == 0:
         out = torch.empty_like(queries)
-        return out, _weigh(layer, cohort, queries, keys, values, scaling, 0, out)
-    out, _ = attend_chunk(layer, cohort, queries, keys, values, scaling)
-    return out, _weigh(layer, cohort, queries, keys, values, scaling, first, None)
+        return out, _weigh(layer, group, queries, keys, values, scaling, 0, out)
+    out, _ = attend_chunk(layer, group, queries, keys, values, scaling)
+    return out, _weigh(layer, group, queries, keys, values, scaling, first, None)
 
 
-def _all(layer: LayerCache, cohort: Cohort, which: int, new: torch.Tensor) -> torch.Tensor:
+def _all(group: RowGroup, which: int, new: torch.Tensor) -> torch.Tensor:
     """The keys (0) or values (1) that are stored, and the chunk's: `[rows, slots, head_dim]`."""
-    return torch.cat([layer.dense_part(cohort, which), new], 1) if cohort.geometry.length else new
+    return torch.cat([group.dense_part(which), new], 1) if group.bounds.length else new
 
 
 def _weigh(
     layer: LayerCache,
-    cohort: Cohort,
+    group: RowGroup,
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -60,30 +61,30 @@ def _weigh(
     out: torch.Tensor | None,
 ) -> torch.Tensor:
     """What the policy makes of the attention of the queries from `first` on; their outputs go to `out`."""
-    policy, held = layer.policy, cohort.held
+    policy, held = layer.policy, group.held
     assert policy is not None and held is not None
-    rows, group, chunk, dim = queries.shape
+    rows, heads, chunk, dim = queries.shape
     stored = held.slots
-    keys = _all(layer, cohort, 0, keys)
-    values = values if out is None else _all(layer, cohort, 1, values)
+    keys = _all(group, 0, keys)
+    values = values if out is None else _all(group, 1, values)
     total = stored + chunk
     observed = keys.new_zeros((rows, total), dtype=torch.float32)
-    step = min(chunk - first, max(8, BLOCK // (group * total)))
-    buffers = torch.empty((2, group * step * total), device=keys.device)
+    step = min(chunk - first, max(8, BLOCK // (heads * total)))
+    buffers = torch.empty((2, heads * step * total), device=keys.device)
     later = torch.full((step, step), float("-inf"), device=keys.device).triu_(1)
     for row in range(rows):
-        mine = held.pick(torch.tensor([row], device=keys.device), held.places[row : row + 1])
+        mine = held.rows_at(torch.tensor([row], device=keys.device), held.places[row : row + 1])
         row_keys, row_values = keys[row].float(), None if out is None else values[row].float()
         for begin in range(first, chunk, step):
             end = min(begin + step, chunk)
             size, seen = end - begin, stored + end
-            shape = (group * size, seen)
-            scores, weights = (b[: group * size * seen].view(shape) for b in buffers)
+            shape = (heads * size, seen)
+            scores, weights = (b[: heads * size * seen].view(shape) for b in buffers)
             block = queries[row, :, begin:end].float() * scaling
             torch.mm(block.reshape(-1, dim), row_keys[:seen].T, out=scores)
-            scores.view(group, size, seen)[..., stored + begin :].add_(later[:size, :size])
+            scores.view(heads, size, seen)[..., stored + begin :].add_(later[:size, :size])
             torch.softmax(scores, -1, out=weights)
             if out is not None and row_values is not None:
-                out[row, :, begin:end] = torch.mm(weights, row_values[:seen]).view(group, size, dim)
-            observed[row, :seen] += policy.observe(weights.view(1, group, size, seen), mine, held.seen + begin)[0]
+                out[row, :, begin:end] = torch.mm(weights, row_values[:seen]).view(heads, size, dim)
+            observed[row, :seen] += policy.observe(weights.view(1, heads, size, seen), mine, held.seen + begin)[0]
     return observed

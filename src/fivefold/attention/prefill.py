@@ -11,11 +11,11 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from fivefold.attention.decode import KV, exact_tokens
 from fivefold.attention.fused import unpack_fused
 from fivefold.attention.merge import MASKED, attend, attend_window, merge, takes_windows
-from fivefold.store.layer_cache import Cohort, LayerCache
-from fivefold.store.tiers import PAGE, Extent
+from fivefold.store.group import KV, RowGroup
+from fivefold.store.layer_cache import LayerCache
+from fivefold.store.rows import PAGE, Extent
 
 QUERY_BLOCK = 512
 # Tokens of the packed tier that are decoded at a time; on a GPU as many as make so many numbers.
@@ -25,7 +25,7 @@ KEY_NUMBERS = 1 << 25
 
 def attend_chunk(
     layer: LayerCache,
-    cohort: Cohort,
+    group: RowGroup,
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -36,15 +36,14 @@ def attend_chunk(
     queries: `[rows, query_heads per kv head, tokens, head_dim]`; keys, values: `[rows, tokens, head_dim]`.
     Returns the output, shape and dtype of the queries, and its log-sum-exp, float32 `[rows, heads, tokens]`.
     """
-    extent = cohort.geometry.extent
-    chunk = keys.shape[1]
-    if extent.recent is None or (cohort.geometry.length == 0 and chunk <= extent.recent):
+    extent, chunk = group.bounds.extent, keys.shape[1]
+    if extent.recent is None or (group.bounds.length == 0 and chunk <= extent.recent):
         own = attend(queries, _spread(keys, queries), _spread(values, queries), scaling, causal=True)
     else:
-        start = cohort.geometry.length
+        start = int(group.bounds.length)
         own = _windowed(extent, start, queries, keys, values, np.arange(start, start + chunk), scaling)
-    if cohort.geometry.length:
-        for part in _stored(layer, cohort, queries, scaling):
+    if group.bounds.length:
+        for part in _stored(layer, group, queries, scaling):
             own = merge([own, part])
     return own[0].to(queries.dtype), own[1]
 
@@ -66,9 +65,9 @@ def _windowed(
     """Queries at positions from `start` on over keys at ascending `positions`, under a window: each block of queries
     against what any of them sees."""
     assert extent.recent is not None
-    pinned = int(np.searchsorted(positions, extent.sink))
+    pinned = int(np.searchsorted(positions, max(extent.sink, extent.late_sink)))
     run = positions[pinned:]
-    if takes_windows(queries) and (not len(run) or run[-1] - run[0] == len(run) - 1):
+    if takes_windows(queries) and not extent.late_sink and (not len(run) or run[-1] - run[0] == len(run) - 1):
         return _windowed_run(extent, start, queries, keys, values, positions, pinned, scaling)
     where = torch.from_numpy(positions).to(keys.device)
     outs, lses = [], []
@@ -87,7 +86,8 @@ def _windowed(
             for x in (keys, values)
         ]
         bias = None
-        if positions[stop - 1] > low or (begin < stop and positions[begin] <= high - extent.recent):
+        late = extent.late_sink and high >= extent.late_recent
+        if late or positions[stop - 1] > low or (begin < stop and positions[begin] <= high - extent.recent):
             at = torch.cat([where[:sinks], where[begin:stop]])
             bias = _window_bias(extent, torch.arange(low, high + 1, device=at.device), at)
         out, lse = attend(block, _spread(seen[0], block), _spread(seen[1], block), scaling, bias)
@@ -140,43 +140,43 @@ def _window_bias(extent: Extent, queries: torch.Tensor, keys: torch.Tensor) -> t
     q, k = queries[:, None], keys[None]
     seen = k <= q
     if extent.recent is not None:
-        seen &= (k < extent.sink) | (k > q - extent.recent)
+        seen &= (k < extent.sink) | (k > q - extent.recent) | ((k < extent.late_sink) & (k > q - extent.late_recent))
     return torch.where(seen, 0.0, MASKED)
 
 
 def _stored(
-    layer: LayerCache, cohort: Cohort, queries: torch.Tensor, scaling: float
+    layer: LayerCache, group: RowGroup, queries: torch.Tensor, scaling: float
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The chunk over each tier, block by block: parts to be merged."""
-    geometry = cohort.geometry
+    bounds, extent = group.bounds, group.bounds.extent
     rows, heads, chunk, dim = queries.shape
 
     def over(keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        if geometry.extent.recent is None:
+        if extent.recent is None:
             # Every query sees every stored key: the group's heads and the chunk are rows of one product.
             flat = queries.reshape(rows, 1, heads * chunk, dim)
             out, lse = attend(flat, keys[:, None], values[:, None], scaling)
             return out.view(queries.shape), lse.view(rows, heads, chunk)
-        return _windowed(geometry.extent, geometry.length, queries, keys, values, positions, scaling)
+        return _windowed(extent, int(bounds.length), queries, keys, values, positions, scaling)
 
-    tokens = exact_tokens(geometry)
-    positions = layer.exact_positions(geometry)[:tokens]
-    for first, last, location in layer.exact_blocks(cohort):
+    tokens = int(bounds.exact_tokens)
+    positions = bounds.exact_positions(int(bounds.exact_pages))[:tokens]
+    for first, last, location in group.exact_blocks():
         window = slice(first * PAGE, min(last * PAGE, tokens))
-        keys, values = (layer.exact(name, location)[:, : window.stop - window.start] for name in KV)
+        keys, values = (group.read_exact(name, location)[:, : window.stop - window.start] for name in KV)
         yield over(keys, values, positions[window])
-    if cohort.packed.shape[1]:
+    if group.packed.shape[1]:
         assert layer.codec is not None and layer.packing is not None
         page = layer.packing.page
         step = max(1, (KEY_NUMBERS // (rows * dim) if queries.is_cuda else KEY_BLOCK) // page)
-        for first in range(0, cohort.packed.shape[1], step):
-            last = min(first + step, cohort.packed.shape[1])
-            begin = geometry.packed_base + first * page
-            stop = min(geometry.packed_stop, geometry.packed_base + last * page)
-            pair = unpack_fused(layer, cohort, first, last, queries.dtype)
+        for first in range(0, group.packed.shape[1], step):
+            last = min(first + step, group.packed.shape[1])
+            begin = int(bounds.packed_base) + first * page
+            stop = min(int(bounds.packed_stop), int(bounds.packed_base) + last * page)
+            pair = unpack_fused(layer, group, first, last, queries.dtype)
             if pair is None:
-                fields = {name: x.flatten(0, 1) for name, x in layer.packed_fields(cohort, first, last).items()}
-                keys, values = layer.codec_of(cohort, first, last).decode(fields)
+                fields = {name: x.flatten(0, 1) for name, x in group.packed_fields(first, last).items()}
+                keys, values = group.codec(first, last).decode(fields)
                 pair = (keys.to(queries.dtype).reshape(rows, -1, dim), values.to(queries.dtype).reshape(rows, -1, dim))
             keys, values = (x[:, : stop - begin] for x in pair)
             yield over(keys, values, np.arange(begin, stop))

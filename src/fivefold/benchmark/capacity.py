@@ -7,6 +7,7 @@ all of its memory but `MARGIN` is used; on a CPU as much as is given.
 from __future__ import annotations
 
 import gc
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,10 +86,8 @@ def longest_context(
     device, config = model.device, model.config
     with torch.inference_mode():
         cache = fivefold.compress(model, decode.for_random_weights(recipe, config), cuda_graph=device.type == "cuda")
-        pools, stores = cache.state.pools, cache.state.stores
+        pools = cache.session.pools
         start = room(device, limit)
-        for store in stores.values():
-            store.start(1)
 
         def left() -> int:
             if device.type != "cuda":
@@ -102,9 +101,7 @@ def longest_context(
         step = min(step, max(1024, start >> 18)) // 1024 * 1024
         while goal is None or tokens < goal:
             new = step if goal is None else min(step, goal - tokens)
-            for index, store in stores.items():
-                fill(store, new, piece=PIECE)
-                cache.state.logical[index] += new
+            cache.session.put(1, new, partial(fill, context=new, piece=PIECE))
             tokens += new
             now = left()
             if now < 1.25 * (before - now):

@@ -11,15 +11,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 
 import fivefold
-import fivefold.models.huggingface
 from fivefold.benchmark.kernels import fill
 from fivefold.methods.heads.duo_attention import DuoAttention
+from fivefold.models.cache import FivefoldCache
 from fivefold.recipe import Recipe
 
 BASELINE = "DynamicCache"
@@ -119,15 +120,12 @@ def filled(model: Any, name: str | Recipe, context: int, batch: int, graph: bool
         return static
     recipe = Recipe.parse(name) if isinstance(name, str) else name
     cache = fivefold.compress(model, for_random_weights(recipe, config), cuda_graph=graph)
-    for index, store in cache.state.stores.items():
-        store.start(batch)
-        fill(store, context, piece=1 << 25)
-        cache.state.logical[index] += context
+    cache.session.put(batch, context, partial(fill, context=context, piece=1 << 25))
     return cache
 
 
 def held_bytes(cache: Any) -> int:
-    if isinstance(cache, fivefold.models.huggingface.FivefoldCache):
+    if isinstance(cache, FivefoldCache):
         return cache.report().total
     return sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
 

@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fivefold.attention import attend_picked, attend_step
-from fivefold.attention.decode import exact_tokens
-from fivefold.attention.fixed import FixedTables
-from fivefold.attention.fused import kernels, why_not
+from fivefold.attention.fused import why_not
+from fivefold.attention.tables import kernels, tables_of
 from fivefold.benchmark.machine import median_ms
 from fivefold.kernels.choice import choose
 from fivefold.kernels.pack import pack_pages
 from fivefold.kernels.packed_decode import Form
 from fivefold.recipe import Recipe
-from fivefold.store.layer_cache import LayerCache, LayerSpec, Pools
+from fivefold.store.layer_cache import LayerCache
+from fivefold.store.spec import LayerSpec, Pools
 
 RECIPES = (
     "full()", "kivi(bits=8)", "kivi(bits=4, group=128)", "kivi(bits=4)", "kivi(bits=3)", "kivi(bits=2, group=128)",
@@ -54,12 +54,12 @@ def measure(device: torch.device, context: int, batch: int, recipes: list[str]) 
         yield row(name, "torch", ms, nbytes, best)
     for recipe in recipes:
         layer = filled(Recipe.parse(recipe), device, context, batch, dtype)
-        (cohort,) = layer.cohorts
-        read = rows * exact_tokens(cohort.geometry) * 2 * HEAD_DIM * dtype.itemsize
-        if layer.packed_pool is not None:
-            read += cohort.packed.size * layer.packed_pool.layout.nbytes
+        (group,) = layer.groups
+        read = rows * int(group.bounds.exact_tokens) * 2 * HEAD_DIM * dtype.itemsize
+        if layer.packed_pools:
+            read += group.packed.size * layer.packed_pools[0].layout.nbytes
         path = _path(layer, device)
-        ms = median_ms(partial(attend_step, layer, cohort, queries, HEAD_DIM**-0.5), device)
+        ms = median_ms(partial(attend_step, layer, group, queries, HEAD_DIM**-0.5), device)
         yield row(recipe, path, ms, read, best)
         layer.free()
         if layer.codec is not None and layer.codec.form is not None:
@@ -67,7 +67,7 @@ def measure(device: torch.device, context: int, batch: int, recipes: list[str]) 
             path = "triton" if choose(device).triton else "reference"
             yield {**row(f"pack {recipe}", path, ms, moved, best), "gain": None}
 
-    if not why_not(layer, device, GROUP):
+    if choose(device).triton and not why_not(layer, device, GROUP):
         for name, nbytes, call in (
             _streaming(device, context, batch, queries),
             _picked(device, context, batch, queries, "full()"),
@@ -79,9 +79,11 @@ def measure(device: torch.device, context: int, batch: int, recipes: list[str]) 
 
 def _path(layer: LayerCache, device: torch.device) -> str:
     form = None if layer.codec is None else layer.codec.form
+    if choose(device).path == "cpp":
+        return "cpp"
     if why_not(layer, device, GROUP):
-        return "cpp" if form is not None and choose(device).path == "cpp" else "reference"
-    return "cuda" if form is not None and kernels().by_cuda(form, GROUP, device) else "triton"
+        return "reference"
+    return "cuda" if form is not None and kernels(device).by_cuda(form, GROUP, device) else "triton"
 
 
 def _streaming(device: torch.device, context: int, batch: int, queries: torch.Tensor) -> tuple[str, int, Call]:
@@ -89,11 +91,11 @@ def _streaming(device: torch.device, context: int, batch: int, queries: torch.Te
     token is stored by it too."""
     text = f"duo(retrieval={[[0, head] for head in range(KV_HEADS // 2)]})"
     layer = filled(Recipe.parse(text), device, context, batch, queries.dtype)
-    tables = FixedTables({0: layer})
+    tables = tables_of(layer.bank)
     tables.update()
     newest = torch.randn(2, len(queries), HEAD_DIM, device=device, dtype=queries.dtype)
-    tokens = sum(exact_tokens(cohort.geometry) * len(cohort.rows) for cohort in layer.cohorts)
-    call = partial(tables.attend, 0, queries, newest[0], newest[1], HEAD_DIM**-0.5)
+    tokens = int(layer.bounds.exact_tokens.sum())
+    call = partial(tables.attend, layer, queries, newest[0], newest[1], HEAD_DIM**-0.5)
     return "duo, 1/2 of the heads", tokens * 2 * HEAD_DIM * queries.dtype.itemsize, call
 
 
@@ -102,16 +104,16 @@ def _picked(
 ) -> tuple[str, int, Call]:
     """A step of a layer that reads the tokens that another one picked, all exact or, beside the exact tier, packed."""
     layer = filled(Recipe.parse(recipe), device, context, batch, queries.dtype)
-    (cohort,) = layer.cohorts
-    top = min(TOP, cohort.geometry.packed_stop or context)
+    (group,) = layer.groups
+    top = min(TOP, int(group.bounds.packed_stop) or context)
     positions = torch.stack([torch.randperm(context, device=device)[:top] for _ in range(len(queries))])
-    call = partial(attend_picked, layer, cohort, queries, HEAD_DIM**-0.5, positions)
+    call = partial(attend_picked, layer, group, queries, HEAD_DIM**-0.5, positions)
     exact = 2 * HEAD_DIM * queries.dtype.itemsize
     read = (top + 1) * exact
     if layer.codec is not None and layer.codec.form is not None:
         # Whole words, and the scales of all channels.
         form = layer.codec.form
-        read = top * (8 * HEAD_DIM + 4 * HEAD_DIM // form.channels) + exact_tokens(cohort.geometry) * exact
+        read = top * (8 * HEAD_DIM + 4 * HEAD_DIM // form.channels) + int(group.bounds.exact_tokens) * exact
     name = f"tidal, {top} tokens picked"
     return name if recipe == "full()" else f"{name} of {recipe}", len(queries) * read, call
 
@@ -149,7 +151,7 @@ def filled(recipe: Recipe, device: torch.device, context: int, batch: int, dtype
     layer.start(batch)
     scale = torch.where(torch.rand(HEAD_DIM, device=device) < 0.05, 20.0, 1.0).to(dtype)
     fill(layer, context, scale)
-    if not exact_tokens(layer.cohorts[0].geometry):
+    if not layer.bounds.exact_tokens.all():
         fill(layer, 1)  # a step's newest token is exact
     return layer
 
@@ -160,7 +162,7 @@ def fill(layer: LayerCache, context: int, scale: torch.Tensor | float = 1.0, pie
     step = max(1024, piece // (layer.batch * spec.kv_heads * spec.head_dim) // 1024 * 1024)
     for first in range(0, context, step):
         tokens = min(step, context - first)
-        for cohort in layer.cohorts:
-            shape = (len(cohort.rows), tokens, spec.head_dim)
+        for group in layer.groups:
+            shape = (len(group.rows), tokens, spec.head_dim)
             keys, values = (torch.randn(shape, device=spec.device, dtype=spec.dtype) for _ in range(2))
-            layer.append(cohort, keys * scale, values)
+            layer.append(group, keys * scale, values)

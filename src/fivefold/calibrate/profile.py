@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, field
-from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from fivefold.errors import ProfileError
+from fivefold.kernels.shared import shared
 
 FORMAT = 2
 # What in a configuration shapes keys and values; the rest changes with transformers' version and with where it lies.
@@ -124,7 +124,7 @@ def read_profile(folder: Path, where: str) -> Profile:
     return _read(folder, where, tuple(stamps))
 
 
-@lru_cache(maxsize=8)  # every layer of a model asks for it
+@shared(8)  # every layer of a model asks for it
 def _read(folder: Path, where: str, stamps: tuple[int, ...]) -> Profile:
     try:
         text = json.loads((folder / "profile.json").read_text(encoding="utf-8"))

@@ -133,7 +133,7 @@ def calibrate(
 
     parsed = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe)
     method = learning(parsed)
-    specs = [store.spec for store in make_cache(model, Recipe()).state.stores.values()]
+    specs = [store.spec for store in make_cache(model, Recipe()).session.stores.values()]
     learner = method.learner(specs)
     texts = default_texts() if texts is None else texts
     config: Any = model.config

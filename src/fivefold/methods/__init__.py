@@ -14,7 +14,9 @@ from importlib.metadata import entry_points
 from typing import TypeVar
 
 from fivefold.errors import RecipeError
-from fivefold.methods.base import FLOAT16_MAX, SLOTS, Codec, Method, ReadPolicy, Slot, TokenPolicy, check_finite, param
+from fivefold.methods.method import SLOTS, Method, ReadPolicy, Slot, param
+from fivefold.methods.policy import TokenPolicy
+from fivefold.store.codec import FLOAT16_MAX, Codec, check_finite
 
 __all__ = [
     "FLOAT16_MAX",

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fivefold.methods.base import Codec
+from fivefold.methods.method import Codec
 from fivefold.store import Context, Rope
 
 # Numbers of keys that are made again at a time: bounds the memory of a step.

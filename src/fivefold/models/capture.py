@@ -17,7 +17,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from fivefold.calibrate.learner import OBSERVED, Capture
-from fivefold.models.huggingface import _mask, _stock_attention, attention_modules
+from fivefold.models.attention import mask, stock_attention
+from fivefold.models.specs import attention_modules
 
 _NAME = "fivefold_capture"
 _SEEN = "fivefold_seen"
@@ -52,7 +53,7 @@ def capturing(
     What is captured has the shapes of `fivefold.calibrate.learner.Capture`. The model is as it was afterwards.
     """
     AttentionInterface.register(_NAME, _attention)
-    AttentionMaskInterface.register(_NAME, _mask)
+    AttentionMaskInterface.register(_NAME, mask)
     signatures = {index: inspect.signature(module.forward) for index, module in attention_modules(model).items()}
 
     def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -108,4 +109,4 @@ def _attention(
     take = kwargs.pop(_SEEN, None)
     if take is not None:
         take(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
-    return _stock_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    return stock_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)

@@ -2,7 +2,9 @@
 
 from fivefold.store.context import Context, Rope
 from fivefold.store.held import Held
-from fivefold.store.layer_cache import Extent, LayerCache, LayerSpec
+from fivefold.store.layer_cache import LayerCache
 from fivefold.store.pages import Budget, Field, PageLayout, PagePool
+from fivefold.store.rows import Extent
+from fivefold.store.spec import LayerSpec
 
 __all__ = ["Budget", "Context", "Extent", "Field", "Held", "LayerCache", "LayerSpec", "PageLayout", "PagePool", "Rope"]

@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from typing import Any
 
 import torch
+
+from fivefold.kernels.shared import table
+
+KEPT = 8
+"""What is kept of a kind: what the blocks of a step need."""
+
+
+class Memo:
+    """Small tensors that all layers of a cache ask for in a step. The latest are kept; they go with the cache."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, Any] = {}
+
+    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What was made under this key, or makes it: a tensor, a tuple of them, or None."""
+        if key in self._made:
+            return self._made[key]
+        made = self._made[key] = make()
+        while len(self._made) > KEPT:
+            del self._made[next(iter(self._made))]
+        return made
+
+    @property
+    def nbytes(self) -> int:
+        parts = [x for made in self._made.values() for x in (made if isinstance(made, tuple) else (made,))]
+        return sum(x.nbytes for x in parts if isinstance(x, torch.Tensor))
 
 
 @dataclass(frozen=True)
@@ -24,6 +51,10 @@ class Context:
     together: int
     positions: torch.Tensor
     learned: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def again(self, owner: Rope, what: object, make: Callable[[], Any]) -> Any:
+        """What is worked out from positions that all rows share, once for all layers of a step."""
+        return make() if self.positions.shape[0] > 1 else owner.made.again((what, self.positions), KEPT, make)
 
     @property
     def rows(self) -> int:
@@ -44,10 +75,17 @@ class Context:
         return x.transpose(1, 2).reshape(-1, tokens, x.shape[-1])
 
 
-@lru_cache(maxsize=64)
+_running = table()
+
+
 def running(start: int, stop: int, device: torch.device) -> torch.Tensor:
-    """The positions start..stop: int64 `[1, tokens]`. The same tensor for the same numbers, for a while."""
-    return torch.arange(start, stop, device=device)[None]
+    """The positions start..stop: int64 `[1, tokens]`; the same tensor for the same numbers, for a while."""
+    return _running.again((start, stop, device), KEPT, lambda: torch.arange(start, stop, device=device)[None])
+
+
+def forget() -> None:
+    """Let go of positions."""
+    _running.clear()
 
 
 class Rope:
@@ -66,11 +104,13 @@ class Rope:
         turned = torch.arange(2 * self.pairs).view(2, -1).T.reshape(-1)
         self.order = torch.cat([turned, torch.arange(2 * self.pairs, head_dim)])
         self.back = self.order.argsort()
+        self.made = table()
+        """For positions: shared by all layers and caches of a model."""
 
     def phases(self, positions: torch.Tensor) -> torch.Tensor:
         """`exp(i * position * inv_freq)`: complex64 `[*positions.shape, pairs]`."""
-        # Positions that all rows share come again for every layer.
-        return _phases_again(self, positions) if positions.shape[0] == 1 else _phases(self, positions)
+        angles = positions[..., None].double() * self.inv_freq.to(positions.device)
+        return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
     def phases_of(self, context: Context) -> torch.Tensor:
         """The same for what `Context.join` makes: complex64 `[groups or 1, tokens, 1, pairs]`."""
@@ -80,10 +120,13 @@ class Rope:
     def waves_of(self, context: Context, pages: int, planes: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine for `turn_columns`, from the positions of so many pages whose tokens stand plane by plane:
         float32 `[groups or 1, 1, pairs, planes, pages, tokens of a plane]` each."""
-        positions = context.positions
-        if len(positions) == 1:
-            return _waves_again(self, positions, pages, planes)
-        return _waves(self, positions[:: context.together], pages, planes)
+
+        def make() -> tuple[torch.Tensor, torch.Tensor]:
+            phases = self.phases_of(context)[:, :, 0].transpose(1, 2)[:, None]
+            phases = phases.unflatten(3, (pages, planes, -1)).transpose(3, 4)
+            return phases.real.contiguous(), phases.imag.contiguous()
+
+        return context.again(self, ("waves", pages, planes), make)
 
     def pair(self, x: torch.Tensor) -> torch.Tensor:
         """Float32 x `[..., head_dim]` in the paired order."""
@@ -114,19 +157,3 @@ class Rope:
         if turned < x.shape[2]:
             out[:, :, turned:] = x[:, :, turned:]
         return out
-
-
-def _phases(rope: Rope, positions: torch.Tensor) -> torch.Tensor:
-    angles = positions[..., None].double() * rope.inv_freq.to(positions.device)
-    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
-
-
-_phases_again = lru_cache(maxsize=16)(_phases)
-
-
-def _waves(rope: Rope, positions: torch.Tensor, pages: int, planes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    phases = rope.phases(positions).transpose(1, 2)[:, None].unflatten(3, (pages, planes, -1)).transpose(3, 4)
-    return phases.real.contiguous(), phases.imag.contiguous()
-
-
-_waves_again = lru_cache(maxsize=16)(_waves)

@@ -1,7 +1,7 @@
-"""What is known about the tokens that a cohort's rows hold, where a policy chooses them one by one.
+"""What is known about the tokens that rows hold, where a policy chooses them one by one.
 
-A row's tokens stand in *slots*: the packed tier's first, then the exact tier's. Every row of a cohort fills as many,
-with tokens of its own, in any order.
+A row's tokens stand in *slots*: the packed tier's first, then the exact tier's. All rows of a
+`Held` fill as many, with tokens of their own, in any order.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Held:
-    """What a token policy knows about the rows of a cohort.
+    """What a token policy knows about rows that it chooses for together.
 
     layer: which layer of the model this is. places: int64 `[rows]`, sequence * kv_heads + kv_head of each row.
     positions: int32 `[rows, slots]`, where in the text the token of a slot stands. scores: float32 `[rows, slots]`, the
@@ -34,8 +34,6 @@ class Held:
     seen: int = 0
     share: float = 1.0
     settled: int = 0
-    before: Held | None = None
-    """As it was before the decoding step that is not settled yet."""
 
     @classmethod
     def empty(cls, layer: int, kv_heads: int, places: torch.Tensor) -> Held:
@@ -57,11 +55,13 @@ class Held:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is known about tokens; which row is which counts as a table."""
+        """Bytes of what is known."""
         # A row's last slot may just have gone: the tensors are then views of one more.
-        return sum(x.untyped_storage().nbytes() for x in (self.positions, self.scores, *self.extra.values()))
+        return sum(
+            x.untyped_storage().nbytes() for x in (self.places, self.positions, self.scores, *self.extra.values())
+        )
 
-    def pick(self, rows: torch.Tensor, places: torch.Tensor) -> Held:
+    def rows_at(self, rows: torch.Tensor, places: torch.Tensor) -> Held:
         """The rows with these indices, now at these places."""
         return replace(
             self,
@@ -69,7 +69,6 @@ class Held:
             positions=self.positions[rows],
             scores=self.scores[rows],
             extra={name: value[rows] for name, value in self.extra.items()},
-            before=None if self.before is None else self.before.pick(rows, places),
         )
 
     def arrived(self, tokens: int) -> Held:
@@ -82,11 +81,19 @@ class Held:
             seen=self.seen + tokens,
         )
 
-    def chosen(self, slots: torch.Tensor) -> Held:
+    def select(self, slots: torch.Tensor) -> Held:
         """With the tokens of these slots only, `[rows, kept]`, in that order."""
+        return replace(self, positions=self.positions.gather(1, slots), scores=self.scores.gather(1, slots))
+
+    def without_newest(self, tokens: int) -> Held:
+        """Before the last tokens came, none of which has counted for anything."""
+        if tokens >= self.seen:
+            return Held.empty(self.layer, self.kv_heads, self.places)
+        left = self.slots - tokens
         return replace(
-            self, positions=self.positions.gather(1, slots), scores=self.scores.gather(1, slots), before=None
-        )
+            self, positions=self.positions[:, :left], scores=self.scores[:, :left], seen=self.seen - tokens,
+            prompt=min(self.prompt, self.seen - tokens),
+        )  # fmt: skip
 
     def newest(self, tokens: int) -> torch.Tensor:
         """Whether the token of a slot is one of the newest `tokens` of the text: bool `[rows, slots]`."""

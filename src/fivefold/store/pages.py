@@ -11,22 +11,29 @@ Pages are reference-counted: sharing (beam search, forks, layers that share stor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 
 from fivefold.errors import CacheFullError
 
+F = TypeVar("F", bound=Callable[..., Any])
 SLAB_SHIFT = 20
 _INDEX_MASK = (1 << SLAB_SHIFT) - 1
 # For a few pages (decoding) a slab of this fraction of the pool is added: few slabs, and at most 6% unused.
 _GROWTH = 16
 # When no run of consecutive free pages is left, up to this many scattered ones are used before growing.
 _SCATTER = 64
+# More than this part (one over it) of a pool that is free is too much.
+_SHRINK = 8
+# Memory for convenience is taken while this part of the cap (one over it) stays free.
+_RESERVE = 8
 
 
 @dataclass(frozen=True)
@@ -84,28 +91,45 @@ class PageLayout:
         )
 
 
-@dataclass
 class Budget:
-    """A hard cap in bytes over every pool that was given it. `limit=None` is no cap."""
+    """A hard cap in bytes over every pool that was given it, and over what its owners charge to it besides.
 
-    limit: int | None = None
-    used: int = 0
-    pools: list[PagePool] = field(default_factory=list)
+    `limit=None` is no cap. Pools that share a budget share its lock: forks of a cache may live in several threads.
+    """
 
-    # What the step that is under way has been promised (see `reserve`).
-    reserved: int = 0
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self.used = 0
+        """Bytes of all pages that are allocated."""
+        self.charged: dict[int, int] = {}
+        """Bytes that are not pages (what policies know, a model's own sliding layers), by owner."""
+        self.pools: list[PagePool] = []
+        self.lock = threading.RLock()
 
-    def room_for(self, nbytes: int, spare: bool = False) -> int:
-        """Bytes left after taking `nbytes` (negative: too many); `spare`: and leaving what is reserved."""
+    def room_for(self, nbytes: int, share: int = 0) -> bool:
+        """Whether so many bytes more are within the cap, and the `share`-th part of it stays free."""
         if self.limit is None:
-            return 0
-        return self.limit - self.used - nbytes - (self.reserved if spare else 0)
+            return True
+        kept = self.limit // share if share else 0
+        return self.used + sum(self.charged.values()) + nbytes + kept <= self.limit
+
+    def charge(self, owner: int, nbytes: int) -> None:
+        """Count `nbytes` that are not pages for an owner, instead of what it had before. Raises `CacheFullError`."""
+        with self.lock:
+            more = nbytes - self.charged.get(owner, 0)
+            if more > 0 and not self.room_for(more):
+                self.trim()
+                if not self.room_for(more):
+                    raise self.full(more)
+            self.charged[owner] = nbytes
+            if not nbytes:
+                del self.charged[owner]
 
     def full(self, nbytes: int) -> CacheFullError:
+        taken = self.used + sum(self.charged.values())
         return CacheFullError(
-            f"the cache is full: {nbytes:,} bytes more are needed, and {self.used:,} of the cap of "
-            f"{self.limit:,} bytes are in use; nothing was stored: raise max_bytes, or use a recipe that "
-            "keeps less."
+            f"the cache is full: {nbytes:,} bytes more are needed, and {taken:,} of the cap of {self.limit:,} bytes "
+            "are in use; nothing was stored: raise max_bytes, or use a recipe that keeps less."
         )
 
     def trim(self) -> None:
@@ -113,23 +137,16 @@ class Budget:
         for pool in self.pools:
             pool.trim()
 
-    def reserve(self, pages: dict[PagePool, int]) -> None:
-        """Make sure that `pages[pool]` more pages of every pool can be had together.
 
-        Until the next call, no pool grows into these bytes for convenience. Raises `CacheFullError`.
-        """
-        if self.limit is None:
-            return
-        self.reserved = 0
+def _locked(method: F) -> F:
+    """A method of a pool that runs under the lock of its budget."""
 
-        def need() -> int:
-            return sum(max(0, count - pool.free_pages) * pool.layout.nbytes for pool, count in pages.items())
+    @functools.wraps(method)
+    def run(self: PagePool, *args: Any, **kwargs: Any) -> Any:
+        with self.budget.lock:
+            return method(self, *args, **kwargs)
 
-        if self.room_for(need()) < 0:
-            self.trim()
-            if self.room_for(need()) < 0:
-                raise self.full(need())
-        self.reserved = need()
+    return cast(F, run)
 
 
 class _Slab:
@@ -186,10 +203,10 @@ class PagePool:
         self.budget = budget if budget is not None else Budget()
         self.budget.pools.append(self)
         self._slabs: list[_Slab | None] = []
+        self._bases: dict[str, np.ndarray] = {}
+        """Where a field of each slab begins, as far as anybody has asked."""
         self.free_pages = 0
         self.total_pages = 0
-        self.trimmed = 0
-        """How often memory was given back: until it is again, a page's id stands for one address."""
 
     # -- memory -------------------------------------------------------------------------------------------
 
@@ -204,6 +221,7 @@ class PagePool:
     def _grow(self, pages: int) -> tuple[int, _Slab]:
         pages = min(pages, 1 << SLAB_SHIFT)
         slab = _Slab(self.layout, pages, self.device)
+        self._bases = {}
         self.budget.used += pages * self.layout.nbytes
         self.free_pages += pages
         self.total_pages += pages
@@ -214,21 +232,29 @@ class PagePool:
         self._slabs.append(slab)
         return len(self._slabs) - 1, slab
 
+    @_locked
     def trim(self) -> None:
         """Give wholly free slabs back to the system."""
         for number, slab in enumerate(self._slabs):
             if slab is not None and slab.free == len(slab.references):
                 self._slabs[number] = None
-                self.trimmed += 1
                 self.free_pages -= slab.free
                 self.total_pages -= slab.free
                 self.budget.used -= slab.free * self.layout.nbytes
+
+    @_locked
+    def shrink(self) -> None:
+        """Give wholly free slabs back where much is free: what is packed or evicted leaves pages of another pool."""
+        much = self.free_pages > _SCATTER and self.free_pages * _SHRINK > self.total_pages
+        if much or self.free_pages * 2 >= self.total_pages:
+            self.trim()
 
     def _live(self) -> Iterator[tuple[int, _Slab]]:
         for number, slab in enumerate(self._slabs):
             if slab is not None:
                 yield number, slab
 
+    @_locked
     def allocate(self, count: int) -> np.ndarray:
         """`count` pages with one reference each, consecutive where possible. Contents are undefined.
 
@@ -236,31 +262,25 @@ class PagePool:
         """
         if count == 0:
             return np.empty(0, dtype=np.int64)
-        for number, slab in self._live():
-            if slab.free >= count:
-                free = np.flatnonzero(slab.references == 0)
-                starts = np.flatnonzero(free[count - 1 :] - free[: len(free) - count + 1] == count - 1)
-                if len(starts):
-                    return self._take(number, slab, free[starts[0] : starts[0] + count])
+        run = self._run(count)
+        if run is not None:
+            return run
         missing = count - self.free_pages
-        if missing > 0 and self.budget.room_for(missing * self.layout.nbytes) < 0:
+        if missing > 0 and not self.budget.room_for(missing * self.layout.nbytes):
             self.budget.trim()
             missing = count - self.free_pages
-            if self.budget.room_for(missing * self.layout.nbytes) < 0:
+            if not self.budget.room_for(missing * self.layout.nbytes):
                 raise self.budget.full(missing * self.layout.nbytes)
-        # A run of its own is worth memory that nobody has announced a need for (`Budget.reserve`); else only
-        # what is missing is added and scattered pages are used.
+        # A run of its own is worth some memory, as long as the cap is far; else only what is missing is added and
+        # scattered pages are used.
         ample = count if count > _SCATTER else max(count, self.total_pages // _GROWTH)
-        if missing > 0 or count > _SCATTER:
-            for pages in (ample, count) if missing > 0 else (count,):
-                if missing == pages or self.budget.room_for(pages * self.layout.nbytes, spare=True) >= 0:
-                    number, slab = self._grow(pages)
-                    if slab.free >= count:
-                        return self._take(number, slab, np.arange(count))
-                    break
-            else:
-                if missing > 0:
-                    self._grow(missing)
+        if (missing > 0 or count > _SCATTER) and self.budget.room_for(ample * self.layout.nbytes, _RESERVE):
+            self._grow(ample)
+            run = self._run(count)
+            if run is not None:
+                return run
+        while self.free_pages < count:
+            self._grow(count - self.free_pages)
         parts = []
         for number, slab in self._live():
             take = min(count, slab.free)
@@ -269,12 +289,41 @@ class PagePool:
                 count -= take
             if count == 0:
                 break
-        while count:  # only beyond 2**SLAB_SHIFT pages at once
-            number, slab = self._grow(count)
-            take = min(count, slab.free)
-            parts.append(self._take(number, slab, np.arange(take)))
-            count -= take
         return np.concatenate(parts)
+
+    def sparse(self) -> list[int]:
+        """Slabs whose pages all fit into what is free elsewhere, the emptiest first."""
+        slabs = sorted((len(slab.references) - slab.free, slab.free, number) for number, slab in self._live())
+        room, out = self.free_pages, []
+        for used, free, number in slabs:
+            room -= free
+            if 0 < used <= room:
+                room -= used
+                out.append(number)
+            elif used:
+                break
+        return out
+
+    @_locked
+    def allocate_elsewhere(self, count: int, slabs: list[int]) -> np.ndarray:
+        """At most `count` free pages of other slabs than these; no memory is added for them."""
+        parts = [np.empty(0, dtype=np.int64)]
+        for number, slab in self._live():
+            take = 0 if number in slabs else min(count, slab.free)
+            if take:
+                parts.append(self._take(number, slab, np.flatnonzero(slab.references == 0)[:take]))
+                count -= take
+        return np.concatenate(parts)
+
+    def _run(self, count: int) -> np.ndarray | None:
+        """Consecutive free pages of one slab, if there are so many."""
+        for number, slab in self._live():
+            if slab.free >= count:
+                free = np.flatnonzero(slab.references == 0)
+                starts = np.flatnonzero(free[count - 1 :] - free[: len(free) - count + 1] == count - 1)
+                if len(starts):
+                    return self._take(number, slab, free[starts[0] : starts[0] + count])
+        return None
 
     def _take(self, number: int, slab: _Slab, index: np.ndarray) -> np.ndarray:
         slab.references[index] = 1
@@ -291,12 +340,13 @@ class PagePool:
             assert slab is not None, "page of a slab that was given back"
             yield slab, pages & _INDEX_MASK, None
             return
-        for number in np.unique(numbers):
-            slab = self._slabs[int(number)]
+        order = np.argsort(numbers, kind="stable")
+        for where in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
+            slab = self._slabs[int(numbers[where[0]])]
             assert slab is not None, "page of a slab that was given back"
-            where = np.flatnonzero(numbers == number)
             yield slab, pages[where] & _INDEX_MASK, where
 
+    @_locked
     def retain(self, pages: np.ndarray) -> None:
         """One more reference to each page (a page may stand in `pages` more than once)."""
         if pages.size:
@@ -304,6 +354,7 @@ class PagePool:
                 assert (slab.references[index] > 0).all(), "a free page cannot be shared"
                 np.add.at(slab.references, index, 1)
 
+    @_locked
     def release(self, pages: np.ndarray) -> None:
         """One reference less to each page; pages without any are free again."""
         if pages.size:
@@ -315,6 +366,7 @@ class PagePool:
                 slab.free += freed
                 self.free_pages += freed
 
+    @_locked
     def references(self, pages: np.ndarray) -> np.ndarray:
         """How many hold each page: int32, the shape of `pages`."""
         flat = pages.reshape(-1)
@@ -346,13 +398,12 @@ class PagePool:
 
     def addresses(self, name: str, pages: np.ndarray) -> np.ndarray:
         """Where field `name` of each page begins in memory, in bytes: int64, the shape of `pages`."""
-        out = np.empty(pages.size, dtype=np.int64)
-        if pages.size:
-            for slab, index, where in self._by_slab(pages.reshape(-1)):
-                field = slab.tensors[name]
-                step = field.stride(0) * field.itemsize
-                out[slice(None) if where is None else where] = field.data_ptr() + index * step
-        return out.reshape(pages.shape)
+        if name not in self._bases:
+            fields = [None if slab is None else slab.tensors[name] for slab in self._slabs]
+            self._bases[name] = np.array([0 if field is None else field.data_ptr() for field in fields], dtype=np.int64)
+        part = next(part for part in self.layout.fields if part.name == name)
+        step = self.layout.nbytes if self.layout.record else part.nbytes
+        return self._bases[name][pages >> SLAB_SHIFT] + (pages & _INDEX_MASK) * step
 
     def fetch(self, name: str, location: Location) -> torch.Tensor:
         """Field `name` of the pages at a location: `[rows, columns, *shape]`; of a regular grid a view."""
@@ -369,7 +420,7 @@ class PagePool:
         out = like.new_empty((location.shape[0] * location.shape[1], *like.shape[1:]))
         for slab, index, where in location.parts:
             assert where is not None
-            out.index_copy_(0, where, slab.tensors[name].index_select(0, index))
+            _put_at(out, where, slab.tensors[name].index_select(0, index))
         return out.unflatten(0, location.shape)
 
     def read(self, name: str, pages: np.ndarray) -> torch.Tensor:
@@ -390,7 +441,7 @@ class PagePool:
             else:
                 rows = torch.from_numpy(index).to(self.device)
                 if at is None:
-                    target.index_copy_(0, rows, part.to(target.dtype))
+                    _put_at(target, rows, part.to(target.dtype))
                 else:
                     target[rows, at] = part.to(target.dtype)
 
@@ -404,7 +455,7 @@ class PagePool:
             return parts[0][1]
         out = parts[0][1].new_empty((len(pages), *parts[0][1].shape[1:]))
         for where, part in parts:
-            out.index_copy_(0, torch.from_numpy(where).to(self.device), part)
+            _put_at(out, torch.from_numpy(where).to(self.device), part)
         return out
 
     def tail(self, location: Location) -> list[torch.Tensor]:
@@ -427,7 +478,7 @@ class PagePool:
             target = slab.tensors[name].flatten(0, 1)
             at = torch.from_numpy(index * self.layout.tokens + (slots if where is None else slots[where]))
             part = values if where is None else values[torch.from_numpy(where).to(self.device)]
-            target.index_copy_(0, at.to(self.device), part)
+            _put_at(target, at.to(self.device), part)
 
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copy whole pages."""
@@ -435,18 +486,9 @@ class PagePool:
             # What is read may be a view of the slab that is written into.
             self.write(part.name, target, self.read(part.name, source).clone())
 
-    def unshare(self, pages: np.ndarray) -> np.ndarray:
-        """Copy-on-write: `pages` with every shared one replaced by a copy of its own.
 
-        The reference to the shared page passes on to the copy.
-        """
-        shared = self.references(pages) > 1
-        if not shared.any():
-            return pages
-        old = pages[shared]
-        new = self.allocate(len(old))
-        self.copy(old, new)
-        self.release(old)
-        pages = pages.copy()
-        pages[shared] = new
-        return pages
+def _put_at(target: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """`index_copy_` along the first axis, which PyTorch lacks for numbers of eight bits with a floating point."""
+    if target.dtype.itemsize == 1:
+        target, values = target.view(torch.uint8), values.view(torch.uint8)
+    target.index_copy_(0, rows, values)

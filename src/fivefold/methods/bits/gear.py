@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
 from fivefold.errors import RecipeError
 from fivefold.kernels.planar import PLANES
+from fivefold.kernels.shared import shared
 from fivefold.methods import FLOAT16_MAX, Codec, Method, check_finite, param, register
 from fivefold.methods.bits.kivi import KiviCodec
 from fivefold.store import Field, LayerSpec, PageLayout
@@ -202,7 +202,7 @@ def _sums(parts: torch.Tensor, at: torch.Tensor, size: int) -> torch.Tensor:
     return parts.new_zeros((len(parts), size)).scatter_add_(1, at.reshape(1, -1).expand_as(parts), parts)
 
 
-@cache
+@shared(16)
 def start(dim: int, rank: int) -> torch.Tensor:
     """What the power iteration begins with, the same for every page: float32 `[dim, rank]`."""
     with torch.inference_mode(False):

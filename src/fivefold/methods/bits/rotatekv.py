@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +17,7 @@ from fivefold.kernels.pack import fill_rows
 from fivefold.kernels.packed_decode import decode_values
 from fivefold.kernels.planar import PLANES, pack, planar_output, quantise
 from fivefold.kernels.rotated import rotated_columns, rotated_scores
+from fivefold.kernels.shared import shared
 from fivefold.methods import FLOAT16_MAX, Codec, Method, check_finite, param, register
 from fivefold.methods.before_rope import BeforeRope
 from fivefold.store import Context, Field, LayerSpec, PageLayout
@@ -125,7 +125,7 @@ def heads_together(heads: int, head_group: int, head_dim: int) -> int:
     return max(possible)
 
 
-@lru_cache(maxsize=1024)
+@shared(128)
 def order_of(mean: torch.Tensor, layer: int, channels: tuple[int, ...], heads: int, block: int) -> torch.Tensor:
     """The order of rotated channels by their mean: int64 `[channels]`."""
     return rotate(mean[layer, list(channels)].double(), heads, block).argsort(stable=True)
@@ -206,6 +206,13 @@ class RotateCodec(Codec):
 
     def block(self, heads: int) -> int:
         return heads_together(heads, self.method.head_group, self.spec.head_dim)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for made in self._orders.values() for x in made)
+
+    def forget(self) -> None:
+        self._orders.clear()
 
     def of(self, context: Context) -> _Bound:
         return _Bound(self, context)

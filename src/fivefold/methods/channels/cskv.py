@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +13,7 @@ from fivefold.calibrate.profile import Profile, load_profile
 from fivefold.errors import ProfileError, RecipeError
 from fivefold.kernels.pack import fill_rows
 from fivefold.kernels.planar import PLANES, dequantise, pack, quantise, unpack_planes
+from fivefold.kernels.shared import shared
 from fivefold.methods import Codec, Method, check_finite, param, register
 from fivefold.methods.before_rope import BeforeRope
 from fivefold.store import Context, Field, LayerSpec, PageLayout, Rope
@@ -179,7 +179,7 @@ def _factor(moments: torch.Tensor, rank: int) -> torch.Tensor:
     return (vectors.flip(1)[:, :rank] * values.flip(0)[:rank].clamp(min=0).sqrt()).half()
 
 
-@lru_cache(maxsize=2048)
+@shared(128)
 def bases(factor: torch.Tensor, weight: torch.Tensor | None, layer: int, channels: tuple[int, ...], rank: int) -> Bases:
     """A `[channels, rank]` and B `[rank, channels]`, float32, for these channels: factor, weight (None: 1) as in a
     profile, with `layer` the row of a layer there."""
@@ -238,6 +238,13 @@ class CskvCodec(Codec):
                 parts.append((torch.stack([down for down, _ in each]), torch.stack([up for _, up in each])))
             self._bases[groups] = [x.to(self.spec.device) for pair in parts for x in pair]
         return self._bases[groups]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for made in self._bases.values() for x in made)
+
+    def forget(self) -> None:
+        self._bases.clear()
 
     def of(self, context: Context) -> _Bound:
         return _Bound(self, context)

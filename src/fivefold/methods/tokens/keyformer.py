@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
+from fivefold.kernels.shared import shared
 from fivefold.methods import TokenPolicy, param, register
 from fivefold.store import Held
 
@@ -86,13 +86,13 @@ class Keyformer(TokenPolicy):
         return held.scores.masked_fill(held.newest(int(self.recent * budget)), float("inf"))
 
 
-@lru_cache(maxsize=4)
+@shared(4)
 def _draws(seed: int, device: torch.device) -> torch.Tensor:
     """exp(g) of Gumbel draws: one over an exponential draw."""
     generator = torch.Generator().manual_seed(seed)
     return torch.empty(_DRAWS).exponential_(generator=generator).clamp_(min=1e-6).reciprocal_().to(device)
 
 
-@lru_cache(maxsize=4)
+@shared(4)
 def _repeated(seed: int, times: int, device: torch.device) -> torch.Tensor:
     return _draws(seed, device).repeat(times)

@@ -1,0 +1,178 @@
+"""Page tables and spans as kernels read them, at fixed places on the device.
+
+There is one of them for a `Bank`. It shows what the bank's own tables say once `sync` or `update` has run; these send
+only what has changed, and a captured graph of a step stays right.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from fivefold.kernels.choice import choose
+from fivefold.kernels.packed_decode import schedule
+from fivefold.store.bank import Bank
+from fivefold.store.group import KV, RowGroup
+from fivefold.store.layer_cache import LayerCache
+from fivefold.store.tier import Tier
+
+
+def kernels(device: torch.device) -> ModuleType:
+    """The decoding kernels for tensors on a device: C++ on a CPU, else Triton's module, which needs Triton."""
+    if device.type == "cpu" and not choose(device).triton:
+        from fivefold.kernels.packed_decode import cpu
+
+        return cpu
+    from fivefold.kernels.packed_decode import triton
+
+    return triton
+
+
+def tables_of(bank: Bank) -> DeviceTables:
+    """The device tables of a bank, made anew where those that are there are too small."""
+    if bank.mirror is None or not bank.mirror.fit():
+        bank.mirror = DeviceTables(bank)
+    return bank.mirror
+
+
+class DeviceTables:
+    """The page tables and spans of all rows of a bank, with room to grow.
+
+    Addresses of exact pages int64 `[rows, columns, 2]` (keys, values) and of packed pages `[rows, columns]`, in units
+    of 16 bytes; spans int32 `[rows, SPAN]`, and of each layer the work lists int32 `[2, rows of a layer + 1]` (see
+    `kernels/packed_decode/schedule.py`).
+    """
+
+    def __init__(self, bank: Bank) -> None:
+        self.bank, self.device = bank, bank.device
+        first = bank.layers[0]
+        self.rows, self.layers = bank.rows, len(bank.layers)
+        rows, bounds = self.rows * self.layers, bank.at(slice(None))
+        # Where tokens are packed the exact tier stays as it is; else it grows, as the packed one does.
+        grows = first.codec is None
+        self.exact_columns = _ample(int(bounds.exact_pages.max(initial=0)), 64 if grows else 8)
+        self.packed_columns = 0 if grows else _ample(int(bounds.packed_pages(bank.packing).max(initial=0)), 32)
+        form, heads = first.codec and first.codec.form, first.spec.query_heads // first.spec.kv_heads
+        self.page = bank.packing.page if bank.packing else schedule.TILE
+        self.listed = self.device.type != "cpu" or choose(self.device).triton
+        """Whether kernels want work lists."""
+        self.programs = kernels(self.device).programs_for(self.rows, self.device, form, heads) if self.listed else None
+        self._pages: np.ndarray | None = None
+        width = self.rows * schedule.SPAN + (2 * (self.rows + 1) if self.listed else 0)
+        with torch.inference_mode(False):
+            self._exact = torch.zeros((rows, self.exact_columns, 2), dtype=torch.int64, device=self.device)
+            self._packed = torch.zeros((rows, self.packed_columns), dtype=torch.int64, device=self.device)
+            # A layer's spans, then its work lists.
+            self._numbers = torch.zeros((self.layers, width), dtype=torch.int32, device=self.device)
+            # Two, because the device may still be reading the one of the step before.
+            cuda = self.device.type == "cuda"
+            self._hosts = [torch.zeros_like(self._numbers, device="cpu", pin_memory=cuda) for _ in range(2)]
+        self._events = [torch.cuda.Event() if cuda else None for _ in range(2)]
+        self._turn = 0
+        self._tiers = [tier for tier in (bank.exact, bank.packed) if tier is not None]
+        for tier in self._tiers:
+            tier.track()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device and of what is sent there."""
+        hosts = sum(host.nbytes for host in self._hosts)
+        return self._exact.nbytes + self._packed.nbytes + self._numbers.nbytes + hosts
+
+    def fit(self) -> bool:
+        """Whether these are the bank's rows, and there is still room for what they hold."""
+        bank = self.bank
+        if self._tiers != [tier for tier in (bank.exact, bank.packed) if tier is not None]:
+            return False
+        bounds = bank.at(slice(None))
+        exact, packed = bounds.exact_pages.max(initial=0), bounds.packed_pages(bank.packing).max(initial=0)
+        return bool(exact <= self.exact_columns and packed <= self.packed_columns)
+
+    # -- what the device knows ----------------------------------------------------------------------------
+
+    def sync(self) -> None:
+        """Make the page tables those of the bank."""
+        bank = self.bank
+        self._send(bank.exact, KV, self._exact)
+        if bank.packed is not None:
+            self._send(bank.packed, (bank.packed.pool.layout.fields[0].name,), self._packed[:, :, None])
+
+    def _send(self, tier: Tier, names: tuple[str, ...], table: torch.Tensor) -> None:
+        if not tier.changed:
+            return
+        bounds, bank = self.bank.at(slice(None)), self.bank
+        count = bounds.exact_pages if tier is bank.exact else bounds.packed_pages(bank.packing)
+        rows, columns = (np.concatenate(parts) for parts in zip(*tier.changed))
+        there = columns < count[rows]  # what stands behind is nobody's
+        rows, columns = rows[there], columns[there]
+        at, ids = rows * table.shape[1] + columns, tier.table[rows, columns]
+        if len(at):
+            new = np.stack([tier.pool.addresses(name, ids) for name in names], 1) >> 4
+            target = table.view(-1, len(names))
+            if self.device.type == "cpu":
+                target.numpy()[at] = new
+            else:
+                target.index_copy_(0, torch.from_numpy(at).to(self.device), torch.from_numpy(new).to(self.device))
+        tier.changed = []
+
+    def update(self) -> None:
+        """Page tables and spans, as the bank has them now: before a step of all rows."""
+        self.sync()
+        self._turn = turn = 1 - self._turn
+        event, host = self._events[turn], self._hosts[turn]
+        if event is not None:
+            event.synchronize()
+        numbers, width = host.numpy(), self.rows * schedule.SPAN
+        seen = numbers[:, :width].reshape(self.layers, self.rows, -1)  # a view
+        for number, x in enumerate(self.bank.of_layers().span()):
+            seen[:, :, number] = x
+        if self.listed:
+            pages = schedule.pages_of(seen, self.page)
+            if self._pages is None or not np.array_equal(pages, self._pages):
+                assert self.programs is not None
+                self._pages, self._starts = pages, schedule.starts_of(pages, self.programs)
+            numbers[:, width:] = self._starts.reshape(self.layers, -1)
+        self._numbers.copy_(host, non_blocking=True)
+        if event is not None:
+            event.record()
+
+    # -- reading ------------------------------------------------------------------------------------------
+
+    def pages(self, group: RowGroup) -> tuple[Any, Any]:
+        """Packed pages (None if there are none) and exact pages of a group's rows, for the kernels."""
+        layer, rows = group.layer, group.flat
+        whole = len(rows) == rows[-1] - rows[0] + 1
+        index = slice(int(rows[0]), int(rows[-1]) + 1) if whole else torch.from_numpy(rows).to(self.device)
+        exact = schedule.Exact(self._exact[index], layer.spec.dtype)
+        if layer.codec is None or layer.codec.form is None or not group.bounds.packed_tokens:
+            return None, exact
+        return schedule.Packed(self._packed[index], layer.codec.form), exact
+
+    def attend(
+        self, layer: LayerCache, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Store the newest token of each row of a layer, and attend over everything: the shape of `queries`.
+
+        queries: `[rows, query_heads per kv head, head_dim]`; keys, values: `[rows, head_dim]`. `update` has run since
+        `Bank.open` made room for the tokens.
+        """
+        kernel, rows = kernels(self.device), slice(layer.base, layer.base + self.rows)
+        numbers, width = self._numbers[layer.index], self.rows * schedule.SPAN
+        span = numbers[:width].view(self.rows, -1)
+        starts = numbers[width:].view(2, -1) if self.listed else None
+        exact = schedule.Exact(self._exact[rows], layer.spec.dtype)
+        packed = None
+        if layer.codec is not None:
+            assert layer.codec.form is not None
+            packed = schedule.Packed(self._packed[rows], layer.codec.form)
+        kernel.append(keys.contiguous(), values.contiguous(), span, exact)
+        settings = {"starts": starts, "programs": self.programs}
+        return kernel.decode(queries.contiguous(), scaling, span, packed, exact, **settings)[0]
+
+
+def _ample(columns: int, least: int) -> int:
+    """Room for half as much again."""
+    return columns + max(least, columns // 2)

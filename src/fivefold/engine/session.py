@@ -1,0 +1,455 @@
+"""All layers and sequences of one cache.
+
+A forward is a transaction: `begin`, then every layer takes its chunk (`engine/layer.py`), then `commit`, which lets the
+policies move what is due. Whatever fails in between, in the store, in the model or anywhere else, `rollback` leaves
+every layer exactly as it was.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+
+from fivefold.attention.fused import LIMIT, why_not
+from fivefold.attention.tables import tables_of
+from fivefold.errors import CacheFullError, CacheStateError
+from fivefold.store import compact, context
+from fivefold.store.bank import Bank
+from fivefold.store.group import RowGroup
+from fivefold.store.layer_cache import LayerCache
+from fivefold.store.spec import LayerSpec, Pools
+from fivefold.store.transaction import Transaction
+
+REVOCABLE = 64
+"""While a caller may take tokens back (assisted decoding), this many of the newest ones are left alone."""
+
+
+class Companions(Protocol):
+    """Layers of the model that this cache does not compress, and keeps in step with those that it does."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def snapshot(self) -> Callable[[], None]:
+        """What brings them back as they are now."""
+
+    def crop(self, tokens: int, recording: bool) -> None: ...
+
+    def reset(self) -> None: ...
+
+    def fork(self) -> Any: ...
+
+
+class Session:
+    """The layers of one cache, by their index in the model.
+
+    stores: those that are compressed. build: makes the store of a layer from its spec. roles: what each layer reads in
+    a decoding step ("full", "select" or "sparse", see `ReadPolicy`); top: how many tokens are picked. length: tokens
+    that have been committed, padding included, the same for all layers.
+    """
+
+    def __init__(
+        self,
+        specs: Iterable[LayerSpec],
+        build: Callable[[LayerSpec], LayerCache],
+        pools: Pools,
+        companions: Companions | None = None,
+        roles: dict[int, str] | None = None,
+        top: int = 0,
+        stores: dict[int, LayerCache] | None = None,
+    ) -> None:
+        self.build, self.pools, self.companions = build, pools, companions
+        self.stores = {spec.layer: build(spec) for spec in specs} if stores is None else stores
+        self.roles, self.top = roles or {}, top
+        self.first, self.last = min(self.stores), max(self.stores)
+        self.length = 0
+        self.recording = False
+        self.sparse = False
+        """Whether a chunk may have left slabs with few pages."""
+        self.united = False
+        """Whether layers whose pages are alike have common tables."""
+        self.change: Transaction | None = None
+        self.tokens = np.zeros(0, dtype=np.int64)
+        """Of the chunk that is under way, how many are real, by sequence."""
+        self.offsets = np.zeros(0, dtype=np.int64)
+        self.chunk = 0
+        self.stepping: frozenset[int] = frozenset()
+        """Layers of which a kernel stores and attends the newest token of all rows at once, in this forward."""
+        self.captured = False
+        """While a step runs for a graph: whoever runs it has admitted it."""
+        self._picks: torch.Tensor | None = None
+        self._picked = np.zeros(0, dtype=bool)
+        self._thread = 0
+        self._alone = False
+        """Whether a forward was begun by its first layer, and ends with its last one."""
+        self.inputs: torch.Tensor | None = None
+        """What the layer that comes next was given, for codecs that want to know it."""
+
+    # -- what there is ------------------------------------------------------------------------------------
+
+    @property
+    def batch(self) -> int:
+        return self.stores[self.first].batch
+
+    @property
+    def banks(self) -> list[Bank]:
+        return list(dict.fromkeys(store.bank for store in self.stores.values()))
+
+    @property
+    def devices(self) -> list[torch.device]:
+        return list(dict.fromkeys(store.spec.device for store in self.stores.values()))
+
+    @property
+    def revocable(self) -> int:
+        return REVOCABLE if self.recording else 0
+
+    @property
+    def learned_bytes(self) -> int:
+        """Bytes of what codecs hold besides pages."""
+        return sum({id(s.codec): s.codec.nbytes for s in self.stores.values() if s.codec is not None}.values())
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Bytes of what policies know about the tokens, and codecs about the rows."""
+        return sum(store.statistics_bytes for store in self.stores.values())
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of page tables and of what was made from them."""
+        return sum(bank.nbytes for bank in self.banks)
+
+    @property
+    def charged(self) -> int:
+        """Bytes that count against the cap and are no pages."""
+        beside = 0 if self.companions is None else self.companions.nbytes
+        return self.learned_bytes + self.statistics_bytes + self.table_bytes + beside
+
+    # -- transactions -------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """A change of the whole cache begins. One that was broken off is rolled back."""
+        if self.change is not None and self._thread != threading.get_ident():
+            raise CacheStateError(
+                "this cache is in use by a forward of another thread: fork() it, and give each thread a cache of its "
+                "own."
+            )
+        self.rollback()
+        self._compact()
+        change = Transaction()
+        length, self.chunk, self._picks, self.stepping = self.length, 0, None, frozenset()
+        stores, united = dict(self.stores), self.united
+
+        def restore() -> None:
+            self.length, self.stores, self.united = length, stores, united
+
+        change.undo(restore)
+        if self.companions is not None:
+            change.undo(self.companions.snapshot())
+        for bank in self.banks:
+            bank.begin(change)
+        self.change, self._thread, self._alone = change, threading.get_ident(), False
+
+    def commit(self) -> None:
+        """Let the policies move what is due after a forward; then what it did stands."""
+        change = self.change
+        assert change is not None
+        if self.chunk == 1:
+            self.settle(self.revocable)
+        elif self.chunk:
+            self.choose_together()
+        self.length += self.chunk
+        if self.batch and not self.united:
+            self.unite()
+        if self.pools.budget.limit is not None:
+            before = self.pools.budget.charged.get(id(self), 0)
+            change.undo(lambda: self.pools.budget.charge(id(self), before))
+            self.pools.budget.charge(id(self), self.charged)
+        self._close()
+        change.commit()
+        for pool in self.pools:
+            pool.shrink()
+        self.sparse = self.sparse or self.chunk > 1
+
+    def _compact(self) -> None:
+        """After a chunk: give memory back that evicted and packed tokens have left free in pieces."""
+        if not self.sparse:
+            return
+        for pool in compact.due(self.pools):
+            for bank in self.banks:
+                compact.compact(bank, pool)
+            pool.trim()
+        self.sparse = False
+
+    def _close(self) -> None:
+        self.change = None
+        for bank in self.banks:
+            bank.change = None
+
+    def rollback(self) -> None:
+        """Undo all that has happened since `begin`; nothing if nothing has."""
+        change = self.change
+        if change is not None:
+            change.rollback()
+            self._close()
+            self.pools.budget.trim()  # what it took for itself
+
+    @contextmanager
+    def atomic(self) -> Iterator[None]:
+        """A forward, or another change of the whole cache: it happens as a whole or not at all."""
+        self.begin()
+        try:
+            yield
+            self.commit()
+        except BaseException:
+            self.rollback()
+            raise
+
+    @property
+    def running(self) -> bool:
+        """Whether a forward is under way that somebody else has begun, and will end, in this thread."""
+        return self.change is not None and not self._alone and self._thread == threading.get_ident()
+
+    def arrive(self, index: int) -> None:
+        """A layer's attention is called. Where nobody has begun a forward (somebody calls the layers one by one), the
+        first layer does."""
+        if self.change is None or (self._alone and index == 0):
+            self.begin()
+            self._alone = True
+
+    def done(self, index: int) -> None:
+        """A layer has taken its chunk."""
+        if self._alone and index == self.last:
+            try:
+                self.commit()
+            except BaseException:
+                self.rollback()
+                raise
+
+    def unite(self) -> None:
+        """Give layers whose pages are alike common tables, once it is known what they are."""
+        kinds: dict[tuple[object, ...], list[LayerCache]] = {}
+        for store in self.stores.values():
+            kinds.setdefault(store.format, []).append(store)
+        for layers in kinds.values():
+            if len(layers) > 1:
+                Bank.united(layers, self.change)
+        self.united = True
+
+    # -- a forward ----------------------------------------------------------------------------------------
+
+    def admit(self, batch: int, chunk: int, mask: torch.Tensor | None, positions: torch.Tensor | None) -> None:
+        """Before the first layer takes a chunk: everything that could refuse it.
+
+        mask: bool `[batch or 1, all tokens]`, where a token is no padding; positions: int64 `[batch or 1, chunk]`, as
+        the model counts them; None if no codec wants them.
+        """
+        if self.batch not in (0, batch):
+            raise CacheStateError(f"the cache holds {self.batch} sequences and was given {batch}: use a new cache.")
+        self.tokens = np.full(batch, chunk, dtype=np.int64)
+        held = self.stores[self.first].lengths() if self.batch else np.zeros(batch, dtype=np.int64)
+        if mask is not None:
+            # Of what is stored only the sum comes to the host.
+            past = (mask[:, : self.length] != 0).sum(1, keepdim=True)
+            both = torch.cat([past, mask[:, self.length :] != 0], 1).expand(batch, -1).cpu().numpy()
+            new = both[:, 1:] != 0
+            self.tokens = new.sum(1)
+            leading = np.arange(chunk)[None] >= (chunk - self.tokens)[:, None]
+            if (new != leading).any() or ((self.tokens < chunk) & (held > 0)).any():
+                raise CacheStateError("padding inside or after a sequence cannot be stored: pad on the left.")
+            if (both[:, 0] != held).any():
+                raise CacheStateError(
+                    "the attention mask says otherwise about stored tokens than when they came: masks may only grow."
+                )
+        self.offsets = np.zeros(batch, dtype=np.int64)
+        if positions is not None:
+            self.offsets = self._offsets(positions.expand(batch, -1).cpu().numpy(), held)
+        self.chunk = chunk
+        if chunk == 1 and self.batch and (self.tokens == 1).all():
+            self._open()
+
+    def _offsets(self, positions: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        """The position that the model gives each sequence's first token, int64 `[batch]`.
+
+        Codecs that undo the rotary embedding count from it, so positions must run on by one.
+        """
+        chunk, first = positions.shape[1], self.stores[self.first]
+        offsets = positions[:, -1] - (seen + self.tokens - 1)
+        if self.batch:
+            offsets = np.where(seen > 0, first.offsets[:: first.spec.kv_heads], offsets)
+        new = np.arange(chunk) >= (chunk - self.tokens)[:, None]
+        expected = (offsets + seen + self.tokens - chunk)[:, None] + np.arange(chunk)
+        if (new & (positions != expected)).any():
+            row, column = np.argwhere(new & (positions != expected))[0]
+            raise CacheStateError(
+                f"position {positions[row, column]} was given where {expected[row, column]} is next: this recipe keeps "
+                "keys as they are before the rotary embedding, and needs positions that go up by one."
+            )
+        return offsets
+
+    def _open(self) -> None:
+        """A slot for the newest token in all layers whose steps are a kernel's, and tables that say so."""
+        fused = {index for index, why in self.why_not_fused().items() if why is None}
+        for bank in self.banks:
+            layers = [store for index, store in self.stores.items() if index in fused and store.bank is bank]
+            if layers:
+                bank.open(bank.rows_of(layers))
+                tables_of(bank).update()
+        self.stepping = frozenset(fused)
+
+    def why_not_fused(self) -> dict[int, str | None]:
+        """Why a layer's decoding step is not one call of a kernel, in a few words, of each layer; None if it is."""
+        kinds: dict[tuple[Bank, bool], str | None] = {}
+        out: dict[int, str | None] = {}
+        for index, store in self.stores.items():
+            if self.roles.get(index, "full") != "full":
+                out[index] = "what is read is picked anew in every step"
+            elif store.held:
+                out[index] = "the tokens that are held are chosen in every step"
+            else:
+                # Layers of a bank are alike, but for the largest number that they have seen.
+                kind = store.bank, store.codec is not None and store.codec.peak > LIMIT
+                if kind not in kinds:
+                    kinds[kind] = why_not(store, store.spec.device, store.spec.query_heads // store.spec.kv_heads)
+                out[index] = kinds[kind]
+        return out
+
+    def deliver(self, index: int, spec: dict[str, Any]) -> LayerCache:
+        """The store of a layer that is given its chunk. spec: what the chunk says about the layer; where the cache is
+        still empty, that decides how its pages are made."""
+        store = self.stores[index]
+        if not self.length and any(getattr(store.spec, name) != value for name, value in spec.items()):
+            assert self.change is not None
+            store = self.build(replace(store.spec, **spec))
+            store.bank.begin(self.change)
+            self.stores = {**self.stores, index: store}
+        if not store.batch:
+            store.start(len(self.tokens))
+        return store
+
+    def picked(self, group: RowGroup, positions: torch.Tensor) -> None:
+        """A layer has picked tokens for the layers after it: `[rows, n]`."""
+        rows, wide = group.layer.rows, torch.nn.functional.pad(positions, (0, self.top - positions.shape[1]), value=-1)
+        if self._picks is None or len(group.rows) == rows:
+            self._picks = wide if len(group.rows) == rows else wide.new_full((rows, self.top), -1)
+            self._picked = np.zeros(rows, dtype=bool)
+        self._picked[group.rows] = True
+        if len(group.rows) < rows:
+            self._picks = self._picks.index_copy(0, group.rows_tensor.to(wide.device), wide)
+
+    def picks(self, group: RowGroup) -> torch.Tensor | None:
+        """What was picked for the rows of a group, `[rows, top]`, -1 for none; None if nothing was for one of them, or
+        if all that there is would be read anyway."""
+        if self._picks is None or self.top >= group.bounds.length or not self._picked[group.rows].all():
+            return None
+        picks = self._picks.to(group.layer.spec.device)
+        return picks if len(group.rows) == group.layer.rows else picks[group.rows_tensor.to(picks.device)]
+
+    def settle(self, revocable: int) -> None:
+        """Let the policies of all layers move what is due."""
+        for bank in self.banks:
+            rows = np.flatnonzero(~bank.chosen)
+            if len(rows):
+                bank.settle(rows, revocable)
+        for store in self.stores.values():
+            if store.held:
+                for group in store.groups:
+                    if group.held is not None:
+                        store.append(group, None, None, revocable=revocable)
+
+    def choose_together(self) -> None:
+        """After a chunk, where the budgets of the layers hang together: share them out and choose."""
+        policy: Any = self.stores[self.first].policy
+        if policy is None or not policy.together:
+            return
+        statistics = torch.zeros(len(self.stores), self.batch)
+        for row, store in enumerate(self.stores.values()):
+            for held in store.held:
+                sequences = held.sequences.cpu()
+                counts = sequences.bincount(minlength=self.batch)
+                statistics[row].index_add_(0, sequences, policy.statistic(held).cpu() / counts[sequences])
+        for row, store in enumerate(self.stores.values()):
+            store.after_layers(dict(enumerate(policy.shares(statistics)[row].tolist())))
+            self.pools.budget.trim()  # it has held the whole chunk
+
+    # -- other changes ------------------------------------------------------------------------------------
+
+    def put(self, batch: int, tokens: int, write: Callable[[LayerCache], None]) -> None:
+        """Without a model: `write` appends so many tokens to all `batch` sequences of a layer."""
+        with self.atomic():
+            for store in self.stores.values():
+                if not store.batch:
+                    store.start(batch)
+                write(store)
+            self.length += tokens
+
+    def crop(self, count: int) -> None:
+        """Forget the last `count` tokens in all layers, or raise before any has."""
+        self.rollback()
+        count = min(count, self.length)
+        if count == self.length:
+            if self.companions is not None:
+                self.companions.crop(count, self.recording)
+            self.free()
+            return
+        with self.atomic():
+            if count:
+                for store in self.stores.values():
+                    store.check_crop(count)
+                for store in self.stores.values():
+                    store.crop(count)
+                self.length -= count
+            if self.companions is not None:
+                self.companions.crop(count, self.recording)
+        if self.recording:
+            # Without room to pack in, what is due waits for the next chunk.
+            with suppress(CacheFullError), self.atomic():
+                self.settle(0)
+
+    def select(self, sequences: np.ndarray) -> None:
+        """Sequence i becomes what sequence `sequences[i]` was: page tables move, bytes do not."""
+        self.rollback()
+        if self.batch:
+            with self.atomic():
+                for bank in self.banks:
+                    bank.select(sequences)
+
+    def fork(self) -> Session:
+        """A second cache of the same tokens: every page is shared until either side writes to it."""
+        self.rollback()
+        twins = {bank: bank.fork() for bank in self.banks}
+        stores = {i: cast(LayerCache, twins[store.bank].layers[store.index]) for i, store in self.stores.items()}
+        companions = None if self.companions is None else self.companions.fork()
+        twin = Session([], self.build, self.pools, companions, self.roles, self.top, stores)
+        twin.length, twin.recording, twin.united = self.length, self.recording, self.united
+        return twin
+
+    def tidy(self) -> None:
+        """Give back what need not be held: free pages in pieces, and what was worked out from page tables."""
+        self.rollback()
+        for bank in self.banks:
+            bank.flush()
+        self._compact()
+        for store in self.stores.values():
+            store.regroup()
+
+    def free(self) -> None:
+        """Forget everything, and give the pages back to the pools."""
+        self.rollback()
+        for bank in self.banks:
+            bank.free()
+            for layer in bank.layers:
+                Bank([layer])  # what the next forward delivers may be of another kind
+        for store in self.stores.values():
+            if store.spec.rope is not None:
+                store.spec.rope.made.clear()
+            if store.codec is not None:
+                store.codec.forget()
+        context.forget()
+        self.length, self.united = 0, False
+        self.pools.budget.charge(id(self), 0)

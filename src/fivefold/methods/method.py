@@ -1,0 +1,147 @@
+"""What a method is, and what it may ask of the engine.
+
+A method is a frozen dataclass registered with `@register`. Methods of the slots *heads* and *tokens* say what each
+KV head holds (`extents`); methods of the slots *bits* and *channels* bring a `Codec` (`codec`). The engine hands
+them a `LayerSpec` and, later, tensors; they never see the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+from fivefold.calibrate.learner import Capture, Learner
+from fivefold.errors import RecipeError
+from fivefold.store.codec import Codec
+from fivefold.store.rows import Extent
+from fivefold.store.spec import LayerSpec
+
+Slot = Literal["layers", "heads", "tokens", "channels", "bits", "reads"]
+SLOTS: tuple[Slot, ...] = ("layers", "heads", "tokens", "channels", "bits", "reads")
+
+
+def param(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[Any] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A parameter of a method: its default, one line of help, and what values are legal (bounds included)."""
+    metadata = {"help": help, "choices": choices, "low": low, "high": high}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Method:
+    """Base of all methods. Subclasses are frozen dataclasses whose fields are made with `param`."""
+
+    name: ClassVar[str]
+    slot: ClassVar[Slot]
+    paper: ClassVar[str]
+    captures: ClassVar[tuple[Capture, ...]] = ()
+    """What it learns from a model beforehand (`fivefold calibrate`); nothing if it has no use for a profile."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for part in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = _coerce(self.name, part.name, getattr(self, part.name), hints[part.name])
+            object.__setattr__(self, part.name, value)
+            choices, low, high = (part.metadata.get(key) for key in ("choices", "low", "high"))
+            if choices is not None and value not in choices:
+                raise RecipeError(
+                    f"{self.name}({part.name}={value!r}) is not possible: use one of {', '.join(map(str, choices))}."
+                )
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if number and ((low is not None and value < low) or (high is not None and value > high)):
+                bounds = f"at least {low}" if high is None else f"{low} to {high}"
+                raise RecipeError(f"{self.name}({part.name}={value!r}) is out of range: use {bounds}.")
+        self.check()
+
+    def check(self) -> None:
+        """Raise `RecipeError` if the parameters do not fit together."""
+
+    def excludes(self, other: Method) -> str | None:
+        """One sentence saying why this method cannot be combined with `other`, or None if it can."""
+        return None
+
+    @property
+    def by_step(self) -> bool:
+        """Whether a decoding step does something else than a chunk, so that only steps show what it costs."""
+        return False
+
+    # -- what a method may bring --------------------------------------------------------------------------
+
+    def extents(self, spec: LayerSpec) -> list[Extent] | None:
+        """What each KV head of a layer holds (length `spec.kv_heads`); None if the method leaves that alone."""
+        return None
+
+    def codec(self, spec: LayerSpec) -> Codec | None:
+        """How old tokens of a layer are packed; None if the method leaves them exact."""
+        return None
+
+    @property
+    def exact_tokens(self) -> int:
+        """With a codec: how many of the most recent tokens always stay exact (the residual)."""
+        return 0
+
+    def learner(self, specs: Sequence[LayerSpec]) -> Learner:
+        """With `captures`: what takes them in and makes a profile. specs: the layers that are compressed."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        """As in a recipe: the parameters that were written there, and those that differ from their default."""
+        written = getattr(self, "_written", ())
+        shown = [
+            f"{part.name}={_show(getattr(self, part.name))}"
+            for part in dataclasses.fields(self)  # type: ignore[arg-type]
+            if part.name in written or getattr(self, part.name) != part.default
+        ]
+        return f"{self.name}({', '.join(shown)})"
+
+
+class ReadPolicy(Method):
+    """A method that lets most layers read only some of the tokens in a decoding step. Nothing is given up."""
+
+    top: int
+    """How many tokens of each KV head are read."""
+    by_step = True
+
+    def roles(self, specs: Sequence[LayerSpec]) -> list[Literal["full", "select", "sparse"]]:
+        """What each of the layers that hold the whole context does: read everything, read everything and pick, or read
+        what was picked last."""
+        raise NotImplementedError
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_show(item) for item in value) + "]"
+    return repr(value)
+
+
+def _coerce(method: str, name: str, value: Any, hint: Any) -> Any:
+    """`value` as the parameter's declared type, or `RecipeError`. An int will do for a float, a list for a tuple."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(value, list | tuple):
+        value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
+    for option in options:
+        kind = typing.get_origin(option) or option
+        if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+            if value != value or value in (float("inf"), float("-inf")):
+                break
+            return float(value)
+        if isinstance(value, kind) and not (isinstance(value, bool) and kind is int):
+            return value
+    names = " or ".join("nothing" if o is type(None) else _type_name(o) for o in options)
+    raise RecipeError(f"{method}({name}={value!r}) is not possible: {name} must be {names}.")
+
+
+def _type_name(hint: Any) -> str:
+    kind = typing.get_origin(hint) or hint
+    known = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", tuple: "a list"}
+    return known.get(kind, str(kind))

@@ -1,0 +1,226 @@
+"""Methods that choose which tokens a head holds, by the attention that they receive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from fivefold.methods.method import Method
+from fivefold.store.held import Held
+from fivefold.store.plan import Append, Demote, EvictOne, EvictPacked, Keep, Plan, Stored
+from fivefold.store.rows import Bounds, Extent
+
+
+class TokenPolicy(Method):
+    """A method that chooses which tokens a KV head holds by the attention that they receive.
+
+    Each row (one KV head of one sequence) holds `budget` tokens of its own choice. What is not chosen is freed, or
+    merged into what stays; positions remain those of the text. Shapes: `[rows, slots]`, a slot being the place of a
+    token (see `fivefold.store.held.Held`).
+    """
+
+    keep: float
+
+    observes: int | None = None
+    """How many of a chunk's newest queries it must see: None is all, 0 none."""
+    accumulates: bool = True
+    """Whether a chunk's statistics are added to those of earlier chunks; else they take their place."""
+    watches: bool = True
+    """Whether decoding steps are observed too."""
+    trims: bool = True
+    """Whether the budget is kept while generating; else everything generated is held."""
+    waits: bool = False
+    """Whether tokens go only when all layers have seen the chunk, because their budgets hang together (`shares`)."""
+
+    demotes: bool = False
+    """Whether what is not chosen is packed instead of given up; it then brings the codec, too."""
+    high: int = 16
+    """With `demotes`: bits of what is not packed; 16 is as the model made it."""
+
+    by_step = True
+
+    @property
+    def evicts(self) -> bool:
+        """Whether anything ever goes."""
+        return self.keep < 1
+
+    @property
+    def chooses(self) -> bool:
+        """Whether its choice matters at all."""
+        return self.evicts or self.demotes
+
+    @property
+    def commits(self) -> bool:
+        """Whether tokens cannot be taken back: their attention has counted, or others went for them."""
+        return self.chooses and (self.watches or self.trims)
+
+    @property
+    def sums(self) -> bool:
+        """Whether all that it wants to know of a chunk is how much attention each token received."""
+        return type(self).observe is TokenPolicy.observe
+
+    def budget(self, held: Held) -> int:
+        """How many tokens a row may hold. Here: `keep` of the prompt, while generating too."""
+        return max(1, round(self.keep * held.share * held.prompt))
+
+    def residual(self, extent: Extent) -> int:
+        """With `demotes`: how many of the newest tokens of a head with a window are exact."""
+        raise NotImplementedError
+
+    @property
+    def together(self) -> bool:
+        """Whether its layers choose together, once all of them have seen a chunk."""
+        return self.evicts and self.waits
+
+    def observe(self, weights: torch.Tensor, held: Held, first: int) -> torch.Tensor:
+        """What the attention of some queries adds to the scores: float32 `[rows, slots]`.
+
+        weights: float32 `[rows, query_heads per kv head, query, slots]`, after the softmax, 0 where a query does not
+        see; may be overwritten. held: the rows without the queries' own tokens. first: the first query's position.
+        """
+        return weights.flatten(1, 2).sum(1)
+
+    def priority(self, held: Held, budget: int) -> torch.Tensor:
+        """`[rows, slots]`: the highest are held. Infinity: whatever happens. Here: the scores alone."""
+        return held.scores
+
+    def victims(self, held: Held, budget: int, count: int, among: torch.Tensor | None = None) -> torch.Tensor:
+        """While generating: `count` slots of each row to be given up, of those in the mask `among`: int64."""
+        order = self.priority(held, budget)
+        if among is not None:
+            order = order.masked_fill(~among, float("inf"))
+        if count == 1:
+            return order.argmin(1, keepdim=True)
+        return order.topk(count, 1, largest=False).indices
+
+    def shares(self, statistics: torch.Tensor) -> torch.Tensor:
+        """With `waits`: shares of an even budget, from `statistic` of every layer: `[layer, sequence]`, mean 1."""
+        return torch.ones_like(statistics)
+
+    def statistic(self, held: Held) -> torch.Tensor:
+        """With `waits`: what `shares` wants to know of a layer, one number for each row, `[rows]`."""
+        raise NotImplementedError
+
+    merges: bool = False
+    """Whether what goes when a chunk has come is merged into what stays."""
+    merges_steps: bool = False
+    """Whether what goes while generating is (see `merge_step`)."""
+
+    def merge(
+        self, held: Held, keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """What the tokens that stay become when the others go: keys and values `[rows, kept, head_dim]`, and `extra`.
+
+        keys, values: float32 `[rows, slots, head_dim]`; kept: int64 `[rows, kept]`, by position.
+        """
+        raise NotImplementedError
+
+    def merge_step(
+        self, held: Held, keys: Sequence[torch.Tensor], goes: torch.Tensor, gone: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """`merge` for one token of each row, slot `goes [rows]`, whose key is `gone [rows, head_dim]`.
+
+        keys: those of all slots, in pieces, `[rows, some slots, head_dim]` each.
+
+        Returns the slot it goes into, int64 `[rows]`, the weights with which what stands there and what goes are then
+        added up, float32 `[rows, 2]`, for keys and values alike, and `extra`. Must not write into its arguments.
+        """
+        raise NotImplementedError
+
+    # -- plans: what the declarations above come to -------------------------------------------------------
+
+    def exact_bits(self) -> int:
+        """Bits of what is not packed."""
+        return self.high
+
+    def residual_of(self, held: Held, residual: int) -> int:
+        """How many tokens of a row that it chooses for stay exact, where a recipe says `residual`."""
+        return self.budget(held) if self.demotes else residual
+
+    def residual_in(self, extent: Extent, residual: int) -> int:
+        """The same of a row with a window."""
+        return self.residual(extent) if self.demotes else residual
+
+    def observed(self, held: Held, weights: torch.Tensor) -> Held:
+        """After a decoding step's attention, `[rows, query_heads per kv head, slots]`."""
+        return replace(held, scores=held.scores + self.observe(weights[:, :, None], held, held.seen - 1))
+
+    def after_chunk(
+        self, held: Held, observed: torch.Tensor | None, bounds: Bounds, revocable: int
+    ) -> tuple[Held, Plan]:
+        """What to do with a chunk of several tokens, which `held` has slots for already, and what stood before it.
+
+        observed: what it made of the chunk's attention, float32 `[rows, slots]`; bounds: before the chunk.
+        """
+        scores = held.scores if self.accumulates else torch.zeros_like(held.scores)
+        held = replace(held, scores=scores if observed is None else scores + observed, prompt=held.seen)
+        if self.demotes:
+            return held, self._demotion(held, int(bounds.packed_stop), revocable)
+        if not self.evicts or self.waits or self.budget(held) + revocable >= held.slots:
+            return held, Append(settle=not self.together)
+        return held, self._choice(held, revocable)
+
+    def after_layers(self, held: Held) -> Plan:
+        """With `waits`: the same once all layers have seen the chunk, and `held.share` says what is this layer's."""
+        return self._choice(held, 0) if self.budget(held) < held.slots else Append()
+
+    def after_step(self, held: Held, stored: Stored, revocable: int) -> Plan:
+        """After decoding steps: back to the budget, and pack what is due."""
+        bounds, stop = stored.bounds, int(stored.bounds.packed_stop)
+        if self.demotes:
+            moves = bounds.settled(stored.packing, revocable) != bounds
+            return self._demotion(held, stop, revocable) if moves else Append(settle=False)
+        excess = 0
+        if self.evicts and self.trims and held.prompt:
+            excess = int(bounds.length) - self.budget(held) - revocable
+        if excess <= 0:
+            return Append()
+        if stop:
+            due = int(bounds.settled(stored.packing, revocable).packed_stop) - stop
+            if not due or excess < due:
+                return Append()
+            if self.merges_steps:
+                return self._choice(held, revocable)
+            among = torch.zeros_like(held.scores, dtype=torch.bool)
+            among[:, : stop + due] = True
+            return EvictPacked(self.victims(held, self.budget(held), due, among))
+        if excess > 1 or revocable:
+            return self._choice(held, revocable)
+        goes = self.victims(held, self.budget(held), 1)[:, 0]
+        if not self.merges_steps:
+            return EvictOne(goes)
+        return EvictOne(goes, *self.merge_step(held, stored.keys(), goes, stored.token(goes)[0]))
+
+    def _choice(self, held: Held, revocable: int) -> Keep:
+        """The tokens with the highest priority, by position."""
+        count = min(held.slots, self.budget(held) + revocable)
+        priority = self.priority(held, count - revocable)
+        if revocable:
+            priority = priority.masked_fill(held.newest(revocable), float("inf"))
+        kept = torch.sort(priority, dim=1, descending=True, stable=True).indices[:, :count]
+        kept = kept.gather(1, held.positions.gather(1, kept).argsort(1))
+        if not (self.merges if held.prompt == held.seen else self.merges_steps):
+            return Keep(kept)
+        return Keep(kept, lambda keys, values: self.merge(held, keys, values, kept))
+
+    def _demotion(self, held: Held, stop: int, revocable: int) -> Demote:
+        """Of what is not packed, what matters most behind the rest, both by position."""
+        count = min(held.slots - stop, self.budget(held) + revocable)
+        priority = self.priority(held, count)[:, stop:]
+        if revocable:
+            priority = priority.masked_fill(held.newest(revocable)[:, stop:], float("inf"))
+        best = torch.sort(priority, dim=1, descending=True, stable=True).indices[:, :count]
+        stays = torch.zeros_like(priority, dtype=torch.int64).scatter_(1, best, 1)
+        return Demote((held.positions[:, stop:] + stays * (1 << 32)).argsort(1))
+
+    def why_not_revoke(self, held: Held, tokens: int) -> str | None:
+        """Why the last tokens cannot be taken back, in a few words; None if they can."""
+        counted = self.commits or held.seen - tokens < held.settled
+        if not counted or tokens >= held.seen:
+            return None
+        return (
+            f"{self.name} has counted their attention and may have given up others for them; fork() the cache before "
+            "the tokens that may be taken back."
+        )

@@ -1,0 +1,77 @@
+"""A model's `forward` as a transaction of its cache.
+
+`install` puts a `Forward` in the place of the `forward` of a model and of the models in it. It begins a transaction of
+the cache that it is given, calls what was there before, and commits; whatever fails anywhere in between, the last MLP
+and the head included, leaves the cache as it was. With `cuda_graph=True` it replays decoding steps (`models/graph.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from fivefold.calibrate.profile import signature
+from fivefold.errors import CacheStateError
+from fivefold.models.cache import FivefoldCache
+
+
+class Forward:
+    """What stands in the place of a model's `forward`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        # Somebody else's, put there before.
+        self.before: Callable[..., Any] | None = vars(model).get("forward")
+        functools.update_wrapper(self, model.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            cache = next((arg for arg in args if isinstance(arg, FivefoldCache)), None)
+        if not isinstance(cache, FivefoldCache) or cache.session.running:
+            return self.plain(*args, **kwargs)
+        if cache.model != (mine := signature(self.model.config)):
+            raise CacheStateError(
+                f"the cache was made for {cache.model} and called with {mine}: make one for this model."
+            )
+        if cache.step is not None and len(args) <= 1:
+            given = {"input_ids": args[0], **kwargs} if args else kwargs
+            out = cache.step(self.model, self.plain, cache, given)
+            if out is not None:
+                return out
+        with cache.session.atomic():
+            return self.plain(*args, **kwargs)
+
+    @property
+    def plain(self) -> Callable[..., Any]:
+        return self.before or functools.partial(type(self.model).forward, self.model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
+        twin = Forward(copy.deepcopy(self.model, memo))
+        twin.before = copy.deepcopy(self.before, memo)
+        return twin
+
+
+def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def install(model: PreTrainedModel) -> None:
+    """Make forwards of a model, and of the models in it, transactions. Safe to call again."""
+    for one in _models(model):
+        if not isinstance(vars(one).get("forward"), Forward):
+            one.forward = Forward(one)
+
+
+def remove(model: PreTrainedModel) -> None:
+    """Undo `install`."""
+    for one in _models(model):
+        mine = vars(one).get("forward")
+        if isinstance(mine, Forward):
+            del one.forward
+            if mine.before is not None:
+                one.forward = mine.before

@@ -1,0 +1,325 @@
+"""The rows of several layers whose pages have the same formats and lie on the same device, in common tables.
+
+A row's index is `(layer * batch + sequence) * kv_heads + kv_head`. Each number that the engine keeps of rows is one
+array over all of them, so that a decoding step of a whole model is a few operations on arrays, whether its sequences
+are of the same length or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fivefold.store.context import Memo
+from fivefold.store.held import Held
+from fivefold.store.pack import PackedLayer, pack
+from fivefold.store.rows import FIELDS, FIXED, Bounds, Extent
+from fivefold.store.tier import Tier
+from fivefold.store.transaction import Transaction
+
+
+class BankLayer(PackedLayer, Protocol):
+    """What a bank must know of its layers (see `LayerCache`)."""
+
+    bank: Any
+    index: int
+    extents: tuple[Extent, ...]
+
+    @property
+    def format(self) -> tuple[object, ...]: ...
+
+    def regroup(self) -> None: ...
+
+    def start_held(self) -> None: ...
+
+    def selected(self, rows: np.ndarray) -> tuple[list[Held], dict[str, torch.Tensor]]: ...
+
+    def twin(self) -> Any: ...
+
+
+class Bank:
+    """The common tables of `layers`, which get their place in them.
+
+    data: int64 `[fields of Bounds, rows]`. offset: int64 `[rows]`, the position that the model gave a row's first token
+    (with codecs that look at positions). chosen: bool `[rows]`, where a policy chooses tokens. residual: int64
+    `[rows]`, tokens that always stay exact.
+    """
+
+    def __init__(self, layers: Sequence[BankLayer]) -> None:
+        first = layers[0]
+        self.layers = list(layers)
+        self.heads, self.device, self.packing = first.spec.kv_heads, first.spec.device, first.packing
+        for index, layer in enumerate(layers):
+            assert layer.format == first.format
+            layer.bank, layer.index = self, index
+        self.change: Transaction | None = None
+        self.mirror: Any = None
+        """The device tables that show these rows (`attention/tables.py`), if somebody made them."""
+        self._clear()
+
+    @classmethod
+    def united(cls, layers: Sequence[BankLayer], change: Transaction | None) -> Bank:
+        """One bank of layers that have several, with all that they hold; they must have the same sequences."""
+        old = [layer.bank for layer in layers]
+        before = [(layer, layer.bank, layer.index, list(layer.held), dict(layer.learned)) for layer in layers]
+
+        def part() -> None:
+            for layer, bank, index, held, learned in before:
+                layer.bank, layer.index, layer.held, layer.learned = bank, index, held, learned
+                layer.regroup()
+
+        if change is not None:
+            change.undo(part)
+        bank = cls(layers)
+        for layer, _, _, held, learned in before:
+            layer.held, layer.learned = held, learned
+        bank.batch, bank.change = old[0].batch, change
+        bank.data = np.concatenate([one.data for one in old], 1)
+        for name in ("offset", "chosen", "residual"):
+            setattr(bank, name, np.concatenate([getattr(one, name) for one in old]))
+        bank.pending = [write for one in old for write in one.pending]
+        bank.exact = Tier.stacked([one.exact for one in old])
+        bank.packed = None if bank.packed is None else Tier.stacked([one.packed for one in old])
+        return bank
+
+    def _clear(self) -> None:
+        self.batch = 0
+        self.data = np.zeros((FIELDS, 0), dtype=np.int64)
+        self.offset = np.zeros(0, dtype=np.int64)
+        self.chosen = np.zeros(0, dtype=bool)
+        self.residual = np.zeros(0, dtype=np.int64)
+        self.exact, self.packed = self._tiers(0)
+        self.mirror = None
+        self.memo = Memo()
+        self.idle = 0
+        """For how many steps nothing is due, if nothing but steps happens."""
+        self.pending: list[tuple[str, np.ndarray, np.ndarray, torch.Tensor]] = []
+        for layer in self.layers:
+            layer.held, layer.learned = [], {}
+            layer.regroup()
+
+    def _tiers(self, rows: int) -> tuple[Tier, Tier | None]:
+        first = self.layers[0]
+        return Tier([first.exact_pool], rows), Tier(first.packed_pools, rows) if first.packed_pools else None
+
+    # -- changes ------------------------------------------------------------------------------------------
+
+    def begin(self, change: Transaction) -> None:
+        """All that follows is part of `change`."""
+        self.flush()
+        change.undo(self._restore())
+        self.change = change
+
+    def _restore(self) -> Callable[[], None]:
+        """What brings the rows back as they are now; the page tables know themselves what was done to them."""
+        before = {
+            name: getattr(self, name)
+            for name in ("batch", "offset", "chosen", "residual", "exact", "packed", "mirror", "pending")
+        }
+        data, layers = self.data.copy(), [(list(layer.held), dict(layer.learned)) for layer in self.layers]
+        tiers = [(tier, tier.shared, tier.capacity) for tier in (self.exact, self.packed) if tier is not None]
+
+        def restore() -> None:
+            other = self.mirror is not before["mirror"]
+            vars(self).update(before, data=data, change=None, idle=0, memo=Memo())
+            for tier, shared, capacity in tiers:
+                tier.shared = shared
+                tier.narrow(capacity)
+                if other and self.mirror is not None:
+                    tier.track()  # it has not seen what another one was sent
+            for layer, (held, learned) in zip(self.layers, layers):
+                layer.held, layer.learned = held, learned
+                layer.regroup()
+
+        return restore
+
+    @contextmanager
+    def atomic(self) -> Iterator[Transaction]:
+        """A change that happens as a whole or not at all; within another one, a part of it."""
+        if self.change is not None:
+            yield self.change
+            return
+        change = Transaction()
+        try:
+            self.begin(change)
+            yield change
+        except BaseException:
+            change.rollback()
+            self.change = None
+            raise
+        self.change = None
+        change.commit()
+
+    def write_later(self, name: str, pages: np.ndarray, slots: np.ndarray, values: torch.Tensor) -> None:
+        """Single exact tokens that take the places of committed ones: they are written once this change is committed,
+        before anything is read (`flush`). Doing so again does no harm, so a failure in between does none either."""
+        self.pending = [*self.pending, (name, pages, slots, values)]
+
+    def flush(self) -> None:
+        """Write what `write_later` left."""
+        if not self.pending or self.change is not None:
+            return
+        for name, pages, slots, values in self.pending:
+            self.exact.pool.write_tokens(name, pages, slots, values)
+        self.pending = []
+
+    # -- rows ---------------------------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> int:
+        """Of one layer."""
+        return self.batch * self.heads
+
+    def rows_of(self, layers: Sequence[BankLayer] | None = None) -> np.ndarray:
+        """Indices of the rows of some layers; None is all."""
+        if layers is None or len(layers) == len(self.layers):
+            return np.arange(self.data.shape[1])
+        return np.concatenate([np.arange(layer.base, layer.base + self.rows) for layer in layers])
+
+    def at(self, rows: np.ndarray | slice) -> Bounds:
+        """The bounds of rows, as arrays."""
+        whole = not isinstance(rows, slice) and len(rows) == self.data.shape[1]
+        return Bounds(*(self.data if whole else self.data[:, rows]))
+
+    def of_layers(self) -> Bounds:
+        """The bounds of the rows of each layer, `[layers, rows]`; `[1, rows]` where they are the same in all layers."""
+        data = self.data.reshape(FIELDS, len(self.layers), -1)
+        return Bounds(*(data[:, :1] if (data == data[:, :1]).all() else data))
+
+    def set(self, rows: np.ndarray, bounds: Bounds) -> None:
+        """Let rows have these bounds, arrays of them or the same for all."""
+        for number in range(FIXED, FIELDS):
+            self.data[number, rows] = bounds[number]
+        self.idle = 0
+
+    def touch(self, rows: np.ndarray) -> None:
+        """The groups of these rows' layers are no longer what they were."""
+        whole = len(rows) == self.data.shape[1]
+        for index in range(len(self.layers)) if whole else np.unique(rows // max(1, self.rows)).tolist():
+            self.layers[index].regroup()
+
+    def start(self, batch: int) -> None:
+        """Begin `batch` empty sequences."""
+        assert not self.batch
+        with self.atomic():
+            one = [[Bounds.empty(extent) for extent in layer.extents] for layer in self.layers]
+            per_layer = np.array(one, dtype=np.int64).transpose(2, 0, 1)[:, :, None]  # [fields, layers, 1, heads]
+            self.data = np.broadcast_to(per_layer, (*per_layer.shape[:2], batch, self.heads)).reshape(FIELDS, -1).copy()
+            self.batch = batch
+            self.offset = np.zeros(self.data.shape[1], dtype=np.int64)
+            self.exact, self.packed = self._tiers(self.data.shape[1])
+            for name in ("chosen", "residual"):
+                each = np.array([getattr(layer, f"head_{name}") for layer in self.layers])[:, None]
+                setattr(self, name, np.broadcast_to(each, (len(each), batch, self.heads)).reshape(-1).copy())
+            for layer in self.layers:
+                layer.start_held()
+                layer.regroup()
+
+    def select(self, sequences: np.ndarray) -> None:
+        """Sequence i becomes what sequence `sequences[i]` was: repeats share pages, absent ones are given up."""
+        with self.atomic() as change:
+            old = [(tier, columns) for tier, columns in self.columns()]
+            self._select(sequences, self, change)
+            for tier, columns in old:
+                tier.release(change, columns)
+
+    def fork(self) -> Bank:
+        """The same rows once more, for layers of their own: every page is shared until either side writes."""
+        self.flush()
+        twin = Bank([layer.twin() for layer in self.layers])
+        with self.atomic() as change:
+            for tier, _ in self.columns():
+                tier.shared = True
+            for layer in self.layers:
+                layer.regroup()  # whoever knows an open page must look at its references again
+            if self.batch:
+                self._select(np.arange(self.batch), twin, change)
+        return twin
+
+    def _select(self, sequences: np.ndarray, target: Bank, change: Transaction) -> None:
+        layers, heads = np.arange(len(self.layers))[:, None, None], np.arange(self.heads)
+        source = ((layers * self.batch + sequences[:, None]) * self.heads + heads).reshape(-1)
+        local = (sequences[:, None] * self.heads + heads).reshape(-1)
+        for layer, other in zip(self.layers, target.layers):
+            other.held, other.learned = layer.selected(local)
+        target.exact, packed = self.exact.select(source), self.packed
+        target.packed = None if packed is None else packed.select(source)
+        for name in ("offset", "chosen", "residual"):
+            setattr(target, name, getattr(self, name)[source])
+        target.data, target.batch, target.mirror = self.data[:, source], len(sequences), None
+        for tier, columns in target.columns():
+            tier.retain(change, columns)
+        for layer in target.layers:
+            layer.regroup()
+
+    def columns(self) -> Iterator[tuple[Tier, np.ndarray]]:
+        """The tiers, with how many columns of each row count."""
+        bounds = self.at(slice(None))
+        yield self.exact, bounds.exact_pages
+        if self.packed is not None:
+            yield self.packed, bounds.packed_pages(self.packing)
+
+    def free(self) -> None:
+        """Forget everything, and give every page back."""
+        with self.atomic() as change:
+            for tier, columns in self.columns():
+                tier.release(change, columns)
+            self._clear()
+
+    # -- steps --------------------------------------------------------------------------------------------
+
+    def open(self, rows: np.ndarray) -> None:
+        """One more token of each row: a slot behind the others in an exact page that nobody shares, which is the
+        caller's to write."""
+        assert self.change is not None
+        old = self.at(rows)
+        new, columns = old.appended(1), old.exact_pages
+        fresh = new.exact_pages > columns
+        self.exact.widen(self.change, rows[fresh], columns[fresh], 1)
+        if self.exact.shared:
+            self.exact.unshare(self.change, rows[~fresh], columns[~fresh] - 1)
+        self.data[Bounds._fields.index("length"), rows] += 1
+        self.touch(rows)
+
+    def settle(self, rows: np.ndarray, revocable: int = 0) -> None:
+        """Let windows slide, and pack what is due. The newest `revocable` tokens may yet be taken back."""
+        if self.idle and not revocable:
+            self.idle -= 1
+            return
+        old = self.at(rows)
+        packing = self.packing and replace(self.packing, residual=self.residual[rows])
+        new = old.settled(packing, revocable)
+        moved = (new.exact_base != old.exact_base) | (new.packed_base != old.packed_base)
+        moved |= new.packed_stop != old.packed_stop
+        if moved.any():
+            rows = rows[moved]
+            with self.atomic():
+                self.move(rows, _take(old, moved), _take(new, moved))
+            self.touch(rows)
+        self.idle = 0 if revocable else max(0, int(new.idle(packing).min()) - 1)
+
+    def move(self, rows: np.ndarray, old: Bounds, new: Bounds, **chunk: Any) -> None:
+        """From bounds to bounds: pack groups, give up pages of either tier. chunk: see `pack`."""
+        assert self.change is not None
+        if self.packed is not None:
+            pack(self, rows, old, new, **chunk)
+        self.exact.drop(self.change, rows, old.pinned_pages, old.exact_gone(new), int(old.exact_pages.max()))
+        self.set(rows, new)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables."""
+        arrays = (self.data, self.offset, self.chosen, self.residual)
+        tiers = [tier for tier in (self.exact, self.packed) if tier is not None]
+        waiting = sum(pages.nbytes + slots.nbytes + x.nbytes for _, pages, slots, x in self.pending)
+        mirror = 0 if self.mirror is None else self.mirror.nbytes
+        return sum(x.nbytes for x in arrays) + sum(tier.nbytes for tier in tiers) + waiting + mirror + self.memo.nbytes
+
+
+def _take(bounds: Bounds, rows: np.ndarray) -> Bounds:
+    return Bounds(*(x[rows] for x in bounds))

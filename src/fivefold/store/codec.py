@@ -1,0 +1,127 @@
+"""What the store asks of a method that packs tokens: a page format, and how pages are filled and read."""
+
+from __future__ import annotations
+
+import torch
+
+from fivefold.errors import NonFiniteError
+from fivefold.kernels.packed_decode import Form
+from fivefold.store.context import Context
+from fivefold.store.pages import PageLayout
+
+FLOAT16_MAX = torch.finfo(torch.float16).max
+
+
+def check_finite(keys: torch.Tensor, values: torch.Tensor, limit: float = FLOAT16_MAX) -> float:
+    """The largest magnitude of both. Raises `NonFiniteError` if it is beyond `limit`, what float16 fields can hold."""
+    largest = 0.0
+    for name, x in (("keys", keys), ("values", values)):
+        peak = float(x.detach().abs().amax())
+        if not peak <= limit:  # also when it is NaN
+            raise NonFiniteError(
+                f"{name} to be packed reach {peak}, beyond what the float16 numbers of a page can hold: use full() for "
+                "this model, or look for the layer that overflows."
+            )
+        largest = max(largest, peak)
+    return largest
+
+
+class Codec:
+    """How a page holds tokens. Pages are filled by whole groups of `group` tokens, in order.
+
+    Shapes: `keys, values [pages, token, head_dim]`; fields of pages `[pages, *shape]` (or `[rows, pages, *shape]`
+    where a leading `rows` is said).
+    """
+
+    layout: PageLayout
+    group: int
+    form: Form | None = None
+    """What its pages look like to the decoding kernels; None if those cannot read them."""
+    peak: float = 0.0
+    """The largest absolute number that was checked so far, for kernels with a narrower range than the pages."""
+    compiled: bool = False
+    """Whether its `scores` and `output` are kernels where C++ runs (`kernels/compiled.py`)."""
+    contextual: bool = False
+    """Whether it wants to know whose pages it is given (`learn`, `of`)."""
+    positional: bool = False
+    """If `contextual`: whether it looks at positions, which are then those that the model used; else they say
+    nothing."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensors that it holds besides pages, and that go when the cache goes."""
+        return 0
+
+    def forget(self) -> None:
+        """Let go of these tensors, which can be made again."""
+
+    def learn(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inputs: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """If `contextual`: what it wants to remember of rows whose first tokens have come, `[rows, ...]` each.
+
+        queries: `[rows, query_heads per kv head, token, head_dim]`; keys, values: `[rows, token, head_dim]`; inputs:
+        what the layer was given (the residual stream), `[sequences, token, hidden_size]`: each sequence has as many
+        rows, in succession.
+        """
+        return {}
+
+    def of(self, context: Context) -> Codec:
+        """If `contextual`: the codec that works on the pages of these rows; all that follows is asked of it."""
+        return self
+
+    def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Raise `NonFiniteError` if these, of any shape, cannot be encoded. Asked before a chunk is stored at all."""
+
+    def encode(
+        self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
+    ) -> dict[str, torch.Tensor]:
+        """Every field of pages whose slots `slot .. slot + tokens` hold `keys` and `values`.
+
+        `opened` are the fields of the same pages as they are now, given when `slot > 0`; what they hold from
+        `slot` on is stale. Must not modify its arguments. Raises `NonFiniteError` on infinities and NaN.
+        """
+        raise NotImplementedError
+
+    def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of whole pages, float32 `[pages, layout.tokens, head_dim]`; unfilled slots are anything
+        finite."""
+        raise NotImplementedError
+
+    def take(
+        self, fields: dict[str, torch.Tensor], pages: torch.Tensor, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of single tokens, float32 `[tokens, head_dim]`.
+
+        fields: of pages `[pages, *shape]`; pages, slots: int64 `[tokens]`, which of them and where in it. The default
+        decodes the pages.
+        """
+        if self.contextual:
+            keys, values = self.decode(fields)
+            return keys[pages, slots], values[pages, slots]
+        which, place = pages.unique(return_inverse=True)
+        keys, values = self.decode({name: field[which] for name, field in fields.items()})
+        return keys[place, slots], values[place, slots]
+
+    def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Inner products of queries `[rows, query, head_dim]` with the keys of pages `[rows, pages, *shape]`.
+
+        Returns float32 `[rows, query, pages * layout.tokens]`. The default decodes; a codec that can work on its
+        codes does better, and is tested against this.
+        """
+        keys, _ = self._decode_rows(fields)
+        return queries.float() @ keys.transpose(1, 2)
+
+    def output(self, weights: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Values of pages `[rows, pages, *shape]`, weighted by `weights [rows, query, pages * layout.tokens]`.
+
+        Returns float32 `[rows, query, head_dim]`.
+        """
+        _, values = self._decode_rows(fields)
+        return weights @ values
+
+    def _decode_rows(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = next(iter(fields.values())).shape[0]
+        keys, values = self.decode({name: field.flatten(0, 1) for name, field in fields.items()})
+        shape = (rows, -1, keys.shape[-1])
+        return keys.reshape(shape), values.reshape(shape)

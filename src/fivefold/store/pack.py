@@ -1,0 +1,234 @@
+"""The one packer: tokens of exact pages, and of a chunk that has just come, into pages of a codec.
+
+Rows of all layers that are due are packed together, whatever their lengths: by a kernel that finds the pages by their
+addresses where there is one, else by the codec, those together whose groups stand at the same place of a page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from fivefold.kernels.choice import choose
+from fivefold.kernels.pack import cpu
+from fivefold.store.codec import Codec
+from fivefold.store.group import KV, Layer, RowGroup
+from fivefold.store.held import Held
+from fivefold.store.rows import PAGE, Bounds, Packing
+from fivefold.store.tier import Tier
+from fivefold.store.transaction import Transaction
+
+Chunk = tuple[torch.Tensor, torch.Tensor]
+# Numbers that are packed at a time, which bounds the memory it takes.
+_NUMBERS = {"cpu": 1 << 21}
+_NUMBERS_GPU = 1 << 25
+LARGEST = torch.finfo(torch.float16).max
+
+
+class PackedLayer(Layer, Protocol):
+    encoder: int
+
+
+class Tables(Protocol):
+    """What the packer must know of the rows (see `Bank`)."""
+
+    device: torch.device
+    packing: Packing | None
+    change: Transaction | None
+    exact: Tier
+    packed: Tier | None
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def layers(self) -> Sequence[PackedLayer]: ...
+
+
+@dataclass
+class Due:
+    """Rows that have `count` tokens each to be packed, from position `start [rows]` on.
+
+    column, slot: where in the packed tier the first of them goes; stored: how many of them lie in exact pages, the
+    others being the first ones of the chunk.
+    """
+
+    rows: np.ndarray
+    bounds: Bounds
+    start: np.ndarray
+    column: np.ndarray
+    slot: int
+    count: int
+    stored: int
+
+
+def pack(
+    bank: Tables,
+    rows: np.ndarray,
+    old: Bounds,
+    new: Bounds,
+    chunk: Chunk | None = None,
+    group: RowGroup | None = None,
+    held: Held | None = None,
+) -> None:
+    """Bring the packed tier of rows from bounds `old` to `new`: encode the groups that are due, and give up the pages
+    that slid out of a window.
+
+    chunk: keys and values `[rows, tokens, head_dim]` of the tokens behind `old.length`, all rows then being those of
+    `group`; held: what a policy will know of them.
+    """
+    tier, packing, change = bank.packed, bank.packing, bank.change
+    assert tier is not None and packing is not None and change is not None
+    gone, columns = old.packed_gone(new, packing), old.packed_pages(packing)
+    start = np.where(gone < columns, old.packed_stop, new.packed_base)
+    count = np.maximum(0, new.packed_stop - start)
+    fresh = new.packed_pages(packing) - (columns - gone)
+    for wanted in np.unique(fresh[fresh > 0]).tolist():
+        some = fresh == wanted
+        tier.widen(change, rows[some], columns[some], wanted)
+    column, slot = new.packed_place(start, packing)
+    stored = np.clip(old.length - start, 0, count)
+    some = count > 0
+    if some.any():
+        keys = np.stack([slot, count, stored])[:, some]
+        due = Due(rows[some], Bounds(*(x[some] for x in old)), start[some], (gone + column)[some], 0, 0, 0)
+        if chunk is not None or not _by_kernel(bank, due, keys):
+            for which in _alike(bank, due, keys):
+                part = Due(
+                    due.rows[which], Bounds(*(x[which] for x in due.bounds)), due.start[which], due.column[which],
+                    *(int(x) for x in keys[:, which[0]]),
+                )  # fmt: skip
+                _encode(bank, part, chunk, group, held)
+    if gone.any():
+        tier.drop(change, rows, 0, gone, int((columns + np.maximum(0, fresh)).max()))
+
+
+def _alike(bank: Tables, due: Due, keys: np.ndarray) -> list[np.ndarray]:
+    """Rows that one call of a codec can encode."""
+    codecs = np.array([layer.encoder for layer in bank.layers])[due.rows // bank.rows]
+    if bank.layers[0].codec.contextual:  # type: ignore[union-attr]
+        keys = np.concatenate([keys, due.bounds])  # then their positions, too, are worked out together
+    keys = np.concatenate([codecs[None], keys])
+    if (keys == keys[:, :1]).all():
+        return [np.arange(keys.shape[1])]
+    which = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
+    return [np.flatnonzero(which == number) for number in range(int(which.max()) + 1)]
+
+
+def _by_kernel(bank: Tables, due: Due, keys: np.ndarray) -> bool:
+    """One launch for all rows, from exact pages as they lie; False where it does not run: several groups of a row at
+    once, codecs and numbers that it does not take."""
+    assert bank.packed is not None and bank.packing is not None and bank.change is not None
+    first, (slot, count, stored), packing = bank.layers[0], keys, bank.packing
+    assert first.codec is not None
+    form, choice = first.codec.form, choose(bank.device)
+    if form is None or len(bank.packed.pools) > 1 or bank.exact.pool.layout.holds:
+        return False
+    if (count != packing.group).any() or (stored != count).any():
+        return False
+    if choice.path == "cpp" and cpu.supports(form, first.spec.dtype):
+        pack_exact = cpu.pack_exact
+    elif choice.triton and form.head_dim in (64, 128, 256):
+        from fivefold.kernels.pack import triton
+
+        pack_exact = triton.pack_exact
+    else:
+        return False
+    opened = slot > 0
+    bank.packed.unshare(bank.change, due.rows[opened], due.column[opened])
+    at = due.bounds.exact_column(due.start)[:, None] + np.arange(packing.group // PAGE)
+    pages = bank.exact.table[due.rows[:, None], at]
+    sources = np.stack([bank.exact.pool.addresses(name, pages) for name in KV], 2)
+    pool = bank.packed.pool
+    where = pool.addresses(pool.layout.fields[0].name, bank.packed.table[due.rows, due.column])
+    places = np.stack([where >> 4, slot // PAGE], 1)
+    source, place = (torch.from_numpy(x).to(bank.device) for x in (sources >> 4, places))
+    peak = float(pack_exact(form, source, place, first.spec.dtype))
+    if not peak <= LARGEST:
+        return False  # the codec says what is wrong
+    _remember(bank, due.rows, peak)
+    return True
+
+
+def _remember(bank: Tables, rows: np.ndarray, peak: float) -> None:
+    for index in np.unique(rows // bank.rows).tolist():
+        codec = bank.layers[index].codec
+        assert codec is not None
+        codec.peak = max(codec.peak, peak)
+
+
+def _encode(bank: Tables, due: Due, chunk: Chunk | None, group: RowGroup | None, held: Held | None) -> None:
+    """By the codec, a bounded part of the tokens at a time; the rest of an open page first."""
+    assert bank.packed is not None and bank.packing is not None and bank.change is not None
+    layer, page, dim = bank.layers[int(due.rows[0]) // bank.rows], bank.packing.page, bank.layers[0].spec.head_dim
+    if layer.codec.contextual and group is None:  # type: ignore[union-attr]
+        bounds = Bounds(*(x[0] for x in due.bounds))
+        group = RowGroup(layer, due.rows - layer.base, bounds)
+    codec = layer.codec
+    assert codec is not None
+    numbers = _NUMBERS.get(bank.device.type, _NUMBERS_GPU)
+    step = max(1, numbers // (page * len(due.rows) * dim)) * page
+    done = 0
+    while done < due.count:
+        column, slot = divmod(due.slot + done, page)
+        size = min(due.count - done, page - slot if slot else step)
+        keys, values = _collect(bank, due, done, size, chunk)
+        whole = size // page * page if not slot else 0
+        for first, last in ((0, whole), (whole, size)):
+            if first == last:
+                continue
+            bound: Codec = codec
+            if codec.contextual:
+                assert group is not None
+                begin = int(due.start[0]) + done
+                positions = group.positions(begin + first, begin + last, held)
+                assert positions is not None
+                bound = codec.of(group.context(positions))
+            _write(bank, due, bound, column + first // page, slot, keys[:, first:last], values[:, first:last])
+        done += size
+    if not codec.contextual:
+        _remember(bank, due.rows, codec.peak)
+
+
+def _write(
+    bank: Tables, due: Due, codec: Codec, column: int, slot: int, keys: torch.Tensor, values: torch.Tensor
+) -> None:
+    """Encode tokens `[rows, tokens, head_dim]` into whole pages, or into one from `slot` on, and write them."""
+    tier, packing = bank.packed, bank.packing
+    assert tier is not None and packing is not None and bank.change is not None
+    rows, tokens, dim = keys.shape
+    columns, at = -(-(slot + tokens) // packing.page), due.column + column
+    opened = None
+    if slot:
+        tier.unshare(bank.change, due.rows, at)
+        opened = {name: pool.read(name, tier.tables[i][due.rows, at]) for pool, name, i in tier.fields()}
+    shape = (rows * columns, -1, dim)
+    fields = codec.encode(keys.reshape(shape), values.reshape(shape), slot, opened)
+    for pool, name, i in tier.fields():
+        pages = tier.tables[i][due.rows[:, None], at[:, None] + np.arange(columns)]
+        pool.write(name, pages.reshape(-1), fields[name])
+
+
+def _collect(bank: Tables, due: Due, done: int, size: int, chunk: Chunk | None) -> Chunk:
+    """Keys and values of `size` tokens of each row, the first `done` left out: `[rows, tokens, head_dim]`."""
+    parts: list[Chunk] = []
+    stored = min(size, due.stored - done)
+    if stored > 0:
+        # Packed tokens end where a page of the exact tier begins.
+        at = due.bounds.exact_column(due.start + done)[:, None] + np.arange(-(-stored // PAGE))
+        pages, pool = bank.exact.table[due.rows[:, None], at], bank.exact.pool
+        shape = (len(pages), -1, bank.layers[0].spec.head_dim)
+        keys, values = (pool.read(name, pages.reshape(-1)).reshape(shape) for name in KV)
+        parts.append((keys[:, :stored], values[:, :stored]))
+    if stored < size:
+        assert chunk is not None
+        first = int(due.start[0] + max(done, due.stored) - due.bounds.length[0])
+        window = slice(first, first + size - max(0, stored))
+        parts.append((chunk[0][:, window], chunk[1][:, window]))
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 1)

@@ -1,0 +1,314 @@
+"""What a policy wants done with the tokens of its rows, and how it is done.
+
+A policy looks at what it knows (`Held`) and answers with a plan; it never moves a token. Slots are places of tokens,
+int64 tensors `[rows, ...]`: those of the packed tier first, then those of the exact one, then those of a chunk that has
+just come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from fivefold.store.bank import Bank, BankLayer
+from fivefold.store.group import KV, RowGroup
+from fivefold.store.held import Held
+from fivefold.store.rows import PAGE, Bounds, Extent, Packing
+
+Extra = dict[str, torch.Tensor]
+Merge = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, Extra]]
+
+
+@dataclass(frozen=True)
+class Append:
+    """Hold what there is; `settle`: and pack what is due."""
+
+    settle: bool = True
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Hold these slots `[rows, kept]` in this order, and evict the others; everything is written anew.
+
+    merge: makes of keys and values `[rows, slots, head_dim]` (float32) those of the slots that stay, and `extra`.
+    """
+
+    slots: torch.Tensor
+    merge: Merge | None = None
+
+
+@dataclass(frozen=True)
+class Demote:
+    """Of the slots behind the packed ones, in this order `[rows, slots]`, pack those that are due."""
+
+    order: torch.Tensor
+
+
+@dataclass(frozen=True)
+class EvictOne:
+    """Evict slot `goes [rows]` of the exact tier: the newest token takes its place.
+
+    into, weights: slot `into [rows]` becomes its own key and value times `weights[:, 0]`, plus those that go times
+    `weights[:, 1]`.
+    """
+
+    goes: torch.Tensor
+    into: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    extra: Extra | None = None
+
+
+@dataclass(frozen=True)
+class EvictPacked:
+    """Evict `goes [rows, due]` of the packed tokens and of the `due` oldest exact ones, which take the places of those
+    that go."""
+
+    goes: torch.Tensor
+
+
+Plan = Append | Keep | Demote | EvictOne | EvictPacked
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a policy may look at when a step is planned.
+
+    keys: those of the exact tier's slots, in pieces `[rows, some slots, head_dim]`. token: key and value of one slot of
+    each row, `[rows, head_dim]` each.
+    """
+
+    bounds: Bounds
+    packing: Packing | None
+    keys: Callable[[], list[torch.Tensor]]
+    token: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+class Policy(Protocol):
+    """What the store asks of a method that chooses tokens (`fivefold.methods.policy.TokenPolicy`)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def observes(self) -> int | None: ...
+
+    @property
+    def watches(self) -> bool: ...
+
+    @property
+    def chooses(self) -> bool: ...
+
+    @property
+    def sums(self) -> bool: ...
+
+    def observe(self, weights: torch.Tensor, held: Held, first: int) -> torch.Tensor: ...
+
+    def exact_bits(self) -> int: ...
+
+    def residual_of(self, held: Held, residual: int) -> int: ...
+
+    def residual_in(self, extent: Extent, residual: int) -> int: ...
+
+    def observed(self, held: Held, weights: torch.Tensor) -> Held: ...
+
+    def after_chunk(
+        self, held: Held, observed: torch.Tensor | None, bounds: Bounds, revocable: int
+    ) -> tuple[Held, Plan]: ...
+
+    def after_layers(self, held: Held) -> Plan: ...
+
+    def after_step(self, held: Held, stored: Stored, revocable: int) -> Plan: ...
+
+    def why_not_revoke(self, held: Held, tokens: int) -> str | None: ...
+
+
+class PlannedLayer(BankLayer, Protocol):
+    """What is needed to do it (see `LayerCache`)."""
+
+    bank: Bank
+
+    def take_in(
+        self,
+        group: RowGroup,
+        keys: torch.Tensor | None,
+        values: torch.Tensor | None,
+        settle: bool,
+        revocable: int,
+        held: Held | None = None,
+    ) -> None: ...
+
+    def set(self, group: RowGroup, bounds: Bounds) -> None: ...
+
+    def empty(self, group: RowGroup, evicted: int) -> None: ...
+
+    def empty_exact(self, group: RowGroup) -> None: ...
+
+    def drop_oldest_exact(self, group: RowGroup, tokens: int) -> None: ...
+
+
+def execute(
+    layer: PlannedLayer,
+    group: RowGroup,
+    plan: Plan,
+    held: Held,
+    keys: torch.Tensor | None = None,
+    values: torch.Tensor | None = None,
+    revocable: int = 0,
+) -> None:
+    """Do what a plan says. held: what the policy knows, of the chunk `keys, values` too if there is one."""
+    if isinstance(plan, Append):
+        layer.take_in(group, keys, values, plan.settle, revocable, held)
+        group.held = held
+    elif isinstance(plan, Keep):
+        _keep(layer, group, plan, held, keys, values, revocable)
+    elif isinstance(plan, Demote):
+        _demote(layer, group, plan, held, keys, values, revocable)
+    elif isinstance(plan, EvictOne):
+        _evict_one(layer, group, plan, held)
+    else:
+        _evict_packed(layer, group, plan, held)
+
+
+def _keep(
+    layer: PlannedLayer,
+    group: RowGroup,
+    plan: Keep,
+    held: Held,
+    keys: torch.Tensor | None,
+    values: torch.Tensor | None,
+    revocable: int,
+) -> None:
+    again = keys is None
+    if group.bounds.length:
+        stored = group.dense()
+        keys, values = (old if new is None else torch.cat([old, new], 1) for old, new in zip(stored, (keys, values)))
+    assert keys is not None and values is not None
+    extra = held.extra
+    if plan.merge is not None:
+        keys, values, extra = plan.merge(keys.float(), values.float())
+    else:
+        index = plan.slots[:, :, None].expand(-1, -1, layer.spec.head_dim)
+        keys, values = keys.gather(1, index), values.gather(1, index)
+    layer.empty(group, evicted=held.seen - plan.slots.shape[1])
+    if again:
+        layer.exact_pool.budget.trim()  # pages that came in this very change are free by now, and less is needed
+    chosen = replace(held.select(plan.slots), extra=extra, settled=held.seen - revocable)
+    layer.take_in(group, keys.to(layer.spec.dtype), values.to(layer.spec.dtype), True, revocable, chosen)
+    group.held = chosen
+
+
+def _demote(
+    layer: PlannedLayer,
+    group: RowGroup,
+    plan: Demote,
+    held: Held,
+    keys: torch.Tensor | None,
+    values: torch.Tensor | None,
+    revocable: int,
+) -> None:
+    stop, order = int(group.bounds.packed_stop), plan.order
+    chunk = []
+    for name, new in zip(KV, (keys, values)):
+        parts = [*group.exact_parts(name), *(() if new is None else (new,))]
+        chunk.append(torch.cat(parts, 1).gather(1, order[:, :, None].expand(-1, -1, layer.spec.head_dim)))
+    layer.empty_exact(group)
+    first = torch.arange(stop, device=order.device).expand(len(order), -1)
+    held = replace(held.select(torch.cat([first, order + stop], 1)), settled=held.seen - revocable)
+    layer.take_in(group, chunk[0], chunk[1], True, revocable, held)
+    group.held = held
+
+
+def _evict_one(layer: PlannedLayer, group: RowGroup, plan: EvictOne, held: Held) -> None:
+    last, goes = int(group.bounds.length) - 1, plan.goes
+    newest = goes.new_full(goes.shape, last)
+    keys, values = (x.clone() for x in group.token(newest))
+    if plan.into is not None and plan.weights is not None:
+        gone, stays = group.token(goes), group.token(plan.into)
+        merged = [plan.weights[:, :1] * a + plan.weights[:, 1:] * b for a, b in zip(stays, gone)]
+        merged = [x.to(layer.spec.dtype) for x in merged]
+        _write_later(layer, group, plan.into, merged[0], merged[1])
+        again = (plan.into == last)[:, None]  # what moves is what it has just become
+        keys, values = torch.where(again, merged[0], keys), torch.where(again, merged[1], values)
+    _write_later(layer, group, goes, keys, values)
+    new, columns = group.bounds._replace(length=last, evicted=int(group.bounds.evicted) + 1), group.exact.shape[1]
+    if new.exact_pages < columns:
+        assert layer.bank.change is not None
+        layer.bank.exact.drop(layer.bank.change, group.flat, columns - 1, 1, columns)
+        group.touched_exact()
+    layer.set(group, new)
+    at = goes[:, None]
+    group.held = replace(
+        held,
+        positions=held.positions.scatter(1, at, held.positions[:, -1:])[:, :-1],
+        scores=held.scores.scatter(1, at, held.scores[:, -1:])[:, :-1],
+        extra=held.extra if plan.extra is None else plan.extra,
+        settled=held.seen,
+    )
+
+
+def _write_later(
+    layer: PlannedLayer, group: RowGroup, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> None:
+    """Tokens `[rows, head_dim]` for exact slots `[rows]` that hold others now. The last slot is about to go."""
+    index, bank = slots.cpu().numpy(), layer.bank
+    assert bank.change is not None
+    some = np.flatnonzero(index < int(group.bounds.length) - 1)
+    index, rows, column = index[some], group.flat[some], index[some] // PAGE
+    bank.exact.unshare(bank.change, rows, column)
+    if bank.exact.shared:
+        group.touched_exact()
+    pages = bank.exact.table[rows, column]
+    which = None if len(some) == len(slots) else torch.from_numpy(some).to(keys.device)
+    for name, x in zip(KV, (keys, values)):
+        if len(some):
+            bank.write_later(name, pages, index % PAGE, x if which is None else x[which])
+
+
+def _evict_packed(layer: PlannedLayer, group: RowGroup, plan: EvictPacked, held: Held) -> None:
+    """Pages in which nothing changes are left alone; the others are written anew."""
+    bank, codec, packing, bounds = layer.bank, layer.codec, layer.packing, group.bounds
+    assert codec is not None and packing is not None and bank.packed is not None and bank.change is not None
+    stop, due, page, width = int(bounds.packed_stop), plan.goes.shape[1], packing.page, group.packed.shape[1]
+    gone = torch.zeros_like(held.scores, dtype=torch.bool).scatter_(1, plan.goes, True)
+    # Each row: as many tokens of the group stay as packed ones go; they are matched in order.
+    row, slot = np.nonzero(gone[:, :stop].cpu().numpy())
+    _, place = np.nonzero(~gone[:, stop : stop + due].cpu().numpy())
+    pages_at = row * width + slot // page
+    columns, first = np.unique(pages_at), stop // page
+    group_tokens = [torch.cat(group.exact_parts(name), 1)[:, :due] for name in KV]
+    new = [x[row, place] for x in group_tokens]
+    rows_at, slots_at, places = (torch.from_numpy(x).to(held.scores.device) for x in (row, slot, place + stop))
+    moved = []
+    for x in (held.positions, held.scores):
+        x = x.clone()
+        x[rows_at, slots_at] = x[rows_at, places]
+        moved.append(x)
+    after = replace(held, positions=moved[0])
+    for pages in (columns[columns % width < first], columns[columns % width >= first]):
+        if not len(pages):
+            continue
+        r, c = np.divmod(pages, width)
+        filled = page if int(c[0]) < first else stop % page
+        slots = torch.from_numpy(c * page)[:, None] + torch.arange(page)
+        before = codec.of(group.context(group.positions_at(slots, r), r)) if codec.contextual else codec
+        tokens = [x[:, :filled] for x in before.decode(group.fields_at(r, c))]
+        mine = np.isin(pages_at, pages)
+        which = np.searchsorted(pages, pages_at[mine])
+        for x, y in zip(tokens, new):
+            x[which, slot[mine] % page] = y[mine].to(x.dtype)
+        if codec.contextual:
+            before = codec.of(group.context(group.positions_at(slots[:, :filled], r, after), r))
+        made = before.encode(tokens[0], tokens[1], 0, None)
+        bank.packed.unshare(bank.change, group.flat[r], c)
+        for pool, table in zip(bank.packed.pools, bank.packed.tables):
+            bank.change.keep(pool, table[group.flat[r], c])
+        for pool, name, i in bank.packed.fields():
+            pool.write(name, bank.packed.tables[i][group.flat[r], c], made[name])
+    group.touched_packed()
+    layer.drop_oldest_exact(group, due)
+    arrays = [torch.cat([x[:, :stop], x[:, stop + due :]], 1) for x in moved]
+    group.held = replace(held, positions=arrays[0], scores=arrays[1], settled=held.seen)

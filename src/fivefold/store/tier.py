@@ -1,0 +1,202 @@
+"""The pages of many rows in one format: a pool (two, if sharers of a page keep part of it) and a padded page table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from fivefold.store.pages import PageLayout, PagePool
+from fivefold.store.transaction import Transaction
+
+EMPTY = -1
+_SPARE = 4  # columns that a table grows by at least
+
+
+class Tier:
+    """Page tables of rows: `tables[i]` int64 `[rows, capacity]` of pages of `pools[i]`.
+
+    How many columns of a row count is known to its `Bounds` alone; what stands behind them is nobody's. A pool beside
+    the first holds the fields that every sharer of a page keeps for itself.
+
+    changed: (rows, columns) of the places that the device tables do not know yet; None where there are none.
+    """
+
+    def __init__(self, pools: list[PagePool], rows: int) -> None:
+        self.pools = pools
+        self.tables = [np.full((rows, 0), EMPTY, dtype=np.int64) for _ in pools]
+        self.shared = False
+        """Whether somebody else may hold these pages too, so that writing looks at their references first."""
+        self.changed: list[tuple[np.ndarray, np.ndarray]] | None = None
+
+    @classmethod
+    def stacked(cls, tiers: Sequence[Tier]) -> Tier:
+        """The rows of several tiers of the same pools, one after the other."""
+        out = cls(tiers[0].pools, 0)
+        width = max(tier.capacity for tier in tiers)
+        for number in range(len(out.pools)):
+            table = np.full((sum(len(tier.table) for tier in tiers), width), EMPTY, dtype=np.int64)
+            first = 0
+            for tier in tiers:
+                table[first : first + len(tier.table), : tier.capacity] = tier.tables[number]
+                first += len(tier.table)
+            out.tables[number] = table
+        out.shared = any(tier.shared for tier in tiers)
+        return out
+
+    @property
+    def pool(self) -> PagePool:
+        return self.pools[0]
+
+    @property
+    def table(self) -> np.ndarray:
+        return self.tables[0]
+
+    @property
+    def capacity(self) -> int:
+        return self.tables[0].shape[1]
+
+    def fields(self) -> list[tuple[PagePool, str, int]]:
+        """(pool, field, number of the table) of all fields."""
+        return [(pool, part.name, i) for i, pool in enumerate(self.pools) for part in pool.layout.fields]
+
+    def layouts(self) -> list[PageLayout]:
+        return [pool.layout for pool in self.pools]
+
+    def reserve(self, columns: int) -> None:
+        """Make the tables wide enough."""
+        missing = columns - self.capacity
+        if missing > 0:
+            wider = ((0, 0), (0, max(missing, _SPARE, self.capacity // 2)))
+            self.tables = [np.pad(table, wider, constant_values=EMPTY) for table in self.tables]
+
+    def narrow(self, columns: int) -> None:
+        """Give up the columns behind, which are nobody's."""
+        if columns < self.capacity:
+            self.tables = [table[:, :columns].copy() for table in self.tables]
+
+    def track(self) -> None:
+        """From now on remember what the device tables do not know, which is everything."""
+        self.changed = []
+        self._change(np.arange(len(self.table))[:, None], np.arange(self.capacity))
+
+    def _change(self, rows: np.ndarray, columns: np.ndarray) -> None:
+        """These places (arrays that are broadcast together) have other pages."""
+        if self.changed is not None:
+            places = np.broadcast_arrays(rows, columns)
+            self.changed.append((places[0].reshape(-1), places[1].reshape(-1)))
+
+    def widen(self, change: Transaction, rows: np.ndarray, at: np.ndarray | int, count: int) -> None:
+        """Fresh pages in the `count` columns from `at` on (of each row its own), behind those that count."""
+        if not len(rows) or count <= 0:
+            return
+        columns = np.broadcast_to(np.asarray(at), rows.shape)[:, None] + np.arange(count)
+        last = int(columns.max()) + 1
+        self.reserve(last)
+        for pool, table in zip(self.pools, self.tables):
+            table[rows[:, None], columns] = change.allocate(pool, columns.size).reshape(columns.shape)
+        self._change(rows[:, None], columns)
+
+    def drop(
+        self, change: Transaction, rows: np.ndarray, first: np.ndarray | int, count: np.ndarray | int, stop: int
+    ) -> None:
+        """Give up `count` columns from `first` on (of each row its own); those behind move up. No row has more than
+        `stop` columns that count."""
+        first, count = (np.broadcast_to(np.asarray(x), rows.shape)[:, None] for x in (first, count))
+        if not len(rows) or not count.any():
+            return
+        at = np.arange(stop)
+        gone = (at >= first) & (at < first + count)
+        source = np.minimum(np.where(at < first, at, at + count), stop - 1)
+        self._keep(change, rows, stop)
+        for pool, table in zip(self.pools, self.tables):
+            old = table[rows, :stop]
+            change.release(pool, old[gone])
+            table[rows, :stop] = np.take_along_axis(old, source, 1)
+        self._change(rows[:, None], np.arange(int(first.min()), stop))
+
+    def move(
+        self, change: Transaction, rows: np.ndarray, columns: np.ndarray, pages: np.ndarray, number: int = 0
+    ) -> None:
+        """Single pages of `pools[number]` have been copied to `pages`; those that they were are given up."""
+        self._keep(change, np.unique(rows), int(columns.max()) + 1)
+        table = self.tables[number]
+        change.release(self.pools[number], table[rows, columns])
+        table[rows, columns] = pages
+        self._change(rows, columns)
+
+    def unshare(self, change: Transaction, rows: np.ndarray, columns: np.ndarray | int) -> None:
+        """Copies of its own for every page of `columns [rows]` that somebody else holds too, before it is written."""
+        if not self.shared or not len(rows):
+            return
+        columns = np.broadcast_to(np.asarray(columns), rows.shape)
+        for pool, table in zip(self.pools, self.tables):
+            old = table[rows, columns]
+            where = np.flatnonzero(pool.references(old) > 1)
+            if not len(where):
+                continue
+            new = change.allocate(pool, len(where))
+            pool.copy(old[where], new)
+            self._keep(change, rows[where], int(columns.max()) + 1)
+            table[rows[where], columns[where]] = new
+            change.release(pool, old[where])
+            self._change(rows[where], columns[where])
+
+    def adopt(
+        self, change: Transaction, rows: np.ndarray, other: Tier, source: np.ndarray, columns: np.ndarray
+    ) -> None:
+        """Rows take the pages of `other`'s rows `source`, but for what sharers keep for themselves."""
+        width = int(columns.max(initial=0))
+        there, pool = np.arange(width) < columns[:, None], self.pool
+        self._keep(change, rows, width)
+        pages = other.table[source, :width]
+        pool.retain(pages[there])
+        change.undo(lambda: pool.release(pages[there]))
+        change.release(pool, self.table[rows, :width][there])
+        self.table[rows, :width] = np.where(there, pages, EMPTY)
+        self.shared = other.shared = True
+        self._change(rows[:, None], np.arange(width))
+
+    def _keep(self, change: Transaction, rows: np.ndarray, stop: int) -> None:
+        """Note what the first columns of rows are, for a rollback."""
+        before = [table[rows, :stop] for table in self.tables]
+
+        def restore() -> None:
+            for table, old in zip(self.tables, before):
+                table[rows, :stop] = old
+            self._change(rows[:, None], np.arange(stop))
+
+        change.undo(restore)
+
+    def pages(self, rows: np.ndarray | slice, columns: int, which: int = 0) -> np.ndarray:
+        """The first columns of rows: int64 `[rows, columns]`, a view for a slice of rows."""
+        return self.tables[which][rows, :columns]
+
+    def held(self, columns: np.ndarray, which: int = 0) -> np.ndarray:
+        """Every page that counts, where row i has `columns[i]` columns."""
+        table = self.tables[which]
+        return table[np.arange(table.shape[1]) < columns[:, None]]
+
+    def retain(self, change: Transaction, columns: np.ndarray) -> None:
+        """One more owner for everything that counts."""
+        for i, pool in enumerate(self.pools):
+            pages = self.held(columns, i)
+            pool.retain(pages)
+            change.undo(partial(pool.release, pages))
+
+    def release(self, change: Transaction, columns: np.ndarray) -> None:
+        """Give up everything that counts."""
+        for i, pool in enumerate(self.pools):
+            change.release(pool, self.held(columns, i))
+
+    def select(self, rows: np.ndarray) -> Tier:
+        """The tables of these rows, in that order; references are the caller's to count."""
+        out = Tier(self.pools, 0)
+        out.tables = [table[rows] for table in self.tables]
+        out.shared = True
+        return out
+
+    @property
+    def nbytes(self) -> int:
+        return sum(table.nbytes for table in self.tables)
