@@ -17,7 +17,7 @@ from fivefold.recipe import Recipe
 def learn(model: Any, recipe: str, folder: Path, chunks: int = 4) -> str:
     """A profile of the recipe's first method in `folder`, whose name is returned."""
     method = Recipe.parse(recipe).methods[0]
-    specs = {index: store.spec for index, store in make_cache(model, Recipe()).state.stores.items()}
+    specs = {index: store.spec for index, store in make_cache(model, Recipe()).session.stores.items()}
     learner = method.learner(list(specs.values()))
 
     def see(layer: int, captured: Any) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from fivefold.engine.layer import attend
+from fivefold.engine.session import Session
 from fivefold.methods import Codec, ReadPolicy, TokenPolicy
 from fivefold.methods.tokens.keyformer import _DRAWS, _draws
-from fivefold.models.huggingface import FivefoldLayer, _State
-from fivefold.store.layer_cache import LayerCache, LayerSpec, Pools
-from fivefold.store.tiers import Extent
+from fivefold.store.layer_cache import LayerCache
+from fivefold.store.rows import Extent
+from fivefold.store.spec import LayerSpec, Pools
 
 CPU = torch.device("cpu")
 
@@ -35,40 +37,55 @@ class Run:
         reads: ReadPolicy | None = None,
     ) -> None:
         self.pools = Pools(max_bytes)
-        stores = {}
-        for index in range(layers):
-            spec = LayerSpec(index, layers, kv_heads, query_heads, dim, torch.float32, CPU)
-            stores[index] = LayerCache(spec, self.pools, extents or [Extent()] * kv_heads, codec, residual, policy)
-        roles = {} if reads is None else dict(enumerate(reads.roles([s.spec for s in stores.values()])))
-        self.state = _State(stores, {}, self.pools, roles, 0 if reads is None else reads.top)
-        self.layers = [FivefoldLayer(index, self.state) for index in range(layers)]
+        specs = [LayerSpec(index, layers, kv_heads, query_heads, dim, torch.float32, CPU) for index in range(layers)]
+        heads = extents or [Extent()] * kv_heads
+        roles = {} if reads is None else dict(enumerate(reads.roles(specs)))
+        self.session = Session(
+            specs,
+            lambda spec: LayerCache(spec, self.pools, heads, codec, residual, policy),
+            self.pools,
+            roles=roles,
+            top=0 if reads is None else reads.top,
+        )
 
     def take(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        inputs: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
-        """One forward: `[layer, batch, head, tokens, dim]`. Returns the outputs `[batch, tokens, head, dim]`."""
-        with torch.inference_mode():
+        """One forward: `[layer, batch, head, tokens, dim]`. Returns the outputs `[batch, tokens, head, dim]`.
+
+        positions, inputs: what every layer is called with, for codecs that want to know it.
+        """
+        with torch.inference_mode(), self.session.atomic():
             scaling = q.shape[-1] ** -0.5
-            return [layer.attend(q[i], k[i], v[i], mask, scaling) for i, layer in enumerate(self.layers)]
+            return [
+                attend(self.session, index, q[index], k[index], v[index], mask, scaling, positions, inputs)
+                for index in self.session.stores
+            ]
 
     def kept(self, layer: int = 0) -> dict[int, list[int]]:
         """Positions that each row (sequence * kv_heads + head) holds, ascending."""
         out = {}
-        for cohort in self.state.stores[layer].cohorts:
-            assert cohort.held is not None
-            for row, positions in zip(cohort.rows.tolist(), cohort.held.positions.tolist()):
+        for group in self.session.stores[layer].groups:
+            assert group.held is not None
+            for row, positions in zip(group.rows.tolist(), group.held.positions.tolist()):
                 out[row] = sorted(positions)
         return out
 
     def tokens(self, layer: int = 0) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values that each row holds, by position: `[kept, dim]`."""
         out = {}
-        store = self.state.stores[layer]
-        for cohort in store.cohorts:
-            assert cohort.held is not None
-            keys, values = store.dense(cohort)
-            order = cohort.held.positions.argsort(1)
-            for at, row in enumerate(cohort.rows.tolist()):
+        store = self.session.stores[layer]
+        for group in store.groups:
+            assert group.held is not None
+            keys, values = group.dense()
+            order = group.held.positions.argsort(1)
+            for at, row in enumerate(group.rows.tolist()):
                 out[row] = (keys[at, order[at]], values[at, order[at]])
         return out
 

@@ -86,6 +86,6 @@ def test_a_policy_of_a_few_lines(from_contributing):
         attention = model(ids, output_attentions=True).attentions[0][0, :, -1]
         cache = fivefold.compress(model, "tova(keep=0.25)")
         model(ids, past_key_values=cache)
-    (cohort,) = cache.state.stores[0].cohorts
+    (group,) = cache.session.stores[0].groups
     most = attention.unflatten(0, (2, 2)).sum(1).topk(50).indices.sort().values
-    assert torch.equal(cohort.held.positions.sort(1).values.long(), most)
+    assert torch.equal(group.held.positions.sort(1).values.long(), most)

@@ -17,17 +17,21 @@ import torch
 from fivefold.attention import attend_chunk, attend_step, decode, prefill
 from fivefold.attention import merge as merge_module
 from fivefold.attention.merge import MASKED, attend, attend_reference, attend_window, merge, takes_windows
-from fivefold.methods.base import Codec
 from fivefold.methods.bits.kivi import KiviCodec
-from fivefold.store import layer_cache
-from fivefold.store.layer_cache import Cohort, LayerCache, LayerSpec, Pools
+from fivefold.store import group as group_module
+from fivefold.store.codec import Codec
+from fivefold.store.group import RowGroup
+from fivefold.store.layer_cache import LayerCache
 from fivefold.store.pages import _Slab
-from fivefold.store.tiers import PAGE, Extent
+from fivefold.store.rows import PAGE, Extent
+from fivefold.store.spec import LayerSpec, Pools
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HALVES = (torch.float16, torch.bfloat16)
 CPU = torch.device("cpu")
-EXTENTS = [Extent(), Extent(0, 1), Extent(0, 40), Extent(4, 33), Extent(40, 100), Extent(4, 300)]
+# What two methods hold together: sinks that only one of them keeps go as the text grows.
+BOTH = {a.intersect(b): (a, b) for a, b in [(Extent(40, 50), Extent(4, 300)), (Extent(1, 120), Extent(70, 33))]}
+EXTENTS = [Extent(), Extent(0, 1), Extent(0, 40), Extent(4, 33), Extent(40, 100), Extent(4, 300), *BOTH]
 CODECS = [(2, 32), (2, 128), (3, 32), (4, 64), (4, 128), (8, 32), (8, 64)]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -44,9 +48,9 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_Slab, "__init__", poisoned)
 
 
-def stored(layer: LayerCache, cohort: Cohort) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
-    """Positions [n] and keys and values, float64 [rows, n, head_dim], of everything that a cohort holds."""
-    g, rows, dim = cohort.geometry, len(cohort.rows), layer.spec.head_dim
+def stored(layer: LayerCache, group: RowGroup) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+    """Positions [n] and keys and values, float64 [rows, n, head_dim], of everything that a group holds."""
+    g, rows, dim = group.bounds, len(group.rows), layer.spec.head_dim
     positions, parts = [], []
 
     def take(first: int, last: int, *both: torch.Tensor) -> None:
@@ -58,12 +62,13 @@ def stored(layer: LayerCache, cohort: Cohort) -> tuple[np.ndarray, torch.Tensor,
         return [pool.read(name, table.reshape(-1)).reshape(rows, -1, dim) for name in ("keys", "values")]
 
     if g.pinned_pages:
-        take(0, min(g.length, g.extent.pinned * PAGE), *pages(cohort.exact[:, : g.pinned_pages]))
+        take(0, min(g.length, g.extent.pinned * PAGE), *pages(group.exact[:, : g.pinned_pages]))
     if g.window_pages:
-        take(g.exact_base, g.length, *pages(cohort.exact[:, g.pinned_pages :]))
+        take(g.exact_base, g.length, *pages(group.exact[:, g.pinned_pages :]))
     if g.packed_stop > g.packed_base:
-        assert layer.codec is not None and layer.packed_pool is not None
-        fields = {f.name: layer.packed_pool.read(f.name, cohort.packed.reshape(-1)) for f in layer.codec.layout.fields}
+        assert layer.codec is not None
+        (pool,) = layer.packed_pools
+        fields = {f.name: pool.read(f.name, group.packed.reshape(-1)) for f in layer.codec.layout.fields}
         decoded = layer.codec.decode(fields)
         take(g.packed_base, g.packed_stop, *(x.reshape(rows, -1, dim) for x in decoded))
     if not parts:
@@ -83,8 +88,9 @@ def softmax_attention(
     positions, keys, values = held
     q, k = newest[:, None], positions[None]
     seen = k <= q
-    if extent.recent is not None:
-        seen &= (k < extent.sink) | (k > q - extent.recent)
+    for one in BOTH.get(extent, (extent,)):
+        if one.recent is not None:
+            seen &= (k < one.sink) | (k > q - one.recent)
     assert seen.any(1).all()
     scores = queries.double() @ keys[:, None].transpose(2, 3) * scaling
     scores.masked_fill_(~torch.from_numpy(seen), float("-inf"))
@@ -109,27 +115,27 @@ class Run:
         self.layer.start(self.batch)
         self.scaling = rng.choice((1.0, self.dim**-0.5))
 
-    def feed(self, counts: list[int], horizon: int = 0) -> None:
+    def feed(self, counts: list[int], revocable: int = 0) -> None:
         layer, chunk, rows = self.layer, max(counts), self.batch * self.heads
         offset = torch.randn(rows, 1, self.dim)
         keys, values = ((torch.randn(rows, chunk, self.dim) + offset).to(self.dtype) for _ in range(2))
         queries = torch.randn(rows, self.group, chunk, self.dim).to(self.dtype)
-        for cohort, count in layer.split_by(np.array(counts)):
+        for group, count in layer.split_by(np.array(counts)):
             if count == 0:
                 continue
-            pick, new = cohort.rows_tensor, slice(chunk - count, chunk)
+            pick, new = group.rows_tensor, slice(chunk - count, chunk)
             q, k, v = queries[pick][:, :, new], keys[pick, new], values[pick, new]
-            extent, length = cohort.geometry.extent, cohort.geometry.length
+            extent, length = group.bounds.extent, group.bounds.length
             newest = np.arange(length, length + count)
             if count == 1:
-                layer.append(cohort, k, v, settle=False)
-                found = attend_step(layer, cohort, q[:, :, 0], self.scaling)[0][:, :, None]
-                held = stored(layer, cohort)
-                layer.append(cohort, None, None, horizon=horizon)
+                layer.append(group, k, v, settle=False)
+                found = attend_step(layer, group, q[:, :, 0], self.scaling)[0][:, :, None]
+                held = stored(layer, group)
+                layer.append(group, None, None, revocable=revocable)
             else:
-                found, _ = attend_chunk(layer, cohort, q, k, v, self.scaling)
-                positions, old_keys, old_values = stored(layer, cohort)
-                layer.append(cohort, k, v, horizon=horizon)
+                found, _ = attend_chunk(layer, group, q, k, v, self.scaling)
+                positions, old_keys, old_values = stored(layer, group)
+                layer.append(group, k, v, revocable=revocable)
                 held = (
                     np.concatenate([positions, newest]),
                     torch.cat([old_keys, k.double()], 1),
@@ -140,22 +146,22 @@ class Run:
             error = (found.double() - wanted).abs().max().item()
             assert error < TOLERANCE[self.dtype] * max(1, wanted.abs().max().item()), (
                 extent,
-                cohort.geometry,
+                group.bounds,
             )
 
     def go(self, chunks: int = 8, longest: int = 300) -> None:
         for _ in range(chunks):
-            horizon = self.rng.choice((0, 0, 24))
+            revocable = self.rng.choice((0, 0, 24))
             if self.rng.random() < 0.6:
                 longest_now = self.rng.choice((3, 40, longest))
                 counts = [self.rng.randint(0, longest_now) for _ in range(self.batch)]
                 if self.rng.random() < 0.5:
                     counts = [max(counts)] * self.batch
                 if any(counts):
-                    self.feed(counts, horizon)
+                    self.feed(counts, revocable)
             else:
                 for _ in range(self.rng.randint(1, 40)):
-                    self.feed([1] * self.batch, horizon)
+                    self.feed([1] * self.batch, revocable)
 
 
 def needs_cuda(test: Callable[..., None]) -> Callable[..., None]:
@@ -232,7 +238,7 @@ def test_attention_in_small_blocks(seed: int, dtype: torch.dtype, monkeypatch: p
     monkeypatch.setattr(decode, "PACKED_BLOCK", 1)
     monkeypatch.setattr(prefill, "QUERY_BLOCK", 7)
     monkeypatch.setattr(prefill, "KEY_BLOCK", 256)
-    monkeypatch.setattr(layer_cache, "GATHERED", 1)
+    monkeypatch.setattr(group_module, "GATHERED", 1)
     run = Run(200 + seed, dtype)
     run.go(6, 500)
     # Tables that are no regular grids: every page is a block of its own.

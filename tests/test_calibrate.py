@@ -22,7 +22,7 @@ from conftest import FAMILIES, VOCAB
 from fivefold.calibrate import Capture, Learner, Profile, config_hash, load_profile, save_profile, signature
 from fivefold.calibrate.learner import CAPTURES
 from fivefold.calibrate.run import Stopped, calibrate, chunks, default_texts
-from fivefold.cli import app
+from fivefold.cli.app import app
 from fivefold.errors import InputError, NonFiniteError, ProfileError, RecipeError
 from fivefold.methods import Method, param
 from fivefold.models.capture import capturing, rotate
@@ -361,7 +361,7 @@ def test_recipes_that_learn_nothing(tiny: Callable[..., Any], tmp_path: Path) ->
 @pytest.mark.usefixtures("moments")
 def test_the_command(tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fivefold.calibrate.run.LENGTH", 128)
-    monkeypatch.setattr("fivefold.cli._load", lambda *_: (tiny(), Words()))
+    monkeypatch.setattr("fivefold.cli.calibrate.load_model", lambda *_: (tiny(), Words()))
     text, out = tmp_path / "text", tmp_path / "out"
     text.write_text(TEXT)
     command = ["calibrate", "-m", "x", "-r", "moments()", "-o", str(out), "-t", str(text)]
@@ -425,7 +425,7 @@ def test_tidal_learns_where_to_pick_again(
     best = max(recall, key=recall.__getitem__)
     assert int(profile.tensors["layer"]) == best and profile.settings == {"top": 20, "full_layers": 1}
     cache = fivefold.compress(model, f'tidal(top=20, full_layers=1, select_layers="{tmp_path / "x"}")')
-    assert [i for i, role in cache.state.roles.items() if role == "select"] == sorted({1, best})
+    assert [i for i, role in cache.session.roles.items() if role == "select"] == sorted({1, best})
     with pytest.raises(ProfileError, match="there is no profile"):
         fivefold.compress(model, 'tidal(select_layers="nowhere")')
     with pytest.raises(ProfileError, match="was made for"):

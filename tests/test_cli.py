@@ -30,9 +30,12 @@ from transformers import (
 from typer.testing import CliRunner
 
 import fivefold
-from fivefold import cli
+from fivefold.cli.app import app
+from fivefold.cli.generate import _parse_bytes
+from fivefold.cli.recipes import _refusals
+from fivefold.cli.terminal import out
 from fivefold.evaluate import demo
-from fivefold.models import smollm2
+from fivefold.models import embedded
 from fivefold.recipe import describe
 
 WORDS = 320
@@ -40,7 +43,7 @@ PROMPT = " ".join(f"w{number * 7 % 300}" for number in range(150))
 
 
 def run(*args: str | Path, stdin: bytes | None = None) -> Any:
-    return CliRunner().invoke(cli.app, [str(arg) for arg in args], input=stdin)
+    return CliRunner().invoke(app, [str(arg) for arg in args], input=stdin)
 
 
 def refused(result: Any, *words: str) -> str:
@@ -111,7 +114,7 @@ def continued(folder: Path, text: str, count: int) -> list[int]:
 
 
 def test_import_and_help_do_without_torch():
-    code = "import sys, fivefold.cli as c; assert 'torch' not in sys.modules; assert c.fivefold.compress"
+    code = "import sys, fivefold, fivefold.cli; assert 'torch' not in sys.modules; assert fivefold.compress"
     subprocess.run([sys.executable, "-c", code], check=True)
     times = []
     for _ in range(3):
@@ -177,8 +180,8 @@ def test_refusals_are_told_once_and_with_their_reason():
         row("b", "tokens", ("c", same)),
         row("c", "tokens", ("a", "c needs all heads."), ("b", same)),
     ]
-    with cli.out.capture() as capture:
-        cli.out.print(cli._refusals(methods))
+    with out.capture() as capture:
+        out.print(_refusals(methods))
     lines = [line.strip() for line in capture.get().splitlines()]
     assert lines == [
         "Refused together",
@@ -240,7 +243,7 @@ def test_what_is_no_cap(size: str, tiny: Path):
 
 
 def test_sizes():
-    assert [cli._bytes(text) for text in ("17", "17B", "2k", "512M", "1.5 GiB", "2gb")] == [
+    assert [_parse_bytes(text) for text in ("17", "17B", "2k", "512M", "1.5 GiB", "2gb")] == [
         17,
         17,
         2048,
@@ -631,19 +634,19 @@ def test_ctrl_c_in_eval_says_that_work_is_kept(tiny: Path, tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def embedded() -> Path:
-    return smollm2.fetch()
+def fetched() -> Path:
+    return embedded.fetch()
 
 
 @pytest.mark.model
-def test_fetch_says_where_it_is(embedded: Path):
+def test_fetch_says_where_it_is(fetched: Path):
     result = run("fetch")
     assert result.exit_code == 0
-    assert "here already" in result.stdout and str(embedded) in result.stdout
+    assert "here already" in result.stdout and str(fetched) in result.stdout
 
 
 @pytest.mark.model
-def test_generate_with_the_embedded_model(embedded: Path):
+def test_generate_with_the_embedded_model(fetched: Path):
     question = "What is the capital of France?"
     result = run("generate", "-r", "kivi(bits=4)", "-p", question, "-n", "30")
     assert result.exit_code == 0, result.stderr
@@ -652,22 +655,22 @@ def test_generate_with_the_embedded_model(embedded: Path):
 
 
 @pytest.mark.model
-def test_ctrl_c_while_generating_with_the_embedded_model(embedded: Path):
+def test_ctrl_c_while_generating_with_the_embedded_model(fetched: Path):
     interrupt_generate("-p", "Write a long story about a ship.", "-n", "4000")
 
 
 @pytest.mark.model
-def test_ctrl_c_in_the_demo_with_the_embedded_model(embedded: Path, tmp_path: Path):
+def test_ctrl_c_in_the_demo_with_the_embedded_model(fetched: Path, tmp_path: Path):
     interrupt_demo(tmp_path, "-c", "512")
 
 
 @pytest.mark.model
-def test_demo_with_the_embedded_model(embedded: Path, tmp_path: Path):
+def test_demo_with_the_embedded_model(fetched: Path, tmp_path: Path):
     file = tmp_path / "out.json"
     recipes = ["full()", "kivi(bits=4)"]
     result = run("demo", "--context", "512", "--recipe", recipes[0], "--recipe", recipes[1], "--json", file)
     data = check_demo(result, file, 512, recipes)
-    assert data["model"] == smollm2.MODEL_NAME
+    assert data["model"] == embedded.MODEL_NAME
     assert data["baseline"]["answers_right"] == 3
     assert data["runs"][0]["agreement"] == 1
     assert data["runs"][1]["ratio"] < 0.5

@@ -14,7 +14,7 @@ import fivefold
 from conftest import FAMILIES, VOCAB
 from fivefold.errors import CacheStateError
 from fivefold.methods import Codec, Method
-from fivefold.models.huggingface import attention_modules, rope_of
+from fivefold.models.specs import attention_modules, rope_of
 from fivefold.recipe import Recipe
 from fivefold.store import Context, Field, LayerSpec, PageLayout, Rope
 
@@ -158,7 +158,7 @@ def test_keys_before_rope_are_those_of_the_model(tiny: Any, family: str) -> None
     exact = logits(model, fivefold.compress(model, "full()"), [ids[:, :150], *ids[:, 150:].split(1, 1)])
     cache = compress(model)
     modules, made = attention_modules(model), {}
-    index = max(i for i, store in cache.state.stores.items())
+    index = max(i for i, store in cache.session.stores.items())
     # What enters the rotary embedding, as the model makes it.
     name = {"gpt_neox": "query_key_value", "phi3": "qkv_proj", "qwen3": "k_norm", "gemma3_text": "k_norm"}
     layer = getattr(modules[index], name.get(family, "k_proj"))
@@ -166,7 +166,7 @@ def test_keys_before_rope_are_those_of_the_model(tiny: Any, family: str) -> None
     packed = logits(model, cache, [ids[:, :150], *ids[:, 150:].split(1, 1)])
     hook.remove()
     same(packed, exact)
-    spec = cache.state.stores[index].spec
+    spec = cache.session.stores[index].spec
     keys = made["keys"].detach()
     if family == "gpt_neox":
         keys = keys.view(2, 150, spec.kv_heads, 3, spec.head_dim)[:, :, :, 1]
@@ -176,7 +176,7 @@ def test_keys_before_rope_are_those_of_the_model(tiny: Any, family: str) -> None
     elif keys.ndim == 4 and keys.shape[1] == spec.kv_heads and keys.shape[2] == 150:
         keys = keys.transpose(1, 2)
     keys = keys.reshape(2, 150, spec.kv_heads, -1).transpose(1, 2).reshape(2 * spec.kv_heads, 150, -1)
-    codec = CODECS[list(cache.state.stores).index(index)]
+    codec = CODECS[list(cache.session.stores).index(index)]
     heads, positions, first = codec.seen[0]
     assert heads == tuple(range(spec.kv_heads)) * 2 and torch.equal(positions[0], torch.arange(first.shape[1]))
     assert (first - keys[:, : first.shape[1]]).abs().max() < 1e-4 * keys.abs().max()
@@ -284,10 +284,10 @@ def test_forks_beams_crops_and_picked_tokens(tiny: Any) -> None:
     new = prompt(1, 90, 9)
     expected = logits(model, exact, [new[:, :80], *new[:, 80:].split(1, 1)])
     same(logits(model, cache, [new[:, :80], *new[:, 80:].split(1, 1)]), expected)
-    store = fork.state.stores[1]
-    cohort = store.cohorts[0]
+    store = fork.session.stores[1]
+    group = store.groups[0]
     slots = torch.tensor([[0, 5, 63, 64, 191], [1, 2, 3, 4, 5], [9, 8, 7, 6, 100], [190, 0, 0, 1, 2]])
-    taken, dense = store.tokens(cohort, slots), store.dense(cohort)
+    taken, dense = group.tokens(slots), group.dense()
     for got, whole in zip(taken, dense):
         same(got, whole.gather(1, slots[:, :, None].expand(-1, -1, 64)))
     assert cache.report().statistics == 3 * 2 * 64 * 4  # what was learned, of every layer and head

@@ -10,15 +10,15 @@ from transformers import DynamicCache
 
 import fivefold
 from fivefold.evaluate.demo import make_task
-from fivefold.models import smollm2
+from fivefold.models import embedded
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def embedded():
-    smollm2.fetch()
-    model, tokenizer = smollm2.load()
+def loaded():
+    embedded.fetch()
+    model, tokenizer = embedded.load()
     yield model, tokenizer
     fivefold.restore(model)
 
@@ -34,8 +34,8 @@ def continue_document(model, task, recipe):
     return logits.float().log_softmax(-1), report
 
 
-def test_full_gives_the_same_tokens_as_dynamic_cache_at_2k(embedded):
-    model, tokenizer = embedded
+def test_full_gives_the_same_tokens_as_dynamic_cache_at_2k(loaded):
+    model, tokenizer = loaded
     task = make_task(tokenizer, 2048)
     settings = {
         "max_new_tokens": 128,
@@ -56,8 +56,8 @@ def test_full_gives_the_same_tokens_as_dynamic_cache_at_2k(embedded):
 
 
 @pytest.mark.parametrize("context", [2048, 4096])
-def test_fewer_bits_cost_more_and_eight_cost_nothing(embedded, context):
-    model, tokenizer = embedded
+def test_fewer_bits_cost_more_and_eight_cost_nothing(loaded, context):
+    model, tokenizer = loaded
     task = make_task(tokenizer, context, continuation=384)
     exact, _ = continue_document(model, task, None)
     kl, agreement, ratio = {}, {}, {}
@@ -75,8 +75,8 @@ def test_fewer_bits_cost_more_and_eight_cost_nothing(embedded, context):
 
 
 def test_bytes_in_bfloat16_at_4k():
-    smollm2.fetch()
-    model, tokenizer = smollm2.load(torch.bfloat16)
+    embedded.fetch()
+    model, tokenizer = embedded.load(torch.bfloat16)
     task = make_task(tokenizer, 4096)
     bounds = {"kivi(bits=2)": 0.25, "duo(keep=0.3334) + kivi(bits=2)": 0.14}
     with torch.inference_mode():
@@ -90,8 +90,8 @@ def test_bytes_in_bfloat16_at_4k():
             assert cache.report().ratio <= bound, cache.report()
 
 
-def test_bytes_of_a_third_of_the_heads_in_float32_at_4k(embedded):
-    model, tokenizer = embedded
+def test_bytes_of_a_third_of_the_heads_in_float32_at_4k(loaded):
+    model, tokenizer = loaded
     task = make_task(tokenizer, 4096)
     cache = fivefold.compress(model, "duo(keep=0.3334) + kivi(bits=2)")
     with torch.inference_mode():
@@ -102,8 +102,8 @@ def test_bytes_of_a_third_of_the_heads_in_float32_at_4k(embedded):
 PEAK = """
 import json, pathlib, sys, torch, fivefold
 from fivefold.evaluate.demo import make_task
-from fivefold.models import smollm2
-model, tokenizer = smollm2.load()
+from fivefold.models import embedded
+model, tokenizer = embedded.load()
 task = make_task(tokenizer, 4096)
 cache = fivefold.compress(model, sys.argv[1])
 with torch.inference_mode():
@@ -117,7 +117,7 @@ print(json.dumps([peak, cache.report().total]))
 """
 
 
-def test_peak_memory_of_the_process_is_lower(embedded):
+def test_peak_memory_of_the_process_is_lower(loaded):
     def peak(recipe):
         done = subprocess.run([sys.executable, "-c", PEAK, recipe], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr

@@ -487,12 +487,12 @@ def test_the_front_is_what_no_other_beats():
 @pytest.mark.model
 @pytest.mark.timeout(600)
 def test_the_embedded_model_beats_chance_and_a_forgetful_cache_does_not(tmp_path):
-    from fivefold.models import smollm2
+    from fivefold.models import embedded
 
-    smollm2.fetch()
+    embedded.fetch()
     forgetful = "streaming(sink=0, recent=8)"
     plan = Plan(("full()", forgetful), ("passkey", "multi_passkey", "api_cloze"), (1024,), 2)
-    result = run(*smollm2.load(), plan, tmp_path / "kept.jsonl")
+    result = run(*embedded.load(), plan, tmp_path / "kept.jsonl")
     cells = {(cell["suite"], cell["recipe"]): cell for cell in result["cells"]}
     assert len(cells) == 9
     for suite in plan.suites:

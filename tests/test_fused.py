@@ -10,53 +10,70 @@ import torch
 
 from conftest import DEVICES, KERNELS
 from fivefold.attention import attend_chunk, attend_picked, attend_step
-from fivefold.attention.decode import exact_bias, exact_tokens, packed_bias
-from fivefold.attention.fused import pack_due, spans, why_not
+from fivefold.attention.decode import exact_bias, packed_bias
+from fivefold.attention.fused import why_not
 from fivefold.errors import CacheStateError, NonFiniteError
 from fivefold.kernels import choice, compiled
 from fivefold.kernels.choice import choose
 from fivefold.methods.bits.kivi import Kivi
-from fivefold.store.layer_cache import LayerCache, LayerSpec, Pools
-from fivefold.store.tiers import Extent, Geometry, Packing
+from fivefold.store.bank import Bank
+from fivefold.store.layer_cache import LayerCache
+from fivefold.store.rows import Bounds, Extent, Packing
+from fivefold.store.spec import LayerSpec, Pools
 
 pytest.importorskip("triton", reason="needs Triton")
+from fivefold.kernels.pack import triton as pack_kernel
+
 pytestmark = pytest.mark.usefixtures("one_thread")
+# As `DEVICES`, with the kernels to ask for there: those in C++ run on every CPU.
+PATHS = [
+    *(pytest.param(*part.values, KERNELS, marks=part.marks, id=f"{part.values[0]}-{KERNELS}") for part in DEVICES),
+    pytest.param("cpu", "cpp", id="cpu-cpp"),
+]
 
 
-def make(device: str, extents: list[Extent], codec: Kivi | None, dtype: torch.dtype = torch.float32) -> LayerCache:
+def make(
+    device: str,
+    extents: list[Extent],
+    codec: Kivi | None,
+    dtype: torch.dtype = torch.float32,
+    pools: Pools | None = None,
+) -> LayerCache:
     spec = LayerSpec(0, 1, len(extents), 4 * len(extents), 64, dtype, torch.device(device))
-    return LayerCache(spec, Pools(), extents, codec and codec.codec(spec), codec.residual if codec else 0)
+    return LayerCache(spec, pools or Pools(), extents, codec and codec.codec(spec), codec.residual if codec else 0)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("device", "asked"), PATHS)
 @pytest.mark.parametrize(
     ("extents", "codec"),
     [
         ([Extent()] * 2, Kivi(bits=4, residual=32)),
         ([Extent(), Extent(4, 100)], Kivi(bits=2, residual=40)),
         ([Extent(40, 70), Extent(0, 33)], None),
+        ([Extent(40, 70).intersect(Extent(4, 150)), Extent(4, 90).intersect(Extent(64, 33))], Kivi(bits=4, residual=0)),
     ],
 )
-def test_a_step_is_that_of_the_reference(device, extents, codec, monkeypatch) -> None:
+def test_a_step_is_that_of_the_reference(device, asked, extents, codec, monkeypatch) -> None:
     """Over page boundaries, packing, sliding windows, forks and crops."""
     torch.manual_seed(0)
     layer = make(device, extents, codec)
     layer.start(2)
 
     def append(tokens: int, settle: bool = True) -> None:
-        for cohort in layer.cohorts:
-            layer.append(cohort, *torch.randn(2, len(cohort.rows), tokens, 64, device=device), settle=settle)
+        for group in layer.groups:
+            layer.append(group, *torch.randn(2, len(group.rows), tokens, 64, device=device), settle=settle)
 
     def compare() -> None:
-        for cohort in layer.cohorts:
-            queries = torch.randn(len(cohort.rows), 4, 64, device=device)
+        for group in layer.groups:
+            queries = torch.randn(len(group.rows), 4, 64, device=device)
             monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
-            wanted = attend_step(layer, cohort, queries, 0.125)[0]
-            monkeypatch.setenv("FIVEFOLD_KERNELS", KERNELS)
+            wanted = attend_step(layer, group, queries, 0.125)[0]
+            monkeypatch.setenv("FIVEFOLD_KERNELS", asked)
             assert why_not(layer, queries.device, 4) is None
-            found = attend_step(layer, cohort, queries, 0.125)[0]
+            layer.bank.mirror = layer.bank.mirror if random.random() < 0.8 else None
+            found = attend_step(layer, group, queries, 0.125)[0]
             assert (found - wanted).norm() < 3e-3 * wanted.norm()
-            assert cohort.exact_table is not None
+            assert layer.bank.mirror is not None  # the tables that kernels read
 
     for tokens in (1, 30, 150):
         append(tokens)
@@ -77,24 +94,29 @@ def test_a_step_is_that_of_the_reference(device, extents, codec, monkeypatch) ->
 
 def test_spans_are_the_slots_that_the_reference_sees() -> None:
     random.seed(0)
-    for _ in range(300):
-        extent = random.choice([Extent(), Extent(random.randint(0, 70), random.randint(1, 200))])
+    late = 0
+    for _ in range(400):
+        one, other = (Extent(random.randint(0, 70), random.randint(1, 200)) for _ in range(2))
+        extent = random.choice([Extent(), one, one.intersect(other)])
         packing = random.choice([None, Packing(32, random.randint(0, 64), 128)])
-        geometry = Geometry(extent)
+        bounds = Bounds.empty(extent)
         for tokens in (random.randint(1, 400), 1, random.randint(1, 90), 1):
-            geometry = geometry.appended(tokens)
+            bounds = bounds.appended(tokens)
             if random.random() < 0.7:
-                geometry = geometry.settled(packing)
-            low, high, sink, start, stop = spans(geometry)
-            slot = torch.arange(exact_tokens(geometry))
-            assert stop == len(slot) and high == geometry.packed_stop - geometry.packed_base
-            bias = exact_bias(geometry, torch.device("cpu"))
+                bounds = bounds.settled(packing)
+            span = bounds.span()
+            slot = torch.arange(bounds.exact_tokens)
+            assert span.stop == len(slot) and span.packed_stop == bounds.packed_stop - bounds.packed_base
+            bias = exact_bias(bounds, torch.device("cpu"))
             seen = torch.ones_like(slot, dtype=torch.bool) if bias is None else bias == 0
-            assert torch.equal((slot < sink) | (slot >= start), seen)
-            bias = packed_bias(geometry, torch.device("cpu"))
-            slot = torch.arange(high)
-            seen = torch.ones_like(slot, dtype=torch.bool) if bias is None else bias[:high] == 0
-            assert torch.equal(slot >= low, seen)
+            mine = (slot < span.sinks) | (slot >= span.first)
+            assert torch.equal(mine | ((slot >= span.late_first) & (slot < span.late_stop)), seen)
+            late += not torch.equal(mine, seen)
+            bias = packed_bias(bounds, torch.device("cpu"))
+            slot = torch.arange(int(span.packed_stop))
+            seen = torch.ones_like(slot, dtype=torch.bool) if bias is None else bias[: len(slot)] == 0
+            assert torch.equal(slot >= span.packed_first, seen)
+    assert late > 20
 
 
 def test_which_path_and_why(monkeypatch) -> None:
@@ -141,12 +163,12 @@ def test_numbers_beyond_the_kernels_take_the_reference(device, monkeypatch) -> N
     monkeypatch.setenv("FIVEFOLD_KERNELS", KERNELS)
     layer = make(device, [Extent()], Kivi(bits=4, residual=32))
     layer.start(1)
-    (cohort,) = layer.cohorts
+    (group,) = layer.groups
     tokens = torch.randn(2, 1, 80, 64, device=device)
     tokens[0, 0, 5, 3] = 2000.0
-    layer.append(cohort, *tokens)
+    layer.append(group, *tokens)
     assert why_not(layer, tokens.device, 4) == "keys or values reach 2000, more than the kernels' 750"
-    out, _ = attend_step(layer, cohort, torch.randn(1, 4, 64, device=device), 0.125)
+    out, _ = attend_step(layer, group, torch.randn(1, 4, 64, device=device), 0.125)
     assert out.isfinite().all()
 
 
@@ -154,49 +176,54 @@ def test_numbers_beyond_the_kernels_take_the_reference(device, monkeypatch) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("bits", "group"), [(2, 32), (4, 64), (3, 32)])
 def test_groups_are_packed_where_they_lie_to_the_same_bytes(device, dtype, bits, group, monkeypatch) -> None:
-    """In all layers together, in open pages and fresh ones, shared ones, and behind a sliding window."""
-    codec = Kivi(bits=bits, group=group, residual=32)
-    extents = [Extent(), Extent(4, 200)]
-    layers = [make(device, extents, codec, dtype) for _ in range(4)]
+    """In all layers together, in open pages and fresh ones, shared ones, and behind a sliding window; by the kernel and
+    by the codec, from one packer."""
+    codec, size = Kivi(bits=bits, group=group, residual=32), group
+    extents, pools = [Extent(), Extent(4, 200)], [Pools(), Pools()]
+    layers = [make(device, extents, codec, dtype, pools[number // 2]) for number in range(4)]
     for layer in layers:
         layer.start(2)
+    banks = [Bank.united(pair, None) for pair in (layers[:2], layers[2:])]
+    launches = []
+    pack_exact = pack_kernel.pack_exact
+    monkeypatch.setattr(pack_kernel, "pack_exact", lambda *args: launches.append(args[1]) or pack_exact(*args))
 
     def append(tokens: int, settle: bool) -> None:
         new = torch.randn(2, 2, 2, 2, tokens, 64, device=device, dtype=dtype)
         for number, layer in enumerate(layers):
-            for cohort, (keys, values) in zip(layer.cohorts, new[number % 2]):
-                layer.append(cohort, keys, values, settle=settle)
+            for group, (keys, values) in zip(layer.groups, new[number % 2]):
+                layer.append(group, keys, values, settle=settle)
 
     packed = 0
     append(100, True)
-    forks = [layer.fork() for layer in layers]
+    forks = [fork for bank in banks for fork in bank.fork().layers]
     for number in range(270):
         append(1, False)
-        before = [cohort.geometry.packed_stop for cohort in layers[0].cohorts]
-        monkeypatch.setenv("FIVEFOLD_KERNELS", KERNELS)
-        pack_due(layers[:2], 0)
-        packed += before != [cohort.geometry.packed_stop for cohort in layers[0].cohorts]
-        monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
-        pack_due(layers[2:], 0)
-        for layer in layers:
-            for cohort in layer.cohorts:
-                layer.append(cohort, None, None)
+        before = [group.bounds.packed_stop for group in layers[0].groups]
+        for bank, asked in zip(banks, (KERNELS, "reference")):
+            monkeypatch.setenv("FIVEFOLD_KERNELS", asked)
+            bank.settle(bank.rows_of())
+        packed += before != [group.bounds.packed_stop for group in layers[0].groups]
+        assert len(launches) == packed
         if number % 45 == 0:
             for one, other in zip(layers[:2], layers[2:]):
-                for mine, theirs in zip(one.cohorts, other.cohorts):
-                    assert mine.geometry == theirs.geometry
+                for mine, theirs in zip(one.groups, other.groups, strict=True):
+                    assert mine.bounds == theirs.bounds
                     if not mine.packed.shape[1]:
                         continue
-                    for name, field in one.packed_fields(mine, 0, mine.packed.shape[1]).items():
-                        assert torch.equal(field, other.packed_fields(theirs, 0, theirs.packed.shape[1])[name])
-                    assert torch.equal(one.dense_part(mine, 0), other.dense_part(theirs, 0))
-    assert packed >= 270 // group
+                    wanted = theirs.packed_fields(0, theirs.packed.shape[1])
+                    for name, field in mine.packed_fields(0, mine.packed.shape[1]).items():
+                        assert torch.equal(field, wanted[name])
+                    assert torch.equal(mine.dense_part(0), theirs.dense_part(0))
+    assert packed >= 270 // size
+    # Rows of both layers; behind their sinks' page, groups of two pages are due at other times.
+    assert max(len(sources) for sources in launches) == (8 if size == 32 else 4)
     for one, other in zip(forks[:2], forks[2:]):  # nobody has written into what the forks share
-        for mine, theirs in zip(one.cohorts, other.cohorts):
-            assert torch.equal(one.dense_part(mine, 1), other.dense_part(theirs, 1))
-    for layer in [*layers, *forks]:
+        for mine, theirs in zip(one.groups, other.groups, strict=True):
+            assert torch.equal(mine.dense_part(1), theirs.dense_part(1))
+    for layer in (layers[0], layers[2], forks[0], forks[2]):
         layer.free()
-    assert all(pool.pages_in_use == 0 for layer in layers for pool in layer.pools)
+    assert all(pool.pages_in_use == 0 for some in pools for pool in some)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -204,40 +231,42 @@ def test_a_group_that_cannot_be_packed_is_said_and_stays(device, monkeypatch) ->
     monkeypatch.setenv("FIVEFOLD_KERNELS", KERNELS)
     layer = make(device, [Extent()], Kivi(bits=4, residual=32))
     layer.start(1)
-    (cohort,) = layer.cohorts
+    (group,) = layer.groups
     tokens = torch.randn(2, 1, 64, 64, device=device)
     tokens[1, 0, 5, 3] = float("nan")
-    layer.append(cohort, *tokens, settle=False)
-    before = cohort.geometry
-    pack_due([layer], 0)
-    assert cohort.geometry == before and cohort.packed.shape[1] == 0 and layer.packed_pool.pages_in_use == 0
-    with pytest.raises(NonFiniteError, match="values to be packed reach nan"):
-        layer.append(cohort, None, None)
-    assert cohort.geometry == before
+    layer.append(group, *tokens, settle=False)
+    before, pages = layer.groups[0].bounds, layer.groups[0].exact.tolist()
+    for settle in (lambda: layer.bank.settle(layer.bank.rows_of()), lambda: layer.append(layer.groups[0], None, None)):
+        with pytest.raises(NonFiniteError, match="values to be packed reach nan"):
+            settle()
+        (group,) = layer.groups
+        assert group.bounds == before and group.packed.shape[1] == 0 and layer.packed_pools[0].pages_in_use == 0
+        assert group.exact.tolist() == pages and layer.exact_pool.pages_in_use == 2
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("device", "asked"), PATHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "codec", [None, Kivi(bits=4, residual=32), Kivi(bits=2, group=64, residual=32), Kivi(bits=3, residual=32)]
 )
-def test_picked_tokens_are_those_of_the_reference(device, dtype, codec, monkeypatch) -> None:
+def test_picked_tokens_are_those_of_the_reference(device, asked, dtype, codec, monkeypatch) -> None:
     """With some that a row does not hold, and the newest among them or not; packed ones beside the whole exact tier."""
     torch.manual_seed(0)
     layer = make(device, [Extent()] * 2, codec, dtype)
     layer.start(2)
-    (cohort,) = layer.cohorts
-    layer.append(cohort, *torch.randn(2, 4, 332, 64, device=device, dtype=dtype))
-    layer.append(cohort, *torch.randn(2, 4, 1, 64, device=device, dtype=dtype), settle=False)
-    assert (cohort.packed.shape[1] > 0) == (codec is not None)
+    (group,) = layer.groups
+    layer.append(group, *torch.randn(2, 4, 332, 64, device=device, dtype=dtype))
+    layer.append(group, *torch.randn(2, 4, 1, 64, device=device, dtype=dtype), settle=False)
+    assert (group.packed.shape[1] > 0) == (codec is not None)
     positions = torch.stack([torch.randperm(333, device=device)[:130] for _ in range(4)])
     positions[0, :5], positions[1, 7] = -1, 332
     queries = torch.randn(4, 4, 64, device=device, dtype=dtype)
     monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
-    wanted = attend_picked(layer, cohort, queries, 0.125, positions.clone())[0]
-    monkeypatch.setenv("FIVEFOLD_KERNELS", KERNELS)
-    found = attend_picked(layer, cohort, queries, 0.125, positions.clone())[0]
-    assert cohort.exact_table is not None and (cohort.packed_table is None) == (codec is None)
+    wanted = attend_picked(layer, group, queries, 0.125, positions.clone())[0]
+    assert layer.bank.mirror is None
+    monkeypatch.setenv("FIVEFOLD_KERNELS", asked)
+    found = attend_picked(layer, group, queries, 0.125, positions.clone())[0]
+    assert layer.bank.mirror is not None
     assert (found.float() - wanted.float()).norm() < (
         3e-3 if dtype is torch.float32 else 1.5e-2
     ) * wanted.float().norm()
@@ -249,14 +278,14 @@ def test_a_chunk_over_packed_pages_is_that_of_the_reference(device, extents, mon
     torch.manual_seed(0)
     layer = make(device, extents, Kivi(bits=4, residual=32))
     layer.start(2)
-    (cohort,) = layer.cohorts
-    layer.append(cohort, *torch.randn(2, 4, 300, 64, device=device))
+    (group,) = layer.groups
+    layer.append(group, *torch.randn(2, 4, 300, 64, device=device))
     queries, (keys, values) = torch.randn(4, 4, 50, 64, device=device), torch.randn(2, 4, 50, 64, device=device)
     monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
-    wanted, wanted_lse = attend_chunk(layer, cohort, queries, keys, values, 0.125)
-    assert cohort.packed_table is None
+    wanted, wanted_lse = attend_chunk(layer, group, queries, keys, values, 0.125)
+    assert layer.bank.mirror is None
     monkeypatch.setenv("FIVEFOLD_KERNELS", KERNELS)
-    found, lse = attend_chunk(layer, cohort, queries, keys, values, 0.125)
-    assert cohort.packed_table is not None
+    found, lse = attend_chunk(layer, group, queries, keys, values, 0.125)
+    assert layer.bank.mirror is not None
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(lse, wanted_lse, rtol=1e-4, atol=1e-4)

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 
 import fivefold
 from fivefold.errors import NonFiniteError, RecipeError
-from fivefold.methods.base import Codec
 from fivefold.methods.bits.gear import Gear, GearCodec, low_rank, start
-from fivefold.store.layer_cache import LayerCache, LayerSpec, Pools
-from fivefold.store.tiers import Extent
+from fivefold.methods.method import Codec
+from fivefold.store.layer_cache import LayerCache
+from fivefold.store.rows import Extent
+from fivefold.store.spec import LayerSpec, Pools
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS: list[dict[str, Any]] = [
@@ -265,10 +266,9 @@ def test_bytes_are_those_of_the_formula(options: dict[str, Any], head_dim: int) 
     assert codec.layout.bytes_by_kind() == {kind: tokens * size for kind, size in each.items() if size}
     layer = LayerCache(spec(head_dim), Pools(), [Extent()] * 2, codec, residual=0)
     layer.start(1)
-    (cohort,) = layer.cohorts
-    layer.append(cohort, *torch.randn(2, 2, 2 * tokens + 32, head_dim))
-    assert layer.packed_pool is not None
-    assert layer.packed_pool.allocated_bytes == 2 * 2 * tokens * sum(each.values())
+    (group,) = layer.groups
+    layer.append(group, *torch.randn(2, 2, 2 * tokens + 32, head_dim))
+    assert layer.packed_pools[0].allocated_bytes == 2 * 2 * tokens * sum(each.values())
     assert layer.exact_pool.allocated_bytes == 2 * 32 * 2 * 4 * head_dim
 
 
@@ -331,7 +331,7 @@ def test_with_windows_and_head_lists_in_the_bytes_that_the_parts_predict(
     residual, group = PACKED[bits]
     per_token = page = 0.0
     exact = packed = 0
-    for store in cache.state.stores.values():
+    for store in cache.session.stores.values():
         page = store.packing.page
         per_token = store.codec.layout.nbytes / page
         for head, extent in enumerate(store.extents):
@@ -343,7 +343,7 @@ def test_with_windows_and_head_lists_in_the_bytes_that_the_parts_predict(
             else:
                 pinned = -(-extent.sink // 32) * 32
                 # A window of whole pages, and no more waits in the exact tier than the residual and a group.
-                held = next(c.geometry for c in store.cohorts if head in c.rows)
+                held = next(c.bounds for c in store.groups if head in c.rows)
                 assert extent.recent <= held.length - held.first_held < extent.recent + 32 + page
                 assert held.length - held.exact_base < residual + group + 32
                 exact += pinned + held.length - held.exact_base
@@ -377,11 +377,11 @@ def test_what_is_generated_is_compressed_a_page_at_a_time(tiny: Callable[..., An
     model = tiny()
     cache = read(model, "gear(bits=4, rank=2)", tokens=100, steps=1)
     token, seen = torch.tensor([[1]]), []
-    store = cache.state.stores[0]
+    store = cache.session.stores[0]
     with torch.inference_mode():
         for _ in range(500):
             token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-            seen.append((store.cohorts[0].geometry.length, store.cohorts[0].geometry.packed_stop, cache.report().other))
+            seen.append((store.groups[0].bounds.length, store.groups[0].bounds.packed_stop, cache.report().other))
     factors = store.codec.layout.bytes_by_kind()
     page = factors["low rank"] + factors["outliers"]
     for length, packed, other in seen:
@@ -392,21 +392,21 @@ def test_what_is_generated_is_compressed_a_page_at_a_time(tiny: Callable[..., An
 def test_taking_tokens_back_from_a_page(tiny: Callable[..., Any]) -> None:
     model = tiny()
     cache = read(model, "gear(bits=4)", tokens=300, steps=0)
-    before = cache.state.stores[0].dense(cache.state.stores[0].cohorts[0])
+    before = cache.session.stores[0].groups[0].dense()
     cache.crop(-100)
-    after = cache.state.stores[0].dense(cache.state.stores[0].cohorts[0])
+    after = cache.session.stores[0].groups[0].dense()
     assert all(torch.equal(a, b[:, :200]) for a, b in zip(after, before))
-    assert cache.state.stores[0].cohorts[0].geometry.packed_stop == 128
+    assert cache.session.stores[0].groups[0].bounds.packed_stop == 128
 
 
 @pytest.mark.model
 def test_nearer_to_the_exact_model_than_its_base() -> None:
     from fivefold.evaluate.demo import make_task
     from fivefold.evaluate.fidelity import continued
-    from fivefold.models import smollm2
+    from fivefold.models import embedded
 
-    smollm2.fetch()
-    model, tokenizer = smollm2.load()
+    embedded.fetch()
+    model, tokenizer = embedded.load()
     task = make_task(tokenizer, 1024)
     logs = {}
     with torch.inference_mode():

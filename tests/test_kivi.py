@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from fivefold.errors import NonFiniteError, RecipeError
 from fivefold.kernels.planar import PLANES, dequantise, pack, quantise, unpack
-from fivefold.methods.base import Codec
 from fivefold.methods.bits.kivi import Kivi, KiviCodec
-from fivefold.store.layer_cache import LayerCache, LayerSpec, Pools
-from fivefold.store.tiers import Extent
+from fivefold.methods.method import Codec
+from fivefold.store.layer_cache import LayerCache
+from fivefold.store.rows import Extent
+from fivefold.store.spec import LayerSpec, Pools
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Bits = int | tuple[int, int]
@@ -305,10 +306,9 @@ def test_bytes_are_those_of_the_formula(bits: Bits, group: int, head_dim: int) -
 
     layer = LayerCache(spec(head_dim), Pools(), [Extent()] * 2, kivi, residual=32)
     layer.start(1)
-    (cohort,) = layer.cohorts
-    layer.append(cohort, *torch.randn(2, 2, 2 * tokens + 32, head_dim))
-    assert layer.packed_pool is not None
-    assert layer.packed_pool.allocated_bytes == pytest.approx(2 * 2 * tokens * (code_bytes + scale_bytes))
+    (group,) = layer.groups
+    layer.append(group, *torch.randn(2, 2, 2 * tokens + 32, head_dim))
+    assert layer.packed_pools[0].allocated_bytes == pytest.approx(2 * 2 * tokens * (code_bytes + scale_bytes))
     assert layer.exact_pool.allocated_bytes == 2 * 32 * 2 * 4 * head_dim
 
 

@@ -159,10 +159,10 @@ def test_a_recipe_that_does_not_fit_is_refused_at_once(model, tokenizer):
 
 @pytest.mark.model
 def test_the_embedded_model_finds_words_and_a_forgetful_cache_does_not(data):
-    from fivefold.models import smollm2
+    from fivefold.models import embedded
 
-    smollm2.fetch()
-    model, tokenizer = smollm2.load()
+    embedded.fetch()
+    model, tokenizer = embedded.load()
     file, _ = data
     scores = {}
     for recipe in ("full()", "streaming(sink=0, recent=8)"):

@@ -90,9 +90,9 @@ def test_a_channel_without_numbers_is_left_alone() -> None:
 def tiers(run: Run) -> dict[int, tuple[set[int], set[int]]]:
     """Positions that each row holds packed, and precisely."""
     out = {}
-    for cohort in run.state.stores[0].cohorts:
-        stop = cohort.geometry.packed_stop
-        for row, positions in zip(cohort.rows.tolist(), cohort.held.positions.tolist()):
+    for group in run.session.stores[0].groups:
+        stop = group.bounds.packed_stop
+        for row, positions in zip(group.rows.tolist(), group.held.positions.tolist()):
             out[row] = set(positions[:stop]), set(positions[stop:])
     return out
 
@@ -109,14 +109,13 @@ def test_the_important_tokens_are_precise_and_none_is_lost(chunks: list[int], hi
     k, v = torch.randn(2, 1, 1, kv_heads, total, 32).unbind(0)
     codec = TokenCodec(4, 32, 32, True)
     run = Run(method, kv_heads, kv_heads * group, 32, codec=codec)
-    for layer in run.layers:
-        layer.inputs = torch.randn(1, total, 8)
-    run.state.offsets = torch.zeros(1, dtype=torch.int64).numpy()
     start, packed = 0, [set[int]() for _ in range(kv_heads)]
     for chunk in chunks:
-        for layer in run.layers:
-            layer.inputs, layer.positions = torch.randn(1, chunk, 8), torch.arange(start, start + chunk)[None]
-        run.take(*(x[:, :, :, start : start + chunk] for x in (q, k, v)))
+        run.take(
+            *(x[:, :, :, start : start + chunk] for x in (q, k, v)),
+            positions=torch.arange(start, start + chunk)[None],
+            inputs=torch.randn(1, chunk, 8),
+        )
         start += chunk
         budget, found = round(0.25 * start), tiers(run)
         for row, (low, precise) in found.items():
@@ -158,16 +157,16 @@ def test_bytes_are_those_of_the_formula(tiny: Callable[..., Any], high: int, low
     model, ids = tiny(), prompt(1000)
     cache = fivefold.compress(model, f"mikv(important=0.2, low={low}, high={high})")
     generate(model, ids, cache, 40)
-    report, spec = cache.report(), cache.state.stores[0].spec
+    report, spec = cache.report(), cache.session.stores[0].spec
     d, rows = spec.head_dim, 0
     packed = precise = pages = exact_pages = 0
-    for store in cache.state.stores.values():
-        for cohort in store.cohorts:
-            rows += len(cohort.rows)
-            packed += len(cohort.rows) * cohort.geometry.packed_stop
-            precise += len(cohort.rows) * (cohort.geometry.length - cohort.geometry.packed_stop)
-            pages += cohort.packed.size
-            exact_pages += cohort.exact.size
+    for store in cache.session.stores.values():
+        for group in store.groups:
+            rows += len(group.rows)
+            packed += len(group.rows) * group.bounds.packed_stop
+            precise += len(group.rows) * (group.bounds.length - group.bounds.packed_stop)
+            pages += group.packed.size
+            exact_pages += group.exact.size
     assert packed + precise == rows * 1039 and 208 * rows <= precise < (208 + 32) * rows
     planes = {2: 8, 3: 5, 4: 4}[low]
     low_token = 2 * d * 16 / (8 * planes) + 8 * d / min(32, d)
@@ -252,12 +251,12 @@ def test_a_cap_that_is_reached_changes_nothing(tiny: Callable[..., Any]) -> None
     with torch.inference_mode():
         needed = fivefold.compress(model, "mikv()")
         model(ids[:, :300], past_key_values=needed)
-        limit = int(sum(pool.allocated_bytes for pool in needed.state.pools) * 1.3)
+        limit = int(sum(pool.allocated_bytes for pool in needed.session.pools) * 1.3)
         cache = fivefold.compress(model, "mikv()", max_bytes=limit)
         model(ids[:, :300], past_key_values=cache)
-        before = [c.held.positions.clone() for s in cache.state.stores.values() for c in s.cohorts]
+        before = [c.held.positions.clone() for s in cache.session.stores.values() for c in s.groups]
         with pytest.raises(fivefold.errors.CacheFullError):
             model(ids[:, 300:], past_key_values=cache)
-        after = [c.held.positions for s in cache.state.stores.values() for c in s.cohorts]
+        after = [c.held.positions for s in cache.session.stores.values() for c in s.groups]
         assert all(torch.equal(a, b) for a, b in zip(before, after))
         model(ids[:, 300:301], past_key_values=cache)

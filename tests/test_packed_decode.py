@@ -103,7 +103,7 @@ def check(
     exact = exact_tier(rows, exact_columns, form.head_dim, dtype, device) if exact_columns else None
     queries = torch.randn(rows, heads, form.head_dim, device=device).to(dtype)
     span = torch.zeros(rows, kernel.SPAN, dtype=torch.int32, device=device)
-    span[:, :5] = torch.tensor(spans, dtype=torch.int32, device=device)
+    span[:, : len(spans[0])] = torch.tensor(spans, dtype=torch.int32, device=device)
     scaling = form.head_dim**-0.5
     pages, fields, slots, keys, values = None, None, None, None, None
     if packed is not None:
@@ -164,6 +164,15 @@ def test_tiers_alone_and_rows_that_see_nothing(device: str) -> None:
     check(device, 2, 4, form, 0, 5, [(0, 0, 4, 120, 150), (0, 0, 0, 0, 0)], programs=(3, 3))
 
 
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_sinks_that_fade_out(device: str) -> None:
+    """Exact slots that are seen between the sinks and the window, or among either."""
+    torch.manual_seed(2)
+    form = Form(2, 32, 32, 64)
+    for fading in [(4, 30), (2, 70), (100, 130), (0, 0)]:
+        check(device, 2, 3, form, 1, 5, [(0, 64, 4, 120, 150, *fading), (0, 0, 0, 90, 99, 0, 7)], programs=(3, 3))
+
+
 @pytest.mark.parametrize("device", PATHS, indirect=True)
 @pytest.mark.parametrize("part", range(10))
 def test_random_shapes(device: str, part: int) -> None:
@@ -180,7 +189,8 @@ def test_random_shapes(device: str, part: int) -> None:
             stop = random.randint(0, exact * 32)
             low = random.choice([0, random.randint(0, high)])
             sink, start = random.choice([(0, 0), (random.randint(0, 8), random.randint(0, stop))])
-            spans.append((low, high, sink, start, stop))
+            fading = random.choice([0, random.randint(0, stop)])
+            spans.append((low, high, sink, start, stop, fading, random.choice([0, random.randint(fading, stop)])))
         dtype = random.choice([torch.float16, torch.float32, torch.bfloat16])
         check(device, rows, heads, form, columns, exact, spans, dtype, 1.5e-2 if dtype is torch.bfloat16 else 3e-3)
 

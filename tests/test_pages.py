@@ -8,6 +8,8 @@ import torch
 
 from fivefold.errors import CacheFullError
 from fivefold.store.pages import SLAB_SHIFT, Budget, Field, PageLayout, PagePool
+from fivefold.store.tier import Tier
+from fivefold.store.transaction import Transaction
 
 CPU = torch.device("cpu")
 LAYOUT = PageLayout(
@@ -81,16 +83,21 @@ def test_many_scattered_pages_are_worth_a_run_of_their_own_unless_the_cap_forbid
         assert pages.total_pages == (300 if grown else 200)
 
 
-def test_what_is_reserved_is_not_spent_on_convenience() -> None:
-    pages = pool(300 * BYTES)
-    first = pages.allocate(200)
-    pages.release(first[::2])
-    pages.budget.reserve({pages: 150})
-    assert pages.budget.reserved == 50 * BYTES
-    pages.allocate(100)  # scattered: a run of its own would take the 50 pages that are promised
-    assert pages.total_pages == 200
-    pages.allocate(50)
-    assert pages.budget.used == 250 * BYTES
+def test_an_eighth_of_the_cap_is_not_spent_on_convenience() -> None:
+    kinds = set()
+    for limit in range(300 * BYTES, 360 * BYTES, 7):
+        pages = pool(limit)
+        first = pages.allocate(200)
+        pages.release(first[::2])
+        run = pages.allocate(100)  # a run of its own, or scattered
+        roomy = 300 * BYTES + limit // 8 <= limit
+        assert (np.diff(run) == 1).all() == roomy
+        assert pages.total_pages == (300 if roomy else 200)
+        if not roomy:
+            pages.allocate(100)
+            assert pages.budget.used == 300 * BYTES
+        kinds.add(roomy)
+    assert kinds == {False, True}
 
 
 def test_the_cap_is_exact_and_a_refusal_takes_nothing() -> None:
@@ -121,18 +128,27 @@ def test_two_pools_under_one_cap_give_way_to_each_other() -> None:
     assert one.allocate(1).tolist() == ids(0, 0)
 
 
-def test_a_reservation_counts_free_pages_and_all_pools_together() -> None:
+def test_what_owners_charge_counts_with_the_pages_of_all_pools() -> None:
     budget = Budget(10 * BYTES)
     one, two = PagePool(LAYOUT, CPU, budget), PagePool(LAYOUT, CPU, budget)
-    held = one.allocate(6)
-    one.release(held[:2])
-    budget.reserve({one: 3, two: 3})
+    held = one.allocate(4)
+    two.allocate(2)
+    budget.charge(1, 3 * BYTES)
+    budget.charge(2, BYTES)
+    for refused in (lambda: budget.charge(2, BYTES + 1), lambda: budget.charge(3, 1), lambda: two.allocate(1)):
+        with pytest.raises(CacheFullError, match=f"and {10 * BYTES} of the cap"):
+            refused()
+        assert budget.charged == {1: 3 * BYTES, 2: BYTES} and budget.used == 6 * BYTES
+    budget.charge(1, 2 * BYTES)  # instead of what it had
+    two.allocate(1)
+    one.release(held)
+    budget.charge(2, 5 * BYTES)  # for which a wholly free slab goes
+    assert (one.total_pages, budget.used) == (0, 3 * BYTES)
     with pytest.raises(CacheFullError):
-        budget.reserve({one: 4, two: 3})
-    one.release(held[2:])
-    budget.reserve({two: 10})
-    assert one.total_pages == 0
-    Budget().reserve({one: 10**9})
+        budget.charge(1, 2 * BYTES + 1)
+    budget.charge(2, 0)
+    assert budget.charged == {1: 2 * BYTES}
+    Budget().charge(1, 10**18)
 
 
 def test_trim_gives_back_slabs_that_are_wholly_free() -> None:
@@ -235,42 +251,121 @@ def test_any_other_table_is_gathered() -> None:
             assert torch.equal(found, x[torch.from_numpy(index)])
 
 
-def test_copy_on_write() -> None:
+def tier_of(pools: list[PagePool], rows: int) -> tuple[Tier, list[np.ndarray]]:
+    """A page of each pool in every row."""
+    tier, change = Tier(pools, rows), Transaction()
+    tier.widen(change, np.arange(rows), 0, 1)
+    change.commit()
+    return tier, [table[:, 0].copy() for table in tier.tables]
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_copy_on_write(back: bool) -> None:
     pages = pool()
-    held = pages.allocate(3)
-    values = fill(pages, held)
-    assert pages.unshare(held) is held
+    tier, (held,) = tier_of([pages], 3)
+    values, rows = fill(pages, held), np.arange(3)
+    for tier.shared in (False, True):  # nobody else holds them
+        change = Transaction()
+        tier.unshare(change, rows, 0)
+        change.commit()
+        assert tier.table[:, 0].tolist() == held.tolist() and pages.pages_in_use == 3
     pages.retain(held[1:])
-    mine = pages.unshare(held)
+    change = Transaction()
+    tier.unshare(change, rows, 0)
+    mine = tier.table[:, 0].copy()
     assert mine[0] == held[0] and not set(mine[1:]) & set(held)
     for name, x in values.items():
         assert torch.equal(pages.read(name, mine), x)
-    assert pages.references(held).tolist() == [1, 1, 1]
-    assert pages.references(mine).tolist() == [1, 1, 1]
     pages.write("numbers", mine[2:], torch.zeros(1, 4, 2))
-    assert torch.equal(pages.read("numbers", held), values["numbers"])
+    if back:
+        change.rollback()
+        assert tier.table[:, 0].tolist() == held.tolist()
+        assert pages.references(held).tolist() == [1, 2, 2] and pages.pages_in_use == 3
+    else:
+        assert pages.references(held).tolist() == [1, 2, 2]  # until nothing can bring them back
+        change.commit()
+        assert pages.references(held).tolist() == [1, 1, 1]
+        assert pages.references(mine).tolist() == [1, 1, 1]
+    for name, x in values.items():
+        assert torch.equal(pages.read(name, held), x)
 
 
 def test_two_holders_in_one_table_each_get_a_copy() -> None:
     pages = pool()
-    held = pages.allocate(1)
+    tier, (both,) = tier_of([pages], 2)
+    pages.release(both[1:])
+    held = both[:1]
     values = fill(pages, held)
     pages.retain(held)
-    table = np.array([held[0], held[0]])
-    mine = pages.unshare(table)
+    tier.table[:, 0] = held
+    tier.shared = True
+    change = Transaction()
+    tier.unshare(change, np.arange(2), 0)
+    change.commit()
+    mine = tier.table[:, 0]
     assert len({*mine.tolist(), *held.tolist()}) == 3
     assert torch.equal(pages.read("numbers", mine), values["numbers"].expand(2, -1, -1))
     assert pages.references(held).tolist() == [0]
 
 
-def test_copy_on_write_that_does_not_fit_changes_nothing() -> None:
-    pages = pool(3 * BYTES)
-    held = pages.allocate(2)
-    pages.retain(held)
+@pytest.mark.parametrize("room", [0, 1, 2, 3])
+def test_copy_on_write_that_does_not_fit_changes_nothing(room: int) -> None:
+    """Of two pools, the second of which has no room."""
+    budget = Budget()
+    pools = [PagePool(LAYOUT, CPU, budget) for _ in range(2)]
+    tier, held = tier_of(pools, 2)
+    values = [fill(pages, which) for pages, which in zip(pools, held)]
+    for pages, which in zip(pools, held):
+        pages.retain(which)
+    tier.shared = True
+    budget.limit = (4 + room) * BYTES
+    change = Transaction()
     with pytest.raises(CacheFullError):
-        pages.unshare(held)
-    assert pages.references(held).tolist() == [2, 2]
-    assert pages.budget.used == 2 * BYTES
+        tier.unshare(change, np.arange(2), 0)
+    change.rollback()
+    for pages, which, table, before in zip(pools, held, tier.tables, values):
+        assert table[:, 0].tolist() == which.tolist()
+        assert pages.references(which).tolist() == [2, 2] and pages.pages_in_use == 2
+        assert all(torch.equal(pages.read(name, which), x) for name, x in before.items())
+    budget.trim()
+    assert budget.used == 4 * BYTES
+    budget.limit = 8 * BYTES
+    tier.unshare(change := Transaction(), np.arange(2), 0)
+    change.commit()
+    assert [pages.references(which).tolist() for pages, which in zip(pools, held)] == [[1, 1], [1, 1]]
+
+
+def test_committed_tokens_that_are_written_over_come_back() -> None:
+    pages = pool()
+    old = pages.allocate(4)
+    values, change = fill(pages, old), Transaction()
+    fresh = change.allocate(pages, 2)
+    table = np.array([old[2], fresh[0], old[0]])
+    change.keep(pages, table)
+    fill(pages, table)
+    change.release(pages, fresh)  # at once: they may be anybody's
+    other = pages.allocate(2)
+    theirs = fill(pages, other)
+    change.rollback()
+    for name, x in values.items():
+        assert torch.equal(pages.read(name, old), x)
+        assert torch.equal(pages.read(name, other), theirs[name])
+    assert pages.references(old).tolist() == [1] * 4 and pages.pages_in_use == 6
+
+
+def test_slabs_that_could_be_emptied() -> None:
+    pages = pool()
+    slabs = [pages.allocate(count) for count in (10, 20, 30)]
+    assert pages.sparse() == []
+    pages.release(slabs[0][2:])
+    assert pages.sparse() == []  # two pages, for which there is no place elsewhere
+    pages.release(slabs[2][:2])
+    assert pages.sparse() == [0]
+    assert pages.allocate_elsewhere(5, [0]).tolist() == slabs[2][:2].tolist()
+    assert pages.sparse() == []
+    pages.release(slabs[1][:15])
+    assert pages.sparse() == [0]
+    assert pages.allocate_elsewhere(3, [0]).tolist() == slabs[1][:3].tolist()
 
 
 def test_consecutive_pages_are_copied_to_scattered_ones_of_the_same_slab() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fivefold.engine.layer import attend
 from fivefold.methods.reads.tidal import Tidal
 from fivefold.methods.tokens.d2o import D2O
 from fivefold.methods.tokens.elastic import ElasticCache
@@ -45,9 +46,9 @@ def test_h2o(sequence: str, prompt: int) -> None:
         run.take(q[..., new, :], k[..., new, :], v[..., new, :])
         want = data[f"{sequence}.{step}.kept"]
         assert list(run.kept().values()) == want.tolist()
-        (cohort,) = run.state.stores[0].cohorts
-        assert cohort.held is not None
-        scores = cohort.held.scores.gather(1, cohort.held.positions.argsort(1))
+        (group,) = run.session.stores[0].groups
+        assert group.held is not None
+        scores = group.held.scores.gather(1, group.held.positions.argsort(1))
         assert torch.allclose(scores, data[f"{sequence}.{step}.score"], atol=1e-4)
 
 
@@ -204,12 +205,22 @@ def test_tidal_picks_and_outputs() -> None:
         new = slice(prompt + step, prompt + step + 1)
         picked = None
         for layer in range(6):
-            out = run.layers[layer].attend(
-                q[layer, :, :, step : step + 1], k[layer, :, :, new], v[layer, :, :, new], None, 0.25
+            run.session.arrive(layer)
+            out = attend(
+                run.session,
+                layer,
+                q[layer, :, :, step : step + 1],
+                k[layer, :, :, new],
+                v[layer, :, :, new],
+                None,
+                0.25,
             )[:, 0]
             if layer in selecting:
                 picked = data[f"{step}.{layer}.picked"]
-                got = torch.stack([run.state._picks[row] for row in range(8)]).view(2, 4, top)
+                (group,) = run.session.stores[layer].groups
+                picks = run.session.picks(group)
+                assert picks is not None
+                got = picks.view(2, 4, top)
                 assert torch.equal(got.sort(-1).values.int(), picked.sort(-1).values)
             same = torch.ones(2, 4, dtype=torch.bool)
             if layer > selecting[0] and layer not in selecting:
@@ -217,5 +228,5 @@ def test_tidal_picks_and_outputs() -> None:
                 same = (picked == prompt + step).any(-1)
                 compared += int(same.sum())
             assert torch.allclose(out[same], data[f"{step}.{layer}.output"][same], atol=1e-5)
-        run.state._picks = {}
+            run.session.done(layer)
     assert compared > 10

@@ -27,16 +27,16 @@ def generate(model: Any, ids: torch.Tensor, cache: Any, new: int = NEW, **settin
 
 def held(cache: Any) -> list[int]:
     """Tokens of each row of each layer."""
-    stores = cache.state.stores.values()
-    return [c.geometry.length for store in stores for c in store.cohorts for _ in c.rows]
+    stores = cache.session.stores.values()
+    return [c.bounds.length for store in stores for c in store.groups for _ in c.rows]
 
 
 def positions(cache: Any) -> list[Any]:
     out = []
-    for store in cache.state.stores.values():
-        for cohort in store.cohorts:
+    for store in cache.session.stores.values():
+        for group in store.groups:
             out += [
-                (store.spec.layer, int(row), sorted(p.tolist())) for row, p in zip(cohort.rows, cohort.held.positions)
+                (store.spec.layer, int(row), sorted(p.tolist())) for row, p in zip(group.rows, group.held.positions)
             ]
     return sorted(out)
 
@@ -60,7 +60,7 @@ def test_budgets_hold_while_generating(name: str, tiny: Callable[..., Any]) -> N
     assert cache.get_seq_length() == seen
     # Pages are really given back: within one page a head of the budget, at one position and one score a token.
     report = cache.report()
-    spec = cache.state.stores[0].spec
+    spec = cache.session.stores[0].spec
     token = 2 * spec.head_dim * 4
     rows = len(held(cache))
     assert report.exact == sum(held(cache)) * token
@@ -87,7 +87,7 @@ def test_sequences_of_a_batch_choose_as_if_alone(name: str, tiny: Callable[..., 
         alone = fivefold.compress(model, f"{name}(keep=0.3)")
         own = generate(model, ids[at : at + 1, PROMPT - length :], alone, 20)
         assert torch.equal(own[0, length:], out[at, PROMPT:])
-        kv_heads = alone.state.stores[0].spec.kv_heads
+        kv_heads = alone.session.stores[0].spec.kv_heads
         mine = [(layer, row % kv_heads, p) for layer, row, p in positions(together) if row // kv_heads == at]
         assert mine == positions(alone)
 
@@ -105,10 +105,10 @@ def test_a_codec_packs_what_is_chosen(name: str, tiny: Callable[..., Any]) -> No
     assert abs(sum(held(cache)) / len(held(cache)) - share) <= 64
     assert cache.report().codes > 0
     assert cache.report().total < 0.62 * exact.report().total  # 8 bits, but for the residual and open pages
-    for store in cache.state.stores.values():
-        for cohort in store.cohorts:
-            assert cohort.held is not None and cohort.held.slots == cohort.geometry.length
-            assert all(len(set(p.tolist())) == len(p) for p in cohort.held.positions)
+    for store in cache.session.stores.values():
+        for group in store.groups:
+            assert group.held is not None and group.held.slots == group.bounds.length
+            assert all(len(set(p.tolist())) == len(p) for p in group.held.positions)
 
 
 def test_packed_tokens_that_are_replaced_are_the_right_ones(tiny: Callable[..., Any]) -> None:
@@ -119,12 +119,12 @@ def test_packed_tokens_that_are_replaced_are_the_right_ones(tiny: Callable[..., 
         for piece in (ids[:, :400], *ids[:, 400:].split(1, 1)):
             model(piece, past_key_values=cache)
             model(piece, past_key_values=full)
-    (want,) = full.state.stores[0].cohorts
-    keys, values = full.state.stores[0].dense(want)
-    (cohort,) = cache.state.stores[0].cohorts
-    assert cohort.geometry.packed_stop > 0
-    index = cohort.held.positions.long()[:, :, None].expand(-1, -1, keys.shape[2])
-    for got, exact in zip(cache.state.stores[0].dense(cohort), (keys, values)):
+    (want,) = full.session.stores[0].groups
+    keys, values = want.dense()
+    (group,) = cache.session.stores[0].groups
+    assert group.bounds.packed_stop > 0
+    index = group.held.positions.long()[:, :, None].expand(-1, -1, keys.shape[2])
+    for got, exact in zip(group.dense(), (keys, values)):
         wanted = exact.gather(1, index)
         assert (got - wanted).abs().max() < 0.02 * wanted.abs().max()
 
@@ -201,7 +201,7 @@ def test_a_cap_that_is_reached_changes_nothing(recipe: str, tiny: Callable[..., 
     needed = fivefold.compress(model, recipe)
     with torch.inference_mode():
         model(ids[:, :200], past_key_values=needed)
-        allocated = sum(pool.allocated_bytes for pool in needed.state.pools)
+        allocated = sum(pool.allocated_bytes for pool in needed.session.pools)
         cache = fivefold.compress(
             model, recipe, max_bytes=int(allocated * 1.2) if "d2o" not in recipe else allocated * 4
         )

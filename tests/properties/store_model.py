@@ -2,7 +2,7 @@
 
 The model is, for every layer, sequence and KV head, the keys and values that the store must give back for
 each position, and which of them are packed. It knows what a head must hold (`Extent`), how far pages may make
-it hold more, and how far a packed number may lie from what was put in; it knows nothing of cohorts,
+it hold more, and how far a packed number may lie from what was put in; it knows nothing of groups,
 references or slabs.
 
 `test_store.py` lets hypothesis choose the operations, `benchmarks/store_stress.py` draws them at random.
@@ -12,55 +12,67 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
+from faults import Fault, Faults
 from fivefold.errors import CacheFullError, CacheStateError, NonFiniteError
 from fivefold.methods.bits.kivi import KiviCodec
-from fivefold.store.layer_cache import Cohort, LayerCache, LayerSpec, Pools
+from fivefold.store import compact
+from fivefold.store.bank import Bank
+from fivefold.store.group import RowGroup
+from fivefold.store.layer_cache import LayerCache
 from fivefold.store.pages import SLAB_SHIFT, PagePool
-from fivefold.store.tiers import PAGE, Extent, Geometry
+from fivefold.store.rows import PAGE, Bounds, Extent
+from fivefold.store.spec import LayerSpec, Pools
+from fivefold.store.transaction import Transaction
 
+T = TypeVar("T")
 LAYERS = 2
 DIM = 4
 MOST_TOKENS = 640
 MOST_SEQUENCES = 4
 MOST_CACHES = 4
-HORIZON = 24
+REVOCABLE = 24
 
 EXTENTS = (
     Extent(), Extent(0, 2), Extent(0, 20), Extent(4, 33), Extent(4, 100), Extent(33, 64), Extent(40, 7),
-    Extent(3, 300),
+    Extent(3, 300), Extent(40, 30).intersect(Extent(2, 110)),
 )  # fmt: skip
 GROUPS = ((2, 32), (2, 64), (2, 128), (3, 32), (4, 32), (4, 64), (4, 128), (8, 32), (8, 64))
 
 WEIGHTS = {
     "decode": 8, "chunk": 6, "fork": 2, "select": 3, "crop": 4, "free": 1, "trim": 1, "cap": 1, "share": 2,
-    "record": 1, "overflow": 1,
+    "record": 1, "overflow": 1, "compact": 2,
 }  # fmt: skip
-# The operations and the range of each of their arguments.
+# The operations and the range of each of their arguments. One more is where they fail (see `System.operate`).
+FAULTS = (-40, 40)
 OPERATIONS: dict[str, tuple[tuple[int, int], ...]] = {
-    "decode": ((0, 3), (0, 15), (1, 4), (0, 3)),
-    "chunk": ((0, 3), (0, 300), (0, 90), (0, 3)),
-    "fork": ((0, 3),),
-    "select": ((0, 3), (1, MOST_SEQUENCES), (0, 255)),
-    "crop": ((0, 3), (0, LAYERS), (1, 400)),
-    "free": ((0, 3),),
-    "trim": (),
-    "cap": ((-8, 30),),
-    "share": ((0, 3), (0, 1)),
-    "record": ((0, 3),),
-    "overflow": ((0, 3), (0, 7), (1, 300)),
+    "decode": ((0, 3), (0, 15), (1, 4), (0, 3), FAULTS),
+    "chunk": ((0, 3), (0, 300), (0, 90), (0, 3), FAULTS),
+    "fork": ((0, 3), FAULTS),
+    "select": ((0, 3), (1, MOST_SEQUENCES), (0, 255), FAULTS),
+    "crop": ((0, 3), (0, LAYERS), (1, 400), FAULTS),
+    "free": ((0, 3), FAULTS),
+    "trim": (FAULTS,),
+    "cap": ((-8, 30), FAULTS),
+    "share": ((0, 3), (0, 1), FAULTS),
+    "record": ((0, 3), FAULTS),
+    "overflow": ((0, 3), (0, 7), (1, 300), FAULTS),
+    "compact": ((0, 3), FAULTS),
 }
 
 
 @dataclass(frozen=True)
 class Setup:
     """How the caches of a system are made. `group` 0 is no codec; `own`: layers may share the keys they
-    packed.
+    packed; `united`: they have common tables once they hold something.
     """
 
     seed: int
@@ -70,6 +82,7 @@ class Setup:
     residual: int
     own: bool
     dtype: torch.dtype
+    united: bool
 
     @staticmethod
     def draw(rng: random.Random) -> Setup:
@@ -84,6 +97,7 @@ class Setup:
             residual=rng.choice((0, 1, 32, 50, 128)),
             own=rng.random() < 0.5,
             dtype=torch.float32 if rng.random() < 0.7 else torch.bfloat16,
+            united=rng.random() < 0.6,
         )
 
 
@@ -116,17 +130,21 @@ class Twin:
     def __init__(self, layers: list[LayerCache]) -> None:
         self.layers = layers
         self.tokens: list[dict[tuple[int, int], Tokens]] = [{} for _ in layers]
-        self.horizons: list[int] = []  # of each sequence, when the policy last moved its tokens
-        # Per layer and sequence: the length that a crop can always go back to, as the horizon promised.
+        self.revocables: list[int] = []  # of each sequence, when the policy last moved its tokens
+        # Per layer and sequence: the length that a crop can always go back to, as the revocable promised.
         self.floors: list[list[int]] = [[] for _ in layers]
         self.recording = False
 
     @property
     def batch(self) -> int:
-        return len(self.horizons)
+        return len(self.revocables)
+
+    @property
+    def banks(self) -> list[Bank]:
+        return list(dict.fromkeys(layer.bank for layer in self.layers))
 
     def tiers(self) -> list[tuple[int, int]]:
-        return [(c.geometry.exact_base, c.geometry.packed_base) for layer in self.layers for c in layer.cohorts]
+        return [(c.bounds.exact_base, c.bounds.packed_base) for layer in self.layers for c in layer.groups]
 
 
 class System:
@@ -152,6 +170,13 @@ class System:
         self.heads = len(setup.extents[0])
         self.caches = [Twin(layers)]
         self.touched: list[Twin] = []  # by the operation that was the last
+        self.fault = 0
+
+    def operate(self, name: str, arguments: Sequence[int]) -> None:
+        """An operation, each of whose changes fails first, if the last argument is positive: at that call of a pool or
+        a codec, or at its end if there are fewer. Nothing may then be left of it, and it is done again."""
+        *arguments, self.fault = arguments
+        getattr(self, name)(*arguments)
 
     # -- operations ---------------------------------------------------------------------------------------
 
@@ -173,9 +198,9 @@ class System:
         cache = self._pick(which)
         if len(self.caches) == MOST_CACHES:
             return self.free(which)
-        twin = Twin([layer.fork() for layer in cache.layers])
+        twin = Twin(self._do(cache, lambda: self._fork(cache)))
         twin.tokens = [dict(tokens) for tokens in cache.tokens]
-        twin.horizons = list(cache.horizons)
+        twin.revocables = list(cache.revocables)
         twin.floors = [list(floors) for floors in cache.floors]
         twin.recording = cache.recording
         self.caches.append(twin)
@@ -185,12 +210,17 @@ class System:
         if not cache.batch:
             return
         order = [(code >> 2 * i) % cache.batch for i in range(count)]
-        for layer, tokens in zip(cache.layers, cache.tokens):
-            layer.select(np.array(order, dtype=np.int64))
+
+        def select() -> None:
+            for bank in cache.banks:
+                bank.select(np.array(order, dtype=np.int64))
+
+        self._do(cache, select)
+        for tokens in cache.tokens:
             old = dict(tokens)
             tokens.clear()
             tokens.update({(i, h): old[j, h] for i, j in enumerate(order) for h in range(self.heads)})
-        cache.horizons = [cache.horizons[j] for j in order]
+        cache.revocables = [cache.revocables[j] for j in order]
         cache.floors = [[floors[j] for j in order] for floors in cache.floors]
 
     def crop(self, which: int, only: int, count: int) -> None:
@@ -198,14 +228,16 @@ class System:
         cache = self._pick(which)
         for index in range(LAYERS) if only == LAYERS else [only]:
             layer, tokens = cache.layers[index], cache.tokens[index]
-            legal = all(self._can_crop(cohort.geometry, count) for cohort in layer.cohorts)
+            legal = all(self._can_crop(group.bounds, count) for group in layer.groups)
             try:
-                layer.crop(count)
+                self._do(cache, lambda layer=layer: layer.crop(count), single=True)  # type: ignore[misc]
             except CacheStateError:
                 assert not legal, "a crop was refused that loses nothing"
+                self._unchanged()
                 continue
             except CacheFullError:
                 assert self.pools.budget.limit is not None
+                self._unchanged()
                 continue
             assert legal, "a crop went through that shows tokens which are gone"
             for key, (keys, values, packed) in tokens.items():
@@ -218,10 +250,18 @@ class System:
 
     def free(self, which: int) -> None:
         cache = self._pick(which)
-        for layer, tokens in zip(cache.layers, cache.tokens):
-            layer.free()
+
+        def free() -> None:
+            for bank in cache.banks:
+                bank.free()
+
+        self._do(cache, free)
+        for bank in cache.banks:
+            for layer in bank.layers:
+                Bank([layer])  # as a session does: what comes next may be of another kind
+        for tokens in cache.tokens:
             tokens.clear()
-        cache.horizons = []
+        cache.revocables = []
         cache.floors = [[] for _ in cache.layers]
         if len(self.caches) > 1:
             self.caches.remove(cache)
@@ -239,13 +279,15 @@ class System:
         mine, theirs = cache.layers[1 - source], cache.layers[source]
         if mine.packing is None:
             return
-        alike = len(mine.cohorts) == len(theirs.cohorts) and all(
-            a.geometry == b.geometry and np.array_equal(a.rows, b.rows) for a, b in zip(mine.cohorts, theirs.cohorts)
-        )
+        places = [
+            {row: group.bounds for group in layer.groups for row in group.rows.tolist()} for layer in (mine, theirs)
+        ]
+        alike = places[0] == places[1]
         try:
-            mine.share_packed(theirs)
+            self._do(cache, lambda: mine.share_packed(theirs), single=True)
         except CacheStateError:
             assert not alike
+            self._unchanged()
             return
         assert alike
         tokens = cache.tokens[1 - source]
@@ -260,14 +302,14 @@ class System:
         cache = self._pick(which)
         cache.recording = not cache.recording
 
-    def overflow(self, which: int, cohort: int, count: int) -> None:
-        """Give one cohort a chunk with a number that cannot be packed, where it would be packed at once."""
+    def overflow(self, which: int, group: int, count: int) -> None:
+        """Give one group a chunk with a number that cannot be packed, where it would be packed at once."""
         cache = self._pick(which)
-        layer = cache.layers[cohort % LAYERS]
-        if not layer.cohorts or layer.packing is None or self.pools.budget.limit is not None:
+        layer = cache.layers[group % LAYERS]
+        if not layer.groups or layer.packing is None or self.pools.budget.limit is not None:
             return
-        target = layer.cohorts[cohort // LAYERS % len(layer.cohorts)]
-        old = target.geometry
+        target = layer.groups[group // LAYERS % len(layer.groups)]
+        old = target.bounds
         new = old.appended(count).settled(layer.packing)
         position = new.packed_stop - 1
         if max(old.length, new.packed_base) > position:
@@ -278,14 +320,26 @@ class System:
         try:
             layer.append(target, keys, values)
         except NonFiniteError:
+            self._unchanged()
             return
         raise AssertionError("a number that float16 cannot hold was packed")
+
+    def compact(self, which: int) -> None:
+        """Move pages out of slabs that are mostly free, and give those up."""
+        cache, before = self._pick(which), self.pools.budget.used
+        due = compact.due(self.pools)
+        for pool in due:
+            for bank in cache.banks:
+                self._do(cache, partial(compact.compact, bank, pool), single=True)
+            pool.trim()
+        self._unchanged()
+        assert self.pools.budget.used <= before
 
     def finish(self) -> None:
         """Give everything back: no byte may stay."""
         for cache in self.caches:
-            for layer in cache.layers:
-                layer.free()
+            for bank in cache.banks:
+                bank.free()
         self.caches = []
         self._check_accounts()
         assert all(pool.pages_in_use == 0 for pool in self.pools)
@@ -304,10 +358,11 @@ class System:
         """The number of sequences, of which there is at least one."""
         if not cache.batch:
             batch = 1 + int(self.random.integers(3))
-            for layer, tokens in zip(cache.layers, cache.tokens):
-                layer.start(batch)
+            for bank in cache.banks:
+                bank.start(batch)
+            for tokens in cache.tokens:
                 tokens.update({(i, h): NOTHING for i in range(batch) for h in range(self.heads)})
-            cache.horizons = [0] * batch
+            cache.revocables = [0] * batch
             cache.floors = [[0] * batch for _ in cache.layers]
         return cache.batch
 
@@ -319,68 +374,122 @@ class System:
             x[:] = x[:, :1]
         return torch.from_numpy(x).to(self.setup.dtype)
 
+    def _do(self, cache: Twin, action: Callable[[], T], single: bool = False) -> T:
+        """A change of a cache; if it is to fail, that first. single: it is one call of the store, which is whole by
+        itself."""
+        if self.fault > 0:
+            alone = single and self.fault % 2 == 0
+            try:
+                with Faults(self.fault):
+                    if alone:
+                        return action()  # where it did not come to that
+                    with whole(cache):
+                        action()
+                        raise Fault("at the end")
+            except (Fault, CacheFullError, CacheStateError):
+                self._unchanged()
+        if single:
+            return action()
+        with whole(cache):
+            return action()
+
+    def _unchanged(self) -> None:
+        """After a failure: everything is as the model has it, and no page is lost."""
+        self._check_accounts()
+        self._poison()
+        for cache in self.caches if self.count % 4 == 0 else self.touched:
+            self._check_cache(cache)
+
+    @staticmethod
+    def _fork(cache: Twin) -> list[LayerCache]:
+        twins = {}
+        for bank in cache.banks:
+            for old, new in zip(bank.layers, bank.fork().layers):
+                twins[old] = new
+        return [twins[layer] for layer in cache.layers]
+
     def _take(self, cache: Twin, counts: list[int], tight: int, settle: bool = False) -> None:
-        """A forward. tight 1: under a cap that leaves exactly what `demand` says; 2: one byte less.
+        """A forward. tight 1 or 2: under a cap that leaves room for some pages, or for part of one.
 
         settle: no new tokens, but the policy moves what is due.
         """
         if any(c > MOST_TOKENS for c in self._longest(cache, counts)):
             return self.free(self.caches.index(cache))
-        budget, tokens = self.pools.budget, np.array(counts, dtype=np.int64)
-        horizon = 0 if settle or not cache.recording else HORIZON
-        running: dict[PagePool, int] = {}
-        peak: dict[PagePool, int] = {}
-        for layer in cache.layers:
-            for pool, (taken, freed) in layer.demand(tokens, horizon).items():
-                running[pool] = running.get(pool, 0) + taken
-                peak[pool] = max(peak.get(pool, 0), running[pool])
-                running[pool] -= freed
-        limit, must_fail = budget.limit, False
+        budget, limit = self.pools.budget, self.pools.budget.limit
+        revocable = 0 if settle or not cache.recording else REVOCABLE
         if limit is None and tight in (1, 2):
             budget.trim()
-            need = sum(max(0, count - pool.free_pages) * pool.layout.nbytes for pool, count in peak.items())
-            must_fail = tight == 2 and need > 0
-            budget.limit = budget.used + need - must_fail
-        try:
-            budget.reserve(peak)
-        except CacheFullError:
-            assert must_fail or limit is not None
-            budget.limit = limit
-            return
-        assert not must_fail
-        chunk = max(counts, default=0)
+            most = 1 + sum(counts) // PAGE * 2 if tight == 1 else 3
+            page = max(pool.layout.nbytes for pool in self.pools)
+            budget.limit = budget.used + int(self.random.integers(most * len(counts) * page))
+        chunk, rows = max(counts, default=0), cache.batch * self.heads
+        new = [(self._numbers(rows, chunk), self._numbers(rows, chunk)) for _ in cache.layers]
+        opened = chunk == 1 and self.random.random() < 0.5
         before = cache.tiers()
-        for layer, held in zip(cache.layers, cache.tokens):
-            rows = cache.batch * self.heads
-            keys, values = self._numbers(rows, chunk), self._numbers(rows, chunk)
-            for cohort, count in layer.split_by(tokens):
-                new = slice(chunk - count, chunk)
-                mine = keys[cohort.rows_tensor, new], values[cohort.rows_tensor, new]
-                if count == 1:
-                    layer.append(cohort, *mine, settle=False)
-                    layer.append(cohort, None, None, horizon=horizon)
-                elif count:
-                    layer.append(cohort, *mine, horizon=horizon)
-                elif settle:
-                    layer.append(cohort, None, None, horizon=horizon)
+        try:
+            self._do(cache, lambda: (self._open if opened else self._append)(cache, counts, new, settle, revocable))
+        except CacheFullError:
+            assert budget.limit is not None
+            self._unchanged()
+            return
+        finally:
+            budget.limit = limit
+        for held, (keys, values) in zip(cache.tokens, new):
             for (sequence, head), old in held.items():
                 count = counts[sequence]
                 if count:
-                    row, new = sequence * self.heads + head, slice(chunk - count, chunk)
+                    row, fresh = sequence * self.heads + head, slice(chunk - count, chunk)
                     held[sequence, head] = Tokens(
-                        np.concatenate([old.keys, keys[row, new].float().numpy()]),
-                        np.concatenate([old.values, values[row, new].float().numpy()]),
+                        np.concatenate([old.keys, keys[row, fresh].float().numpy()]),
+                        np.concatenate([old.values, values[row, fresh].float().numpy()]),
                         np.concatenate([old.packed, np.zeros(count, bool)]),
                     )
         for sequence, count in enumerate(counts):
-            if count or settle:
-                cache.horizons[sequence] = horizon
+            if count or settle or opened:
+                cache.revocables[sequence] = revocable
                 for floors, held in zip(cache.floors, cache.tokens):
-                    floors[sequence] = max(floors[sequence], len(held[sequence, 0].keys) - horizon)
-        if limit is None:
-            budget.limit = None
+                    floors[sequence] = max(floors[sequence], len(held[sequence, 0].keys) - revocable)
         if cache.tiers() != before:
             self._check_cache(cache)  # so that the model learns what the tokens became that were packed
+
+    def _append(
+        self, cache: Twin, counts: list[int], new: list[tuple[torch.Tensor, torch.Tensor]], settle: bool, revocable: int
+    ) -> None:
+        """Layer by layer and group by group."""
+        chunk, tokens = max(counts, default=0), np.array(counts, dtype=np.int64)
+        for layer, (keys, values) in zip(cache.layers, new):
+            for group, count in layer.split_by(tokens):
+                fresh = slice(chunk - count, chunk)
+                mine = keys[group.rows_tensor, fresh], values[group.rows_tensor, fresh]
+                if count == 1:
+                    layer.append(group, *mine, settle=False)
+                    layer.append(group, None, None, revocable=revocable)
+                elif count:
+                    layer.append(group, *mine, revocable=revocable)
+                elif settle:
+                    layer.append(group, None, None, revocable=revocable)
+        self._unite(cache)
+
+    def _open(
+        self, cache: Twin, counts: list[int], new: list[tuple[torch.Tensor, torch.Tensor]], settle: bool, revocable: int
+    ) -> None:
+        """A token of all rows at once, as kernels store it."""
+        rows = np.flatnonzero(np.repeat(np.array(counts), self.heads))
+        for bank in cache.banks:
+            mine = np.concatenate([layer.base + rows for layer in bank.layers])
+            bank.open(mine)
+            bounds = bank.at(mine)
+            pages = bank.exact.table[mine, bounds.exact_pages - 1]
+            for side, name in enumerate(("keys", "values")):
+                x = torch.cat([new[cache.layers.index(layer)][side][rows, 0] for layer in bank.layers])
+                bank.exact.pool.write_tokens(name, pages, (bounds.exact_tokens - 1) % PAGE, x)
+        self._unite(cache)
+        for bank in cache.banks:
+            bank.settle(bank.rows_of(), revocable)
+
+    def _unite(self, cache: Twin) -> None:
+        if self.setup.united and len(cache.banks) > 1:
+            Bank.united(cache.layers, cache.layers[0].bank.change)
 
     def _longest(self, cache: Twin, counts: list[int]) -> list[int]:
         return [
@@ -389,10 +498,10 @@ class System:
         ]
 
     @staticmethod
-    def _can_crop(geometry: Geometry, count: int) -> bool:
+    def _can_crop(bounds: Bounds, count: int) -> bool:
         """Whether all that the next query sees after the crop is there."""
-        length = max(0, geometry.length - count)
-        return bool(held(geometry)[:length][visible(geometry.extent, length)].all())
+        length = max(0, bounds.length - count)
+        return bool(held(bounds)[:length][visible(bounds.extent, length)].all())
 
     # -- comparison ---------------------------------------------------------------------------------------
 
@@ -409,59 +518,76 @@ class System:
 
     def _check_cache(self, cache: Twin, cropped: bool = False) -> None:
         for layer, tokens, floors in zip(cache.layers, cache.tokens, cache.floors):
-            rows = [row for cohort in layer.cohorts for row in cohort.rows.tolist()]
+            rows = [row for group in layer.groups for row in group.rows.tolist()]
             assert sorted(rows) == list(range(cache.batch * self.heads)) and layer.batch == cache.batch
-            for cohort in layer.cohorts:
-                self._check_cohort(cache, layer, cohort, tokens, cropped)
-                for sequence in set((cohort.rows // self.heads).tolist()):
-                    assert self._can_crop(cohort.geometry, cohort.geometry.length - floors[sequence])
+            for group in layer.groups:
+                self._check_group(cache, layer, group, tokens, cropped)
+                for sequence in set((group.rows // self.heads).tolist()):
+                    assert self._can_crop(group.bounds, group.bounds.length - floors[sequence])
             lengths = [len(tokens[i, 0].keys) for i in range(cache.batch)]
             assert layer.lengths().tolist() == lengths
 
-    def _check_cohort(
+    def _check_group(
         self,
         cache: Twin,
         layer: LayerCache,
-        cohort: Cohort,
+        group: RowGroup,
         tokens: dict[tuple[int, int], Tokens],
         cropped: bool,
     ) -> None:
-        geometry, packing = cohort.geometry, layer.packing
-        names = [divmod(row, self.heads) for row in cohort.rows.tolist()]
-        assert all(layer.extents[head] == geometry.extent for _, head in names)
+        """Rows may stand alike that came there differently."""
+        names = [divmod(row, self.heads) for row in group.rows.tolist()]
+        parts: dict[tuple[bytes, int], list[int]] = {}
+        for at, name in enumerate(names):
+            parts.setdefault((tokens[name].packed.tobytes(), cache.revocables[name[0]]), []).append(at)
+        for (_, revocable), part in parts.items():
+            mine = [names[at] for at in part]
+            self._check_rows(layer, group, np.array(part), mine, revocable, tokens, cropped)
+
+    def _check_rows(
+        self,
+        layer: LayerCache,
+        group: RowGroup,
+        part: np.ndarray,
+        names: list[tuple[int, int]],
+        revocable: int,
+        tokens: dict[tuple[int, int], Tokens],
+        cropped: bool,
+    ) -> None:
+        bounds, packing = group.bounds, layer.packing
+        tables = group.exact[part], group.packed[part], group.own[part]
+        assert all(layer.extents[head] == bounds.extent for _, head in names)
         mine = [tokens[name] for name in names]
-        length, base, stop = geometry.length, geometry.packed_base, geometry.packed_stop
+        length, base, stop = bounds.length, bounds.packed_base, bounds.packed_stop
         assert all(len(each.keys) == length for each in mine)
 
         # What the next query sees is held, and little more than that.
-        assert held(geometry)[visible(geometry.extent, length)].all()
-        pinned = geometry.extent.pinned * PAGE
-        recent = geometry.extent.recent
-        horizon = max(cache.horizons[sequence] for sequence, _ in names)
-        oldest = pinned if recent is None else max(pinned, length + 1 - recent - horizon)
+        assert held(bounds)[visible(bounds.extent, length)].all()
+        pinned = bounds.extent.pinned * PAGE
+        recent = bounds.extent.recent
+        oldest = pinned if recent is None else max(pinned, length + 1 - recent - revocable)
         packed_pages = 0
         if stop > base:
             assert packing is not None
-            assert stop == geometry.exact_base and pinned <= base and (stop - base) % packing.group == 0
+            assert stop == bounds.exact_base and pinned <= base and (stop - base) % packing.group == 0
             assert base + packing.page > oldest and stop > oldest
             packed_pages = ceil(stop - base, packing.page)
         else:
-            assert geometry.exact_base == pinned or geometry.exact_base + PAGE > oldest
+            assert bounds.exact_base == pinned or bounds.exact_base + PAGE > oldest
         if packing is not None:
-            waiting = length - max(geometry.exact_base, oldest // PAGE * PAGE)
-            assert waiting - packing.residual - horizon < packing.group
+            waiting = length - max(bounds.exact_base, oldest // PAGE * PAGE)
+            assert waiting - packing.residual - revocable < packing.group
         pinned_filled = min(length, pinned)
-        window_filled = max(0, length - geometry.exact_base)
+        window_filled = max(0, length - bounds.exact_base)
         rows = len(names)
-        assert cohort.exact.shape == (rows, ceil(pinned_filled, PAGE) + ceil(window_filled, PAGE))
-        assert cohort.packed.shape == (rows, packed_pages)
-        assert cohort.own.shape == (rows, packed_pages if layer.own_pool is not None else 0)
+        assert tables[0].shape == (rows, ceil(pinned_filled, PAGE) + ceil(window_filled, PAGE))
+        assert tables[1].shape == (rows, packed_pages)
+        assert tables[2].shape == (rows, packed_pages if len(layer.packed_pools) > 1 else 0)
 
         # The exact tier gives back what was put in.
         positions = np.r_[:pinned_filled, length - window_filled : length]
-        stored = read(layer.exact_pool, cohort.exact)
+        stored = read(layer.exact_pool, tables[0])
         was_packed = mine[0].packed
-        assert all(np.array_equal(each.packed, was_packed) for each in mine)
         assert cropped or not was_packed[positions].any()
         for name, expected in (("keys", [t.keys for t in mine]), ("values", [t.values for t in mine])):
             found = stored[name].reshape(rows, -1, DIM)[:, : len(positions)]
@@ -474,9 +600,9 @@ class System:
         packed = None
         if stop > base:
             assert packing is not None
-            fields = read(layer.packed_pool, cohort.packed)
-            if layer.own_pool is not None:
-                fields |= read(layer.own_pool, cohort.own)
+            fields = {}
+            for pool, table in zip(layer.packed_pools, tables[1:]):
+                fields |= read(pool, table)
             packed = [x.reshape(rows, -1, DIM)[:, : stop - base] for x in decode(layer.codec, fields)]
             # Packed tokens stay what they became; those that were packed just now lie within half a step.
             start = base + int(was_packed[base:stop].sum())
@@ -485,7 +611,7 @@ class System:
                 wanted = np.stack([x[base:start] for x in expected])
                 assert np.array_equal(found[:, : start - base], wanted), "packed tokens changed"
             if start < stop:
-                assert stop <= length - packing.residual - horizon, "tokens were packed too early"
+                assert stop <= length - packing.residual - revocable, "tokens were packed too early"
                 self._check_steps(layer.codec, mine, start, stop, [x[:, start - base :] for x in packed])
                 fresh = slice(start, stop)
         if len(returned) or fresh.start < fresh.stop:
@@ -520,12 +646,10 @@ class System:
         named: dict[PagePool, list[np.ndarray]] = {pool: [] for pool in self.pools}
         for cache in self.caches:
             for layer in cache.layers:
-                for cohort in layer.cohorts:
-                    named[layer.exact_pool].append(cohort.exact.reshape(-1))
-                    if layer.packed_pool is not None:
-                        named[layer.packed_pool].append(cohort.packed.reshape(-1))
-                    if layer.own_pool is not None:
-                        named[layer.own_pool].append(cohort.own.reshape(-1))
+                for group in layer.groups:
+                    named[layer.exact_pool].append(group.exact.reshape(-1))
+                    for pool, table in zip(layer.packed_pools, (group.packed, group.own)):
+                        named[pool].append(table.reshape(-1))
         total_bytes = 0
         for pool, tables in named.items():
             ids = np.concatenate(tables) if tables else np.empty(0, np.int64)
@@ -558,6 +682,24 @@ class System:
                         tensor.index_fill_(0, index, float("nan") if tensor.is_floating_point() else 0x5A5A)
 
 
+@contextmanager
+def whole(cache: Twin) -> Iterator[None]:
+    """All layers of a cache change together or not at all, as in a session."""
+    change, banks = Transaction(), cache.banks
+    try:
+        for bank in banks:
+            bank.begin(change)
+        yield
+    except BaseException:
+        change.rollback()
+        for bank in banks:
+            bank.change = None
+        raise
+    for bank in (*banks, *cache.banks):
+        bank.change = None
+    change.commit()
+
+
 def ceil(tokens: int, page: int) -> int:
     return -(-tokens // page)
 
@@ -567,15 +709,16 @@ def visible(extent: Extent, length: int) -> np.ndarray:
     k = np.arange(length)
     if extent.recent is None:
         return np.ones(length, bool)
-    return (k < extent.sink) | (k > length - extent.recent)
+    late = (k < extent.late_sink) & (k > length - extent.late_recent)
+    return (k < extent.sink) | (k > length - extent.recent) | late
 
 
-def held(geometry: Geometry) -> np.ndarray:
+def held(bounds: Bounds) -> np.ndarray:
     """Which positions are stored: bool [length]. No position may be in two tiers."""
-    count = np.zeros(geometry.length, np.int64)
-    count[: geometry.extent.pinned * PAGE] += 1
-    count[geometry.exact_base :] += 1
-    count[geometry.packed_base : geometry.packed_stop] += 1
+    count = np.zeros(bounds.length, np.int64)
+    count[: bounds.extent.pinned * PAGE] += 1
+    count[bounds.exact_base :] += 1
+    count[bounds.packed_base : bounds.packed_stop] += 1
     assert count.max(initial=0) <= 1
     return count == 1
 

@@ -1,0 +1,83 @@
+"""One list of recipes that every shared test runs over: every method, and every pair with `kivi` that is legal.
+
+    @pytest.mark.parametrize("name", RECIPES)
+    def test_something(name, tiny):
+        model = tiny(**SHAPE)
+        cache = fivefold.compress(model, written(name, model))
+
+`SHAPE` is the model that they are written for: two layers of two KV heads with 64 channels.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fivefold.calibrate.profile import config_hash, signature
+from learned import learn
+
+SHAPE: dict[str, Any] = {"family": "llama", "num_hidden_layers": 2}
+KIVI = "kivi(bits=4, residual=32)"
+# What methods that learn from a model ask for stands in braces: `written` puts the folder of a profile there.
+_ALONE = {
+    "full": "full()",
+    "kivi2": "kivi(bits=2)",
+    "kivi3": "kivi(bits=3)",
+    "kivi4": "kivi(bits=4)",
+    "kivi8": "kivi(bits=8)",
+    "kivi-residual": KIVI,
+    "gear": "gear(bits=4)",
+    "mikv": "mikv()",
+    "mikv-high8": "mikv(high=8)",
+    "rotatekv": 'rotatekv(bits=4, profile="{rotatekv}")',
+    "cskv": 'cskv(keep=0.3, profile="{cskv}")',
+    "duo": "duo(retrieval=[[0, 1], [1, 0]], sink=4, recent=40)",
+    "streaming": "streaming(sink=4, recent=100)",
+    "h2o": "h2o(keep=0.5)",
+    "snapkv": "snapkv(keep=0.5)",
+    "keyformer": "keyformer(keep=0.5)",
+    "d2o": "d2o(keep=0.5)",
+    "elastic": "elastic(keep=0.5)",
+    "random": "random(keep=0.5)",
+    "tidal": "tidal(top=32, full_layers=0, select_layers=[0])",
+}
+# Methods of the slots heads, tokens and reads: those that `kivi` may stand beside.
+_BESIDE = ("duo", "streaming", "h2o", "snapkv", "keyformer", "d2o", "elastic", "random", "tidal")
+RECIPES: dict[str, str] = {**_ALONE, **{f"{name}+kivi": f"{_ALONE[name]} + {KIVI}" for name in _BESIDE}}
+"""The recipes by name, which is the id of a test."""
+
+PACKING = tuple(
+    name
+    for name, recipe in RECIPES.items()
+    if any(codec in recipe for codec in ("kivi", "gear", "mikv", "rotate", "cskv"))
+)
+"""Those that pack tokens."""
+CHOOSING = tuple(name for name in RECIPES if name.split("+")[0] in _BESIDE[2:8])
+"""Those that choose tokens one by one."""
+
+_LEARNED = {"rotatekv": "rotatekv(bits=4)", "cskv": "cskv(keep=0.3)"}
+
+
+def written(name: str, model: Any) -> str:
+    """A recipe of the list as text for `model`, whose profile is made first where the recipe needs one."""
+    recipe = RECIPES[name]
+    for method in _LEARNED:
+        place = f"{{{method}}}"
+        if place in recipe:
+            recipe = recipe.replace(place, _profile(method, model))
+    return recipe
+
+
+def _profile(method: str, model: Any) -> str:
+    folder = Path(_folder().name) / f"{method}-{signature(model.config)}-{config_hash(model.config)[:16]}"
+    if not (folder / "profile.json").is_file():
+        learn(model, _LEARNED[method], folder, chunks=2)
+    return str(folder)
+
+
+@cache
+def _folder() -> Any:
+    """Where profiles are kept, until this process ends."""
+    return tempfile.TemporaryDirectory(prefix="fivefold-profiles-")
