@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fivefold.calibrate.run import chunks, default_texts
-from fivefold.models import smollm2
+from fivefold.models import embedded
 from fivefold.models.capture import capturing
 
 
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=2000)
     args = parser.parse_args()
-    model, tokenizer = smollm2.load()
+    model, tokenizer = embedded.load()
     seen: dict[int, dict[str, list[torch.Tensor]]] = {layer: {} for layer in args.layers}
 
     def see(layer: int, captured: dict[Any, torch.Tensor]) -> None:

@@ -23,8 +23,10 @@ from rich.progress import track
 from rich.table import Table
 
 import fivefold
+from fivefold.engine.session import Session
 from fivefold.evaluate.demo import BASELINE, make_task
-from fivefold.models import huggingface, smollm2
+from fivefold.models import attention as functions
+from fivefold.models import embedded, huggingface
 
 RECIPES = (
     "full()",
@@ -46,22 +48,25 @@ def main(
     out: Path | None = None,
 ) -> None:
     names = [BASELINE, *(recipe or RECIPES)]
-    smollm2.fetch()
-    model, tokenizer = smollm2.load(getattr(torch, dtype))
+    embedded.fetch()
+    model, tokenizer = embedded.load(getattr(torch, dtype))
     task = make_task(tokenizer, context)
     if large:
         model = random_model(getattr(torch, dtype), model.config.vocab_size)
     attention = 0.0
-    attend = huggingface.FivefoldLayer.attend
 
-    def timed(*args: Any) -> torch.Tensor:
-        nonlocal attention
-        begin = time.perf_counter()
-        result = attend(*args)
-        attention += time.perf_counter() - begin
-        return result
+    def timed(call: Any) -> Any:
+        def run(*args: Any) -> Any:
+            nonlocal attention
+            begin = time.perf_counter()
+            result = call(*args)
+            attention += time.perf_counter() - begin
+            return result
 
-    huggingface.FivefoldLayer.attend = timed  # type: ignore[method-assign]
+        return run
+
+    functions.attend = timed(functions.attend)
+    Session.commit = timed(Session.commit)  # type: ignore[method-assign]
     caches, prefill = {}, {}
     times: dict[str, list[float]] = {name: [] for name in names}
     parts: dict[str, list[float]] = {name: [] for name in names}

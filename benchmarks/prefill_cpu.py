@@ -28,7 +28,7 @@ import ctypes, json, re, sys, threading, time
 import torch
 import fivefold
 from fivefold.evaluate.demo import make_task
-from fivefold.models import smollm2
+from fivefold.models import embedded
 
 def resident():
     with open("/proc/self/status") as file:
@@ -41,7 +41,7 @@ def watch():
 
 peak, done = 0, threading.Event()
 recipe, context = sys.argv[1], int(sys.argv[2])
-model, tokenizer = smollm2.load()
+model, tokenizer = embedded.load()
 task = make_task(tokenizer, context)
 with torch.inference_mode():
     model(task.prefix[:, :512])

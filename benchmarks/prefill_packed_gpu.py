@@ -58,8 +58,8 @@ def main() -> None:
             said = [f"{past} + {chunk}: SDPA flash {flash:.3f} ms, masked {masked:.3f} ms"]
             for recipe in ("full()", "kivi(bits=4)", "kivi(bits=2)"):
                 layer = filled(Recipe.parse(recipe), DEVICE, past, 1, DTYPE)
-                (cohort,) = layer.cohorts
-                ms = timed(partial(attend_chunk, layer, cohort, queries, keys, values, HEAD_DIM**-0.5))
+                (group,) = layer.groups
+                ms = timed(partial(attend_chunk, layer, group, queries, keys, values, HEAD_DIM**-0.5))
                 said.append(f"{recipe} {ms:.3f} ({ms / best:.2f}x)")
                 layer.free()
             print(", ".join(said))

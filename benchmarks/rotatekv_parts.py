@@ -24,11 +24,11 @@ from fivefold.kernels.rotated import reference
 from fivefold.methods.before_rope import BeforeRope
 from fivefold.methods.bits import rotatekv
 from fivefold.methods.channels import cskv
-from fivefold.models import huggingface, smollm2
+from fivefold.models import attention, embedded
 from fivefold.store import Rope
 
 PARTS: tuple[tuple[str, Any, str], ...] = (
-    ("store, softmax, merge, exact tier", huggingface.FivefoldLayer, "attend"),
+    ("store, softmax, merge, exact tier", attention, "attend"),
     ("scores: the product with queries", BeforeRope, "scores"),
     ("keys: codes times scales", rotatekv._Bound, "before"),
     ("keys: features times basis", cskv._Bound, "before"),
@@ -70,7 +70,7 @@ class Clock:
 
 
 def main(context: int = 4096, steps: int = 32, recipe: str = "rotatekv(bits=2)") -> None:
-    model, tokenizer = smollm2.load()
+    model, tokenizer = embedded.load()
     task, clock = make_task(tokenizer, context), Clock()
     cache = fivefold.compress(model, recipe)
     for what, owner, name in PARTS:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "properties"))
+sys.path.extend(str(Path(__file__).resolve().parent.parent / name) for name in ("tests", "tests/properties"))
 from store_model import OPERATIONS, WEIGHTS, Setup, System
 
 OPERATIONS_PER_RUN = 200
@@ -34,7 +34,7 @@ def run(seed: int, run: int, operations: int) -> None:
             (name,) = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))
             arguments = [rng.randint(*bounds) for bounds in OPERATIONS[name]]
             steps.append(f"{name}{tuple(arguments)}")
-            getattr(system, name)(*arguments)
+            system.operate(name, arguments)
             system.check()
         system.finish()
     except Exception:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 import fivefold
 from fivefold.evaluate.demo import make_task
-from fivefold.models import smollm2
+from fivefold.models import embedded
 
 RECIPES = (
     *(f"tidal(top={top})" for top in (32, 64, 128, 256, 512, 1024)),
@@ -34,7 +34,7 @@ def main(
     recipe: Annotated[list[str] | None, typer.Option()] = None,
     out: Path | None = None,
 ) -> None:
-    model, tokenizer = smollm2.load()
+    model, tokenizer = embedded.load()
     task = make_task(tokenizer, context, continuation=tokens)
     exact, rows = None, []
     with torch.inference_mode():

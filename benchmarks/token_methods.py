@@ -21,7 +21,7 @@ import torch
 import fivefold
 from fivefold.evaluate import engine
 from fivefold.evaluate.tasks import holds, tasks
-from fivefold.models import smollm2
+from fivefold.models import embedded
 
 SUITES = ("passkey", "multi_needle")
 METHODS = ("h2o", "snapkv", "keyformer", "d2o", "elastic", "random", "streaming")
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--store", type=Path, default=Path.home() / ".cache/fivefold/token_methods.jsonl")
     options = parser.parse_args()
-    model, tokenizer = smollm2.load()
+    model, tokenizer = embedded.load()
     out: dict[str, Any] = {"torch": torch.__version__, "runs": []}
     for context, samples in zip(options.context, options.samples, strict=True):
         names = {recipe(method, keep, context): (method, keep) for keep in options.keep for method in options.method}
