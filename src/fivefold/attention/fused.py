@@ -13,9 +13,6 @@ from fivefold.store.group import RowGroup
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.rows import Bounds, Span
 
-LIMIT = 750.0
-"""Numbers up to this absolute value can be attended on packed by the kernels of a GPU."""
-
 
 def attend_fused(layer: LayerCache, group: RowGroup, queries: torch.Tensor, scaling: float) -> torch.Tensor | None:
     """`attend_step` by kernels; None where they do not run (see `why_not`)."""
@@ -89,8 +86,8 @@ def why_not(layer: LayerCache, device: torch.device, heads: int) -> str | None:
     if codec is not None:
         if codec.form is None or len(layer.packed_pools) > 1:
             return "no kernel reads this codec's pages"
-        if choice.triton and codec.peak > LIMIT:
-            return f"keys or values reach {codec.peak:.0f}, more than the kernels' {LIMIT:.0f}"
+        if choice.triton and codec.peak > schedule.LIMIT:
+            return f"keys or values reach {codec.peak:.0f}, more than the kernels' {schedule.LIMIT:.0f}"
     return kernel.supports(None if codec is None else codec.form, heads, layer.spec.head_dim)
 
 

@@ -16,9 +16,10 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 
-from fivefold.attention.fused import LIMIT, why_not
+from fivefold.attention.fused import why_not
 from fivefold.attention.tables import tables_of
 from fivefold.errors import CacheFullError, CacheStateError
+from fivefold.kernels.packed_decode import schedule
 from fivefold.store import compact, context
 from fivefold.store.bank import Bank
 from fivefold.store.group import RowGroup
@@ -313,7 +314,7 @@ class Session:
                 out[index] = "the tokens that are held are chosen in every step"
             else:
                 # Layers of a bank are alike, but for the largest number that they have seen.
-                kind = store.bank, store.codec is not None and store.codec.peak > LIMIT
+                kind = store.bank, store.codec is not None and store.codec.peak > schedule.LIMIT
                 if kind not in kinds:
                     kinds[kind] = why_not(store, store.spec.device, store.spec.query_heads // store.spec.kv_heads)
                 out[index] = kinds[kind]

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from fivefold.store.pages import PageLayout, PagePool
+from fivefold.store.pages import PagePool
 from fivefold.store.transaction import Transaction
 
 EMPTY = -1
@@ -60,9 +60,6 @@ class Tier:
     def fields(self) -> list[tuple[PagePool, str, int]]:
         """(pool, field, number of the table) of all fields."""
         return [(pool, part.name, i) for i, pool in enumerate(self.pools) for part in pool.layout.fields]
-
-    def layouts(self) -> list[PageLayout]:
-        return [pool.layout for pool in self.pools]
 
     def reserve(self, columns: int) -> None:
         """Make the tables wide enough."""

@@ -20,6 +20,8 @@ TILE = 64
 """Exact slots that are one piece of work."""
 PICKS = 32
 """Picked packed slots that are one piece of work."""
+LIMIT = 750.0
+"""Keys and values up to this absolute value can be attended on packed by the kernels of a GPU."""
 HEADS = 16
 """Query heads of a row, at most."""
 

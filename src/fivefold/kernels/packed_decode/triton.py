@@ -30,7 +30,7 @@ from fivefold.kernels.choice import choose
 from fivefold.kernels.device import numbered, on
 from fivefold.kernels.packed_decode import cuda
 from fivefold.kernels.packed_decode.reference import Form
-from fivefold.kernels.packed_decode.schedule import PICKS, SPAN, TILE, Exact, Packed, lacks, pages_of, starts_of
+from fivefold.kernels.packed_decode.schedule import LIMIT, PICKS, SPAN, TILE, Exact, Packed, lacks, pages_of, starts_of
 
 __all__ = [
     "LIMIT",
@@ -47,9 +47,6 @@ __all__ = [
     "starts_of",
     "supports",
 ]
-
-LIMIT = 750.0
-"""Keys and values up to this absolute value can be attended on packed."""
 
 # Left shift (negative: right) of the word, and the bit where the field then lies, for every plane.
 _SHIFTS = {
