@@ -88,7 +88,7 @@ def main() -> None:
     for name, recipe in recipes.items():
         found = [[run(model, recipe, counts) for counts in (ragged, equal)] for _ in range(2)]
         (one, one_mean), (other, other_mean) = (
-            (statistics.fmean(pair[side][i] for pair in found) for i in (0, 1)) for side in (0, 1)
+            [statistics.fmean(pair[side][i] for pair in found) for i in (0, 1)] for side in (0, 1)
         )
         row = {"recipe": name, "graph": True, "ragged_ms": one, "equal_ms": other, "ratio": one / other}
         row |= {"ragged_mean": one_mean, "equal_mean": other_mean, "ratio_mean": one_mean / other_mean}

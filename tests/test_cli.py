@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 
 import fivefold
 from fivefold.cli.app import app
-from fivefold.cli.generate import _parse_bytes
+from fivefold.cli.generating import parse_bytes
 from fivefold.cli.recipes import _refusals
 from fivefold.cli.terminal import out
 from fivefold.evaluate import demo
@@ -67,9 +67,11 @@ def tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def save(folder: Path, template: str | None = None, end: int | list[int] | None = None) -> Path:
+def save(
+    folder: Path, template: str | None = None, end: int | list[int] | None = None, seed: int = 0, **changes: Any
+) -> Path:
     """A tiny Llama with random weights that never ends by itself, and its tokenizer."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=WORDS,
         hidden_size=64,
@@ -77,9 +79,9 @@ def save(folder: Path, template: str | None = None, end: int | list[int] | None 
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=100_000,
         eos_token_id=None,
         bos_token_id=None,
+        **{"max_position_embeddings": 100_000, **changes},
     )
     model = LlamaForCausalLM(config)
     model.get_output_embeddings().weight.data[:2] = 0
@@ -243,7 +245,7 @@ def test_what_is_no_cap(size: str, tiny: Path):
 
 
 def test_sizes():
-    assert [_parse_bytes(text) for text in ("17", "17B", "2k", "512M", "1.5 GiB", "2gb")] == [
+    assert [parse_bytes(text) for text in ("17", "17B", "2k", "512M", "1.5 GiB", "2gb")] == [
         17,
         17,
         2048,

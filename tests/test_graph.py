@@ -63,13 +63,14 @@ def alike(one: torch.Tensor, other: torch.Tensor, bound: float = 0.04) -> None:
     assert (one - other).norm() < bound * one.norm()
 
 
-def same_tokens(one, other) -> None:
-    """What the first layer holds hangs on no attention: bit for bit the same."""
+def same_tokens(one, other, padded: bool = False) -> None:
+    """What the first layer holds depends on no attention: bit for bit the same, but for products of other shapes."""
     one, other = one.session.stores[0], other.session.stores[0]
     for mine, theirs in zip(one.groups, other.groups, strict=True):
         assert mine.bounds == theirs.bounds
         for which in (0, 1):
-            assert torch.equal(mine.dense_part(which), theirs.dense_part(which))
+            found, wanted = mine.dense_part(which), theirs.dense_part(which)
+            assert torch.allclose(found, wanted, 1e-3, 2e-2) if padded else torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -85,7 +86,7 @@ def test_steps_are_those_without(model, recipe: str) -> None:
     assert caches[1].step.replays == count and caches[0].step is None
     one, other = (cache.report() for cache in caches)
     assert dataclasses.replace(one, tables=0, graph=0) == dataclasses.replace(other, tables=0, graph=0)
-    assert other.tables > one.tables and other.graph > one.graph == 0
+    assert other.graph > one.graph == 0
     same_tokens(*caches)
     forks = [cache.fork() for cache in caches]
     alike(*steps(model, caches, ids(2, 2, model.device, 2)))
@@ -102,6 +103,7 @@ def test_steps_are_those_without(model, recipe: str) -> None:
     alike(*steps(model, caches, ids(2, 1, model.device, 6)))
     assert caches[1].step.tables == [before] and caches[1].step.failed is None
     before.exact_columns = 0  # as if they were full
+    before.bank.exact.track()
     alike(*steps(model, caches, ids(2, 2, model.device, 7)))
     same_tokens(*caches)
     (after,) = caches[1].step.tables
@@ -120,6 +122,50 @@ def test_sequences_of_different_lengths_and_generate(model) -> None:
         found = model.generate(prompt, past_key_values=cache, **settings)
         assert torch.equal(wanted, found)
         assert cache.step.replays >= 6 and cache.step.failed is None
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_sequences_come_and_go_under_graphs(model, recipe: str) -> None:
+    """Padded to a power of two: each size has one graph, whoever the sequences are."""
+    if not GPU and recipe != RECIPES[2]:
+        pytest.skip("the interpreter takes its time")
+    caches = [fivefold.compress(model, recipe), fivefold.compress(model, recipe, cuda_graph=True)]
+    for cache in caches:
+        if cache.step is not None:
+            cache.reserve(400)
+
+    def arrive(seed: int, tokens: int) -> None:
+        for cache in caches:
+            new = cache.new()
+            with torch.inference_mode():
+                model(ids(1, tokens, model.device, seed), past_key_values=new)
+            cache.join(new)
+
+    def go(count: int) -> None:
+        alike(*steps(model, caches, ids(caches[0].batch, count, model.device, caches[0].batch)))
+        same_tokens(*caches, padded=True)
+
+    step, used = caches[1].step, {}
+    for seed, tokens in enumerate((90, 33, 150, 5, 64)):
+        arrive(seed, tokens)
+        go(3 if GPU else 1)
+        used[caches[1].batch] = list(step.captured)
+    assert used == {1: [1], 2: [1, 2], 3: [1, 2, 4], 4: [1, 2, 4], 5: [1, 2, 4, 8]}
+    before = {size: captured.tables for size, captured in step.captured.items()}
+    taken = [cache.take([3, 1]) for cache in caches]
+    go(2)
+    for cache, one in zip(caches, taken):
+        cache.join(one)
+        cache.drop([0])
+    go(2)
+    assert {size: captured.tables for size, captured in step.captured.items()} == before
+    assert step.failed is None and (not GPU or step.captures == 4)
+    forks = [cache.fork() for cache in caches]
+    go(1)
+    alike(*steps(model, forks, ids(4, 1, model.device, 9)))
+    same_tokens(*forks, padded=True)
+    report = caches[1].report()
+    assert report.graph > 0 and report.total > caches[0].report().total
 
 
 def test_a_step_that_breaks_off_leaves_nothing(model, monkeypatch) -> None:

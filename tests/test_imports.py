@@ -26,7 +26,7 @@ LAYERS = {
     "report": ("errors", "store", "engine", "kernels"),
 }
 """Imports of any kind count: at the top of a module, in a function, or for types only."""
-KNOW_TRANSFORMERS = ("models", "cli", "evaluate", "benchmark", "calibrate")
+KNOW_TRANSFORMERS = ("models", "generation", "cli", "evaluate", "benchmark", "calibrate")
 KNOW_ITS_TYPES = ("api",)
 LONGEST = 500
 MAY_BE_LONGER = ("kernels",)

@@ -615,6 +615,7 @@ def unite(layer: LayerCache, layers: list[LayerCache]) -> None:
         bank = Bank.united(layers, change)
         extend(layer, [40, 40])
         bank.settle(bank.rows_of())
+        change.verify()
     except BaseException:
         change.rollback()
         for bank in banks:

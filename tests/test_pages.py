@@ -65,6 +65,28 @@ def test_allocation_takes_a_run_where_there_is_one() -> None:
     assert pages.allocate(1).tolist() == ids(0, 1)
 
 
+def test_a_run_is_the_first_one_that_is_long_enough() -> None:
+    rng = np.random.default_rng(0)
+    pages = pool()
+    slabs = [pages.allocate(count) for count in (40, 200, 90)]
+    held = list(np.concatenate(slabs))
+    for _ in range(300):
+        count = int(rng.integers(1, 30))
+        free = pages.references(np.concatenate(slabs)) == 0
+        ends = np.flatnonzero(np.diff(np.concatenate(slabs)) != 1)  # of slabs: no run goes on behind them
+        starts = [i for i in range(len(free) - count + 1) if free[i : i + count].all()]
+        starts = [i for i in starts if not ((ends >= i) & (ends < i + count - 1)).any()]
+        taken = pages._run(count)
+        assert (taken is not None) == bool(starts)
+        if taken is not None:
+            assert taken.tolist() == np.concatenate(slabs)[starts[0] : starts[0] + count].tolist()
+            held += list(taken)
+        gone = rng.permutation(len(held))[: rng.integers(0, 25)]
+        pages.release(np.array(held, dtype=np.int64)[gone])
+        held = [page for i, page in enumerate(held) if i not in gone]
+        assert pages.pages_in_use == len(held)
+
+
 def test_scattered_pages_are_used_before_the_pool_grows() -> None:
     pages = pool()
     first = pages.allocate(10)

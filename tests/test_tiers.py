@@ -221,6 +221,7 @@ def compare_arrays(many: Bounds, alone: list[Bounds], packing: Packing | None, p
         assert getattr(many, name).tolist() == [getattr(x, name) for x in alone], name
     assert many.packed_pages(packing).tolist() == [x.packed_pages(p) for x, p in zip(alone, packings)]
     assert many.idle(packing).tolist() == [x.idle(p) for x, p in zip(alone, packings)]
+    assert many.full.tolist() == (many.appended(1).exact_pages > many.exact_pages).tolist()
     ends = [x.length - 1 for x in alone]
     assert many.exact_column(np.array(ends)).tolist() == [x.exact_column(end) for x, end in zip(alone, ends)]
     if packing is not None:

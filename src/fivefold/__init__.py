@@ -8,14 +8,21 @@ from typing import TYPE_CHECKING, Any
 from fivefold.errors import FivefoldError
 
 if TYPE_CHECKING:
-    from fivefold.api import compress, restore
+    from fivefold.api import compress, load_cache, restore
+    from fivefold.engine.prefix import PrefixStore
+    from fivefold.generation import Request, generate_many
     from fivefold.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["FivefoldError", "Recipe", "__version__", "compress", "restore"]
+__all__ = [
+    "FivefoldError", "PrefixStore", "Recipe", "Request", "__version__", "compress", "generate_many", "restore",
+]  # fmt: skip
 
 # These need torch, which takes seconds to import: it waits until one of them is asked for (PEP 562).
-_HOMES = {"compress": "fivefold.api", "restore": "fivefold.api", "Recipe": "fivefold.recipe"}
+_HOMES = {
+    "compress": "fivefold.api", "load_cache": "fivefold.api", "restore": "fivefold.api", "Recipe": "fivefold.recipe",
+    "PrefixStore": "fivefold.engine.prefix", "Request": "fivefold.generation", "generate_many": "fivefold.generation",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fivefold.errors import InputError
@@ -47,6 +48,22 @@ def compress(
     parsed = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe)
     cache = huggingface.make_cache(model, parsed, max_bytes, cuda_graph)
     huggingface.prepare(model)
+    return cache
+
+
+def load_cache(
+    model: PreTrainedModel, folder: str | Path, max_bytes: int | None = None, cuda_graph: bool = False
+) -> FivefoldCache:
+    """The cache that `cache.save(folder)` wrote, as it was, to the bit. The other arguments are those of `compress`.
+
+    Raises:
+        SavedCacheError: there is none, or it is damaged, of a newer format, or of another model or profile.
+        CacheFullError: it does not fit under `max_bytes`.
+    """
+    from fivefold.engine import persist
+
+    cache = compress(model, persist.describe(Path(folder))["recipe"], max_bytes, cuda_graph)
+    cache.load(folder)
     return cache
 
 

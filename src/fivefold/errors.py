@@ -32,6 +32,10 @@ class ProfileError(FivefoldError):
     """A calibration profile that is missing, damaged, or belongs to another model or version."""
 
 
+class SavedCacheError(FivefoldError):
+    """A saved cache that is missing, damaged, newer, or belongs to another model or recipe."""
+
+
 class ModelUnavailableError(FivefoldError):
     """The embedded model is not on this machine, or could not be brought here."""
 

@@ -22,6 +22,7 @@ class Report:
     scores), and codecs about the rows. slack: unfilled slots of pages in use. free:
     pages that are allocated and not in use. forks: pages that only other forks of the cache hold. sliding: layers with
     a sliding window, kept as they are. tables: page tables here and on the device. graph: what a captured step holds.
+    host: all of a cache that is offloaded, in host memory.
     process: not part of the total: tables that all caches of the process share, bounded.
     exact_equivalent: what `DynamicCache` holds for the same tokens in the same dtype.
     kept_tokens: stored (token, kv head, layer) entries over all that were seen: what layers, heads and tokens saved.
@@ -42,6 +43,7 @@ class Report:
     sliding: int
     tables: int
     graph: int
+    host: int
     process: int
     exact_equivalent: int
     kept_tokens: float
@@ -51,7 +53,7 @@ class Report:
     def total(self) -> int:
         return (
             self.exact + self.codes + self.scales + self.other + self.learned + self.statistics + self.slack + self.free
-            + self.forks + self.sliding + self.tables + self.graph
+            + self.forks + self.sliding + self.tables + self.graph + self.host
         )  # fmt: skip
 
     @property
@@ -71,7 +73,7 @@ class Report:
         ]
         for name in (
             "exact", "codes", "scales", "other", "learned", "statistics", "sliding", "slack", "free", "forks", "tables",
-            "graph", "process",
+            "graph", "host", "process",
         ):  # fmt: skip
             size = getattr(self, name)
             if size:
@@ -83,13 +85,11 @@ class Report:
 def measure(session: Session, recipe: str, graph: int = 0) -> Report:
     """Count a cache's bytes from its page tables and pools. graph: bytes of a captured step."""
     held: dict[PagePool, list[tuple[np.ndarray, np.ndarray]]] = {pool: [] for pool in session.pools}
-    seen = stored = numbers = exact_equivalent = 0
+    seen = stored = numbers = 0
     for bank in session.banks:
         bounds, spec = bank.at(slice(None)), bank.layers[0].spec
         seen, stored = seen + int(bounds.seen.sum()), stored + int(bounds.stored_tokens.sum())
         numbers += 2 * int(bounds.stored_tokens.sum()) * spec.head_dim
-        layers = sum(1 for store in session.stores.values() if store.bank is bank)
-        exact_equivalent += 2 * layers * session.length * bank.rows * spec.head_dim * spec.dtype.itemsize
         for tier, tokens in ((bank.exact, bounds.exact_tokens), (bank.packed, bounds.packed_tokens)):
             for number, pool in enumerate(tier.pools if tier is not None else ()):
                 assert tier is not None
@@ -106,20 +106,21 @@ def measure(session: Session, recipe: str, graph: int = 0) -> Report:
         unique, place = np.unique(pages, return_inverse=True)
         most = np.zeros(len(unique), dtype=np.int64)
         np.maximum.at(most, place, filled_tokens)
-        tokens = int(most.sum())
+        slots = int(most.sum())
         used = 0
         for kind, size in pool.layout.bytes_by_kind().items():
-            amount = size * tokens // page
+            amount = size * slots // page
             kinds[kind if kind in kinds else "other"] += amount
             used += amount
         slack += len(unique) * nbytes - used
         free += pool.free_pages * nbytes
         forks += (pool.pages_in_use - len(unique)) * nbytes
     sliding = 0 if session.companions is None else session.companions.nbytes
-    first = session.stores[session.first].spec
+    tokens, specs = session.length * len(session.lengths()), [store.spec for store in session.stores.values()]
+    exact_equivalent = sum(2 * tokens * spec.kv_heads * spec.head_dim * spec.dtype.itemsize for spec in specs)
     return Report(
         recipe=recipe,
-        tokens=session.length * session.batch,
+        tokens=tokens,
         exact=kinds["exact"],
         codes=kinds["codes"],
         scales=kinds["scales"],
@@ -132,8 +133,9 @@ def measure(session: Session, recipe: str, graph: int = 0) -> Report:
         sliding=sliding,
         tables=session.table_bytes,
         graph=graph,
+        host=0 if session.state is None else session.state.nbytes,
         process=shared.nbytes(),
         exact_equivalent=exact_equivalent + sliding,
         kept_tokens=stored / seen if seen else 1.0,
-        bits=8 * sum(kinds.values()) / numbers if numbers else 8.0 * first.dtype.itemsize,
+        bits=8 * sum(kinds.values()) / numbers if numbers else 8.0 * specs[0].dtype.itemsize,
     )

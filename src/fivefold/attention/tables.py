@@ -13,10 +13,12 @@ import numpy as np
 import torch
 
 from fivefold.kernels.choice import choose
+from fivefold.kernels.device import sent
 from fivefold.kernels.packed_decode import schedule
 from fivefold.store.bank import Bank
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.layer_cache import LayerCache
+from fivefold.store.rows import PAGE, Bounds, Span
 from fivefold.store.tier import Tier
 
 
@@ -34,29 +36,39 @@ def kernels(device: torch.device) -> ModuleType:
 def tables_of(bank: Bank) -> DeviceTables:
     """The device tables of a bank, made anew where those that are there are too small."""
     if bank.mirror is None or not bank.mirror.fit():
-        bank.mirror = DeviceTables(bank)
+        DeviceTables(bank, *(() if bank.mirror is None else bank.mirror.wanted))
     return bank.mirror
 
 
 class DeviceTables:
     """The page tables and spans of all rows of a bank, with room to grow.
 
+    sequences: for how many at least there is room; those that are not there hold one token, which is nobody's. tokens:
+    how long these may become at least.
+
     Addresses of exact pages int64 `[rows, columns, 2]` (keys, values) and of packed pages `[rows, columns]`, in units
     of 16 bytes; spans int32 `[rows, SPAN]`, and of each layer the work lists int32 `[2, rows of a layer + 1]` (see
     `kernels/packed_decode/schedule.py`).
     """
 
-    def __init__(self, bank: Bank) -> None:
-        self.bank, self.device = bank, bank.device
-        first = bank.layers[0]
-        self.rows, self.layers = bank.rows, len(bank.layers)
+    def __init__(self, bank: Bank, sequences: int = 0, tokens: int = 0) -> None:
+        self.device, self.kind = bank.device, bank.kind
+        first, packing = bank.layers[0], bank.packing
+        self.wanted, self.sequences = (sequences, tokens), max(bank.batch, sequences)
+        self.rows, self.layers = self.sequences * bank.heads, len(bank.layers)
         rows, bounds = self.rows * self.layers, bank.at(slice(None))
         # Where tokens are packed the exact tier stays as it is; else it grows, as the packed one does.
-        grows = first.codec is None
+        grows = packing is None
         self.exact_columns = _ample(int(bounds.exact_pages.max(initial=0)), 64 if grows else 8)
-        self.packed_columns = 0 if grows else _ample(int(bounds.packed_pages(bank.packing).max(initial=0)), 32)
+        self.packed_columns = 0 if grows else _ample(int(bounds.packed_pages(packing).max(initial=0)), 32)
+        if tokens:
+            waiting = tokens if packing is None else min(tokens, int(packing.residual) + packing.group)
+            pinned = max(extent.pinned for layer in bank.layers for extent in layer.extents)
+            self.exact_columns = max(self.exact_columns, waiting // PAGE + 2 + pinned)
+            if packing is not None:
+                self.packed_columns = max(self.packed_columns, tokens // packing.page + 1)
         form, heads = first.codec and first.codec.form, first.spec.query_heads // first.spec.kv_heads
-        self.page = bank.packing.page if bank.packing else schedule.TILE
+        self.page = packing.page if packing else schedule.TILE
         self.listed = self.device.type != "cpu" or choose(self.device).triton
         """Whether kernels want work lists."""
         self.programs = kernels(self.device).programs_for(self.rows, self.device, form, heads) if self.listed else None
@@ -70,23 +82,45 @@ class DeviceTables:
             # Two, because the device may still be reading the one of the step before.
             cuda = self.device.type == "cuda"
             self._hosts = [torch.zeros_like(self._numbers, device="cpu", pin_memory=cuda) for _ in range(2)]
+            shape = (2, PAGE, first.spec.head_dim) if sequences else (0,)
+            self._padding = torch.zeros(shape, dtype=first.spec.dtype, device=self.device)
         self._events = [torch.cuda.Event() if cuda else None for _ in range(2)]
         self._turn = 0
+        self.bind(bank)
+
+    def bind(self, bank: Bank) -> bool:
+        """Show the rows of this bank from now on, and be its device tables; False where they are of another kind, or
+        there is no room for them."""
+        fewer = bank.batch < self.sequences
+        if bank.kind != self.kind or bank.batch > self.sequences or not self._room(bank):
+            return False
+        if fewer and not self._padding.numel():
+            return False
+        self.bank, bank.mirror, self._pages = bank, self, None
         self._tiers = [tier for tier in (bank.exact, bank.packed) if tier is not None]
         for tier in self._tiers:
             tier.track()
+        if fewer:
+            page = torch.tensor([x.data_ptr() >> 4 for x in self._padding], device=self.device)
+            self._exact.view(self.layers, self.rows, -1, 2)[:, bank.rows :, 0] = page
+        return True
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device and of what is sent there."""
         hosts = sum(host.nbytes for host in self._hosts)
-        return self._exact.nbytes + self._packed.nbytes + self._numbers.nbytes + hosts
+        return self._exact.nbytes + self._packed.nbytes + self._numbers.nbytes + hosts + self._padding.nbytes
 
     def fit(self) -> bool:
         """Whether these are the bank's rows, and there is still room for what they hold."""
         bank = self.bank
-        if self._tiers != [tier for tier in (bank.exact, bank.packed) if tier is not None]:
-            return False
+        same = self._tiers == [tier for tier in (bank.exact, bank.packed) if tier is not None]
+        room = zip(self._tiers, (self.exact_columns, self.packed_columns))
+        # What has not changed since the device knows it had room then.
+        known = all(columns.max(initial=0) < most for tier, most in room for _, columns in tier.changed or ())
+        return same and (known or self._room(bank))
+
+    def _room(self, bank: Bank) -> bool:
         bounds = bank.at(slice(None))
         exact, packed = bounds.exact_pages.max(initial=0), bounds.packed_pages(bank.packing).max(initial=0)
         return bool(exact <= self.exact_columns and packed <= self.packed_columns)
@@ -103,19 +137,24 @@ class DeviceTables:
     def _send(self, tier: Tier, names: tuple[str, ...], table: torch.Tensor) -> None:
         if not tier.changed:
             return
-        bounds, bank = self.bank.at(slice(None)), self.bank
-        count = bounds.exact_pages if tier is bank.exact else bounds.packed_pages(bank.packing)
-        rows, columns = (np.concatenate(parts) for parts in zip(*tier.changed))
-        there = columns < count[rows]  # what stands behind is nobody's
-        rows, columns = rows[there], columns[there]
-        at, ids = rows * table.shape[1] + columns, tier.table[rows, columns]
+        bank, places = self.bank, []
+        for rows, columns in tier.changed:
+            bounds = Bounds(*bank.data[:, rows])
+            count = bounds.exact_pages if tier is bank.exact else bounds.packed_pages(bank.packing)
+            there = columns < count  # what stands behind is nobody's
+            places.append([x[there] for x in np.broadcast_arrays(rows, columns)])
+        rows, columns = (np.concatenate(parts) for parts in zip(*places))
+        ids = tier.table[rows, columns]
+        if bank.rows < self.rows:
+            rows = rows // bank.rows * self.rows + rows % bank.rows
+        at = rows * table.shape[1] + columns
         if len(at):
             new = np.stack([tier.pool.addresses(name, ids) for name in names], 1) >> 4
             target = table.view(-1, len(names))
             if self.device.type == "cpu":
                 target.numpy()[at] = new
             else:
-                target.index_copy_(0, torch.from_numpy(at).to(self.device), torch.from_numpy(new).to(self.device))
+                target.index_copy_(0, *sent(self.device, at, new))
         tier.changed = []
 
     def update(self) -> None:
@@ -125,16 +164,18 @@ class DeviceTables:
         event, host = self._events[turn], self._hosts[turn]
         if event is not None:
             event.synchronize()
-        numbers, width = host.numpy(), self.rows * schedule.SPAN
-        seen = numbers[:, :width].reshape(self.layers, self.rows, -1)  # a view
-        for number, x in enumerate(self.bank.of_layers().span()):
-            seen[:, :, number] = x
+        numbers, width, span = host.numpy(), self.rows * schedule.SPAN, self.bank.of_layers().span()
+        seen = np.zeros((len(span.stop), self.rows, schedule.SPAN), dtype=np.int32)  # of one layer if all are alike
+        seen[:, self.bank.rows :, Span._fields.index("stop")] = 1
+        for number, x in enumerate(span):
+            seen[:, : self.bank.rows, number] = x
+        numbers[:, :width] = seen.reshape(len(seen), -1)
         if self.listed:
             pages = schedule.pages_of(seen, self.page)
             if self._pages is None or not np.array_equal(pages, self._pages):
                 assert self.programs is not None
                 self._pages, self._starts = pages, schedule.starts_of(pages, self.programs)
-            numbers[:, width:] = self._starts.reshape(self.layers, -1)
+            numbers[:, width:] = self._starts.reshape(len(seen), -1)
         self._numbers.copy_(host, non_blocking=True)
         if event is not None:
             event.record()
@@ -143,7 +184,7 @@ class DeviceTables:
 
     def pages(self, group: RowGroup) -> tuple[Any, Any]:
         """Packed pages (None if there are none) and exact pages of a group's rows, for the kernels."""
-        layer, rows = group.layer, group.flat
+        layer, rows = group.layer, group.flat + group.layer.index * (self.rows - self.bank.rows)
         whole = len(rows) == rows[-1] - rows[0] + 1
         index = slice(int(rows[0]), int(rows[-1]) + 1) if whole else torch.from_numpy(rows).to(self.device)
         exact = schedule.Exact(self._exact[index], layer.spec.dtype)
@@ -159,7 +200,7 @@ class DeviceTables:
         queries: `[rows, query_heads per kv head, head_dim]`; keys, values: `[rows, head_dim]`. `update` has run since
         `Bank.open` made room for the tokens.
         """
-        kernel, rows = kernels(self.device), slice(layer.base, layer.base + self.rows)
+        kernel, rows = kernels(self.device), slice(layer.index * self.rows, (layer.index + 1) * self.rows)
         numbers, width = self._numbers[layer.index], self.rows * schedule.SPAN
         span = numbers[:width].view(self.rows, -1)
         starts = numbers[width:].view(2, -1) if self.listed else None

@@ -31,7 +31,7 @@ class Profile:
     """What was learned: `method` it is for, the `model` it came from (`signature`), settings and tensors.
 
     config: `config_hash` of the model, empty if unknown. made: how it was made (recipe, Fivefold's version, hash of the
-    text, tokens, seed).
+    text, tokens, seed). sha256: of the file of tensors, empty before it is saved.
     """
 
     method: str
@@ -40,6 +40,7 @@ class Profile:
     tensors: dict[str, torch.Tensor]
     config: str = ""
     made: dict[str, Any] = field(default_factory=dict)
+    sha256: str = ""
 
 
 def signature(config: Any) -> str:
@@ -138,7 +139,7 @@ def _read(folder: Path, where: str, stamps: tuple[int, ...]) -> Profile:
         if _check(text) != text["check"]:
             raise ProfileError(f"the profile {where!r} was changed (its text does not match its hash): make it anew.")
         known = (text["method"], text["model"], text["settings"], load(data))
-        return Profile(*known, text.get("config", ""), text.get("made", {}))
+        return Profile(*known, text.get("config", ""), text.get("made", {}), text["sha256"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise _unreadable(where, error) from None
 

@@ -1,11 +1,11 @@
-"""The command line: `fivefold recipes | fetch | generate | demo | eval | sweep | calibrate | doctor | bench`.
+"""The command line: `fivefold recipes | fetch | generate | chat | demo | eval | sweep | calibrate | doctor | bench`.
 
 What a command is asked for goes to stdout; bars, reports and errors go to stderr. Every error raised on
 purpose is one sentence and exit code 2; Ctrl-C is exit code 130. torch and transformers are imported inside
 the commands, so that `fivefold --help` is quick.
 """
 
-from fivefold.cli import bench, calibrate, demo, evaluate, generate, machine, recipes
+from fivefold.cli import bench, calibrate, chat, demo, evaluate, generate, machine, recipes
 from fivefold.cli.app import app as _app  # under its own name it would hide the module
 from fivefold.cli.app import main
 
@@ -15,6 +15,7 @@ __all__ = ["main"]
 _app.command()(recipes.recipes)
 _app.command()(machine.fetch)
 _app.command()(generate.generate)
+_app.command()(chat.chat)
 _app.command()(demo.demo)
 _app.command()(machine.doctor)
 _app.command(name="eval")(evaluate.evaluate)

@@ -27,6 +27,19 @@ RecipesOption = Annotated[
 JsonFileOption = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Also write all results into this file.")
 ]
+MaxBytesOption = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="A hard cap on the cache: bytes, or 512M, 2G (MiB, GiB).")
+]
+DtypeOption = Annotated[
+    str, typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16; auto is what the model is stored in.")
+]
+DeviceOption = Annotated[
+    str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
+]
+TemperatureOption = Annotated[
+    float, typer.Option(min=0, metavar="T", help="0 takes the most likely token, 1 samples as it is.")
+]
+ChunkOption = Annotated[int, typer.Option(min=1, metavar="N", help="Read a prompt so many tokens at a time.")]
 PrintJsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

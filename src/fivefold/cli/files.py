@@ -21,7 +21,7 @@ def read_text(file: str, what: str = "the prompt file") -> str:
     except UnicodeDecodeError as error:
         raise InputError(f"{name} is not UTF-8 text (byte {error.start}): convert it.") from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        raise InputError(f"{name} cannot be read ({_reason(error)}).") from None
+        raise InputError(f"{name} cannot be read ({reason(error)}).") from None
     if not text.strip():
         raise InputError(f"{name} is empty.")
     return text
@@ -39,7 +39,7 @@ def writable(name: str) -> Path:
         partial.touch(exist_ok=False)
         partial.unlink()
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
-        raise InputError(f"{name!r} cannot be written ({_reason(error)}).") from None
+        raise InputError(f"{name!r} cannot be written ({reason(error)}).") from None
     return path
 
 
@@ -47,10 +47,13 @@ def write(path: Path, text: str) -> None:
     """Write `text` in one move: whatever happens, `path` is the old file or the complete new one."""
     partial = _partial(path)
     try:
-        partial.write_text(text, encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        raise InputError(f"{str(path)!r} cannot be written ({_reason(error)}).") from None
+        raise InputError(f"{str(path)!r} cannot be written ({reason(error)}).") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -70,5 +73,5 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or first_line(error)

@@ -1,28 +1,34 @@
-"""`fivefold generate`: continue a prompt with a compressed cache."""
+"""`fivefold generate`: continue a prompt, or a file of them, with a compressed cache."""
 
 from __future__ import annotations
 
-import math
-import re
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
 
-from fivefold.cli.app import ModelOption, SeedOption
+from fivefold.cli.app import (
+    ChunkOption,
+    DeviceOption,
+    DtypeOption,
+    MaxBytesOption,
+    ModelOption,
+    SeedOption,
+    TemperatureOption,
+)
 from fivefold.cli.files import read_text
+from fivefold.cli.generating import cache_report, check_options, encode, end_tokens, longest, parse_bytes
 from fivefold.cli.models import load_model, require_embedded
-from fivefold.cli.terminal import err, facts_table, progress_bars, stop_request
+from fivefold.cli.prompts import Options, generate_all
+from fivefold.cli.terminal import err, progress_bars, stop_request
 from fivefold.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+MANY = "Many prompts"
 
 
 def generate(
@@ -41,53 +47,110 @@ def generate(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", min=1, metavar="N", help="Write at most so many tokens.")
     ] = 200,
-    max_bytes: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="A hard cap on the cache: bytes, or 512M, 2G (MiB, GiB)."),
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16; auto is what the model is stored in."),
-    ] = "auto",
-    device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
-    ] = "auto",
+    max_bytes: MaxBytesOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--no-chat", help="Use the model's chat template; by default if it has one."),
     ] = None,
-    temperature: Annotated[
-        float, typer.Option(min=0, metavar="T", help="0 takes the most likely token, 1 samples as it is.")
-    ] = 0.0,
+    temperature: TemperatureOption = 0.0,
     seed: SeedOption = 0,
-    chunk: Annotated[int, typer.Option(min=1, metavar="N", help="Read the prompt so many tokens at a time.")] = 1024,
+    chunk: ChunkOption = 1024,
+    prompts_file: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            rich_help_panel=MANY,
+            help='A JSON object a line: "prompt" or "messages", and "id", "max_new_tokens", "temperature", "top_k", '
+            '"top_p", "repetition_penalty", "seed", "stop" if it wants its own. - is stdin.',
+        ),
+    ] = None,
+    out_file: Annotated[
+        str | None,
+        typer.Option(
+            "--out", "-o", metavar="FILE", rich_help_panel=MANY, help="A line for each, as they finish; resumable."
+        ),
+    ] = None,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", rich_help_panel=MANY, help="Write so many at a time; 32 if not given."),
+    ] = None,
+    share_prefixes: Annotated[
+        bool | None,
+        typer.Option(
+            "--share-prefixes/--no-share-prefixes",
+            rich_help_panel=MANY,
+            help="Read once how several prompts begin. Not by default.",
+        ),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", rich_help_panel=MANY, help="Forget what --out holds, and begin anew.")
+    ] = False,
 ) -> None:
-    """Continue a prompt with a compressed cache, and report what the cache holds."""
-    cap = None if max_bytes is None else _parse_bytes(max_bytes)
-    text = _prompt_text(prompt_file, prompt)
-    if dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype!r} is not possible: use one of {', '.join(DTYPES)}.")
-    if not math.isfinite(temperature):
-        raise InputError(f"--temperature {temperature} is not possible: use a number from 0 on.")
+    """Continue a prompt, or a file of prompts, with a compressed cache, and report what it holds."""
+    cap = parse_bytes(max_bytes)
+    check_options(dtype, temperature)
+    if prompts_file is not None:
+        if prompt is not None or prompt_file is not None:
+            raise InputError("--prompts goes without --prompt and --prompt-file: write those into its file.")
+        if out_file is None:
+            raise InputError("--prompts needs a file for what is written: give --out FILE.")
+        defaults = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        sharing = bool(share_prefixes)
+        options = Options(
+            recipe, model, dtype, device, cap, chat, defaults, seed, chunk, max_batch or 32, sharing, restart
+        )
+        generate_all(prompts_file, out_file, options)
+        return
+    for name, given in (
+        ("--out", out_file), ("--max-batch", max_batch), ("--share-prefixes", share_prefixes), ("--restart", restart)
+    ):  # fmt: skip
+        if given not in (None, False):
+            raise InputError(f"{name} is for many prompts: give them with --prompts FILE, or drop it.")
+    _generate_one(
+        _prompt_text(prompt_file, prompt), recipe, model, max_new_tokens, cap, dtype, device, chat, temperature, seed,
+        chunk,
+    )  # fmt: skip
+
+
+def _generate_one(
+    text: str,
+    recipe: str,
+    model: str | None,
+    max_new_tokens: int,
+    cap: int | None,
+    dtype: str,
+    device: str,
+    chat: bool | None,
+    temperature: float,
+    seed: int,
+    chunk: int,
+) -> None:
     require_embedded(model)
     with err.status("Loading the model"):
+        import torch
+
         from fivefold.api import compress
         from fivefold.recipe import Recipe
 
         parsed = Recipe.parse(recipe)
         network, tokenizer = load_model(model, dtype, device)
-        ids = _encode(tokenizer, text, chat).to(network.device)
+        ids = torch.tensor([encode(tokenizer, text, chat)], dtype=torch.int64, device=network.device)
+        if not ids.numel():
+            raise InputError("the prompt has no tokens: write something.")
         cache = compress(network, parsed, cap)
-    longest = getattr(network.config, "max_position_embeddings", None)
-    if longest and ids.shape[1] + max_new_tokens > longest:
+    positions = longest(network)
+    if positions and ids.shape[1] + max_new_tokens > positions:
         err.print(
             f"Note: {ids.shape[1]:,} tokens of prompt and {max_new_tokens:,} new ones are more than the "
-            f"{longest:,} this model was made for."
+            f"{positions:,} this model was made for."
         )
     pick = _sampler(temperature, seed, network.device)
     with stop_request() as stopped:
         speed = _stream(network, tokenizer, cache, ids, pick, max_new_tokens, chunk, stopped)
-        err.print(Padding(_cache_report(cache, speed), (1, 0, 0, 0)))
+        err.print(Padding(cache_report(cache, speed), (1, 0, 0, 0)))
         if stopped():
             raise KeyboardInterrupt
 
@@ -109,7 +172,7 @@ def _stream(
     import torch
     from transformers import TextStreamer
 
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     total = ids.shape[1]
     chunk = min(chunk, total)
     start = time.perf_counter()
@@ -159,50 +222,9 @@ def _sampler(temperature: float, seed: int, device: torch.device) -> Callable[[t
     return pick
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """The tokens that end an answer."""
-    ends = model.generation_config.eos_token_id
-    listed = ends if isinstance(ends, list) else [ends]
-    return {token for token in [*listed, tokenizer.eos_token_id] if token is not None}
-
-
-def _cache_report(cache: Any, speed: list[tuple[str, int, float]]) -> Table:
-    report = cache.report()
-    table = facts_table()
-    table.add_row("recipe", Text(report.recipe))
-    exact = f"{report.exact_equivalent / 2**20:.2f} MiB"
-    table.add_row("cache", f"{report.total / 2**20:.2f} MiB, {report.ratio:.3f}x of the exact cache ({exact})")
-    table.add_row("tokens", f"{report.tokens:,}, {report.kept_tokens:.1%} of them kept (layers, heads, tokens)")
-    table.add_row("bits a number", f"{report.bits:.2f} (channels, bits)")
-    kinds = ("exact", "codes", "scales", "other", "statistics", "sliding", "slack", "free", "forks", "tables")
-    held = [f"{kind} {getattr(report, kind):,}" for kind in kinds if getattr(report, kind)]
-    table.add_row("bytes", ", ".join(held) or "none")
-    for what, tokens, seconds in speed:
-        rate = f", {tokens / seconds:,.1f} tokens/s" if tokens else ""
-        table.add_row(what, f"{tokens:,} tokens in {seconds:.1f} s{rate}")
-    return table
-
-
-def _encode(tokenizer: Any, text: str, chat: bool | None) -> torch.Tensor:
-    """Token ids `[1, tokens]` of the prompt, in the chat template if `chat`, or if there is one."""
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    if chat and not has_template:
-        raise InputError("this model's tokenizer has no chat template: drop --chat.")
-    if has_template and chat is not False:
-        messages = [{"role": "user", "content": text}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        encoded = tokenizer(text, return_tensors="pt")
-    if encoded["input_ids"].shape[1] == 0:
-        raise InputError("the prompt has no tokens: write something.")
-    return encoded["input_ids"]
-
-
 def _prompt_text(file: str | None, prompt: str | None) -> str:
     if file is None and prompt is None:
-        raise InputError("there is no prompt: give --prompt-file or --prompt.")
+        raise InputError("there is no prompt: give --prompt-file, --prompt, or many with --prompts.")
     parts = [] if file is None else [read_text(file)]
     if prompt is not None:
         try:
@@ -213,11 +235,3 @@ def _prompt_text(file: str | None, prompt: str | None) -> str:
             raise InputError("the text of --prompt is empty: write something.")
         parts.append(prompt)
     return "\n\n".join(parts)
-
-
-def _parse_bytes(text: str) -> int:
-    """A number of bytes: 1000000, 512M, 1.5GiB."""
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*(?:([KMGT])(?:i?B)?|B)?", text.strip(), re.IGNORECASE | re.ASCII)
-    if match is None:
-        raise InputError(f"--max-bytes {text!r} is no size: write a number of bytes, or 512M, or 2G.")
-    return int(float(match[1]) * 1024 ** " KMGT".index((match[2] or " ").upper()))

@@ -58,6 +58,16 @@ def require_embedded(model: str | None) -> None:
         embedded.load()
 
 
+def model_name(model: str | None) -> str:
+    """What tells a model from others, in a file of results: of a folder, where it is."""
+    from fivefold.models import embedded
+
+    if model is None:
+        return embedded.MODEL_NAME
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.is_dir() else model
+
+
 def load_model(name: str | None, dtype: str, device: str) -> tuple[Any, Any]:
     """A model in eval mode and its tokenizer; `name` None is the embedded one."""
     import torch

@@ -11,13 +11,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from fivefold.attention.fused import why_not
 from fivefold.attention.tables import tables_of
+from fivefold.engine.companions import Companions
 from fivefold.errors import CacheFullError, CacheStateError
 from fivefold.kernels.packed_decode import schedule
 from fivefold.store import compact, context
@@ -29,22 +30,6 @@ from fivefold.store.transaction import Transaction
 
 REVOCABLE = 64
 """While a caller may take tokens back (assisted decoding), this many of the newest ones are left alone."""
-
-
-class Companions(Protocol):
-    """Layers of the model that this cache does not compress, and keeps in step with those that it does."""
-
-    @property
-    def nbytes(self) -> int: ...
-
-    def snapshot(self) -> Callable[[], None]:
-        """What brings them back as they are now."""
-
-    def crop(self, tokens: int, recording: bool) -> None: ...
-
-    def reset(self) -> None: ...
-
-    def fork(self) -> Any: ...
 
 
 class Session:
@@ -70,6 +55,8 @@ class Session:
         self.roles, self.top = roles or {}, top
         self.first, self.last = min(self.stores), max(self.stores)
         self.length = 0
+        self.ragged = False
+        """Whether sequences have come or gone, so that they may stand at different lengths without any padding."""
         self.recording = False
         self.sparse = False
         """Whether a chunk may have left slabs with few pages."""
@@ -89,6 +76,9 @@ class Session:
         self._thread = 0
         self._alone = False
         """Whether a forward was begun by its first layer, and ends with its last one."""
+        self.state: Any = None
+        """All that the cache holds, while it is offloaded (`engine/persist.py`)."""
+        pools.users.add(self)
         self.inputs: torch.Tensor | None = None
         """What the layer that comes next was given, for codecs that want to know it."""
 
@@ -97,6 +87,12 @@ class Session:
     @property
     def batch(self) -> int:
         return self.stores[self.first].batch
+
+    def lengths(self) -> np.ndarray:
+        """Tokens seen by each sequence, padding left out: int64 `[batch]`."""
+        if self.state is not None:
+            return np.array(self.state.facts["lengths"], dtype=np.int64)
+        return self.stores[self.first].lengths()
 
     @property
     def banks(self) -> list[Bank]:
@@ -135,6 +131,7 @@ class Session:
 
     def begin(self) -> None:
         """A change of the whole cache begins. One that was broken off is rolled back."""
+        self.check_here()
         if self.change is not None and self._thread != threading.get_ident():
             raise CacheStateError(
                 "this cache is in use by a forward of another thread: fork() it, and give each thread a cache of its "
@@ -143,18 +140,24 @@ class Session:
         self.rollback()
         self._compact()
         change = Transaction()
-        length, self.chunk, self._picks, self.stepping = self.length, 0, None, frozenset()
-        stores, united = dict(self.stores), self.united
+        self.chunk, self._picks, self.stepping = 0, None, frozenset()
+        self.include(change)
+        self.change, self._thread, self._alone = change, threading.get_ident(), False
 
-        def restore() -> None:
-            self.length, self.stores, self.united = length, stores, united
+    def check_here(self) -> None:
+        """Raise `CacheStateError` while the cache is offloaded."""
+        if self.state is not None:
+            raise CacheStateError("this cache is offloaded to host memory: call restore() first.")
 
-        change.undo(restore)
+    def include(self, change: Transaction) -> None:
+        """What happens to this session is part of `change` from now on."""
+        before = {name: getattr(self, name) for name in ("length", "ragged", "united", "companions")}
+        stores = dict(self.stores)
+        change.undo(lambda: vars(self).update(before, stores=stores))
         if self.companions is not None:
             change.undo(self.companions.snapshot())
         for bank in self.banks:
             bank.begin(change)
-        self.change, self._thread, self._alone = change, threading.get_ident(), False
 
     def commit(self) -> None:
         """Let the policies move what is due after a forward; then what it did stands."""
@@ -166,12 +169,13 @@ class Session:
             self.choose_together()
         self.length += self.chunk
         if self.batch and not self.united:
-            self.unite()
+            self.unite(change)
         if self.pools.budget.limit is not None:
             before = self.pools.budget.charged.get(id(self), 0)
             change.undo(lambda: self.pools.budget.charge(id(self), before))
             self.pools.budget.charge(id(self), self.charged)
-        self._close()
+        change.verify()
+        self.change = None
         change.commit()
         for pool in self.pools:
             pool.shrink()
@@ -187,17 +191,12 @@ class Session:
             pool.trim()
         self.sparse = False
 
-    def _close(self) -> None:
-        self.change = None
-        for bank in self.banks:
-            bank.change = None
-
     def rollback(self) -> None:
         """Undo all that has happened since `begin`; nothing if nothing has."""
         change = self.change
         if change is not None:
             change.rollback()
-            self._close()
+            self.change = None
             self.pools.budget.trim()  # what it took for itself
 
     @contextmanager
@@ -210,6 +209,19 @@ class Session:
         except BaseException:
             self.rollback()
             raise
+
+    @contextmanager
+    def _all_banks(self) -> Iterator[None]:
+        """What happens to all banks happens as a whole or not at all, also while the cache is offloaded."""
+        change = Transaction()
+        try:
+            for bank in self.banks:
+                bank.begin(change)
+            yield
+        except BaseException:
+            change.rollback()
+            raise
+        change.commit()
 
     @property
     def running(self) -> bool:
@@ -232,14 +244,14 @@ class Session:
                 self.rollback()
                 raise
 
-    def unite(self) -> None:
+    def unite(self, change: Transaction | None = None) -> None:
         """Give layers whose pages are alike common tables, once it is known what they are."""
         kinds: dict[tuple[object, ...], list[LayerCache]] = {}
         for store in self.stores.values():
             kinds.setdefault(store.format, []).append(store)
         for layers in kinds.values():
             if len(layers) > 1:
-                Bank.united(layers, self.change)
+                Bank.united(layers, change)
         self.united = True
 
     # -- a forward ----------------------------------------------------------------------------------------
@@ -414,6 +426,7 @@ class Session:
 
     def select(self, sequences: np.ndarray) -> None:
         """Sequence i becomes what sequence `sequences[i]` was: page tables move, bytes do not."""
+        self.check_here()
         self.rollback()
         if self.batch:
             with self.atomic():
@@ -423,12 +436,27 @@ class Session:
     def fork(self) -> Session:
         """A second cache of the same tokens: every page is shared until either side writes to it."""
         self.rollback()
-        twins = {bank: bank.fork() for bank in self.banks}
+        with self._all_banks():
+            twins = {bank: bank.fork() for bank in self.banks}
         stores = {i: cast(LayerCache, twins[store.bank].layers[store.index]) for i, store in self.stores.items()}
         companions = None if self.companions is None else self.companions.fork()
         twin = Session([], self.build, self.pools, companions, self.roles, self.top, stores)
         twin.length, twin.recording, twin.united = self.length, self.recording, self.united
+        twin.ragged, twin.state = self.ragged, self.state
         return twin
+
+    def new(self) -> Session:
+        """An empty one of the same kind, with pages from the same pools."""
+        companions = None if self.companions is None else self.companions.new()
+        stores = {index: store.twin() for index, store in self.stores.items()}
+        return Session([], self.build, self.pools, companions, self.roles, self.top, stores)
+
+    def adopt_specs(self, other: Session, change: Transaction) -> None:
+        """While it is empty: be of the kind that `other` has found its layers to be."""
+        for index, store in other.stores.items():
+            if self.stores[index].spec != store.spec:
+                self.stores[index] = self.build(store.spec)
+                self.stores[index].bank.begin(change)
 
     def tidy(self) -> None:
         """Give back what need not be held: free pages in pieces, and what was worked out from page tables."""
@@ -441,16 +469,26 @@ class Session:
 
     def free(self) -> None:
         """Forget everything, and give the pages back to the pools."""
-        self.rollback()
-        for bank in self.banks:
-            bank.free()
-            for layer in bank.layers:
-                Bank([layer])  # what the next forward delivers may be of another kind
+        self.release()
+        self.state = None
         for store in self.stores.values():
             if store.spec.rope is not None:
                 store.spec.rope.made.clear()
             if store.codec is not None:
                 store.codec.forget()
         context.forget()
-        self.length, self.united = 0, False
+
+    def release(self) -> None:
+        """Give all pages back."""
+        self.rollback()
+        with self._all_banks():
+            for bank in self.banks:
+                bank.free()
+        self.emptied()
+
+    def emptied(self) -> None:
+        """No sequence is left: what the next forward delivers may be of another kind."""
+        for store in self.stores.values():
+            Bank([store])
+        self.length, self.united, self.ragged = 0, False, False
         self.pools.budget.charge(id(self), 0)

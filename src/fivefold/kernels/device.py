@@ -1,9 +1,10 @@
-"""Several GPUs: kernels run on the device of their tensors, which need not be the current one."""
+"""Kernels run on the device of their tensors, which need not be the current one; arrays that are sent there."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 
 _NOTHING = nullcontext()
@@ -14,6 +15,16 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _NOTHING
     return torch.cuda.device(device)
+
+
+def sent(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
+    """Arrays of int64 on a device. A GPU takes them in one copy when it gets there, and nobody waits for it."""
+    if device.type != "cuda":
+        return [torch.from_numpy(x) for x in arrays]
+    host = torch.empty(sum(x.size for x in arrays), dtype=torch.int64, pin_memory=True)
+    np.concatenate([x.reshape(-1) for x in arrays], out=host.numpy())
+    parts = host.to(device, non_blocking=True).split([x.size for x in arrays])
+    return [part.view(x.shape) for part, x in zip(parts, arrays)]
 
 
 def numbered(device: torch.device) -> torch.device:

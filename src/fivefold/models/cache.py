@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from fivefold.engine import persist, sequences
 from fivefold.engine.session import Session
 from fivefold.errors import CacheStateError
+from fivefold.models import saving
 from fivefold.models.graph import Step
 from fivefold.recipe import Recipe
 from fivefold.report import Report, measure
@@ -55,8 +58,61 @@ class SlidingLayers:
             # transformers 5.17 only fills them with zeros.
             vars(layer).update(vars(type(layer)(sliding_window=layer.sliding_window)))
 
+    def state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        facts: dict[str, Any] = {}
+        tensors: dict[str, torch.Tensor] = {}
+        for index, layer in self.layers.items():
+            if layer.is_initialized:
+                facts[str(index)] = {"seen": layer.cumulative_length, "device": str(layer.keys.device)}
+                tensors |= {f"{index}.keys": layer.keys, f"{index}.values": layer.values}
+        return facts, tensors
+
+    def install(self, facts: dict[str, Any], tensors: dict[str, torch.Tensor], device: torch.device) -> None:
+        for index, known in facts.items():
+            layer, there = self.layers[int(index)], torch.device(known["device"])
+            there = there if there.type == device.type else device
+            keys, values = (tensors[f"{index}.{name}"].to(there) for name in ("keys", "values"))
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values, layer.cumulative_length = keys, values, known["seen"]
+
     def fork(self) -> SlidingLayers:
         return SlidingLayers(copy.deepcopy(self.layers))
+
+    def new(self) -> SlidingLayers:
+        return SlidingLayers({i: type(layer)(sliding_window=layer.sliding_window) for i, layer in self.layers.items()})
+
+    def join(self, other: SlidingLayers, batch: int, length: int) -> None:
+        for index, layer in self.layers.items():
+            rest = other.layers[index]
+            if not batch:
+                vars(layer).update(vars(rest))
+                continue
+            for name in ("keys", "values"):
+                both = [_last(getattr(one, name), length, layer.sliding_window) for one in (layer, rest)]
+                setattr(layer, name, torch.cat(both))
+            layer.cumulative_length = length
+        other.reset()
+
+    def take(self, indices: np.ndarray, rest: np.ndarray, length: int, left: int) -> SlidingLayers:
+        out = SlidingLayers({index: copy.copy(layer) for index, layer in self.layers.items()})
+        for layers, kept, tokens in ((out, indices, length), (self, rest, left)):
+            if not len(kept):
+                layers.reset()
+                continue
+            for layer in layers.layers.values():
+                rows = torch.from_numpy(kept).to(layer.keys.device)
+                for name in ("keys", "values"):
+                    setattr(layer, name, _last(getattr(layer, name)[rows], tokens, layer.sliding_window))
+                layer.cumulative_length = tokens
+        return out
+
+
+def _last(x: torch.Tensor, length: int, window: int) -> torch.Tensor:
+    """What a sliding layer stores of x `[batch, heads, tokens, head_dim]` if `length` tokens count as seen: the newest,
+    with padding before them where they are fewer."""
+    stored = min(length, window - 1)
+    x = x[:, :, max(0, x.shape[2] - stored) :]
+    return torch.nn.functional.pad(x, (0, 0, stored - x.shape[2], 0))
 
 
 class FivefoldLayer(CacheLayerMixin):
@@ -153,6 +209,14 @@ class FivefoldLayer(CacheLayerMixin):
     reorder_cache = batch_repeat_interleave = batch_select_indices = crop = _by_cache
 
 
+def _indices(indices: Any) -> np.ndarray:
+    """Numbers of sequences as int64 `[n]`."""
+    found = np.asarray(indices.cpu() if isinstance(indices, torch.Tensor) else indices).reshape(-1)
+    if found.size and found.dtype.kind not in "iu":
+        raise CacheStateError(f"{indices!r} are not numbers of sequences: give whole numbers, such as [0, 2].")
+    return found.astype(np.int64)
+
+
 class FivefoldCache(Cache):
     """A transformers cache whose layers are compressed as a recipe says. Made by `fivefold.compress`.
 
@@ -167,6 +231,8 @@ class FivefoldCache(Cache):
         self.model = model
         self.sliding = sliding
         self.step = Step() if cuda_graph else None
+        self.of: Callable[[], Any] | None = None
+        """A weak reference to the model that it is for, if that is known."""
         self.armed: int | None = None
         """The layer whose attention module has announced itself, and is prepared for this cache."""
 
@@ -221,7 +287,105 @@ class FivefoldCache(Cache):
 
     def fork(self) -> FivefoldCache:
         """A second cache of the same tokens: every page is shared until either side writes to it."""
-        return FivefoldCache(self.recipe, self.session.fork(), self.model, len(self.layers), self.step is not None)
+        return self._of(self.session.fork(), self.step is not None)
+
+    def _of(self, session: Session, cuda_graph: bool) -> FivefoldCache:
+        cache = FivefoldCache(self.recipe, session, self.model, len(self.layers), cuda_graph)
+        cache.of = self.of
+        return cache
+
+    # -- at rest ------------------------------------------------------------------------------------------
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether what it holds is in host memory, and none of its pages."""
+        return self.session.state is not None
+
+    def offload(self) -> None:
+        """Bring everything to host memory, as it is, and give the pages back. Until `restore` the model cannot be
+        called with this cache; it can be saved, forked and freed."""
+        persist.offload(self.session)
+        if self.step is not None:
+            self.step.reset()
+        self.session.pools.budget.trim()
+
+    def restore(self) -> None:
+        """Undo `offload`: everything is as it was, to the bit. Raises `CacheFullError` where there is no room now; it
+        is still offloaded then."""
+        persist.restore(self.session)
+
+    def save(self, folder: str | Path, note: Any = None) -> None:
+        """Write everything to a folder (`cache.json` and a file of tensors), for `fivefold.load_cache`.
+
+        What the folder held before can be read until the new files are complete. The cache goes on as it was. Raises
+        `SavedCacheError` if the folder cannot be written to, and `CacheStateError` for an empty cache. note: whatever
+        belongs to it, as JSON can hold it; it is written with the cache or not at all, and `load` returns it.
+        """
+        if not self.batch:
+            raise CacheStateError("there is nothing to save in an empty cache: give it some text first.")
+        persist.write(Path(folder), persist.collect(self.session), {**self._identity(), "note": note})
+
+    def load(self, folder: str | Path) -> Any:
+        """Let this empty cache hold what `save` wrote to a folder, to the bit. Returns the note that was given then.
+
+        Raises `SavedCacheError` if there is nothing, or it is damaged, of a newer format, or of another model, recipe
+        or profile; `CacheFullError` where there is no room, and `CacheStateError` if the cache is not empty.
+        """
+        return saving.load(self.session, Path(folder), self._identity())
+
+    def _identity(self) -> dict[str, Any]:
+        return saving.identity(str(self.recipe), self.model, None if self.of is None else self.of())
+
+    # -- sequences ----------------------------------------------------------------------------------------
+
+    @property
+    def batch(self) -> int:
+        """How many sequences it holds; 0 for an empty cache."""
+        return len(self.lengths())
+
+    def lengths(self) -> np.ndarray:
+        """Tokens seen by each sequence, padding left out: int64 `[batch]`."""
+        return self.session.lengths()
+
+    def new(self, cuda_graph: bool | None = None) -> FivefoldCache:
+        """An empty cache of the same recipe, whose pages come from the same pools, under the same cap."""
+        return self._of(self.session.new(), self.step is not None if cuda_graph is None else cuda_graph)
+
+    def join(self, other: FivefoldCache) -> None:
+        """Add the sequences of another cache of the same recipe behind those here; `other` is empty then.
+
+        Page tables move, bytes do not. Sequences may be of any length: the logical length (`get_seq_length`) is that of
+        the longest, and shorter ones count as padded on the left. A call of the model needs neither an attention mask
+        nor positions for that: each sequence goes on with its own.
+
+        Raises `CacheStateError` where the caches do not fit together, and `CacheFullError` where `other` has its own
+        pools (was not made from this one by `new`, `fork` or `take`) and its bytes are beyond this cap. Nothing has
+        changed then.
+        """
+        if (str(other.recipe), other.model) != (str(self.recipe), self.model):
+            raise CacheStateError(
+                f"a cache with {other.recipe} for {other.model} cannot join one with {self.recipe} for {self.model}: "
+                "make both with the same recipe for the same model."
+            )
+        sequences.join(self.session, other.session)
+
+    def take(self, indices: Any) -> FivefoldCache:
+        """Take sequences out into a cache of their own: whole numbers `[n]` (a list, array or tensor), each once.
+
+        Pages stay where they are. The logical length of both caches is then that of the longest sequence that they
+        hold. Raises `CacheStateError`, changing nothing, for a sequence that is not there.
+        """
+        return self._of(sequences.take(self.session, _indices(indices)), self.step is not None)
+
+    def reserve(self, tokens: int) -> None:
+        """With `cuda_graph=True`: let steps have room for sequences of so many tokens, so that a step of a batch of any
+        size is captured once. Nothing else needs to know beforehand."""
+        if self.step is not None:
+            self.step.reserved = max(self.step.reserved, tokens)
+
+    def drop(self, indices: Any) -> None:
+        """Take sequences out and give their pages back; as `take`."""
+        self.take(indices).free()
 
     def __copy__(self) -> FivefoldCache:
         return self.fork()
@@ -232,7 +396,7 @@ class FivefoldCache(Cache):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise CacheStateError(
             "a compressed cache cannot be pickled: its pages are memory that it shares with its forks. Use fork() for "
-            "a copy in this process."
+            "a copy in this process, and save() for one on the disk."
         )
 
     def reset(self) -> None:

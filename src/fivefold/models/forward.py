@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from fivefold.calibrate.profile import signature
@@ -38,6 +39,8 @@ class Forward:
             raise CacheStateError(
                 f"the cache was made for {cache.model} and called with {mine}: make one for this model."
             )
+        if cache.session.ragged:
+            kwargs = {**kwargs, **_places(cache, args, kwargs)}
         if cache.step is not None and len(args) <= 1:
             given = {"input_ids": args[0], **kwargs} if args else kwargs
             out = cache.step(self.model, self.plain, cache, given)
@@ -54,6 +57,27 @@ class Forward:
         twin = Forward(copy.deepcopy(self.model, memo))
         twin.before = copy.deepcopy(self.before, memo)
         return twin
+
+
+def _places(cache: FivefoldCache, args: tuple[Any, ...], given: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Mask and positions of a call whose sequences have come from several caches, where the caller gave none."""
+    ids = args[0] if args else given.get("input_ids")
+    ids = given.get("inputs_embeds") if ids is None else ids
+    if ids is None or ids.shape[0] != cache.batch:
+        return {}
+    session, chunk, out = cache.session, ids.shape[1], {}
+    mask, total = given.get("attention_mask"), session.length + chunk
+    lengths = torch.from_numpy(session.lengths())[:, None]
+    if mask is not None and mask.ndim == 2:
+        mask = out["attention_mask"] = mask[:, -total:]  # padding that all have left when a sequence went
+    elif mask is None and cache.sliding:
+        out["attention_mask"] = (torch.arange(total) >= session.length - lengths).long().to(ids.device)
+    if given.get("position_ids") is None:
+        new = torch.arange(chunk)
+        if mask is not None:
+            new = (mask[:, -chunk:].cumsum(1) - 1).clamp(min=0).cpu()
+        out["position_ids"] = (lengths + new).to(ids.device)
+    return out
 
 
 def _models(model: PreTrainedModel) -> list[PreTrainedModel]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -31,32 +32,51 @@ class SteppedCache(Protocol):
     session: Session
 
 
+@dataclass
+class Captured:
+    """A step of so many sequences: its tables and inputs at fixed places, and the graph. held: bytes of its memory."""
+
+    tables: list[DeviceTables]
+    ids: torch.Tensor
+    positions: torch.Tensor
+    graph: Any = None
+    logits: torch.Tensor | None = None
+    held: int = 0
+
+
 class Step:
-    """The decoding step of one cache: captured when the first token comes, and again when its tables are full."""
+    """The decoding step of one cache: captured when the first token comes, and again when its tables are full.
+
+    Where sequences come and go (`cache.join`), batches are padded to a power of two, and each size has a step of its
+    own, which stays when the sequences are others.
+    """
 
     def __init__(self) -> None:
-        self.tables: list[DeviceTables] = []
         self.captures = 0
         self.replays = 0
         self.failed: str | None = None
-        self._graph: Any = None
-        self._logits: torch.Tensor | None = None
-        self._ids: torch.Tensor | None = None
-        self._positions: torch.Tensor | None = None
-        self._model: PreTrainedModel | None = None
-        self._weights: list[tuple[torch.Tensor, int]] = []
-        self._held = 0
+        self.reserved = 0
+        """How many tokens of each sequence there shall be room for at least."""
+        self.reset()
 
     def reset(self) -> None:
-        """Give the graph's memory back."""
-        self._graph = self._logits = self._ids = self._positions = self._model = None
-        self.tables, self._weights, self._held = [], [], 0
+        """Give the graphs' memory back."""
+        self.captured: dict[int, Captured] = {}
+        self._model: PreTrainedModel | None = None
+        self._weights: list[tuple[torch.Tensor, int]] = []
+        self._pool: Any = None
+
+    @property
+    def tables(self) -> list[DeviceTables]:
+        """Of all sizes."""
+        return [tables for captured in self.captured.values() for tables in captured.tables]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what the graph holds: its inputs, and the memory it was captured in."""
-        inputs = [x for x in (self._ids, self._positions) if x is not None]
-        return self._held + sum(x.nbytes for x in inputs)
+        """Bytes of what the graphs hold: their inputs, the memory they were captured in, and tables that show no bank
+        just now."""
+        idle = sum(tables.nbytes for tables in self.tables if tables.bank.mirror is not tables)
+        return idle + sum(c.held + c.ids.nbytes + c.positions.nbytes for c in self.captured.values())
 
     def __call__(
         self, model: PreTrainedModel, forward: Callable[..., Any], cache: SteppedCache, given: dict[str, Any]
@@ -94,15 +114,28 @@ class Step:
         ids: torch.Tensor,
         given: dict[str, Any],
     ) -> torch.Tensor:
-        session, positions = cache.session, given.get("position_ids")
-        session.admit(ids.shape[0], 1, given.get("attention_mask"), None)
-        fresh = self._prepare(model, session, ids.shape[0])
-        assert self._ids is not None and self._positions is not None
-        self._ids.copy_(ids)
-        self._positions.copy_(positions) if positions is not None else self._positions.fill_(session.length)
+        session, positions, batch = cache.session, given.get("position_ids"), ids.shape[0]
+        size = 1 << (batch - 1).bit_length() if session.ragged else batch
+        captured = self.captured.get(size)
+        # Other sequences may be here since: tables are found for them before anybody makes some.
+        known = captured.tables if captured is not None and len(captured.tables) == len(session.banks) else None
+        for number, bank in enumerate(session.banks):
+            tables = bank.mirror if known is None else known[number]
+            right = tables is not None and tables.sequences == size
+            if not (right and ((bank.mirror is tables and tables.fit()) or tables.bind(bank))) and session.ragged:
+                DeviceTables(bank, size, self.reserved)
+        session.admit(batch, 1, given.get("attention_mask"), None)
+        found = [tables_of(bank) for bank in session.banks]
+        fresh = captured is None or captured.tables != found or not self._same(model)
         if fresh:
-            self._capture(forward, cache)
-        return self._replay(forward, cache)
+            captured = self._prepare(model, found, size)
+        assert captured is not None
+        captured.ids[:batch].copy_(ids)
+        at = captured.positions[:batch]
+        at.copy_(positions) if positions is not None else at.fill_(session.length)
+        if fresh:
+            self._capture(forward, cache, captured)
+        return self._replay(forward, cache, captured)[:batch]
 
     @staticmethod
     def why_not(session: Session) -> str | None:
@@ -115,26 +148,22 @@ class Step:
             return "the cache is on a CPU"
         return next((why for why in session.why_not_fused().values() if why is not None), None)
 
-    def _prepare(self, model: PreTrainedModel, session: Session, batch: int) -> bool:
-        """Tables and inputs at fixed places; whether they are new, and a graph must be captured."""
-        tables = [tables_of(bank) for bank in session.banks]
-        valid = (
-            self.tables == tables
-            and self._model is model
-            and all(weight.data_ptr() == address for weight, address in self._weights)
-        )
-        if valid:
-            return False
-        self.reset()
-        self.tables, device = tables, session.devices[0]
-        with torch.inference_mode(False):
-            self._ids = torch.zeros((batch, 1), dtype=torch.long, device=device)
-            self._positions = torch.zeros_like(self._ids)
-        self._model = model
-        self._weights = [(weight, weight.data_ptr()) for weight in (*model.parameters(), *model.buffers())]
-        return True
+    def _same(self, model: PreTrainedModel) -> bool:
+        """Whether what was captured is this model with these weights."""
+        return self._model is model and all(weight.data_ptr() == address for weight, address in self._weights)
 
-    def _capture(self, forward: Callable[..., Any], cache: SteppedCache) -> None:
+    def _prepare(self, model: PreTrainedModel, tables: list[DeviceTables], size: int) -> Captured:
+        """Inputs at fixed places, for a graph that is yet to be captured."""
+        if not self._same(model):
+            self.reset()
+            self._model = model
+            self._weights = [(weight, weight.data_ptr()) for weight in (*model.parameters(), *model.buffers())]
+        with torch.inference_mode(False):
+            ids = torch.zeros((size, 1), dtype=torch.long, device=tables[0].device)
+            self.captured[size] = Captured(tables, ids, torch.zeros_like(ids))
+        return self.captured[size]
+
+    def _capture(self, forward: Callable[..., Any], cache: SteppedCache, captured: Captured) -> None:
         if cache.session.devices[0].type != "cuda":
             return  # in Triton's interpreter
         before = torch.cuda.memory_reserved()
@@ -142,28 +171,31 @@ class Step:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):  # a step is the same however often it is taken
-                self._run(forward, cache)
+                self._run(forward, cache, captured)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._logits = self._run(forward, cache)
-        self._graph = graph
-        self._held = max(0, torch.cuda.memory_reserved() - before)
+        if not any(one.graph for one in self.captured.values()):
+            self._pool = torch.cuda.graph_pool_handle()  # a pool goes with the last of its graphs
+        # One graph runs at a time, and what it returns is copied at once: so all can use the same memory.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            captured.logits = self._run(forward, cache, captured)
+        captured.graph = graph
+        captured.held = max(0, torch.cuda.memory_reserved() - before)
         self.captures += 1
 
-    def _replay(self, forward: Callable[..., Any], cache: SteppedCache) -> torch.Tensor:
+    def _replay(self, forward: Callable[..., Any], cache: SteppedCache, captured: Captured) -> torch.Tensor:
         self.replays += 1
-        if self._graph is None:
-            return self._run(forward, cache)
-        self._graph.replay()
-        assert self._logits is not None
-        return self._logits.clone()
+        if captured.graph is None:
+            return self._run(forward, cache, captured)
+        captured.graph.replay()
+        assert captured.logits is not None
+        return captured.logits.clone()
 
-    def _run(self, forward: Callable[..., Any], cache: SteppedCache) -> torch.Tensor:
+    def _run(self, forward: Callable[..., Any], cache: SteppedCache, captured: Captured) -> torch.Tensor:
         cache.session.captured = True
         try:
             return forward(
-                input_ids=self._ids, position_ids=self._positions, past_key_values=cache, use_cache=True
+                input_ids=captured.ids, position_ids=captured.positions, past_key_values=cache, use_cache=True
             ).logits
         finally:
             cache.session.captured = False

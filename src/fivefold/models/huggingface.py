@@ -11,6 +11,7 @@ function is transformers' own SDPA. The model's `forward` is a transaction (`mod
 from __future__ import annotations
 
 import threading
+import weakref
 from functools import partial
 from typing import Any
 
@@ -153,4 +154,6 @@ def make_cache(
         roles = dict(zip(specs, reads.roles(list(specs.values()))))
     companions = SlidingLayers(windows) if windows else None
     session = Session(specs.values(), build, pools, companions, roles, getattr(reads, "top", 0))
-    return FivefoldCache(recipe, session, signature(model.config), len(stock), cuda_graph)
+    cache = FivefoldCache(recipe, session, signature(model.config), len(stock), cuda_graph)
+    cache.of = weakref.ref(model)
+    return cache

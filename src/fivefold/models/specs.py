@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from typing import Any
 
@@ -30,6 +31,21 @@ def check_model(model: PreTrainedModel) -> None:
             f"this phi3 model scales its positions from {config.original_max_position_embeddings} tokens on (longrope) "
             "and drops its cache there, compressed or not: use one without."
         )
+
+
+def weights_hash(model: PreTrainedModel) -> str:
+    """SHA-256 of some numbers of every weight, by which models of the same shape are told apart; empty where weights
+    are elsewhere (offloaded by accelerate)."""
+    weights = dict(model.named_parameters())
+    if any(x.device.type == "meta" for x in weights.values()):
+        return ""
+    out = hashlib.sha256()
+    for device in dict.fromkeys(x.device for x in weights.values()):
+        some = [
+            x.detach().reshape(-1)[:: max(1, x.numel() // 61)].float() for x in weights.values() if x.device == device
+        ]
+        out.update(torch.cat(some).cpu().numpy().tobytes())
+    return out.hexdigest()
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, torch.nn.Module]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fivefold.store.context import Memo
-from fivefold.store.held import Held
+from fivefold.store.held import Held, joined
 from fivefold.store.pack import PackedLayer, pack
 from fivefold.store.rows import FIELDS, FIXED, Bounds, Extent
 from fivefold.store.tier import Tier
@@ -76,6 +76,8 @@ class Bank:
         if change is not None:
             change.undo(part)
         bank = cls(layers)
+        if change is not None:
+            change.members.append(bank)
         for layer, _, _, held, learned in before:
             layer.held, layer.learned = held, learned
         bank.batch, bank.change = old[0].batch, change
@@ -96,8 +98,8 @@ class Bank:
         self.exact, self.packed = self._tiers(0)
         self.mirror = None
         self.memo = Memo()
-        self.idle = 0
-        """For how many steps nothing is due, if nothing but steps happens."""
+        self.due: np.ndarray | None = None
+        """Nothing is due for a row before it has so many tokens, int64 `[rows]`; None where that is not known."""
         self.pending: list[tuple[str, np.ndarray, np.ndarray, torch.Tensor]] = []
         for layer in self.layers:
             layer.held, layer.learned = [], {}
@@ -107,6 +109,13 @@ class Bank:
         first = self.layers[0]
         return Tier([first.exact_pool], rows), Tier(first.packed_pools, rows) if first.packed_pools else None
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Sequences can move between banks, whatever their pools, where this is the same."""
+        tiers = [self.exact] + ([] if self.packed is None else [self.packed])
+        layouts = [(pool.layout, pool.device) for tier in tiers for pool in tier.pools]
+        return (*layouts, self.packing, *((layer.spec.layer, layer.extents) for layer in self.layers))
+
     # -- changes ------------------------------------------------------------------------------------------
 
     def begin(self, change: Transaction) -> None:
@@ -114,6 +123,7 @@ class Bank:
         self.flush()
         change.undo(self._restore())
         self.change = change
+        change.members.append(self)
 
     def _restore(self) -> Callable[[], None]:
         """What brings the rows back as they are now; the page tables know themselves what was done to them."""
@@ -126,7 +136,7 @@ class Bank:
 
         def restore() -> None:
             other = self.mirror is not before["mirror"]
-            vars(self).update(before, data=data, change=None, idle=0, memo=Memo())
+            vars(self).update(before, data=data, due=None, memo=Memo())
             for tier, shared, capacity in tiers:
                 tier.shared = shared
                 tier.narrow(capacity)
@@ -148,11 +158,10 @@ class Bank:
         try:
             self.begin(change)
             yield change
+            change.verify()
         except BaseException:
             change.rollback()
-            self.change = None
             raise
-        self.change = None
         change.commit()
 
     def write_later(self, name: str, pages: np.ndarray, slots: np.ndarray, values: torch.Tensor) -> None:
@@ -195,12 +204,14 @@ class Bank:
         """Let rows have these bounds, arrays of them or the same for all."""
         for number in range(FIXED, FIELDS):
             self.data[number, rows] = bounds[number]
-        self.idle = 0
+        if self.due is not None:
+            self.due[rows] = 0
 
     def touch(self, rows: np.ndarray) -> None:
         """The groups of these rows' layers are no longer what they were."""
         whole = len(rows) == self.data.shape[1]
-        for index in range(len(self.layers)) if whole else np.unique(rows // max(1, self.rows)).tolist():
+        layers = range(len(self.layers)) if whole else np.flatnonzero(np.bincount(rows // max(1, self.rows))).tolist()
+        for index in layers:
             self.layers[index].regroup()
 
     def start(self, batch: int) -> None:
@@ -210,7 +221,7 @@ class Bank:
             one = [[Bounds.empty(extent) for extent in layer.extents] for layer in self.layers]
             per_layer = np.array(one, dtype=np.int64).transpose(2, 0, 1)[:, :, None]  # [fields, layers, 1, heads]
             self.data = np.broadcast_to(per_layer, (*per_layer.shape[:2], batch, self.heads)).reshape(FIELDS, -1).copy()
-            self.batch = batch
+            self.batch, self.due = batch, None
             self.offset = np.zeros(self.data.shape[1], dtype=np.int64)
             self.exact, self.packed = self._tiers(self.data.shape[1])
             for name in ("chosen", "residual"):
@@ -224,7 +235,9 @@ class Bank:
         """Sequence i becomes what sequence `sequences[i]` was: repeats share pages, absent ones are given up."""
         with self.atomic() as change:
             old = [(tier, columns) for tier, columns in self.columns()]
-            self._select(sequences, self, change)
+            self._gather([(self, sequences)], len(set(sequences.tolist())) < len(sequences))
+            for tier, columns in self.columns():
+                tier.retain(change, columns)
             for tier, columns in old:
                 tier.release(change, columns)
 
@@ -238,23 +251,47 @@ class Bank:
             for layer in self.layers:
                 layer.regroup()  # whoever knows an open page must look at its references again
             if self.batch:
-                self._select(np.arange(self.batch), twin, change)
+                twin._gather([(self, np.arange(self.batch))], True)
+                for tier, columns in twin.columns():
+                    tier.retain(change, columns)
         return twin
 
-    def _select(self, sequences: np.ndarray, target: Bank, change: Transaction) -> None:
-        layers, heads = np.arange(len(self.layers))[:, None, None], np.arange(self.heads)
-        source = ((layers * self.batch + sequences[:, None]) * self.heads + heads).reshape(-1)
-        local = (sequences[:, None] * self.heads + heads).reshape(-1)
-        for layer, other in zip(self.layers, target.layers):
-            other.held, other.learned = layer.selected(local)
-        target.exact, packed = self.exact.select(source), self.packed
-        target.packed = None if packed is None else packed.select(source)
-        for name in ("offset", "chosen", "residual"):
-            setattr(target, name, getattr(self, name)[source])
-        target.data, target.batch, target.mirror = self.data[:, source], len(sequences), None
-        for tier, columns in target.columns():
-            tier.retain(change, columns)
-        for layer in target.layers:
+    def join(self, other: Bank) -> None:
+        """The sequences of another bank of the same formats come behind these. It is empty then: no page has changed
+        its owner, and both are part of the same change."""
+        assert self.change is not None and other.change is self.change and not other.pending
+        self._gather([(bank, np.arange(bank.batch)) for bank in (self, other)])
+        other._clear()
+
+    def split(self, other: Bank, indices: np.ndarray, rest: np.ndarray) -> None:
+        """Sequences `indices` go to an empty bank of the same formats, `rest` stay; pages keep their owner."""
+        assert self.change is not None and other.change is self.change and not other.batch
+        other._gather([(self, indices)])
+        self._gather([(self, rest)])
+
+    def _gather(self, parts: Sequence[tuple[Bank, np.ndarray]], shared: bool = False) -> None:
+        """Become sequences of banks of the same formats, one after the other; references are the caller's to count.
+        shared: whether pages will have several owners by that."""
+        heads, layers, first = np.arange(self.heads), np.arange(len(self.layers))[:, None, None], 0
+        places, local = [], []
+        for bank, sequences in parts:
+            places.append(first + (layers * bank.batch + sequences[:, None]) * self.heads + heads)
+            local.append((sequences[:, None] * self.heads + heads).reshape(-1))
+            first += bank.data.shape[1]
+        source = np.concatenate(places, 1).reshape(-1)
+        kept = [
+            joined([(bank.layers[index].selected(rows), len(rows)) for (bank, _), rows in zip(parts, local)])
+            for index in range(len(self.layers))
+        ]
+        for layer, (held, learned) in zip(self.layers, kept):
+            layer.held, layer.learned = held, learned
+        for name in ("offset", "chosen", "residual", "data"):
+            setattr(self, name, np.concatenate([getattr(bank, name) for bank, _ in parts], -1)[..., source])
+        packed = [bank.packed for bank, _ in parts if bank.packed is not None]
+        self.exact = Tier.stacked([bank.exact for bank, _ in parts]).select(source, shared)
+        self.packed = Tier.stacked(packed).select(source, shared) if packed else None
+        self.batch, self.mirror, self.due = sum(len(sequences) for _, sequences in parts), None, None
+        for layer in self.layers:
             layer.regroup()
 
     def columns(self) -> Iterator[tuple[Tier, np.ndarray]]:
@@ -277,19 +314,22 @@ class Bank:
         """One more token of each row: a slot behind the others in an exact page that nobody shares, which is the
         caller's to write."""
         assert self.change is not None
-        old = self.at(rows)
-        new, columns = old.appended(1), old.exact_pages
-        fresh = new.exact_pages > columns
-        self.exact.widen(self.change, rows[fresh], columns[fresh], 1)
+        full = self.at(rows).full
+        fresh = rows[full]
+        self.exact.widen(self.change, fresh, self.at(fresh).exact_pages, 1)
         if self.exact.shared:
-            self.exact.unshare(self.change, rows[~fresh], columns[~fresh] - 1)
-        self.data[Bounds._fields.index("length"), rows] += 1
+            opened = rows[~full]
+            self.exact.unshare(self.change, opened, self.at(opened).exact_pages - 1)
+        self.data[_LENGTH, slice(None) if len(rows) == self.data.shape[1] else rows] += 1
         self.touch(rows)
 
     def settle(self, rows: np.ndarray, revocable: int = 0) -> None:
         """Let windows slide, and pack what is due. The newest `revocable` tokens may yet be taken back."""
-        if self.idle and not revocable:
-            self.idle -= 1
+        if self.due is None:
+            self.due = np.zeros(self.data.shape[1], dtype=np.int64)
+        if not revocable:
+            rows = rows[(self.data[_LENGTH] >= self.due)[rows]]
+        if not len(rows):
             return
         old = self.at(rows)
         packing = self.packing and replace(self.packing, residual=self.residual[rows])
@@ -297,18 +337,19 @@ class Bank:
         moved = (new.exact_base != old.exact_base) | (new.packed_base != old.packed_base)
         moved |= new.packed_stop != old.packed_stop
         if moved.any():
-            rows = rows[moved]
             with self.atomic():
-                self.move(rows, _take(old, moved), _take(new, moved))
-            self.touch(rows)
-        self.idle = 0 if revocable else max(0, int(new.idle(packing).min()) - 1)
+                self.move(rows[moved], _take(old, moved), _take(new, moved))
+            self.touch(rows[moved])
+            if self.mirror is not None and self.mirror.fit():
+                self.mirror.sync()  # here a GPU is still at work on the step
+        self.due[rows] = 0 if revocable else new.length + new.idle(packing)
 
     def move(self, rows: np.ndarray, old: Bounds, new: Bounds, **chunk: Any) -> None:
         """From bounds to bounds: pack groups, give up pages of either tier. chunk: see `pack`."""
         assert self.change is not None
         if self.packed is not None:
             pack(self, rows, old, new, **chunk)
-        self.exact.drop(self.change, rows, old.pinned_pages, old.exact_gone(new), int(old.exact_pages.max()))
+        self.exact.drop(self.change, rows, old.pinned_pages, old.exact_gone(new), old.exact_pages)
         self.set(rows, new)
 
     @property
@@ -319,6 +360,9 @@ class Bank:
         waiting = sum(pages.nbytes + slots.nbytes + x.nbytes for _, pages, slots, x in self.pending)
         mirror = 0 if self.mirror is None else self.mirror.nbytes
         return sum(x.nbytes for x in arrays) + sum(tier.nbytes for tier in tiers) + waiting + mirror + self.memo.nbytes
+
+
+_LENGTH = Bounds._fields.index("length")
 
 
 def _take(bounds: Bounds, rows: np.ndarray) -> Bounds:

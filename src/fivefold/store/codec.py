@@ -48,6 +48,12 @@ class Codec:
     nothing."""
 
     @property
+    def fingerprint(self) -> str:
+        """What its pages were made with, besides their format: the hash of a profile. Pages can be read by a codec of
+        the same layout and fingerprint only."""
+        return ""
+
+    @property
     def nbytes(self) -> int:
         """Bytes of tensors that it holds besides pages, and that go when the cache goes."""
         return 0

@@ -43,6 +43,8 @@ class Layer(Protocol):
     @property
     def base(self) -> int: ...
 
+    index: int
+
     @property
     def exact_tier(self) -> Tier: ...
 

@@ -6,6 +6,7 @@ A row's tokens stand in *slots*: the packed tier's first, then the exact tier's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -105,3 +106,19 @@ class Held:
         sums = values.new_zeros(len(which), *values.shape[1:]).index_add_(0, place, values)
         counts = place.bincount(minlength=len(which)).view(-1, *[1] * (values.ndim - 1))
         return (sums / counts)[place]
+
+
+Known = tuple[list[Held], dict[str, torch.Tensor]]
+
+
+def joined(parts: Sequence[tuple[Known, int]]) -> Known:
+    """What the policy and the codec know of rows that come one after the other, from what they know of parts of them
+    and how many rows each part has."""
+    held, learned, first = [], [dict(known[1]) for known, _ in parts], 0
+    for (known, _), rows in parts:
+        held += [replace(one, places=one.places + first) if first else one for one in known]
+        first += rows
+    names = {name: x for one in learned for name, x in one.items()}
+    for (_, rows), one in zip(parts, learned):
+        one.update({name: x.new_zeros((rows, *x.shape[1:])) for name, x in names.items() if name not in one})
+    return held, {name: torch.cat([one[name] for one in learned]) for name in names}

@@ -241,7 +241,7 @@ class LayerCache:
     def set(self, group: RowGroup, bounds: Bounds) -> None:
         """Let the rows of a group have these bounds."""
         self.bank.data[FIXED:, group.flat] = np.array(bounds[FIXED:], dtype=np.int64)[:, None]
-        self.bank.idle = 0
+        self.bank.due = None
         group.bounds = bounds
 
     # -- tokens -------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fivefold.kernels.choice import choose
+from fivefold.kernels.device import sent
 from fivefold.kernels.pack import cpu
 from fivefold.store.codec import Codec
 from fivefold.store.group import KV, Layer, RowGroup
@@ -103,8 +104,7 @@ def pack(
                     *(int(x) for x in keys[:, which[0]]),
                 )  # fmt: skip
                 _encode(bank, part, chunk, group, held)
-    if gone.any():
-        tier.drop(change, rows, 0, gone, int((columns + np.maximum(0, fresh)).max()))
+    tier.drop(change, rows, 0, gone, columns + np.maximum(0, fresh))
 
 
 def _alike(bank: Tables, due: Due, keys: np.ndarray) -> list[np.ndarray]:
@@ -142,20 +142,29 @@ def _by_kernel(bank: Tables, due: Due, keys: np.ndarray) -> bool:
     bank.packed.unshare(bank.change, due.rows[opened], due.column[opened])
     at = due.bounds.exact_column(due.start)[:, None] + np.arange(packing.group // PAGE)
     pages = bank.exact.table[due.rows[:, None], at]
-    sources = np.stack([bank.exact.pool.addresses(name, pages) for name in KV], 2)
-    pool = bank.packed.pool
-    where = pool.addresses(pool.layout.fields[0].name, bank.packed.table[due.rows, due.column])
+    exact, packed = bank.exact.pool, bank.packed.pool
+    sources = np.stack([exact.addresses(name, pages) for name in KV], 2)
+    where = packed.addresses(packed.layout.fields[0].name, bank.packed.table[due.rows, due.column])
     places = np.stack([where >> 4, slot // PAGE], 1)
-    source, place = (torch.from_numpy(x).to(bank.device) for x in (sources >> 4, places))
-    peak = float(pack_exact(form, source, place, first.spec.dtype))
-    if not peak <= LARGEST:
-        return False  # the codec says what is wrong
-    _remember(bank, due.rows, peak)
+    source, place = sent(bank.device, sources >> 4, places)
+    peak = pack_exact(form, source, place, first.spec.dtype)
+
+    def look() -> None:
+        largest = float(peak)
+        if largest <= LARGEST:
+            _remember(bank, due.rows, largest)
+            return
+        for which in _alike(bank, due, keys):  # the codec says what is wrong
+            codec = bank.layers[int(due.rows[which[0]]) // bank.rows].codec
+            assert codec is not None
+            codec.check(*(exact.read(name, pages[which].reshape(-1)) for name in KV))
+
+    bank.change.check(look)
     return True
 
 
 def _remember(bank: Tables, rows: np.ndarray, peak: float) -> None:
-    for index in np.unique(rows // bank.rows).tolist():
+    for index in np.flatnonzero(np.bincount(rows // bank.rows)).tolist():
         codec = bank.layers[index].codec
         assert codec is not None
         codec.peak = max(codec.peak, peak)

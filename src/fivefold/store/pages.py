@@ -11,21 +11,18 @@ Pages are reference-counted: sharing (beam search, forks, layers that share stor
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from fivefold.errors import CacheFullError
+from fivefold.store.slabs import INDEX_MASK, SLAB_SHIFT, Slab, Slabs, locked
 
-F = TypeVar("F", bound=Callable[..., Any])
-SLAB_SHIFT = 20
-_INDEX_MASK = (1 << SLAB_SHIFT) - 1
 # For a few pages (decoding) a slab of this fraction of the pool is added: few slabs, and at most 6% unused.
 _GROWTH = 16
 # When no run of consecutive free pages is left, up to this many scattered ones are used before growing.
@@ -116,14 +113,22 @@ class Budget:
     def charge(self, owner: int, nbytes: int) -> None:
         """Count `nbytes` that are not pages for an owner, instead of what it had before. Raises `CacheFullError`."""
         with self.lock:
-            more = nbytes - self.charged.get(owner, 0)
-            if more > 0 and not self.room_for(more):
-                self.trim()
-                if not self.room_for(more):
-                    raise self.full(more)
+            self.make_room(nbytes - self.charged.get(owner, 0))
+            self.count(owner, nbytes)
+
+    def count(self, owner: int, nbytes: int) -> None:
+        """The same of bytes that are there already, under another owner."""
+        with self.lock:
             self.charged[owner] = nbytes
             if not nbytes:
                 del self.charged[owner]
+
+    def make_room(self, nbytes: int) -> None:
+        """So many bytes more are to come. Raises `CacheFullError`."""
+        if nbytes > 0 and not self.room_for(nbytes):
+            self.trim()
+            if not self.room_for(nbytes):
+                raise self.full(nbytes)
 
     def full(self, nbytes: int) -> CacheFullError:
         taken = self.used + sum(self.charged.values())
@@ -138,37 +143,10 @@ class Budget:
             pool.trim()
 
 
-def _locked(method: F) -> F:
-    """A method of a pool that runs under the lock of its budget."""
-
-    @functools.wraps(method)
-    def run(self: PagePool, *args: Any, **kwargs: Any) -> Any:
-        with self.budget.lock:
-            return method(self, *args, **kwargs)
-
-    return cast(F, run)
-
-
-class _Slab:
-    __slots__ = ("free", "references", "tensors")
-
-    def __init__(self, layout: PageLayout, pages: int, device: torch.device) -> None:
-        # Tensors made in inference mode could not be written to outside of it.
-        with torch.inference_mode(False):
-            self.tensors = (
-                _records(layout, pages, device)
-                if layout.record
-                else {
-                    part.name: torch.empty((pages, *part.shape), dtype=part.dtype, device=device)
-                    for part in layout.fields
-                }
-            )
-        self.references = np.zeros(pages, dtype=np.int32)
-        self.free = pages
-
-
-def _records(layout: PageLayout, pages: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """The fields of `pages` pages as views of one tensor."""
+def _tensors(layout: PageLayout, pages: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """The fields of `pages` pages; of records, as views of one tensor."""
+    if not layout.record:
+        return {x.name: torch.empty((pages, *x.shape), dtype=x.dtype, device=device) for x in layout.fields}
     records = torch.empty((pages, layout.nbytes), dtype=torch.uint8, device=device)
     tensors, start = {}, 0
     for part in layout.fields:
@@ -182,13 +160,13 @@ class Location(NamedTuple):
     """Where pages lie: a regular grid in one slab (`strides` in pages), or indices to gather per slab."""
 
     shape: tuple[int, ...]
-    slab: _Slab | None
+    slab: Slab | None
     first: int
     strides: tuple[int, int]
-    parts: tuple[tuple[_Slab, torch.Tensor, torch.Tensor | None], ...]
+    parts: tuple[tuple[Slab, torch.Tensor, torch.Tensor | None], ...]
 
 
-class PagePool:
+class PagePool(Slabs):
     """Reference-counted pages of one layout.
 
     Args:
@@ -202,59 +180,60 @@ class PagePool:
         self.device = device
         self.budget = budget if budget is not None else Budget()
         self.budget.pools.append(self)
-        self._slabs: list[_Slab | None] = []
-        self._bases: dict[str, np.ndarray] = {}
-        """Where a field of each slab begins, as far as anybody has asked."""
-        self.free_pages = 0
-        self.total_pages = 0
+        steps = {part.name: layout.nbytes if layout.record else part.nbytes for part in layout.fields}
+        super().__init__(self.budget.lock, steps)
 
     # -- memory -------------------------------------------------------------------------------------------
-
-    @property
-    def pages_in_use(self) -> int:
-        return self.total_pages - self.free_pages
 
     @property
     def allocated_bytes(self) -> int:
         return self.total_pages * self.layout.nbytes
 
-    def _grow(self, pages: int) -> tuple[int, _Slab]:
-        pages = min(pages, 1 << SLAB_SHIFT)
-        slab = _Slab(self.layout, pages, self.device)
-        self._bases = {}
-        self.budget.used += pages * self.layout.nbytes
-        self.free_pages += pages
-        self.total_pages += pages
-        for number, old in enumerate(self._slabs):
-            if old is None:
-                self._slabs[number] = slab
-                return number, slab
-        self._slabs.append(slab)
-        return len(self._slabs) - 1, slab
+    def _grow(self, pages: int) -> None:
+        layout, pages = self.layout, min(pages, 1 << SLAB_SHIFT)
+        # Tensors made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            self._add(Slab(_tensors(layout, pages, self.device), pages))
 
-    @_locked
+    def _add(self, slab: Slab, number: int | None = None) -> int:
+        number = super()._add(slab, number)
+        self.budget.used += len(slab.references) * self.layout.nbytes
+        return number
+
+    def _remove(self, number: int) -> Slab:
+        slab = super()._remove(number)
+        self.budget.used -= len(slab.references) * self.layout.nbytes
+        return slab
+
+    @locked
+    def take_over(self, other: PagePool) -> np.ndarray:
+        """All slabs of another pool of this layout, as they are: the number that each has here, int64 `[slabs]`."""
+        numbers = np.full(len(other._slabs), -1, dtype=np.int64)
+        for number, _ in list(other._live()):
+            numbers[number] = self._add(other._remove(number))
+        return numbers
+
+    @locked
+    def hand_back(self, other: PagePool, numbers: np.ndarray) -> None:
+        """Undo `take_over`, which returned these numbers."""
+        for number, here in enumerate(numbers.tolist()):
+            if here >= 0:
+                other._add(self._remove(here), number)
+
+    @locked
     def trim(self) -> None:
         """Give wholly free slabs back to the system."""
-        for number, slab in enumerate(self._slabs):
-            if slab is not None and slab.free == len(slab.references):
-                self._slabs[number] = None
-                self.free_pages -= slab.free
-                self.total_pages -= slab.free
-                self.budget.used -= slab.free * self.layout.nbytes
+        for number in np.flatnonzero((self._free == self._pages) & (self._pages > 0)).tolist():
+            self._remove(number)
 
-    @_locked
+    @locked
     def shrink(self) -> None:
         """Give wholly free slabs back where much is free: what is packed or evicted leaves pages of another pool."""
-        much = self.free_pages > _SCATTER and self.free_pages * _SHRINK > self.total_pages
-        if much or self.free_pages * 2 >= self.total_pages:
+        free = self.free_pages
+        if (free > _SCATTER and free * _SHRINK > self.total_pages) or free * 2 >= self.total_pages:
             self.trim()
 
-    def _live(self) -> Iterator[tuple[int, _Slab]]:
-        for number, slab in enumerate(self._slabs):
-            if slab is not None:
-                yield number, slab
-
-    @_locked
+    @locked
     def allocate(self, count: int) -> np.ndarray:
         """`count` pages with one reference each, consecutive where possible. Contents are undefined.
 
@@ -281,100 +260,26 @@ class PagePool:
                 return run
         while self.free_pages < count:
             self._grow(count - self.free_pages)
-        parts = []
-        for number, slab in self._live():
-            take = min(count, slab.free)
-            if take:
-                parts.append(self._take(number, slab, np.flatnonzero(slab.references == 0)[:take]))
-                count -= take
-            if count == 0:
-                break
-        return np.concatenate(parts)
+        return self._scattered(count)
 
     def sparse(self) -> list[int]:
         """Slabs whose pages all fit into what is free elsewhere, the emptiest first."""
-        slabs = sorted((len(slab.references) - slab.free, slab.free, number) for number, slab in self._live())
+        used = self._pages - self._free
+        slabs = sorted((int(used[number]), int(self._free[number]), number) for number, _ in self._live())
         room, out = self.free_pages, []
-        for used, free, number in slabs:
+        for held, free, number in slabs:
             room -= free
-            if 0 < used <= room:
-                room -= used
+            if 0 < held <= room:
+                room -= held
                 out.append(number)
-            elif used:
+            elif held:
                 break
         return out
 
-    @_locked
+    @locked
     def allocate_elsewhere(self, count: int, slabs: list[int]) -> np.ndarray:
         """At most `count` free pages of other slabs than these; no memory is added for them."""
-        parts = [np.empty(0, dtype=np.int64)]
-        for number, slab in self._live():
-            take = 0 if number in slabs else min(count, slab.free)
-            if take:
-                parts.append(self._take(number, slab, np.flatnonzero(slab.references == 0)[:take]))
-                count -= take
-        return np.concatenate(parts)
-
-    def _run(self, count: int) -> np.ndarray | None:
-        """Consecutive free pages of one slab, if there are so many."""
-        for number, slab in self._live():
-            if slab.free >= count:
-                free = np.flatnonzero(slab.references == 0)
-                starts = np.flatnonzero(free[count - 1 :] - free[: len(free) - count + 1] == count - 1)
-                if len(starts):
-                    return self._take(number, slab, free[starts[0] : starts[0] + count])
-        return None
-
-    def _take(self, number: int, slab: _Slab, index: np.ndarray) -> np.ndarray:
-        slab.references[index] = 1
-        slab.free -= len(index)
-        self.free_pages -= len(index)
-        return (number << SLAB_SHIFT) + index.astype(np.int64)
-
-    def _by_slab(self, pages: np.ndarray) -> Iterator[tuple[_Slab, np.ndarray, np.ndarray | None]]:
-        """(slab, indices in it, where they stand in `pages`; None if all of them)."""
-        numbers = pages >> SLAB_SHIFT
-        first = int(numbers[0])
-        if (numbers == first).all():
-            slab = self._slabs[first]
-            assert slab is not None, "page of a slab that was given back"
-            yield slab, pages & _INDEX_MASK, None
-            return
-        order = np.argsort(numbers, kind="stable")
-        for where in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
-            slab = self._slabs[int(numbers[where[0]])]
-            assert slab is not None, "page of a slab that was given back"
-            yield slab, pages[where] & _INDEX_MASK, where
-
-    @_locked
-    def retain(self, pages: np.ndarray) -> None:
-        """One more reference to each page (a page may stand in `pages` more than once)."""
-        if pages.size:
-            for slab, index, _ in self._by_slab(pages.reshape(-1)):
-                assert (slab.references[index] > 0).all(), "a free page cannot be shared"
-                np.add.at(slab.references, index, 1)
-
-    @_locked
-    def release(self, pages: np.ndarray) -> None:
-        """One reference less to each page; pages without any are free again."""
-        if pages.size:
-            for slab, index, _ in self._by_slab(pages.reshape(-1)):
-                np.subtract.at(slab.references, index, 1)
-                touched = slab.references[np.unique(index)]
-                assert (touched >= 0).all(), "a page was released more often than it was held"
-                freed = int((touched == 0).sum())
-                slab.free += freed
-                self.free_pages += freed
-
-    @_locked
-    def references(self, pages: np.ndarray) -> np.ndarray:
-        """How many hold each page: int32, the shape of `pages`."""
-        flat = pages.reshape(-1)
-        counts = np.empty(flat.shape, dtype=np.int32)
-        if flat.size:
-            for slab, index, where in self._by_slab(flat):
-                counts[slice(None) if where is None else where] = slab.references[index]
-        return counts.reshape(pages.shape)
+        return self._scattered(count, slabs)
 
     # -- contents -----------------------------------------------------------------------------------------
 
@@ -389,21 +294,12 @@ class PagePool:
             if step > 0 and stride > 0 and (pages == grid).all():
                 slab = self._slabs[first >> SLAB_SHIFT]
                 assert slab is not None
-                return Location(pages.shape, slab, first & _INDEX_MASK, (stride, step), ())
+                return Location(pages.shape, slab, first & INDEX_MASK, (stride, step), ())
         parts = []
         for slab, index, where in self._by_slab(pages.reshape(-1)):
             target = None if where is None else torch.from_numpy(where).to(self.device)
             parts.append((slab, torch.from_numpy(index).to(self.device), target))
         return Location(pages.shape, None, 0, (0, 0), tuple(parts))
-
-    def addresses(self, name: str, pages: np.ndarray) -> np.ndarray:
-        """Where field `name` of each page begins in memory, in bytes: int64, the shape of `pages`."""
-        if name not in self._bases:
-            fields = [None if slab is None else slab.tensors[name] for slab in self._slabs]
-            self._bases[name] = np.array([0 if field is None else field.data_ptr() for field in fields], dtype=np.int64)
-        part = next(part for part in self.layout.fields if part.name == name)
-        step = self.layout.nbytes if self.layout.record else part.nbytes
-        return self._bases[name][pages >> SLAB_SHIFT] + (pages & _INDEX_MASK) * step
 
     def fetch(self, name: str, location: Location) -> torch.Tensor:
         """Field `name` of the pages at a location: `[rows, columns, *shape]`; of a regular grid a view."""

@@ -150,6 +150,11 @@ class Bounds(NamedTuple):
         return self.pinned_tokens + np.maximum(0, self.length - self.exact_base)
 
     @property
+    def full(self) -> Any:
+        """Whether the next token needs a page of its own."""
+        return ((self.length - self.exact_base) & (PAGE - 1)) == 0
+
+    @property
     def packed_tokens(self) -> Any:
         return self.packed_stop - self.packed_base
 

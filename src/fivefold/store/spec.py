@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -51,6 +53,8 @@ class Pools:
 
     def __init__(self, max_bytes: int | None = None) -> None:
         self.budget = Budget(max_bytes)
+        self.users: weakref.WeakSet[Any] = weakref.WeakSet()
+        """The sessions that take pages from here."""
         self._pools: dict[tuple[PageLayout, torch.device], PagePool] = {}
 
     def of(self, layout: PageLayout, device: torch.device) -> PagePool:
@@ -60,6 +64,9 @@ class Pools:
                 kind = PagePool if layout.holds is None else RoundedPool
                 self._pools[key] = kind(layout, device, self.budget)
             return self._pools[key]
+
+    def items(self) -> list[tuple[tuple[PageLayout, torch.device], PagePool]]:
+        return list(self._pools.items())
 
     def __iter__(self) -> Iterator[PagePool]:
         return iter(list(self._pools.values()))

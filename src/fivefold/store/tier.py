@@ -20,7 +20,8 @@ class Tier:
     How many columns of a row count is known to its `Bounds` alone; what stands behind them is nobody's. A pool beside
     the first holds the fields that every sharer of a page keeps for itself.
 
-    changed: (rows, columns) of the places that the device tables do not know yet; None where there are none.
+    changed: (rows, columns), arrays that are broadcast together, of the places that the device tables do not know yet;
+    None where there are none.
     """
 
     def __init__(self, pools: list[PagePool], rows: int) -> None:
@@ -33,6 +34,8 @@ class Tier:
     @classmethod
     def stacked(cls, tiers: Sequence[Tier]) -> Tier:
         """The rows of several tiers of the same pools, one after the other."""
+        if len(tiers) == 1:
+            return tiers[0]
         out = cls(tiers[0].pools, 0)
         width = max(tier.capacity for tier in tiers)
         for number in range(len(out.pools)):
@@ -81,8 +84,7 @@ class Tier:
     def _change(self, rows: np.ndarray, columns: np.ndarray) -> None:
         """These places (arrays that are broadcast together) have other pages."""
         if self.changed is not None:
-            places = np.broadcast_arrays(rows, columns)
-            self.changed.append((places[0].reshape(-1), places[1].reshape(-1)))
+            self.changed.append((rows, columns))
 
     def widen(self, change: Transaction, rows: np.ndarray, at: np.ndarray | int, count: int) -> None:
         """Fresh pages in the `count` columns from `at` on (of each row its own), behind those that count."""
@@ -96,13 +98,20 @@ class Tier:
         self._change(rows[:, None], columns)
 
     def drop(
-        self, change: Transaction, rows: np.ndarray, first: np.ndarray | int, count: np.ndarray | int, stop: int
+        self,
+        change: Transaction,
+        rows: np.ndarray,
+        first: np.ndarray | int,
+        count: np.ndarray | int,
+        columns: np.ndarray | int,
     ) -> None:
-        """Give up `count` columns from `first` on (of each row its own); those behind move up. No row has more than
-        `stop` columns that count."""
-        first, count = (np.broadcast_to(np.asarray(x), rows.shape)[:, None] for x in (first, count))
-        if not len(rows) or not count.any():
+        """Give up `count` of a row's `columns` from `first` on (of each row its own); those behind move up."""
+        some = np.broadcast_to(count, rows.shape) > 0
+        rows = rows[some]
+        if not len(rows):
             return
+        first, count, columns = (np.broadcast_to(x, some.shape)[some, None] for x in (first, count, columns))
+        stop = int(columns.max())
         at = np.arange(stop)
         gone = (at >= first) & (at < first + count)
         source = np.minimum(np.where(at < first, at, at + count), stop - 1)
@@ -187,11 +196,12 @@ class Tier:
         for i, pool in enumerate(self.pools):
             change.release(pool, self.held(columns, i))
 
-    def select(self, rows: np.ndarray) -> Tier:
-        """The tables of these rows, in that order; references are the caller's to count."""
+    def select(self, rows: np.ndarray, shared: bool) -> Tier:
+        """The tables of these rows, in that order; references are the caller's to count. shared: whether that gives
+        pages several owners."""
         out = Tier(self.pools, 0)
         out.tables = [table[rows] for table in self.tables]
-        out.shared = True
+        out.shared = self.shared or shared
         return out
 
     @property

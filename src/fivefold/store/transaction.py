@@ -7,52 +7,53 @@ fresh pages. A page that is given up keeps its owner until the change is committ
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from fivefold.store.pages import PagePool
+
+_numbers = itertools.count()
 
 
 class Transaction:
     """The pages that a change took and gives up, and what brings back what it changed."""
 
     def __init__(self) -> None:
+        self._number = 1 + next(_numbers) % 0x7FFFFFFF
         self._fresh: dict[PagePool, list[np.ndarray]] = {}
         self._released: list[tuple[PagePool, np.ndarray]] = []
         self._undo: list[Callable[[], None]] = []
+        self._checks: list[Callable[[], None]] = []
+        self.members: list[Any] = []
+        """The banks that are being changed."""
 
     def allocate(self, pool: PagePool, count: int) -> np.ndarray:
         """Fresh pages, which a rollback gives back: int64 `[count]`."""
-        pages = pool.allocate(count)
-        return self.adopt(pool, pages) if count else pages
+        return self.adopt(pool, pool.allocate(count))
 
     def adopt(self, pool: PagePool, pages: np.ndarray) -> np.ndarray:
         """Pages that were just allocated otherwise, as if by `allocate`."""
         self._fresh.setdefault(pool, []).append(pages)
+        pool.mark(pages, self._number)
         return pages
 
     def release(self, pool: PagePool, pages: np.ndarray) -> None:
         """Give pages up: those that were taken by this very change at once, all others when it is committed."""
         pages = pages.reshape(-1)
-        if not len(pages):
-            return
-        fresh = self._fresh.get(pool)
-        if fresh:
-            mine = np.concatenate(fresh)
-            own = np.isin(pages, mine)
-            if own.any():
-                self._fresh[pool] = [mine[~np.isin(mine, pages)]]
-                pool.release(pages[own])
-                pages = pages[~own]
+        own = pool.marks(pages) == self._number
+        if own.any():
+            pool.mark(pages[own], 0)
+            pool.release(pages[own])
+            pages = pages[~own]
         if len(pages):
             self._released.append((pool, pages))
 
     def keep(self, pool: PagePool, pages: np.ndarray) -> None:
         """Note what pages hold, for a rollback, before committed tokens in them are written over."""
-        fresh = self._fresh.get(pool)
-        if fresh:
-            pages = pages[~np.isin(pages, np.concatenate(fresh))]  # those go anyway, and may be somebody else's by then
+        pages = pages[pool.marks(pages) != self._number]  # the others go anyway, and may be somebody else's by then
         if not len(pages):
             return
         before = [(part.name, pool.read(part.name, pages).clone()) for part in pool.layout.fields]
@@ -67,8 +68,23 @@ class Transaction:
         """What a rollback has to do, the latest first."""
         self._undo.append(action)
 
+    def check(self, action: Callable[[], None]) -> None:
+        """What is known only when a device has done its part: `action` raises where the change cannot stand."""
+        self._checks.append(action)
+
+    def verify(self) -> None:
+        """Ask all that, as late as can be: before `commit`."""
+        while self._checks:
+            self._checks.pop(0)()
+
+    def _close(self) -> None:
+        for bank in self.members:
+            bank.change = None
+
     def commit(self) -> None:
         """Let go of what was replaced."""
+        assert not self._checks
+        self._close()
         self._undo, self._fresh = [], {}
         while self._released:
             pool, pages = self._released.pop()
@@ -76,9 +92,11 @@ class Transaction:
 
     def rollback(self) -> None:
         """Bring back what was before."""
-        self._released = []
+        self._close()
+        self._released, self._checks = [], []
         while self._undo:
             self._undo.pop()()
-        for pool, parts in self._fresh.items():
-            while parts:
-                pool.release(parts.pop())
+        while self._fresh:
+            pool, parts = self._fresh.popitem()
+            pages = np.unique(np.concatenate(parts))
+            pool.release(pages[pool.marks(pages) == self._number])

@@ -208,6 +208,10 @@ class RotateCodec(Codec):
         return heads_together(heads, self.method.head_group, self.spec.head_dim)
 
     @property
+    def fingerprint(self) -> str:
+        return self.profile.sha256
+
+    @property
     def nbytes(self) -> int:
         return sum(x.nbytes for made in self._orders.values() for x in made)
 

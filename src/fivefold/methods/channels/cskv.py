@@ -240,6 +240,10 @@ class CskvCodec(Codec):
         return self._bases[groups]
 
     @property
+    def fingerprint(self) -> str:
+        return self.profile.sha256
+
+    @property
     def nbytes(self) -> int:
         return sum(x.nbytes for made in self._bases.values() for x in made)
 

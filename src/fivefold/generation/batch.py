@@ -1,0 +1,93 @@
+"""The sequences that are decoded together, in one cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from fivefold.generation.request import Request, Result
+from fivefold.generation.sampling import Picker, pick
+from fivefold.models.cache import FivefoldCache
+
+
+class Handle:
+    """A request that was submitted. result: what came of it; None until then."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.result: Result | None = None
+
+
+class Running:
+    """A sequence that is being read, decoded, or set aside.
+
+    number: its age, in the order in which requests were submitted. cache: its own, while it is not in the batch. read:
+    tokens of the prompt that the cache holds. ends: token ids that end it.
+    """
+
+    def __init__(self, handle: Handle, number: int, ends: frozenset[int]) -> None:
+        self.handle, self.request, self.number, self.ends = handle, handle.request, number, ends
+        self.cache: FivefoldCache | None = None
+        self.read = self.shared = self.preemptions = 0
+        self.digests: list[bytes] = []
+        """Hashes of the prompt's blocks, where there is a prefix store."""
+        self.tokens: list[int] = []
+        self.picker = Picker.of(self.request)
+        self.submitted = time.perf_counter()
+        self.started: float | None = None
+        self.first_token: float | None = None
+        self.first_step: int | None = None
+
+    @property
+    def is_read(self) -> bool:
+        return self.read == len(self.request.prompt)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and those that were generated."""
+        return len(self.request.prompt) + len(self.tokens)
+
+
+class Batch:
+    """Sequences in the order in which the cache holds them."""
+
+    def __init__(self, model: PreTrainedModel, cache: FivefoldCache, most: int) -> None:
+        self.model, self.cache, self.most = model, cache, most
+        self.sequences: list[Running] = []
+
+    def join(self, sequence: Running) -> None:
+        """A sequence whose prompt has been read comes in. Raises `CacheFullError`, changing nothing."""
+        assert sequence.cache is not None
+        self.cache.join(sequence.cache)
+        sequence.cache = None
+        self.sequences.append(sequence)
+
+    def take(self, sequence: Running) -> None:
+        """A sequence leaves with a cache of its own."""
+        index = self.sequences.index(sequence)
+        sequence.cache = self.cache.take([index])
+        sequence.cache.step = None  # what is alone for a while is not worth a graph
+        del self.sequences[index]
+
+    def drop(self, gone: Sequence[Running]) -> None:
+        """Sequences that have ended leave, and their pages are free."""
+        if gone:
+            self.cache.drop([self.sequences.index(sequence) for sequence in gone])
+            self.sequences = [sequence for sequence in self.sequences if sequence not in gone]
+
+    def step(self) -> list[int]:
+        """One decoding step: the next token of each sequence, -1 where its logits are not finite. Whatever it raises,
+        nothing has changed."""
+        logits = forward(self.model, self.cache, [[sequence.tokens[-1]] for sequence in self.sequences])
+        return pick(logits, [sequence.picker for sequence in self.sequences])
+
+
+def forward(model: Any, cache: FivefoldCache, ids: list[Sequence[int]] | list[list[int]]) -> torch.Tensor:
+    """Give a cache the next tokens of its sequences, equally many of each: the newest one's logits `[sequences,
+    vocabulary]`. Masks and positions follow from the cache."""
+    given = torch.tensor(ids, dtype=torch.int64, device=model.device)
+    return model(given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
