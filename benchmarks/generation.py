@@ -12,8 +12,8 @@ beginning to the last token's end, prompts included.
   `many`, after a round that is not counted.
 - prefix: 16 requests, one after another, whose prompts of 8k tokens differ in the last 256 only, with a `PrefixStore`:
   the time to the first token.
-- alone: `model.generate` with transformers' `DynamicCache`, one request at a time. Only a few are measured, and the time
-  of all of them is extrapolated by a straight line over the length of the prompt.
+- alone: `model.generate` with transformers' `DynamicCache`, one request at a time. Only a few are measured; the time of
+  all of them is extrapolated by a straight line over the length of the prompt.
 
 `tiny` is a small model on any device, which shows that all of this works, and nothing else.
 """

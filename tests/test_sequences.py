@@ -145,8 +145,8 @@ def test_a_failure_leaves_both_sides_as_they_were(tiny: Any, name: str, change: 
     talk.join(1, talk.arrive(1))
     talk.join(0, talk.arrive(0))
     failed, at = 0, 1
+    cache = talk.batch.new() if change == "take" else talk.arrive(2)
     while True:
-        cache = talk.batch.new() if change == "take" else talk.arrive(2) if at == 1 else cache
         before = [talk.batch.lengths().tolist(), cache.lengths().tolist()]
         try:
             with FailsAt(at) as mode:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "FivefoldError", "PrefixStore", "Recipe", "Request", "__version__", "compress", "generate_many", "restore",
+    "FivefoldError", "PrefixStore", "Recipe", "Request", "__version__", "compress", "generate_many", "load_cache",
+    "restore",
 ]  # fmt: skip
 
 # These need torch, which takes seconds to import: it waits until one of them is asked for (PEP 562).

@@ -120,13 +120,13 @@ def _step(
     policy = store.policy
     watch = group.held is not None and policy is not None and policy.chooses and policy.watches
     role = session.roles.get(store.spec.layer, "full") if decoding and group.bounds.extent.recent is None else "full"
-    picks = session.picks(group) if role == "sparse" else None
+    picks = session.picks.of(group) if role == "sparse" else None
     if picks is not None:
         out, weights = attend_picked(store, group, queries, scaling, picks, watch)
     else:
         out, weights = attend_step(store, group, queries, scaling, watch or role == "select")
     if weights is not None and role == "select":
-        session.picked(group, pick(store, group, weights, session.top))
+        session.picks.put(group, pick(store, group, weights, session.top))
     if weights is not None and watch:
         store.observe(group, weights)
     return out

@@ -227,7 +227,9 @@ def write(folder: Path, state: State, about: dict[str, Any]) -> None:
     try:
         json.dumps(about)
     except (TypeError, ValueError) as error:
-        raise InputError(f"the note of a saved cache cannot be JSON ({first_line(error)}): give plain values.") from None
+        raise InputError(
+            f"the note of a cache cannot be saved as JSON ({first_line(error)}): give plain values."
+        ) from None
     temporary = folder / f".{_TENSORS}{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ def join(mine: Session, other: Session) -> None:
         return
     if mine.recording or other.recording:
         raise CacheStateError("sequences cannot join while tokens may be taken back (assisted decoding): crop first.")
-    with mine.atomic():
+    with mine.atomic(grows=other.pools is not mine.pools):
         change = mine.change
         assert change is not None
         other.include(change)
@@ -79,7 +79,7 @@ def take(session: Session, indices: np.ndarray) -> Session:
     if not len(indices):
         return twin
     rest = np.setdiff1d(np.arange(batch), indices)
-    with session.atomic():
+    with session.atomic(grows=False):
         change = session.change
         assert change is not None
         twin.include(change)
@@ -99,7 +99,10 @@ def take(session: Session, indices: np.ndarray) -> Session:
             one.length, one.ragged = _longest(kept), True
     if not len(rest):
         session.emptied()
-    twin.pools.budget.count(id(twin), twin.charged)
+    budget = twin.pools.budget
+    budget.count(id(twin), twin.charged)
+    if not budget.room_for(0):
+        budget.trim()  # two page tables are larger than one
     return twin
 
 

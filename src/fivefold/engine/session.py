@@ -19,11 +19,11 @@ import torch
 from fivefold.attention.fused import why_not
 from fivefold.attention.tables import tables_of
 from fivefold.engine.companions import Companions
+from fivefold.engine.picks import Picks
 from fivefold.errors import CacheFullError, CacheStateError
 from fivefold.kernels.packed_decode import schedule
 from fivefold.store import compact, context
 from fivefold.store.bank import Bank
-from fivefold.store.group import RowGroup
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.spec import LayerSpec, Pools
 from fivefold.store.transaction import Transaction
@@ -71,8 +71,8 @@ class Session:
         """Layers of which a kernel stores and attends the newest token of all rows at once, in this forward."""
         self.captured = False
         """While a step runs for a graph: whoever runs it has admitted it."""
-        self._picks: torch.Tensor | None = None
-        self._picked = np.zeros(0, dtype=bool)
+        self.picks = Picks(top)
+        """What layers have picked for those after them, in this forward."""
         self._thread = 0
         self._alone = False
         """Whether a forward was begun by its first layer, and ends with its last one."""
@@ -140,7 +140,7 @@ class Session:
         self.rollback()
         self._compact()
         change = Transaction()
-        self.chunk, self._picks, self.stepping = 0, None, frozenset()
+        self.chunk, self.picks, self.stepping = 0, Picks(self.top), frozenset()
         self.include(change)
         self.change, self._thread, self._alone = change, threading.get_ident(), False
 
@@ -159,8 +159,9 @@ class Session:
         for bank in self.banks:
             bank.begin(change)
 
-    def commit(self) -> None:
-        """Let the policies move what is due after a forward; then what it did stands."""
+    def commit(self, grows: bool = True) -> None:
+        """Let the policies move what is due after a forward; then what it did stands. grows: whether it may have more
+        bytes than before, so that the cap has a say."""
         change = self.change
         assert change is not None
         if self.chunk == 1:
@@ -172,14 +173,27 @@ class Session:
             self.unite(change)
         if self.pools.budget.limit is not None:
             before = self.pools.budget.charged.get(id(self), 0)
-            change.undo(lambda: self.pools.budget.charge(id(self), before))
-            self.pools.budget.charge(id(self), self.charged)
+            change.undo(lambda: self.pools.budget.count(id(self), before))
+            self._charge(grows)
         change.verify()
         self.change = None
         change.commit()
         for pool in self.pools:
             pool.shrink()
         self.sparse = self.sparse or self.chunk > 1
+
+    def _charge(self, grows: bool) -> None:
+        budget = self.pools.budget
+        if not grows:
+            budget.count(id(self), self.charged)
+            return
+        try:
+            budget.charge(id(self), self.charged)
+        except CacheFullError:
+            for store in self.stores.values():
+                if store.codec is not None:
+                    store.codec.forget()  # or what it has just made would be above the cap
+            raise
 
     def _compact(self) -> None:
         """After a chunk: give memory back that evicted and packed tokens have left free in pieces."""
@@ -200,12 +214,12 @@ class Session:
             self.pools.budget.trim()  # what it took for itself
 
     @contextmanager
-    def atomic(self) -> Iterator[None]:
+    def atomic(self, grows: bool = True) -> Iterator[None]:
         """A forward, or another change of the whole cache: it happens as a whole or not at all."""
         self.begin()
         try:
             yield
-            self.commit()
+            self.commit(grows)
         except BaseException:
             self.rollback()
             raise
@@ -344,24 +358,6 @@ class Session:
         if not store.batch:
             store.start(len(self.tokens))
         return store
-
-    def picked(self, group: RowGroup, positions: torch.Tensor) -> None:
-        """A layer has picked tokens for the layers after it: `[rows, n]`."""
-        rows, wide = group.layer.rows, torch.nn.functional.pad(positions, (0, self.top - positions.shape[1]), value=-1)
-        if self._picks is None or len(group.rows) == rows:
-            self._picks = wide if len(group.rows) == rows else wide.new_full((rows, self.top), -1)
-            self._picked = np.zeros(rows, dtype=bool)
-        self._picked[group.rows] = True
-        if len(group.rows) < rows:
-            self._picks = self._picks.index_copy(0, group.rows_tensor.to(wide.device), wide)
-
-    def picks(self, group: RowGroup) -> torch.Tensor | None:
-        """What was picked for the rows of a group, `[rows, top]`, -1 for none; None if nothing was for one of them, or
-        if all that there is would be read anyway."""
-        if self._picks is None or self.top >= group.bounds.length or not self._picked[group.rows].all():
-            return None
-        picks = self._picks.to(group.layer.spec.device)
-        return picks if len(group.rows) == group.layer.rows else picks[group.rows_tensor.to(picks.device)]
 
     def settle(self, revocable: int) -> None:
         """Let the policies of all layers move what is due."""

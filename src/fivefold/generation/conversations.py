@@ -81,6 +81,8 @@ class Conversations:
             if name in self._waiting:
                 raise CacheStateError(f"the conversation {name!r} waits already: take it first.")
             self._waiting[name] = Waiting(unread, cache)
+            while not cache.session.pools.budget.room_for(0) and self.make_room():
+                pass
             self._to_disk()
 
     def take(self, name: str, new: FivefoldCache) -> tuple[FivefoldCache, tuple[int, ...]]:

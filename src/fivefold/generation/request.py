@@ -37,6 +37,8 @@ class Request:
     seed: of a random generator of its own, so that neighbours do not matter; with the same seed set by
         `torch.manual_seed`, `model.generate` samples the same tokens. None is a new one each time.
     id: anything, for whoever asks.
+    conversation: the name of a conversation (`Conversations`) that this is the next turn of: the prompt is then what
+        is new in it. None is a text of its own.
 
     Raises `InputError` for a value that is not possible. What depends on the model is checked when it is submitted.
     """
@@ -50,6 +52,7 @@ class Request:
     repetition_penalty: float = 1.0
     seed: int | None = None
     id: Any = None
+    conversation: str | None = None
 
     def __post_init__(self) -> None:
         stop = [self.stop] if isinstance(self.stop, int | np.integer) else self.stop
@@ -68,6 +71,8 @@ class Request:
                 f"temperature={self.temperature!r} is too small to be divided by: use 0, which takes the most likely "
                 f"token, or at least {_COOLEST}."
             )
+        if self.conversation is not None and not (isinstance(self.conversation, str) and self.conversation):
+            raise InputError(f"conversation={self.conversation!r} is no name: give a text, or None.")
         if values["top_p"] == 0:
             raise InputError(f"top_p={self.top_p!r} leaves no token: use more than 0, or temperature=0.")
         for name, value in values.items():
@@ -116,6 +121,27 @@ def _number(name: str, given: Any, low: float, high: float) -> float:
         bounds = f"{low} or more" if high == math.inf else f"{low} to {high}"
         raise InputError(f"{name}={given!r} is out of range: use {bounds}.")
     return value
+
+
+def why_not(request: Request, longest: int | None, vocabulary: int, held: int = 0) -> str | None:
+    """Why a model cannot serve a request, in one sentence; None if it can. longest: how many positions it has;
+    vocabulary: how many tokens it knows; held: tokens of the conversation so far."""
+    tokens, new = len(request.prompt), request.max_new_tokens
+    if not tokens:
+        return "the prompt has no tokens: give at least one, such as the token that begins a text."
+    if longest is not None and held + tokens + new > longest:
+        before = f"{held:,} tokens of the conversation, " if held else ""
+        return (
+            f"{before}{tokens:,} tokens of prompt and max_new_tokens={new:,} are more than the {longest:,} positions "
+            "of this model: shorten the prompt, or generate less."
+        )
+    wrong = next((token for token in request.prompt if not 0 <= token < vocabulary), None)
+    if wrong is not None:
+        return (
+            f"the prompt holds token {wrong}, and this model knows those from 0 to {vocabulary - 1}: use its own "
+            "tokenizer."
+        )
+    return None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import warnings
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from time import perf_counter
 from types import TracebackType
 
@@ -17,28 +16,19 @@ from transformers import PreTrainedModel
 from fivefold.api import compress
 from fivefold.engine.prefix import PrefixStore, Shelf
 from fivefold.errors import CacheFullError, CacheStateError, FivefoldError, InputError
-from fivefold.generation.batch import Batch, Handle, Running, forward
-from fivefold.generation.request import FinishReason, Request, Result
+from fivefold.generation.batch import FULL, Batch, Event, Handle, Running, forward, too_small
+from fivefold.generation.conversations import Conversations
+from fivefold.generation.request import FinishReason, Request, Result, why_not
 from fivefold.generation.sampling import pick
 from fivefold.methods import TokenPolicy
 from fivefold.models.cache import FivefoldCache
 from fivefold.models.huggingface import prepare
 from fivefold.recipe import Recipe
 
-FULL = (CacheFullError, torch.OutOfMemoryError)
 _NOT_FINITE = (
     "the model's logits for this request are not finite: look for the layer that overflows, or load the model in "
     "bfloat16 or float32."
 )
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something happened to a request: it has one more `token`, or it has ended with a `result`."""
-
-    handle: Handle
-    token: int | None = None
-    result: Result | None = None
 
 
 class Scheduler:
@@ -59,6 +49,8 @@ class Scheduler:
             the prefix store keeps.
         max_batch: how many sequences are decoded together at most.
         prefix: prompts that begin alike are read once.
+        conversations: where the caches of conversations wait between their turns. A turn that fails leaves its
+            conversation as it was; one that is cancelled too, unless its answer had begun.
         cuda_graph: decoding steps as CUDA graphs, as for `fivefold.compress`.
         chunk: tokens of a prompt that are read between two decoding steps.
 
@@ -74,12 +66,13 @@ class Scheduler:
         prefix: PrefixStore | None = None,
         cuda_graph: bool = False,
         chunk: int = 2048,
+        conversations: Conversations | None = None,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("chunk", chunk)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"{name}={value!r} is not possible: give a positive whole number.")
         parsed = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe)
-        self.model, self.recipe, self.chunk = model, parsed, chunk
+        self.model, self.recipe, self.chunk, self.conversations = model, parsed, chunk, conversations
         self.whole = any(isinstance(method, TokenPolicy) and method.chooses for method in parsed.methods)
         """Whether prompts must be read at once, because what is held is chosen then."""
         why = None if prefix is None else prefix.why_not(parsed)
@@ -129,7 +122,12 @@ class Scheduler:
         """Put a request into the queue. One that does not fit the model ends with an error in the next step."""
         if not isinstance(request, Request):
             raise InputError(f"a {type(request).__name__} cannot be generated for: give a fivefold.Request.")
-        handle, why = Handle(request), self._why_not(request)
+        if request.conversation is not None and self.conversations is None:
+            raise InputError(
+                f"the conversation {request.conversation!r} has nowhere to wait: make the Scheduler with "
+                "conversations=Conversations()."
+            )
+        handle, why = Handle(request), why_not(request, self._longest, self._vocabulary)
         ends = self._ends if request.stop_ids is None else request.stop_ids
         with self._lock:
             if self._closed:
@@ -161,24 +159,6 @@ class Scheduler:
         with self._lock:
             reading = self._reading is not None
             return len(self._queue) + len(self._refused) + len(self._aside) + len(self.batch.sequences) + reading
-
-    def _why_not(self, request: Request) -> str | None:
-        """Why a request cannot be served by this model, in one sentence; None if it can."""
-        tokens, new = len(request.prompt), request.max_new_tokens
-        if not tokens:
-            return "the prompt has no tokens: give at least one, such as the token that begins a text."
-        if self._longest is not None and tokens + new > self._longest:
-            return (
-                f"{tokens:,} tokens of prompt and max_new_tokens={new:,} are more than the {self._longest:,} positions "
-                "of this model: shorten the prompt, or generate less."
-            )
-        wrong = next((token for token in request.prompt if not 0 <= token < self._vocabulary), None)
-        if wrong is not None:
-            return (
-                f"the prompt holds token {wrong}, and this model knows those from 0 to {self._vocabulary - 1}: use its "
-                "own tokenizer."
-            )
-        return None
 
     # -- a step -------------------------------------------------------------------------------------------
 
@@ -212,9 +192,11 @@ class Scheduler:
             self._closed = True
             self._queue.clear()
             self._refused.clear()
-        for sequence in (*self._aside, *([] if self._reading is None else [self._reading])):
+        for sequence in (*self._aside, *self.batch.sequences, *([] if self._reading is None else [self._reading])):
             if sequence.cache is not None:
                 sequence.cache.free()
+            if sequence.before is not None:
+                self._put_back(sequence, *sequence.before)
         self.batch.sequences, self._reading, self._aside, self._events = [], None, [], []
         self.batch.cache.free()
 
@@ -245,12 +227,33 @@ class Scheduler:
             sequence.first_step,
             self.steps,
         )
-        if sequence.cache is not None:
-            sequence.cache.free()
-            sequence.cache = None
+        self._leave(sequence, reason)
         self._crowded = False
         sequence.handle.result = result
         self._events.append(Event(sequence.handle, result=result))
+
+    def _leave(self, sequence: Running, reason: FinishReason) -> None:
+        """What becomes of the cache of a sequence that is over."""
+        cache, sequence.cache = sequence.cache, None
+        talk = sequence.request.conversation is not None and (sequence.tokens or sequence.before is not None)
+        if talk and reason != "error" and sequence.tokens:
+            if cache is None:
+                self.batch.take(sequence)
+                cache, sequence.cache = sequence.cache, None
+            assert cache is not None
+            if sequence.before is not None:
+                sequence.before[0].free()
+            self._put_back(sequence, cache, (sequence.tokens[-1],))
+            return
+        if cache is not None:
+            cache.free()
+        if sequence.before is not None:
+            self._put_back(sequence, *sequence.before)
+
+    def _put_back(self, sequence: Running, cache: FivefoldCache, unread: tuple[int, ...]) -> None:
+        assert self.conversations is not None and sequence.request.conversation is not None
+        sequence.before = None
+        self.conversations.put(sequence.request.conversation, cache, unread)
 
     def _hand_out(self, sequences: Sequence[Running], tokens: Sequence[int]) -> list[Running]:
         """Each sequence has its next token; those that end with it."""
@@ -297,7 +300,7 @@ class Scheduler:
     def _make_room(self, error: BaseException) -> None:
         """A forward has found no room: the prefix store gives way, else the youngest sequence; if it is the only one,
         it has failed."""
-        if self.shelf is not None and self.shelf.give_up():
+        if self._give_way():
             return
         inside = [*self.batch.sequences, *([] if self._reading is None else [self._reading])]
         youngest = max(inside, key=lambda sequence: sequence.number)
@@ -306,9 +309,15 @@ class Scheduler:
         else:
             self.batch.take(youngest)
         if len(inside) == 1:
-            self._end(youngest, "error", self._too_small(youngest, error))
+            self._end(youngest, "error", too_small(youngest, self.root, error))
         else:
             self._set_aside(youngest)
+
+    def _give_way(self) -> bool:
+        """Those that only wait make room: prefixes, then conversations; whether there was something."""
+        if self.shelf is not None and self.shelf.give_up():
+            return True
+        return self.conversations is not None and self.conversations.make_room()
 
     def _set_aside(self, sequence: Running) -> None:
         """Swap a sequence that is not in the batch to host memory."""
@@ -317,6 +326,8 @@ class Scheduler:
         if cache.batch and not cache.offloaded:
             cache.offload()
             sequence.preemptions += 1
+            if sequence.before is not None:
+                sequence.before[0].offload()
         if sequence not in self._aside:
             self._aside = sorted([*self._aside, sequence], key=lambda one: one.number)
         self._crowded = True
@@ -340,49 +351,72 @@ class Scheduler:
                 self._aside.remove(sequence)
             except FULL as error:
                 self._crowded = True
-                if self.shelf is not None and self.shelf.give_up():
+                if self._give_way():
                     self._crowded = False
                 elif not busy:
                     self._aside.remove(sequence)
-                    self._end(sequence, "error", self._too_small(sequence, error))
+                    self._end(sequence, "error", too_small(sequence, self.root, error))
                 if cache.batch and not cache.offloaded:
                     cache.offload()
-
-    def _too_small(self, sequence: Running, error: BaseException) -> str:
-        held = f"this request, of {sequence.length:,} tokens so far"
-        if isinstance(error, CacheFullError):
-            limit = self.root.session.pools.budget.limit
-            return (
-                f"the cap of {limit:,} bytes is too small for {held}, even alone: raise max_bytes, or use a recipe "
-                "that keeps less."
-            )
-        return f"the device has too little memory for {held}, even alone: use a recipe that keeps less, or a smaller chunk."
 
     # -- reading ------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        """The oldest request of the queue begins, if there is room for one."""
+        """The oldest request of the queue begins, if there is room for one. A turn waits for the one before it."""
         if self._reading is not None or self._aside or len(self.batch.sequences) >= self.batch.most:
             return
+        busy = {one.request.conversation for one in self.batch.sequences} - {None}
         with self._lock:
-            if not self._queue:
-                return
-            sequence = self._queue[0]
+            sequence = next((one for one in self._queue if one.request.conversation not in busy), None)
+        if sequence is None:
+            return
         sequence.started, sequence.first_step = perf_counter(), self.steps
-        if self.shelf is not None:
-            prompt = sequence.request.prompt
-            sequence.digests = self.shelf.digests(prompt)
-            sequence.cache, sequence.read = self.shelf.find(prompt, sequence.digests)
+        try:
+            if not self._resume(sequence):
+                return
+        except FivefoldError as error:
+            with self._lock:
+                self._queue.remove(sequence)
+            self._end(sequence, "error", str(error))
+            return
+        if self.shelf is not None and sequence.cache is None:
+            sequence.digests = self.shelf.digests(sequence.prompt)
+            sequence.cache, sequence.read = self.shelf.find(sequence.prompt, sequence.digests)
             sequence.shared = sequence.read
         if sequence.cache is None:
             sequence.cache = self.root.new(cuda_graph=False)
         with self._lock:
-            self._queue.popleft()
+            self._queue.remove(sequence)
         self._reading = sequence
+
+    def _resume(self, sequence: Running) -> bool:
+        """The cache of a conversation that has been here before; False if there is no room for it now. Raises
+        `FivefoldError` where it cannot go on."""
+        name, waiting = sequence.request.conversation, self.conversations
+        if name is None or waiting is None or name not in waiting:
+            return True
+        while True:
+            try:
+                cache, unread = waiting.take(name, self.root.new(cuda_graph=False))
+                break
+            except FULL as error:
+                if not self._give_way():
+                    if self.batch.sequences:
+                        return False
+                    raise CacheFullError(too_small(sequence, self.root, error)) from None
+        held = int(cache.lengths()[0]) + len(unread)
+        why = why_not(sequence.request, self._longest, self._vocabulary, held)
+        if why is not None:
+            waiting.put(name, cache, unread)
+            raise InputError(why)
+        with self._lock:
+            self._most_tokens = max(self._most_tokens, held + sequence.length + sequence.request.max_new_tokens)
+        sequence.before, sequence.cache, sequence.prompt = (cache.fork(), unread), cache, (*unread, *sequence.prompt)
+        return True
 
     def _next_stop(self, sequence: Running) -> int:
         """Where the next piece of a prompt ends. It hangs on the prompt alone, so that tokens do."""
-        end = len(sequence.request.prompt)
+        end = len(sequence.prompt)
         if self.whole:
             return end
         piece = self.chunk if self.shelf is None else self.shelf.block
@@ -398,7 +432,7 @@ class Scheduler:
                 return
             assert sequence.cache is not None
             try:
-                logits = forward(self.model, sequence.cache, [sequence.request.prompt[sequence.read : stop]])
+                logits = forward(self.model, sequence.cache, [sequence.prompt[sequence.read : stop]])
             except FULL as error:
                 self._make_room(error)
                 continue
@@ -408,7 +442,7 @@ class Scheduler:
                 return
             left -= stop - sequence.read
             sequence.read = stop
-            if self.shelf is not None and stop % self.shelf.block == 0:
+            if self.shelf is not None and sequence.before is None and stop % self.shelf.block == 0:
                 with suppress(*FULL):
                     self.shelf.keep(sequence.digests[: stop // self.shelf.block], sequence.cache)
             if sequence.is_read:
@@ -439,7 +473,7 @@ class Scheduler:
                 self._decode_one_by_one()
                 return
             else:
-                self.batch.drop(self._hand_out(self.batch.sequences, tokens))
+                self.batch.drop(self._hand_out(list(self.batch.sequences), tokens))
                 return
 
     def _decode_one_by_one(self) -> None:

@@ -185,8 +185,7 @@ class Slabs:
 
     @locked
     def marks(self, pages: np.ndarray) -> np.ndarray:
-        """Which change took each page, int32, as far as anybody has said so; 0 for pages of slabs that were given back.
-        """
+        """Which change took each page, int32, as far as anybody has said so; 0 where the slab was given back."""
         slabs, index = pages >> SLAB_SHIFT, pages & INDEX_MASK
         there = index < self._pages[slabs]
         return np.where(there, self._counts[1][np.where(there, self._starts[0][slabs] + index, 0)], 0)
