@@ -57,7 +57,7 @@ def test_answers_are_those_of_each_alone(tiny: Any, tmp_path: Path, name: str) -
     cache = fivefold.compress(model, recipe)
     with torch.inference_mode():
         model(text(3 * 400), past_key_values=cache)
-    cap = cache.session.pools.budget.used
+    cap = cache.session.pools.budget.used * (2 if "kivi" in name else 1)
     waiting = Conversations(tmp_path, host_bytes=cap // 5)
     with Scheduler(model, recipe, 3, cap, conversations=waiting) as scheduler:
         for turn in range(3):

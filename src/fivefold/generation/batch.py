@@ -51,6 +51,8 @@ class Running:
         self.cache: FivefoldCache | None = None
         self.before: tuple[FivefoldCache, tuple[int, ...]] | None = None
         self.read = self.shared = self.preemptions = 0
+        self.stuck: tuple[int, int] | None = None
+        """How far it had come when there was no room for more."""
         self.digests: list[bytes] = []
         """Hashes of the prompt's blocks, where there is a prefix store."""
         self.tokens: list[int] = []

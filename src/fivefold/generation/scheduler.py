@@ -298,8 +298,7 @@ class Scheduler:
     # -- room ---------------------------------------------------------------------------------------------
 
     def _make_room(self, error: BaseException) -> None:
-        """A forward has found no room: the prefix store gives way, else the youngest sequence; if it is the only one,
-        it has failed."""
+        """A forward has found no room: what only waits gives way, else the youngest sequence."""
         if self._give_way():
             return
         inside = [*self.batch.sequences, *([] if self._reading is None else [self._reading])]
@@ -308,10 +307,13 @@ class Scheduler:
             self._reading = None
         else:
             self.batch.take(youngest)
-        if len(inside) == 1:
+        # Alone it comes back into memory that is in one piece, and has failed if that does not help.
+        progress = youngest.read, len(youngest.tokens)
+        if len(inside) == 1 and youngest.stuck == progress:
             self._end(youngest, "error", too_small(youngest, self.root, error))
-        else:
-            self._set_aside(youngest)
+            return
+        youngest.stuck = progress
+        self._set_aside(youngest)
 
     def _give_way(self) -> bool:
         """Those that only wait make room: prefixes, then conversations; whether there was something."""
