@@ -59,6 +59,8 @@ SETTINGS = {
     "llama-3-8b": Setting("llama-3-8b", 64, 2048, 16384, 128, 2048, 8192, 256),
     "tiny": Setting("small", 8, 32, 200, 12, 64, 1024, 32),
 }
+READS = 4
+"""Chunks between two decoding steps: the default of `generate_many`."""
 RECIPES = ("kivi(bits=4)", "kivi(bits=2)")
 
 
@@ -87,7 +89,7 @@ def many(model: Any, recipe: str, requests: list[Request], setting: Setting, max
     as long as there are prompts to be read."""
     chunks: list[tuple[float, int]] = []
     graph = torch.cuda.is_available()
-    with Scheduler(model, recipe, max_batch, cuda_graph=graph, chunk=setting.chunk) as scheduler:
+    with Scheduler(model, recipe, max_batch, cuda_graph=graph, chunk=setting.chunk, reads=READS) as scheduler:
 
         def noted(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
             if args[0].shape[1] > 1:

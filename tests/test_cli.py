@@ -72,17 +72,18 @@ def save(
 ) -> Path:
     """A tiny Llama with random weights that never ends by itself, and its tokenizer."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=WORDS,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        eos_token_id=None,
-        bos_token_id=None,
-        **{"max_position_embeddings": 100_000, **changes},
-    )
+    settings = {
+        "vocab_size": WORDS,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 100_000,
+        "eos_token_id": None,
+        "bos_token_id": None,
+    }
+    config = LlamaConfig(**{**settings, **changes})
     model = LlamaForCausalLM(config)
     model.get_output_embeddings().weight.data[:2] = 0
     model.generation_config.eos_token_id = end
@@ -124,7 +125,7 @@ def test_import_and_help_do_without_torch():
         done = subprocess.run([sys.executable, "-m", "fivefold", "--help"], capture_output=True, text=True)
         times.append(time.perf_counter() - start)
     assert done.returncode == 0
-    for command in ("recipes", "fetch", "generate", "demo"):
+    for command in ("recipes", "fetch", "generate", "chat", "demo"):
         assert command in done.stdout
     assert min(times) < 2  # about 0.3 s on an idle machine
 

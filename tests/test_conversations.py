@@ -74,7 +74,9 @@ def test_answers_are_those_of_each_alone(tiny: Any, tmp_path: Path, name: str) -
     assert counts["resident"] + counts["offloaded"] + counts["saved"] == len(talks) == len(waiting)
     assert counts["host_bytes"] <= cap // 5
     if name == "full":
-        assert min(len(times) for times in waiting.resumed.values()) > 0, {where: len(times) for where, times in waiting.resumed.items()}
+        assert min(len(times) for times in waiting.resumed.values()) > 0, {
+            where: len(times) for where, times in waiting.resumed.items()
+        }
     waiting.clear()
     assert scheduler.root.session.pools.budget.used == 0
 

@@ -231,14 +231,15 @@ def test_tokens_and_results_are_told_as_they_come(tiny: Any) -> None:
 
 @pytest.mark.parametrize("lengths", [LENGTHS, (300, 200, 40, 250, 30, 333)])
 def test_nobody_waits_for_neighbours(tiny: Any, lengths: Sequence[int]) -> None:
-    """At most one chunk is read between two decoding steps, and at most two steps go by between a request's end and the
+    """With `reads=1`, at most one chunk is read between two decoding steps, and at most two steps go by between a request's end and the
     next one's beginning."""
     model, sizes = tiny(**SHAPE), []
     handle = model.register_forward_pre_hook(
         lambda module, args, given: sizes.append(tuple(args[0].shape)), with_kwargs=True
     )
     try:
-        results = generate_many(model, "full()", requests(lengths, (9, 30, 12, 5, 21, 8)), max_batch=2, chunk=64)
+        asked = requests(lengths, (9, 30, 12, 5, 21, 8))
+        results = generate_many(model, "full()", asked, max_batch=2, chunk=64, reads=1)
     finally:
         handle.remove()
     assert max(rows for rows, _ in sizes) == 2 and max(tokens for _, tokens in sizes) == 64

@@ -91,19 +91,36 @@ class DeviceTables:
     def bind(self, bank: Bank) -> bool:
         """Show the rows of this bank from now on, and be its device tables; False where they are of another kind, or
         there is no room for them."""
-        fewer = bank.batch < self.sequences
-        if bank.kind != self.kind or bank.batch > self.sequences or not self._room(bank):
+        if bank.kind != self.kind or not self._room(bank):
             return False
-        if fewer and not self._padding.numel():
-            return False
-        self.bank, bank.mirror, self._pages = bank, self, None
-        self._tiers = [tier for tier in (bank.exact, bank.packed) if tier is not None]
+        self._show(bank)
         for tier in self._tiers:
             tier.track()
-        if fewer:
+        return True
+
+    def follow(self, kept: np.ndarray) -> None:
+        """The bank has other sequences: number i is what was number `kept[i]`, -1 a new one. Only what is new has to be
+        sent, where there is room for all; these are its device tables no more where there is not."""
+        bank, seen = self.bank, len(self._tiers)
+        if not self._room(bank):
+            return
+        moved, new = np.flatnonzero((kept >= 0) & (kept != np.arange(len(kept)))), np.flatnonzero(kept < 0)
+        for table in (self._exact, self._packed)[:seen]:
+            if len(moved):
+                each = table.view(self.layers, self.sequences, -1)
+                old, here = (torch.from_numpy(x).to(self.device) for x in (kept[moved], moved))
+                each.index_copy_(1, here, each.index_select(1, old))
+        self._show(bank)
+        rows = np.arange(self.layers)[:, None, None] * bank.rows + new[:, None] * bank.heads + np.arange(bank.heads)
+        for tier in self._tiers:
+            tier.changed = [(rows.reshape(-1, 1), np.arange(tier.capacity))] if len(new) else []
+
+    def _show(self, bank: Bank) -> None:
+        self.bank, bank.mirror, self._pages = bank, self, None
+        self._tiers = [tier for tier in (bank.exact, bank.packed) if tier is not None]
+        if bank.batch < self.sequences:
             page = torch.tensor([x.data_ptr() >> 4 for x in self._padding], device=self.device)
             self._exact.view(self.layers, self.rows, -1, 2)[:, bank.rows :, 0] = page
-        return True
 
     @property
     def nbytes(self) -> int:
@@ -121,6 +138,8 @@ class DeviceTables:
         return same and (known or self._room(bank))
 
     def _room(self, bank: Bank) -> bool:
+        if bank.batch > self.sequences or (bank.batch < self.sequences and not self._padding.numel()):
+            return False
         bounds = bank.at(slice(None))
         exact, packed = bounds.exact_pages.max(initial=0), bounds.packed_pages(bank.packing).max(initial=0)
         return bool(exact <= self.exact_columns and packed <= self.packed_columns)

@@ -28,6 +28,7 @@ def generate_many(
     prefix: PrefixStore | None = None,
     cuda_graph: bool = False,
     chunk: int = 2048,
+    reads: int = 4,
 ) -> list[Result]:
     """Generate for many requests at once, by continuous batching; what came of each, in their order.
 
@@ -46,13 +47,14 @@ def generate_many(
             `fivefold.generation.Cancel`; anything else that it raises ends everything.
         on_result: called with each result as soon as there is one.
         prefix: prompts that begin alike are read once.
-        chunk: tokens of a prompt that are read between two decoding steps.
+        chunk, reads: tokens of a prompt that are read at a time, and how many such chunks at most between two decoding
+            steps: with more of them all requests end sooner, and each waits longer for its next token.
 
     What is wrong with one request ends it with an error (`Result.error`), and the others go on. Raises `InputError` for
     numbers that are not possible, and what `fivefold.compress` raises. Whatever is raised, Ctrl-C too, all memory has
     been given back, but for what `prefix` keeps.
     """
-    with Scheduler(model, recipe, max_batch, max_bytes, prefix, cuda_graph, chunk) as scheduler:
+    with Scheduler(model, recipe, max_batch, max_bytes, prefix, cuda_graph, chunk, reads=reads) as scheduler:
         everything = isinstance(requests, list | tuple)
         source: Iterator[Request | None] = iter(requests)
         handles: list[Handle] = []

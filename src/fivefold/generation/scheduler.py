@@ -35,7 +35,7 @@ class Scheduler:
     """Generates for many requests at once, which come and go between two decoding steps.
 
     `submit` and `cancel` may be called from any thread; `step` from one at a time, again and again until `idle`. One
-    call of `step` reads at most one chunk of a prompt, and decodes one token of every sequence that has been read.
+    call of `step` reads some chunks of prompts, and decodes one token of every sequence that has been read.
     Sequences of a recipe that chooses tokens by the prompt have it read at once, others in chunks of `chunk` tokens, or
     in blocks of the prefix store. So the tokens are those that each request gets alone, and those of
     `model.generate(..., past_key_values=compress(model, recipe), prefill_chunk_size=chunk)`.
@@ -52,7 +52,9 @@ class Scheduler:
         conversations: where the caches of conversations wait between their turns. A turn that fails leaves its
             conversation as it was; one that is cancelled too, unless its answer had begun.
         cuda_graph: decoding steps as CUDA graphs, as for `fivefold.compress`.
-        chunk: tokens of a prompt that are read between two decoding steps.
+        chunk: tokens of a prompt that are read at a time.
+        reads: so many chunks at most are read between two decoding steps, while there is room in the batch: with more
+            of them all end sooner, and each waits longer for its next token.
 
     Raises `InputError` for a number that is not possible, and what `fivefold.compress` raises.
     """
@@ -67,12 +69,13 @@ class Scheduler:
         cuda_graph: bool = False,
         chunk: int = 2048,
         conversations: Conversations | None = None,
+        reads: int = 1,
     ) -> None:
-        for name, value in (("max_batch", max_batch), ("chunk", chunk)):
+        for name, value in (("max_batch", max_batch), ("chunk", chunk), ("reads", reads)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"{name}={value!r} is not possible: give a positive whole number.")
         parsed = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe)
-        self.model, self.recipe, self.chunk, self.conversations = model, parsed, chunk, conversations
+        self.model, self.recipe, self.conversations, self.chunk, self.reads = model, parsed, conversations, chunk, reads
         self.whole = any(isinstance(method, TokenPolicy) and method.chooses for method in parsed.methods)
         """Whether prompts must be read at once, because what is held is chosen then."""
         why = None if prefix is None else prefix.why_not(parsed)
@@ -163,7 +166,7 @@ class Scheduler:
     # -- a step -------------------------------------------------------------------------------------------
 
     def step(self) -> list[Event]:
-        """Read at most one chunk of a prompt, and decode one token of each sequence; what has happened, in order.
+        """Read chunks of prompts, and decode one token of each sequence; what has happened, in order.
 
         What fails for one request ends that request. What is nobody's own fault is raised (an exception in a hook,
         Ctrl-C): the cache is as it was before the forward that it came in, and what happened before is told by the next
@@ -178,8 +181,9 @@ class Scheduler:
             with torch.inference_mode():
                 self._end_early()
                 self._bring_back()
-                self._start()
-                self._read()
+                for _ in range(self.reads):
+                    self._start()
+                    self._read()
                 self._decode()
             events, self._events = self._events, []
             return events

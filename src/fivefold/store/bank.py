@@ -272,6 +272,9 @@ class Bank:
     def _gather(self, parts: Sequence[tuple[Bank, np.ndarray]], shared: bool = False) -> None:
         """Become sequences of banks of the same formats, one after the other; references are the caller's to count.
         shared: whether pages will have several owners by that."""
+        mirror, self.mirror = self.mirror if self.mirror is not None and self.mirror.fit() else None, None
+        if mirror is not None:
+            mirror.sync()  # or what it does not know yet would be lost
         heads, layers, first = np.arange(self.heads), np.arange(len(self.layers))[:, None, None], 0
         places, local = [], []
         for bank, sequences in parts:
@@ -287,10 +290,13 @@ class Bank:
             layer.held, layer.learned = held, learned
         for name in ("offset", "chosen", "residual", "data"):
             setattr(self, name, np.concatenate([getattr(bank, name) for bank, _ in parts], -1)[..., source])
-        packed = [bank.packed for bank, _ in parts if bank.packed is not None]
-        self.exact = Tier.stacked([bank.exact for bank, _ in parts]).select(source, shared)
-        self.packed = Tier.stacked(packed).select(source, shared) if packed else None
-        self.batch, self.mirror, self.due = sum(len(sequences) for _, sequences in parts), None, None
+        shape = len(self.layers), self.heads, shared
+        packed = [(bank.packed, bank.batch, which) for bank, which in parts if bank.packed is not None]
+        self.exact = Tier.gathered([(bank.exact, bank.batch, which) for bank, which in parts], *shape)
+        self.packed = Tier.gathered(packed, *shape) if packed else None
+        self.batch, self.due = sum(len(sequences) for _, sequences in parts), None
+        if mirror is not None:
+            mirror.follow(np.concatenate([which if bank is self else 0 * which - 1 for bank, which in parts]))
         for layer in self.layers:
             layer.regroup()
 

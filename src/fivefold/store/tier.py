@@ -34,8 +34,6 @@ class Tier:
     @classmethod
     def stacked(cls, tiers: Sequence[Tier]) -> Tier:
         """The rows of several tiers of the same pools, one after the other."""
-        if len(tiers) == 1:
-            return tiers[0]
         out = cls(tiers[0].pools, 0)
         width = max(tier.capacity for tier in tiers)
         for number in range(len(out.pools)):
@@ -46,6 +44,25 @@ class Tier:
                 first += len(tier.table)
             out.tables[number] = table
         out.shared = any(tier.shared for tier in tiers)
+        return out
+
+    @classmethod
+    def gathered(cls, parts: Sequence[tuple[Tier, int, np.ndarray]], layers: int, heads: int, shared: bool) -> Tier:
+        """Sequences of tiers of the same pools, those of one part behind those of the other; references are the
+        caller's to count. parts: a tier, how many sequences it has, and which of them. shared: whether pages get
+        several owners by that."""
+        out = cls(parts[0][0].pools, 0)
+        width, count = max(tier.capacity for tier, _, _ in parts), sum(len(which) for _, _, which in parts)
+        for number in range(len(out.pools)):
+            table = np.full((layers, count, heads, width), EMPTY, dtype=np.int64)
+            first = 0
+            for tier, batch, which in parts:
+                old = tier.tables[number].reshape(layers, batch, heads, tier.capacity)
+                whole = len(which) == batch and (which == np.arange(batch)).all()
+                table[:, first : first + len(which), :, : tier.capacity] = old if whole else old[:, which]
+                first += len(which)
+            out.tables[number] = table.reshape(-1, width) if width else table.reshape(layers * count * heads, 0)
+        out.shared = shared or any(tier.shared for tier, _, _ in parts)
         return out
 
     @property
@@ -195,14 +212,6 @@ class Tier:
         """Give up everything that counts."""
         for i, pool in enumerate(self.pools):
             change.release(pool, self.held(columns, i))
-
-    def select(self, rows: np.ndarray, shared: bool) -> Tier:
-        """The tables of these rows, in that order; references are the caller's to count. shared: whether that gives
-        pages several owners."""
-        out = Tier(self.pools, 0)
-        out.tables = [table[rows] for table in self.tables]
-        out.shared = self.shared or shared
-        return out
 
     @property
     def nbytes(self) -> int:
