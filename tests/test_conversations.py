@@ -13,7 +13,7 @@ import fivefold
 from conversations import text
 from fivefold.errors import CacheFullError, CacheStateError, InputError, SavedCacheError
 from fivefold.generation import Conversations, Request, Scheduler
-from recipes import RECIPES, SHAPE, written
+from recipes import SHAPE, written
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 

@@ -268,6 +268,10 @@ class Bank:
         assert self.change is not None and other.change is self.change and not other.batch
         other._gather([(self, indices)])
         self._gather([(self, rest)])
+        for bank in (self, other):
+            if bank is other or self.exact.pool.budget.limit is not None:  # two tables are no more than one then
+                for tier, columns in bank.columns():
+                    tier.narrow(int(columns.max(initial=0)))
 
     def _gather(self, parts: Sequence[tuple[Bank, np.ndarray]], shared: bool = False) -> None:
         """Become sequences of banks of the same formats, one after the other; references are the caller's to count.
