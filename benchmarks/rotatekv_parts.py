@@ -34,7 +34,7 @@ PARTS: tuple[tuple[str, Any, str], ...] = (
     ("keys: features times basis", cskv._Bound, "before"),
     ("keys: rotation undone", reference, "transform_columns"),
     ("keys, turned, times queries (compiled)", rotatekv, "rotated_scores"),
-    ("keys: turned by position", Rope, "turn_columns"),
+    ("keys: turned by position", Rope, "rotate_columns"),
     ("values: weighted codes", rotatekv, "planar_output"),
     ("values: weighted features", cskv._Bound, "output"),
     ("sinks, values' rotation undone", rotatekv._Bound, "output"),

@@ -128,7 +128,7 @@ class Run:
             extent, length = group.bounds.extent, group.bounds.length
             newest = np.arange(length, length + count)
             if count == 1:
-                layer.append(group, k, v, settle=False)
+                layer.append(group, k, v, advance=False)
                 found = attend_step(layer, group, q[:, :, 0], self.scaling)[0][:, :, None]
                 held = stored(layer, group)
                 layer.append(group, None, None, revocable=revocable)

@@ -293,7 +293,7 @@ def test_what_attention_makes_of_values() -> None:
             scores = torch.empty(token + 1)
             for other in range(token + 1):
                 turn = rope.phases(torch.tensor([[token - other]]))[0]
-                turned = rope.turn(rope.pair(queries[head, token]), turn[0])
+                turned = rope.rotate(rope.pair(queries[head, token]), turn[0])
                 scores[other] = turned @ rope.pair(keys[head // 2, other]) / 8**0.5
             summed = scores.softmax(0) @ values[:, : token + 1].transpose(0, 1).flatten(1)
             expected += torch.outer(summed, summed)

@@ -32,7 +32,7 @@ def turned(keys: torch.Tensor, back: bool = False) -> torch.Tensor:
     rope = spec().rope
     assert rope is not None
     phases = rope.phases(torch.arange(keys.shape[1])[None])
-    return rope.turn(rope.pair(keys), phases.conj() if back else phases)[..., rope.back]
+    return rope.rotate(rope.pair(keys), phases.conj() if back else phases)[..., rope.back]
 
 
 def relative(x: torch.Tensor, y: torch.Tensor) -> float:

@@ -32,7 +32,7 @@ def plain(
     order: torch.Tensor,
     n: int,
     rope: Rope,
-    waves: tuple[torch.Tensor, torch.Tensor],
+    cos_sin: tuple[torch.Tensor, torch.Tensor],
     bits: int,
 ) -> torch.Tensor:
     rows, _, dim, _ = words.shape
@@ -42,7 +42,7 @@ def plain(
     grouped = [x.unflatten(0, (teams, together)).permute(0, 1, 4, 3, 2, 5).flatten(0, 2).float() for x in (scale, zero)]
     places = order.argsort(1).expand(teams, -1) + torch.arange(teams)[:, None] * order.shape[1]
     columns = rotated_columns(joined, *grouped, places.flatten(), n, bits)[0].unflatten(1, (together, dim))
-    keys = rope.turn_columns(columns, waves).transpose(3, 4).flatten(3).flatten(0, 1)
+    keys = rope.rotate_columns(columns, cos_sin).transpose(3, 4).flatten(3).flatten(0, 1)
     return queries.double() @ keys.double()
 
 
@@ -63,10 +63,10 @@ def test_scores_of_random_shapes(seed: int) -> None:
     order = torch.stack([torch.randperm(channels) for _ in range(pick.choice([1, teams]))])
     rope = Rope(torch.rand(pairs), dim)
     angles = torch.rand(pick.choice([1, teams]), 1, pairs, planes, pages, 32) * 6.3
-    waves = angles.cos(), angles.sin()
+    cos_sin = angles.cos(), angles.sin()
     queries, threads = torch.randn(rows, query, dim), torch.get_num_threads()
-    expected = plain(queries, words, scale, zero, order, n, rope, waves, bits)
-    got = rotated_scores(queries, words, scale, zero, order, n, waves, bits)
+    expected = plain(queries, words, scale, zero, order, n, rope, cos_sin, bits)
+    got = rotated_scores(queries, words, scale, zero, order, n, cos_sin, bits)
     assert got.shape == expected.shape and (got - expected).abs().max() < 1e-5 * expected.abs().max()
     assert torch.get_num_threads() == threads
 

@@ -63,7 +63,7 @@ class MixedCodec(Codec):
         assert self.context is not None
         phases = self.rope.phases(self.context.positions)
         x = keys.float()[..., self.rope.order].reshape(self.context.rows, -1, self.dim)
-        x = self.rope.turn(x, phases if back else phases.conj())
+        x = self.rope.rotate(x, phases if back else phases.conj())
         return x[..., self.rope.back].reshape(keys.shape)
 
     def encode(self, keys: Any, values: Any, slot: int, opened: Any) -> dict[str, torch.Tensor]:
@@ -213,10 +213,10 @@ def test_turning_is_undone() -> None:
     positions = torch.tensor([[0, 1, 77, 4095, 131071, 1 << 20]])
     x = torch.randn(3, 6, 64)[..., rope.order]
     phases = rope.phases(positions)
-    turned = rope.turn(x, phases)
+    turned = rope.rotate(x, phases)
     assert torch.equal(turned[:, 0], x[:, 0]) and (turned[:, 1:, :48] - x[:, 1:, :48]).abs().amax(-1).min() > 0.1
     assert torch.equal(turned[..., 48:], x[..., 48:])
-    assert (rope.turn(turned, phases.conj()) - x).abs().max() < 1e-5
+    assert (rope.rotate(turned, phases.conj()) - x).abs().max() < 1e-5
     assert torch.equal(x[..., rope.back][..., rope.order], x)
 
 

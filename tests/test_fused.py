@@ -59,9 +59,9 @@ def test_a_step_is_that_of_the_reference(device, asked, extents, codec, monkeypa
     layer = make(device, extents, codec)
     layer.start(2)
 
-    def append(tokens: int, settle: bool = True) -> None:
+    def append(tokens: int, advance: bool = True) -> None:
         for group in layer.groups:
-            layer.append(group, *torch.randn(2, len(group.rows), tokens, 64, device=device), settle=settle)
+            layer.append(group, *torch.randn(2, len(group.rows), tokens, 64, device=device), advance=advance)
 
     def compare() -> None:
         for group in layer.groups:
@@ -79,7 +79,7 @@ def test_a_step_is_that_of_the_reference(device, asked, extents, codec, monkeypa
         append(tokens)
         compare()
     for _ in range(3):
-        append(1, settle=False)
+        append(1, advance=False)
         compare()
         append(1)
     before = layer.fork()
@@ -103,7 +103,7 @@ def test_spans_are_the_slots_that_the_reference_sees() -> None:
         for tokens in (random.randint(1, 400), 1, random.randint(1, 90), 1):
             bounds = bounds.appended(tokens)
             if random.random() < 0.7:
-                bounds = bounds.settled(packing)
+                bounds = bounds.advanced(packing)
             span = bounds.span()
             slot = torch.arange(bounds.exact_tokens)
             assert span.stop == len(slot) and span.packed_stop == bounds.packed_stop - bounds.packed_base
@@ -188,11 +188,11 @@ def test_groups_are_packed_where_they_lie_to_the_same_bytes(device, dtype, bits,
     pack_exact = pack_kernel.pack_exact
     monkeypatch.setattr(pack_kernel, "pack_exact", lambda *args: launches.append(args[1]) or pack_exact(*args))
 
-    def append(tokens: int, settle: bool) -> None:
+    def append(tokens: int, advance: bool) -> None:
         new = torch.randn(2, 2, 2, 2, tokens, 64, device=device, dtype=dtype)
         for number, layer in enumerate(layers):
             for group, (keys, values) in zip(layer.groups, new[number % 2]):
-                layer.append(group, keys, values, settle=settle)
+                layer.append(group, keys, values, advance=advance)
 
     packed = 0
     append(100, True)
@@ -202,7 +202,7 @@ def test_groups_are_packed_where_they_lie_to_the_same_bytes(device, dtype, bits,
         before = [group.bounds.packed_stop for group in layers[0].groups]
         for bank, asked in zip(banks, (KERNELS, "reference")):
             monkeypatch.setenv("FIVEFOLD_KERNELS", asked)
-            bank.settle(bank.rows_of())
+            bank.advance(bank.rows_of())
         packed += before != [group.bounds.packed_stop for group in layers[0].groups]
         assert len(launches) == packed
         if number % 45 == 0:
@@ -234,11 +234,14 @@ def test_a_group_that_cannot_be_packed_is_said_and_stays(device, monkeypatch) ->
     (group,) = layer.groups
     tokens = torch.randn(2, 1, 64, 64, device=device)
     tokens[1, 0, 5, 3] = float("nan")
-    layer.append(group, *tokens, settle=False)
+    layer.append(group, *tokens, advance=False)
     before, pages = layer.groups[0].bounds, layer.groups[0].exact.tolist()
-    for settle in (lambda: layer.bank.settle(layer.bank.rows_of()), lambda: layer.append(layer.groups[0], None, None)):
+    for advance in (
+        lambda: layer.bank.advance(layer.bank.rows_of()),
+        lambda: layer.append(layer.groups[0], None, None),
+    ):
         with pytest.raises(NonFiniteError, match="values to be packed reach nan"):
-            settle()
+            advance()
         (group,) = layer.groups
         assert group.bounds == before and group.packed.shape[1] == 0 and layer.packed_pools[0].pages_in_use == 0
         assert group.exact.tolist() == pages and layer.exact_pool.pages_in_use == 2
@@ -256,7 +259,7 @@ def test_picked_tokens_are_those_of_the_reference(device, asked, dtype, codec, m
     layer.start(2)
     (group,) = layer.groups
     layer.append(group, *torch.randn(2, 4, 332, 64, device=device, dtype=dtype))
-    layer.append(group, *torch.randn(2, 4, 1, 64, device=device, dtype=dtype), settle=False)
+    layer.append(group, *torch.randn(2, 4, 1, 64, device=device, dtype=dtype), advance=False)
     assert (group.packed.shape[1] > 0) == (codec is not None)
     positions = torch.stack([torch.randperm(333, device=device)[:130] for _ in range(4)])
     positions[0, :5], positions[1, 7] = -1, 332

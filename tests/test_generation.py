@@ -231,8 +231,8 @@ def test_tokens_and_results_are_told_as_they_come(tiny: Any) -> None:
 
 @pytest.mark.parametrize("lengths", [LENGTHS, (300, 200, 40, 250, 30, 333)])
 def test_nobody_waits_for_neighbours(tiny: Any, lengths: Sequence[int]) -> None:
-    """With `reads=1`, at most one chunk is read between two decoding steps, and at most two steps go by between a request's end and the
-    next one's beginning."""
+    """With `reads=1` at most one chunk is read between two decoding steps, and at most two steps go by between an end
+    and the next one's beginning."""
     model, sizes = tiny(**SHAPE), []
     handle = model.register_forward_pre_hook(
         lambda module, args, given: sizes.append(tuple(args[0].shape)), with_kwargs=True

@@ -333,7 +333,7 @@ def test_tables_follow_whatever_happens_to_the_pages(seed: int, monkeypatch) -> 
                     step(rows)
                     if random.random() < 0.3:
                         tables().update()  # the device has seen it
-                    bank.settle(rows)
+                    bank.advance(rows)
                 append(random.randint(2, 200))
                 if random.random() < 0.5:
                     bank.select(np.array([2, 2, 0]))
@@ -360,7 +360,7 @@ def test_tables_follow_whatever_happens_to_the_pages(seed: int, monkeypatch) -> 
             # The newest token's slot is nobody else's.
             newest = bank.exact.table[rows, bank.at(rows).exact_pages - 1]
             assert (bank.exact.pool.references(newest) == 1).all()
-            bank.settle(rows)
+            bank.advance(rows)
     assert made and broken > 2 and full > 2
     for one in (bank, *others):
         one.free()

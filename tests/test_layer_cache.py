@@ -85,7 +85,7 @@ def step(layer: LayerCache, steps: int = 1, seed: int = 0) -> None:
         keys, values = torch.randn(2, layer.rows, 1, DIM, generator=generator)
         attention = torch.rand(layer.rows, 1, 1000, generator=generator)
         for group in sorted(layer.groups, key=lambda group: group.held is not None):
-            layer.append(group, keys[group.rows_tensor], values[group.rows_tensor], settle=False)
+            layer.append(group, keys[group.rows_tensor], values[group.rows_tensor], advance=False)
             if group.held is not None:
                 layer.observe(group, attention[group.rows_tensor, :, : group.held.slots])
             layer.append(group, None, None)
@@ -123,7 +123,7 @@ def image(layer: LayerCache) -> dict[int, list[object]]:
         if group.held is not None:
             held = group.held
             parts += [held.positions, held.scores, *held.extra.values()]
-            claims += [held.prompt, held.seen, held.share, held.settled]
+            claims += [held.prompt, held.seen, held.share, held.final]
         for at, row in enumerate(group.rows.tolist()):
             assert row not in out
             out[row] = [*claims, *(x[at].tolist() for x in parts)]
@@ -180,7 +180,7 @@ def test_decoding_one_token_at_a_time_stores_what_a_chunk_stores() -> None:
     for t in range(200):
         for group in stepped.groups:
             pick = group.rows_tensor
-            stepped.append(group, keys[pick, t : t + 1], values[pick, t : t + 1], settle=False)
+            stepped.append(group, keys[pick, t : t + 1], values[pick, t : t + 1], advance=False)
             stepped.append(group, None, None)
     for group in whole.groups:
         whole.append(group, keys[group.rows_tensor], values[group.rows_tensor])
@@ -602,7 +602,7 @@ def step_united(layer: LayerCache, steps: int = 1) -> None:
             x = torch.randn(2, len(rows), DIM, generator=torch.Generator().manual_seed(number))
             for name, part in zip(("keys", "values"), x):
                 bank.exact.pool.write_tokens(name, pages, (newest.exact_tokens - 1) % PAGE, part)
-            bank.settle(rows)
+            bank.advance(rows)
 
 
 def unite(layer: LayerCache, layers: list[LayerCache]) -> None:
@@ -614,7 +614,7 @@ def unite(layer: LayerCache, layers: list[LayerCache]) -> None:
             bank.begin(change)
         bank = Bank.united(layers, change)
         extend(layer, [40, 40])
-        bank.settle(bank.rows_of())
+        bank.advance(bank.rows_of())
         change.verify()
     except BaseException:
         change.rollback()

@@ -358,12 +358,12 @@ def test_rows_are_packed_by_the_kernel_to_the_bytes_of_the_codec(dim, dtype, bit
     pack_exact = cpu.pack_exact
     monkeypatch.setattr(cpu, "pack_exact", lambda *args: calls.append(len(args[1])) or pack_exact(*args))
 
-    def append(tokens: int, settle: bool) -> None:
+    def append(tokens: int, advance: bool) -> None:
         new = torch.randn(2, 2, 2, 2, tokens, dim, dtype=dtype)
         for side in sides:
             for number, layer in enumerate(side):
                 for group, (keys, values) in zip(layer.groups, new[number]):
-                    layer.append(group, keys, values, settle=settle)
+                    layer.append(group, keys, values, advance=advance)
 
     def compare() -> None:
         for one, other in zip(*sides):
@@ -384,7 +384,7 @@ def test_rows_are_packed_by_the_kernel_to_the_bytes_of_the_codec(dim, dtype, bit
         before = [group.bounds.packed_stop for group in sides[0][0].groups]
         for bank, asked in zip(banks, ("cpp", "reference")):
             monkeypatch.setenv("FIVEFOLD_KERNELS", asked)
-            bank.settle(bank.rows_of())
+            bank.advance(bank.rows_of())
         if before != [group.bounds.packed_stop for group in sides[0][0].groups]:
             packed += 1
             compare()
@@ -405,12 +405,12 @@ def test_rows_that_cannot_be_packed_are_said_by_the_codec_and_stay(odd: float, m
         new = torch.randn(2, 1, 64, 64)
         if place:
             new[1, 0, 5, 3] = odd
-        layer.append(layer.groups[0], *new, settle=False)
+        layer.append(layer.groups[0], *new, advance=False)
         if not place:
-            layer.bank.settle(layer.bank.rows_of())
+            layer.bank.advance(layer.bank.rows_of())
     before, wanted = layer.groups[0].bounds, layer.groups[0].dense_part(0)
     assert before.packed_stop and layer.codec.peak < packer.LARGEST
     with pytest.raises(NonFiniteError, match="values to be packed reach"):
-        layer.bank.settle(layer.bank.rows_of())
+        layer.bank.advance(layer.bank.rows_of())
     assert layer.groups[0].bounds == before
     torch.testing.assert_close(layer.groups[0].dense_part(0), wanted, rtol=0, atol=0, equal_nan=True)

@@ -42,7 +42,7 @@ class Simulation:
         recent = self.extent.recent
         return recent is not None and all(p <= self.length - revocable - recent for p in positions)
 
-    def settle(self, revocable: int) -> None:
+    def advance(self, revocable: int) -> None:
         while len(self.exact) >= PAGE and self.unseen(self.exact[:PAGE], revocable):
             del self.exact[:PAGE]
         if self.packing is None:
@@ -150,9 +150,9 @@ def test_bounds_are_what_a_simulation_of_every_token_says(extent: Extent, packin
                 simulation.append(tokens)
                 compare(bounds, simulation)
                 before = [*simulation.packed], [*simulation.exact]
-                old, bounds = bounds, bounds.settled(packing, revocable)
-                simulation.settle(revocable)
-                assert bounds.settled(packing, revocable) == bounds
+                old, bounds = bounds, bounds.advanced(packing, revocable)
+                simulation.advance(revocable)
+                assert bounds.advanced(packing, revocable) == bounds
                 compare_gone(old, bounds, before, simulation)
                 if not revocable:
                     check_idle(bounds, packing)
@@ -175,7 +175,7 @@ def check_idle(bounds: Bounds, packing: Packing | None) -> None:
     idle = int(min(bounds.idle(packing), 500))
     for tokens in range(1, idle):
         later = bounds.appended(tokens)
-        assert later.settled(packing) == later
+        assert later.advanced(packing) == later
 
 
 @pytest.mark.parametrize("page", [32, 128])
@@ -196,8 +196,8 @@ def test_arrays_of_bounds_are_what_each_is_alone(seed: int, page: int) -> None:
             compare_arrays(many, alone, packing, packings)
             grown, mine = many.appended(np.array(tokens)), [x.appended(n) for x, n in zip(alone, tokens)]
             compare_arrays(grown, mine, packing, packings)
-            settled = grown.settled(packing, revocable)
-            alone = [x.settled(p, revocable) for x, p in zip(mine, packings)]
+            settled = grown.advanced(packing, revocable)
+            alone = [x.advanced(p, revocable) for x, p in zip(mine, packings)]
             compare_arrays(settled, alone, packing, packings)
             assert grown.exact_gone(settled).tolist() == [x.exact_gone(y) for x, y in zip(mine, alone)]
             if packing is not None:
@@ -234,7 +234,7 @@ def compare_arrays(many: Bounds, alone: list[Bounds], packing: Packing | None, p
 
 def test_what_never_changes_comes_first() -> None:
     bounds = Bounds.empty(Extent(40, 30).intersect(Extent(4, 200)))
-    for other in (bounds.appended(500), bounds.appended(500).settled(Packing(32, 0, 128))):
+    for other in (bounds.appended(500), bounds.appended(500).advanced(Packing(32, 0, 128))):
         assert other != bounds and other[:FIXED] == bounds[:FIXED]
 
 
@@ -277,7 +277,7 @@ def test_both_hold_exactly_this_at_every_length(one: Extent, other: Extent, pack
         seen[np.array([*pinned, *exact], dtype=int)[mine[1]]] = True
         assert np.array_equal(seen, both), query
         late += span.late_stop > span.late_first
-        row = row.settled(packing)
+        row = row.advanced(packing)
     assert (late > 0) == (extent.late_sink > 0)
 
 

@@ -84,7 +84,7 @@ class Plain:
         self.lengths = self.lengths + counts
         self.length = max(self.length, self.longest)
 
-    def settle(self, which: np.ndarray, revocable: int) -> None:
+    def advance(self, which: np.ndarray, revocable: int) -> None:
         """The policies have moved what is due of sequences `which`, bool `[batch]`."""
         self.revocables = np.where(which, revocable, self.revocables)
         self.floors = np.where(which, np.maximum(self.floors, self.lengths - revocable), self.floors)

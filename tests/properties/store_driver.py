@@ -252,7 +252,7 @@ class Driver:
         finally:
             budget.limit = limit
         plain.append(counts, new)
-        plain.settle((counts > 0) | (chunk == 1), session.revocable)
+        plain.advance((counts > 0) | (chunk == 1), session.revocable)
         if cache.bases() != before:
             self.compare(cache)  # so that the model learns what the tokens became that were packed
 
@@ -263,7 +263,7 @@ class Driver:
             for group, count in layer.split_by(counts):
                 mine = [x[group.rows_tensor, x.shape[1] - count :] for x in (keys, values)]
                 if count == 1:
-                    layer.append(group, *mine, settle=False)
+                    layer.append(group, *mine, advance=False)
                     layer.append(group, None, None, revocable=revocable)
                 elif count:
                     layer.append(group, *mine, revocable=revocable)
@@ -280,10 +280,10 @@ class Driver:
                 x = torch.cat([new[layer.spec.layer][side][rows, 0] for layer in bank.layers])
                 bank.exact.pool.write_tokens(name, pages, (bounds.exact_tokens - 1) % PAGE, x)
 
-    def settle(self, cache: Twin) -> None:
+    def advance(self, cache: Twin) -> None:
         """No new tokens, but what is due moves, and nothing can be taken back any more."""
-        if self.attempt(cache, True, None, partial(cache.session.settle, 0)) is not REFUSED:
-            cache.plain.settle(np.ones(cache.plain.batch, bool), 0)
+        if self.attempt(cache, True, None, partial(cache.session.advance, 0)) is not REFUSED:
+            cache.plain.advance(np.ones(cache.plain.batch, bool), 0)
             self.compare(cache)
 
     @staticmethod

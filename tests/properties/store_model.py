@@ -127,7 +127,7 @@ class System(Driver):
                 cache.plain = Plain(self.heads)
             self.compare(cache, cropped=True)
         if recording and cache.plain.batch:
-            self.settle(cache)
+            self.advance(cache)
 
     def overflow(self, cache: Twin, group: int, count: int) -> None:
         """Give one group a chunk with a number that cannot be packed, where it would be packed at once."""
@@ -136,7 +136,7 @@ class System(Driver):
             return
         target = layer.groups[group // LAYERS % len(layer.groups)]
         old = target.bounds
-        new = old.appended(count).settled(layer.packing)
+        new = old.appended(count).advanced(layer.packing)
         position = new.packed_stop - 1
         if max(old.length, new.packed_base) > position:
             return

@@ -53,6 +53,7 @@ class DeviceTables:
 
     def __init__(self, bank: Bank, sequences: int = 0, tokens: int = 0) -> None:
         self.device, self.kind = bank.device, bank.kind
+        self.bank: Any = None
         first, packing = bank.layers[0], bank.packing
         self.wanted, self.sequences = (sequences, tokens), max(bank.batch, sequences)
         self.rows, self.layers = self.sequences * bank.heads, len(bank.layers)
@@ -73,6 +74,8 @@ class DeviceTables:
         """Whether kernels want work lists."""
         self.programs = kernels(self.device).programs_for(self.rows, self.device, form, heads) if self.listed else None
         self._pages: np.ndarray | None = None
+        self._ahead: np.ndarray | None = None
+        """The bounds for which spans are written already."""
         width = self.rows * schedule.SPAN + (2 * (self.rows + 1) if self.listed else 0)
         with torch.inference_mode(False):
             self._exact = torch.zeros((rows, self.exact_columns, 2), dtype=torch.int64, device=self.device)
@@ -116,7 +119,9 @@ class DeviceTables:
             tier.changed = [(rows.reshape(-1, 1), np.arange(tier.capacity))] if len(new) else []
 
     def _show(self, bank: Bank) -> None:
-        self.bank, bank.mirror, self._pages = bank, self, None
+        if self.bank is not None:
+            self.bank.mirror = None  # they show one bank at a time
+        self.bank, bank.mirror, self._pages, self._ahead = bank, self, None, None
         self._tiers = [tier for tier in (bank.exact, bank.packed) if tier is not None]
         if bank.batch < self.sequences:
             page = torch.tensor([x.data_ptr() >> 4 for x in self._padding], device=self.device)
@@ -125,7 +130,7 @@ class DeviceTables:
     @property
     def nbytes(self) -> int:
         """Bytes on the device and of what is sent there."""
-        hosts = sum(host.nbytes for host in self._hosts)
+        hosts = sum(host.nbytes for host in self._hosts) + (0 if self._ahead is None else self._ahead.nbytes)
         return self._exact.nbytes + self._packed.nbytes + self._numbers.nbytes + hosts + self._padding.nbytes
 
     def fit(self) -> bool:
@@ -179,11 +184,27 @@ class DeviceTables:
     def update(self) -> None:
         """Page tables and spans, as the bank has them now: before a step of all rows."""
         self.sync()
-        self._turn = turn = 1 - self._turn
-        event, host = self._events[turn], self._hosts[turn]
+        if self._ahead is None or not np.array_equal(self._ahead, self.bank.data):
+            self._fill(self.bank.data)
+        self._ahead, self._turn = None, 1 - self._turn
+        self._numbers.copy_(self._hosts[self._turn], non_blocking=True)
+        event = self._events[self._turn]
+        if event is not None:
+            event.record()
+
+    def prepare(self) -> None:
+        """Work out what the next step of all rows will want to know, while a GPU is still busy with this one."""
+        if self.device.type == "cuda" and self.fit():
+            self._ahead = self.bank.data.copy()
+            self._ahead[Bounds._fields.index("length")] += 1
+            self._fill(self._ahead)
+
+    def _fill(self, data: np.ndarray) -> None:
+        """Write spans and work lists for bounds `data` where nobody reads just now."""
+        event, numbers = self._events[1 - self._turn], self._hosts[1 - self._turn].numpy()
         if event is not None:
             event.synchronize()
-        numbers, width, span = host.numpy(), self.rows * schedule.SPAN, self.bank.of_layers().span()
+        width, span = self.rows * schedule.SPAN, self.bank.of_layers(data).span()
         seen = np.zeros((len(span.stop), self.rows, schedule.SPAN), dtype=np.int32)  # of one layer if all are alike
         seen[:, self.bank.rows :, Span._fields.index("stop")] = 1
         for number, x in enumerate(span):
@@ -195,9 +216,6 @@ class DeviceTables:
                 assert self.programs is not None
                 self._pages, self._starts = pages, schedule.starts_of(pages, self.programs)
             numbers[:, width:] = self._starts.reshape(len(seen), -1)
-        self._numbers.copy_(host, non_blocking=True)
-        if event is not None:
-            event.record()
 
     # -- reading ------------------------------------------------------------------------------------------
 

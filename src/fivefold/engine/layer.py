@@ -99,7 +99,7 @@ def _attend_group(
 ) -> torch.Tensor:
     revocable = session.revocable
     if keys.shape[1] == 1 and (decoding or group.held is None):
-        store.append(group, keys, values, settle=False)
+        store.append(group, keys, values, advance=False)
         part = _step(session, store, group, queries[:, :, 0], scaling, decoding)[:, :, None]
         if not decoding:
             store.append(group, None, None, revocable=revocable)

@@ -33,7 +33,7 @@ FILE, _TENSORS = "cache.json", "tensors-"
 _PIECE = 1 << 26
 _ROWS = ("data", "offset", "chosen", "residual")
 _HELD = ("places", "positions", "scores")
-_COUNTS = ("prompt", "seen", "share", "settled")
+_COUNTS = ("prompt", "seen", "share", "final")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ at all.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from fivefold.engine.session import Session
@@ -17,7 +19,8 @@ def join(mine: Session, other: Session) -> None:
     """The sequences of `other` come behind those of `mine`, and `other` is empty.
 
     The logical length is the longer one: a shorter sequence counts as padded on the left. Raises `CacheStateError` if
-    the caches do not fit together, and `CacheFullError` if `other` has pools of its own whose bytes are beyond the cap.
+    the caches do not fit together, and `CacheFullError` where the bytes of pools of its own are beyond the cap, or the
+    page tables of both, which are as wide as the longest sequence wants them.
     """
     if mine is other:
         raise CacheStateError("a cache cannot join itself: fork() it, and join the fork.")
@@ -28,7 +31,7 @@ def join(mine: Session, other: Session) -> None:
         return
     if mine.recording or other.recording:
         raise CacheStateError("sequences cannot join while tokens may be taken back (assisted decoding): crop first.")
-    with mine.atomic(grows=other.pools is not mine.pools):
+    with mine.atomic():
         change = mine.change
         assert change is not None
         other.include(change)
@@ -55,6 +58,9 @@ def join(mine: Session, other: Session) -> None:
             bank.join(its)
         mine.length, mine.ragged = length, True
         other.length = other.chunk = 0
+        budget = other.pools.budget
+        change.undo(partial(budget.count, id(other), budget.charged.get(id(other), 0)))
+        budget.count(id(other), 0)
     other.emptied()
 
 

@@ -165,7 +165,7 @@ class Session:
         change = self.change
         assert change is not None
         if self.chunk == 1:
-            self.settle(self.revocable)
+            self.advance(self.revocable)
         elif self.chunk:
             self.choose_together()
         self.length += self.chunk
@@ -359,12 +359,14 @@ class Session:
             store.start(len(self.tokens))
         return store
 
-    def settle(self, revocable: int) -> None:
+    def advance(self, revocable: int) -> None:
         """Let the policies of all layers move what is due."""
         for bank in self.banks:
             rows = np.flatnonzero(~bank.chosen)
             if len(rows):
-                bank.settle(rows, revocable)
+                bank.advance(rows, revocable)
+            if bank.mirror is not None:
+                bank.mirror.prepare()
         for store in self.stores.values():
             if store.held:
                 for group in store.groups:
@@ -418,7 +420,7 @@ class Session:
         if self.recording:
             # Without room to pack in, what is due waits for the next chunk.
             with suppress(CacheFullError), self.atomic():
-                self.settle(0)
+                self.advance(0)
 
     def select(self, sequences: np.ndarray) -> None:
         """Sequence i becomes what sequence `sequences[i]` was: page tables move, bytes do not."""

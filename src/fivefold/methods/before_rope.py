@@ -31,7 +31,7 @@ class BeforeRope(Codec):
         """Keys `[rows * pages, token, head_dim]` as they were before RoPE, channels in the paired order: float32
         `[groups, tokens, together, head_dim]`."""
         paired = self.rope.pair(self.context.join(keys.float()))
-        return self.rope.turn(paired, self.rope.phases_of(self.context).conj())
+        return self.rope.rotate(paired, self.rope.phases_of(self.context).conj())
 
     def arranged(self, fields: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What `before` reads, from pages `[rows, pages, *shape]` or `[rows * pages, *shape]`: pages in the third
@@ -50,32 +50,32 @@ class BeforeRope(Codec):
     def keys(self, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         """Keys after RoPE of whole pages: float32 `[pages, token, head_dim]`."""
         columns = self.before(self.arranged(fields))[0].unflatten(1, (self.context.together, -1))
-        turned = self.rope.turn_columns(columns, self.rope.waves_of(self.context, columns.shape[4], self.planes))
+        turned = self.rope.rotate_columns(columns, self.rope.cos_sin_of(self.context, columns.shape[4], self.planes))
         tokens = turned[:, :, self.rope.back].permute(0, 1, 4, 3, 5, 2).contiguous()
         return tokens.view(-1, self.layout.tokens, columns.shape[2])
 
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         page, paired = self.layout.tokens, self.rope.pair(queries.float())
         (rows, pages), (_, query, dim) = next(iter(fields.values())).shape[:2], queries.shape
-        parts, waves = self.arranged(fields), self.rope.waves_of(self.context, pages, self.planes)
+        parts, cos_sin = self.arranged(fields), self.rope.cos_sin_of(self.context, pages, self.planes)
         step = max(1, SLICE // (rows * page * dim))
         if step < pages:
             out = paired.new_empty((rows, query, pages, page))
             for first in range(0, pages, step):
                 at = slice(first, first + step)
                 some = {name: x[:, :, at] for name, x in parts.items()}
-                out[:, :, at] = self._scores(paired, some, (waves[0][:, :, :, :, at], waves[1][:, :, :, :, at]))
+                out[:, :, at] = self._scores(paired, some, (cos_sin[0][:, :, :, :, at], cos_sin[1][:, :, :, :, at]))
         else:
-            out = self._scores(paired, parts, waves)
+            out = self._scores(paired, parts, cos_sin)
         return out.flatten(2)
 
     def _scores(
-        self, paired: torch.Tensor, parts: dict[str, torch.Tensor], waves: tuple[torch.Tensor, torch.Tensor]
+        self, paired: torch.Tensor, parts: dict[str, torch.Tensor], cos_sin: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         """`scores` for queries in the paired order, of pages that make at most `SLICE` numbers: `[rows, query, pages,
         token]`."""
         columns, spare = self.before(parts)
         shape = (-1, self.context.together, paired.shape[2], *columns.shape[2:])
-        turned = self.rope.turn_columns(columns.view(shape), waves, None if spare is None else spare.view(shape))
+        turned = self.rope.rotate_columns(columns.view(shape), cos_sin, None if spare is None else spare.view(shape))
         products = torch.bmm(paired, turned.view(len(paired), paired.shape[2], -1))
         return products.view(*products.shape[:2], *columns.shape[2:]).transpose(2, 3).flatten(3)

@@ -159,7 +159,7 @@ class TokenPolicy(Method):
         if self.demotes:
             return held, self._demotion(held, int(bounds.packed_stop), revocable)
         if not self.evicts or self.waits or self.budget(held) + revocable >= held.slots:
-            return held, Append(settle=not self.together)
+            return held, Append(advance=not self.together)
         return held, self._choice(held, revocable)
 
     def after_layers(self, held: Held) -> Plan:
@@ -170,15 +170,15 @@ class TokenPolicy(Method):
         """After decoding steps: back to the budget, and pack what is due."""
         bounds, stop = stored.bounds, int(stored.bounds.packed_stop)
         if self.demotes:
-            moves = bounds.settled(stored.packing, revocable) != bounds
-            return self._demotion(held, stop, revocable) if moves else Append(settle=False)
+            moves = bounds.advanced(stored.packing, revocable) != bounds
+            return self._demotion(held, stop, revocable) if moves else Append(advance=False)
         excess = 0
         if self.evicts and self.trims and held.prompt:
             excess = int(bounds.length) - self.budget(held) - revocable
         if excess <= 0:
             return Append()
         if stop:
-            due = int(bounds.settled(stored.packing, revocable).packed_stop) - stop
+            due = int(bounds.advanced(stored.packing, revocable).packed_stop) - stop
             if not due or excess < due:
                 return Append()
             if self.merges_steps:
@@ -217,7 +217,7 @@ class TokenPolicy(Method):
 
     def why_not_revoke(self, held: Held, tokens: int) -> str | None:
         """Why the last tokens cannot be taken back, in a few words; None if they can."""
-        counted = self.commits or held.seen - tokens < held.settled
+        counted = self.commits or held.seen - tokens < held.final
         if not counted or tokens >= held.seen:
             return None
         return (

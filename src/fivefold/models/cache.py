@@ -358,9 +358,9 @@ class FivefoldCache(Cache):
         the longest, and shorter ones count as padded on the left. A call of the model needs neither an attention mask
         nor positions for that: each sequence goes on with its own.
 
-        Raises `CacheStateError` where the caches do not fit together, and `CacheFullError` where `other` has its own
-        pools (was not made from this one by `new`, `fork` or `take`) and its bytes are beyond this cap. Nothing has
-        changed then.
+        Raises `CacheStateError` where the caches do not fit together, and `CacheFullError` where the cap has no room:
+        for the bytes of `other`, if it was not made from this one by `new`, `fork` or `take`, or for page tables as
+        wide as the longest sequence wants them. Nothing has changed then.
         """
         if (str(other.recipe), other.model) != (str(self.recipe), self.model):
             raise CacheStateError(

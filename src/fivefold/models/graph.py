@@ -119,7 +119,8 @@ class Step:
         now = getattr(session.banks[0].mirror, "sequences", 0)
         if session.ragged and batch <= now <= 2 * size and 3 * now < 8 * batch and now in self.captured:
             size = now  # a few sequences less, or more, are no reason to go from one to the other
-        captured = self.captured.get(size)
+        same = self._same(model)
+        captured = self.captured.get(size) if same else None
         # Other sequences may be here since: tables are found for them before anybody makes some.
         known = captured.tables if captured is not None and len(captured.tables) == len(session.banks) else None
         for number, bank in enumerate(session.banks):
@@ -129,9 +130,9 @@ class Step:
                 DeviceTables(bank, size, self.reserved)
         session.admit(batch, 1, given.get("attention_mask"), None)
         found = [tables_of(bank) for bank in session.banks]
-        fresh = captured is None or captured.tables != found or not self._same(model)
+        fresh = captured is None or captured.tables != found
         if fresh:
-            captured = self._prepare(model, found, size)
+            captured = self._prepare(model, found, size, same)
         assert captured is not None
         captured.ids[:batch].copy_(ids)
         at = captured.positions[:batch]
@@ -155,9 +156,9 @@ class Step:
         """Whether what was captured is this model with these weights."""
         return self._model is model and all(weight.data_ptr() == address for weight, address in self._weights)
 
-    def _prepare(self, model: PreTrainedModel, tables: list[DeviceTables], size: int) -> Captured:
-        """Inputs at fixed places, for a graph that is yet to be captured."""
-        if not self._same(model):
+    def _prepare(self, model: PreTrainedModel, tables: list[DeviceTables], size: int, same: bool) -> Captured:
+        """Inputs at fixed places, for a graph that is yet to be captured. same: as `_same`."""
+        if not same:
             self.reset()
             self._model = model
             self._weights = [(weight, weight.data_ptr()) for weight in (*model.parameters(), *model.buffers())]

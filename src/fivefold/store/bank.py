@@ -195,9 +195,9 @@ class Bank:
         whole = not isinstance(rows, slice) and len(rows) == self.data.shape[1]
         return Bounds(*(self.data if whole else self.data[:, rows]))
 
-    def of_layers(self) -> Bounds:
-        """The bounds of the rows of each layer, `[layers, rows]`; `[1, rows]` where they are the same in all layers."""
-        data = self.data.reshape(FIELDS, len(self.layers), -1)
+    def of_layers(self, data: np.ndarray) -> Bounds:
+        """Bounds of all rows as those of each layer, `[layers, rows]`; `[1, rows]` where all layers have the same."""
+        data = data.reshape(FIELDS, len(self.layers), -1)
         return Bounds(*(data[:, :1] if (data == data[:, :1]).all() else data))
 
     def set(self, rows: np.ndarray, bounds: Bounds) -> None:
@@ -333,7 +333,7 @@ class Bank:
         self.data[_LENGTH, slice(None) if len(rows) == self.data.shape[1] else rows] += 1
         self.touch(rows)
 
-    def settle(self, rows: np.ndarray, revocable: int = 0) -> None:
+    def advance(self, rows: np.ndarray, revocable: int = 0) -> None:
         """Let windows slide, and pack what is due. The newest `revocable` tokens may yet be taken back."""
         if self.due is None:
             self.due = np.zeros(self.data.shape[1], dtype=np.int64)
@@ -343,7 +343,7 @@ class Bank:
             return
         old = self.at(rows)
         packing = self.packing and replace(self.packing, residual=self.residual[rows])
-        new = old.settled(packing, revocable)
+        new = old.advanced(packing, revocable)
         moved = (new.exact_base != old.exact_base) | (new.packed_base != old.packed_base)
         moved |= new.packed_stop != old.packed_stop
         if moved.any():

@@ -117,8 +117,8 @@ class Rope:
         phases = self.phases(context.positions)
         return (phases if phases.shape[0] == 1 else phases[:: context.together])[:, :, None]
 
-    def waves_of(self, context: Context, pages: int, planes: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine for `turn_columns`, from the positions of so many pages whose tokens stand plane by plane:
+    def cos_sin_of(self, context: Context, pages: int, planes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine for `rotate_columns`, from the positions of so many pages whose tokens stand plane by plane:
         float32 `[groups or 1, 1, pairs, planes, pages, tokens of a plane]` each."""
 
         def make() -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,7 +126,7 @@ class Rope:
             phases = phases.unflatten(3, (pages, planes, -1)).transpose(3, 4)
             return phases.real.contiguous(), phases.imag.contiguous()
 
-        return context.again(self, ("waves", pages, planes), make)
+        return context.again(self, ("cos_sin", pages, planes), make)
 
     def pair(self, x: torch.Tensor) -> torch.Tensor:
         """Float32 x `[..., head_dim]` in the paired order."""
@@ -134,19 +134,19 @@ class Rope:
         z = torch.view_as_real(torch.complex(x[..., : self.pairs], x[..., self.pairs : turned])).flatten(-2)
         return z if turned == x.shape[-1] else torch.cat([z, x[..., turned:]], -1)
 
-    def turn(self, x: torch.Tensor, phases: torch.Tensor) -> torch.Tensor:
+    def rotate(self, x: torch.Tensor, phases: torch.Tensor) -> torch.Tensor:
         """Float32 x `[..., head_dim]` in the paired order, turned by phases `[..., pairs]` (broadcast)."""
         turned = 2 * self.pairs
         z = torch.view_as_complex(x[..., :turned].unflatten(-1, (-1, 2)))
         out = torch.view_as_real(z * phases).flatten(-2)
         return out if turned == x.shape[-1] else torch.cat([out, x[..., turned:]], -1)
 
-    def turn_columns(
-        self, x: torch.Tensor, waves: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor | None = None
+    def rotate_columns(
+        self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The same of float32 x `[groups, heads, head_dim, ...]`, by what `waves_of` says of the tokens in the axes
+        """The same of float32 x `[groups, heads, head_dim, ...]`, by what `cos_sin_of` says of the tokens in the axes
         behind."""
-        cosine, sine = waves
+        cosine, sine = cos_sin
         turned = 2 * self.pairs
         out = torch.empty_like(x) if out is None else out
         pairs = (*x.shape[:2], self.pairs, 2, *x.shape[3:])

@@ -19,7 +19,7 @@ class Held:
     layer: which layer of the model this is. places: int64 `[rows]`, sequence * kv_heads + kv_head of each row.
     positions: int32 `[rows, slots]`, where in the text the token of a slot stands. scores: float32 `[rows, slots]`, the
     policy's statistic. extra: more of it, float32 `[rows]` each. prompt: tokens seen when the last chunk of several had
-    come; seen: all tokens seen. share: how much of an even share of the model's budget this layer has. settled: nothing
+    come; seen: all tokens seen. share: how much of an even share of the model's budget this layer has. final: nothing
     before this position can be taken back.
 
     Nothing here is ever written into: a change makes new tensors, so that forks may share them.
@@ -34,7 +34,7 @@ class Held:
     prompt: int = 0
     seen: int = 0
     share: float = 1.0
-    settled: int = 0
+    final: int = 0
 
     @classmethod
     def empty(cls, layer: int, kv_heads: int, places: torch.Tensor) -> Held:

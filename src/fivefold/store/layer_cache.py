@@ -251,25 +251,25 @@ class LayerCache:
         group: RowGroup,
         keys: torch.Tensor | None,
         values: torch.Tensor | None,
-        settle: bool = True,
+        advance: bool = True,
         revocable: int = 0,
         observed: torch.Tensor | None = None,
     ) -> None:
         """Take a chunk's tokens into the tiers, then move what is due.
 
-        keys, values: `[rows of the group, tokens, head_dim]`, or None to only settle. The newest `revocable`
+        keys, values: `[rows of the group, tokens, head_dim]`, or None to only advance. The newest `revocable`
         tokens may be taken back: nothing is moved on their account. observed: what the policy made of the chunk's
         attention, float32 `[rows, slots]`, the chunk's own slots last.
         """
         with self.bank.atomic():
             held, policy = group.held, self.policy
             if held is None or policy is None:
-                self.take_in(group, keys, values, settle, revocable)
+                self.take_in(group, keys, values, advance, revocable)
             elif keys is None:
                 packing = self._packing(group, held)
                 stored = Stored(group.bounds, packing, partial(group.exact_parts, "keys"), group.token)
                 execute(self, group, policy.after_step(held, stored, revocable), held, revocable=revocable)
-            elif settle:
+            elif advance:
                 after, plan = policy.after_chunk(held.arrived(keys.shape[1]), observed, group.bounds, revocable)
                 execute(self, group, plan, after, keys, values, revocable)
             else:
@@ -312,17 +312,17 @@ class LayerCache:
         group: RowGroup,
         keys: torch.Tensor | None,
         values: torch.Tensor | None,
-        settle: bool,
+        advance: bool,
         revocable: int,
         held: Held | None = None,
     ) -> None:
         """`append` without a policy's say; held: what it will know."""
         old, tokens = group.bounds, 0 if keys is None else keys.shape[1]
-        if tokens == 1 and not settle and keys is not None and values is not None and self._put(group, keys, values):
+        if tokens == 1 and not advance and keys is not None and values is not None and self._put(group, keys, values):
             return
         new = old.appended(tokens)
-        if settle:
-            new = new.settled(self._packing(group, held or group.held), revocable)
+        if advance:
+            new = new.advanced(self._packing(group, held or group.held), revocable)
         if new == old:
             return
         bank, rows = self.bank, group.flat

@@ -25,9 +25,9 @@ Merge = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor,
 
 @dataclass(frozen=True)
 class Append:
-    """Hold what there is; `settle`: and pack what is due."""
+    """Hold what there is; `advance`: and pack what is due."""
 
-    settle: bool = True
+    advance: bool = True
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class PlannedLayer(BankLayer, Protocol):
         group: RowGroup,
         keys: torch.Tensor | None,
         values: torch.Tensor | None,
-        settle: bool,
+        advance: bool,
         revocable: int,
         held: Held | None = None,
     ) -> None: ...
@@ -161,7 +161,7 @@ def execute(
 ) -> None:
     """Do what a plan says. held: what the policy knows, of the chunk `keys, values` too if there is one."""
     if isinstance(plan, Append):
-        layer.take_in(group, keys, values, plan.settle, revocable, held)
+        layer.take_in(group, keys, values, plan.advance, revocable, held)
         group.held = held
     elif isinstance(plan, Keep):
         _keep(layer, group, plan, held, keys, values, revocable)
@@ -196,7 +196,7 @@ def _keep(
     layer.empty(group, evicted=held.seen - plan.slots.shape[1])
     if again:
         layer.exact_pool.budget.trim()  # pages that came in this very change are free by now, and less is needed
-    chosen = replace(held.select(plan.slots), extra=extra, settled=held.seen - revocable)
+    chosen = replace(held.select(plan.slots), extra=extra, final=held.seen - revocable)
     layer.take_in(group, keys.to(layer.spec.dtype), values.to(layer.spec.dtype), True, revocable, chosen)
     group.held = chosen
 
@@ -217,7 +217,7 @@ def _demote(
         chunk.append(torch.cat(parts, 1).gather(1, order[:, :, None].expand(-1, -1, layer.spec.head_dim)))
     layer.empty_exact(group)
     first = torch.arange(stop, device=order.device).expand(len(order), -1)
-    held = replace(held.select(torch.cat([first, order + stop], 1)), settled=held.seen - revocable)
+    held = replace(held.select(torch.cat([first, order + stop], 1)), final=held.seen - revocable)
     layer.take_in(group, chunk[0], chunk[1], True, revocable, held)
     group.held = held
 
@@ -246,7 +246,7 @@ def _evict_one(layer: PlannedLayer, group: RowGroup, plan: EvictOne, held: Held)
         positions=held.positions.scatter(1, at, held.positions[:, -1:])[:, :-1],
         scores=held.scores.scatter(1, at, held.scores[:, -1:])[:, :-1],
         extra=held.extra if plan.extra is None else plan.extra,
-        settled=held.seen,
+        final=held.seen,
     )
 
 
@@ -311,4 +311,4 @@ def _evict_packed(layer: PlannedLayer, group: RowGroup, plan: EvictPacked, held:
     group.touched_packed()
     layer.drop_oldest_exact(group, due)
     arrays = [torch.cat([x[:, :stop], x[:, stop + due :]], 1) for x in moved]
-    group.held = replace(held, positions=arrays[0], scores=arrays[1], settled=held.seen)
+    group.held = replace(held, positions=arrays[0], scores=arrays[1], final=held.seen)

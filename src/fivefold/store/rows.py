@@ -213,7 +213,7 @@ class Bounds(NamedTuple):
     def appended(self, tokens: Any) -> Bounds:
         return self._replace(length=self.length + tokens)
 
-    def settled(self, packing: Packing | None, revocable: int = 0) -> Bounds:
+    def advanced(self, packing: Packing | None, revocable: int = 0) -> Bounds:
         """After what is due has moved: windows slide, whole groups older than the residual are packed.
 
         The newest `revocable` tokens may yet be taken back: nothing is moved on their account.
@@ -232,7 +232,7 @@ class Bounds(NamedTuple):
         return self._replace(exact_base=exact, packed_base=base, packed_stop=stop)
 
     def idle(self, packing: Packing | None) -> Any:
-        """How many more tokens a settled row can take until something is due; at least so many."""
+        """How many more tokens a row in which nothing is due can take until something is due; at least so many."""
         oldest = self.oldest_visible
         out = self.exact_base + PAGE - oldest
         if packing is not None:

@@ -23,20 +23,20 @@ def rotated_scores(
     zero: torch.Tensor,
     order: torch.Tensor,
     n: int,
-    waves: tuple[torch.Tensor, torch.Tensor],
+    cos_sin: tuple[torch.Tensor, torch.Tensor],
     bits: int,
 ) -> torch.Tensor:
     """Inner products of queries with rotated keys (see `reference.py`), by the kernel: to be called where `takes_cpp`.
 
     queries: float32 `[rows, query, head_dim]` in the paired order; words, scale, zero: of pages, `[rows, pages,
     *shape]` int16 `[head_dim, 32]` and float16 `[planes, groups, 32]`; order: int64 `[teams or 1, channels]`, which
-    channel every sorted one is; n: the order of the Hadamard matrix; waves: cosine and sine, float32 `[teams or 1, 1,
+    channel every sorted one is; n: the order of the Hadamard matrix; cos_sin: cosine and sine, float32 `[teams or 1, 1,
     pairs, planes, pages, 32]`. Returns float32 `[rows, query, pages * planes * 32]`.
     """
     matrix, (rows, query, dim) = core(n), queries.shape
     pages, planes, groups = scale.shape[1:4]
     queries, order = (queries * n**-0.5).contiguous(), order.contiguous()
-    cosine, sine = (x.contiguous() for x in waves)
+    cosine, sine = (x.contiguous() for x in cos_sin)
     out = queries.new_empty((rows, query, pages * planes * 32))
     kernel = library(
         _SOURCE, BITS=bits, PLANES=planes, D=dim, GROUP=dim // groups, HEADS=order.shape[1] // dim, N=n,

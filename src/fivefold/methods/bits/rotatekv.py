@@ -329,10 +329,10 @@ class _Bound(BeforeRope):
 
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         if takes_cpp(queries):
-            waves = self.rope.waves_of(self.context, fields["key_words"].shape[1], self.planes)
+            cos_sin = self.rope.cos_sin_of(self.context, fields["key_words"].shape[1], self.planes)
             words, scale, zero = (fields[f"key_{name}"] for name in ("words", "scale", "zero"))
             paired = self.rope.pair(queries.float())
-            out = rotated_scores(paired, words, scale, zero, self.order, self.n, waves, self.codec.method.bits)
+            out = rotated_scores(paired, words, scale, zero, self.order, self.n, cos_sin, self.codec.method.bits)
         else:
             out = super().scores(queries, fields)
         sinks = self._sinks(fields)

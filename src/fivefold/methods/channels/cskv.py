@@ -153,7 +153,7 @@ def attended(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, ro
     picked = torch.arange(min(7, tokens - 1), tokens, 8, device=keys.device)
     if rope is not None:
         phases = rope.phases(running(0, tokens, keys.device))
-        keys, queries = (rope.turn(rope.pair(x), phases) for x in (keys, queries))
+        keys, queries = (rope.rotate(rope.pair(x), phases) for x in (keys, queries))
     later = torch.arange(tokens, device=keys.device) > picked[:, None]
     flat = values.transpose(0, 1).flatten(1)
     out = torch.zeros(heads * dim, heads * dim, dtype=torch.float64, device=keys.device)
