@@ -22,8 +22,8 @@ from fivefold.store import group as group_module
 from fivefold.store.codec import Codec
 from fivefold.store.group import RowGroup
 from fivefold.store.layer_cache import LayerCache
-from fivefold.store.pages import _Slab
 from fivefold.store.rows import PAGE, Extent
+from fivefold.store.slabs import Slab
 from fivefold.store.spec import LayerSpec, Pools
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,14 +38,14 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    make = _Slab.__init__
+    make = Slab.__init__
 
-    def poisoned(slab: _Slab, *args: object) -> None:
+    def poisoned(slab: Slab, *args: object) -> None:
         make(slab, *args)
         for tensor in slab.tensors.values():
             tensor.fill_(float("nan") if tensor.is_floating_point() else 0x5A5A)
 
-    monkeypatch.setattr(_Slab, "__init__", poisoned)
+    monkeypatch.setattr(Slab, "__init__", poisoned)
 
 
 def stored(layer: LayerCache, group: RowGroup) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:

@@ -151,6 +151,8 @@ class Driver:
         for cache in self.caches:
             if cache.session.pools is pools and cache.session.batch:
                 budget.count(id(cache.session), cache.session.charged)
+        for user in pools.users:  # without a cap nobody has counted
+            budget.count(id(user), user.charged if user.batch else 0)
         budget.limit = budget.used + sum(budget.charged.values()) + room
 
     def begin(self, cache: Twin) -> int:

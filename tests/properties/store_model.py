@@ -179,8 +179,9 @@ class System(Driver):
         if len(self.caches) == MOST_CACHES:
             return self.free(cache)
         session = cache.session
-        twin = self.do(cache, session.fork, lambda: [bank.fork() for bank in session.banks])
-        self.caches.append(Twin(twin, cache.plain.selected(range(cache.plain.batch))))
+        twin = self.attempt(cache, True, session.fork, lambda: [bank.fork() for bank in session.banks])
+        if twin is not REFUSED:
+            self.caches.append(Twin(twin, cache.plain.selected(range(cache.plain.batch))))
 
     def select(self, cache: Twin, count: int, code: int) -> None:
         session, batch = cache.session, cache.plain.batch

@@ -432,7 +432,8 @@ class Session:
                     bank.select(sequences)
 
     def fork(self) -> Session:
-        """A second cache of the same tokens: every page is shared until either side writes to it."""
+        """A second cache of the same tokens: every page is shared until either side writes to it. Raises
+        `CacheFullError` where the cap has no room for its page tables."""
         self.rollback()
         with self._all_banks():
             twins = {bank: bank.fork() for bank in self.banks}
@@ -441,6 +442,12 @@ class Session:
         twin = Session([], self.build, self.pools, companions, self.roles, self.top, stores)
         twin.length, twin.recording, twin.united = self.length, self.recording, self.united
         twin.ragged, twin.state = self.ragged, self.state
+        if self.pools.budget.limit is not None:
+            try:
+                twin._charge(True)
+            except CacheFullError:
+                twin.free()
+                raise
         return twin
 
     def new(self) -> Session:

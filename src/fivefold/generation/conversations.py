@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fivefold.engine import persist
-from fivefold.errors import CacheStateError, InputError, SavedCacheError
+from fivefold.errors import CacheFullError, CacheStateError, InputError, SavedCacheError
 from fivefold.models.cache import FivefoldCache
 
 
@@ -172,6 +172,17 @@ class Conversations:
         place = self._place(name)
         assert one.cache is not None
         one.cache.save(place, {"name": name, "unread": list(one.unread)})
+
+
+def keep(cache: FivefoldCache) -> FivefoldCache:
+    """A fork of a cache as it is now: in host memory where there is no room for its page tables."""
+    try:
+        return cache.fork()
+    except CacheFullError:
+        cache.offload()
+        fork = cache.fork()
+        cache.restore()
+        return fork
 
 
 def _note(folder: Path) -> dict[str, Any]:

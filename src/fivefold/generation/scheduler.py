@@ -17,7 +17,7 @@ from fivefold.api import compress
 from fivefold.engine.prefix import PrefixStore, Shelf
 from fivefold.errors import CacheFullError, CacheStateError, FivefoldError, InputError
 from fivefold.generation.batch import FULL, Batch, Event, Handle, Running, forward, too_small
-from fivefold.generation.conversations import Conversations
+from fivefold.generation.conversations import Conversations, keep
 from fivefold.generation.request import FinishReason, Request, Result, why_not
 from fivefold.generation.sampling import pick
 from fivefold.methods import TokenPolicy
@@ -417,7 +417,7 @@ class Scheduler:
             raise InputError(why)
         with self._lock:
             self._most_tokens = max(self._most_tokens, held + sequence.length + sequence.request.max_new_tokens)
-        sequence.before, sequence.cache, sequence.prompt = (cache.fork(), unread), cache, (*unread, *sequence.prompt)
+        sequence.before, sequence.cache, sequence.prompt = (keep(cache), unread), cache, (*unread, *sequence.prompt)
         return True
 
     def _next_stop(self, sequence: Running) -> int:
