@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -225,13 +226,13 @@ class Session:
             raise
 
     @contextmanager
-    def _all_banks(self) -> Iterator[None]:
+    def _all_banks(self) -> Iterator[Transaction]:
         """What happens to all banks happens as a whole or not at all, also while the cache is offloaded."""
         change = Transaction()
         try:
             for bank in self.banks:
                 bank.begin(change)
-            yield
+            yield change
         except BaseException:
             change.rollback()
             raise
@@ -435,19 +436,17 @@ class Session:
         """A second cache of the same tokens: every page is shared until either side writes to it. Raises
         `CacheFullError` where the cap has no room for its page tables."""
         self.rollback()
-        with self._all_banks():
+        with self._all_banks() as change:
             twins = {bank: bank.fork() for bank in self.banks}
-        stores = {i: cast(LayerCache, twins[store.bank].layers[store.index]) for i, store in self.stores.items()}
-        companions = None if self.companions is None else self.companions.fork()
-        twin = Session([], self.build, self.pools, companions, self.roles, self.top, stores)
-        twin.length, twin.recording, twin.united = self.length, self.recording, self.united
-        twin.ragged, twin.state = self.ragged, self.state
-        if self.pools.budget.limit is not None:
-            try:
+            stores = {i: cast(LayerCache, twins[one.bank].layers[one.index]) for i, one in self.stores.items()}
+            companions = None if self.companions is None else self.companions.fork()
+            twin = Session([], self.build, self.pools, companions, self.roles, self.top, stores)
+            twin.length, twin.recording, twin.united = self.length, self.recording, self.united
+            twin.ragged, twin.state = self.ragged, self.state
+            if self.pools.budget.limit is not None:
+                change.undo(partial(self.pools.users.discard, twin))
+                change.undo(partial(self.pools.budget.count, id(twin), 0))
                 twin._charge(True)
-            except CacheFullError:
-                twin.free()
-                raise
         return twin
 
     def new(self) -> Session:
