@@ -218,7 +218,7 @@ def test_tidal_picks_and_outputs() -> None:
             if layer in selecting:
                 picked = data[f"{step}.{layer}.picked"]
                 (group,) = run.session.stores[layer].groups
-                picks = run.session.picks(group)
+                picks = run.session.picks.of(group)
                 assert picks is not None
                 got = picks.view(2, 4, top)
                 assert torch.equal(got.sort(-1).values.int(), picked.sort(-1).values)
