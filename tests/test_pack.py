@@ -301,7 +301,8 @@ def test_a_wrong_kernel_is_found(right: str, wrong: str, tmp_path: Path, monkeyp
     (tmp_path / "wrong").mkdir()
     path = tmp_path / "wrong" / "pack.cpp"
     path.write_text(source.replace(right, wrong) if right else source)
-    shutil.copy(cpu._SOURCE.parent.parent / "cpu.h", tmp_path)
+    for header in cpu._SOURCE.parent.parent.glob("*.h"):
+        shutil.copy(header, tmp_path)
     monkeypatch.setenv("FIVEFOLD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cpu, "_SOURCE", path)
     monkeypatch.setattr(cpu, "_kernel", cpu._kernel.__wrapped__)

@@ -225,7 +225,8 @@ def test_wrong_kernels_are_caught(
     (tmp_path / "wrong").mkdir()
     path = tmp_path / "wrong" / "decode.cpp"
     path.write_text(source.replace(right, wrong))
-    shutil.copy(cpu._SOURCE.parent.parent / "cpu.h", tmp_path)
+    for header in cpu._SOURCE.parent.parent.glob("*.h"):
+        shutil.copy(header, tmp_path)
     monkeypatch.setenv("FIVEFOLD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cpu, "_SOURCE", path)
     monkeypatch.setattr(cpu, "_decode", cpu._decode.__wrapped__)

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from fivefold.errors import RecipeError
-from fivefold.methods import SLOTS, Method, Slot, find, registered
+from fivefold.methods import SLOTS, Method, Slot, TokenPolicy, find, registered
 from fivefold.store.rows import Extent
 from fivefold.store.spec import LayerSpec
 
@@ -47,6 +47,12 @@ class Recipe:
     def get(self, slot: Slot) -> Method | None:
         """The method in `slot`, if any."""
         return next((method for method in self.methods if method.slot == slot), None)
+
+    @property
+    def chooser(self) -> TokenPolicy | None:
+        """The method that chooses tokens by the whole prompt, if there is one: what is held of a prompt then depends on
+        how it is cut, and on what follows."""
+        return next((method for method in self.methods if isinstance(method, TokenPolicy) and method.chooses), None)
 
     def extents(self, spec: LayerSpec) -> list[Extent]:
         """What each KV head of a layer holds when all methods have had their say."""

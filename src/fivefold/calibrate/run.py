@@ -51,8 +51,8 @@ def default_texts() -> list[str]:
     """Prose and code that every Python carries: the last two fifths of its language reference (pieces of fidelity
     begin in its first half), and modules of its standard library.
 
-    What keys and values look like hangs on the text only a little: channels that are large are large everywhere. For a
-    model that does something else, give text of its own.
+    What keys and values look like depends on the text only a little: channels that are large are large everywhere. For
+    a model that does something else, give text of its own.
     """
     from fivefold.evaluate.demo import document
 

@@ -20,7 +20,7 @@ ModelOption = Annotated[
     str | None,
     typer.Option("--model", "-m", metavar="MODEL", help="A folder or a hub name; the embedded model if not given."),
 ]
-SeedOption = Annotated[int, typer.Option(min=0, metavar="S", help="A number that everything random hangs on.")]
+SeedOption = Annotated[int, typer.Option(min=0, metavar="S", help="A number that everything random depends on.")]
 RecipesOption = Annotated[
     list[str] | None, typer.Option("--recipe", "-r", metavar="RECIPE", help="One to measure; repeat it for more.")
 ]

@@ -65,8 +65,6 @@ class Conversation:
         self, model: Any, tokenizer: Any, cache: FivefoldCache, settings: Settings, messages: tuple[Message, ...] = (),
         ids: list[int] | None = None,
     ) -> None:  # fmt: skip
-        from fivefold.methods import TokenPolicy
-
         self.model, self.tokenizer, self.cache, self.settings = model, tokenizer, cache, settings
         self.messages, self.ids = messages, ids or []
         self._before: _Point | None = None
@@ -75,9 +73,8 @@ class Conversation:
         """The state before the last answer, where it has been of use."""
         self._changes = False
         """Whether the template has changed what the recipe cannot take back."""
-        chooses = any(isinstance(method, TokenPolicy) and method.chooses for method in cache.recipe.methods)
-        # What is held is chosen by the whole message, so it is read at once.
-        self._chunk = None if chooses else settings.chunk
+        # Where what is held is chosen by the whole message, it is read at once.
+        self._chunk = settings.chunk if cache.recipe.chooser is None else None
         self._ends = end_tokens(model, tokenizer)
 
     @property

@@ -20,7 +20,7 @@ class Line:
 
     where: file and number, for messages. name: ("id", its id), or ("line", its number). prompt: a text, or messages.
     settings: those of `fivefold.Request`, a seed among them. stop_ids, stop_texts: what ends it, besides the model's
-    own tokens. key: changes with everything that its tokens hang on, but for the recipe and the model.
+    own tokens. key: changes with everything that its tokens depend on, but for the recipe and the model.
     """
 
     where: str
@@ -35,7 +35,7 @@ class Line:
 def read(file: str, defaults: dict[str, Any], seed: int, run: dict[str, Any]) -> list[Line]:
     """The lines of a file, or of stdin if it is '-'.
 
-    defaults: settings of lines that have none of their own. seed: what those of lines without one hang on. run: what
+    defaults: settings of lines that have none of their own. seed: what those of lines without one depend on. run: what
     is the same for all lines and part of their keys. Raises `InputError` with the number of the first bad line.
     """
     from fivefold.generation.request import Request

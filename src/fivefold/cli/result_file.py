@@ -1,7 +1,7 @@
 """The file of `--out`: a line for each request that has ended, written as it ends. It says what is still to be done.
 
-Every line names the request ("id", or "line"), the recipe, the model, and the "key" of what its tokens hang on: so what
-was written by another run is never taken for a result of this one.
+Every line names the request ("id", or "line"), the recipe, the model, and the "key" of what its tokens depend on: so
+what was written by another run is never taken for a result of this one.
 """
 
 from __future__ import annotations

@@ -55,9 +55,9 @@ class State:
 def offload(session: Session) -> None:
     """Bring all that a session holds to host memory, and give its pages back. Nothing if that has been done."""
     if session.state is None and session.batch:
-        state, length = collect(session), session.length
-        session.release()
-        session.state, session.length = state, length
+        state = collect(session)
+        session.release(state)
+        session.length = state.facts["length"]
         if session.companions is not None:
             session.companions.reset()
 
@@ -99,8 +99,9 @@ def collect(session: Session) -> State:
     if session.companions is not None:
         facts["beside"], beside = session.companions.state()
         tensors.update({f"beside.{name}": _host(x) for name, x in beside.items()})
-    if any(device.type == "cuda" for device in session.devices):
-        torch.cuda.synchronize()
+    for device in session.devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     return State(facts, tensors)
 
 

@@ -18,7 +18,6 @@ import numpy as np
 
 from fivefold.engine.session import Session
 from fivefold.errors import InputError
-from fivefold.methods import TokenPolicy
 from fivefold.recipe import Recipe
 from fivefold.store.pages import PagePool
 
@@ -87,12 +86,11 @@ class PrefixStore:
     @staticmethod
     def why_not(recipe: Recipe) -> str | None:
         """One sentence saying why prompts of a recipe are not shared; None if they are."""
-        policy = next((x for x in recipe.methods if isinstance(x, TokenPolicy) and x.chooses), None)
-        if policy is None:
+        if recipe.chooser is None:
             return None
         return (
-            f"{policy.name}() chooses tokens by the whole prompt, so what is held of a prefix hangs on what follows: "
-            "prompts are read without the prefix store."
+            f"{recipe.chooser.name}() chooses tokens by the whole prompt, so what is held of a prefix depends on what "
+            "follows: prompts are read without the prefix store."
         )
 
     @property
@@ -189,8 +187,7 @@ class Shelf:
             if digests[-1] not in store._entries:
                 fork = cache.fork()
                 session: Session = fork.session
-                beside = session.statistics_bytes + session.table_bytes
-                beside += 0 if session.companions is None else session.companions.nbytes
+                beside = session.charged - session.learned_bytes  # what codecs learned all forks have in common
                 session.pools.budget.charge(id(session), beside)
                 store._entries[digests[-1]] = _Entry(self, fork, beside + _own_bytes(session))
             self._touch(digests)

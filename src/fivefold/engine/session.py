@@ -375,7 +375,7 @@ class Session:
                         store.append(group, None, None, revocable=revocable)
 
     def choose_together(self) -> None:
-        """After a chunk, where the budgets of the layers hang together: share them out and choose."""
+        """After a chunk, where the budgets of the layers depend on each other: share them out and choose."""
         policy: Any = self.stores[self.first].policy
         if policy is None or not policy.together:
             return
@@ -474,7 +474,6 @@ class Session:
     def free(self) -> None:
         """Forget everything, and give the pages back to the pools."""
         self.release()
-        self.state = None
         for store in self.stores.values():
             if store.spec.rope is not None:
                 store.spec.rope.made.clear()
@@ -482,10 +481,12 @@ class Session:
                 store.codec.forget()
         context.forget()
 
-    def release(self) -> None:
-        """Give all pages back."""
+    def release(self, state: Any = None) -> None:
+        """Give all pages back. state: what they held, if that is to come back (see `state`)."""
         self.rollback()
-        with self._all_banks():
+        with self._all_banks() as change:
+            change.undo(partial(setattr, self, "state", self.state))
+            self.state = state
             for bank in self.banks:
                 bank.free()
         self.emptied()

@@ -20,7 +20,6 @@ from fivefold.generation.batch import FULL, Batch, Event, Handle, Running, forwa
 from fivefold.generation.conversations import Conversations, keep
 from fivefold.generation.request import FinishReason, Request, Result, why_not
 from fivefold.generation.sampling import pick
-from fivefold.methods import TokenPolicy
 from fivefold.models.cache import FivefoldCache
 from fivefold.models.huggingface import prepare
 from fivefold.recipe import Recipe
@@ -76,7 +75,7 @@ class Scheduler:
                 raise InputError(f"{name}={value!r} is not possible: give a positive whole number.")
         parsed = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe)
         self.model, self.recipe, self.conversations, self.chunk, self.reads = model, parsed, conversations, chunk, reads
-        self.whole = any(isinstance(method, TokenPolicy) and method.chooses for method in parsed.methods)
+        self.whole = parsed.chooser is not None
         """Whether prompts must be read at once, because what is held is chosen then."""
         why = None if prefix is None else prefix.why_not(parsed)
         if why is not None:
@@ -421,7 +420,7 @@ class Scheduler:
         return True
 
     def _next_stop(self, sequence: Running) -> int:
-        """Where the next piece of a prompt ends. It hangs on the prompt alone, so that tokens do."""
+        """Where the next piece of a prompt ends. It depends on the prompt alone, so that tokens do."""
         end = len(sequence.prompt)
         if self.whole:
             return end

@@ -81,7 +81,7 @@ def library(source: Path, *, strict: bool = False, **numbers: int) -> ctypes.CDL
     openmp = sorted(map(str, Path(torch.__file__).parent.glob("lib/libgomp*.so*")))
     definitions = [f"-D{name}={value}" for name, value in sorted(numbers.items())]
     command = [str(compiler()), *_OPTIONS, *(_STRICT if strict else ()), *definitions, str(source), *openmp]
-    texts = [path.read_bytes() for path in (source, _HERE / "cpu.h")]
+    texts = [path.read_bytes() for path in (source, *sorted(_HERE.glob("*.h")))]
     key = hashlib.sha256(repr((command, _machine(), texts)).encode()).hexdigest()
     folder = cache_dir() / "kernels"
     target = folder / f"{source.stem}-{key[:24]}.so"

@@ -32,7 +32,7 @@ class TokenPolicy(Method):
     trims: bool = True
     """Whether the budget is kept while generating; else everything generated is held."""
     waits: bool = False
-    """Whether tokens go only when all layers have seen the chunk, because their budgets hang together (`shares`)."""
+    """Whether tokens go only when all layers have seen the chunk: their budgets depend on each other (`shares`)."""
 
     demotes: bool = False
     """Whether what is not chosen is packed instead of given up; it then brings the codec, too."""

@@ -68,9 +68,11 @@ def _places(cache: FivefoldCache, args: tuple[Any, ...], given: dict[str, Any]) 
     session, chunk, out = cache.session, ids.shape[1], {}
     mask, total = given.get("attention_mask"), session.length + chunk
     lengths = torch.from_numpy(session.lengths())[:, None]
-    if mask is not None and mask.ndim == 2:
+    if mask is not None:
+        if mask.ndim != 2:
+            return {}  # it is refused by the attention
         mask = out["attention_mask"] = mask[:, -total:]  # padding that all have left when a sequence went
-    elif mask is None and cache.sliding:
+    elif cache.sliding:
         out["attention_mask"] = (torch.arange(total) >= session.length - lengths).long().to(ids.device)
     if given.get("position_ids") is None:
         new = torch.arange(chunk)

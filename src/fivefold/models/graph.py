@@ -143,7 +143,7 @@ class Step:
 
     @staticmethod
     def why_not(session: Session) -> str | None:
-        """Why steps of this cache hang on the host, in a few words; None if they do not."""
+        """Why steps of this cache depend on the host, in a few words; None if they do not."""
         if session.companions is not None:
             return "layers with a sliding window are transformers' own"
         if len(session.devices) > 1:

@@ -85,8 +85,8 @@ class Bank:
         for name in ("offset", "chosen", "residual"):
             setattr(bank, name, np.concatenate([getattr(one, name) for one in old]))
         bank.pending = [write for one in old for write in one.pending]
-        bank.exact = Tier.stacked([one.exact for one in old])
-        bank.packed = None if bank.packed is None else Tier.stacked([one.packed for one in old])
+        bank.exact = _stacked([one.exact for one in old])
+        bank.packed = None if bank.packed is None else _stacked([one.packed for one in old])
         return bank
 
     def _clear(self) -> None:
@@ -373,6 +373,11 @@ class Bank:
 
 
 _LENGTH = Bounds._fields.index("length")
+
+
+def _stacked(tiers: list[Tier]) -> Tier:
+    """All rows of several tiers, one after the other."""
+    return Tier.gathered([(tier, len(tier.table), np.arange(len(tier.table))) for tier in tiers], 1, 1, False)
 
 
 def _take(bounds: Bounds, rows: np.ndarray) -> Bounds:

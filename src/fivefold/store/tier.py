@@ -32,21 +32,6 @@ class Tier:
         self.changed: list[tuple[np.ndarray, np.ndarray]] | None = None
 
     @classmethod
-    def stacked(cls, tiers: Sequence[Tier]) -> Tier:
-        """The rows of several tiers of the same pools, one after the other."""
-        out = cls(tiers[0].pools, 0)
-        width = max(tier.capacity for tier in tiers)
-        for number in range(len(out.pools)):
-            table = np.full((sum(len(tier.table) for tier in tiers), width), EMPTY, dtype=np.int64)
-            first = 0
-            for tier in tiers:
-                table[first : first + len(tier.table), : tier.capacity] = tier.tables[number]
-                first += len(tier.table)
-            out.tables[number] = table
-        out.shared = any(tier.shared for tier in tiers)
-        return out
-
-    @classmethod
     def gathered(cls, parts: Sequence[tuple[Tier, int, np.ndarray]], layers: int, heads: int, shared: bool) -> Tier:
         """Sequences of tiers of the same pools, those of one part behind those of the other; references are the
         caller's to count. parts: a tier, how many sequences it has, and which of them. shared: whether pages get
@@ -61,7 +46,7 @@ class Tier:
                 whole = len(which) == batch and (which == np.arange(batch)).all()
                 table[:, first : first + len(which), :, : tier.capacity] = old if whole else old[:, which]
                 first += len(which)
-            out.tables[number] = table.reshape(-1, width) if width else table.reshape(layers * count * heads, 0)
+            out.tables[number] = table.reshape(layers * count * heads, width)
         out.shared = shared or any(tier.shared for tier, _, _ in parts)
         return out
 

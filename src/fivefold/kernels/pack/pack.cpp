@@ -5,55 +5,24 @@
 // words are put together on the stack and written once, so that planes that were there before are never seen changed.
 #include "../cpu.h"
 
-#include <algorithm>
 #include <utility>
-#if defined(__F16C__) || defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 constexpr int TOKENS = FIELDS * ROWS, KEY_GROUPS = TOKENS / GROUP, SHARE = GROUP / ROWS, GROUPS = D / CHANNELS;
 // Numbers of 16 bits: of the scales (or zero points) of keys, and of values; of the keys' side, and of a record.
 constexpr int KEY_SCALES = KEY_GROUPS * D, VALUE_SCALES = TOKENS * GROUPS;
 constexpr int KEY_SIDE = ROWS * D + 2 * KEY_SCALES, RECORD = KEY_SIDE + ROWS * D + 2 * VALUE_SCALES;
 
-#if defined(__AVX512F__)
-constexpr int NATIVE = 16;
-#elif defined(__AVX__)
-constexpr int NATIVE = 8;
-#else
-constexpr int NATIVE = 4;
-#endif
-constexpr int width(int most) { return D % most == 0 && CHANNELS % most == 0 ? most : width(most / 2); }
-constexpr int W = width(NATIVE), N = D / W;
+constexpr int WHOLE = CHANNELS;  // channels that are worked on together
+#include "../vectors.h"
 
-typedef float vec __attribute__((vector_size(4 * W)));
-typedef int32_t ints __attribute__((vector_size(4 * W)));
-typedef uint16_t shorts __attribute__((vector_size(2 * W)));
-
-// -- vectors -------------------------------------------------------------------------------------------------
-
-template <class V, class X>
-static inline V read(const X* from) {
-  V v;
-  memcpy(&v, from, sizeof v);
-  return v;
-}
 template <class V, class X>
 static inline void write(V v, X* to) {
   memcpy(to, &v, sizeof v);
 }
 
-static inline vec all(float x) { return x - vec{}; }
 // Of equal ones the second, which matters for zeros.
 static inline vec less(vec a, vec b) { return a < b ? a : b; }
-static inline vec more(vec a, vec b) { return a > b ? a : b; }
 static inline ints larger(ints a, ints b) { return a > b ? a : b; }
-
-#ifdef __clang__
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, ints{__VA_ARGS__})
-#endif
 
 // Of lanes that differ in bit S: what `of` says of them, a's where the bit is 0.
 template <int S, class Of, int... I>
@@ -66,19 +35,6 @@ static inline vec across(vec* v, Of of) {
   for (int i = 0; i < S; i++) v[i] = fold<S>(v[i], v[i + S], of, std::make_integer_sequence<int, W>());
   if constexpr (S > 1) return across<S / 2>(v, of);
   return v[0];
-}
-
-// Templates, because what is not of this width is nothing to the compiler there.
-template <class V = vec, class S>
-static inline V halved(S x) {  // from float16
-#if defined(__AVX512F__)
-  if constexpr (W == 16) return (V)_mm512_cvtph_ps((__m256i)x);
-#endif
-#if defined(__F16C__)
-  if constexpr (W == 8) return (V)_mm256_cvtph_ps((__m128i)x);
-#endif
-  const ints bits = __builtin_convertvector(x, ints);
-  return (vec)((bits & 0x7fff) << 13 | (bits & 0x8000) << 16) * 0x1p112f;
 }
 
 template <class S = shorts, class V>
@@ -103,7 +59,7 @@ static inline vec load(const float* from) { return read<vec>(from); }
 #elif EXACT == 1
 typedef uint16_t Number;
 static inline vec load(const uint16_t* from) {
-  return (vec)(__builtin_convertvector(read<shorts>(from), ints) << 16);
+  return widened(read<shorts>(from));
 }
 #else
 typedef uint16_t Number;

@@ -11,9 +11,6 @@
 #include <cmath>
 #include <utility>
 #include <vector>
-#if defined(__F16C__) || defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 constexpr int BLOCK = 32;  // tokens of a block, of a plane and of an exact page
 constexpr float LOWEST = -1e30f;
@@ -30,53 +27,28 @@ constexpr int WHOLE = PLANAR ? CHANNELS : D;
 constexpr int WHOLE = D, TOKENS = BLOCK;
 #endif
 
-#if defined(__AVX512F__)
-constexpr int NATIVE = 16, REGISTERS = 24;
-#elif defined(__AVX__)
-constexpr int NATIVE = 8, REGISTERS = 12;
-#elif defined(__aarch64__)
-constexpr int NATIVE = 4, REGISTERS = 24;
+#include "../vectors.h"
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int REGISTERS = 24;
 #else
-constexpr int NATIVE = 4, REGISTERS = 12;
+constexpr int REGISTERS = 12;
 #endif
 
-constexpr int width(int most) { return D % most == 0 && WHOLE % most == 0 ? most : width(most / 2); }
-constexpr int W = width(NATIVE);  // numbers of a vector
-constexpr int N = D / W;          // vectors of a token
-constexpr int P = BLOCK / W;      // vectors of a block's scores
+constexpr int P = BLOCK / W;  // vectors of a block's scores
 // Tokens whose keys are in registers together, and the queries and vectors whose sums of values are.
 constexpr int TOGETHER = N >= 8 ? 1 : std::min(W, 8 / N);
 constexpr int PASSES = (QUERIES + REGISTERS - 1) / REGISTERS, SHARE = (QUERIES + PASSES - 1) / PASSES;
 constexpr int fitting(int most) { return N % most == 0 ? most : fitting(most - 1); }
 constexpr int SIDE = fitting(std::max(1, std::min(N, REGISTERS / SHARE)));
 
-typedef float vec __attribute__((vector_size(4 * W)));
-typedef int32_t ints __attribute__((vector_size(4 * W)));
-typedef uint16_t shorts __attribute__((vector_size(2 * W)));
-
 // -- vectors -------------------------------------------------------------------------------------------------
-
-template <class V, class X>
-static inline V read(const X* from) {
-  V v;
-  memcpy(&v, from, sizeof v);
-  return v;
-}
-
-static inline vec all(float x) { return x - vec{}; }
-static inline vec more(vec a, vec b) { return a > b ? a : b; }
 
 using Lanes = std::make_integer_sequence<int, W>;
 template <int... I>
 static constexpr ints counted(std::integer_sequence<int, I...>) {
   return ints{I...};
 }
-
-#ifdef __clang__
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, ints{__VA_ARGS__})
-#endif
 
 // Of lanes that differ in bit S: those of a and b added up, a's where the bit is 0.
 template <int S, class V, int... I>
@@ -126,21 +98,6 @@ static inline vec exp2(vec x) {
 // where it counts.
 static inline vec power(vec x) { return exp2(x * 1.44269504f); }
 
-static inline vec widened(shorts bits) { return (vec)(__builtin_convertvector(bits, ints) << 16); }
-
-template <class V = vec>
-static inline V halved(const uint16_t* from) {  // float16
-#if defined(__AVX512F__)
-  if constexpr (W == 16) return (V)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
-#endif
-#if defined(__F16C__)
-  if constexpr (W == 8) return (V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
-  if constexpr (W == 4) return (V)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)from));
-#endif
-  const ints bits = __builtin_convertvector(read<shorts>(from), ints);
-  return (vec)((bits & 0x7fff) << 13 | (bits & 0x8000) << 16) * 0x1p112f;
-}
-
 // -- numbers of memory ---------------------------------------------------------------------------------------
 
 struct Single {
@@ -159,7 +116,7 @@ struct Brain {
 };
 struct Half {
   typedef uint16_t Number;
-  static vec read(const uint16_t* from) { return halved(from); }
+  static vec read(const uint16_t* from) { return halved(::read<shorts>(from)); }
   static void write(float x, uint16_t* to) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
@@ -462,7 +419,7 @@ static void attend_planes(Sums& sums, const vec (*queries)[N], const int64_t* ta
     for (int q = 0; q < QUERIES; q++) offset[q] = vec{};
     for (int c = 0; c < N; c++) {  // a channel's scale goes into the query
       const uint16_t* scale = record + KEY_SCALE + plane * ROWS / GROUP * D + c * W;
-      const vec step = halved(scale) * unit, zero = halved(scale + KEY_GROUPS * D);
+      const vec step = halved(read<shorts>(scale)) * unit, zero = halved(read<shorts>(scale + KEY_GROUPS * D));
       for (int q = 0; q < QUERIES; q++) scaled[q][c] = queries[q][c] * step, offset[q] += queries[q][c] * zero;
     }
     Scores s;
@@ -481,7 +438,7 @@ static void attend_planes(Sums& sums, const vec (*queries)[N], const int64_t* ta
     for (int g = 0; g < GROUPS; g++)
       for (int part = 0; part < P; part++) {
         const uint16_t* scale = record + VALUE_SCALE + (plane * GROUPS + g) * ROWS + part * W;
-        vec step = halved(scale) * unit, zero = halved(scale + TOKENS * GROUPS);
+        vec step = halved(read<shorts>(scale)) * unit, zero = halved(read<shorts>(scale + TOKENS * GROUPS));
         if (begin > 0 || end < ROWS) {  // what is not seen may be anything
           const ints t = counted(Lanes()) + part * W, seen = (t >= begin) & (t < end);
           step = seen ? step : vec{}, zero = seen ? zero : vec{};

@@ -10,7 +10,7 @@ from fivefold.kernels.shared import shared
 from fivefold.methods import TokenPolicy, param, register
 from fivefold.store import Held
 
-# Noise is read from a table of this many draws, from a place that hangs on the query: a prime.
+# Noise is read from a table of this many draws, from a place that depends on the query: a prime.
 _DRAWS = 131071
 # Weights that are looked at a time: they stay in the processor's cache.
 _BLOCK = 1 << 19
