@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 
 import fivefold
 from fivefold.cli.app import app
-from fivefold.cli.generating import parse_bytes
+from fivefold.sizes import parse_bytes
 from fivefold.cli.recipes import _refusals
 from fivefold.cli.terminal import out
 from fivefold.evaluate import demo

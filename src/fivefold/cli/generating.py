@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 from rich.table import Table
@@ -20,16 +19,6 @@ def check_options(dtype: str, temperature: float) -> None:
         raise InputError(f"--dtype {dtype!r} is not possible: use one of {', '.join(DTYPES)}.")
     if not math.isfinite(temperature):
         raise InputError(f"--temperature {temperature} is not possible: use a number from 0 on.")
-
-
-def parse_bytes(text: str | None) -> int | None:
-    """A number of bytes: 1000000, 512M, 1.5GiB."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*(?:([KMGT])(?:i?B)?|B)?", text.strip(), re.IGNORECASE | re.ASCII)
-    if match is None:
-        raise InputError(f"--max-bytes {text!r} is no size: write a number of bytes, or 512M, or 2G.")
-    return int(float(match[1]) * 1024 ** " KMGT".index((match[2] or " ").upper()))
 
 
 def has_template(tokenizer: Any) -> bool:

@@ -264,7 +264,8 @@ def _exact_bytes(scheduler: Scheduler) -> Callable[[int], int]:
     """A function from the length of a sequence to the bytes that `DynamicCache` needs for it, without padding."""
     specs = [store.spec for store in scheduler.root.session.stores.values()]
     sizes = [2 * spec.kv_heads * spec.head_dim * spec.dtype.itemsize for spec in specs]
-    windows = [layer.sliding_window for layer in scheduler.root.sliding.values()]
+    beside: Any = scheduler.root.session.companions
+    windows = [] if beside is None else beside.windows.values()
     return lambda tokens: sum(sizes) * tokens + sizes[0] * sum(min(tokens, window - 1) for window in windows)
 
 
