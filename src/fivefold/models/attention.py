@@ -69,6 +69,8 @@ def attention(
         raise CacheStateError(
             "output_attentions=True needs the whole attention matrix, which a compressed cache never builds: drop it."
         )
+    if attention_mask is not None and attention_mask.ndim == 4 and attention_mask.shape[1:3] == (1, 1):
+        attention_mask = attention_mask[:, 0, 0] if attention_mask.dtype == torch.bool else attention_mask
     if attention_mask is not None and attention_mask.ndim != 2:
         raise CacheStateError(
             f"an attention mask of shape {tuple(attention_mask.shape)} cannot be used with a compressed cache: "
@@ -109,6 +111,12 @@ def mask(
         and kv_length == q_offset + q_length
         and (attention_mask is None or attention_mask.shape[-1] == kv_length)
     )
+    config = kwargs.get("config")
+    if getattr(config, "num_kv_shared_layers", 0):
+        # Such a model cuts the queries, and masks with four axes, down to the last tokens before the layers that share.
+        kwargs["allow_is_causal_skip"] = False
+        if plain and attention_mask is not None:
+            return attention_mask[:, None, None]
     if plain:
         return attention_mask
     return stock_mask(
