@@ -220,7 +220,7 @@ class _Chat:
                 for name, what in _HELP.items():
                     err.print(f"{name:<14}{what}")
             case "/report", "":
-                err.print(cache_report(self.conversation.cache, []))
+                err.print(cache_report(self.conversation.cache, []), crop=False)
             case "/undo", "":
                 self.conversation.undo()
                 self._keep()

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.padding import Padding
 
 from fivefold.cli.app import (
     ChunkOption,
@@ -151,7 +150,8 @@ def _generate_one(
     pick = _sampler(temperature, seed, network.device)
     with stop_request() as stopped:
         speed = _stream(network, tokenizer, cache, ids, pick, max_new_tokens, chunk, stopped)
-        err.print(Padding(cache_report(cache, speed), (1, 0, 0, 0)))
+        err.print()
+        err.print(cache_report(cache, speed), crop=False)
         if stopped():
             raise KeyboardInterrupt
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
-from fivefold.cli.terminal import facts_table
 from fivefold.errors import InputError, first_line
+from fivefold.tables import Facts
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -60,10 +59,10 @@ def longest(model: Any) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)
 
 
-def cache_report(cache: Any, speed: list[tuple[str, int, float]]) -> Table:
+def cache_report(cache: Any, speed: list[tuple[str, int, float]]) -> Facts:
     """What a cache holds. speed: (what, tokens, seconds) of reading and of writing."""
     report = cache.report()
-    table = facts_table()
+    table = Facts()
     table.add_row("recipe", Text(report.recipe))
     exact = f"{report.exact_equivalent / 2**20:.2f} MiB"
     table.add_row("cache", f"{report.total / 2**20:.2f} MiB, {report.ratio:.3f}x of the exact cache ({exact})")
