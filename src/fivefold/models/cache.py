@@ -20,6 +20,8 @@ from fivefold.models.stock import StockLayers
 from fivefold.recipe import Recipe
 from fivefold.report import Report, measure
 
+__all__ = ["FivefoldCache"]  # what is public here
+
 
 class FivefoldLayer(CacheLayerMixin):
     """One layer of a `FivefoldCache`. It only checks what it is given: the attention function stores it."""
