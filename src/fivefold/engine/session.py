@@ -336,14 +336,21 @@ class Session:
             raise UnsupportedModelError(
                 f"keys in {spec['dtype']} are not supported: load the model in bfloat16 or float32."
             )
-        if not self.length and any(getattr(store.spec, name) != value for name, value in spec.items()):
+        if not self.length:
+            store = self.respec(index, spec)
+        if not store.batch:
+            store.start(len(self.tokens))
+        return store
+
+    def respec(self, index: int, spec: dict[str, Any]) -> LayerCache:
+        """While it is empty: the store of a layer of which this is so."""
+        store = self.stores.get(index)
+        if store is not None and any(getattr(store.spec, name) != value for name, value in spec.items()):
             assert self.change is not None
             store = self.build(replace(store.spec, **spec))
             store.bank.begin(self.change)
             self.stores = {**self.stores, index: store}
-        if not store.batch:
-            store.start(len(self.tokens))
-        return store
+        return cast(LayerCache, store)
 
     def advance(self, revocable: int) -> None:
         """Let the policies of all layers move what is due."""

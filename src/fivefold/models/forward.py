@@ -28,7 +28,6 @@ class Forward:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.configs, self.switch = configs_of(model), rope_switch(model)
         # Somebody else's, put there before.
         self.before: Callable[..., Any] | None = vars(model).get("forward")
         functools.update_wrapper(self, model.forward)
@@ -59,6 +58,14 @@ class Forward:
                 return out
         with cache.session.atomic():
             return self.plain(*args, **kwargs)
+
+    @functools.cached_property
+    def configs(self) -> list[Any]:
+        return configs_of(self.model)
+
+    @functools.cached_property
+    def switch(self) -> int | None:
+        return rope_switch(self.model)
 
     @property
     def plain(self) -> Callable[..., Any]:
@@ -96,9 +103,11 @@ class Inputs:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = type(self.model).prepare_inputs_for_generation(self.model, *args, **kwargs)
-        switch = rope_switch(self.model)
-        if isinstance(kwargs.get("past_key_values"), FivefoldCache) and out.get("past_key_values") is None and switch:
-            raise UnsupportedModelError(_crossing(switch))
+        cache, switch = kwargs.get("past_key_values"), rope_switch(self.model)
+        if isinstance(cache, FivefoldCache) and out.get("past_key_values") is None and switch:
+            if cache.get_seq_length():
+                raise UnsupportedModelError(_crossing(switch))
+            out["past_key_values"] = cache  # an empty one is as good as none
         return out
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Inputs:
