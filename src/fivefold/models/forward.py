@@ -57,7 +57,13 @@ class Forward:
             if out is not None:
                 return out
         with cache.session.atomic():
-            return self.plain(*args, **kwargs)
+            out = self.plain(*args, **kwargs)
+            if chunk and not cache.session.chunk:
+                raise CacheStateError(
+                    "the model was called with a compressed cache and did not use it, as with gradient checkpointing "
+                    "in train mode: call model.eval() first."
+                )
+            return out
 
     @functools.cached_property
     def configs(self) -> list[Any]:
