@@ -25,7 +25,8 @@ from fivefold.calibrate.run import Stopped, calibrate, chunks, default_texts
 from fivefold.cli.app import app
 from fivefold.errors import InputError, NonFiniteError, ProfileError, RecipeError
 from fivefold.methods import Method, param
-from fivefold.models.capture import capturing, rotate
+from fivefold.models.capture import capturing
+from fivefold.models.rotary import rotate
 from fivefold.recipe import Recipe
 from fivefold.store import LayerSpec
 

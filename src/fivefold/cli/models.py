@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,12 @@ def load_model(name: str | None, dtype: str, device: str) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise InputError(f"the model {name!r} cannot be loaded ({first_line(error)}).") from error
-    check_model(types.SimpleNamespace(config=config))  # before the weights, which may take minutes
+    try:
+        with torch.device("meta"):
+            shape = AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise InputError(f"the model {name!r} cannot be loaded ({first_line(error)}).") from error
+    check_model(shape)  # before the weights, which may take minutes
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, trust_remote_code=False)

@@ -27,7 +27,7 @@ from fivefold.kernels.packed_decode import schedule
 from fivefold.store import compact, context
 from fivefold.store.bank import Bank
 from fivefold.store.layer_cache import LayerCache
-from fivefold.store.spec import LayerSpec, Pools
+from fivefold.store.spec import DTYPES, LayerSpec, Pools
 from fivefold.store.transaction import Transaction
 
 REVOCABLE = 64
@@ -74,6 +74,8 @@ class Session:
         """Of the chunk that is under way, how many are real, by sequence."""
         self.offsets = np.zeros(0, dtype=np.int64)
         self.chunk = 0
+        self.brought: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """The keys and values of this forward, by layer: the very tensors that attention is to see."""
         self.waiting: list[Callable[[], None]] = []
         """What sources do with their chunks once the layers that share them are done."""
         self.stepping: frozenset[int] = frozenset()
@@ -149,7 +151,7 @@ class Session:
         self.rollback()
         self._compact()
         change = Transaction()
-        self.chunk, self.picks, self.stepping, self.waiting = 0, Picks(self.top), frozenset(), []
+        self.chunk, self.picks, self.stepping = 0, Picks(self.top), frozenset()
         self.include(change)
         self.change, self._thread, self._alone = change, threading.get_ident(), False
 
@@ -175,6 +177,7 @@ class Session:
         assert change is not None
         for take in self.waiting:
             take()
+        self.brought, self.waiting = {}, []
         if self.chunk == 1:
             self.advance(self.revocable)
         elif self.chunk:
@@ -220,6 +223,7 @@ class Session:
         """Undo all that has happened since `begin`; nothing if nothing has."""
         change = self.change
         if change is not None:
+            self.brought, self.waiting = {}, []
             change.rollback()
             self.change = None
             self.pools.budget.trim()  # what it took for itself
@@ -332,10 +336,8 @@ class Session:
         """The store of a layer that is given its chunk. spec: what the chunk says about the layer; where the cache is
         still empty, that decides how its pages are made."""
         store = self.stores[index]
-        if spec["dtype"] not in (torch.float32, torch.bfloat16, torch.float16):
-            raise UnsupportedModelError(
-                f"keys in {spec['dtype']} are not supported: load the model in bfloat16 or float32."
-            )
+        if spec["dtype"] not in DTYPES:
+            raise UnsupportedModelError(f"keys in {spec['dtype']} are not supported: load the model in bfloat16.")
         if not self.length:
             store = self.respec(index, spec)
         if not store.batch:

@@ -21,15 +21,10 @@ CALLED = "fivefold_called"
 
 @dataclass(frozen=True)
 class Called:
-    """The layer that an attention module works for, and what it was called with, where a codec wants to know it.
-
-    brought: of this forward, the keys and values that layers have given to the cache; a layer that has no cache of its
-    own shares those of one of them.
-    """
+    """The layer that an attention module works for, and what it was called with, where a codec wants to know it."""
 
     session: Session
     index: int
-    brought: dict[int, tuple[torch.Tensor, torch.Tensor]]
     positions: torch.Tensor | None
     inputs: torch.Tensor | None
 
@@ -50,13 +45,13 @@ def attention(
         return stock_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     index, stored = called.index, called.index not in called.session.stores
     if stored:
-        found = [source for source, (keys, values) in called.brought.items() if keys is key and values is value]
+        found = [source for source, (keys, values) in called.session.brought.items() if keys is key and values is value]
         if not found:  # those of a layer that stays transformers' own
             return stock_attention(
                 module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
             )
         index = found[0]
-    elif called.brought[index][0] is not key or called.brought[index][1] is not value:
+    elif called.session.brought[index][0] is not key or called.session.brought[index][1] is not value:
         raise UnsupportedModelError(
             f"{type(module).__name__} attends to other keys and values than it gives to the cache, which Fivefold "
             "cannot know of: use DynamicCache."

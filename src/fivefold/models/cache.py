@@ -142,8 +142,6 @@ class FivefoldCache(Cache):
         """A weak reference to the model that it is for, if that is known."""
         self.armed: int | None = None
         """The layer whose attention module has announced itself, and is prepared for this cache."""
-        self.brought: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        """The keys and values that layers have brought in this forward: the very tensors that attention is to see."""
         self.selection: Any = None
         """What `models.selection.selected` returned for a module that is called by itself."""
 
@@ -159,7 +157,7 @@ class FivefoldCache(Cache):
         self.armed = None
         out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx in self.session.stores:
-            self.brought[layer_idx] = out
+            self.session.brought[layer_idx] = out
         return out
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -90,8 +90,6 @@ def _hand_over(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         return None
     index: int = module.layer_idx  # type: ignore[assignment]
     cache.armed, session = index, cache.session
-    if index == session.entry:
-        cache.brought.clear()
     session.arrive(index)
     if not is_selected(NAME):  # somebody calls the modules one by one
         cache.selection = selected([module.config], NAME)
@@ -100,11 +98,11 @@ def _hand_over(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         codec, inputs = session.stores[index].codec, session.inputs
         positional = codec is not None and codec.contextual and codec.positional
         session.inputs = None
-        called = Called(session, index, cache.brought, kwargs.get("position_ids") if positional else None, inputs)
+        called = Called(session, index, kwargs.get("position_ids") if positional else None, inputs)
     elif isinstance(session.companions, StockLayers) and index in session.companions.windows:
         return None
     else:  # it shares the keys of another layer
-        called = Called(session, index, cache.brought, None, None)
+        called = Called(session, index, None, None)
     return args, {**kwargs, CALLED: called}
 
 

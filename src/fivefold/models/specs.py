@@ -12,9 +12,7 @@ from transformers import PreTrainedModel
 from fivefold.calibrate.profile import config_hash, of_layer, signature
 from fivefold.errors import UnsupportedModelError
 from fivefold.models.rotary import rope_of
-from fivefold.store.spec import LayerSpec
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from fivefold.store.spec import DTYPES, LayerSpec
 
 
 def decoder_config(model: Any) -> Any:

@@ -14,6 +14,9 @@ from fivefold.store.pages import Budget, Field, PageLayout, PagePool
 from fivefold.store.rounded import RoundedPool
 from fivefold.store.rows import PAGE
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What keys and values may be in."""
+
 
 @dataclass(frozen=True)
 class LayerSpec:
