@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fivefold.evaluate.ruler import PREFIX
 from fivefold.evaluate.summary import EXACT, FIDELITY, OWN
 
 _LEGEND = (
@@ -23,6 +24,10 @@ _GRID_LEGEND = (
     "Scores in percent: right answers (biography: bits of each fact, not percent; fidelity: top-1). Columns are the "
     "ranks above. Red: the exact cache's score is above the recipe's 95% interval. (*): the exact cache does no better "
     "than chance: that says nothing about compression and does not count, and recipes only run there with --all."
+)
+_RULER_LEGEND = (
+    "RULER: the share of each answer that is found, as its own scorers do it; the cache is compressed before the "
+    "question is read. RULER average: the mean of the thirteen kinds, (*) or not."
 )
 _ACROSS = 9
 """Recipes side by side in 80 columns."""
@@ -41,8 +46,10 @@ def show(result: dict[str, Any]) -> Iterator[RenderableType]:
         yield _ranked(ranking)
         for first in range(0, len(ranking), _ACROSS):
             yield ""
-            yield _grid(range(first, min(first + _ACROSS, len(ranking))), ranking, cells)
-    yield Text(f"\n{_LEGEND}\n{_GRID_LEGEND}", style="dim")
+            ranks = range(first, min(first + _ACROSS, len(ranking)))
+            yield _grid(ranks, ranking, cells, at_context(result["ruler"], context))
+    legends = [_LEGEND, _GRID_LEGEND] + [_RULER_LEGEND] * any(suite.startswith(PREFIX) for suite in plan["suites"])
+    yield Text("\n" + "\n".join(legends), style="dim")
 
 
 def contexts_of(result: dict[str, Any]) -> list[int]:
@@ -60,6 +67,8 @@ def recipes_of(result: dict[str, Any]) -> list[str]:
 
 def suite_name(suite: str) -> str:
     """A file by its name alone, the tasks as words that can be broken."""
+    if suite.startswith(PREFIX):
+        return f"RULER {suite.removeprefix(PREFIX)}".replace("_", " ")
     kind, _, file = suite.partition(":")
     return Path(file).name if file else kind.replace("_", " ")
 
@@ -92,7 +101,9 @@ def _ranked(ranking: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _grid(ranks: range, ranking: list[dict[str, Any]], cells: list[dict[str, Any]]) -> Table:
+def _grid(
+    ranks: range, ranking: list[dict[str, Any]], cells: list[dict[str, Any]], averages: list[dict[str, Any]]
+) -> Table:
     """Suites down, recipes by rank across."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
     table.add_column("suite", overflow="fold", min_width=18)
@@ -105,6 +116,9 @@ def _grid(ranks: range, ranking: list[dict[str, Any]], cells: list[dict[str, Any
         shown = [_score(place.get((suite, ranking[rank]["recipe"])), exact) for rank in ranks]
         name = Text(suite + (" (*)" if exact["exact_fails"] else ""))
         table.add_row(name, "" if suite == FIDELITY else _percent(suite, exact["chance"]), *shown)
+    of = {entry["recipe"]: number(100 * entry["score"], 1) for entry in averages}
+    if of:
+        table.add_row("RULER average", "", *(of.get(ranking[rank]["recipe"], "–") for rank in ranks), style="bold")
     return table
 
 
