@@ -85,11 +85,11 @@ class Words:
     def __init__(self) -> None:
         self.known: dict[str, int] = {}
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> Any:
         from types import SimpleNamespace
 
         return SimpleNamespace(input_ids=[self.known.setdefault(token, len(self.known)) for token in tokens(text)])
 
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
         names = list(self.known)
-        return "".join(names[at] for at in ids)
+        return "".join(names[at] if at < len(names) else " unknown" for at in ids)

@@ -27,8 +27,9 @@ _GRID_LEGEND = (
 )
 _RULER_LEGEND = (
     "RULER: the share of each answer that is found, as its own scorers do it; the cache is compressed before the "
-    "question is read. RULER average: the mean of the thirteen kinds, (*) or not."
+    "question is read."
 )
+_AVERAGE_LEGEND = " RULER average: the mean of the thirteen kinds, (*) or not."
 _ACROSS = 9
 """Recipes side by side in 80 columns."""
 
@@ -48,7 +49,9 @@ def show(result: dict[str, Any]) -> Iterator[RenderableType]:
             yield ""
             ranks = range(first, min(first + _ACROSS, len(ranking)))
             yield _grid(ranks, ranking, cells, at_context(result["ruler"], context))
-    legends = [_LEGEND, _GRID_LEGEND] + [_RULER_LEGEND] * any(suite.startswith(PREFIX) for suite in plan["suites"])
+    legends = [_LEGEND, _GRID_LEGEND]
+    if any(suite.startswith(PREFIX) for suite in plan["suites"]):
+        legends.append(_RULER_LEGEND + _AVERAGE_LEGEND * bool(result["ruler"]))
     yield Text("\n" + "\n".join(legends), style="dim")
 
 

@@ -59,14 +59,12 @@ class Prompt:
 class RulerTask(Task):
     """One of the thirteen kinds.
 
-    name: as RULER's configuration calls it. data: the texts that it is made from. number: which of a suite's samples
-    this is; only questions of RULER's own files are taken in order. `generate` tokens are written at most, `least` is
-    the smallest size that a prompt can have.
+    variant: as RULER's configuration calls it. data: the texts that it is made from. number: which of a suite's samples
+    this is; only questions of RULER's own files are taken in order. `generate` tokens are written at most.
     """
 
     kind: ClassVar[Kind] = "match_all"
     generate: ClassVar[int]
-    least: ClassVar[int] = 1
 
     variant: str
     data: Data = field(default_factory=Data)
@@ -75,6 +73,10 @@ class RulerTask(Task):
     def compose(self, draw: Draw, size: int, context: int, count: Count) -> Prompt:
         """The prompt with `size` sentences, words or documents; `context` is what it may have in tokens."""
         raise NotImplementedError
+
+    def smallest(self) -> int:
+        """The smallest size that a prompt can have."""
+        return 1
 
     def sources(self) -> dict[str, str]:
         """The digests of the texts that are used; reads them. Raises `InputError` for one that cannot be had."""
@@ -99,14 +101,14 @@ class RulerTask(Task):
         def length(size: int, room: int = context) -> int:
             return len(encode(tokenizer, prompt(size, room))[0]) + self.generate
 
-        if length(self.least) > context:
-            least = context
-            while (needed := length(self.least, least)) > least:  # what a prompt holds may depend on the context
-                least = needed
+        size, least = self.smallest(), context
+        while (needed := length(size, least)) > least:  # what a prompt holds may depend on the context
+            least = needed
+        if least > context:
             raise InputError(
                 f"a context of {context} tokens is too short for RULER's {self.variant}: it needs at least {least}."
             )
-        best = prompt(largest(length, self.least, context))
+        best = prompt(largest(length, size, context))
         ids, at = encode(tokenizer, best)
         asked = Question(
             best.question + best.begun,
@@ -172,10 +174,11 @@ def encode(tokenizer: Any, prompt: Prompt) -> tuple[list[int], int]:
 
 
 def _plain(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False).input_ids
+    # While a size is looked for, a text may be longer than the model takes: no reason to warn.
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
 def _begun(tokenizer: Any, text: str) -> list[int]:
-    ids = list(tokenizer(text).input_ids)
+    ids = list(tokenizer(text, verbose=False).input_ids)
     # A tokenizer that ends a text would end the prompt.
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids

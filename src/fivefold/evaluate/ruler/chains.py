@@ -28,7 +28,6 @@ class Chains(RulerTask):
     """
 
     generate = 30
-    least = 5
 
     chains: int = 1
     hops: int = 4
@@ -36,11 +35,14 @@ class Chains(RulerTask):
     def about(self) -> str:
         return f"a chain of {self.hops + 1} variables, each assigned from the one before it; which have its value?"
 
+    def smallest(self) -> int:
+        return self.hops + 1
+
     def sources(self) -> dict[str, str]:
         return {}
 
     def compose(self, draw: Draw, size: int, context: int, count: Count) -> Prompt:
-        lines = largest(lambda size: count(self._example(draw.again(), size)[0]), self.least, _EXAMPLE)
+        lines = largest(lambda size: count(self._example(draw.again(), size)[0]), self.smallest(), _EXAMPLE)
         return self.solved(draw, size, *self._example(draw.again(), lines))
 
     def solved(self, draw: Draw, size: int, example: str, names: tuple[str, ...]) -> Prompt:

@@ -37,7 +37,6 @@ class CommonWords(RulerTask):
     """
 
     generate = 120
-    least = 11
 
     often: int = 30
     seldom: int = 3
@@ -45,6 +44,9 @@ class CommonWords(RulerTask):
 
     def about(self) -> str:
         return f"a numbered list of words; which {self.common} stand in it most often?"
+
+    def smallest(self) -> int:
+        return self.common + 1
 
     def sources(self) -> dict[str, str]:
         return {"words": words.digest(), "more words": self.data.digest(ENGLISH)}
@@ -75,13 +77,14 @@ class FrequentWords(RulerTask):
     first rank is dots, the next three are asked for. The size is in words before shares are rounded down."""
 
     generate = 50
-    # From here on the ranks asked for differ in number from each other and from the next one.
-    least = 64
 
     letters: int = 6
 
     def about(self) -> str:
         return "coded text whose words are spread by Zipf's law; which three stand in it most often?"
+
+    def smallest(self) -> int:
+        return 64  # from here on the ranks asked for differ in number from each other and from the next one
 
     def sources(self) -> dict[str, str]:
         return {}

@@ -105,9 +105,9 @@ def single() -> Library:
         texts = (
             (
                 f"{town} was founded in {year} by {founder}, a {pick.choice(_CRAFTS)} who had come on foot from "
-                f"{other}. In its first century the town lived on {goods[0]} and {goods[1]}, which were sold at a market "
-                f"that took place every {pick.choice(('spring', 'summer', 'autumn'))}. Its walls were pulled down "
-                f"{pick.choice(_REASONS)}, and about {pick.randrange(2, 90)},000 people live there today.",
+                f"{other}. In its first century the town lived on {goods[0]} and {goods[1]}, which were sold at a "
+                f"market that took place every {pick.choice(('spring', 'summer', 'autumn'))}. Its walls were pulled "
+                f"down {pick.choice(_REASONS)}, and about {pick.randrange(2, 90)},000 people live there today.",
                 [(f"Who founded {town}?", founder)],
             ),
             (

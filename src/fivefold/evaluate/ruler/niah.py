@@ -49,6 +49,9 @@ class Niah(RulerTask):
     values: int = 1
     queries: int = 1
 
+    def smallest(self) -> int:
+        return 1 if self.haystack == "essay" else max(self.keys, self.queries) * self.values
+
     def about(self) -> str:
         place = {
             "noise": "the same few sentences again and again",

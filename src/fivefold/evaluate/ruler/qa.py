@@ -30,7 +30,6 @@ class Qa(RulerTask):
 
     kind: ClassVar[Kind] = "match_part"
     generate = 32
-    least = 0
 
     library: str = SQUAD
 
@@ -40,6 +39,9 @@ class Qa(RulerTask):
         if self.library == SQUAD:
             return "questions about many documents with planted facts (in place of SQuAD)"
         return "questions about two of many documents with planted facts (in place of HotpotQA)"
+
+    def smallest(self) -> int:
+        return 0
 
     def sources(self) -> dict[str, str]:
         self.data.library(self.library)
