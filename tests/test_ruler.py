@@ -587,3 +587,26 @@ def test_settings_of_a_needle_can_be_changed(tokenizer: Any) -> None:
     (question,) = task.make(tokenizer, 1500, random.Random(0)).questions
     assert len(question.references) == 4 and "special magic words for" in question.text
     assert task.about() == "3 uuids are given 2 words each, among the same few sentences again and again; asked for all"
+
+
+# --- with the embedded model -------------------------------------------------------------------------------
+
+
+@pytest.mark.model
+@pytest.mark.timeout(900)
+def test_the_embedded_model_finds_a_needle_and_a_forgetful_cache_does_not(tmp_path: Path) -> None:
+    from fivefold.models import embedded
+
+    embedded.fetch()
+    model, tokenizer = embedded.load()
+    for name in KINDS:
+        sample = made(name, tokenizer, 1024)
+        assert 930 < total(sample, name) <= 1024
+        assert tokenizer.decode(sample.prefix).startswith("<|im_start|>system\n")
+        begun = tokenizer.decode(sample.questions[0].ids).split("<|im_end|>\n<|im_start|>assistant\n")[1]
+        assert sample.questions[0].text.endswith(begun)
+    forgetful = "streaming(sink=0, recent=8)"
+    result = run(model, tokenizer, Plan(("full()", forgetful), ("ruler:niah_single_1",), (512,), 1), tmp_path / "kept")
+    assert [cell["score"] for cell in result["cells"]] == [1.0, 1.0, 0.0]
+    said = [[row["questions"][0]["said"] for row in cell["rows"]] for cell in result["cells"]]
+    assert said[0] == said[1]

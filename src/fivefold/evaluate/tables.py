@@ -27,9 +27,9 @@ _GRID_LEGEND = (
 )
 _RULER_LEGEND = (
     "RULER: the share of each answer that is found, as its own scorers do it; the cache is compressed before the "
-    "question is read."
+    "question is read. Recipes run on all its kinds, (*) or not."
 )
-_AVERAGE_LEGEND = " RULER average: the mean of the thirteen kinds, (*) or not."
+_AVERAGE_LEGEND = " RULER average: the mean of all thirteen."
 _ACROSS = 9
 """Recipes side by side in 80 columns."""
 
