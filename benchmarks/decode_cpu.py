@@ -20,13 +20,13 @@ import transformers
 import typer
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import fivefold
 from fivefold.engine.session import Session
 from fivefold.evaluate.demo import BASELINE, make_task
 from fivefold.models import attention as functions
 from fivefold.models import embedded, huggingface
+from fivefold.tables import Table
 
 RECIPES = (
     "full()",
@@ -108,16 +108,22 @@ def main(
         )
     name = "random model, 8 layers, 32 x 8 heads of 128" if large else "SmolLM2-135M"
     whole = next((row["attention_ms"] for row in rows if row["recipe"] == "full()"), None)
-    table = Table(title=f"{name}, {dtype}, {context} tokens, {steps} decode steps taken in turn")
-    for column in ("recipe", "bytes x", "prefill x", "decode x", "attention x full()", "decode ms"):
-        table.add_column(column, justify="left" if column == "recipe" else "right")
+    table = Table(
+        "recipe",
+        ">bytes x",
+        ">prefill x",
+        ">decode x",
+        ">attention x full()",
+        ">decode ms",
+        title=f"{name}, {dtype}, {context} tokens, {steps} decode steps taken in turn",
+    )
     for row in rows:
         table.add_row(
             row["recipe"], f"{row['ratio']:.3f}", f"{row['prefill_x']:.2f}", f"{row['decode_x']:.2f}",
             f"{row['attention_ms'] / whole:.2f}" if whole and row["attention_ms"] else "",
             f"{row['decode_ms']:.1f}",
         )  # fmt: skip
-    Console().print(table)
+    Console().print(table, crop=False)
     if out is not None:
         versions = {
             "torch": torch.__version__,

@@ -19,7 +19,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+
+from fivefold.tables import Table
 
 RECIPES = ("full()", "snapkv()", "h2o()", "keyformer()", "d2o()", "elastic()", "full()")
 
@@ -73,16 +74,22 @@ def main(
         )
         rows.append({**timed, "peak_bytes": watched["peak_bytes"]})
     base = rows[0]
-    table = Table(title=f"SmolLM2-135M, float32, a prompt of {context} tokens; x: of full()")
-    for column in ("recipe", "time x", "peak memory x", "seconds", "peak MiB", "cache MiB"):
-        table.add_column(column, justify="left" if column == "recipe" else "right")
+    table = Table(
+        "recipe",
+        ">time x",
+        ">peak memory x",
+        ">seconds",
+        ">peak MiB",
+        ">cache MiB",
+        title=f"SmolLM2-135M, float32, a prompt of {context} tokens; x: of full()",
+    )
     for row in rows:
         table.add_row(
             row["recipe"], f"{row['prefill_s'] / base['prefill_s']:.2f}",
             f"{row['peak_bytes'] / base['peak_bytes']:.2f}", f"{row['prefill_s']:.1f}",
             f"{row['peak_bytes'] / 2**20:.0f}", f"{row['cache_bytes'] / 2**20:.0f}",
         )  # fmt: skip
-    Console().print(table)
+    Console().print(table, crop=False)
     if out is not None:
         out.write_text(json.dumps({"context": context, "rows": rows}, indent=2) + "\n")
 

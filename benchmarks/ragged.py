@@ -25,12 +25,12 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from transformers import DynamicCache
 
 import fivefold
 from fivefold.benchmark import machine
 from fivefold.benchmark.decode import BASELINE, build
+from fivefold.tables import Table
 
 WARM_UP = 4  # steps that are not timed
 CHUNK = 1024  # tokens of a prompt that are read at a time
@@ -192,16 +192,14 @@ def main(
 
 
 def show(rows: list[dict[str, Any]], title: str) -> None:
-    table = Table(title=title)
-    for column in ("cache", "ragged ms", "equal ms", "ragged MiB", "equal MiB", "ragged / equal"):
-        table.add_column(column, justify="left" if column == "cache" else "right")
+    table = Table("cache", ">ragged ms", ">equal ms", ">ragged MiB", ">equal MiB", ">ragged / equal", title=title)
     for row in rows:
         name = row["recipe"] if len(row["recipe"]) < 60 else row["recipe"][:24] + " ... " + row["recipe"][-20:]
         cells = [name + (", graph" if row["graph"] else "") + (" (ran without)" if "no_graph" in row else "")]
         cells += [_cell(row.get(f"{side}_ms"), "{:.2f}", row.get(f"{side}_error")) for side in SIDES]
         cells += [_cell(row.get(f"{side}_bytes"), "{:,.0f}", None, 2**20) for side in SIDES]
         table.add_row(*cells, _cell(row["factor"], "{:.2f}x", None))
-    Console().print(table)
+    Console().print(table, crop=False)
 
 
 def _cell(value: float | None, form: str, error: str | None, unit: float = 1) -> str:

@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,13 @@ def measure(model: Any, recipe: str, ids: torch.Tensor, rounds: int) -> dict[str
     for turn in range(rounds + 1):
         cache = fivefold.compress(model, recipe)
         taken = {}
-        taken["read"], _ = timed(device, lambda: model(ids, past_key_values=cache, logits_to_keep=1))
+        taken["read"], _ = timed(device, partial(model, ids, past_key_values=cache, logits_to_keep=1))
         held = cache.report()
         with tempfile.TemporaryDirectory() as folder:
             where = Path(folder) / "session"
-            taken["save"], _ = timed(device, lambda: cache.save(where))
+            taken["save"], _ = timed(device, partial(cache.save, where))
             on_disk = sum(path.stat().st_size for path in where.rglob("*") if path.is_file())
-            taken["load"], loaded = timed(device, lambda: fivefold.load_cache(model, where))
+            taken["load"], loaded = timed(device, partial(fivefold.load_cache, model, where))
             shutil.rmtree(where)
         taken["offload"], _ = timed(device, cache.offload)
         taken["restore"], _ = timed(device, cache.restore)

@@ -15,11 +15,11 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import fivefold
 from fivefold.evaluate.demo import make_task
 from fivefold.models import embedded
+from fivefold.tables import Table
 
 RECIPES = (
     *(f"tidal(top={top})" for top in (32, 64, 128, 256, 512, 1024)),
@@ -49,12 +49,10 @@ def main(
             kl = float((exact.exp() * (exact - logs)).sum(-1).mean())
             agreement = float((exact.argmax(-1) == logs.argmax(-1)).float().mean())
             rows.append({"recipe": name, "kl": max(0.0, kl), "agreement": agreement})
-    table = Table(title=f"SmolLM2-135M, float32, {tokens} tokens after {context}")
-    for column in ("recipe", "KL", "top-1 agreement"):
-        table.add_column(column, justify="left" if column == "recipe" else "right")
+    table = Table("recipe", ">KL", ">top-1 agreement", title=f"SmolLM2-135M, float32, {tokens} tokens after {context}")
     for row in rows:
         table.add_row(row["recipe"], f"{row['kl']:.4f}", f"{row['agreement']:.3f}")
-    Console().print(table)
+    Console().print(table, crop=False)
     if out is not None:
         out.write_text(json.dumps({"context": context, "tokens": tokens, "rows": rows}, indent=2) + "\n")
 

@@ -16,11 +16,17 @@ def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def rows_of(folder, command: str, *args: str) -> list[dict]:
-    """What `fivefold bench COMMAND` wrote."""
+    """What `fivefold bench COMMAND` wrote. What it printed has a whole line for each row, through a pipe."""
     target = folder / "rows.json"
     done = run("bench", command, *args, "--json", str(target))
     assert done.returncode == 0, done.stderr
-    return json.loads(target.read_text())["rows"]
+    rows = json.loads(target.read_text())["rows"]
+    lines = done.stdout.splitlines()[-len(rows) :]
+    for row, line in zip(rows, lines, strict=True):
+        assert f"{row['context']:,} " in line and f" {row.get('recipe', row.get('kernel'))} " in line
+        time = row.get("ms", row.get("seconds"))
+        assert f" {time:.4f} " in line or f" {time:.2f} " in line
+    return rows
 
 
 def test_doctor_says_which_path_runs_and_why() -> None:

@@ -31,12 +31,12 @@ from typer.testing import CliRunner
 
 import fivefold
 from fivefold.cli.app import app
-from fivefold.cli.generating import parse_bytes
 from fivefold.cli.recipes import _refusals
 from fivefold.cli.terminal import out
 from fivefold.evaluate import demo
 from fivefold.models import embedded
 from fivefold.recipe import describe
+from fivefold.sizes import parse_bytes
 
 WORDS = 320
 PROMPT = " ".join(f"w{number * 7 % 300}" for number in range(150))

@@ -15,6 +15,7 @@ import fivefold
 LAYERS = {
     "errors": (),
     "paths": (),
+    "sizes": ("errors",),
     "kernels": ("errors", "paths"),
     "store": ("errors", "kernels"),
     "attention": ("errors", "kernels", "store"),
@@ -22,7 +23,7 @@ LAYERS = {
     "calibrate.learner": ("errors", "kernels", "store"),
     "calibrate.profile": ("errors", "paths", "kernels"),
     "recipe": ("errors", "store", "methods"),
-    "engine": ("errors", "kernels", "store", "attention", "methods", "recipe"),
+    "engine": ("errors", "sizes", "kernels", "store", "attention", "methods", "recipe"),
     "report": ("errors", "store", "engine", "kernels"),
 }
 """Imports of any kind count: at the top of a module, in a function, or for types only."""

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,19 @@ def test_the_average_is_shown(result: Any) -> None:
         console.print(part)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     (line,) = [line for line in shown.splitlines() if line.startswith("RULER average ")]
-    assert line.split()[2:] == ["100.0"] * 2 and "ruler:niah_multikey_3" in shown
-    assert max(map(len, shown.splitlines())) <= 80
+    assert line.split()[2:] == ["100"] * 2 and "ruler:niah_multikey_3" in shown
+    # Nine recipes side by side.
+    crowd = [f"kivi(bits={bits})" for bits in range(7)]
+    many = {
+        name: [*result[name], *({**result[name][-1], "recipe": recipe} for recipe in crowd)]
+        for name in ("ranking", "ruler")
+    }
+    console = Console(width=80, file=io.StringIO(), force_terminal=True)
+    for part in tables.show(result | many):
+        console.print(part, crop=False)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", console.file.getvalue()).splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= 80
+    assert next(line for line in lines if line.startswith("RULER average")).split()[2:] == ["100"] * 9
     page = "".join(html._ruler(result))
     assert page.count("<td>100.0 <small>(") == 2 and "RULER average" in page
     some = {**result, "ruler": []}

@@ -1,4 +1,10 @@
-"""Fivefold: a KV cache that is smaller along all five of its axes: layers, heads, tokens, channels, bits."""
+"""Fivefold: a KV cache that is smaller along all five of its axes: layers, heads, tokens, channels, bits.
+
+`compress` gives a model's `generate` such a cache, a `fivefold.models.cache.FivefoldCache`; `generate_many` serves many
+requests from one (`fivefold.generation` has the parts of it). What a cache holds is a `fivefold.report.Report`, what is
+asked of it a `Recipe`, and whatever is refused one of `fivefold.errors`. A method of one's own is made with
+`fivefold.methods`, of pages as `fivefold.store` has them; what it must learn from a model, with `fivefold.calibrate`.
+"""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fivefold.errors import InputError
 from fivefold.recipe import Recipe
+from fivefold.sizes import parse_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def compress(
     model: PreTrainedModel,
     recipe: str | Recipe = "full()",
-    max_bytes: int | None = None,
+    max_bytes: int | str | None = None,
     cuda_graph: bool = False,
 ) -> FivefoldCache:
     """A KV cache for `model` that keeps what `recipe` says.
@@ -27,10 +27,11 @@ def compress(
     `fivefold.restore(model)` undoes that.
 
     Args:
-        model: a decoder-only model of transformers (families: `fivefold.models.huggingface.FAMILIES`).
+        model: a decoder-only model of transformers, or a wrapper around one (PEFT). It is taken if what its attention
+            does is something that Fivefold computes, and refused by what it does otherwise.
         recipe: for example `"duo(keep=0.5) + kivi(bits=2)"`; `fivefold recipes` lists all methods.
-        max_bytes: a hard cap on what the cache may allocate; a call that would pass it raises `CacheFullError` and
-            leaves the cache as it was.
+        max_bytes: a hard cap on what the cache may allocate, a number or a text such as "2GB"; a call that would pass
+            it raises `CacheFullError` and leaves the cache as it was.
         cuda_graph: replay each decoding step of the whole model as one CUDA graph, so that no time goes by between
             kernels. The model's `forward` does that for this cache from the second token on; what cannot be replayed
             (see `fivefold.models.graph`) runs as without, with one warning that says why. Hooks on modules do not run
@@ -39,20 +40,18 @@ def compress(
     Raises:
         RecipeError: the recipe cannot be read or does not fit the model.
         ProfileError: a method lacks a profile for the model.
-        UnsupportedModelError: the model's family is not supported.
+        UnsupportedModelError: the model's attention does what Fivefold does not compute.
     """
     from fivefold.models import huggingface
 
-    if max_bytes is not None and max_bytes <= 0:
-        raise InputError(f"max_bytes={max_bytes} leaves no room for a cache: give a positive number of bytes.")
     parsed = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe)
-    cache = huggingface.make_cache(model, parsed, max_bytes, cuda_graph)
+    cache = huggingface.make_cache(model, parsed, parse_bytes(max_bytes), cuda_graph)
     huggingface.prepare(model)
     return cache
 
 
 def load_cache(
-    model: PreTrainedModel, folder: str | Path, max_bytes: int | None = None, cuda_graph: bool = False
+    model: PreTrainedModel, folder: str | Path, max_bytes: int | str | None = None, cuda_graph: bool = False
 ) -> FivefoldCache:
     """The cache that `cache.save(folder)` wrote, as it was, to the bit. The other arguments are those of `compress`.
 

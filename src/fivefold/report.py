@@ -62,6 +62,7 @@ class Report:
         return self.total / self.exact_equivalent if self.exact_equivalent else 1.0
 
     def as_dict(self) -> dict[str, Any]:
+        """All numbers by name, for JSON."""
         return {**asdict(self), "total": self.total, "ratio": self.ratio}
 
     def __str__(self) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from fivefold.attention.fused import attend_fused, attend_picked_fused
-from fivefold.attention.merge import MASKED, attend, merge
+from fivefold.attention.merge import MASKED, attend, capped, merge, with_sinks
 from fivefold.kernels.choice import takes_cpp
 from fivefold.store.codec import Codec
 from fivefold.store.group import KV, RowGroup
@@ -27,24 +27,30 @@ Weights = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def attend_step(
-    layer: LayerCache, group: RowGroup, queries: torch.Tensor, scaling: float, watch: bool = False
+    layer: LayerCache,
+    group: RowGroup,
+    queries: torch.Tensor,
+    scaling: float,
+    watch: bool = False,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of the newest token of each row of a group.
 
-    queries: `[rows, query_heads per kv head, head_dim]`: the heads of a group are the rows of one product.
-    Returns the same shape, and with `watch` the weights, float32 `[rows, query_heads per kv head, slots]`. By kernels
-    where they run and nobody watches, else in plain PyTorch.
+    queries: `[rows, query_heads per kv head, head_dim]`: the heads of a group are the rows of one product. sinks:
+    `[rows, query_heads per kv head]`, see `with_sinks`. Returns the shape of queries, and with `watch` the weights,
+    float32 `[rows, query_heads per kv head, slots]`. By kernels where they run and nobody watches, else in plain
+    PyTorch.
     """
     if not watch:
-        fused = attend_fused(layer, group, queries, scaling)
+        fused = attend_fused(layer, group, queries, scaling, sinks)
         if fused is not None:
             return fused, None
     watched: Weights | None = [] if watch else None
     if not group.packed.shape[1]:
-        out, lse = attend_exact(layer, group, queries, scaling, True, watched)
+        out, lse = attend_exact(layer, group, queries, scaling, sinks is None, watched)
     else:
         blocks = packed_blocks(layer, group, queries)
-        if len(blocks) == 1 and queries.dtype is torch.float32:
+        if len(blocks) == 1 and queries.dtype is torch.float32 and sinks is None:
             return _attend_at_once(layer, group, queries * scaling, blocks[0], watch)
         # In the order of the slots: packed ones first.
         parts = [
@@ -52,7 +58,8 @@ def attend_step(
             attend_exact(layer, group, queries, scaling, False, watched),
         ]
         out, lse = merge(parts)
-    return out.to(queries.dtype), None if watched is None else _whole(watched, lse)
+    weights = None if watched is None else with_sinks(_whole(watched, lse), lse, sinks)
+    return with_sinks(out, lse, sinks).to(queries.dtype), weights
 
 
 def _attend_at_once(
@@ -91,6 +98,7 @@ def attend_picked(
     scaling: float,
     positions: torch.Tensor,
     watch: bool = False,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `attend_step`, over tokens that another layer picked, `positions [rows, top]`, and the newest one.
 
@@ -104,7 +112,7 @@ def attend_picked(
         picked = slots.masked_fill(~there, -1)
         if not stop:
             picked = torch.nn.functional.pad(picked, (0, 1), value=newest)
-        fused = attend_picked_fused(layer, group, queries, scaling, picked)
+        fused = attend_picked_fused(layer, group, queries, scaling, picked, sinks)
         if fused is not None:
             return fused, None
     if stop:
@@ -116,7 +124,7 @@ def attend_picked(
         slots = torch.cat([slots.clamp_(min=0), slots.new_full((len(slots), 1), newest)], 1)
         there = torch.nn.functional.pad(there, (0, 1), value=True)
     keys, values = group.tokens(slots)
-    scores = torch.bmm(queries.float() * scaling, keys.float().transpose(1, 2))
+    scores = capped(torch.bmm(queries.float() * scaling, keys.float().transpose(1, 2)), layer.spec.cap)
     scores += torch.where(there, 0.0, MASKED)[:, None]
     lse = softmax_(scores)
     parts = [(torch.bmm(scores, values.float()), lse)]
@@ -124,6 +132,7 @@ def attend_picked(
     if stop:
         parts.append(attend_exact(layer, group, queries, scaling, False, watched))
     out, total = merge(parts)
+    out = with_sinks(out, total, sinks)
     if watched is None:
         return out.to(queries.dtype), None
     weights = scores.new_zeros((*scores.shape[:2], int(group.bounds.length)))
@@ -131,7 +140,7 @@ def attend_picked(
     weights.scatter_add_(2, slots[:, None].expand_as(scores), scores * (lse - total).exp()[..., None])
     if watched:
         weights[:, :, stop:] = _whole([*watched, (scores[:, :, :0], lse)], total)
-    return out.to(queries.dtype), weights
+    return out.to(queries.dtype), with_sinks(weights, total, sinks)
 
 
 def attend_exact(
@@ -159,10 +168,10 @@ def attend_exact(
                 continue  # a page that waits for its first token
             keys, values = (group.read_exact(name, location)[:, : window.stop - window.start] for name in KV)
             seen = None if bias is None else bias[window].expand(queries.shape[1], -1)
-            part = attend(queries[:, None], keys[:, None], values[:, None], scaling, seen)
+            part = attend(queries[:, None], keys[:, None], values[:, None], scaling, seen, cap=layer.spec.cap)
             parts.append((part[0][:, 0], part[1][:, 0]))
             if watched is not None:
-                logits = torch.bmm(queries.float() * scaling, keys.float().transpose(1, 2))
+                logits = capped(torch.bmm(queries.float() * scaling, keys.float().transpose(1, 2)), layer.spec.cap)
                 watched.append(((logits - parts[-1][1][..., None]).exp_(), parts[-1][1]))
         return merge(parts)
     whole = _exact_scores(layer, group, queries * scaling)
@@ -182,7 +191,7 @@ def _exact_scores(layer: LayerCache, group: RowGroup, scaled: torch.Tensor) -> t
         torch.bmm(scaled, group.read_exact("keys", location)[:, : tokens - first * PAGE].transpose(1, 2))
         for first, _, location in group.exact_blocks()
     ]
-    whole = scores[0] if len(scores) == 1 else torch.cat(scores, 2)
+    whole = capped(scores[0] if len(scores) == 1 else torch.cat(scores, 2), layer.spec.cap)
     if bias is not None:
         whole += bias
     return whole
@@ -240,7 +249,7 @@ def _packed_scores(
     bounds, page = group.bounds, layer.packing.page
     first, last, location, own = block
     fields, codec = group.read_packed(location, own), group.codec(first, last)
-    scores = codec.scores(scaled, fields)
+    scores = capped(codec.scores(scaled, fields), layer.spec.cap)
     bias = _bias_of(layer, packed_bias, bounds, scaled.device)
     if bias is not None:
         scores += bias[first * page : last * page]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from fivefold.attention.merge import with_sinks
 from fivefold.attention.tables import kernels, tables_of
 from fivefold.errors import CacheStateError
 from fivefold.kernels.choice import choose
@@ -14,7 +15,9 @@ from fivefold.store.layer_cache import LayerCache
 from fivefold.store.rows import Bounds, Span
 
 
-def attend_fused(layer: LayerCache, group: RowGroup, queries: torch.Tensor, scaling: float) -> torch.Tensor | None:
+def attend_fused(
+    layer: LayerCache, group: RowGroup, queries: torch.Tensor, scaling: float, sinks: torch.Tensor | None = None
+) -> torch.Tensor | None:
     """`attend_step` by kernels; None where they do not run (see `why_not`)."""
     if why_not(layer, queries.device, queries.shape[1]) is not None:
         return None
@@ -22,12 +25,18 @@ def attend_fused(layer: LayerCache, group: RowGroup, queries: torch.Tensor, scal
     tables.sync()
     packed, exact = tables.pages(group)
     span, starts = _work(layer, group.bounds.span(), len(group.rows), tables.page, tables.programs)
-    settings = {"starts": starts, "programs": tables.programs}
-    return kernels(queries.device).decode(queries.contiguous(), scaling, span, packed, exact, **settings)[0]
+    settings = {"starts": starts, "programs": tables.programs, "with_lse": sinks is not None}
+    out, lse = kernels(queries.device).decode(queries.contiguous(), scaling, span, packed, exact, **settings)
+    return with_sinks(out, lse, sinks)
 
 
 def attend_picked_fused(
-    layer: LayerCache, group: RowGroup, queries: torch.Tensor, scaling: float, slots: torch.Tensor
+    layer: LayerCache,
+    group: RowGroup,
+    queries: torch.Tensor,
+    scaling: float,
+    slots: torch.Tensor,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Attention over what `slots [rows, n]` name alone, negative ones left out: packed slots, beside the whole exact
     tier, if anything is packed, else exact ones. None where the kernels do not run."""
@@ -43,8 +52,9 @@ def attend_picked_fused(
     page = schedule.TILE if packed is None else schedule.PICKS
     table, starts = _work(layer, span, rows, page, programs)
     picks = slots.to(torch.int32).contiguous()
-    settings = {"starts": starts, "picks": picks}
-    return kernels(queries.device).decode(queries.contiguous(), scaling, table, packed, exact, **settings)[0]
+    settings = {"starts": starts, "picks": picks, "with_lse": sinks is not None}
+    out, lse = kernels(queries.device).decode(queries.contiguous(), scaling, table, packed, exact, **settings)
+    return with_sinks(out, lse, sinks)
 
 
 def _picked_span(bounds: Bounds, count: int) -> Span:
@@ -80,6 +90,8 @@ def why_not(layer: LayerCache, device: torch.device, heads: int) -> str | None:
         )
     if choice.path == "reference":
         return choice.why
+    if layer.spec.cap is not None:
+        return "scores are capped, which no kernel does"
     if layer.exact_pool.layout.holds is not None:
         return "exact pages hold eight bits a number"
     kernel, codec = kernels(device), layer.codec

@@ -13,6 +13,9 @@ from torch.nn.attention import SDPBackend
 # 32 layers has that back from its first prompt if an attention is of so many operations.
 CUDNN_OPERATIONS = 1 << 40
 
+CAPPED_NUMBERS = 1 << 24
+"""Scores that are made at a time where they are capped, which no fused call does."""
+
 MASKED = -1e30
 """Added to scores that must not count. Finite: a fully masked row has weight 0 in a merge, and not NaN."""
 
@@ -24,13 +27,16 @@ def attend(
     scaling: float,
     bias: torch.Tensor | None = None,
     causal: bool = False,
+    cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over dense keys.
 
     queries: `[rows, head, query, head_dim]`; keys, values: `[rows, head, key, head_dim]` (expanded views are
-    fine); bias: float32 `[query, key]`, added to the scores. `causal` needs as many queries as keys.
-    Returns the output (dtype and shape of the queries) and the log-sum-exp, float32 `[rows, head, query]`.
+    fine); bias: float32 `[query, key]`, added to the scores. `causal` needs as many queries as keys. cap: as in
+    `capped`. Returns the output (dtype and shape of the queries) and the log-sum-exp, float32 `[rows, head, query]`.
     """
+    if cap is not None:
+        return _attend_capped(queries, keys, values, scaling, bias, causal, cap)
     if queries.device.type == "cpu":
         out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries,
@@ -61,6 +67,45 @@ def attend(
         )
         return out[0], out[1][..., : queries.shape[2]]  # it fills log-sum-exps up to blocks
     return attend_reference(queries, keys, values, scaling, bias, causal)
+
+
+def capped(scores: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Scores held within `-cap .. cap` by `cap * tanh(score / cap)`, in place; None leaves them as they are."""
+    return scores if cap is None else scores.div_(cap).tanh_().mul_(cap)
+
+
+def with_sinks(out: torch.Tensor, lse: torch.Tensor | None, sinks: torch.Tensor | None) -> torch.Tensor:
+    """An output whose softmax has one more term, `exp(sink)`, for no token: times `1 / (1 + exp(sink - lse))`.
+
+    out `[..., head_dim]`, lse float32 `[...]`, sinks float32, as `lse` (broadcast). Nothing changes for None.
+    """
+    if sinks is None:
+        return out
+    assert lse is not None
+    return (out * torch.sigmoid(lse - sinks)[..., None]).to(out.dtype)
+
+
+def _attend_capped(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None,
+    causal: bool,
+    cap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend_reference`, for as many queries at a time as make `CAPPED_NUMBERS` scores."""
+    (rows, heads, count, _), held = queries.shape, keys.shape[2]
+    step, parts = max(1, CAPPED_NUMBERS // (rows * heads * held)), []
+    for first in range(0, count, step):
+        block = queries[:, :, first : first + step]
+        seen = None if bias is None else bias[first : first + step]
+        if causal:
+            places = torch.arange(held, device=keys.device)
+            later = places[None] > places[first : first + block.shape[2], None]
+            seen = torch.where(later, MASKED, 0.0 if seen is None else seen)
+        parts.append(attend_reference(block, keys, values, scaling, seen, cap=cap))
+    return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 
 def _takes_cudnn(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, causal: bool) -> bool:
@@ -111,9 +156,10 @@ def attend_reference(
     scaling: float,
     bias: torch.Tensor | None = None,
     causal: bool = False,
+    cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend` in its plainest form, in float32: what the fused calls are tested against."""
-    scores = (queries.float() * scaling) @ keys.float().transpose(-1, -2)
+    scores = capped((queries.float() * scaling) @ keys.float().transpose(-1, -2), cap)
     if bias is not None:
         scores += bias
     if causal:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from fivefold.attention.merge import capped, with_sinks
 from fivefold.attention.prefill import attend_chunk
 from fivefold.kernels.received import has_kernel, received
 from fivefold.store.group import RowGroup
@@ -25,24 +26,27 @@ def attend_observed(
     keys: torch.Tensor,
     values: torch.Tensor,
     scaling: float,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attend_chunk` for rows whose tokens a policy chooses: the output, and what the chunk adds to the scores.
 
-    The latter is float32 `[rows, slots]`, the chunk's own slots last; None if the policy wants to know nothing.
+    The latter is float32 `[rows, slots]`, the chunk's own slots last; None if the policy wants to know nothing. sinks:
+    float32 `[rows, query_heads per kv head, 1]`, see `with_sinks`.
     """
     policy, chunk = layer.policy, keys.shape[1]
     assert policy is not None and group.held is not None
     first = 0 if policy.observes is None else max(0, chunk - policy.observes)
-    if not policy.chooses or first == chunk:
-        return attend_chunk(layer, group, queries, keys, values, scaling)[0], None
-    if first == 0 and policy.sums and has_kernel(keys):
-        out, lse = attend_chunk(layer, group, queries, keys, values, scaling)
-        return out, received(queries, _all(group, 0, keys), lse, scaling)
-    if first == 0:
+    if first == 0 < chunk and policy.chooses and not (policy.sums and has_kernel(keys) and layer.spec.cap is None):
         out = torch.empty_like(queries)
-        return out, _weigh(layer, group, queries, keys, values, scaling, 0, out)
-    out, _ = attend_chunk(layer, group, queries, keys, values, scaling)
-    return out, _weigh(layer, group, queries, keys, values, scaling, first, None)
+        return out, _weigh(layer, group, queries, keys, values, scaling, sinks, 0, out)
+    part, lse = attend_chunk(layer, group, queries, keys, values, scaling)
+    out = with_sinks(part, lse, sinks)
+    if not policy.chooses or first == chunk:
+        return out, None
+    if first == 0:
+        total = lse if sinks is None else torch.logaddexp(lse, sinks)
+        return out, received(queries, _all(group, 0, keys), total, scaling)
+    return out, _weigh(layer, group, queries, keys, values, scaling, sinks, first, None)
 
 
 def _all(group: RowGroup, which: int, new: torch.Tensor) -> torch.Tensor:
@@ -57,6 +61,7 @@ def _weigh(
     keys: torch.Tensor,
     values: torch.Tensor,
     scaling: float,
+    sinks: torch.Tensor | None,
     first: int,
     out: torch.Tensor | None,
 ) -> torch.Tensor:
@@ -81,9 +86,11 @@ def _weigh(
             shape = (heads * size, seen)
             scores, weights = (b[: heads * size * seen].view(shape) for b in buffers)
             block = queries[row, :, begin:end].float() * scaling
-            torch.mm(block.reshape(-1, dim), row_keys[:seen].T, out=scores)
+            capped(torch.mm(block.reshape(-1, dim), row_keys[:seen].T, out=scores), layer.spec.cap)
             scores.view(heads, size, seen)[..., stored + begin :].add_(later[:size, :size])
             torch.softmax(scores, -1, out=weights)
+            if sinks is not None:
+                weights.copy_(with_sinks(weights, scores.logsumexp(-1), sinks[row].expand(-1, size).reshape(-1)))
             if out is not None and row_values is not None:
                 out[row, :, begin:end] = torch.mm(weights, row_values[:seen]).view(heads, size, dim)
             observed[row, :seen] += policy.observe(weights.view(1, heads, size, seen), mine, held.seen + begin)[0]

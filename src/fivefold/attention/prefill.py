@@ -36,12 +36,12 @@ def attend_chunk(
     queries: `[rows, query_heads per kv head, tokens, head_dim]`; keys, values: `[rows, tokens, head_dim]`.
     Returns the output, shape and dtype of the queries, and its log-sum-exp, float32 `[rows, heads, tokens]`.
     """
-    extent, chunk = group.bounds.extent, keys.shape[1]
+    extent, chunk, cap = group.bounds.extent, keys.shape[1], layer.spec.cap
     if extent.recent is None or (group.bounds.length == 0 and chunk <= extent.recent):
-        own = attend(queries, _spread(keys, queries), _spread(values, queries), scaling, causal=True)
+        own = attend(queries, _spread(keys, queries), _spread(values, queries), scaling, causal=True, cap=cap)
     else:
         start = int(group.bounds.length)
-        own = _windowed(extent, start, queries, keys, values, np.arange(start, start + chunk), scaling)
+        own = _windowed(extent, start, queries, keys, values, np.arange(start, start + chunk), scaling, cap)
     if group.bounds.length:
         for part in _stored(layer, group, queries, scaling):
             own = merge([own, part])
@@ -61,13 +61,19 @@ def _windowed(
     values: torch.Tensor,
     positions: np.ndarray,
     scaling: float,
+    cap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries at positions from `start` on over keys at ascending `positions`, under a window: each block of queries
     against what any of them sees."""
     assert extent.recent is not None
     pinned = int(np.searchsorted(positions, max(extent.sink, extent.late_sink)))
     run = positions[pinned:]
-    if takes_windows(queries) and not extent.late_sink and (not len(run) or run[-1] - run[0] == len(run) - 1):
+    if (
+        takes_windows(queries)
+        and cap is None
+        and not extent.late_sink
+        and (not len(run) or run[-1] - run[0] == len(run) - 1)
+    ):
         return _windowed_run(extent, start, queries, keys, values, positions, pinned, scaling)
     where = torch.from_numpy(positions).to(keys.device)
     outs, lses = [], []
@@ -90,7 +96,7 @@ def _windowed(
         if late or positions[stop - 1] > low or (begin < stop and positions[begin] <= high - extent.recent):
             at = torch.cat([where[:sinks], where[begin:stop]])
             bias = _window_bias(extent, torch.arange(low, high + 1, device=at.device), at)
-        out, lse = attend(block, _spread(seen[0], block), _spread(seen[1], block), scaling, bias)
+        out, lse = attend(block, _spread(seen[0], block), _spread(seen[1], block), scaling, bias, cap=cap)
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, 2), torch.cat(lses, 2)
@@ -149,15 +155,15 @@ def _stored(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The chunk over each tier, block by block: parts to be merged."""
     bounds, extent = group.bounds, group.bounds.extent
-    rows, heads, chunk, dim = queries.shape
+    (rows, heads, chunk, dim), cap = queries.shape, layer.spec.cap
 
     def over(keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         if extent.recent is None:
             # Every query sees every stored key: the group's heads and the chunk are rows of one product.
             flat = queries.reshape(rows, 1, heads * chunk, dim)
-            out, lse = attend(flat, keys[:, None], values[:, None], scaling)
+            out, lse = attend(flat, keys[:, None], values[:, None], scaling, cap=cap)
             return out.view(queries.shape), lse.view(rows, heads, chunk)
-        return _windowed(extent, int(bounds.length), queries, keys, values, positions, scaling)
+        return _windowed(extent, int(bounds.length), queries, keys, values, positions, scaling, cap)
 
     tokens = int(bounds.exact_tokens)
     positions = bounds.exact_positions(int(bounds.exact_pages))[:tokens]

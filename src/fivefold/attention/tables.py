@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fivefold.attention.merge import with_sinks
 from fivefold.kernels.choice import choose
 from fivefold.kernels.device import sent
 from fivefold.kernels.packed_decode import schedule
@@ -230,12 +231,19 @@ class DeviceTables:
         return schedule.Packed(self._packed[index], layer.codec.form), exact
 
     def attend(
-        self, layer: LayerCache, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+        self,
+        layer: LayerCache,
+        queries: torch.Tensor,
+        keys: torch.Tensor | None,
+        values: torch.Tensor | None,
+        scaling: float,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Store the newest token of each row of a layer, and attend over everything: the shape of `queries`.
 
-        queries: `[rows, query_heads per kv head, head_dim]`; keys, values: `[rows, head_dim]`. `update` has run since
-        `Bank.open` made room for the tokens.
+        queries: `[rows, query_heads per kv head, head_dim]`; keys, values: `[rows, head_dim]`, None if the tokens are
+        stored already; sinks: `[rows, query_heads per kv head]`, see `with_sinks`. `update` has run since `Bank.open`
+        made room for the tokens.
         """
         kernel, rows = kernels(self.device), slice(layer.index * self.rows, (layer.index + 1) * self.rows)
         numbers, width = self._numbers[layer.index], self.rows * schedule.SPAN
@@ -246,9 +254,11 @@ class DeviceTables:
         if layer.codec is not None:
             assert layer.codec.form is not None
             packed = schedule.Packed(self._packed[rows], layer.codec.form)
-        kernel.append(keys.contiguous(), values.contiguous(), span, exact)
-        settings = {"starts": starts, "programs": self.programs}
-        return kernel.decode(queries.contiguous(), scaling, span, packed, exact, **settings)[0]
+        if keys is not None and values is not None:
+            kernel.append(keys.contiguous(), values.contiguous(), span, exact)
+        settings = {"starts": starts, "programs": self.programs, "with_lse": sinks is not None}
+        out, lse = kernel.decode(queries.contiguous(), scaling, span, packed, exact, **settings)
+        return with_sinks(out, lse, sinks)
 
 
 def _ample(columns: int, least: int) -> int:

@@ -48,15 +48,30 @@ def signature(config: Any) -> str:
 
     config: a transformers configuration of a decoder-only model.
     """
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    first = of_layer(config, 0)
+    heads = first.num_attention_heads
+    kv_heads = getattr(first, "num_key_value_heads", None) or heads
+    dim = getattr(first, "head_dim", None) or config.hidden_size // heads
     return f"{config.model_type}-l{config.num_hidden_layers}-q{heads}-kv{kv_heads}-d{dim}-v{config.vocab_size}"
+
+
+def of_layer(config: Any, index: int) -> Any:
+    """The configuration of one layer, where layers have their own."""
+    return config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
+
+
+def _own_names(config: Any) -> list[str]:
+    """What each layer has a value of its own for."""
+    return sorted(getattr(config, "per_layer_attributes", None) or ())
 
 
 def config_hash(config: Any) -> str:
     """SHA-256 of everything in a model's configuration that shapes its keys and values, the weights aside."""
-    shaping = {name: getattr(config, name, None) for name in _SHAPING}
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    shaping = {name: getattr(text, name, None) for name in _SHAPING if name not in _own_names(text)}
+    if _own_names(text):  # of layers that differ
+        count = text.num_hidden_layers
+        shaping |= {name: [getattr(of_layer(text, i), name, None) for i in range(count)] for name in _own_names(text)}
     return hashlib.sha256(json.dumps(shaping, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
-from rich.table import Table
 
 from fivefold.cli.app import JsonFileOption, RecipesOption
 from fivefold.cli.files import writable, write_json, write_results
 from fivefold.cli.models import silence
 from fivefold.cli.terminal import out, progress_bars
 from fivefold.errors import InputError
+from fivefold.tables import Table
 
 if TYPE_CHECKING:
     import torch
@@ -261,10 +260,7 @@ def _measured(
 
 def _print_table(title: str, words: str, numbers: str, rows: list[list[str]]) -> None:
     """Print rows under headings, those of `words` and, to the right, of `numbers`."""
-    table = Table(box=box.SIMPLE_HEAD, title=title)
-    for names, justify in ((words, "left"), (numbers, "right")):
-        for name in names.split(", "):
-            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table = Table(*words.split(", "), *(f">{name}" for name in numbers.split(", ")), title=title)
     for row in rows:
         table.add_row(*row)
-    out.print(table)
+    out.print(table, crop=False)

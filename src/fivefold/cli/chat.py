@@ -21,11 +21,12 @@ from fivefold.cli.app import (
     TemperatureOption,
 )
 from fivefold.cli.conversation import Conversation, Forgotten, Settings, Turn
-from fivefold.cli.generating import cache_report, check_options, has_template, parse_bytes
+from fivefold.cli.generating import cache_report, check_options, has_template
 from fivefold.cli.models import load_model, model_name, require_embedded
 from fivefold.cli.session import Folder, Held, Reading, dtype_of
 from fivefold.cli.terminal import err, stop_request
 from fivefold.errors import CacheFullError, FivefoldError, InputError
+from fivefold.sizes import parse_bytes
 
 _HELP = {
     "/help": "this list",
@@ -72,7 +73,7 @@ def chat(
 
     Each turn reads only what is new. Ctrl-C stops an answer, Ctrl-D ends; /help lists the commands.
     """
-    cap = parse_bytes(max_bytes)
+    cap = parse_bytes(max_bytes, "--max-bytes")
     check_options(dtype, temperature)
     folder = None if session is None else Folder(session)
     with contextlib.ExitStack() as stack:
@@ -219,7 +220,7 @@ class _Chat:
                 for name, what in _HELP.items():
                     err.print(f"{name:<14}{what}")
             case "/report", "":
-                err.print(cache_report(self.conversation.cache, []))
+                err.print(cache_report(self.conversation.cache, []), crop=False)
             case "/undo", "":
                 self.conversation.undo()
                 self._keep()

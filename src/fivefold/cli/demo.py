@@ -7,17 +7,16 @@ from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Group
 from rich.live import Live
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from fivefold.cli.app import JsonFileOption, ModelOption, RecipesOption, SeedOption
 from fivefold.cli.files import writable, write_results
 from fivefold.cli.models import fetch_if_missing, load_model
 from fivefold.cli.terminal import err, out, progress_bars
+from fivefold.tables import Table
 
 _LEGEND = (
     "of exact, x: compared with the first row, transformers' exact cache, in this run (below 1: less memory, "
@@ -67,7 +66,7 @@ def demo(
             )
     except KeyboardInterrupt:
         if finished:
-            out.print(_table(finished))
+            out.print(_table(finished), crop=False)
         raise
     result["model"] = model or embedded.MODEL_NAME
     rows = [result["baseline"], *result["runs"]]
@@ -75,9 +74,9 @@ def demo(
         f"{result['model']} in {result['dtype']}, {result['context_tokens']:,} tokens of Python's language "
         f"reference with {len(result['questions'])} facts planted in it\n"
     )
-    out.print(_table(rows))
+    out.print(_table(rows), crop=False)
     out.print(Padding(Text(_LEGEND, style="dim"), (1, 0, 0, 0)))
-    out.print(_facts(result["questions"], rows))
+    out.print(_facts(result["questions"], rows), crop=False)
     write_results(target, json_file, result)
 
 
@@ -108,26 +107,13 @@ def _bars(finished: list[dict[str, Any]], total: int) -> Iterator[Callable[[str,
 
 
 def _table(runs: list[dict[str, Any]]) -> Table:
-    wide = int(out.width >= 100)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, wide), show_edge=False, pad_edge=False)
-    table.add_column("recipe", style="bold", min_width=15, overflow="fold", vertical="bottom")
-    numbers = (
-        "cache\nMiB",
-        "of\nexact",
-        "prefill\ns",
-        "\nx",
-        "decode\nms",
-        "\nx",
-        "\nKL",
-        "\ntop-1",
-        "facts\nright",
+    table = Table(
+        "recipe", ">cache MiB", ">of exact", ">prefill s", ">x", ">decode ms", ">x", ">KL", ">top-1", ">facts right"
     )
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
     for run in runs:
         first = runs[0]
         table.add_row(
-            Text(run["recipe"]),
+            Text(run["recipe"], "bold"),
             f"{run['cache_bytes'] / 2**20:.1f}",
             f"{run['ratio']:.3f}",
             f"{run['prefill_s']:.2f}",
@@ -148,13 +134,10 @@ def _facts(questions: list[dict[str, str]], runs: list[dict[str, Any]]) -> Group
     for number, question in enumerate(questions):
         asked = question["question"].splitlines()[0]
         parts.append(Text.assemble(("\n" + asked, "bold"), f"  planted: {question['answer']}"))
-        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-        table.add_column(no_wrap=True)
-        table.add_column(max_width=30, overflow="fold")
-        table.add_column()
+        table = Table("", "recipe", "answer", headings=False)
         for run in runs:
             right = run["right"][number]
-            mark = Text("right", style="green") if right else Text("wrong", style="bold red")
+            mark = Text("  right", style="green") if right else Text("  wrong", style="bold red")
             table.add_row(mark, Text(run["recipe"]), Text(run["answers"][number] or "(nothing)"))
-        parts.append(Padding(table, (0, 0, 0, 2)))
+        parts.append(table)
     return Group(*parts)

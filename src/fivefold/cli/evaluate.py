@@ -160,7 +160,7 @@ def _measure(
         raise
     result["environment"]["model"] = model or embedded.MODEL_NAME
     for part in tables.show(result):
-        out.print(part)
+        out.print(part, crop=False)
     if json_file is not None:
         write_results(targets[json_file], json_file, result, allow_nan=False)
     if html_file is not None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.padding import Padding
 
 from fivefold.cli.app import (
     ChunkOption,
@@ -19,11 +18,12 @@ from fivefold.cli.app import (
     TemperatureOption,
 )
 from fivefold.cli.files import read_text
-from fivefold.cli.generating import cache_report, check_options, encode, end_tokens, longest, parse_bytes
+from fivefold.cli.generating import cache_report, check_options, encode, end_tokens, longest
 from fivefold.cli.models import load_model, require_embedded
 from fivefold.cli.prompts import Options, generate_all
 from fivefold.cli.terminal import err, progress_bars, stop_request
 from fivefold.errors import InputError
+from fivefold.sizes import parse_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +90,7 @@ def generate(
     ] = False,
 ) -> None:
     """Continue a prompt, or a file of prompts, with a compressed cache, and report what it holds."""
-    cap = parse_bytes(max_bytes)
+    cap = parse_bytes(max_bytes, "--max-bytes")
     check_options(dtype, temperature)
     if prompts_file is not None:
         if prompt is not None or prompt_file is not None:
@@ -150,7 +150,8 @@ def _generate_one(
     pick = _sampler(temperature, seed, network.device)
     with stop_request() as stopped:
         speed = _stream(network, tokenizer, cache, ids, pick, max_new_tokens, chunk, stopped)
-        err.print(Padding(cache_report(cache, speed), (1, 0, 0, 0)))
+        err.print()
+        err.print(cache_report(cache, speed), crop=False)
         if stopped():
             raise KeyboardInterrupt
 

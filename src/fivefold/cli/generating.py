@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
-from fivefold.cli.terminal import facts_table
 from fivefold.errors import InputError, first_line
+from fivefold.tables import Facts
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -20,16 +18,6 @@ def check_options(dtype: str, temperature: float) -> None:
         raise InputError(f"--dtype {dtype!r} is not possible: use one of {', '.join(DTYPES)}.")
     if not math.isfinite(temperature):
         raise InputError(f"--temperature {temperature} is not possible: use a number from 0 on.")
-
-
-def parse_bytes(text: str | None) -> int | None:
-    """A number of bytes: 1000000, 512M, 1.5GiB."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*(?:([KMGT])(?:i?B)?|B)?", text.strip(), re.IGNORECASE | re.ASCII)
-    if match is None:
-        raise InputError(f"--max-bytes {text!r} is no size: write a number of bytes, or 512M, or 2G.")
-    return int(float(match[1]) * 1024 ** " KMGT".index((match[2] or " ").upper()))
 
 
 def has_template(tokenizer: Any) -> bool:
@@ -71,10 +59,10 @@ def longest(model: Any) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)
 
 
-def cache_report(cache: Any, speed: list[tuple[str, int, float]]) -> Table:
+def cache_report(cache: Any, speed: list[tuple[str, int, float]]) -> Facts:
     """What a cache holds. speed: (what, tokens, seconds) of reading and of writing."""
     report = cache.report()
-    table = facts_table()
+    table = Facts()
     table.add_row("recipe", Text(report.recipe))
     exact = f"{report.exact_equivalent / 2**20:.2f} MiB"
     table.add_row("cache", f"{report.total / 2**20:.2f} MiB, {report.ratio:.3f}x of the exact cache ({exact})")

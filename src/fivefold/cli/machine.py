@@ -11,8 +11,9 @@ from rich.text import Text
 
 from fivefold.cli.app import PrintJsonOption
 from fivefold.cli.models import fetch_embedded
-from fivefold.cli.terminal import facts_table, out
+from fivefold.cli.terminal import out
 from fivefold.errors import InputError
+from fivefold.tables import Facts
 
 
 def fetch(
@@ -41,7 +42,7 @@ def doctor(as_json: PrintJsonOption = False) -> None:
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    table = facts_table()
+    table = Facts()
     for name, value in found.items():
         if name != "devices":
             table.add_row(name, Text(str(value if value is not None else "not installed")))
@@ -49,7 +50,7 @@ def doctor(as_json: PrintJsonOption = False) -> None:
         held = f", {part['memory'] / 2**30:.0f} GiB, capability {part['capability']}" if "memory" in part else ""
         table.add_row(part["device"], Text(f"{part['name']}{held}"))
         table.add_row("", Text(f"kernels: {part['path']} ({part['why']})"))
-    out.print(table)
+    out.print(table, crop=False)
     bad = next((part for part in found["devices"] if not part["possible"]), None)
     if bad and found["FIVEFOLD_KERNELS"] not in PATHS:
         raise InputError(f"{bad['why']}: set it to one of those, or unset it.")

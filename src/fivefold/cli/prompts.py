@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from fivefold.cli.files import writable
@@ -17,8 +16,9 @@ from fivefold.cli.generating import encode, end_tokens, has_template
 from fivefold.cli.models import load_model, model_name, require_embedded
 from fivefold.cli.prompt_file import Line, read
 from fivefold.cli.result_file import Name, ResultFile
-from fivefold.cli.terminal import err, facts_table, progress_bars, stop_request
+from fivefold.cli.terminal import err, progress_bars, stop_request
 from fivefold.errors import InputError
+from fivefold.tables import Facts
 
 if TYPE_CHECKING:
     from fivefold.engine.prefix import PrefixStore
@@ -122,7 +122,7 @@ def generate_all(prompts: str, out: str, options: Options) -> None:
         try:
             _work(scheduler, network, tokenizer, lines, found, results, options.chat, tally, stopped)
         finally:
-            err.print(_table(parsed, tally, store))
+            err.print(_table(parsed, tally, store), crop=False)
         if tally.before + tally.done + tally.failed < tally.total:
             kept = tally.before + tally.done
             err.print(
@@ -264,12 +264,13 @@ def _exact_bytes(scheduler: Scheduler) -> Callable[[int], int]:
     """A function from the length of a sequence to the bytes that `DynamicCache` needs for it, without padding."""
     specs = [store.spec for store in scheduler.root.session.stores.values()]
     sizes = [2 * spec.kv_heads * spec.head_dim * spec.dtype.itemsize for spec in specs]
-    windows = [layer.sliding_window for layer in scheduler.root.sliding.values()]
+    beside: Any = scheduler.root.session.companions
+    windows = [] if beside is None else beside.windows.values()
     return lambda tokens: sum(sizes) * tokens + sizes[0] * sum(min(tokens, window - 1) for window in windows)
 
 
-def _table(recipe: Recipe, tally: _Tally, store: PrefixStore | None) -> Table:
-    table = facts_table()
+def _table(recipe: Recipe, tally: _Tally, store: PrefixStore | None) -> Facts:
+    table = Facts()
     table.add_row("recipe", Text(str(recipe)))
     others = [f"{tally.failed:,} failed"] * bool(tally.failed) + [f"{tally.before:,} earlier"] * bool(tally.before)
     table.add_row("requests", ", ".join([f"{tally.done:,} of {tally.total:,} done", *others]))

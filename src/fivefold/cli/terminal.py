@@ -1,4 +1,4 @@
-"""The terminal: results go to `out`, everything else to `err`; bars, plain tables, and Ctrl-C as a request."""
+"""The terminal: results go to `out`, everything else to `err`; bars, and Ctrl-C as a request."""
 
 from __future__ import annotations
 
@@ -10,18 +10,9 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 out = Console(highlight=False, markup=False)
 err = Console(highlight=False, markup=False, stderr=True)
-
-
-def facts_table() -> Table:
-    """An empty table of two columns without lines: a name, and what there is to say of it."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    return table
 
 
 def progress_bars() -> Progress:

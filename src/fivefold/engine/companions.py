@@ -20,6 +20,9 @@ class Companions(Protocol):
 
     def crop(self, tokens: int, recording: bool) -> None: ...
 
+    def select(self, sequences: np.ndarray) -> None:
+        """Sequence i becomes what sequence `sequences[i]` was."""
+
     def reset(self) -> None: ...
 
     def fork(self) -> Any: ...

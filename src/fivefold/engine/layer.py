@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 
 from fivefold.attention import attend_chunk, attend_observed, attend_picked, attend_step, pick
+from fivefold.attention.merge import with_sinks
 from fivefold.engine.session import Session
 from fivefold.store.group import RowGroup
 from fivefold.store.layer_cache import LayerCache
@@ -21,34 +24,44 @@ def attend(
     scaling: float,
     positions: torch.Tensor | None = None,
     inputs: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    cap: float | None = None,
+    stored: bool = False,
 ) -> torch.Tensor:
     """Attention of a chunk over all that is stored and itself; then it is stored.
 
     query `[batch, query_head, tokens, head_dim]`, key and value `[batch, kv_head, tokens, head_dim]`; mask: bool
     `[batch, all tokens]` padding mask or None. positions, inputs: what the layer was called with, for codecs that want
-    to know it. Returns `[batch, tokens, query_head, head_dim]`.
+    to know it. sinks: `[query_head]`, one more term of each head's softmax. cap: what scores are held within. stored:
+    another layer has brought the same keys and values here in this forward, and stores them; the queries may then be
+    those of the last tokens alone. Returns `[batch, queries, query_head, head_dim]`.
     """
-    (batch, query_heads, chunk, dim), kv_heads = query.shape, key.shape[1]
-    if index == session.first and not session.captured:
+    (batch, query_heads, asked, dim), (_, kv_heads, chunk, _) = query.shape, key.shape
+    if asked < chunk:
+        query = torch.nn.functional.pad(query, (0, 0, chunk - asked, 0))
+    if index == session.first and not session.captured and not stored:
         session.admit(batch, chunk, mask, positions)
     group, rows = query_heads // kv_heads, batch * kv_heads
+    if sinks is not None:
+        sinks = sinks.float().view(kv_heads, group).repeat(batch, 1)
     if index in session.stepping:
-        store, newest = session.stores[index], (key.reshape(rows, dim), value.reshape(rows, dim))
-        out = store.bank.mirror.attend(store, query.reshape(rows, group, dim), *newest, scaling)
+        store = session.stores[index]
+        newest = (None, None) if stored else (key.reshape(rows, dim), value.reshape(rows, dim))
+        out = store.bank.mirror.attend(store, query.reshape(rows, group, dim), *newest, scaling, sinks)
         return out.view(batch, 1, query_heads, dim)
     store = session.deliver(
         index,
         {
             "kv_heads": kv_heads, "query_heads": query_heads, "head_dim": dim, "dtype": key.dtype,
-            "device": key.device,
+            "device": key.device, "cap": cap,
         },
-    )  # fmt: skip
+    ) if not stored else session.stores[index]  # fmt: skip
     queries = query.reshape(rows, group, chunk, dim)
     keys, values = key.reshape(rows, chunk, dim), value.reshape(rows, chunk, dim)
-    if chunk > 1 and store.codec is not None:
+    if chunk > 1 and store.codec is not None and not stored:
         store.codec.check(keys, values)
-    out = _over_groups(session, store, queries, keys, values, scaling, inputs)
-    return out.reshape(batch, query_heads, chunk, dim).transpose(1, 2).contiguous()
+    out = _over_groups(session, store, queries, keys, values, scaling, inputs, sinks, stored)
+    return out.reshape(batch, query_heads, chunk, dim)[:, :, chunk - asked :].transpose(1, 2).contiguous()
 
 
 def _over_groups(
@@ -59,6 +72,8 @@ def _over_groups(
     values: torch.Tensor,
     scaling: float,
     inputs: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    stored: bool,
 ) -> torch.Tensor:
     """The rows that stand alike, one group after the other: the shape of queries `[rows, query_heads per kv head,
     tokens, head_dim]`."""
@@ -70,16 +85,17 @@ def _over_groups(
             continue
         new = slice(chunk - tokens, chunk)
         if alone:
-            q, k, v = queries, keys, values
+            q, k, v, s = queries, keys, values, sinks
         else:
             rows = group.rows_tensor.to(queries.device)
             q, k, v = queries[rows][:, :, new], keys[rows][:, new], values[rows][:, new]
-        if store.codec is not None and store.codec.contextual and group.bounds.seen == 0:
+            s = None if sinks is None else sinks[rows]
+        if store.codec is not None and store.codec.contextual and group.bounds.seen == 0 and not stored:
             sequences = group.rows // store.spec.kv_heads
             assert inputs is not None
             mine = inputs if alone else inputs[torch.from_numpy(np.unique(sequences)).to(inputs.device)]
             store.learn(group, session.offsets[sequences], q, k, v, mine[:, new].to(k.device))
-        part = _attend_group(session, store, group, q, k, v, scaling, chunk == 1)
+        part = _attend_group(session, store, group, q, k, v, scaling, chunk == 1, s, stored)
         if alone:
             out = part
         else:
@@ -96,35 +112,51 @@ def _attend_group(
     values: torch.Tensor,
     scaling: float,
     decoding: bool,
+    sinks: torch.Tensor | None,
+    stored: bool,
 ) -> torch.Tensor:
-    revocable = session.revocable
-    if keys.shape[1] == 1 and (decoding or group.held is None):
-        store.append(group, keys, values, advance=False)
-        part = _step(session, store, group, queries[:, :, 0], scaling, decoding)[:, :, None]
+    revocable, shared = session.revocable, store.spec.layer in session.sources
+    if keys.shape[1] == 1 and (decoding or (group.held is None and not shared)):
+        if not stored:
+            store.append(group, keys, values, advance=False)
+        part = _step(session, store, group, queries[:, :, 0], scaling, decoding, sinks, stored)[:, :, None]
         if not decoding:
             store.append(group, None, None, revocable=revocable)
         return part
-    observed = None
-    if group.held is None:
-        part, _ = attend_chunk(store, group, queries, keys, values, scaling)
+    observed, each = None, None if sinks is None else sinks[:, :, None]
+    if group.held is None or stored:
+        part, lse = attend_chunk(store, group, queries, keys, values, scaling)
+        part = with_sinks(part, lse, each)
     else:
-        part, observed = attend_observed(store, group, queries, keys, values, scaling)
-    store.append(group, keys, values, revocable=revocable, observed=observed)
+        part, observed = attend_observed(store, group, queries, keys, values, scaling, each)
+    if not stored:
+        take = partial(store.append, group, keys, values, revocable=revocable, observed=observed)
+        if shared:
+            session.waiting.append(take)  # layers that share these keys see the chunk as this one did
+        else:
+            take()
     return part
 
 
 def _step(
-    session: Session, store: LayerCache, group: RowGroup, queries: torch.Tensor, scaling: float, decoding: bool
+    session: Session,
+    store: LayerCache,
+    group: RowGroup,
+    queries: torch.Tensor,
+    scaling: float,
+    decoding: bool,
+    sinks: torch.Tensor | None,
+    stored: bool,
 ) -> torch.Tensor:
     """Attention of the newest token of each row; the policies are told of it."""
     policy = store.policy
-    watch = group.held is not None and policy is not None and policy.chooses and policy.watches
+    watch = group.held is not None and policy is not None and policy.chooses and policy.watches and not stored
     role = session.roles.get(store.spec.layer, "full") if decoding and group.bounds.extent.recent is None else "full"
     picks = session.picks.of(group) if role == "sparse" else None
     if picks is not None:
-        out, weights = attend_picked(store, group, queries, scaling, picks, watch)
+        out, weights = attend_picked(store, group, queries, scaling, picks, watch, sinks)
     else:
-        out, weights = attend_step(store, group, queries, scaling, watch or role == "select")
+        out, weights = attend_step(store, group, queries, scaling, watch or role == "select", sinks)
     if weights is not None and role == "select":
         session.picks.put(group, pick(store, group, weights, session.top))
     if weights is not None and watch:

@@ -28,6 +28,8 @@ from fivefold.store.tier import EMPTY, Tier
 from fivefold.store.transaction import Transaction
 
 FORMAT = 1
+_ASKED = ("query_heads", "cap")
+"""What attention has said about a layer that its pages do not show."""
 FILE, _TENSORS = "cache.json", "tensors-"
 # Bytes that are copied at a time, which bounds what a device needs for it.
 _PIECE = 1 << 26
@@ -86,6 +88,7 @@ def collect(session: Session) -> State:
     facts: dict[str, Any] = {
         "length": session.length, "ragged": session.ragged, "lengths": session.lengths().tolist(), "held": {},
         "layers": {str(index): kind(store) for index, store in session.stores.items()}, "beside": {},
+        "asked": {str(i): {name: getattr(s.spec, name) for name in _ASKED} for i, s in session.stores.items()},
     }  # fmt: skip
     for bank in session.banks:
         _collect_rows(bank, f"rows.{bank.layers[0].spec.layer}", tensors)
@@ -113,6 +116,8 @@ def install(session: Session, state: State) -> None:
     with session.atomic():
         change = session.change
         assert change is not None
+        for index, asked in facts.get("asked", {}).items():
+            session.respec(int(index), asked)
         found = {str(index): kind(store) for index, store in session.stores.items()}
         if found != facts["layers"]:
             index = next(i for i in {**found, **facts["layers"]} if found.get(i) != facts["layers"].get(i))

@@ -19,6 +19,7 @@ import numpy as np
 from fivefold.engine.session import Session
 from fivefold.errors import InputError
 from fivefold.recipe import Recipe
+from fivefold.sizes import parse_bytes
 from fivefold.store.pages import PagePool
 
 
@@ -72,7 +73,8 @@ class PrefixStore:
     Raises `InputError` for numbers that are not positive.
     """
 
-    def __init__(self, block: int = 512, max_bytes: int | None = None, max_entries: int = 4096) -> None:
+    def __init__(self, block: int = 512, max_bytes: int | str | None = None, max_entries: int = 4096) -> None:
+        max_bytes = parse_bytes(max_bytes)
         for name, value in (("block", block), ("max_bytes", max_bytes), ("max_entries", max_entries)):
             if value is not None and not (isinstance(value, int) and value > 0):
                 raise InputError(f"{name}={value!r} is not possible for a prefix store: give a positive whole number.")

@@ -19,9 +19,10 @@ import torch
 
 from fivefold.attention.fused import why_not
 from fivefold.attention.tables import tables_of
+from fivefold.engine import admission
 from fivefold.engine.companions import Companions
 from fivefold.engine.picks import Picks
-from fivefold.errors import CacheFullError, CacheStateError
+from fivefold.errors import CacheFullError, CacheStateError, UnsupportedModelError
 from fivefold.kernels.packed_decode import schedule
 from fivefold.store import compact, context
 from fivefold.store.bank import Bank
@@ -30,15 +31,16 @@ from fivefold.store.spec import LayerSpec, Pools
 from fivefold.store.transaction import Transaction
 
 REVOCABLE = 64
-"""While a caller may take tokens back (assisted decoding), this many of the newest ones are left alone."""
+"""While a caller may take tokens back (assisted decoding), this many of the newest ones are left alone at least."""
 
 
 class Session:
     """The layers of one cache, by their index in the model.
 
     stores: those that are compressed. build: makes the store of a layer from its spec. roles: what each layer reads in
-    a decoding step ("full", "select" or "sparse", see `ReadPolicy`); top: how many tokens are picked. length: tokens
-    that have been committed, padding included, the same for all layers.
+    a decoding step ("full", "select" or "sparse", see `ReadPolicy`); top: how many tokens are picked. sources: layers
+    whose keys and values later ones share. entry: the first layer of the model that has attention. length: tokens that
+    have been committed, padding included, the same for all layers.
     """
 
     def __init__(
@@ -50,15 +52,19 @@ class Session:
         roles: dict[int, str] | None = None,
         top: int = 0,
         stores: dict[int, LayerCache] | None = None,
+        sources: frozenset[int] = frozenset(),
+        entry: int = 0,
     ) -> None:
         self.build, self.pools, self.companions = build, pools, companions
         self.stores = {spec.layer: build(spec) for spec in specs} if stores is None else stores
-        self.roles, self.top = roles or {}, top
+        self.roles, self.top, self.sources, self.entry = roles or {}, top, sources, entry
         self.first, self.last = min(self.stores), max(self.stores)
         self.length = 0
         self.ragged = False
         """Whether sequences have come or gone, so that they may stand at different lengths without any padding."""
         self.recording = False
+        self.settled = 0
+        """The length that a caller who may take tokens back has agreed to last (`crop`)."""
         self.sparse = False
         """Whether a chunk may have left slabs with few pages."""
         self.united = False
@@ -68,6 +74,8 @@ class Session:
         """Of the chunk that is under way, how many are real, by sequence."""
         self.offsets = np.zeros(0, dtype=np.int64)
         self.chunk = 0
+        self.waiting: list[Callable[[], None]] = []
+        """What sources do with their chunks once the layers that share them are done."""
         self.stepping: frozenset[int] = frozenset()
         """Layers of which a kernel stores and attends the newest token of all rows at once, in this forward."""
         self.captured = False
@@ -105,7 +113,7 @@ class Session:
 
     @property
     def revocable(self) -> int:
-        return REVOCABLE if self.recording else 0
+        return max(REVOCABLE, self.length - self.settled + self.chunk) if self.recording else 0
 
     @property
     def learned_bytes(self) -> int:
@@ -141,7 +149,7 @@ class Session:
         self.rollback()
         self._compact()
         change = Transaction()
-        self.chunk, self.picks, self.stepping = 0, Picks(self.top), frozenset()
+        self.chunk, self.picks, self.stepping, self.waiting = 0, Picks(self.top), frozenset(), []
         self.include(change)
         self.change, self._thread, self._alone = change, threading.get_ident(), False
 
@@ -165,6 +173,8 @@ class Session:
         bytes than before, so that the cap has a say."""
         change = self.change
         assert change is not None
+        for take in self.waiting:
+            take()
         if self.chunk == 1:
             self.advance(self.revocable)
         elif self.chunk:
@@ -246,7 +256,7 @@ class Session:
     def arrive(self, index: int) -> None:
         """A layer's attention is called. Where nobody has begun a forward (somebody calls the layers one by one), the
         first layer does."""
-        if self.change is None or (self._alone and index == 0):
+        if self.change is None or (self._alone and index == self.entry):
             self.begin()
             self._alone = True
 
@@ -279,46 +289,17 @@ class Session:
         """
         if self.batch not in (0, batch):
             raise CacheStateError(f"the cache holds {self.batch} sequences and was given {batch}: use a new cache.")
-        self.tokens = np.full(batch, chunk, dtype=np.int64)
         held = self.stores[self.first].lengths() if self.batch else np.zeros(batch, dtype=np.int64)
-        if mask is not None:
-            # Of what is stored only the sum comes to the host.
-            past = (mask[:, : self.length] != 0).sum(1, keepdim=True)
-            both = torch.cat([past, mask[:, self.length :] != 0], 1).expand(batch, -1).cpu().numpy()
-            new = both[:, 1:] != 0
-            self.tokens = new.sum(1)
-            leading = np.arange(chunk)[None] >= (chunk - self.tokens)[:, None]
-            if (new != leading).any() or ((self.tokens < chunk) & (held > 0)).any():
-                raise CacheStateError("padding inside or after a sequence cannot be stored: pad on the left.")
-            if (both[:, 0] != held).any():
-                raise CacheStateError(
-                    "the attention mask says otherwise about stored tokens than when they came: masks may only grow."
-                )
+        self.tokens = admission.new_tokens(mask, self.length, held, chunk)
         self.offsets = np.zeros(batch, dtype=np.int64)
         if positions is not None:
-            self.offsets = self._offsets(positions.expand(batch, -1).cpu().numpy(), held)
+            first = self.stores[self.first]
+            known = first.offsets[:: first.spec.kv_heads] if self.batch else None
+            placed = positions.expand(batch, -1).cpu().numpy()
+            self.offsets = admission.offsets(placed, held, self.tokens, known)
         self.chunk = chunk
         if chunk == 1 and self.batch and (self.tokens == 1).all():
             self._open()
-
-    def _offsets(self, positions: np.ndarray, seen: np.ndarray) -> np.ndarray:
-        """The position that the model gives each sequence's first token, int64 `[batch]`.
-
-        Codecs that undo the rotary embedding count from it, so positions must run on by one.
-        """
-        chunk, first = positions.shape[1], self.stores[self.first]
-        offsets = positions[:, -1] - (seen + self.tokens - 1)
-        if self.batch:
-            offsets = np.where(seen > 0, first.offsets[:: first.spec.kv_heads], offsets)
-        new = np.arange(chunk) >= (chunk - self.tokens)[:, None]
-        expected = (offsets + seen + self.tokens - chunk)[:, None] + np.arange(chunk)
-        if (new & (positions != expected)).any():
-            row, column = np.argwhere(new & (positions != expected))[0]
-            raise CacheStateError(
-                f"position {positions[row, column]} was given where {expected[row, column]} is next: this recipe keeps "
-                "keys as they are before the rotary embedding, and needs positions that go up by one."
-            )
-        return offsets
 
     def _open(self) -> None:
         """A slot for the newest token in all layers whose steps are a kernel's, and tables that say so."""
@@ -351,14 +332,25 @@ class Session:
         """The store of a layer that is given its chunk. spec: what the chunk says about the layer; where the cache is
         still empty, that decides how its pages are made."""
         store = self.stores[index]
-        if not self.length and any(getattr(store.spec, name) != value for name, value in spec.items()):
+        if spec["dtype"] not in (torch.float32, torch.bfloat16, torch.float16):
+            raise UnsupportedModelError(
+                f"keys in {spec['dtype']} are not supported: load the model in bfloat16 or float32."
+            )
+        if not self.length:
+            store = self.respec(index, spec)
+        if not store.batch:
+            store.start(len(self.tokens))
+        return store
+
+    def respec(self, index: int, spec: dict[str, Any]) -> LayerCache:
+        """While it is empty: the store of a layer of which this is so."""
+        store = self.stores.get(index)
+        if store is not None and any(getattr(store.spec, name) != value for name, value in spec.items()):
             assert self.change is not None
             store = self.build(replace(store.spec, **spec))
             store.bank.begin(self.change)
             self.stores = {**self.stores, index: store}
-        if not store.batch:
-            store.start(len(self.tokens))
-        return store
+        return cast(LayerCache, store)
 
     def advance(self, revocable: int) -> None:
         """Let the policies of all layers move what is due."""
@@ -418,6 +410,7 @@ class Session:
                 self.length -= count
             if self.companions is not None:
                 self.companions.crop(count, self.recording)
+        self.chunk, self.settled = 0, self.length
         if self.recording:
             # Without room to pack in, what is due waits for the next chunk.
             with suppress(CacheFullError), self.atomic():
@@ -431,6 +424,8 @@ class Session:
             with self.atomic():
                 for bank in self.banks:
                     bank.select(sequences)
+                if self.companions is not None:
+                    self.companions.select(sequences)
 
     def fork(self) -> Session:
         """A second cache of the same tokens: every page is shared until either side writes to it. Raises
@@ -440,9 +435,9 @@ class Session:
             twins = {bank: bank.fork() for bank in self.banks}
             stores = {i: cast(LayerCache, twins[one.bank].layers[one.index]) for i, one in self.stores.items()}
             companions = None if self.companions is None else self.companions.fork()
-            twin = Session([], self.build, self.pools, companions, self.roles, self.top, stores)
+            twin = self._twin(companions, stores)
             twin.length, twin.recording, twin.united = self.length, self.recording, self.united
-            twin.ragged, twin.state = self.ragged, self.state
+            twin.ragged, twin.state, twin.settled = self.ragged, self.state, self.settled
             if self.pools.budget.limit is not None:
                 change.undo(partial(self.pools.users.discard, twin))
                 change.undo(partial(self.pools.budget.count, id(twin), 0))
@@ -452,8 +447,11 @@ class Session:
     def new(self) -> Session:
         """An empty one of the same kind, with pages from the same pools."""
         companions = None if self.companions is None else self.companions.new()
-        stores = {index: store.twin() for index, store in self.stores.items()}
-        return Session([], self.build, self.pools, companions, self.roles, self.top, stores)
+        return self._twin(companions, {index: store.twin() for index, store in self.stores.items()})
+
+    def _twin(self, companions: Companions | None, stores: dict[int, LayerCache]) -> Session:
+        kind = self.roles, self.top, stores, self.sources, self.entry
+        return Session([], self.build, self.pools, companions, *kind)
 
     def adopt_specs(self, other: Session, change: Transaction) -> None:
         """While it is empty: be of the kind that `other` has found its layers to be."""
@@ -495,5 +493,5 @@ class Session:
         """No sequence is left: what the next forward delivers may be of another kind."""
         for store in self.stores.values():
             Bank([store])
-        self.length, self.united, self.ragged = 0, False, False
+        self.length, self.united, self.ragged, self.settled = 0, False, False, 0
         self.pools.budget.charge(id(self), 0)

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from fivefold.evaluate.ruler import PREFIX
 from fivefold.evaluate.summary import EXACT, FIDELITY, OWN
+from fivefold.tables import Table
 
 _LEGEND = (
     "quality: what is left of the exact cache's score above chance, all suites together (fidelity: top-1 agreement): "
@@ -86,19 +85,14 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def _ranked(ranking: list[dict[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
-    table.add_column("#", justify="right")
-    table.add_column("recipe", style="bold", min_width=15, overflow="fold")
-    for name in ("quality", "bytes", "decode", "KL", "top-1"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("front", no_wrap=True)
+    table = Table("#", "recipe", ">quality", ">bytes", ">decode", ">KL", ">top-1", "front")
     exact = next(entry for entry in ranking if entry["recipe"] == EXACT)
     for rank, entry in enumerate(ranking):
         time = None if entry["decode_ms"] is None else entry["decode_ms"] / exact["decode_ms"]
         spread = "" if entry["low"] is None else f" ±{number(entry['high'] - entry['quality'])}"
         front = " ".join(mark for mark, name in (("b", "bytes_front"), ("t", "time_front")) if entry[name])
         table.add_row(
-            str(rank), Text(entry["recipe"]), number(entry["quality"]) + spread, number(entry["ratio"], 3),
+            str(rank), Text(entry["recipe"], "bold"), number(entry["quality"]) + spread, number(entry["ratio"], 3),
             number(time), number(entry["kl"], 4), number(entry["top1"]), front,
         )  # fmt: skip
     return table
@@ -108,20 +102,17 @@ def _grid(
     ranks: range, ranking: list[dict[str, Any]], cells: list[dict[str, Any]], averages: list[dict[str, Any]]
 ) -> Table:
     """Suites down, recipes by rank across."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
-    table.add_column("suite", overflow="fold", min_width=18)
-    table.add_column("chance", justify="right", no_wrap=True)
-    for rank in ranks:
-        table.add_column(str(rank), justify="right", no_wrap=True, min_width=3)
+    table = Table("suite", ">chance", *(f">{rank:>3}" for rank in ranks))
     place = {(cell["suite"], cell["recipe"]): cell for cell in cells}
     for suite in dict.fromkeys(cell["suite"] for cell in cells):
         exact = place[suite, EXACT]
         shown = [_score(place.get((suite, ranking[rank]["recipe"])), exact) for rank in ranks]
         name = Text(suite + (" (*)" if exact["exact_fails"] else ""))
         table.add_row(name, "" if suite == FIDELITY else _percent(suite, exact["chance"]), *shown)
-    of = {entry["recipe"]: number(100 * entry["score"], 1) for entry in averages}
+    of = {entry["recipe"]: number(100 * entry["score"], 1).replace("100.0", "100") for entry in averages}
     if of:
-        table.add_row("RULER average", "", *(of.get(ranking[rank]["recipe"], "–") for rank in ranks), style="bold")
+        average = ["RULER average", "", *(of[ranking[rank]["recipe"]] for rank in ranks)]
+        table.add_row(*(Text(cell, "bold") for cell in average))
     return table
 
 

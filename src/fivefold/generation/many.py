@@ -22,7 +22,7 @@ def generate_many(
     recipe: str | Recipe,
     requests: Iterable[Request | None],
     max_batch: int = 32,
-    max_bytes: int | None = None,
+    max_bytes: int | str | None = None,
     on_token: Callable[[Request, int], object] | None = None,
     on_result: Callable[[Result], object] | None = None,
     prefix: PrefixStore | None = None,

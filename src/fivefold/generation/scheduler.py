@@ -23,6 +23,7 @@ from fivefold.generation.sampling import pick
 from fivefold.models.cache import FivefoldCache
 from fivefold.models.huggingface import prepare
 from fivefold.recipe import Recipe
+from fivefold.sizes import parse_bytes
 
 _NOT_FINITE = (
     "the model's logits for this request are not finite: look for the layer that overflows, or load the model in "
@@ -63,7 +64,7 @@ class Scheduler:
         model: PreTrainedModel,
         recipe: str | Recipe = "full()",
         max_batch: int = 32,
-        max_bytes: int | None = None,
+        max_bytes: int | str | None = None,
         prefix: PrefixStore | None = None,
         cuda_graph: bool = False,
         chunk: int = 2048,
@@ -90,8 +91,7 @@ class Scheduler:
             self.shelf = prefix.shelf(model, identity, lambda: compress(model, parsed, max_bytes, cuda_graph=True))
             self.root = self.shelf.root
             prepare(model)
-            limit = self.root.session.pools.budget.limit
-            if limit != max_bytes:
+            if (limit := self.root.session.pools.budget.limit) != parse_bytes(max_bytes):
                 raise InputError(
                     f"max_bytes={max_bytes} is not what this prefix store was first used with for the model and the "
                     f"recipe, {limit}: give the same, or a prefix store of its own."

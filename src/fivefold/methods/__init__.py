@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from typing import TypeVar
 
 from fivefold.errors import RecipeError
-from fivefold.methods.method import SLOTS, Method, ReadPolicy, Slot, param
+from fivefold.methods.method import SLOTS, Method, ReadPolicy, Slot, channels_of, param
 from fivefold.methods.policy import TokenPolicy
 from fivefold.store.codec import FLOAT16_MAX, Codec, check_finite
 
@@ -26,6 +26,7 @@ __all__ = [
     "ReadPolicy",
     "Slot",
     "TokenPolicy",
+    "channels_of",
     "check_finite",
     "find",
     "param",

@@ -8,6 +8,7 @@ them a `LayerSpec` and, later, tensors; they never see the model.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -44,6 +45,8 @@ class Method:
     paper: ClassVar[str]
     captures: ClassVar[tuple[Capture, ...]] = ()
     """What it learns from a model beforehand (`fivefold calibrate`); nothing if it has no use for a profile."""
+    before_rope: ClassVar[bool] = False
+    """Whether it wants to know how keys are turned by position (`LayerSpec.rope`)."""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -114,6 +117,17 @@ class ReadPolicy(Method):
         """What each of the layers that hold the whole context does: read everything, read everything and pick, or read
         what was picked last."""
         raise NotImplementedError
+
+
+def channels_of(method: Method, group: int, head_dim: int) -> int:
+    """How many channels of a head share a scale where `group` were asked for: as many if they divide the head, else the
+    largest part of `group` that does. Raises `RecipeError` if that is less than 8."""
+    channels = head_dim if head_dim <= group else math.gcd(group, head_dim)
+    if channels < min(8, head_dim):
+        raise RecipeError(
+            f"{method.name} cannot group the channels of heads of {head_dim}: a head_dim must be a multiple of 8."
+        )
+    return channels
 
 
 def _show(value: Any) -> str:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function
 
 from fivefold.engine.layer import attend
 from fivefold.engine.session import Session
 from fivefold.errors import CacheStateError, UnsupportedModelError
+from fivefold.models.selection import is_selected, stock_attention, stock_mask
 
 NAME = "fivefold"
 CALLED = "fivefold_called"
@@ -21,10 +21,15 @@ CALLED = "fivefold_called"
 
 @dataclass(frozen=True)
 class Called:
-    """The layer that an attention module works for, and what it was called with, where a codec wants to know it."""
+    """The layer that an attention module works for, and what it was called with, where a codec wants to know it.
+
+    brought: of this forward, the keys and values that layers have given to the cache; a layer that has no cache of its
+    own shares those of one of them.
+    """
 
     session: Session
     index: int
+    brought: dict[int, tuple[torch.Tensor, torch.Tensor]]
     positions: torch.Tensor | None
     inputs: torch.Tensor | None
 
@@ -38,20 +43,34 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, Any]:
     """query `[batch, query_head, tokens, head_dim]`, key and value `[batch, kv_head, tokens, head_dim]`."""
     called: Called | None = kwargs.pop(CALLED, None)
     if called is None:
-        return stock_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} asks for {name}, which Fivefold does not compute: use DynamicCache."
+        return stock_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    index, stored = called.index, called.index not in called.session.stores
+    if stored:
+        found = [source for source, (keys, values) in called.brought.items() if keys is key and values is value]
+        if not found:  # those of a layer that stays transformers' own
+            return stock_attention(
+                module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
             )
+        index = found[0]
+    elif called.brought[index][0] is not key or called.brought[index][1] is not value:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} attends to other keys and values than it gives to the cache, which Fivefold "
+            "cannot know of: use DynamicCache."
+        )
+    if kwargs.get("position_bias") is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} asks for a position bias, which Fivefold does not compute: use DynamicCache."
+        )
     if kwargs.get("output_attentions"):
         raise CacheStateError(
             "output_attentions=True needs the whole attention matrix, which a compressed cache never builds: drop it."
         )
+    if attention_mask is not None and attention_mask.ndim == 4 and attention_mask.shape[1:3] == (1, 1):
+        attention_mask = attention_mask[:, 0, 0] if attention_mask.dtype == torch.bool else attention_mask
     if attention_mask is not None and attention_mask.ndim != 2:
         raise CacheStateError(
             f"an attention mask of shape {tuple(attention_mask.shape)} cannot be used with a compressed cache: "
@@ -63,36 +82,11 @@ def attention(
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = attend(
-        called.session, called.index, query, key, value, attention_mask, scaling, called.positions, called.inputs
-    )
+        called.session, index, query, key, value, attention_mask, scaling, called.positions, called.inputs,
+        kwargs.get("s_aux"), kwargs.get("softcap"), stored,
+    )  # fmt: skip
     called.session.done(called.index)
     return out, None
-
-
-def stock_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """SDPA for any cache but ours, with the causal mask that `mask` left to the caller."""
-    chunk, total = query.shape[2], key.shape[2]
-    padded = attention_mask is not None and attention_mask.ndim == 2
-    if padded or (attention_mask is None and 1 < chunk < total):
-        attention_mask = sdpa_mask(
-            batch_size=query.shape[0],
-            q_length=chunk,
-            kv_length=total,
-            q_offset=total - chunk,
-            attention_mask=attention_mask,
-            allow_is_causal_skip=False,
-            device=query.device,
-        )
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
 def mask(
@@ -105,22 +99,27 @@ def mask(
     attention_mask: torch.Tensor | None = None,
     local_size: int | None = None,
     **kwargs: Any,
-) -> torch.Tensor | None:
-    """The padding mask alone where the rest is plainly causal, so that no [query, key] matrix is built."""
+) -> Any:
+    """The padding mask alone where the rest is plainly causal, so that no [query, key] matrix is built; for layers that
+    stay transformers' own what they want."""
     plain = (
-        mask_function is causal_mask_function
+        is_selected(NAME)
+        and mask_function is causal_mask_function
         and local_size is None
         and not isinstance(q_offset, torch.Tensor)
         and kv_offset == 0
         and kv_length == q_offset + q_length
         and (attention_mask is None or attention_mask.shape[-1] == kv_length)
     )
+    config = kwargs.get("config")
+    if getattr(config, "num_kv_shared_layers", 0):
+        # Such a model cuts the queries, and masks with four axes, down to the last tokens before the layers that share.
+        kwargs["allow_is_causal_skip"] = False
+        if plain and attention_mask is not None:
+            return attention_mask[:, None, None]
     if plain:
         return attention_mask
-    if 1 < q_length < kv_length:
-        # `stock_attention` takes None for the last queries of all tokens, SDPA for the first (static caches).
-        kwargs["allow_is_causal_skip"] = False
-    return sdpa_mask(
+    return stock_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,

@@ -1,8 +1,7 @@
-"""The cache as transformers sees it: its classes, and layers with a sliding window, which stay transformers' own."""
+"""The cache as transformers sees it."""
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,102 +16,11 @@ from fivefold.engine.session import Session
 from fivefold.errors import CacheStateError
 from fivefold.models import saving
 from fivefold.models.graph import Step
+from fivefold.models.stock import StockLayers
 from fivefold.recipe import Recipe
 from fivefold.report import Report, measure
 
-
-class SlidingLayers:
-    """Layers with a sliding window, by index: transformers' own, which replace tensors and never write into them."""
-
-    def __init__(self, layers: dict[int, Any]) -> None:
-        self.layers = layers
-
-    @property
-    def nbytes(self) -> int:
-        # After a long chunk their tensors are views of more than the window.
-        held = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-            for layer in self.layers.values()
-            for tensor in vars(layer).values()
-            if isinstance(tensor, torch.Tensor)
-        }
-        return sum(held.values())
-
-    def snapshot(self) -> Callable[[], None]:
-        before = {index: dict(vars(layer)) for index, layer in self.layers.items()}
-
-        def restore() -> None:
-            for index, state in before.items():
-                vars(self.layers[index]).clear()
-                vars(self.layers[index]).update(state)
-
-        return restore
-
-    def crop(self, tokens: int, recording: bool) -> None:
-        for layer in self.layers.values():
-            if layer.is_initialized and (tokens or recording):
-                layer.crop(-tokens)
-
-    def reset(self) -> None:
-        for layer in self.layers.values():
-            # transformers 5.17 only fills them with zeros.
-            vars(layer).update(vars(type(layer)(sliding_window=layer.sliding_window)))
-
-    def state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        facts: dict[str, Any] = {}
-        tensors: dict[str, torch.Tensor] = {}
-        for index, layer in self.layers.items():
-            if layer.is_initialized:
-                facts[str(index)] = {"seen": layer.cumulative_length, "device": str(layer.keys.device)}
-                tensors |= {f"{index}.keys": layer.keys, f"{index}.values": layer.values}
-        return facts, tensors
-
-    def install(self, facts: dict[str, Any], tensors: dict[str, torch.Tensor], device: torch.device) -> None:
-        for index, known in facts.items():
-            layer, there = self.layers[int(index)], torch.device(known["device"])
-            there = there if there.type == device.type else device
-            keys, values = (tensors[f"{index}.{name}"].to(there) for name in ("keys", "values"))
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values, layer.cumulative_length = keys, values, known["seen"]
-
-    def fork(self) -> SlidingLayers:
-        return SlidingLayers(copy.deepcopy(self.layers))
-
-    def new(self) -> SlidingLayers:
-        return SlidingLayers({i: type(layer)(sliding_window=layer.sliding_window) for i, layer in self.layers.items()})
-
-    def join(self, other: SlidingLayers, batch: int, length: int) -> None:
-        for index, layer in self.layers.items():
-            rest = other.layers[index]
-            if not batch:
-                vars(layer).update(vars(rest))
-                continue
-            for name in ("keys", "values"):
-                both = [_last(getattr(one, name), length, layer.sliding_window) for one in (layer, rest)]
-                setattr(layer, name, torch.cat(both))
-            layer.cumulative_length = length
-        other.reset()
-
-    def take(self, indices: np.ndarray, rest: np.ndarray, length: int, left: int) -> SlidingLayers:
-        out = SlidingLayers({index: copy.copy(layer) for index, layer in self.layers.items()})
-        for layers, kept, tokens in ((out, indices, length), (self, rest, left)):
-            if not len(kept):
-                layers.reset()
-                continue
-            for layer in layers.layers.values():
-                rows = torch.from_numpy(kept).to(layer.keys.device)
-                for name in ("keys", "values"):
-                    setattr(layer, name, _last(getattr(layer, name)[rows], tokens, layer.sliding_window))
-                layer.cumulative_length = tokens
-        return out
-
-
-def _last(x: torch.Tensor, length: int, window: int) -> torch.Tensor:
-    """What a sliding layer stores of x `[batch, heads, tokens, head_dim]` if `length` tokens count as seen: the newest,
-    with padding before them where they are fewer."""
-    stored = min(length, window - 1)
-    x = x[:, :, max(0, x.shape[2] - stored) :]
-    return torch.nn.functional.pad(x, (0, 0, stored - x.shape[2], 0))
+__all__ = ["FivefoldCache"]  # what is public here
 
 
 class FivefoldLayer(CacheLayerMixin):
@@ -182,7 +90,7 @@ class FivefoldLayer(CacheLayerMixin):
 
     @record_past.setter
     def record_past(self, value: bool) -> None:
-        self.session.recording = value
+        self.session.recording, self.session.settled = value, self.session.length
 
     def activate_past_recording(self) -> None:
         policy: Any = self.session.stores[self.index].policy
@@ -224,17 +132,20 @@ class FivefoldCache(Cache):
     """
 
     def __init__(self, recipe: Recipe, session: Session, model: str, layers: int, cuda_graph: bool = False) -> None:
-        sliding = session.companions.layers if isinstance(session.companions, SlidingLayers) else {}
-        super().__init__(layers=[sliding.get(i) or FivefoldLayer(i, session) for i in range(layers)])
+        stock = session.companions.layers if isinstance(session.companions, StockLayers) else {}
+        super().__init__(layers=[stock[i] if i in stock else FivefoldLayer(i, session) for i in range(layers)])
         self.recipe = recipe
         self.session = session
         self.model = model
-        self.sliding = sliding
         self.step = Step() if cuda_graph else None
         self.of: Callable[[], Any] | None = None
         """A weak reference to the model that it is for, if that is known."""
         self.armed: int | None = None
         """The layer whose attention module has announced itself, and is prepared for this cache."""
+        self.brought: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """The keys and values that layers have brought in this forward: the very tensors that attention is to see."""
+        self.selection: Any = None
+        """What `models.selection.selected` returned for a module that is called by itself."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -246,7 +157,10 @@ class FivefoldCache(Cache):
                 "prepared for it: make the cache with fivefold.compress(model, ...) for that very model."
             )
         self.armed = None
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx in self.session.stores:
+            self.brought[layer_idx] = out
+        return out
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The logical length, the same for all layers: tokens seen, padding included, whatever is stored."""
@@ -263,22 +177,16 @@ class FivefoldCache(Cache):
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Sequence i becomes what sequence beam_idx[i] was: page tables move, bytes do not."""
         self.session.select(beam_idx.to("cpu").numpy().astype(np.int64))
-        for layer in self.sliding.values():
-            layer.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every sequence `repeats` times, side by side."""
         self.session.select(np.repeat(np.arange(self.session.batch), repeats))
-        for layer in self.sliding.values():
-            layer.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Only these sequences, int64 `[n]` or bool `[batch]`."""
         index = indices.to("cpu")
         picked = index.nonzero()[:, 0] if index.dtype == torch.bool else index
         self.session.select(picked.numpy().astype(np.int64))
-        for layer in self.sliding.values():
-            layer.batch_select_indices(indices)
 
     def report(self) -> Report:
         """What the cache holds, in exact bytes (see `fivefold.report.Report`)."""

@@ -1,7 +1,8 @@
 """What a method learns from, taken from a model of transformers while it reads.
 
 The attention function is the one place that sees queries, keys and values of every family in the same shape, whatever
-projections and norms made them. They come with RoPE, which the pre-hook's `position_embeddings` take off again.
+projections and norms made them. They come with RoPE, which the pre-hook's `position_embeddings` take off again, in the
+way in which the layer has put it on (`models/rotary.py`).
 """
 
 from __future__ import annotations
@@ -17,31 +18,13 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from fivefold.calibrate.learner import OBSERVED, Capture
-from fivefold.models.attention import mask, stock_attention
-from fivefold.models.specs import attention_modules
+from fivefold.errors import UnsupportedModelError
+from fivefold.models.rotary import turning_of, unrotate
+from fivefold.models.selection import selected, stock_attention, stock_mask
+from fivefold.models.specs import attention_modules, configs_of
 
 _NAME = "fivefold_capture"
 _SEEN = "fivefold_seen"
-
-
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """`(a, b)` to `(-b, a)`, the halves of the last axis."""
-    a, b = x.chunk(2, -1)
-    return torch.cat([-b, a], -1)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE as the supported families apply it. x: `[batch, heads, tokens, head_dim]`; cos, sin: `[batch, tokens,
-    rotary_dim]`, of which the channels from rotary_dim on are left as they are."""
-    cos, sin = cos[:, None].float(), sin[:, None].float()
-    turned, passed = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    return torch.cat([turned * cos + rotate_half(turned) * sin, passed], -1)
-
-
-def unrotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """What `rotate` made `x` of: the rotation back, and a scaling of cos and sin (YaRN) undone."""
-    scale = cos.float().square() + sin.float().square()
-    return rotate(x, cos.float() / scale, -sin.float() / scale)
 
 
 @contextlib.contextmanager
@@ -53,20 +36,35 @@ def capturing(
     What is captured has the shapes of `fivefold.calibrate.learner.Capture`. The model is as it was afterwards.
     """
     AttentionInterface.register(_NAME, _attention)
-    AttentionMaskInterface.register(_NAME, mask)
-    signatures = {index: inspect.signature(module.forward) for index, module in attention_modules(model).items()}
+    AttentionMaskInterface.register(_NAME, stock_mask)
+    modules = attention_modules(model)
+    signatures = {index: inspect.signature(module.forward) for index, module in modules.items()}
+    turned = {"keys", "queries"} & set(wanted)
+    turnings = {index: turning_of(model, index, module) if turned else None for index, module in modules.items()}
+    unknown = next((modules[index] for index, turning in turnings.items() if turned and turning is None), None)
+    if unknown is not None:
+        raise UnsupportedModelError(
+            f"Fivefold does not know how {type(unknown).__name__} turns keys by position, and cannot learn from keys "
+            "before that: use a method that needs no such profile."
+        )
 
     def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         index: int = module.layer_idx  # type: ignore[assignment]
         given = signatures[index].bind(*args, **kwargs).arguments
-        cos, sin = given["position_embeddings"]
+        turning = turnings[index]
+
+        def before(x: torch.Tensor) -> torch.Tensor:
+            if turning is None:
+                return x
+            cos, sin = given["position_embeddings"]
+            return unrotate(x, cos, sin, turning)
 
         def take(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> None:
             captured: dict[Capture, torch.Tensor] = {}
             if "keys" in wanted:
-                captured["keys"] = unrotate(key.float(), cos, sin)
+                captured["keys"] = before(key.float())
             if "queries" in wanted:
-                captured["queries"] = unrotate(query.float(), cos, sin)
+                captured["queries"] = before(query.float())
             if "values" in wanted:
                 captured["values"] = value.float()
             if "inputs" in wanted:
@@ -77,15 +75,13 @@ def capturing(
 
         return args, {**kwargs, _SEEN: take}
 
-    before = model.config._attn_implementation
-    hooks = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in attention_modules(model).values()]
+    hooks = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules.values()]
     try:
-        model.set_attn_implementation(_NAME)
-        yield
+        with selected(configs_of(model), _NAME):
+            yield
     finally:
         for one in hooks:
             one.remove()
-        model.set_attn_implementation(before)
 
 
 def _weights(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -109,4 +105,4 @@ def _attention(
     take = kwargs.pop(_SEEN, None)
     if take is not None:
         take(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
-    return stock_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    return stock_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)

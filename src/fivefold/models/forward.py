@@ -16,8 +16,11 @@ import torch
 from transformers import PreTrainedModel
 
 from fivefold.calibrate.profile import signature
-from fivefold.errors import CacheStateError
+from fivefold.errors import CacheStateError, UnsupportedModelError
+from fivefold.models.attention import NAME
 from fivefold.models.cache import FivefoldCache
+from fivefold.models.selection import selected
+from fivefold.models.specs import configs_of, decoder_config, rope_switch
 
 
 class Forward:
@@ -35,10 +38,17 @@ class Forward:
             cache = next((arg for arg in args if isinstance(arg, FivefoldCache)), None)
         if not isinstance(cache, FivefoldCache) or cache.session.running:
             return self.plain(*args, **kwargs)
-        if cache.model != (mine := signature(self.model.config)):
+        if cache.model != (mine := signature(decoder_config(self.model))):
             raise CacheStateError(
                 f"the cache was made for {cache.model} and called with {mine}: make one for this model."
             )
+        with selected(self.configs, NAME):
+            return self._call(cache, args, kwargs)
+
+    def _call(self, cache: FivefoldCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        length, chunk = cache.session.length, _chunk(args, kwargs)
+        if self.switch is not None and 0 < length <= self.switch < length + chunk:
+            raise UnsupportedModelError(_crossing(self.switch))
         if cache.session.ragged:
             kwargs = {**kwargs, **_places(cache, args, kwargs)}
         if cache.step is not None and len(args) <= 1:
@@ -48,6 +58,14 @@ class Forward:
                 return out
         with cache.session.atomic():
             return self.plain(*args, **kwargs)
+
+    @functools.cached_property
+    def configs(self) -> list[Any]:
+        return configs_of(self.model)
+
+    @functools.cached_property
+    def switch(self) -> int | None:
+        return rope_switch(self.model)
 
     @property
     def plain(self) -> Callable[..., Any]:
@@ -59,10 +77,46 @@ class Forward:
         return twin
 
 
+def _crossing(switch: int) -> str:
+    return (
+        f"this model turns keys by position otherwise in texts of more than {switch:,} tokens (longrope), and a cache "
+        f"cannot grow beyond that: keep the text within {switch:,} tokens, or begin with more than that at once."
+    )
+
+
+def _ids(args: tuple[Any, ...], given: dict[str, Any]) -> torch.Tensor | None:
+    ids = args[0] if args else given.get("input_ids")
+    return given.get("inputs_embeds") if ids is None else ids
+
+
+def _chunk(args: tuple[Any, ...], given: dict[str, Any]) -> int:
+    ids = _ids(args, given)
+    return 0 if ids is None else ids.shape[1]
+
+
+class Inputs:
+    """What stands in the place of the `prepare_inputs_for_generation` of a model with longrope, which goes on without
+    the cache that it was given where the text has become longer than `Forward.switch`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out = type(self.model).prepare_inputs_for_generation(self.model, *args, **kwargs)
+        cache, switch = kwargs.get("past_key_values"), rope_switch(self.model)
+        if isinstance(cache, FivefoldCache) and out.get("past_key_values") is None and switch:
+            if cache.get_seq_length():
+                raise UnsupportedModelError(_crossing(switch))
+            out["past_key_values"] = cache  # an empty one is as good as none
+        return out
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Inputs:
+        return Inputs(copy.deepcopy(self.model, memo))
+
+
 def _places(cache: FivefoldCache, args: tuple[Any, ...], given: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Mask and positions of a call whose sequences have come from several caches, where the caller gave none."""
-    ids = args[0] if args else given.get("input_ids")
-    ids = given.get("inputs_embeds") if ids is None else ids
+    ids = _ids(args, given)
     if ids is None or ids.shape[0] != cache.batch:
         return {}
     session, chunk, out = cache.session, ids.shape[1], {}
@@ -72,7 +126,7 @@ def _places(cache: FivefoldCache, args: tuple[Any, ...], given: dict[str, Any]) 
         if mask.ndim != 2:
             return {}  # it is refused by the attention
         mask = out["attention_mask"] = mask[:, -total:]  # padding that all have left when a sequence went
-    elif cache.sliding:
+    elif session.companions is not None:
         out["attention_mask"] = (torch.arange(total) >= session.length - lengths).long().to(ids.device)
     if given.get("position_ids") is None:
         new = torch.arange(chunk)
@@ -82,22 +136,29 @@ def _places(cache: FivefoldCache, args: tuple[Any, ...], given: dict[str, Any]) 
     return out
 
 
-def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
+def _models(model: torch.nn.Module) -> list[PreTrainedModel]:
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
-def install(model: PreTrainedModel) -> None:
+def install(model: torch.nn.Module) -> None:
     """Make forwards of a model, and of the models in it, transactions. Safe to call again."""
     for one in _models(model):
-        if not isinstance(vars(one).get("forward"), Forward):
+        # accelerate keeps what it wraps as `_old_forward`.
+        if not any(isinstance(vars(one).get(name), Forward) for name in ("forward", "_old_forward")):
             one.forward = Forward(one)
+        if rope_switch(one) is not None and hasattr(type(one), "prepare_inputs_for_generation"):
+            one.prepare_inputs_for_generation = Inputs(one)
 
 
-def remove(model: PreTrainedModel) -> None:
+def remove(model: torch.nn.Module) -> None:
     """Undo `install`."""
     for one in _models(model):
-        mine = vars(one).get("forward")
+        mine, inner = vars(one).get("forward"), vars(one).get("_old_forward")
         if isinstance(mine, Forward):
             del one.forward
             if mine.before is not None:
                 one.forward = mine.before
+        if isinstance(inner, Forward):
+            one._old_forward = inner.plain
+        if isinstance(vars(one).get("prepare_inputs_for_generation"), Inputs):
+            del one.prepare_inputs_for_generation

@@ -1,11 +1,11 @@
 """Life inside transformers: how a model is prepared, and how a cache is made for it.
 
-How a chunk flows. `prepare` registers an attention and a mask function under the name "fivefold", selects them on the
-model, and puts a forward pre-hook on every attention module. The hook sees which cache the module is called with; if it
-is ours, it hands the layer to the attention function as a keyword argument (attention modules pass those on verbatim)
-and arms the cache. The module then calls `update`, which only checks, and the attention function, which does
-everything. A model that was not prepared never arms the cache, and `update` refuses. With any other cache the attention
-function is transformers' own SDPA. The model's `forward` is a transaction (`models/forward.py`).
+How a chunk flows. `prepare` registers an attention and a mask function under the name "fivefold", makes the model's
+`forward` a transaction (`models/forward.py`), and puts hooks on every attention module. While the model is called with
+our cache, and only then, its configuration names our attention (`models/selection.py`). The hook before a module sees
+which cache the module is called with; if it is ours, it hands the layer to the attention function as a keyword argument
+(attention modules pass those on verbatim) and arms the cache. The module then calls `update`, which only checks, and
+the attention function, which does everything. A model that was not prepared never arms the cache, and `update` refuses.
 """
 
 from __future__ import annotations
@@ -23,54 +23,51 @@ from transformers.modeling_utils import AttentionInterface
 
 from fivefold.calibrate.profile import signature
 from fivefold.engine.session import Session
-from fivefold.errors import CacheStateError, UnsupportedModelError
+from fivefold.errors import UnsupportedModelError
 from fivefold.methods import ReadPolicy, TokenPolicy
 from fivefold.models import forward
 from fivefold.models.attention import CALLED, NAME, Called, attention, mask
-from fivefold.models.cache import FivefoldCache, FivefoldLayer, SlidingLayers
-from fivefold.models.specs import FAMILIES, attention_modules, check_model, layer_spec
+from fivefold.models.cache import FivefoldCache
+from fivefold.models.selection import is_selected, selected
+from fivefold.models.specs import attention_modules, check_model, decoder_config, layer_spec
+from fivefold.models.stock import STATES, StockLayers
 from fivefold.recipe import Recipe
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.spec import LayerSpec, Pools
 
-__all__ = ["FAMILIES", "NAME", "FivefoldCache", "attention_modules", "check_model", "make_cache", "prepare", "restore"]
+__all__ = ["NAME", "FivefoldCache", "attention_modules", "check_model", "make_cache", "prepare", "restore"]
 
+_HOOKS = "_fivefold_hooks"
 _prepared_lock = threading.Lock()
 
 
 def prepare(model: PreTrainedModel) -> None:
-    """Select our attention on a model and hook its attention modules. Safe to call again, from any thread."""
+    """Hook a model's attention modules and its `forward`. Safe to call again, from any thread, and for a wrapper around
+    the model or what it wraps."""
     check_model(model)
     with _prepared_lock:
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, mask)
-        if not hasattr(model, "_fivefold_hooks"):
-            modules = attention_modules(model)
-            hooks = [module.register_forward_pre_hook(_hand_over, with_kwargs=True) for module in modules.values()]
-            indices = {module: index for index, module in modules.items()}
-            for layer in model.modules():
-                for child in layer.children():
-                    if child in indices:
-                        hook = partial(_hand_in, indices[child])
-                        hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-            model._fivefold_hooks = hooks
+        indices = {module: index for index, module in attention_modules(model).items()}
+        for layer in model.modules():
+            for child in layer.children():
+                if child in indices and _HOOKS not in vars(child):
+                    into = partial(_hand_in, indices[child])
+                    vars(child)[_HOOKS] = [
+                        layer.register_forward_pre_hook(into, with_kwargs=True),
+                        child.register_forward_pre_hook(_hand_over, with_kwargs=True),
+                        child.register_forward_hook(_let_go, with_kwargs=True, always_call=True),
+                    ]
         forward.install(model)
-        if model.config._attn_implementation != NAME:
-            model._fivefold_before = model.config._attn_implementation
-            model.set_attn_implementation(NAME)
 
 
-def restore(model: PreTrainedModel) -> None:
+def restore(model: torch.nn.Module) -> None:
     """Undo `prepare`: the model is as it was before the first `compress`."""
     with _prepared_lock:
-        for hook in getattr(model, "_fivefold_hooks", ()):
-            hook.remove()
-        if hasattr(model, "_fivefold_hooks"):
-            del model._fivefold_hooks
+        for module in model.modules():
+            for hook in vars(module).pop(_HOOKS, ()):
+                hook.remove()
         forward.remove(model)
-        if hasattr(model, "_fivefold_before"):
-            model.set_attn_implementation(model._fivefold_before)
-            del model._fivefold_before
 
 
 def _cache_of(kwargs: dict[str, Any]) -> FivefoldCache | None:
@@ -91,22 +88,31 @@ def _hand_over(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     cache = _cache_of(kwargs)
     if cache is None:
         return None
-    selected = module.config._attn_implementation  # type: ignore[union-attr]
-    if selected != NAME:
-        raise CacheStateError(
-            f"the model was switched to {selected!r} attention, which cannot read a compressed cache: call "
-            "fivefold.compress(model, ...) again, or model.set_attn_implementation('fivefold')."
-        )
     index: int = module.layer_idx  # type: ignore[assignment]
     cache.armed, session = index, cache.session
+    if index == session.entry:
+        cache.brought.clear()
     session.arrive(index)
-    if not isinstance(cache.layers[index], FivefoldLayer):
+    if not is_selected(NAME):  # somebody calls the modules one by one
+        cache.selection = selected([module.config], NAME)
+        cache.selection.__enter__()
+    if index in session.stores:
+        codec, inputs = session.stores[index].codec, session.inputs
+        positional = codec is not None and codec.contextual and codec.positional
+        session.inputs = None
+        called = Called(session, index, cache.brought, kwargs.get("position_ids") if positional else None, inputs)
+    elif isinstance(session.companions, StockLayers) and index in session.companions.windows:
         return None
-    codec, inputs = session.stores[index].codec, session.inputs
-    positional = codec is not None and codec.contextual and codec.positional
-    session.inputs = None
-    called = Called(session, index, kwargs.get("position_ids") if positional else None, inputs)
+    else:  # it shares the keys of another layer
+        called = Called(session, index, cache.brought, None, None)
     return args, {**kwargs, CALLED: called}
+
+
+def _let_go(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    cache = _cache_of(kwargs)
+    if cache is not None and cache.selection is not None:
+        selection, cache.selection = cache.selection, None
+        selection.__exit__(None, None, None)
 
 
 def make_cache(
@@ -114,46 +120,65 @@ def make_cache(
 ) -> FivefoldCache:
     """A cache for `model` that compresses as `recipe` says; see `fivefold.compress`."""
     check_model(model)
-    modules = attention_modules(model)
-    stock = DynamicCache(config=model.config).layers
-    if len(stock) != model.config.num_hidden_layers:
+    config, modules = decoder_config(model), attention_modules(model)
+    codec_owner = recipe.get("bits") or recipe.get("channels")
+    turned = codec_owner is not None and codec_owner.before_rope
+    stock, shared = _stock_layers(model, config)
+    specs: dict[int, LayerSpec] = {}
+    beside: dict[int, Any] = {}
+    for index, layer in enumerate(stock):
+        if type(layer) is DynamicLayer and index in modules:
+            specs[index] = layer_spec(model, index, modules[index], turned)
+        elif type(layer) is DynamicLayer or not _is_stock(layer):
+            raise UnsupportedModelError(
+                f"layer {index} of this {config.model_type} model is a {type(layer).__name__}, which Fivefold cannot "
+                "compress: use DynamicCache for it."
+            )
+        else:
+            beside[index] = layer
+    if not specs:
         raise UnsupportedModelError(
-            f"only {len(stock)} of the {model.config.num_hidden_layers} layers of this model have a cache of their own "
-            "(the others share it), which Fivefold cannot compress."
+            "no layer of this model has a cache that grows (all have a sliding window, or a state of fixed size), so "
+            "none can shrink: use DynamicCache."
         )
     pools = Pools(max_bytes)
-    specs: dict[int, LayerSpec] = {}
-    codec_owner = recipe.get("bits") or recipe.get("channels")
     policy = next((method for method in recipe.methods if isinstance(method, TokenPolicy)), None)
-    for index, layer in enumerate(stock):
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            continue
-        if type(layer) is not DynamicLayer or index not in modules:
-            raise UnsupportedModelError(
-                f"layer {index} of this {model.config.model_type} model is a {type(layer).__name__}, which Fivefold "
-                "cannot compress."
-            )
-        spec = layer_spec(model, index, modules[index])
-        if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise UnsupportedModelError(f"a model in {spec.dtype} is not supported: load it in bfloat16 or float32.")
-        specs[index] = spec
 
     def build(spec: LayerSpec) -> LayerCache:
         codec = codec_owner.codec(spec) if codec_owner else None
         residual = codec_owner.exact_tokens if codec_owner else 0
         return LayerCache(spec, pools, recipe.extents(spec), codec, residual, policy)
 
-    if not specs:
-        raise UnsupportedModelError(
-            "every layer of this model has a sliding window, so no cache grows and none can shrink: use DynamicCache."
-        )
-    windows = {index: layer for index, layer in enumerate(stock) if index not in specs}
     reads = recipe.get("reads")
     roles: dict[int, str] = {}
     if isinstance(reads, ReadPolicy):
         roles = dict(zip(specs, reads.roles(list(specs.values()))))
-    companions = SlidingLayers(windows) if windows else None
-    session = Session(specs.values(), build, pools, companions, roles, getattr(reads, "top", 0))
-    cache = FivefoldCache(recipe, session, signature(model.config), len(stock), cuda_graph)
+    companions = StockLayers(beside) if beside else None
+    sources = frozenset(specs) if shared else frozenset()
+    session = Session(
+        specs.values(), build, pools, companions, roles, getattr(reads, "top", 0), None, sources, min(modules)
+    )
+    cache = FivefoldCache(recipe, session, signature(config), len(stock), cuda_graph)
     cache.of = weakref.ref(model)
     return cache
+
+
+def _stock_layers(model: PreTrainedModel, config: Any) -> tuple[list[Any], bool]:
+    """The layers of the cache that transformers would make, and whether others share what these hold."""
+    try:
+        layers = DynamicCache(config=model.config).layers
+    except KeyError as error:
+        raise UnsupportedModelError(
+            f"this {config.model_type} model has layers of the type {error}, which transformers' own cache does not "
+            "know: it cannot be compressed."
+        ) from None
+    shared = getattr(config, "num_kv_shared_layers", 0) or 0
+    return layers, shared > 0
+
+
+def _is_stock(layer: Any) -> bool:
+    """Whether a layer can stay transformers' own beside ours."""
+    kind = type(layer)
+    if kind is DynamicSlidingWindowLayer or kind.__name__ == "DummyLayer":
+        return True
+    return all(hasattr(layer, name) for name in STATES) and not hasattr(layer, "get_mask_sizes")

@@ -89,19 +89,22 @@ def forget() -> None:
 
 
 class Rope:
-    """A rotary position embedding: channels i and i + pairs of a head are turned by `position * inv_freq[i]`.
+    """A rotary position embedding: channels i and i + pairs of a head are turned by `position * inv_freq[i]`; with
+    `neighbours`, channels 2i and 2i + 1.
 
-    Channels from `2 * pairs` on are left alone (partial rotary embeddings). A factor that the model multiplies cosine
-    and sine with stays in the keys: it is the same for all of them.
+    Channels from `2 * pairs` on are left alone (partial rotary embeddings; all of them without any pairs). A factor
+    that the model multiplies cosine and sine with stays in the keys: it is the same for all of them.
 
     Numbers are turned in the *paired* order of channels, where those of a pair stand side by side, as one complex
     product; `order` brings a head's channels into it, `back` undoes that: int64 `[head_dim]` each.
     """
 
-    def __init__(self, inv_freq: torch.Tensor, head_dim: int) -> None:
+    def __init__(self, inv_freq: torch.Tensor, head_dim: int, neighbours: bool = False) -> None:
         self.inv_freq = inv_freq.detach().double().cpu()
-        self.pairs = len(inv_freq)
-        turned = torch.arange(2 * self.pairs).view(2, -1).T.reshape(-1)
+        self.pairs, self.neighbours = len(inv_freq), neighbours
+        turned = torch.arange(2 * self.pairs)
+        if self.pairs and not neighbours:
+            turned = turned.view(2, -1).T.reshape(-1)
         self.order = torch.cat([turned, torch.arange(2 * self.pairs, head_dim)])
         self.back = self.order.argsort()
         self.made = table()
@@ -131,12 +134,16 @@ class Rope:
     def pair(self, x: torch.Tensor) -> torch.Tensor:
         """Float32 x `[..., head_dim]` in the paired order."""
         turned = 2 * self.pairs
+        if self.neighbours or not turned:
+            return x
         z = torch.view_as_real(torch.complex(x[..., : self.pairs], x[..., self.pairs : turned])).flatten(-2)
         return z if turned == x.shape[-1] else torch.cat([z, x[..., turned:]], -1)
 
     def rotate(self, x: torch.Tensor, phases: torch.Tensor) -> torch.Tensor:
         """Float32 x `[..., head_dim]` in the paired order, turned by phases `[..., pairs]` (broadcast)."""
         turned = 2 * self.pairs
+        if not turned:
+            return x
         z = torch.view_as_complex(x[..., :turned].unflatten(-1, (-1, 2)))
         out = torch.view_as_real(z * phases).flatten(-2)
         return out if turned == x.shape[-1] else torch.cat([out, x[..., turned:]], -1)

@@ -38,6 +38,7 @@ class Held:
 
     @classmethod
     def empty(cls, layer: int, kv_heads: int, places: torch.Tensor) -> Held:
+        """Of rows that hold no token yet."""
         none = torch.empty((len(places), 0), device=places.device)
         return cls(layer, kv_heads, places, none.to(torch.int32), none)
 

@@ -71,6 +71,7 @@ class PageLayout:
         return sum(part.nbytes for part in self.fields)
 
     def bytes_by_kind(self) -> dict[str, int]:
+        """Bytes of a page by line of the report."""
         kinds: dict[str, int] = {}
         for part in self.fields:
             kinds[part.kind] = kinds.get(part.kind, 0) + part.nbytes
@@ -131,6 +132,7 @@ class Budget:
                 raise self.full(nbytes)
 
     def full(self, nbytes: int) -> CacheFullError:
+        """The error that says that so many bytes more do not fit."""
         taken = self.used + sum(self.charged.values())
         return CacheFullError(
             f"the cache is full: {nbytes:,} bytes more are needed, and {taken:,} of the cap of {self.limit:,} bytes "

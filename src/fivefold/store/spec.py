@@ -20,7 +20,8 @@ class LayerSpec:
     """What a method may know about the layer it works for.
 
     kv_heads, head_dim, dtype and device are those of the keys that attention delivers. rope: how keys are turned by
-    position; None where that is unknown, and then `no_rope` says why.
+    position; None where that is unknown, and then `no_rope` says why. cap: what scores are held within, if they are
+    (`cap * tanh(score / cap)`).
     """
 
     layer: int
@@ -34,6 +35,7 @@ class LayerSpec:
     config: str = ""
     rope: Rope | None = None
     no_rope: str = "its rotary embedding is not known"
+    cap: float | None = None
 
 
 def exact_layout(head_dim: int, dtype: torch.dtype) -> PageLayout:

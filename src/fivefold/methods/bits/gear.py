@@ -9,7 +9,7 @@ import torch
 from fivefold.errors import RecipeError
 from fivefold.kernels.planar import PLANES
 from fivefold.kernels.shared import shared
-from fivefold.methods import FLOAT16_MAX, Codec, Method, check_finite, param, register
+from fivefold.methods import FLOAT16_MAX, Codec, Method, channels_of, check_finite, param, register
 from fivefold.methods.bits.kivi import KiviCodec
 from fivefold.store import Field, LayerSpec, PageLayout
 
@@ -60,9 +60,7 @@ class Gear(Method):
 
     def codec(self, spec: LayerSpec) -> GearCodec:
         dim, tokens = spec.head_dim, PLANES[self.bits] * 32
-        group, channels = (tokens, dim) if self.base == "kcvt" else (self.group, min(self.group, dim))
-        if dim % channels:
-            raise RecipeError(f"gear(group={group}) does not divide the model's head_dim of {dim}: use another group.")
+        group, channels = (tokens, dim) if self.base == "kcvt" else (self.group, channels_of(self, self.group, dim))
         if self.rank > dim:
             raise RecipeError(f"gear(rank={self.rank}) is more than the model's head_dim of {dim}: use a smaller rank.")
         if dim > 256:

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fivefold.errors import RecipeError
 from fivefold.kernels.pack import pack_keys, pack_pages, pack_values
 from fivefold.kernels.packed_decode import Form, decode_keys, decode_values
 from fivefold.kernels.planar import PLANES, dequantise, planar_output, planar_scores, planes_of, sheets_of, unbias_
-from fivefold.methods import Codec, Method, check_finite, param, register
+from fivefold.methods import Codec, Method, channels_of, check_finite, param, register
 from fivefold.store import Field, LayerSpec, PageLayout
 
 
@@ -40,8 +39,9 @@ class Kivi(Method):
 
     Bytes per packed token of one head, of `head_dim` d: `2 * d * sheets / planes` codes for keys and as many for
     values, where P planes take ceil(P/8), ceil(P/5), ceil(P/4), ceil(P/2) sheets at 2, 3, 4, 8 bits (that is
-    `bits * d / 8` where the sheets are full, and 3.2 for 3), and `4 * d / group + 4 * d / min(group, d)` scales and
-    zero points.
+    `bits * d / 8` where the sheets are full, and 3.2 for 3), and `4 * d / group + 4 * d / c` scales and zero points.
+    Here c, the channels of a token that share a scale, is `min(group, d)`, or the greatest common divisor of both if
+    that does not divide d.
     """
 
     bits: int = param(2, "bits a number", choices=(2, 3, 4, 8))
@@ -60,11 +60,7 @@ class Kivi(Method):
         return self.residual
 
     def codec(self, spec: LayerSpec) -> KiviCodec:
-        channels = min(self.group, spec.head_dim)
-        if spec.head_dim % channels:
-            raise RecipeError(
-                f"kivi(group={self.group}) does not divide the model's head_dim of {spec.head_dim}: use another group."
-            )
+        channels = channels_of(self, self.group, spec.head_dim)
         bits = self.key_bits or self.bits, self.value_bits or self.bits
         return KiviCodec(bits[0], self.group, channels, spec.head_dim, bits[1], self.unbias)
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fivefold.errors import RecipeError
 from fivefold.kernels.pack import pack_values
 from fivefold.kernels.packed_decode import decode_values
 from fivefold.kernels.planar import PLANES, by_token, planar_output, planar_token_scores, unbias_
-from fivefold.methods import Codec, Method, TokenPolicy, check_finite, param, register
+from fivefold.methods import Codec, Method, TokenPolicy, channels_of, check_finite, param, register
 from fivefold.store import Context, Extent, Field, Held, LayerSpec, PageLayout
 
 _ROWS = 32
@@ -77,11 +76,7 @@ class MiKV(TokenPolicy):
         return None
 
     def codec(self, spec: LayerSpec) -> TokenCodec:
-        channels = min(self.group, spec.head_dim)
-        if spec.head_dim % channels:
-            raise RecipeError(
-                f"mikv(group={self.group}) does not divide the model's head_dim of {spec.head_dim}: use another group."
-            )
+        channels = channels_of(self, self.group, spec.head_dim)
         return TokenCodec(self.low, channels, spec.head_dim, self.balance, self.unbias)
 
 

@@ -18,7 +18,7 @@ from fivefold.kernels.packed_decode import decode_values
 from fivefold.kernels.planar import PLANES, pack, planar_output, quantise
 from fivefold.kernels.rotated import rotated_columns, rotated_scores
 from fivefold.kernels.shared import shared
-from fivefold.methods import FLOAT16_MAX, Codec, Method, check_finite, param, register
+from fivefold.methods import FLOAT16_MAX, Codec, Method, channels_of, check_finite, param, register
 from fivefold.methods.before_rope import BeforeRope
 from fivefold.store import Context, Field, LayerSpec, PageLayout
 
@@ -55,6 +55,7 @@ class RotateKV(Method):
     2 * `sinks` bytes a page, and `(2 d * itemsize + 8) * sinks` a head.
     """
 
+    before_rope = True
     captures: ClassVar[tuple[Capture, ...]] = ("keys",)
 
     bits: int = param(2, "bits a number", choices=(2, 3, 4))
@@ -79,7 +80,7 @@ class RotateKV(Method):
     def codec(self, spec: LayerSpec) -> RotateCodec:
         if spec.rope is None:
             raise RecipeError(f"rotatekv() stores keys as they are before RoPE, and {spec.no_rope}: use kivi().")
-        if not exists(spec.head_dim) or spec.head_dim % min(self.group, spec.head_dim):
+        if not exists(spec.head_dim):
             raise RecipeError(
                 f"rotatekv(group={self.group}) cannot rotate heads of {spec.head_dim} channels: use kivi() for this "
                 "model."
@@ -158,7 +159,7 @@ class RotateCodec(Codec):
     def __init__(self, method: RotateKV, spec: LayerSpec, profile: Profile) -> None:
         assert spec.rope is not None
         self.method, self.spec, self.profile, self.rope = method, spec, profile, spec.rope
-        self.planes, self.channels = PLANES[method.bits], min(method.group, spec.head_dim)
+        self.planes, self.channels = PLANES[method.bits], channels_of(method, method.group, spec.head_dim)
         dim, half = spec.head_dim, torch.float16
         grouped = (self.planes, dim // self.channels, 32)
         fields = []

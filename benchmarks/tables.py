@@ -1,0 +1,196 @@
+"""The tables of docs/benchmarks.md, as Markdown, from benchmarks/results/*.json.
+
+    python benchmarks/tables.py [NAME]...
+
+tests/test_docs.py holds that the page has every table as it is printed here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+MIB, GIB = 2**20, 2**30
+
+
+def result(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def markdown(head: str, rows: Iterable[Sequence[str]]) -> str:
+    """A table; head: the names of the columns, as in "cache | ms | MiB"."""
+    lines = [f"| {head} |", "|" + "---|" * (head.count("|") + 1)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def code(recipe: str, graph: bool = False) -> str:
+    """A recipe as it is written in a text; graph: its steps are a CUDA graph."""
+    if not graph:
+        return f"`{recipe}`"
+    return "`StaticCache`, as a CUDA graph" if recipe == "StaticCache" else f"`{recipe}`, `cuda_graph=True`"
+
+
+def demo() -> str:
+    found = result("demo")
+    rows = [
+        (
+            code(run["recipe"]), f"{run['cache_bytes'] / MIB:.1f}", f"{run['ratio']:.3f}", f"{run['prefill_s']:.1f}",
+            f"{run['decode_ms_per_token']:.0f}", f"{abs(round(run['kl'], 4)):.4f}", f"{run['agreement']:.0%}",
+            f"{run['answers_right']}/{len(run['answers'])}",
+        )
+        for run in (found["baseline"], *found["runs"])
+    ]  # fmt: skip
+    return markdown("recipe | cache MiB | x exact | prefill s | decode ms/token | KL | top-1 | facts", rows)
+
+
+def kernels() -> str:
+    rows = result("kernels_h100")["rows"]
+    at = {(row["kernel"], row["context"], row["batch"]): row for row in rows}
+    sizes = ((8192, 1), (32768, 1), (131072, 4), (524288, 1))
+    names = {
+        **{name: code(name) for name in ("full()", "kivi(bits=8)", "kivi(bits=4)", "kivi(bits=4, group=128)")},
+        **{name: code(name) for name in ("kivi(bits=3)", "kivi(bits=2)", "kivi(bits=2, group=128)")},
+        "duo, 1/2 of the heads": "half of the heads streaming (`duo`)",
+        "tidal, 512 tokens picked": "512 tokens picked (`tidal`, sparse layers)",
+        "tidal, 512 tokens picked of kivi(bits=4)": "512 tokens picked of `kivi(bits=4)`",
+        "tidal, 512 tokens picked of kivi(bits=2)": "512 tokens picked of `kivi(bits=2)`",
+    }
+    made = [("SDPA flash, ms", *(f"{at['SDPA flash bf16', *size]['ms']:.4f}" for size in sizes))]
+    made += [(shown, *(f"{at[name, *size]['gain']:.2f}x" for size in sizes)) for name, shown in names.items()]
+    return markdown("recipe | " + " | ".join(f"{context:,} x {batch}" for context, batch in sizes), made)
+
+
+def decode() -> str:
+    rows = result("decode_h100")["rows"]
+    short, long = ([row for row in rows if row["context"] == context] for context in (32768, 131072))
+    made = [
+        (
+            code(one["recipe"], one["graph"]), f"{one['ms']:.1f} ({one['mean_ms']:.1f})",
+            f"{two['ms']:.1f} ({two['mean_ms']:.1f})", f"{two['cache_bytes'] / MIB:,.0f}",
+        )
+        for one, two in zip(short, long, strict=True)
+    ]  # fmt: skip
+    return markdown("cache | 32,768 | 131,072 | MiB at 131,072", made)
+
+
+def _prefill(name: str) -> str:
+    rows = result(name)["rows"]
+    made = [(code(row["recipe"]), f"{row['seconds']:.2f}", f"{row['peak_bytes'] / MIB:,.0f}") for row in rows]
+    return markdown("cache | s | peak MiB", made)
+
+
+def prefill() -> str:
+    return _prefill("prefill_h100")
+
+
+def prefill_chunked() -> str:
+    return _prefill("prefill_chunked_h100")
+
+
+def largest_batch() -> str:
+    rows = [row for row in result("capacity_h100")["rows"] if row["what"] == "batch"]
+    made = [
+        (
+            code(row["recipe"]), str(row["batch"]), f"{row['cache_bytes'] / GIB:.1f}", f"{row['ms']:.1f}",
+            f"{row['tokens_s']:,.0f}", f"{row['gain']:.1f}x",
+        )
+        for row in rows
+    ]  # fmt: skip
+    return markdown("cache | sequences | GiB | ms a step | tokens/s | of `DynamicCache`", made)
+
+
+def longest_context() -> str:
+    rows = [row for row in result("capacity_h100")["rows"] if row["what"] == "context"]
+    made = [
+        (code(row["recipe"]), f"{row['context']:,}", f"{row['cache_bytes'] / GIB:.1f}", f"{row['ms']:.1f}")
+        for row in rows
+    ]
+    return markdown("cache | tokens | GiB | ms a step", made)
+
+
+def ragged() -> str:
+    first, other = result("ragged_h100")["runs"]
+    names = {
+        "full()": code("full()"),
+        "kivi(bits=4)": code("kivi(bits=4)"),
+        "duo half + kivi(bits=4)": "half of the heads streaming + `kivi(bits=4)`",
+    }
+    made = []
+    for name, shown in names.items():
+        one, two = (next(row for row in run if row["recipe"] == name) for run in (first, other))
+        ratios = [f"{one['ratio']:.2f}", f"{one['ratio_mean']:.2f}", f"{two['ratio']:.2f}, {two['ratio_mean']:.2f}"]
+        made.append([shown, f"{one['ragged_ms']:.1f}", f"{one['equal_ms']:.1f}", *ratios])
+    return markdown(
+        "cache | ragged, ms a step | equal | ratio of medians | of means | the other run: medians, means", made
+    )
+
+
+def generation() -> str:
+    made = []
+    for name in ("generation_h100", "generation_full_h100", "generation_batch32_h100"):
+        found = result(name)
+        row = found["rows"][0]
+
+        def each(how: str, key: str, digits: int, row: Any = row) -> str:
+            return ", ".join(f"{run[key]:.{digits}f}" for run in row[how])
+
+        made.append(
+            (
+                code(row["recipe"]), str(found["max_batch"]), each("many", "tokens_per_second", 0),
+                each("static", "tokens_per_second", 0), f"{row['many_over_static']:.2f}",
+                each("static", "prefill_seconds", 1), each("static", "decode_seconds", 1), f"`{name}.json`",
+            )
+        )  # fmt: skip
+    head = "cache | `max_batch` | `generate_many`, tokens/s | static, tokens/s | ratio of means"
+    return markdown(f"{head} | static: reading, s | static: steps, s | file", made)
+
+
+def prefix() -> str:
+    made = []
+    for name in ("generation_h100", "generation_full_h100"):
+        row = result(name)["rows"][0]
+        later = row["prefix"]["later_seconds"]
+        seconds = f"{row['prefix']['first_seconds']:.2f}", f"{min(later):.2f} to {max(later):.2f}"
+        made.append((code(row["recipe"]), *seconds))
+    return markdown("cache | first request, s to the first token | the 15 others", made)
+
+
+def sessions() -> str:
+    made = [
+        (
+            code(row["recipe"]), f"{row['tokens']:,}", f"{row['bytes'] / MIB:,.0f}",
+            *(f"{row[f'{key}_s']:.3f}" for key in ("read", "save", "load", "offload", "restore")),
+            f"{row['read_over_load']:.2f}x", f"{row['read_over_restore']:.0f}x",
+        )
+        for row in result("sessions_h100")["rows"]
+    ]  # fmt: skip
+    head = "cache | tokens | MiB | read, s | save, s | load, s | offload, s | restore, s"
+    return markdown(f"{head} | load against read | restore against read", made)
+
+
+def decode_cpu() -> str:
+    made = [
+        (code(row["recipe"]), f"{row['ratio']:.3f}", f"{row['prefill_x']:.2f}", f"{row['decode_x']:.2f}")
+        for row in result("decode_cpu")["rows"]
+    ]
+    return markdown("recipe | bytes x | prefill x | decode x", made)
+
+
+TABLES = (
+    demo, kernels, decode, prefill, prefill_chunked, largest_batch, longest_context, ragged, generation, prefix,
+    sessions, decode_cpu,
+)  # fmt: skip
+
+
+def main(names: Sequence[str]) -> None:
+    for table in TABLES:
+        if not names or table.__name__ in names:
+            print(f"{table.__name__}\n\n{table()}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,92 @@
+"""Which attention a model uses: ours while it is called with our cache, and otherwise what its user chose.
+
+transformers reads the name of the implementation from the configuration, in every layer and where masks are made. So
+`selected` writes ours there for the time of one call, and puts the user's back. A call without our cache that another
+thread makes meanwhile finds our name there: `stock_attention` and `stock_mask` then do what the user's would have done.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+_lock = threading.Lock()
+_here = threading.local()
+
+
+@dataclass
+class _Selection:
+    """config: whose implementation is another just now. before: what it was. users: calls that want it so."""
+
+    config: Any
+    before: str
+    users: int = 0
+
+
+_selections: dict[int, _Selection] = {}
+
+
+@contextmanager
+def selected(configs: list[Any], name: str) -> Iterator[None]:
+    """Within it, models with these configurations use the implementation `name`; calls of this thread may nest."""
+    with _lock:
+        for config in configs:
+            one = _selections.setdefault(id(config), _Selection(config, config._attn_implementation))
+            one.users += 1
+            config._attn_implementation = name
+    before = getattr(_here, "name", None)
+    _here.name = name
+    try:
+        yield
+    finally:
+        _here.name = before
+        with _lock:
+            for config in configs:
+                one = _selections[id(config)]
+                one.users -= 1
+                if not one.users:
+                    del _selections[id(config)]
+                    config._attn_implementation = one.before
+
+
+def is_selected(name: str) -> bool:
+    """Whether this thread is in a call for which `name` was selected."""
+    return getattr(_here, "name", None) == name
+
+
+def implementation(config: Any) -> str:
+    """The attention that the user of a model chose."""
+    found = _selections.get(id(config))
+    name = config._attn_implementation if found is None else found.before
+    return name or "sdpa"
+
+
+def stock_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
+) -> Any:
+    """What a module would have called without us, with a mask of `stock_mask`."""
+    eager = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", sdpa_attention_forward)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation(module.config), eager)
+    return function(module, query, key, value, attention_mask, **kwargs)
+
+
+def stock_mask(config: Any, **kwargs: Any) -> Any:
+    """What would have made a mask without us; None where an implementation wants none."""
+    name = implementation(config)
+    if name not in ALL_MASK_ATTENTION_FUNCTIONS:
+        return None
+    return ALL_MASK_ATTENTION_FUNCTIONS[name](config=config, **kwargs)
