@@ -30,6 +30,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class Library:
+    """Documents, and questions about them."""
+
     documents: tuple[str, ...]
     asked: tuple[Asked, ...]
 
