@@ -571,10 +571,21 @@ def test_eval_leaves_out_default_recipes_that_do_not_fit_the_model(tiny: Path, t
     ]  # fmt: skip
 
 
+def test_eval_runs_a_kind_of_ruler(tiny: Path, tmp_path: Path):
+    file = tmp_path / "out.json"
+    command = ["eval", *measured(tiny, tmp_path / "s.jsonl", "-s", "ruler:vt", "-r", "full()", "--json", file)]
+    result = run(*command)
+    assert result.exit_code == 0, result.stderr
+    assert "ruler:vt" in result.stdout and "RULER average" not in result.stdout
+    data = json.loads(file.read_text())
+    assert data["plan"]["suites"] == ["ruler:vt"] and len(data["cells"]) == 2 and data["ruler"] == []
+    assert "too short for RULER's vt: it needs at least" in refused(run(*command, "-c", "80"))
+
+
 def test_eval_lists_its_suites():
     result = run("eval", "--list")
     assert result.exit_code == 0
-    for name in ("fidelity", "passkey", "api_cloze", "jsonl:FILE"):
+    for name in ("fidelity", "passkey", "api_cloze", "jsonl:FILE", "ruler ", "ruler:vt ", "ruler:niah_multikey_3 "):
         assert sum(line.startswith(name) for line in result.stdout.splitlines()) == 1
 
 
@@ -589,6 +600,7 @@ def test_eval_refuses_in_one_sentence(tiny: Path, tmp_path: Path):
     assert "pass_key" in no("-s", "pass_key") and "passkey" in no("-s", "pass_key")
     assert "line 2" in no("-s", f"jsonl:{bad}") and "'quest'" in no("-s", f"jsonl:{bad}")
     assert "nowhere" in no("-s", "jsonl:/nowhere/x.jsonl")
+    assert "niah_single_1" in no("-s", "ruler:niah") and "squad.json" in no("-s", "ruler", "--ruler-data", tmp_path)
     assert "999999" in no("-c", "999999", "-r", "full()")
     assert "'many'" in no("-c", "many")
     assert "cannot be written" in no("--json", "/nowhere/x.json")

@@ -17,7 +17,9 @@ from fivefold.errors import FivefoldError, InputError
 
 SuiteOption = Annotated[
     str | None,
-    typer.Option("--suite", "-s", metavar="S,...", help="Suites (--list), or jsonl:FILE; all if not given."),
+    typer.Option(
+        "--suite", "-s", metavar="S,...", help="Suites (--list), ruler, or jsonl:FILE; all but those two if not given."
+    ),
 ]
 ContextOption = Annotated[
     str, typer.Option("--context", "-c", metavar="N,...", help="Tokens before the question, or a list of such.")
@@ -31,6 +33,12 @@ HtmlOption = Annotated[
 StoreOption = Annotated[
     str | None,
     typer.Option("--store", metavar="FILE", help="Where finished work is kept; in the user's cache if not given."),
+]
+RulerDataOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ruler-data", metavar="DIR", help="RULER's own essays, SQuAD and HotpotQA: its scripts/data/synthetic/json."
+    ),
 ]
 LensOption = Annotated[bool, typer.Option("--lens", help="Fidelity also compares what each layer says (logit lens).")]
 AllOption = Annotated[
@@ -49,6 +57,7 @@ def evaluate(
     list_suites: Annotated[bool, typer.Option("--list", help="Explain every suite in a line.")] = False,
     lens: LensOption = False,
     everything: AllOption = False,
+    ruler_data: RulerDataOption = None,
     model: ModelOption = None,
     seed: SeedOption = 0,
 ) -> None:
@@ -57,12 +66,12 @@ def evaluate(
     Finished work is kept: a run that was broken off goes on where it stopped.
     """
     if list_suites:
-        from fivefold.evaluate import engine, jsonl
+        from fivefold.evaluate import engine, jsonl, ruler
 
-        for name, line in {**engine.suite_lines(), f"{jsonl.PREFIX}FILE": jsonl.LINE}.items():
-            out.print(Text.assemble((f"{name:<14}", "bold"), line))
+        for name, line in {**engine.suite_lines(), f"{jsonl.PREFIX}FILE": jsonl.LINE, **ruler.lines()}.items():
+            out.print(Text.assemble((f"{name:<14} ", "bold"), line))
         return
-    _measure(recipe, suite, context, samples, seed, model, json_file, html_file, store, lens, everything)
+    _measure(recipe, suite, context, samples, seed, model, json_file, html_file, store, lens, everything, ruler_data)
 
 
 def sweep(
@@ -80,11 +89,14 @@ def sweep(
     store: StoreOption = None,
     lens: LensOption = False,
     everything: AllOption = False,
+    ruler_data: RulerDataOption = None,
     model: ModelOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Measure many recipes like eval does, and find those that no other one beats in bytes or in time."""
-    _measure(recipe, suite, context, samples, seed, model, json_file, html_file, store, lens, everything, True)
+    _measure(
+        recipe, suite, context, samples, seed, model, json_file, html_file, store, lens, everything, ruler_data, True
+    )
 
 
 def _measure(
@@ -99,6 +111,7 @@ def _measure(
     store: str | None,
     lens: bool,
     everything: bool,
+    ruler_data: str | None,
     braces: bool = False,
 ) -> None:
     """What eval and sweep have in common: plan, run, show, write."""
@@ -120,6 +133,7 @@ def _measure(
             seed=seed,
             lens=lens,
             everything=everything,
+            ruler_data=ruler_data,
         )
     fetch_if_missing(model)
     with err.status("Loading the model"):

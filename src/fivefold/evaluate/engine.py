@@ -30,7 +30,7 @@ import torch
 from fivefold.api import compress, restore
 from fivefold.calibrate.profile import signature
 from fivefold.errors import InputError
-from fivefold.evaluate import fidelity, jsonl, layers
+from fivefold.evaluate import fidelity, jsonl, layers, ruler
 from fivefold.evaluate.demo import document, make_task
 from fivefold.evaluate.score import answer, twin
 from fivefold.evaluate.summary import EXACT, FIDELITY, OWN, exact_fails, summarise
@@ -48,9 +48,12 @@ Progress = Callable[[int, int, str], None]
 class Plan:
     """What is to be measured.
 
-    suites: names of tasks, "fidelity", or "jsonl:FILE". contexts: tokens before the question; a file's texts are as
-    long as they are, and all of it is used whatever `samples` says. lens: fidelity also looks at each layer through
-    the logit lens. everything: recipes also run on tasks that the exact cache does no better than chance.
+    suites: names of tasks, "fidelity", "jsonl:FILE", "ruler:KIND", or "ruler" for all of RULER's kinds, which stand in
+    `suites` afterwards. contexts: tokens before the question; a file's texts are as long as they are, and all of it is
+    used whatever `samples` says; of RULER, question and answer count too. lens: fidelity also looks at each layer
+    through the logit lens. everything: recipes also run on tasks that the exact cache does no better than chance; on
+    RULER they always run, since its figure is a mean over all kinds. ruler_data: a folder of RULER's own files, see
+    `fivefold.evaluate.ruler.data`.
     """
 
     recipes: tuple[str, ...] = DEFAULT_RECIPES
@@ -60,6 +63,7 @@ class Plan:
     seed: int = 0
     lens: bool = False
     everything: bool = False
+    ruler_data: str | None = None
     files: dict[str, tuple[jsonl.Record, ...]] = field(default_factory=dict, init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -67,13 +71,16 @@ class Plan:
         for recipe in self.recipes:
             Recipe.parse(recipe)
         known = suite_lines()
+        object.__setattr__(self, "suites", ruler.expand(self.suites))
         if not self.recipes or not self.suites or not self.contexts:
             raise InputError("nothing is to be measured: give at least one recipe, one suite and one context.")
         for suite in self.suites:
             if suite.startswith(jsonl.PREFIX):
                 self.files[suite] = jsonl.load(suite.removeprefix(jsonl.PREFIX))
+            elif suite.startswith(ruler.PREFIX):
+                ruler.settings(ruler.kind(suite, ruler.Data.of(self.ruler_data)))
             elif suite not in known:
-                raise InputError(f"there is no suite {suite!r}: use {', '.join(known)}.")
+                raise InputError(f"there is no suite {suite!r}: use {', '.join(known)}, {ruler.ALL}.")
         for context in self.contexts:
             if context < 1:
                 raise InputError(f"a context of {context} tokens is none: use at least 256.")
@@ -85,11 +92,12 @@ class Plan:
         longest = getattr(model.config, "max_position_embeddings", None)
         if longest is None:
             return
+        made = [suite for suite in self.suites if suite not in self.files]
+        # RULER's contexts leave room for the answer themselves.
+        most = longest if all(suite.startswith(ruler.PREFIX) for suite in made) else longest - 2 * CONTINUATION
         for context in self.contexts:
-            if context + 2 * CONTINUATION > longest:
-                raise InputError(
-                    f"a context of {context} tokens is too long here: use at most {longest - 2 * CONTINUATION}."
-                )
+            if context > most:
+                raise InputError(f"a context of {context} tokens is too long here: use at most {most}.")
         for suite, records in self.files.items():
             for record in records:
                 tokens = len(_ids(tokenizer, record.context)) + CONTINUATION
@@ -105,6 +113,23 @@ class Plan:
         return [(context, suite) for context in self.contexts for suite in made] + [
             (OWN, suite) for suite in self.files
         ]
+
+    def task(self, suite: str, sample: int = 0) -> Task:
+        """What makes the texts of a suite that is no file and not fidelity."""
+        if suite.startswith(ruler.PREFIX):
+            return ruler.kind(suite, ruler.Data.of(self.ruler_data), sample)
+        return tasks()[suite]()
+
+    def about(self, suite: str) -> dict[str, str]:
+        """What a suite measures: `{line, kind, source}`."""
+        if suite == FIDELITY:
+            return {"line": suite_lines()[FIDELITY], "kind": FIDELITY, "source": ""}
+        if suite in self.files:
+            return {"line": jsonl.LINE, "kind": "own", "source": ""}
+        task = self.task(suite)
+        if isinstance(task, ruler.RulerTask):
+            return {"line": task.about(), "kind": task.kind, "source": ruler.SOURCE}
+        return {"line": task.line, "kind": task.kind, "source": task.source}
 
     def count(self, suite: str) -> int:
         """How many texts of a suite are used."""
@@ -239,6 +264,7 @@ class _Run:
         self.plan = plan
         self.base = environment(model, tokenizer)
         self.reference: tuple[tuple[int, int], fidelity.Reference] | None = None
+        self.made: tuple[tuple[str, int, int], Sample] | None = None
 
     def pieces(self, context: int, suite: str, recipes: tuple[str, ...]) -> list[_Piece]:
         return [
@@ -257,7 +283,11 @@ class _Run:
         if suite in self.plan.files:
             record = self.plan.files[suite][sample]
             return [jsonl.PREFIX, record.context, [[q.text, q.answer, *q.choices] for q in record.questions]]
-        sizes = [CONTINUATION, FREE, self.plan.lens] if suite == FIDELITY else settings(tasks()[suite]())
+        if suite == FIDELITY:
+            sizes: Any = [CONTINUATION, FREE, self.plan.lens]
+        else:
+            task = self.plan.task(suite)
+            sizes = ruler.settings(task) if isinstance(task, ruler.RulerTask) else settings(task)
         return [suite, sizes, context, self.plan.seed, sample]
 
     def measure(self, piece: _Piece) -> dict[str, Any]:
@@ -271,10 +301,12 @@ class _Run:
             record = self.plan.files[piece.suite][piece.sample]
             made = Sample(_ids(self.tokenizer, record.context), record.questions)
         else:
-            instance = tasks()[piece.suite]()
-            made = instance.make(self.tokenizer, piece.context, self._random(piece))
+            instance = self.plan.task(piece.suite, piece.sample)
+            made = self._made(instance, piece)
         cache_, row = self._prefilled(piece.recipe, torch.tensor([made.prefix]))
         row["questions"] = []
+        if instance is not None and instance.kind.startswith("match"):
+            row["parts"] = True
         for question in made.questions:
             given = answer(self.model, self.tokenizer, cache_, question, _kind(question, instance))
             row["questions"].append(
@@ -287,6 +319,13 @@ class _Run:
                 }
             )
         return row
+
+    def _made(self, task: Task, piece: _Piece) -> Sample:
+        """The sample of a piece; the last one is kept, since recipes are measured on it one after the other."""
+        place = (piece.suite, piece.context, piece.sample)
+        if self.made is None or self.made[0] != place:
+            self.made = place, task.make(self.tokenizer, piece.context, self._random(piece))
+        return self.made[1]
 
     def _fidelity(self, piece: _Piece) -> dict[str, Any]:
         rng = self._random(piece)
@@ -346,8 +385,9 @@ class _Run:
 def run(model: Any, tokenizer: Any, plan: Plan, store: Path, progress: Progress | None = None) -> dict[str, Any]:
     """Measure what is not yet in `store`, and sum it all up.
 
-    Returns `{environment, plan, suites, cells, ranking}` (see `fivefold.evaluate.summary`). `progress(done, total,
-    what)` is called before each piece, and counts only what has to be measured; what is spared comes off the total.
+    Returns `{environment, plan, suites, cells, ranking, ruler}` (see `fivefold.evaluate.summary`).
+    `progress(done, total, what)` is called before each piece, and counts only what has to be measured; what is spared
+    comes off the total.
     """
     plan.check(model, tokenizer)
     results = Results(store)
@@ -380,7 +420,8 @@ def run(model: Any, tokenizer: Any, plan: Plan, store: Path, progress: Progress 
                     continue
                 measure(work.pieces(context, suite, (EXACT,)))
                 others = work.pieces(context, suite, plan.recipes)
-                if plan.everything or suite in plan.files or not exact_fails(found[context, suite][EXACT]):
+                own = suite in plan.files or suite.startswith(ruler.PREFIX)
+                if plan.everything or own or not exact_fails(found[context, suite][EXACT]):
                     measure(others)
                 else:
                     todo -= sum(piece.key not in results.rows for piece in others)
@@ -394,18 +435,9 @@ def run(model: Any, tokenizer: Any, plan: Plan, store: Path, progress: Progress 
             "recipes": list(plan.recipes), "suites": list(plan.suites), "contexts": list(plan.contexts),
             "samples": plan.samples, "seed": plan.seed, "lens": plan.lens, "everything": plan.everything,
         },
-        "suites": {suite: _about(suite) for suite in plan.suites},
+        "suites": {suite: plan.about(suite) for suite in plan.suites},
         **summarise(found, plan.recipes),
     }  # fmt: skip
-
-
-def _about(suite: str) -> dict[str, str]:
-    if suite == FIDELITY:
-        return {"line": suite_lines()[FIDELITY], "kind": FIDELITY, "source": ""}
-    if suite.startswith(jsonl.PREFIX):
-        return {"line": jsonl.LINE, "kind": "own", "source": ""}
-    known = tasks()[suite]
-    return {"line": known.line, "kind": known.kind, "source": known.source}
 
 
 def _kind(question: Question, instance: Task | None) -> Kind:

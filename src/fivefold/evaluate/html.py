@@ -62,6 +62,7 @@ def render(result: dict[str, Any]) -> str:
         *_ranking(result),
         *_section("front", "Quality against bytes and against time", figures, ("bytes", "time")),
         *_heat(result),
+        *_ruler(result),
         *_section("positions", "Fidelity by position", figures, ("positions",)),
         *_section("layers", "Which layer breaks first", figures, ("layers",)),
         *_answers(result),
@@ -108,10 +109,11 @@ def _findings(result: dict[str, Any]) -> Iterator[str]:
         yield f"This model does no better than chance with its exact cache in {names}: not counted."
 
 
-def _interval(of: dict[str, Any], name: str) -> str:
+def _interval(of: dict[str, Any], name: str, digits: int = 2) -> str:
     if of["low"] is None:
-        return number(of[name])
-    return f"{number(of[name])} <small>({number(of['low'])} to {number(of['high'])})</small>"
+        return number(of[name], digits)
+    value, low, high = (number(of[one], digits) for one in (name, "low", "high"))
+    return f"{value} <small>({low} to {high})</small>"
 
 
 def _table(label: str, head: str, rows: list[str], kind: str = "") -> str:
@@ -194,6 +196,30 @@ def _heat(result: dict[str, Any]) -> Iterator[str]:
     head = f'<tr><th rowspan="2" scope="col">recipe</th>{top}</tr><tr>{under}</tr>'
     yield _table("Scores of each recipe by task and context length", head, rows, "heat")
     yield "</section>"
+
+
+def _ruler(result: dict[str, Any]) -> Iterator[str]:
+    """The mean over RULER's kinds, where all of them were run."""
+    if not result["ruler"]:
+        return
+    place = {(entry["recipe"], entry["context"]): entry for entry in result["ruler"]}
+    contexts = list(dict.fromkeys(context for _, context in place))
+    head = "".join(f'<th scope="col">{context_name(context)}</th>' for context in contexts)
+    rows = []
+    for recipe in recipes_of(result):
+        cells = "".join(f"<td>{_interval(_percent(place[recipe, context]), 'score', 1)}</td>" for context in contexts)
+        rows.append(f'<tr><th scope="row"><code>{escape(recipe)}</code></th>{cells}</tr>')
+    yield '<section id="ruler"><h2>RULER average</h2>'
+    yield (
+        "<p>The mean score of RULER's thirteen kinds in percent, with its 95% interval. The cache is compressed before "
+        "the question is read.</p>"
+    )
+    yield _table("RULER average by context length", f'<tr><th scope="col">recipe</th>{head}</tr>', rows)
+    yield "</section>"
+
+
+def _percent(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: 100 * entry[name] for name in ("score", "low", "high")}
 
 
 def _heat_cell(cell: dict[str, Any] | None, exact: dict[str, Any]) -> str:

@@ -45,7 +45,8 @@ def effective(groups: Groups) -> float:
 
 
 def share_interval(groups: Groups) -> tuple[float, float]:
-    """95% interval of the share of right answers; scores are 0 or 1."""
+    """95% interval of the share of right answers; scores are 0 or 1, or between where an answer is right in part: those
+    vary less than right and wrong ones of the same mean, so that the interval holds for them."""
     flat = [score for group in groups for score in group]
     count = effective(groups)
     return wilson(sum(flat) / len(flat) * count if flat else 0.0, count)
@@ -75,14 +76,26 @@ def mean_variance(groups: Groups) -> tuple[float, float] | None:
 def lost_variance(exact: Groups, other: Groups) -> float:
     """Variance of the difference between two shares of right answers to the same questions.
 
-    Bonett and Price, 2012: one lost and one gained answer are added, so that it is not zero where none was lost.
+    Bonett and Price, 2012: one lost and one gained answer are added, so that it is not zero where none was lost. An
+    answer may be right in part (scores from 0 to 1): what is lost and gained of it counts, which is never too narrow.
     """
     count = effective(exact)
     total = sum(map(len, exact))
     pairs = [(a, b) for one, two in zip(exact, other) for a, b in zip(one, two)]
-    lost = (sum(a > b for a, b in pairs) / total * count + 1) / (count + 2)
-    gained = (sum(a < b for a, b in pairs) / total * count + 1) / (count + 2)
+    lost = (sum(max(0.0, a - b) for a, b in pairs) / total * count + 1) / (count + 2)
+    gained = (sum(max(0.0, b - a) for a, b in pairs) / total * count + 1) / (count + 2)
     return (lost + gained - (lost - gained) ** 2) / (count + 2)
+
+
+def mean_of_parts(parts: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+    """(mean, low, high) of the mean of independent figures, each (value, low, high) with its 95% interval.
+
+    Zou and Donner, 2008 (MOVER): the distances to the bounds add up in squares, each side by itself.
+    """
+    mean = sum(value for value, _, _ in parts) / len(parts)
+    below = math.sqrt(sum((value - low) ** 2 for value, low, _ in parts)) / len(parts)
+    above = math.sqrt(sum((high - value) ** 2 for value, _, high in parts)) / len(parts)
+    return mean, mean - below, mean + above
 
 
 def spread_of_sum(parts: Sequence[tuple[float, float]]) -> float:

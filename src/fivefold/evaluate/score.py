@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +43,7 @@ def answer(model: Any, tokenizer: Any, cache: Any, question: Question, kind: Kin
 
     generate: 1 if the first line of greedy text holds the answer. choices: 1 if the answer is the most likely choice,
     0 if another one is or if it only ties. bits: `log2(n) + log2 p(answer | the n choices)`, at most log2(n).
+    match_all, match_part: see `matched`; the text is as long as the question allows.
     Raises `InputError` for a question that cannot be asked this way.
     """
     with torch.inference_mode():
@@ -48,6 +51,10 @@ def answer(model: Any, tokenizer: Any, cache: Any, question: Question, kind: Kin
             said = generate(model, tokenizer, cache, question.text)
             right = holds(said, question.answer)
             return Answer(float(right), right, said)
+        if kind in ("match_all", "match_part"):
+            said = printable(write(model, tokenizer, cache, question))
+            score = matched(said, question.references, part=kind == "match_part")
+            return Answer(score, score == 1, said)
         if question.answer not in question.choices or len(set(question.choices)) < len(question.choices):
             raise InputError(
                 f"the choices {question.choices!r} must be different and hold the answer {question.answer!r} once."
@@ -71,18 +78,58 @@ def bits(logs: list[float], right: int) -> float:
 
 def generate(model: Any, tokenizer: Any, cache: Any, text: str, limit: int = ANSWER_TOKENS) -> str:
     """The first non-empty line of at most `limit` greedy tokens after `text`."""
+
+    def line_ends(said: list[int]) -> bool:
+        return "\n" in tokenizer.decode(said, skip_special_tokens=True).lstrip()
+
+    said = _greedy(model, cache, _ids(tokenizer, text), limit, {tokenizer.eos_token_id}, line_ends)
+    return tokenizer.decode(said, skip_special_tokens=True).strip().split("\n")[0].strip()
+
+
+def write(model: Any, tokenizer: Any, cache: Any, question: Question) -> str:
+    """Up to `question.limit` greedy tokens after the question, less if the model ends its answer before."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    ids = list(question.ids) or _ids(tokenizer, question.text)
+    return tokenizer.decode(_greedy(model, cache, ids, question.limit, stops), skip_special_tokens=True)
+
+
+def printable(said: str) -> str:
+    """A generated text as RULER's scorer reads it: no space around it, control characters as line breaks."""
+    return re.sub(r"[\x00-\x1f]", "\n", said.strip()).strip()
+
+
+def matched(said: str, references: tuple[str, ...], part: bool = False) -> float:
+    """The share of the references that are somewhere in a text, in any case; with `part`, 1 if at least one is.
+
+    RULER's `string_match_all` and `string_match_part` for one answer (`scripts/eval/synthetic/constants.py` of
+    NVIDIA/RULER at commit c3f5e3b4f87f97e048793bb510a3a6b19a46bf3a).
+    """
+    found = [reference.lower() in said.lower() for reference in references]
+    return float(any(found)) if part else sum(found) / len(found)
+
+
+def _greedy(
+    model: Any,
+    cache: Any,
+    ids: list[int],
+    limit: int,
+    stops: set[int | None],
+    done: Callable[[list[int]], bool] = lambda said: False,
+) -> list[int]:
+    """At most `limit` of the most likely tokens after `ids`: up to one of `stops`, left out, or until `done`."""
     fork = twin(cache)
-    tokens = torch.tensor([_ids(tokenizer, text)], device=model.device)
+    tokens = torch.tensor([ids], device=model.device)
     said: list[int] = []
     for _ in range(limit):
         logits = model(tokens, past_key_values=fork, logits_to_keep=1).logits
         tokens = logits[:, -1].argmax(-1, keepdim=True)
-        if int(tokens) == tokenizer.eos_token_id:
+        if int(tokens) in stops:
             break
         said.append(int(tokens))
-        if "\n" in tokenizer.decode(said, skip_special_tokens=True).lstrip():
+        if done(said):
             break
-    return tokenizer.decode(said, skip_special_tokens=True).strip().split("\n")[0].strip()
+    return said
 
 
 def likelihoods(model: Any, tokenizer: Any, cache: Any, text: str, choices: tuple[str, ...]) -> list[float]:

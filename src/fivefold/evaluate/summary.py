@@ -12,10 +12,12 @@ from fivefold.evaluate.intervals import (
     effective,
     lost_variance,
     mean_interval,
+    mean_of_parts,
     mean_variance,
     share_interval,
     spread_of_sum,
 )
+from fivefold.evaluate.ruler import KINDS, PREFIX
 from fivefold.evaluate.sweep import front
 from fivefold.recipe import Recipe
 
@@ -29,7 +31,7 @@ _MEANS = ("kl", "top1", "top5", "perplexity", "exact_perplexity", "diverges")
 
 
 def summarise(found: dict[tuple[int, str], dict[str, list[Row]]], recipes: Sequence[str]) -> dict[str, Any]:
-    """`{cells, ranking}` from rows by (context, suite) and recipe.
+    """`{cells, ranking, ruler}` from rows by (context, suite) and recipe.
 
     cells: one for each (recipe, suite, context) that was run: score with a 95% interval, chance, bytes and times, and
     the rows themselves. `exact_fails` marks tasks that the exact cache does no better than chance (recipes may then be
@@ -39,6 +41,8 @@ def summarise(found: dict[tuple[int, str], dict[str, list[Row]]], recipes: Seque
     cache's score above chance, `1 - sum(exact - score) / sum(exact - chance)` over the suites that the exact cache can
     do (fidelity: top-1 agreement): 1 is as good as exact, 0 is chance, and a suite weighs as much as there is to lose
     in it. bytes_front, time_front: whether no other recipe is better at no more bytes, or at no longer a decoding step.
+
+    ruler: the mean score of RULER's thirteen kinds with its interval, for each recipe and context that all were run at.
     """
     cells, ranking = [], []
     for (context, suite), of in found.items():
@@ -47,12 +51,25 @@ def summarise(found: dict[tuple[int, str], dict[str, list[Row]]], recipes: Seque
     for context in dict.fromkeys(context for context, _ in found):
         suites = {suite: of for (at, suite), of in found.items() if at == context}
         ranking += _rank([_entry(context, recipe, suites) for recipe in (EXACT, *recipes)])
-    return {"cells": cells, "ranking": ranking}
+    return {"cells": cells, "ranking": ranking, "ruler": _ruler(cells)}
+
+
+def _ruler(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    of: dict[tuple[int, str], list[tuple[float, float, float]]] = {}
+    for cell in cells:
+        if cell["suite"].startswith(PREFIX):
+            part = (cell["score"], cell["low"], cell["high"])
+            of.setdefault((cell["context"], cell["recipe"]), []).append(part)
+    return [
+        dict(zip(("context", "recipe", "score", "low", "high"), (*place, *mean_of_parts(parts))))
+        for place, parts in of.items()
+        if len(parts) == len(KINDS)
+    ]
 
 
 def exact_fails(rows: list[Row]) -> bool:
     """Whether the scores of the exact cache may be those of chance."""
-    low = _score_interval(_scores(rows))[0]
+    low = _score_interval(rows)[0]
     return low is None or low <= _mean(q["chance"] for row in rows for q in row["questions"])
 
 
@@ -74,7 +91,7 @@ def _cell(recipe: str, suite: str, context: int, rows: list[Row], fails: bool) -
         flat = [score for group in scores for score in group]
         cell["score"], cell["questions"] = _mean(flat), len(flat)
         cell["chance"] = _mean(q["chance"] for row in rows for q in row["questions"])
-        cell["low"], cell["high"] = _score_interval(scores)
+        cell["low"], cell["high"] = _score_interval(rows)
     return cell | {"rows": rows}
 
 
@@ -98,7 +115,7 @@ def _entry(context: int, recipe: str, suites: dict[str, dict[str, list[Row]]]) -
             lost = [[a - b for a, b in zip(one, two)] for one, two in zip(theirs, ours)]
             chance = _mean(q["chance"] for row in exact for q in row["questions"])
             room = _mean(score for group in theirs for score in group) - chance
-            if _binary(theirs) and _binary(ours):
+            if _shares(exact) and _shares(rows):
                 variance = lost_variance(theirs, ours), math.inf
             else:
                 variance = mean_variance(lost)
@@ -143,12 +160,14 @@ def _scores(rows: list[Row]) -> Groups:
     return [[question["score"] for question in row["questions"]] for row in rows]
 
 
-def _binary(scores: Groups) -> bool:
-    return all(score in (0.0, 1.0) for group in scores for score in group)
+def _shares(rows: list[Row]) -> bool:
+    """Whether the scores are right, wrong, or right in part."""
+    return all(row.get("parts", False) or q["score"] in (0.0, 1.0) for row in rows for q in row["questions"])
 
 
-def _score_interval(scores: Groups) -> tuple[float | None, float | None]:
-    if _binary(scores):
+def _score_interval(rows: list[Row]) -> tuple[float | None, float | None]:
+    scores = _scores(rows)
+    if _shares(rows):
         return share_interval(scores)
     return mean_interval(scores) if effective(scores) > 1 else (None, None)
 

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
+from fivefold.evaluate.ruler import PREFIX
 from fivefold.evaluate.summary import EXACT, FIDELITY, OWN
 from fivefold.tables import Table
 
@@ -23,6 +24,11 @@ _GRID_LEGEND = (
     "ranks above. Red: the exact cache's score is above the recipe's 95% interval. (*): the exact cache does no better "
     "than chance: that says nothing about compression and does not count, and recipes only run there with --all."
 )
+_RULER_LEGEND = (
+    "RULER: the share of each answer that is found, as its own scorers do it; the cache is compressed before the "
+    "question is read. Recipes run on all its kinds, (*) or not."
+)
+_AVERAGE_LEGEND = " RULER average: the mean of all thirteen."
 _ACROSS = 9
 """Recipes side by side in 80 columns."""
 
@@ -40,8 +46,12 @@ def show(result: dict[str, Any]) -> Iterator[RenderableType]:
         yield _ranked(ranking)
         for first in range(0, len(ranking), _ACROSS):
             yield ""
-            yield _grid(range(first, min(first + _ACROSS, len(ranking))), ranking, cells)
-    yield Text(f"\n{_LEGEND}\n{_GRID_LEGEND}", style="dim")
+            ranks = range(first, min(first + _ACROSS, len(ranking)))
+            yield _grid(ranks, ranking, cells, at_context(result["ruler"], context))
+    legends = [_LEGEND, _GRID_LEGEND]
+    if any(suite.startswith(PREFIX) for suite in plan["suites"]):
+        legends.append(_RULER_LEGEND + _AVERAGE_LEGEND * bool(result["ruler"]))
+    yield Text("\n" + "\n".join(legends), style="dim")
 
 
 def contexts_of(result: dict[str, Any]) -> list[int]:
@@ -59,6 +69,8 @@ def recipes_of(result: dict[str, Any]) -> list[str]:
 
 def suite_name(suite: str) -> str:
     """A file by its name alone, the tasks as words that can be broken."""
+    if suite.startswith(PREFIX):
+        return f"RULER {suite.removeprefix(PREFIX)}".replace("_", " ")
     kind, _, file = suite.partition(":")
     return Path(file).name if file else kind.replace("_", " ")
 
@@ -86,7 +98,9 @@ def _ranked(ranking: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _grid(ranks: range, ranking: list[dict[str, Any]], cells: list[dict[str, Any]]) -> Table:
+def _grid(
+    ranks: range, ranking: list[dict[str, Any]], cells: list[dict[str, Any]], averages: list[dict[str, Any]]
+) -> Table:
     """Suites down, recipes by rank across."""
     table = Table("suite", ">chance", *(f">{rank:>3}" for rank in ranks))
     place = {(cell["suite"], cell["recipe"]): cell for cell in cells}
@@ -95,6 +109,10 @@ def _grid(ranks: range, ranking: list[dict[str, Any]], cells: list[dict[str, Any
         shown = [_score(place.get((suite, ranking[rank]["recipe"])), exact) for rank in ranks]
         name = Text(suite + (" (*)" if exact["exact_fails"] else ""))
         table.add_row(name, "" if suite == FIDELITY else _percent(suite, exact["chance"]), *shown)
+    of = {entry["recipe"]: number(100 * entry["score"], 1).replace("100.0", "100") for entry in averages}
+    if of:
+        average = ["RULER average", "", *(of[ranking[rank]["recipe"]] for rank in ranks)]
+        table.add_row(*(Text(cell, "bold") for cell in average))
     return table
 
 

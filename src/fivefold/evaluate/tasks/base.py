@@ -15,23 +15,30 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from fivefold.errors import InputError
 
-Kind = Literal["generate", "choices", "bits"]
+Kind = Literal["generate", "choices", "bits", "match_all", "match_part"]
 
 
 @dataclass(frozen=True)
 class Question:
     """`text` follows the prefix. `answer` is right; with `choices` it is one of them, and the model picks the most
     likely; without, it generates and its first line must hold the answer. A choice follows `text` as it is, nothing is
-    put between: where it begins a word, it has its own leading space."""
+    put between: where it begins a word, it has its own leading space.
+
+    With `references` the model generates up to `limit` tokens, and what of them is found anywhere in these counts.
+    `ids`: the tokens of `text`, if it is not encoded by itself."""
 
     text: str
     answer: str
     choices: tuple[str, ...] = ()
+    ids: tuple[int, ...] = ()
+    references: tuple[str, ...] = ()
+    limit: int = 0
 
 
 @dataclass(frozen=True)
 class Sample:
-    """prefix: token ids, exactly as many as the context asked for. questions: at least one."""
+    """prefix: token ids, exactly as many as the context asked for (of RULER, so many that the question and the answer
+    have room in it). questions: at least one."""
 
     prefix: list[int]
     questions: tuple[Question, ...]
@@ -42,7 +49,8 @@ class Task:
 
     kind "generate": greedy text, scored by `holds`. "choices": log-likelihood, scored 1 if the answer wins, else 0.
     "bits": log-likelihood among the choices, scored by how many bits of the answer the model recovers:
-    `log2(len(choices)) + log2 p(answer | choices)`, at most log2(len(choices)), 0 for a uniform guess.
+    `log2(len(choices)) + log2 p(answer | choices)`, at most log2(len(choices)), 0 for a uniform guess. "match_all":
+    greedy text of several lines, scored by the share of the references in it; "match_part": 1 if one of them is in it.
     """
 
     name: ClassVar[str]
