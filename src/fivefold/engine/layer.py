@@ -150,7 +150,7 @@ def _step(
 ) -> torch.Tensor:
     """Attention of the newest token of each row; the policies are told of it."""
     policy = store.policy
-    watch = group.held is not None and policy is not None and policy.chooses and policy.watches and not stored
+    watch = group.held is not None and policy is not None and policy.watching(group.held) and not stored
     role = session.roles.get(store.spec.layer, "full") if decoding and group.bounds.extent.recent is None else "full"
     picks = session.picks.of(group) if role == "sparse" else None
     if picks is not None:

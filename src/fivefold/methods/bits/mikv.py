@@ -50,7 +50,10 @@ class MiKV(TokenPolicy):
     each token (position, score).
     """
 
-    important: float = param(0.2, "fraction of the tokens that stay precise", low=0.001, high=1)
+    important: float | None = param(
+        None, "fraction of the tokens that stay precise; left out: 0.2, but no less than the floor", low=0.001, high=1
+    )
+    floor: int | None = param(None, "tokens below which none is packed; left out: 128, or 0 beside an important", low=0)
     high: int = param(16, "bits of these: 16 is as the model made them", choices=(8, 16))
     low: int = param(2, "bits of the others", choices=(2, 3, 4))
     balance: bool = param(True, "whether outliers of the keys' channels are moved into the queries")
@@ -61,11 +64,21 @@ class MiKV(TokenPolicy):
     keep = 1.0
     demotes = True
 
+    @property
+    def fraction(self) -> float:
+        return 0.2 if self.important is None else self.important
+
+    @property
+    def least(self) -> int:
+        if self.floor is not None:
+            return self.floor
+        return 128 if self.important is None else 0
+
     def budget(self, held: Held) -> int:
-        return max(1, round(self.important * held.seen))
+        return max(1, self.least, round(self.fraction * held.seen))
 
     def residual(self, extent: Extent) -> int:
-        return max(1, round(self.important * (extent.recent or 0)))
+        return max(1, round(self.fraction * (extent.recent or 0)))
 
     def priority(self, held: Held, budget: int) -> torch.Tensor:
         return held.scores.masked_fill(held.newest(int(self.recent * budget)), float("inf"))
