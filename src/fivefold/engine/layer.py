@@ -112,7 +112,7 @@ def _over_groups(
 def _check_finite(layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
     """Raise `NonFiniteError` where there is no number to choose tokens or to attend by."""
     for name, x in (("keys", keys), ("values", values)):
-        low, high = (float(edge) for edge in x.aminmax())  # NaN if there is one
+        low, high = torch.stack(x.aminmax()).tolist()  # NaN if there is one
         if not (math.isfinite(low) and math.isfinite(high)):
             peak = max(-low, high) if low == low else low
             raise NonFiniteError(

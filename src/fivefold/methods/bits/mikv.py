@@ -42,6 +42,9 @@ class MiKV(TokenPolicy):
     them has earned. In decoding steps half the variance that rounding to `low` bits has, |q|^2 scale^2 / 12 summed over
     the groups of channels, is taken off each coarse token's score.
 
+    With `important` left out a head holds at least `floor` tokens precisely, so that a short prompt is exact; a head
+    with a window has no floor.
+
     There is no official code: this follows the paper's text as known to us, and holds as many tokens precisely of the
     whole text, while generating too. Tokens move 32 at a time, so that up to 31 more than that are in the high tier.
 
