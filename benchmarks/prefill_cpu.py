@@ -22,7 +22,7 @@ from rich.console import Console
 
 from fivefold.tables import Table
 
-RECIPES = ("full()", "snapkv()", "h2o()", "keyformer()", "d2o()", "elastic()", "full()")
+RECIPES = ("full()", "snapkv(keep=0.2)", "h2o()", "keyformer()", "d2o()", "elastic()", "full()")
 
 _CHILD = """
 import ctypes, json, re, sys, threading, time

@@ -130,14 +130,15 @@ class Plain:
         name, first = self.policy.name, self.seen
         group, new, slots = weights.shape
         if name == "snapkv":
-            if step:
+            if step and self.prompt:
                 return
-            self.scores = [0.0] * slots
+            if not step or self.seen % self.policy.window == 0:
+                self.scores = [0.0] * slots
             weights = weights[:, max(0, new - self.policy.window) :].mean(0, keepdims=True)
         elif name == "elastic" and step:
             return
         elif name == "keyformer":
-            generated = first + 1 - self.prompt if step else 0
+            generated = first + 1 - self.prompt if step and self.prompt else 0
             tau = self.policy.tau_init + (self.policy.tau_end - self.policy.tau_init) * min(
                 1.0, generated / self.policy.steps
             )
@@ -156,13 +157,20 @@ class Plain:
     # -- choices ------------------------------------------------------------------------------------------
 
     @property
+    def basis(self) -> int:
+        """What a budget is a share of: a text that comes token by token is all prompt."""
+        return self.prompt or self.seen
+
+    @property
     def budget(self) -> int:
         policy = self.policy
-        if policy.name == "elastic":
-            return max(policy.sink + 1, math.ceil(policy.keep * self.seen))
-        if policy.name == "d2o":
-            return max(policy.sink + 1, min(self.prompt, round(policy.keep * self.share * self.prompt)))
-        return max(1, round(policy.keep * self.prompt))
+        always = policy.window if policy.name == "snapkv" else getattr(policy, "sink", 0) + 1
+        return max(always, policy.floor or 0, self.share_of(self.seen if policy.name == "elastic" else self.basis))
+
+    def share_of(self, tokens: int) -> int:
+        if self.policy.name == "elastic":
+            return math.ceil(self.policy.keep * tokens)
+        return min(tokens, round(self.policy.keep * self.share * tokens))
 
     def certain(self, budget: int) -> set[int]:
         """Slots that stay whatever their score."""
@@ -237,7 +245,8 @@ class Plain:
     def drop_by_offset(self) -> None:
         """Elastic Cache while generating."""
         while len(self.positions) > self.budget:
-            cut = max(self.policy.sink, math.ceil(self.policy.keep * self.prompt) - self.policy.offset)
+            of_prompt = min(self.basis, max(self.policy.floor or 0, self.share_of(self.basis)))
+            cut = max(self.policy.sink, of_prompt - self.policy.offset)
             slot = sorted(range(len(self.positions)), key=lambda s: self.positions[s])[
                 min(cut, len(self.positions) - 1)
             ]
@@ -270,7 +279,7 @@ class PlainCache:
                 part, weights = row.attend(*(x.double().numpy() for x in mine))
                 row.score(weights, chunk == 1)
                 row.seen += tokens[sequence]
-                if chunk > 1:
+                if chunk > 1 and row.seen > 1:
                     row.prompt = row.seen
                 out[sequence, new, heads] = torch.from_numpy(part).float().transpose(0, 1)
             outs.append(out)
@@ -290,13 +299,13 @@ class PlainCache:
                 first = row.place // self.kv_heads * self.kv_heads
                 pooled.append(np.mean([rows[first + h].scores for h in range(self.kv_heads)], 0).tolist())
         for row, scores in zip(rows, pooled):
-            if not row.prompt:
+            if not row.seen:
                 continue
             if prompt:
                 row.choose(scores, merges=True)
             elif self.policy.name == "elastic":
                 row.drop_by_offset()
-            elif self.policy.name != "snapkv":
+            elif self.policy.name != "snapkv" or (not row.prompt and row.seen % self.policy.window == 0):
                 row.choose(scores, merges=True)
 
     def _share_out(self) -> None:
@@ -313,5 +322,5 @@ class PlainCache:
                 for row in rows:
                     if row.place // self.kv_heads == sequence:
                         row.share = float(share)
-                        if abs(self.policy.keep * share * row.prompt % 1 - 0.5) < 1e-3:
+                        if abs(self.policy.keep * share * row.basis % 1 - 0.5) < 1e-3:
                             raise NearTie

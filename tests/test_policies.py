@@ -30,17 +30,22 @@ def test_the_engine_keeps_what_whole_matrices_would(name: str, data: st.DataObje
         data.draw(st.integers(1, n), label=label) for n, label in ((3, "kv"), (3, "group"), (2, "l"))
     )
     batch = data.draw(st.integers(1, 2), label="batch")
-    changes = data.draw(st.sampled_from([{}, {"keep": 0.7}, {"keep": 0.15}]), label="changes")
+    changes = data.draw(
+        st.sampled_from([{}, {"keep": 0.7}, {"keep": 0.15}, {"floor": 9}, {"floor": 25}]), label="changes"
+    )
     policy = find(name)(**{**POLICIES[name], **changes})
-    chunks = data.draw(st.lists(st.integers(2, 60), min_size=1, max_size=3), label="chunks")
+    # A text may come token by token from its beginning.
+    singly = data.draw(st.sampled_from([0, 0, 0, 1, 7, 35]), label="singly")
+    chunks = data.draw(st.lists(st.integers(2, 60), min_size=0 if singly else 1, max_size=3), label="chunks")
     steps = data.draw(st.integers(0, 12), label="steps")
     padding = [
-        data.draw(st.integers(0, chunks[0]), label="padding") if batch > 1 and not i else 0 for i in range(batch)
+        data.draw(st.integers(0, chunks[0]), label="padding") if batch > 1 and not i and not singly else 0
+        for i in range(batch)
     ]
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20), label="seed"))
     run, plain = Run(policy, kv_heads, kv_heads * group, DIM, layers), PlainCache(policy, batch, kv_heads, layers)
     total = 0
-    for number, chunk in enumerate(chunks + [1] * steps):
+    for number, chunk in enumerate([1] * singly + chunks + [1] * steps):
         q, k, v = (
             torch.randn(layers, batch, heads, chunk, DIM, generator=generator) * size
             for heads, size in ((kv_heads * group, 2.0), (kv_heads, 1.0), (kv_heads, 1.0))
@@ -50,7 +55,7 @@ def test_the_engine_keeps_what_whole_matrices_would(name: str, data: st.DataObje
         for sequence, pad in enumerate(padding):
             mask[sequence, :pad] = 0
         tokens = [chunk - (pad if number == 0 else 0) for pad in padding]
-        if number and any(pad == chunks[0] for pad in padding):
+        if number and any(padding) and any(pad == chunks[0] for pad in padding):
             break  # nothing at all of a sequence, then something: refused elsewhere
         got = run.take(q, k, v, mask if any(padding) else None)
         try:

@@ -25,7 +25,7 @@ class CacheFullError(FivefoldError, MemoryError):
 
 
 class NonFiniteError(FivefoldError, ValueError):
-    """Keys or values to be packed hold infinities or NaN."""
+    """Keys or values hold infinities or NaN, or are beyond what a page can hold."""
 
 
 class ProfileError(FivefoldError):

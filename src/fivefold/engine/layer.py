@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from fivefold.attention import attend_chunk, attend_observed, attend_picked, attend_step, pick
 from fivefold.attention.merge import with_sinks
 from fivefold.engine.session import Session
+from fivefold.errors import NonFiniteError
 from fivefold.store.group import RowGroup
 from fivefold.store.layer_cache import LayerCache
 
@@ -45,6 +47,8 @@ def attend(
     if sinks is not None:
         sinks = sinks.float().view(kv_heads, group).repeat(batch, 1)
     if index in session.stepping:
+        if not (stored or key.is_cuda):  # there the host would wait for every layer: only what is packed is checked
+            _check_finite(index, key, value)
         store = session.stores[index]
         newest = (None, None) if stored else (key.reshape(rows, dim), value.reshape(rows, dim))
         out = store.bank.mirror.attend(store, query.reshape(rows, group, dim), *newest, scaling, sinks)
@@ -90,6 +94,8 @@ def _over_groups(
             rows = group.rows_tensor.to(queries.device)
             q, k, v = queries[rows][:, :, new], keys[rows][:, new], values[rows][:, new]
             s = None if sinks is None else sinks[rows]
+        if not stored and (group.held is not None or not k.is_cuda):  # see `attend`
+            _check_finite(store.spec.layer, k, v)
         if store.codec is not None and store.codec.contextual and group.bounds.seen == 0 and not stored:
             sequences = group.rows // store.spec.kv_heads
             assert inputs is not None
@@ -101,6 +107,18 @@ def _over_groups(
         else:
             out[rows, :, new] = part
     return out
+
+
+def _check_finite(layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Raise `NonFiniteError` where there is no number to choose tokens or to attend by."""
+    for name, x in (("keys", keys), ("values", values)):
+        low, high = torch.stack(x.aminmax()).tolist()  # NaN if there is one
+        if not (math.isfinite(low) and math.isfinite(high)):
+            peak = max(-low, high) if low == low else low
+            raise NonFiniteError(
+                f"the {name} of layer {layer} are not finite, they reach {peak}, beyond all that can be stored: look "
+                "for the layer that overflows, or load the model in bfloat16 or float32."
+            )
 
 
 def _attend_group(
@@ -150,7 +168,7 @@ def _step(
 ) -> torch.Tensor:
     """Attention of the newest token of each row; the policies are told of it."""
     policy = store.policy
-    watch = group.held is not None and policy is not None and policy.chooses and policy.watches and not stored
+    watch = group.held is not None and policy is not None and policy.watching(group.held) and not stored
     role = session.roles.get(store.spec.layer, "full") if decoding and group.bounds.extent.recent is None else "full"
     picks = session.picks.of(group) if role == "sparse" else None
     if picks is not None:

@@ -19,14 +19,25 @@ class TokenPolicy(Method):
     Each row (one KV head of one sequence) holds `budget` tokens of its own choice. What is not chosen is freed, or
     merged into what stays; positions remain those of the text. Shapes: `[rows, slots]`, a slot being the place of a
     token (see `fivefold.store.held.Held`).
+
+    How many: a `keep` that is written is obeyed; left out, it is `default_keep` and never takes a row below `floor`
+    tokens. What always stays (`always`) stays in either case. `keep` is a share of what had come with the last chunk
+    of several tokens. What comes token by token after that counts as generated; a text that comes token by token from
+    its beginning is all prompt.
     """
 
-    keep: float
+    keep: float | None
+    """Fraction of the prompt's tokens that a row holds; None is `default_keep`, with a floor."""
+    floor: int | None = None
+    """Tokens of a row below which none goes; None is `default_floor` where `keep` is None, else 0."""
+    default_keep: float = 1.0
+    default_floor: int = 512
 
     observes: int | None = None
     """How many of a chunk's newest queries it must see: None is all, 0 none."""
     accumulates: bool = True
-    """Whether a chunk's statistics are added to those of earlier chunks; else they take their place."""
+    """Whether a chunk's statistics are added to those of earlier chunks; else they take their place, and a text that
+    comes token by token is taken as chunks of `observes` tokens."""
     watches: bool = True
     """Whether decoding steps are observed too."""
     trims: bool = True
@@ -42,9 +53,26 @@ class TokenPolicy(Method):
     by_step = True
 
     @property
+    def fraction(self) -> float:
+        """`keep`, or what it is where it was left out."""
+        return self.default_keep if self.keep is None else self.keep
+
+    @property
+    def least(self) -> int:
+        """`floor`, or what it is where it was left out."""
+        if self.floor is not None:
+            return self.floor
+        return self.default_floor if self.keep is None else 0
+
+    @property
+    def always(self) -> int:
+        """How many tokens of a row stay whatever the budget: windows and sinks."""
+        return 1
+
+    @property
     def evicts(self) -> bool:
         """Whether anything ever goes."""
-        return self.keep < 1
+        return not self.demotes and self.fraction < 1
 
     @property
     def chooses(self) -> bool:
@@ -62,8 +90,18 @@ class TokenPolicy(Method):
         return type(self).observe is TokenPolicy.observe
 
     def budget(self, held: Held) -> int:
-        """How many tokens a row may hold. Here: `keep` of the prompt, while generating too."""
-        return max(1, round(self.keep * held.share * held.prompt))
+        """How many tokens a row may hold. Here: `keep` of the prompt, while generating too, and the floor."""
+        return max(self.always, self.least, min(held.basis, round(self.fraction * held.share * held.basis)))
+
+    @property
+    def _pace(self) -> int:
+        """Of a text that comes token by token: after how many tokens it is time to choose."""
+        return 1 if self.accumulates else self.observes or 1
+
+    def watching(self, held: Held) -> bool:
+        """Whether it observes the step that has just come."""
+        first = not held.prompt and not self.accumulates and self.observes != 0
+        return self.chooses and (self.watches or first)
 
     def residual(self, extent: Extent) -> int:
         """With `demotes`: how many of the newest tokens of a head with a window are exact."""
@@ -145,7 +183,10 @@ class TokenPolicy(Method):
 
     def observed(self, held: Held, weights: torch.Tensor) -> Held:
         """After a decoding step's attention, `[rows, query_heads per kv head, slots]`."""
-        return replace(held, scores=held.scores + self.observe(weights[:, :, None], held, held.seen - 1))
+        scores = held.scores
+        if not held.prompt and not self.accumulates and (held.seen - 1) % self._pace == 0:
+            scores = torch.zeros_like(scores)  # the first of what is taken as a chunk
+        return replace(held, scores=scores + self.observe(weights[:, :, None], held, held.seen - 1))
 
     def after_chunk(
         self, held: Held, observed: torch.Tensor | None, bounds: Bounds, revocable: int
@@ -155,7 +196,9 @@ class TokenPolicy(Method):
         observed: what it made of the chunk's attention, float32 `[rows, slots]`; bounds: before the chunk.
         """
         scores = held.scores if self.accumulates else torch.zeros_like(held.scores)
-        held = replace(held, scores=scores if observed is None else scores + observed, prompt=held.seen)
+        # Beside longer sequences one may come with a single token, which is what its first step would have brought.
+        prompt = held.seen if held.seen > 1 else 0
+        held = replace(held, scores=scores if observed is None else scores + observed, prompt=prompt)
         if self.demotes:
             return held, self._demotion(held, int(bounds.packed_stop), revocable)
         if not self.evicts or self.waits or self.budget(held) + revocable >= held.slots:
@@ -173,10 +216,12 @@ class TokenPolicy(Method):
             moves = bounds.advanced(stored.packing, revocable) != bounds
             return self._demotion(held, stop, revocable) if moves else Append(advance=False)
         excess = 0
-        if self.evicts and self.trims and held.prompt:
+        if self.evicts and (self.trims or not held.prompt):
             excess = int(bounds.length) - self.budget(held) - revocable
         if excess <= 0:
             return Append()
+        if not held.prompt and not self.accumulates:
+            return Append() if held.seen % self._pace else self._choice(held, revocable)
         if stop:
             due = int(bounds.advanced(stored.packing, revocable).packed_stop) - stop
             if not due or excess < due:
@@ -217,7 +262,7 @@ class TokenPolicy(Method):
 
     def why_not_revoke(self, held: Held, tokens: int) -> str | None:
         """Why the last tokens cannot be taken back, in a few words; None if they can."""
-        counted = self.commits or held.seen - tokens < held.final
+        counted = self.commits or self.watching(held) or held.seen - tokens < held.final
         if not counted or tokens >= held.seen:
             return None
         return (

@@ -19,8 +19,8 @@ class Held:
     layer: which layer of the model this is. places: int64 `[rows]`, sequence * kv_heads + kv_head of each row.
     positions: int32 `[rows, slots]`, where in the text the token of a slot stands. scores: float32 `[rows, slots]`, the
     policy's statistic. extra: more of it, float32 `[rows]` each. prompt: tokens seen when the last chunk of several had
-    come; seen: all tokens seen. share: how much of an even share of the model's budget this layer has. final: nothing
-    before this position can be taken back.
+    come, 0 while none has; seen: all tokens seen. share: how much of an even share of the model's budget this layer
+    has. final: nothing before this position can be taken back.
 
     Nothing here is ever written into: a change makes new tensors, so that forks may share them.
     """
@@ -54,6 +54,11 @@ class Held:
     @property
     def slots(self) -> int:
         return self.positions.shape[1]
+
+    @property
+    def basis(self) -> int:
+        """How many tokens a budget is a share of: `prompt`; of a text that came token by token, all of them."""
+        return self.prompt or self.seen
 
     @property
     def nbytes(self) -> int:

@@ -42,6 +42,9 @@ class MiKV(TokenPolicy):
     them has earned. In decoding steps half the variance that rounding to `low` bits has, |q|^2 scale^2 / 12 summed over
     the groups of channels, is taken off each coarse token's score.
 
+    With `important` left out a head holds at least `floor` tokens precisely, so that a short prompt is exact; a head
+    with a window has no floor.
+
     There is no official code: this follows the paper's text as known to us, and holds as many tokens precisely of the
     whole text, while generating too. Tokens move 32 at a time, so that up to 31 more than that are in the high tier.
 
@@ -50,7 +53,10 @@ class MiKV(TokenPolicy):
     each token (position, score).
     """
 
-    important: float = param(0.2, "fraction of the tokens that stay precise", low=0.001, high=1)
+    important: float | None = param(
+        None, "fraction of the tokens that stay precise; left out: 0.2, but no less than the floor", low=0.001, high=1
+    )
+    floor: int | None = param(None, "tokens below which none is packed; left out: 128, or 0 beside an important", low=0)
     high: int = param(16, "bits of these: 16 is as the model made them", choices=(8, 16))
     low: int = param(2, "bits of the others", choices=(2, 3, 4))
     balance: bool = param(True, "whether outliers of the keys' channels are moved into the queries")
@@ -61,11 +67,21 @@ class MiKV(TokenPolicy):
     keep = 1.0
     demotes = True
 
+    @property
+    def fraction(self) -> float:
+        return 0.2 if self.important is None else self.important
+
+    @property
+    def least(self) -> int:
+        if self.floor is not None:
+            return self.floor
+        return 128 if self.important is None else 0
+
     def budget(self, held: Held) -> int:
-        return max(1, round(self.important * held.seen))
+        return max(1, self.least, round(self.fraction * held.seen))
 
     def residual(self, extent: Extent) -> int:
-        return max(1, round(self.important * (extent.recent or 0)))
+        return max(1, round(self.fraction * (extent.recent or 0)))
 
     def priority(self, held: Held, budget: int) -> torch.Tensor:
         return held.scores.masked_fill(held.newest(int(self.recent * budget)), float("inf"))

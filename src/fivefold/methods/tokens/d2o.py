@@ -26,7 +26,8 @@ class D2O(TokenPolicy):
 
     Layers (section 3.2): the variance of the attention that each token received, min-max scaled over the heads of a
     layer and averaged, is m; a layer's share of the budget is softmax(-m) over the layers, so that layers whose
-    attention is dense hold more. So tokens go once all layers have seen the prompt.
+    attention is dense hold more. So tokens go once all layers have seen the prompt. Of a text that comes token by token
+    every layer has an even share.
 
     Tokens (section 3.3): each token that goes has a nearest token that stays, by the cosine similarity u of their keys.
     With u at least tau it is merged into it, else lost: the key and value that stay become the mean of themselves and
@@ -37,10 +38,17 @@ class D2O(TokenPolicy):
     head decides for itself, with its own tau. All layers are compressed (there, the first two and the last are not,
     beyond the budget), and the query heads of a KV head add up.
 
-    Bytes per head: round(keep * share * prompt) tokens in pages, and 8 bytes for each of them (position, score).
+    Bytes per head: max(floor, sink + 1, round(keep * share * prompt)) tokens in pages, and 8 bytes for each of them
+    (position, score).
     """
 
-    keep: float = param(0.2, "fraction of the prompt's tokens that a head holds on average", low=0.001, high=1)
+    keep: float | None = param(
+        None,
+        "fraction of the prompt's tokens that a head holds on average; left out: 0.2, but no less than the floor",
+        low=0.001,
+        high=1,
+    )
+    floor: int | None = param(None, "tokens below which none goes; left out: 512, or 0 beside a keep", low=0)
     recent: float = param(0.5, "fraction of those that are the most recent tokens", low=0, high=1)
     sink: int = param(4, "first tokens that never go", low=0)
     alpha: float = param(0.3, "weight of the threshold so far", low=0, high=1)
@@ -48,6 +56,8 @@ class D2O(TokenPolicy):
     layers: bool = param(True, "whether layers share the budget by their variance; else evenly")
 
     merging: bool = param(True, "whether what goes is merged into its like; else it is lost")
+
+    default_keep = 0.2
 
     @property
     def merges(self) -> bool:  # type: ignore[override]
@@ -72,8 +82,9 @@ class D2O(TokenPolicy):
     def shares(self, statistics: torch.Tensor) -> torch.Tensor:
         return (-statistics).softmax(0) * len(statistics)
 
-    def budget(self, held: Held) -> int:
-        return max(self.sink + 1, min(held.prompt, super().budget(held)))
+    @property
+    def always(self) -> int:
+        return self.sink + 1
 
     def priority(self, held: Held, budget: int) -> torch.Tensor:
         recent = max(0, min(int(self.recent * budget), budget - self.sink))

@@ -31,30 +31,42 @@ class ElasticCache(TokenPolicy):
     The official code takes the order of importance for the ranks and forgets the sinks in the places of merged tokens;
     this is the paper's method.
 
-    Bytes per head: ceil(keep * tokens) tokens in pages, and 8 bytes for each of them (position, score).
+    Bytes per head: max(floor, sink + 1, ceil(keep * tokens)) tokens in pages, and 8 bytes for each of them (position,
+    score).
     """
 
-    keep: float = param(0.5, "fraction of the tokens that a head holds", low=0.001, high=1)
+    keep: float | None = param(
+        None, "fraction of the tokens that a head holds; left out: 0.5, but no less than the floor", low=0.001, high=1
+    )
+    floor: int | None = param(None, "tokens below which none goes; left out: 512, or 0 beside a keep", low=0)
     sink: int = param(4, "first tokens that always stay", low=0)
     offset: int = param(25, "where tokens go while generating, from the end of the held prompt", low=1)
 
     merging: bool = param(True, "whether what goes is averaged into what stays; else it is lost")
 
+    default_keep = 0.5
     watches = False
 
     @property
     def merges(self) -> bool:  # type: ignore[override]
         return self.merging
 
+    @property
+    def always(self) -> int:
+        return self.sink + 1
+
     def budget(self, held: Held) -> int:
-        return max(self.sink + 1, math.ceil(self.keep * held.seen))
+        return self._budget(held.seen)
+
+    def _budget(self, tokens: int) -> int:
+        return max(self.always, self.least, math.ceil(self.fraction * tokens))
 
     def priority(self, held: Held, budget: int) -> torch.Tensor:
         stays = held.newest(1) | (held.positions < self.sink)
         return held.over_heads(held.scores).masked_fill(stays, float("inf"))
 
     def victims(self, held: Held, budget: int, count: int, among: torch.Tensor | None = None) -> torch.Tensor:
-        cut = max(self.sink, math.ceil(self.keep * held.prompt) - self.offset)
+        cut = max(self.sink, min(held.basis, self._budget(held.basis)) - self.offset)
         order = held.positions
         if among is not None:
             order = order.masked_fill(~among, torch.iinfo(order.dtype).max)

@@ -25,11 +25,19 @@ class H2O(TokenPolicy):
     and one token goes. The paper's models have no groups: here the query heads of a KV head add up. Followed is the
     official code that really drops (its simulation by a mask lets a token out of the window for one step and back in).
 
-    Bytes per head: round(keep * prompt) tokens in pages, and 8 bytes for each of them (position, score).
+    Bytes per head: max(floor, round(keep * prompt)) tokens in pages, and 8 bytes for each of them (position, score).
     """
 
-    keep: float = param(0.2, "fraction of the prompt's tokens that a head holds", low=0.001, high=1)
+    keep: float | None = param(
+        None,
+        "fraction of the prompt's tokens that a head holds; left out: 0.2, but no less than the floor",
+        low=0.001,
+        high=1,
+    )
+    floor: int | None = param(None, "tokens below which none goes; left out: 512, or 0 beside a keep", low=0)
     recent: float = param(0.5, "fraction of those that are the most recent tokens", low=0, high=1)
+
+    default_keep = 0.2
 
     def priority(self, held: Held, budget: int) -> torch.Tensor:
         return held.scores.masked_fill(held.newest(int(self.recent * budget)), float("inf"))

@@ -33,19 +33,27 @@ class Keyformer(TokenPolicy):
     token that leaves the recent window is lost before it is ever compared, so that its choice never changes after
     the prompt. The noise of a query and a key is the same in every run with a `seed`, whatever the chunks.
 
-    Bytes per head: round(keep * prompt) tokens in pages, and 8 bytes for each of them (position, score).
+    Bytes per head: max(floor, round(keep * prompt)) tokens in pages, and 8 bytes for each of them (position, score).
     """
 
-    keep: float = param(0.6, "fraction of the prompt's tokens that a head holds", low=0.001, high=1)
+    keep: float | None = param(
+        None,
+        "fraction of the prompt's tokens that a head holds; left out: 0.6, but no less than the floor",
+        low=0.001,
+        high=1,
+    )
+    floor: int | None = param(None, "tokens below which none goes; left out: 512, or 0 beside a keep", low=0)
     recent: float = param(0.3, "fraction of those that are the most recent tokens", low=0, high=1)
     tau_init: float = param(1.0, "temperature of the prompt's scores", low=0.01)
     tau_end: float = param(2.0, "temperature after `steps` tokens", low=0.01)
     steps: int = param(512, "generated tokens over which the temperature rises", low=1)
     seed: int = param(0, "of the noise", low=0)
 
+    default_keep = 0.6
+
     def observe(self, weights: torch.Tensor, held: Held, first: int) -> torch.Tensor:
         _, group, queries, slots = weights.shape
-        tau = self.temperature(first + 1 - held.prompt if slots == held.slots else 0)
+        tau = self.temperature(first + 1 - held.basis if slots == held.slots else 0)
         head = held.places % held.kv_heads
         where = torch.arange(first, first + queries, device=weights.device)
         for part in (torch.arange(group, device=weights.device)[:, None], head[:, None, None]):

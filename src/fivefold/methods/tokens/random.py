@@ -18,16 +18,28 @@ class RandomTokens(TokenPolicy):
     """Every KV head holds `keep` of the prompt's tokens: the first `sink`, the `recent` share of them the newest ones,
     and the rest at random, the same ones in every run. A baseline for the methods that choose.
 
-    Bytes per head: round(keep * prompt) tokens in pages, and 8 bytes for each of them (position, score).
+    Bytes per head: max(floor, sink + 1, round(keep * prompt)) tokens in pages, and 8 bytes for each of them (position,
+    score).
     """
 
-    keep: float = param(0.2, "fraction of the prompt's tokens that a head holds", low=0.001, high=1)
+    keep: float | None = param(
+        None,
+        "fraction of the prompt's tokens that a head holds; left out: 0.2, but no less than the floor",
+        low=0.001,
+        high=1,
+    )
+    floor: int | None = param(None, "tokens below which none goes; left out: 512, or 0 beside a keep", low=0)
     recent: float = param(0.5, "fraction of those that are the most recent tokens", low=0, high=1)
     sink: int = param(4, "first tokens that never go", low=0)
     seed: int = param(0, "of the choice", low=0)
 
+    default_keep = 0.2
     observes = 0
     watches = False
+
+    @property
+    def always(self) -> int:
+        return self.sink + 1
 
     def priority(self, held: Held, budget: int) -> torch.Tensor:
         # A number of its own for every layer, head and position, by two steps of a multiplicative generator.

@@ -20,20 +20,31 @@ from fivefold.store import Held
 @dataclass(frozen=True)
 class SnapKV(TokenPolicy):
     """Every KV head holds `keep` of the prompt's tokens: the last `window` ones, and those that the window's queries
-    attend to most, after pooling over `kernel` neighbours (section 4). What is generated is held.
+    attend to most, after pooling over `kernel` neighbours (section 4). What is generated is held. A prompt that comes
+    token by token is taken in chunks of `window` tokens, so that up to as many more are held.
+
+    The floor is the official code's `max_capacity_prompt`, below which it leaves a prompt alone.
 
     The official code gives every query head tokens of its own, on keys repeated for it; here, as in other
     implementations for grouped queries, the query heads of a KV head are averaged and its cache stays one. Pooling
     comes after that, which is the same for the mean and not for the maximum.
 
-    Bytes per head: round(keep * prompt) tokens and all generated ones in pages, and 8 bytes for each of them.
+    Bytes per head: max(floor, window, round(keep * prompt)) tokens and all generated ones in pages, and 8 bytes for
+    each of them (position, score).
     """
 
-    keep: float = param(0.2, "fraction of the prompt's tokens that a head holds", low=0.001, high=1)
+    keep: float | None = param(
+        None,
+        "fraction of the prompt's tokens that a head holds; left out: 0.2, but no less than the floor",
+        low=0.001,
+        high=1,
+    )
+    floor: int | None = param(None, "tokens below which none goes; left out: 2048, or 0 beside a keep", low=0)
     window: int = param(32, "last tokens of the prompt, whose attention counts", low=1)
     kernel: int = param(7, "neighbours that are pooled, an odd number", low=1)
     pooling: str = param("mean", "how they are pooled", choices=("mean", "max"))
 
+    default_keep, default_floor = 0.2, 2048
     accumulates = watches = trims = False
 
     def check(self) -> None:
@@ -42,6 +53,10 @@ class SnapKV(TokenPolicy):
 
     @property
     def observes(self) -> int:  # type: ignore[override]
+        return self.window
+
+    @property
+    def always(self) -> int:
         return self.window
 
     def observe(self, weights: torch.Tensor, held: Held, first: int) -> torch.Tensor:

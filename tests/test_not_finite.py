@@ -1,0 +1,62 @@
+"""Keys and values that are not numbers: every method refuses them in one sentence, and nothing has happened."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+import fivefold
+from conversations import text
+from fivefold.errors import NonFiniteError
+from recipes import RECIPES, SHAPE, written
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@contextmanager
+def overflowing(model: Any, name: str, value: float) -> Iterator[None]:
+    """One number of the newest token's keys ("k_proj") or values ("v_proj") in layer 1 is `value`."""
+
+    def put(module: Any, given: Any, out: torch.Tensor) -> torch.Tensor:
+        out = out.clone()
+        out[0, -1, 5] = value
+        return out
+
+    hook = getattr(model.model.layers[1].self_attn, name).register_forward_hook(put)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def stored(cache: Any) -> list[Any]:
+    """What a report says of tokens, without what is worked out from page tables or a profile and kept for a while."""
+    parts = ("tokens", "exact", "codes", "scales", "other", "slack", "statistics", "kept_tokens", "bits")
+    return [getattr(cache.report(), part) for part in parts]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@torch.inference_mode()
+def test_every_method_refuses_what_is_no_number(tiny: Any, name: str) -> None:
+    """In a first prompt, a further turn, and a step after a prompt and of a text that comes token by token."""
+    model, recipe = tiny(**SHAPE), written(name, tiny(**SHAPE))
+    for before, size in (((), 90), ((100, 1), 90), ((100,), 1), ((1, 1), 1)):
+        cache = fivefold.compress(model, recipe)
+        for number, tokens in enumerate(before):
+            model(text(tokens, seed=number), past_key_values=cache)
+        other = cache.fork()
+        report = stored(cache)
+        for part, value in (("k_proj", math.nan), ("k_proj", -math.inf), ("v_proj", math.inf), ("v_proj", math.nan)):
+            with overflowing(model, part, value), pytest.raises(NonFiniteError, match="look for the layer") as error:
+                model(text(size), past_key_values=cache)
+            assert "keys" in str(error.value) if part == "k_proj" else "values" in str(error.value)
+            assert cache.get_seq_length() == sum(before)
+        assert stored(cache) == report
+        for tokens in (1, 60, 1):
+            got, want = (model(text(tokens), past_key_values=one).logits for one in (cache, other))
+            assert torch.equal(got, want), (before, size)
