@@ -45,8 +45,8 @@ class Method:
     paper: ClassVar[str]
     captures: ClassVar[tuple[Capture, ...]] = ()
     """What it learns from a model beforehand (`fivefold calibrate`); nothing if it has no use for a profile."""
-    before_rope: ClassVar[bool] = False
-    """Whether it wants to know how keys are turned by position (`LayerSpec.rope`)."""
+    before_rope: ClassVar[bool] = True
+    """Whether its codec may ask how keys are turned by position (`LayerSpec.rope`), which costs a look at the model."""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))

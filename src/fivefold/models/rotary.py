@@ -123,7 +123,7 @@ def rope_of(
     else nothing is tried."""
     config = model.config.get_text_config(decoder=True)
     if not wanted:
-        return None, "the method has not asked for it (`before_rope = True`)"
+        return None, "the method says that it does not ask (`before_rope = False`)"
     rotary = _rotary_of(model)
     types = getattr(config, "layer_types", None)
     kind, inv_freq = getattr(rotary, "rope_type", None), getattr(rotary, "inv_freq", None)

@@ -47,6 +47,7 @@ class Gear(Method):
     + n_v)` outliers with their places. At d = 64, 2 bits: 32 + 8 + 20 + 10.5 = 70.5 of 256 in bfloat16.
     """
 
+    before_rope = False
     bits: int = param(2, "bits a number", choices=(2, 4))
     rank: int = param(4, "columns of the low-rank factors; 0 is none", low=0, high=32)
     sparsity: float = param(0.02, "fraction of numbers that are outliers; 0 is none", low=0, high=0.5)

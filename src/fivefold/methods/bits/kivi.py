@@ -44,6 +44,7 @@ class Kivi(Method):
     that does not divide d.
     """
 
+    before_rope = False
     bits: int = param(2, "bits a number", choices=(2, 3, 4, 8))
     key_bits: int | None = param(None, "bits of keys, if not `bits`", choices=(None, 2, 3, 4, 8))
     value_bits: int | None = param(None, "bits of values, if not `bits`", choices=(None, 2, 3, 4, 8))

@@ -57,6 +57,7 @@ class MiKV(TokenPolicy):
         None, "fraction of the tokens that stay precise; left out: 0.2, but no less than the floor", low=0.001, high=1
     )
     floor: int | None = param(None, "tokens below which none is packed; left out: 128, or 0 beside an important", low=0)
+    before_rope = False
     high: int = param(16, "bits of these: 16 is as the model made them", choices=(8, 16))
     low: int = param(2, "bits of the others", choices=(2, 3, 4))
     balance: bool = param(True, "whether outliers of the keys' channels are moved into the queries")

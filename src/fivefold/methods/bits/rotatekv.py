@@ -55,7 +55,6 @@ class RotateKV(Method):
     2 * `sinks` bytes a page, and `(2 d * itemsize + 8) * sinks` a head.
     """
 
-    before_rope = True
     captures: ClassVar[tuple[Capture, ...]] = ("keys",)
 
     bits: int = param(2, "bits a number", choices=(2, 3, 4))

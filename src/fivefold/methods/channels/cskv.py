@@ -58,7 +58,6 @@ class Cskv(Method):
     per token; but features are sorted by their size, so one large one would cost all others their precision).
     """
 
-    before_rope = True
     captures: ClassVar[tuple[Capture, ...]] = ("keys", "queries", "values")
 
     keep: float = param(0.2, "fraction of channels that is stored", low=0.01, high=1)
