@@ -46,20 +46,26 @@ def talks(tokenizer: Any, count: int) -> list[list[tuple[list[int], int]]]:
 
 
 @torch.inference_mode()
-def alone(model: Any, recipe: str, turns: list[tuple[list[int], int]]) -> tuple[list[list[int]], int]:
-    """The answers of one conversation, and the bytes that it holds at its end."""
-    cache, answers, unread = fivefold.compress(model, recipe), [], []
+def alone(
+    model: Any, recipe: str, turns: list[tuple[list[int], int]]
+) -> tuple[list[list[int]], list[list[float]], int]:
+    """The answers of one conversation, by how much the logit of each token is above the second best, and the bytes that
+    it holds at its end."""
+    cache, answers, gaps, unread = fivefold.compress(model, recipe), [], [], []
     for said, count in turns:
-        given, answer = torch.tensor([unread + said], device=model.device), []
+        given, answer, gap = torch.tensor([unread + said], device=model.device), [], []
         for _ in range(count):
             logits = model(given, past_key_values=cache, logits_to_keep=1).logits
-            answer.append(int(logits[0, -1].argmax()))
+            best = logits[0, -1].float().topk(2)
+            answer.append(int(best.indices[0]))
+            gap.append(float(best.values[0] - best.values[1]))
             given = torch.tensor([answer[-1:]], device=model.device)
         answers.append(answer)
+        gaps.append(gap)
         unread = answer[-1:]
     report = cache.report()
     cache.free()
-    return answers, report.total - report.free
+    return answers, gaps, report.total - report.free
 
 
 def main() -> None:
@@ -75,14 +81,14 @@ def main() -> None:
     recipe, rng = arguments.recipe, random.Random(1)
     said = talks(tokenizer, arguments.conversations)
     start = time.perf_counter()
-    expected, sizes = zip(*(alone(model, recipe, turns) for turns in said), strict=True)
+    expected, gaps, sizes = zip(*(alone(model, recipe, turns) for turns in said), strict=True)
     alone_s, held = time.perf_counter() - start, sum(sizes)
     print(f"alone: {alone_s:.0f} s, {held / 2**20:.1f} MiB in the end", flush=True)
 
     cap, turn = held // 10, [0] * len(said)
     due = {index: rng.randrange(APART) for index in range(len(said))}
     given: dict[Any, int] = {}
-    wrong, failed, answered, preempted, seen, charged = 0, [], 0, 0, [], 0
+    differing, failed, answered, preempted, seen, charged = [], [], 0, 0, [], 0
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         waiting = Conversations(folder, host_bytes=held // 3)
@@ -102,7 +108,12 @@ def main() -> None:
                         failed.append(event.result.error)
                     answered += 1
                     preempted += event.result.preemptions
-                    wrong += list(event.result.tokens) != expected[index][turn[index]]
+                    tokens, alone_tokens = list(event.result.tokens), expected[index][turn[index]]
+                    if tokens != alone_tokens:
+                        at = next(i for i, (a, b) in enumerate(zip(tokens, alone_tokens)) if a != b)
+                        differing.append({
+                            "conversation": index, "turn": turn[index], "token": at, "gap": gaps[index][turn[index]][at],
+                        })  # fmt: skip
                     turn[index] += 1
                     if turn[index] < len(said[index]):
                         due[index] = step + rng.randrange(1, APART)
@@ -119,7 +130,7 @@ def main() -> None:
     }
     row = {
         "recipe": recipe, "conversations": len(said), "turns": sum(map(len, said)), "answered": answered,
-        "errors": failed, "answers_other_than_alone": wrong, "held_alone_bytes": held, "cap_bytes": cap,
+        "errors": failed, "answers_other_than_alone": differing, "median_gap": statistics.median(g for c in gaps for turn in c for g in turn), "held_alone_bytes": held, "cap_bytes": cap,
         "most_bytes": charged, "preemptions": preempted, "steps": step, "seconds": seconds, "alone_seconds": alone_s,
         "resumed": resumed, "waiting_at_the_end": counts, "disk_bytes_at_the_end": disk,
         "waiting_on_average": {key: statistics.fmean(one[key] for one in seen) for key in seen[0]},

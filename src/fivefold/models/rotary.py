@@ -90,11 +90,12 @@ def _probe(model: PreTrainedModel, index: int, module: torch.nn.Module) -> Turni
         return query.transpose(1, 2), None
 
     AttentionInterface.register(_NAME, take)
-    weight = next(x for x in module.parameters() if x.is_floating_point())
     config: Any = model.config.get_text_config(decoder=True)
-    device = weight.device if weight.device.type != "meta" else torch.device("cpu")
+    weights = [x for x in (*module.parameters(), *model.parameters()) if x.is_floating_point()]
+    dtype = weights[0].dtype if weights else torch.float32
+    device = next((x.device for x in weights if x.device.type != "meta"), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn((1, 1, config.hidden_size), generator=generator).to(device, weight.dtype)
+    hidden = torch.randn((1, 1, config.hidden_size), generator=generator).to(device, dtype)
     types = getattr(config, "layer_types", None)
     typed = [types[index]] if types and isinstance(getattr(rotary, "rope_type", None), dict) else []
     names = inspect.signature(module.forward).parameters
@@ -111,7 +112,8 @@ def _probe(model: PreTrainedModel, index: int, module: torch.nn.Module) -> Turni
     turnings: tuple[Turning, ...] = ("halves", "neighbours", "none")
     for turning in turnings:
         expected = seen[0] if turning == "none" else rotate(plain, cos, sin, turning)
-        if (expected - seen[1]).abs().amax() < 0.02 * plain.abs().amax():
+        off, most = (x[x.isfinite()] for x in ((expected - seen[1]).abs(), plain.abs()))
+        if len(off) and off.amax() < 0.02 * most.amax():
             return turning
     return None
 

@@ -111,10 +111,13 @@ def device_of(module: torch.nn.Module, model: torch.nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def _dtype_of(model: PreTrainedModel) -> torch.dtype:
+def _dtype_of(module: torch.nn.Module, model: PreTrainedModel) -> torch.dtype:
     """A guess at what keys are in: the first chunk says it."""
-    found = (x.dtype for x in (*model.parameters(), *model.buffers()) if x.dtype in DTYPES)
-    return next(found, torch.float32)
+    tensors = (*module.parameters(), *model.parameters(), *model.buffers())
+    found = list(dict.fromkeys(x.dtype for x in tensors))
+    if torch.float64 in found and not set(found) & set(DTYPES):
+        raise UnsupportedModelError("a model in torch.float64 is not supported: load it in bfloat16 or float32.")
+    return next((dtype for dtype in found if dtype in DTYPES), torch.float32)
 
 
 def layer_spec(model: PreTrainedModel, index: int, module: torch.nn.Module, turned: bool) -> LayerSpec:
@@ -138,7 +141,7 @@ def layer_spec(model: PreTrainedModel, index: int, module: torch.nn.Module, turn
         kv_heads=kv_heads,
         query_heads=heads,
         head_dim=dim,
-        dtype=_dtype_of(model),
+        dtype=_dtype_of(module, model),
         device=device_of(module, model),
         model=signature(config),
         config=config_hash(config),
