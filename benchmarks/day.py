@@ -6,6 +6,10 @@ Each conversation has 1 to 12 turns of real text, answered greedily. First each 
 that says what every answer must be, and how much they hold in the end. Then all are held at once, turns arriving
 at random, by one `Scheduler` under a cap of a tenth of that, with a third of it all in host memory and the rest on the
 disk.
+
+Answers that differ from those alone are listed, each with the place of its first other token and by how much that
+token's logit was above the second best one alone: steps of a batch round otherwise than steps of one sequence, which is
+seen where two tokens are nearly as likely. With `--max-batch 1` nothing is left but what moving about does.
 """
 
 from __future__ import annotations
@@ -108,12 +112,13 @@ def main() -> None:
                         failed.append(event.result.error)
                     answered += 1
                     preempted += event.result.preemptions
-                    tokens, alone_tokens = list(event.result.tokens), expected[index][turn[index]]
-                    if tokens != alone_tokens:
-                        at = next(i for i, (a, b) in enumerate(zip(tokens, alone_tokens)) if a != b)
-                        differing.append({
-                            "conversation": index, "turn": turn[index], "token": at, "gap": gaps[index][turn[index]][at],
-                        })  # fmt: skip
+                    if not event.result.error:
+                        tokens, wanted = event.result.tokens, expected[index][turn[index]]
+                        at = next((i for i, (a, b) in enumerate(zip(tokens, wanted)) if a != b), None)
+                        if at is not None:
+                            gap = gaps[index][turn[index]][at]
+                            place = {"conversation": index, "turn": turn[index], "token": at}
+                            differing.append({**place, "gap_alone": gap})
                     turn[index] += 1
                     if turn[index] < len(said[index]):
                         due[index] = step + rng.randrange(1, APART)
@@ -128,9 +133,11 @@ def main() -> None:
         for where, times in waiting.resumed.items()
         if times
     }
+    every = [gap for turns in gaps for turn in turns for gap in turn]
     row = {
-        "recipe": recipe, "conversations": len(said), "turns": sum(map(len, said)), "answered": answered,
-        "errors": failed, "answers_other_than_alone": differing, "median_gap": statistics.median(g for c in gaps for turn in c for g in turn), "held_alone_bytes": held, "cap_bytes": cap,
+        "recipe": recipe, "max_batch": arguments.max_batch, "tokens": len(every), "conversations": len(said), "turns": sum(map(len, said)), "answered": answered,
+        "errors": failed, "answers_other_than_alone": differing,
+        "median_gap_alone": statistics.median(every), "held_alone_bytes": held, "cap_bytes": cap,
         "most_bytes": charged, "preemptions": preempted, "steps": step, "seconds": seconds, "alone_seconds": alone_s,
         "resumed": resumed, "waiting_at_the_end": counts, "disk_bytes_at_the_end": disk,
         "waiting_on_average": {key: statistics.fmean(one[key] for one in seen) for key in seen[0]},
