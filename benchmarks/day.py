@@ -135,7 +135,8 @@ def main() -> None:
     }
     every = [gap for turns in gaps for turn in turns for gap in turn]
     row = {
-        "recipe": recipe, "max_batch": arguments.max_batch, "tokens": len(every), "conversations": len(said), "turns": sum(map(len, said)), "answered": answered,
+        "recipe": recipe, "max_batch": arguments.max_batch, "tokens": len(every),
+        "conversations": len(said), "turns": sum(map(len, said)), "answered": answered,
         "errors": failed, "answers_other_than_alone": differing,
         "median_gap_alone": statistics.median(every), "held_alone_bytes": held, "cap_bytes": cap,
         "most_bytes": charged, "preemptions": preempted, "steps": step, "seconds": seconds, "alone_seconds": alone_s,
