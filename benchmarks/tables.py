@@ -172,6 +172,23 @@ def sessions() -> str:
     return markdown(f"{head} | load against read | restore against read", made)
 
 
+def day() -> str:
+    made = []
+    for name in ("day_smollm2_cpu", "day_smollm2_cpu_batch1"):
+        row = result(name)["rows"][0]
+        differing, mean, resumed = row["answers_other_than_alone"], row["waiting_on_average"], row["resumed"]
+        places = " / ".join(f"{mean[key]:.0f}" for key in ("resident", "offloaded", "saved"))
+        times = (f"{resumed[key]['median_ms']:.0f} ({resumed[key]['times']})" for key in ("offloaded", "saved"))
+        made.append((
+            f"{row['conversations']}", f"{row['answered']:,} of {row['turns']:,}", f"{row.get('max_batch', 16)}",
+            f"{differing if isinstance(differing, int) else len(differing)}", f"{row['cap_bytes'] / MIB:.0f}",
+            f"{row['most_bytes'] / MIB:.0f}", f"{row['preemptions']}", places, *times,
+        ))  # fmt: skip
+    head = "conversations | turns answered | batch | other than alone | cap, MiB | most, MiB | preempted"
+    where = "waiting on average in pages / host / disk"
+    return markdown(f"{head} | {where} | resumed from host, ms (times) | from disk, ms (times)", made)
+
+
 def decode_cpu() -> str:
     made = [
         (code(row["recipe"]), f"{row['ratio']:.3f}", f"{row['prefill_x']:.2f}", f"{row['decode_x']:.2f}")
@@ -182,7 +199,7 @@ def decode_cpu() -> str:
 
 TABLES = (
     demo, kernels, decode, prefill, prefill_chunked, largest_batch, longest_context, ragged, generation, prefix,
-    sessions, decode_cpu,
+    sessions, day, decode_cpu,
 )  # fmt: skip
 
 

@@ -119,6 +119,42 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "gpt_oss", "olmo3"])
+def test_layers_with_a_window_may_be_compressed_too(family: str, model: Any, tmp_path: Any) -> None:
+    ids, mask = text(batch=3), torch.ones(3, 61, dtype=torch.long)
+    mask[0, :21] = 0
+    wanted = greedy(model, ids, attention_mask=mask)
+    cache = fivefold.compress(model, "full()", sliding=True)
+    assert torch.equal(greedy(model, ids, cache, attention_mask=mask), wanted)
+    stores = cache.session.stores.values()
+    assert {store.spec.window for store in stores} == {None, 24}
+    cache.save(tmp_path / "saved")
+    back = fivefold.load_cache(model, tmp_path / "saved")
+    small, left = fivefold.compress(model, "kivi(bits=4, residual=0)", sliding=True), fivefold.compress(model, "full()")
+    with torch.no_grad():
+        again = [model(text(3, 3, seed=8), past_key_values=one).logits for one in (cache, back)]
+        torch.testing.assert_close(*again, atol=1e-5, rtol=1e-5)
+        for one in (small, left):
+            model(text(400), past_key_values=one)
+    assert small.report().total < 0.5 * left.report().total
+    for store in small.session.stores.values():
+        held = store.groups[0].bounds
+        tokens = int(held.exact_tokens + held.packed_tokens)
+        assert tokens == 400 if store.spec.window is None else 23 <= tokens < 400, "a window holds what it sees"
+
+
+def test_a_model_of_windows_alone() -> None:
+    model = families.build("mistral", sliding_window=24)
+    with pytest.raises(UnsupportedModelError, match="sliding=True"):
+        fivefold.compress(model, "full()")
+    for given in ({}, {"prefill_chunk_size": 17}):
+        ours, theirs = (
+            greedy(model, text(), cache, **given)
+            for cache in (fivefold.compress(model, "full()", sliding=True), DynamicCache(config=model.config))
+        )
+        assert torch.equal(ours, theirs)
+
+
 _TURNED = [name for name in RECIPES if name in ("rotatekv", "cskv")]
 
 

@@ -194,6 +194,13 @@ def test_a_dtype_that_attention_alone_has(tmp_path: Any) -> None:
         greedy(double, text(), fivefold.compress(double, "full()"))
 
 
+def test_a_model_without_weights() -> None:
+    with torch.device("meta"):
+        model = families.build("llama")
+    with pytest.raises(FivefoldError, match="no weights"):
+        fivefold.compress(model, "full()")
+
+
 def test_weights_on_the_host_or_the_disk(tmp_path: Any) -> None:
     accelerate = pytest.importorskip("accelerate")
     wanted = greedy(families.build("llama"), text())

@@ -19,6 +19,7 @@ def compress(
     recipe: str | Recipe = "full()",
     max_bytes: int | str | None = None,
     cuda_graph: bool = False,
+    sliding: bool = False,
 ) -> FivefoldCache:
     """A KV cache for `model` that keeps what `recipe` says.
 
@@ -36,6 +37,8 @@ def compress(
             kernels. The model's `forward` does that for this cache from the second token on; what cannot be replayed
             (see `fivefold.models.graph`) runs as without, with one warning that says why. Hooks on modules do not run
             in a replay.
+        sliding: compress layers with a sliding window too: they hold their window as the recipe says. Otherwise they
+            stay transformers' own, which is exact.
 
     Raises:
         RecipeError: the recipe cannot be read or does not fit the model.
@@ -45,7 +48,7 @@ def compress(
     from fivefold.models import huggingface
 
     parsed = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe)
-    cache = huggingface.make_cache(model, parsed, parse_bytes(max_bytes), cuda_graph)
+    cache = huggingface.make_cache(model, parsed, parse_bytes(max_bytes), cuda_graph, sliding)
     huggingface.prepare(model)
     return cache
 
@@ -61,7 +64,8 @@ def load_cache(
     """
     from fivefold.engine import persist
 
-    cache = compress(model, persist.describe(Path(folder))["recipe"], max_bytes, cuda_graph)
+    text = persist.describe(Path(folder))
+    cache = compress(model, text["recipe"], max_bytes, cuda_graph, text.get("sliding", False))
     cache.load(folder)
     return cache
 

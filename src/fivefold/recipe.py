@@ -56,7 +56,7 @@ class Recipe:
 
     def extents(self, spec: LayerSpec) -> list[Extent]:
         """What each KV head of a layer holds when all methods have had their say."""
-        out = [Extent()] * spec.kv_heads
+        out = [Extent(recent=spec.window)] * spec.kv_heads
         for method in self.methods:
             wanted = method.extents(spec)
             if wanted is not None:

@@ -118,7 +118,12 @@ def measure(session: Session, recipe: str, graph: int = 0) -> Report:
         forks += (pool.pages_in_use - len(unique)) * nbytes
     sliding = 0 if session.companions is None else session.companions.nbytes
     tokens, specs = session.length * len(session.lengths()), [store.spec for store in session.stores.values()]
-    exact_equivalent = sum(2 * tokens * spec.kv_heads * spec.head_dim * spec.dtype.itemsize for spec in specs)
+    sequences = len(session.lengths())
+    exact_equivalent = sum(
+        2 * sequences * min(session.length, (spec.window or session.length + 1) - 1)
+        * spec.kv_heads * spec.head_dim * spec.dtype.itemsize
+        for spec in specs
+    )  # fmt: skip
     return Report(
         recipe=recipe,
         tokens=tokens,

@@ -12,7 +12,7 @@ from transformers.masking_utils import causal_mask_function
 from fivefold.engine.layer import attend
 from fivefold.engine.session import Session
 from fivefold.errors import CacheStateError, UnsupportedModelError
-from fivefold.models.selection import is_selected, stock_attention, stock_mask
+from fivefold.models.selection import is_selected, stock_attention, stock_mask, windows_here
 
 NAME = "fivefold"
 CALLED = "fivefold_called"
@@ -99,8 +99,10 @@ def mask(
     stay transformers' own what they want."""
     plain = (
         is_selected(NAME)
-        and mask_function is causal_mask_function
-        and local_size is None
+        and (
+            (mask_function is causal_mask_function and local_size is None)
+            or (local_size in windows_here() and kwargs.get("allow_is_causal_skip", True))
+        )
         and not isinstance(q_offset, torch.Tensor)
         and kv_offset == 0
         and kv_length == q_offset + q_length

@@ -137,6 +137,8 @@ class FivefoldCache(Cache):
         self.recipe = recipe
         self.session = session
         self.model = model
+        self.windows = frozenset(store.spec.window for store in session.stores.values() if store.spec.window)
+        """The lengths of the sliding windows of layers that are compressed."""
         self.step = Step() if cuda_graph else None
         self.of: Callable[[], Any] | None = None
         """A weak reference to the model that it is for, if that is known."""
@@ -240,7 +242,8 @@ class FivefoldCache(Cache):
         return saving.load(self.session, Path(folder), self._identity())
 
     def _identity(self) -> dict[str, Any]:
-        return saving.identity(str(self.recipe), self.model, None if self.of is None else self.of())
+        known = saving.identity(str(self.recipe), self.model, None if self.of is None else self.of())
+        return {**known, "sliding": bool(self.windows)}
 
     # -- sequences ----------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ class Forward:
             raise CacheStateError(
                 f"the cache was made for {cache.model} and called with {mine}: make one for this model."
             )
-        with selected(self.configs, NAME):
+        with selected(self.configs, NAME, cache.windows):
             return self._call(cache, args, kwargs)
 
     def _call(self, cache: FivefoldCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,7 @@ from fivefold.models import forward
 from fivefold.models.attention import CALLED, NAME, Called, attention, mask
 from fivefold.models.cache import FivefoldCache
 from fivefold.models.selection import is_selected, selected
-from fivefold.models.specs import attention_modules, check_model, decoder_config, layer_spec
+from fivefold.models.specs import attention_modules, check_model, decoder_config, has_weights, layer_spec
 from fivefold.models.stock import STATES, StockLayers
 from fivefold.recipe import Recipe
 from fivefold.store.layer_cache import LayerCache
@@ -92,7 +93,7 @@ def _hand_over(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     cache.armed, session = index, cache.session
     session.arrive(index)
     if not is_selected(NAME):  # somebody calls the modules one by one
-        cache.selection = selected([module.config], NAME)
+        cache.selection = selected([module.config], NAME, cache.windows)
         cache.selection.__enter__()
     if index in session.stores:
         codec, inputs = session.stores[index].codec, session.inputs
@@ -114,10 +115,18 @@ def _let_go(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def make_cache(
-    model: PreTrainedModel, recipe: Recipe, max_bytes: int | None = None, cuda_graph: bool = False
+    model: PreTrainedModel,
+    recipe: Recipe,
+    max_bytes: int | None = None,
+    cuda_graph: bool = False,
+    sliding: bool = False,
 ) -> FivefoldCache:
     """A cache for `model` that compresses as `recipe` says; see `fivefold.compress`."""
     check_model(model)
+    if not has_weights(model):
+        raise UnsupportedModelError(
+            "this model has no weights (all are on the meta device): load them first, with from_pretrained."
+        )
     config, modules = decoder_config(model), attention_modules(model)
     codec_owner = recipe.get("bits") or recipe.get("channels")
     turned = codec_owner is not None and codec_owner.before_rope
@@ -125,8 +134,9 @@ def make_cache(
     specs: dict[int, LayerSpec] = {}
     beside: dict[int, Any] = {}
     for index, layer in enumerate(stock):
-        if type(layer) is DynamicLayer and index in modules:
-            specs[index] = layer_spec(model, index, modules[index], turned)
+        window = _window(layer, config, index) if sliding else None
+        if index in modules and (type(layer) is DynamicLayer or window is not None):
+            specs[index] = replace(layer_spec(model, index, modules[index], turned), window=window)
         elif type(layer) is DynamicLayer or not _is_stock(layer):
             raise UnsupportedModelError(
                 f"layer {index} of this {config.model_type} model is a {type(layer).__name__}, which Fivefold cannot "
@@ -136,8 +146,8 @@ def make_cache(
             beside[index] = layer
     if not specs:
         raise UnsupportedModelError(
-            "no layer of this model has a cache that grows (all have a sliding window, or a state of fixed size), so "
-            "none can shrink: use DynamicCache."
+            "no layer of this model has a cache that grows (all have a sliding window, or a state of fixed size): give "
+            "sliding=True to compress what windows hold, or use DynamicCache."
         )
     pools = Pools(max_bytes)
     policy = next((method for method in recipe.methods if isinstance(method, TokenPolicy)), None)
@@ -159,6 +169,13 @@ def make_cache(
     cache = FivefoldCache(recipe, session, signature(config), len(stock), cuda_graph)
     cache.of = weakref.ref(model)
     return cache
+
+
+def _window(layer: Any, config: Any, index: int) -> int | None:
+    """The sliding window of a layer; None if it has none, or attends in chunks of fixed places."""
+    types = getattr(config, "layer_types", None)
+    plain = types[index] == "sliding_attention" if types else not getattr(config, "attention_chunk_size", None)
+    return layer.sliding_window if plain and type(layer) is DynamicSlidingWindowLayer else None
 
 
 def _stock_layers(model: PreTrainedModel, config: Any) -> tuple[list[Any], bool]:

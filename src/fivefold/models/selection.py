@@ -36,19 +36,22 @@ _selections: dict[int, _Selection] = {}
 
 
 @contextmanager
-def selected(configs: list[Any], name: str) -> Iterator[None]:
-    """Within it, models with these configurations use the implementation `name`; calls of this thread may nest."""
+def selected(configs: list[Any], name: str, windows: frozenset[int] = frozenset()) -> Iterator[None]:
+    """Within it, models with these configurations use the implementation `name`; calls of this thread may nest.
+
+    windows: the lengths of sliding windows that it sees to itself, without a mask.
+    """
     with _lock:
         for config in configs:
             one = _selections.setdefault(id(config), _Selection(config, config._attn_implementation))
             one.users += 1
             config._attn_implementation = name
-    before = getattr(_here, "name", None)
-    _here.name = name
+    before = getattr(_here, "name", None), windows_here()
+    _here.name, _here.windows = name, windows
     try:
         yield
     finally:
-        _here.name = before
+        _here.name, _here.windows = before
         with _lock:
             for config in configs:
                 one = _selections[id(config)]
@@ -61,6 +64,11 @@ def selected(configs: list[Any], name: str) -> Iterator[None]:
 def is_selected(name: str) -> bool:
     """Whether this thread is in a call for which `name` was selected."""
     return getattr(_here, "name", None) == name
+
+
+def windows_here() -> frozenset[int]:
+    """The `windows` of the call that this thread is in."""
+    return getattr(_here, "windows", frozenset())
 
 
 def implementation(config: Any) -> str:

@@ -84,6 +84,13 @@ def _why_not(model: PreTrainedModel, config: Any) -> str | None:
     return None
 
 
+def has_weights(model: torch.nn.Module) -> bool:
+    """Whether there is anything to compute with: weights that are here, or that accelerate brings."""
+    tensors = [*model.parameters(), *model.buffers()]
+    brought = any(hasattr(module, "_hf_hook") for module in model.modules())
+    return brought or any(x.device.type != "meta" for x in tensors)
+
+
 def weights_hash(model: PreTrainedModel) -> str:
     """SHA-256 of some numbers of every weight, by which models of the same shape are told apart; empty where weights
     are elsewhere (offloaded by accelerate), or not in tensors that can be read."""

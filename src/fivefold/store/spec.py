@@ -24,7 +24,8 @@ class LayerSpec:
 
     kv_heads, head_dim, dtype and device are those of the keys that attention delivers. rope: how keys are turned by
     position; None where that is unknown, and then `no_rope` says why. cap: what scores are held within, if they are
-    (`cap * tanh(score / cap)`).
+    (`cap * tanh(score / cap)`). window: how many tokens each query sees, its own included, where the layer has a
+    sliding window.
     """
 
     layer: int
@@ -39,6 +40,7 @@ class LayerSpec:
     rope: Rope | None = None
     no_rope: str = "its rotary embedding is not known"
     cap: float | None = None
+    window: int | None = None
 
 
 def exact_layout(head_dim: int, dtype: torch.dtype) -> PageLayout:
