@@ -20,9 +20,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
     DynamicCache,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -257,15 +257,15 @@ def test_sizes():
 
 
 def test_bad_models(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
-    gpt2 = tmp_path / "gpt2"
-    GPT2LMHeadModel(GPT2Config(vocab_size=WORDS, n_embd=32, n_layer=1, n_head=2)).save_pretrained(gpt2)
-    tokenizer().save_pretrained(gpt2)
+    bloom = tmp_path / "bloom"
+    BloomForCausalLM(BloomConfig(vocab_size=WORDS, hidden_size=32, n_layer=1, n_head=2)).save_pretrained(bloom)
+    tokenizer().save_pretrained(bloom)
     nothing = tmp_path / "nothing"
     nothing.mkdir()
     damaged = save(tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes(b"x" * 100)
     for command in (["generate", "-r", "full()", "-p", "w1"], ["demo", "-r", "full()"]):
-        refused(run(*command, "-m", gpt2), "'gpt2'", "llama")
+        refused(run(*command, "-m", bloom), "'bloom'", "code of its own")
         refused(run(*command, "-m", nothing), "cannot be loaded")
         refused(run(*command, "-m", damaged), "cannot be loaded")
         refused(run(*command, "-m", tmp_path / "missing"), "no model folder")

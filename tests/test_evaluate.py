@@ -313,6 +313,7 @@ def test_the_layer_that_broke_is_found(model, tokenizer):
             caches[recipe] = fivefold.compress(deep, recipe)
             deep(prefix, past_key_values=caches[recipe])
         full, lost = caches.values()
+        hooks = [len(module._forward_hooks) for module in deep.modules()]
         exact = layers.trace(deep, full.fork(), chunk)
         own, carried = layers.trace(deep, lost.fork(), chunk, exact.entering), layers.trace(deep, lost.fork(), chunk)
         found = layers.errors(exact, own, carried)
@@ -324,7 +325,7 @@ def test_the_layer_that_broke_is_found(model, tokenizer):
         assert lens[0] < 1e-6 < lens[1]
         # Behind the last layer the lens sees what the model says.
         assert lens[-1] == pytest.approx(float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean()), rel=1e-3)
-    assert not any(module._forward_hooks for module in deep.modules())
+    assert hooks == [len(module._forward_hooks) for module in deep.modules()]
 
 
 def test_fidelity_has_layers_and_the_lens_if_asked_for(model, tokenizer, tmp_path):

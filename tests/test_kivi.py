@@ -313,9 +313,10 @@ def test_bytes_are_those_of_the_formula(bits: Bits, group: int, head_dim: int) -
 
 
 def test_settings_that_do_not_fit_are_refused_with_the_remedy() -> None:
-    for group, head_dim in ((32, 80), (64, 96), (128, 192)):
-        with pytest.raises(RecipeError, match=f"does not divide the model's head_dim of {head_dim}"):
-            Kivi(group=group).codec(spec(head_dim))
+    for group, head_dim, channels in ((32, 80, 16), (64, 96, 32), (128, 192, 64), (64, 40, 40), (32, 64, 32)):
+        assert Kivi(group=group).codec(spec(head_dim)).channels == channels
+    with pytest.raises(RecipeError, match="multiple of 8"):
+        Kivi().codec(spec(100))
     for settings in ({"bits": 5}, {"key_bits": 5}, {"value_bits": 1}, {"group": 16}, {"residual": -1}):
         with pytest.raises(RecipeError):
             Kivi(**settings)

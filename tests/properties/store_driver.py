@@ -243,6 +243,7 @@ class Driver:
         longest = max(plain.length, int((plain.lengths[0] + counts).max()))
 
         def part() -> None:
+            session.chunk, session.length = chunk, longest - chunk
             store(cache, counts, new)
             # The commit adds the chunk, and lets move what is due after a step.
             session.chunk, session.length = chunk, longest - chunk

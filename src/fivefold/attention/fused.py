@@ -10,6 +10,7 @@ from fivefold.attention.tables import kernels, tables_of
 from fivefold.errors import CacheStateError
 from fivefold.kernels.choice import choose
 from fivefold.kernels.packed_decode import schedule
+from fivefold.store.bank import Bank
 from fivefold.store.group import RowGroup
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.rows import Bounds, Span
@@ -101,6 +102,24 @@ def why_not(layer: LayerCache, device: torch.device, heads: int) -> str | None:
         if choice.triton and codec.peak > schedule.LIMIT:
             return f"keys or values reach {codec.peak:.0f}, more than the kernels' {schedule.LIMIT:.0f}"
     return kernel.supports(None if codec is None else codec.form, heads, layer.spec.head_dim)
+
+
+def why_not_each(layers: dict[int, LayerCache], roles: dict[int, str]) -> dict[int, str | None]:
+    """The same for the steps of many layers by index; roles: what they read in a step (see `ReadPolicy`)."""
+    kinds: dict[tuple[Bank, bool], str | None] = {}
+    out: dict[int, str | None] = {}
+    for index, layer in layers.items():
+        if roles.get(index, "full") != "full":
+            out[index] = "what is read is picked anew in every step"
+        elif layer.held:
+            out[index] = "the tokens that are held are chosen in every step"
+        else:
+            # Layers of a bank are alike, but for the largest number that they have seen.
+            kind = layer.bank, layer.codec is not None and layer.codec.peak > schedule.LIMIT
+            if kind not in kinds:
+                kinds[kind] = why_not(layer, layer.spec.device, layer.spec.query_heads // layer.spec.kv_heads)
+            out[index] = kinds[kind]
+    return out
 
 
 def _work(

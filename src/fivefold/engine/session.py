@@ -17,13 +17,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from fivefold.attention.fused import why_not
+from fivefold.attention.fused import why_not_each
 from fivefold.attention.tables import tables_of
 from fivefold.engine import admission
 from fivefold.engine.companions import Companions
 from fivefold.engine.picks import Picks
 from fivefold.errors import CacheFullError, CacheStateError, UnsupportedModelError
-from fivefold.kernels.packed_decode import schedule
 from fivefold.store import compact, context
 from fivefold.store.bank import Bank
 from fivefold.store.layer_cache import LayerCache
@@ -62,9 +61,9 @@ class Session:
         self.length = 0
         self.ragged = False
         """Whether sequences have come or gone, so that they may stand at different lengths without any padding."""
-        self.recording = False
         self.settled = 0
         """The length that a caller who may take tokens back has agreed to last (`crop`)."""
+        self._recording = False
         self.sparse = False
         """Whether a chunk may have left slabs with few pages."""
         self.united = False
@@ -112,6 +111,15 @@ class Session:
     @property
     def devices(self) -> list[torch.device]:
         return list(dict.fromkeys(store.spec.device for store in self.stores.values()))
+
+    @property
+    def recording(self) -> bool:
+        """Whether the newest tokens may be taken back."""
+        return self._recording
+
+    @recording.setter
+    def recording(self, value: bool) -> None:
+        self._recording, self.settled = value, self.length
 
     @property
     def revocable(self) -> int:
@@ -182,7 +190,8 @@ class Session:
             self.advance(self.revocable)
         elif self.chunk:
             self.choose_together()
-        self.length += self.chunk
+        chunk, self.chunk = self.chunk, 0
+        self.length += chunk
         if self.batch and not self.united:
             self.unite(change)
         if self.pools.budget.limit is not None:
@@ -194,7 +203,7 @@ class Session:
         change.commit()
         for pool in self.pools:
             pool.shrink()
-        self.sparse = self.sparse or self.chunk > 1
+        self.sparse = self.sparse or chunk > 1
 
     def _charge(self, grows: bool) -> None:
         budget = self.pools.budget
@@ -317,20 +326,7 @@ class Session:
 
     def why_not_fused(self) -> dict[int, str | None]:
         """Why a layer's decoding step is not one call of a kernel, in a few words, of each layer; None if it is."""
-        kinds: dict[tuple[Bank, bool], str | None] = {}
-        out: dict[int, str | None] = {}
-        for index, store in self.stores.items():
-            if self.roles.get(index, "full") != "full":
-                out[index] = "what is read is picked anew in every step"
-            elif store.held:
-                out[index] = "the tokens that are held are chosen in every step"
-            else:
-                # Layers of a bank are alike, but for the largest number that they have seen.
-                kind = store.bank, store.codec is not None and store.codec.peak > schedule.LIMIT
-                if kind not in kinds:
-                    kinds[kind] = why_not(store, store.spec.device, store.spec.query_heads // store.spec.kv_heads)
-                out[index] = kinds[kind]
-        return out
+        return why_not_each(self.stores, self.roles)
 
     def deliver(self, index: int, spec: dict[str, Any]) -> LayerCache:
         """The store of a layer that is given its chunk. spec: what the chunk says about the layer; where the cache is
@@ -412,7 +408,7 @@ class Session:
                 self.length -= count
             if self.companions is not None:
                 self.companions.crop(count, self.recording)
-        self.chunk, self.settled = 0, self.length
+        self.settled = self.length
         if self.recording:
             # Without room to pack in, what is due waits for the next chunk.
             with suppress(CacheFullError), self.atomic():

@@ -90,7 +90,7 @@ class FivefoldLayer(CacheLayerMixin):
 
     @record_past.setter
     def record_past(self, value: bool) -> None:
-        self.session.recording, self.session.settled = value, self.session.length
+        self.session.recording = value
 
     def activate_past_recording(self) -> None:
         policy: Any = self.session.stores[self.index].policy
