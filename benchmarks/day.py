@@ -32,10 +32,11 @@ from fivefold.cli.models import load_model
 from fivefold.generation import Conversations, Request, Scheduler
 
 TURNS, WORDS, ANSWER = (1, 12), (15, 60), (6, 16)
+Talk = list[tuple[list[int], int]]
 APART = 60  # steps between an answer and the next turn, at most
 
 
-def talks(tokenizer: Any, count: int) -> list[list[tuple[list[int], int]]]:
+def talks(tokenizer: Any, count: int, words: tuple[int, int], answer: tuple[int, int]) -> list[Talk]:
     """Of each conversation: what is said in each turn, and how many tokens the answer has."""
     rng = random.Random(0)
     ids = tokenizer("\n".join(pydoc_data.topics.topics.values()))["input_ids"]
@@ -43,8 +44,8 @@ def talks(tokenizer: Any, count: int) -> list[list[tuple[list[int], int]]]:
     for _ in range(count):
         turns = []
         for _ in range(rng.randint(*TURNS)):
-            first, size = rng.randrange(len(ids) - WORDS[1]), rng.randint(*WORDS)
-            turns.append((ids[first : first + size], rng.randint(*ANSWER)))
+            first, size = rng.randrange(len(ids) - words[1]), rng.randint(*words)
+            turns.append((ids[first : first + size], rng.randint(*answer)))
         out.append(turns)
     return out
 
@@ -80,10 +81,12 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--max-batch", type=int, default=16)
+    parser.add_argument("--words", type=int, nargs=2, default=WORDS, help="tokens of what is said: least, most")
+    parser.add_argument("--answer", type=int, nargs=2, default=ANSWER, help="tokens of an answer: least, most")
     arguments = parser.parse_args()
     model, tokenizer = load_model(arguments.model, arguments.dtype, "auto")
     recipe, rng = arguments.recipe, random.Random(1)
-    said = talks(tokenizer, arguments.conversations)
+    said = talks(tokenizer, arguments.conversations, tuple(arguments.words), tuple(arguments.answer))
     start = time.perf_counter()
     expected, gaps, sizes = zip(*(alone(model, recipe, turns) for turns in said), strict=True)
     alone_s, held = time.perf_counter() - start, sum(sizes)
@@ -135,7 +138,8 @@ def main() -> None:
     }
     every = [gap for turns in gaps for turn in turns for gap in turn]
     row = {
-        "recipe": recipe, "max_batch": arguments.max_batch, "tokens": len(every),
+        "recipe": recipe, "max_batch": arguments.max_batch, "words": list(arguments.words),
+        "answer": list(arguments.answer), "tokens": len(every),
         "conversations": len(said), "turns": sum(map(len, said)), "answered": answered,
         "errors": failed, "answers_other_than_alone": differing,
         "median_gap_alone": statistics.median(every), "held_alone_bytes": held, "cap_bytes": cap,

@@ -160,13 +160,21 @@ def prefix() -> str:
 
 
 def sessions() -> str:
+    return _sessions("sessions_h100")
+
+
+def sessions_cpu() -> str:
+    return _sessions("sessions_cpu")
+
+
+def _sessions(name: str) -> str:
     made = [
         (
             code(row["recipe"]), f"{row['tokens']:,}", f"{row['bytes'] / MIB:,.0f}",
             *(f"{row[f'{key}_s']:.3f}" for key in ("read", "save", "load", "offload", "restore")),
             f"{row['read_over_load']:.2f}x", f"{row['read_over_restore']:.0f}x",
         )
-        for row in result("sessions_h100")["rows"]
+        for row in result(name)["rows"]
     ]  # fmt: skip
     head = "cache | tokens | MiB | read, s | save, s | load, s | offload, s | restore, s"
     return markdown(f"{head} | load against read | restore against read", made)
@@ -199,7 +207,7 @@ def decode_cpu() -> str:
 
 TABLES = (
     demo, kernels, decode, prefill, prefill_chunked, largest_batch, longest_context, ragged, generation, prefix,
-    sessions, day, decode_cpu,
+    sessions, sessions_cpu, day, decode_cpu,
 )  # fmt: skip
 
 
