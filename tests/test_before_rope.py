@@ -255,6 +255,7 @@ def test_ratios_at_eight_thousand_tokens(tiny: Any, learned: Any) -> None:
 
 @pytest.mark.model
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_the_embedded_model_out_of_the_box() -> None:
     """With the profiles that ship: rotated 2 bits are nearer to exact than KIVI's, in fewer bytes; low rank answers."""
     embedded.fetch()

@@ -477,6 +477,7 @@ def test_a_second_ctrl_c_ends_a_turn_at_once(tmp_path: Path):
     assert talk.out.splitlines() == chat(model, ONE, TWO, recipe="kivi(bits=2)").answers
 
 
+@pytest.mark.slow
 def test_a_killed_chat_loses_the_turn_at_most(tiny: Path, tmp_path: Path):
     session = ("--session", tmp_path / "talk")
     command = ["-m", tiny, "-r", "kivi(bits=2)", "-n", "1500", *session]
@@ -499,6 +500,7 @@ def _newer(file: Path, than: int) -> bool:
     return file.exists() and file.stat().st_mtime_ns > than
 
 
+@pytest.mark.slow
 def test_whenever_it_is_killed_a_session_can_be_resumed(tiny: Path, tmp_path: Path):
     """Short turns one after another, so that much of the time goes into saving."""
     talk, rng, lines = tmp_path / "talk", random.Random(0), [f"w{number}" for number in range(100)]

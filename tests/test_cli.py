@@ -675,11 +675,13 @@ def test_ctrl_c_while_generating_with_the_embedded_model(fetched: Path):
 
 
 @pytest.mark.model
+@pytest.mark.slow
 def test_ctrl_c_in_the_demo_with_the_embedded_model(fetched: Path, tmp_path: Path):
     interrupt_demo(tmp_path, "-c", "512")
 
 
 @pytest.mark.model
+@pytest.mark.slow
 def test_demo_with_the_embedded_model(fetched: Path, tmp_path: Path):
     file = tmp_path / "out.json"
     recipes = ["full()", "kivi(bits=4)"]

@@ -34,6 +34,7 @@ def continue_document(model, task, recipe):
     return logits.float().log_softmax(-1), report
 
 
+@pytest.mark.slow
 def test_full_gives_the_same_tokens_as_dynamic_cache_at_2k(loaded):
     model, tokenizer = loaded
     task = make_task(tokenizer, 2048)
@@ -56,6 +57,7 @@ def test_full_gives_the_same_tokens_as_dynamic_cache_at_2k(loaded):
 
 
 @pytest.mark.parametrize("context", [2048, 4096])
+@pytest.mark.slow
 def test_fewer_bits_cost_more_and_eight_cost_nothing(loaded, context):
     model, tokenizer = loaded
     task = make_task(tokenizer, context, continuation=384)
@@ -74,6 +76,7 @@ def test_fewer_bits_cost_more_and_eight_cost_nothing(loaded, context):
         assert ratio[2] <= 0.15  # float32
 
 
+@pytest.mark.slow
 def test_bytes_in_bfloat16_at_4k():
     embedded.fetch()
     model, tokenizer = embedded.load(torch.bfloat16)
@@ -90,6 +93,7 @@ def test_bytes_in_bfloat16_at_4k():
             assert cache.report().ratio <= bound, cache.report()
 
 
+@pytest.mark.slow
 def test_bytes_of_a_third_of_the_heads_in_float32_at_4k(loaded):
     model, tokenizer = loaded
     task = make_task(tokenizer, 4096)
@@ -117,6 +121,7 @@ print(json.dumps([peak, cache.report().total]))
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_of_the_process_is_lower(loaded):
     def peak(recipe):
         done = subprocess.run([sys.executable, "-c", PEAK, recipe], capture_output=True, text=True, timeout=600)

@@ -487,6 +487,7 @@ def test_the_front_is_what_no_other_beats():
 
 @pytest.mark.model
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_the_embedded_model_beats_chance_and_a_forgetful_cache_does_not(tmp_path):
     from fivefold.models import embedded
 

@@ -163,6 +163,7 @@ _TURNED = [name for name in RECIPES if name in ("rotatekv", "cskv")]
     [(family, name) for family in ("gemma2", "gpt_oss", "gemma4_text") for name in RECIPES]
     + [(family, name) for family in ("glm4", "smollm3") for name in _TURNED],
 )
+@pytest.mark.slow
 def test_every_recipe(family: str, model: Any, recipe: str) -> None:
     """Soft caps, sinks, shared keys, neighbours turned together, layers that turn nothing: with every method."""
     try:

@@ -289,6 +289,7 @@ def answers(model: Any, tokenizer: Any, recipe: str) -> tuple[list[str], list[st
 
 
 @pytest.mark.model
+@pytest.mark.slow
 def test_short_questions_are_answered_as_with_the_exact_cache(smollm2: Any) -> None:
     want = answers(*smollm2, "full()")
     assert "Paris" in want[0][0] and "5" in want[0][1]

@@ -400,6 +400,7 @@ def test_taking_tokens_back_from_a_page(tiny: Callable[..., Any]) -> None:
 
 
 @pytest.mark.model
+@pytest.mark.slow
 def test_nearer_to_the_exact_model_than_its_base() -> None:
     from fivefold.evaluate.demo import make_task
     from fivefold.evaluate.fidelity import continued

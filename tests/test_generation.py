@@ -685,6 +685,7 @@ def smollm2() -> Iterator[tuple[Any, Any]]:
 
 @pytest.mark.model
 @pytest.mark.parametrize("recipe", REAL)
+@pytest.mark.slow
 def test_requests_that_arrive_at_random(smollm2: Any, recipe: str) -> None:
     model, tokenizer = smollm2
     ids = make_task(tokenizer, 4096).prefix[0].tolist()

@@ -74,6 +74,7 @@ def same_tokens(one, other, padded: bool = False) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.slow
 def test_steps_are_those_without(model, recipe: str) -> None:
     """Over page boundaries, packed groups, forks, crops, another chunk, and tables that are full."""
     caches = [fivefold.compress(model, recipe), fivefold.compress(model, recipe, cuda_graph=True)]
@@ -110,6 +111,7 @@ def test_steps_are_those_without(model, recipe: str) -> None:
     assert after is not before and after.fit()
 
 
+@pytest.mark.slow
 def test_sequences_of_different_lengths_and_generate(model) -> None:
     prompt, mask = ids(2, 50, model.device), torch.ones(2, 50, dtype=torch.long, device=model.device)
     mask[0, :17] = 0
@@ -125,6 +127,7 @@ def test_sequences_of_different_lengths_and_generate(model) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.slow
 def test_sequences_come_and_go_under_graphs(model, recipe: str) -> None:
     """Padded to a power of two: each size has one graph, whoever the sequences are."""
     if not GPU and recipe != RECIPES[2]:

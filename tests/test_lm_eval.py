@@ -82,6 +82,7 @@ def logs_of(model, tokens):
         return model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
 
 
+@pytest.mark.slow
 def test_full_gives_what_the_model_says(model, tokenizer, data):
     file, lines = data
     lm = FivefoldLM(model, tokenizer)
@@ -118,6 +119,7 @@ def test_full_gives_what_the_model_says(model, tokenizer, data):
     assert result["results"]["rolling"]["bits_per_byte,none"] == pytest.approx(bits / size, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_recipe_changes_what_is_read(model, tokenizer, data):
     file, lines = data
     exact = evaluate(FivefoldLM(model, tokenizer), task(file, "choices", **CHOICES))
@@ -158,6 +160,7 @@ def test_a_recipe_that_does_not_fit_is_refused_at_once(model, tokenizer):
 
 
 @pytest.mark.model
+@pytest.mark.slow
 def test_the_embedded_model_finds_words_and_a_forgetful_cache_does_not(data):
     from fivefold.models import embedded
 

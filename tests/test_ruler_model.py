@@ -212,6 +212,7 @@ def test_intervals_of_means_of_parts_cover() -> None:
 
 @pytest.mark.model
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_the_embedded_model_finds_a_needle_and_a_forgetful_cache_does_not(tmp_path: Path) -> None:
     from fivefold.models import embedded
 
