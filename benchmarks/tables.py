@@ -182,17 +182,17 @@ def _sessions(name: str) -> str:
 
 def day() -> str:
     made = []
-    for name in ("day_smollm2_cpu", "day_smollm2_cpu_batch1"):
+    for name in ("day_smollm2_cpu", "day_smollm2_cpu_batch1", "day_smollm2_cpu_full"):
         row = result(name)["rows"][0]
         differing, mean, resumed = row["answers_other_than_alone"], row["waiting_on_average"], row["resumed"]
         places = " / ".join(f"{mean[key]:.0f}" for key in ("resident", "offloaded", "saved"))
         times = (f"{resumed[key]['median_ms']:.0f} ({resumed[key]['times']})" for key in ("offloaded", "saved"))
         made.append((
-            f"{row['conversations']}", f"{row['answered']:,} of {row['turns']:,}", f"{row.get('max_batch', 16)}",
+            code(row["recipe"]), f"{row['conversations']}", f"{row['answered']:,} of {row['turns']:,}", f"{row.get('max_batch', 16)}",
             f"{differing if isinstance(differing, int) else len(differing)}", f"{row['cap_bytes'] / MIB:.0f}",
             f"{row['most_bytes'] / MIB:.0f}", f"{row['preemptions']}", places, *times,
         ))  # fmt: skip
-    head = "conversations | turns answered | batch | other than alone | cap, MiB | most, MiB | preempted"
+    head = "cache | conversations | turns answered | batch | other than alone | cap, MiB | most, MiB | preempted"
     where = "waiting on average in pages / host / disk"
     return markdown(f"{head} | {where} | resumed from host, ms (times) | from disk, ms (times)", made)
 
