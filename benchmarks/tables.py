@@ -188,7 +188,8 @@ def day() -> str:
         places = " / ".join(f"{mean[key]:.0f}" for key in ("resident", "offloaded", "saved"))
         times = (f"{resumed[key]['median_ms']:.0f} ({resumed[key]['times']})" for key in ("offloaded", "saved"))
         made.append((
-            code(row["recipe"]), f"{row['conversations']}", f"{row['answered']:,} of {row['turns']:,}", f"{row.get('max_batch', 16)}",
+            code(row["recipe"]), f"{row['conversations']}", f"{row['answered']:,} of {row['turns']:,}",
+            f"{row.get('max_batch', 16)}",
             f"{differing if isinstance(differing, int) else len(differing)}", f"{row['cap_bytes'] / MIB:.0f}",
             f"{row['most_bytes'] / MIB:.0f}", f"{row['preemptions']}", places, *times,
         ))  # fmt: skip
