@@ -204,7 +204,7 @@ def test_scaled_rotary_embeddings(tiny: Any, rope: dict[str, Any]) -> None:
 
 def test_dynamic_rotary_embeddings_are_refused(tiny: Any) -> None:
     model = tiny("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
-    rope, why = rope_of(model, 0, model.model.layers[0].self_attn, 64, True)
+    rope, why = rope_of(model, 0, model.model.layers[0].self_attn, 64)
     assert rope is None and "(dynamic)" in why
 
 

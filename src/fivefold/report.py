@@ -117,8 +117,8 @@ def measure(session: Session, recipe: str, graph: int = 0) -> Report:
         free += pool.free_pages * nbytes
         forks += (pool.pages_in_use - len(unique)) * nbytes
     sliding = 0 if session.companions is None else session.companions.nbytes
-    tokens, specs = session.length * len(session.lengths()), [store.spec for store in session.stores.values()]
-    sequences = len(session.lengths())
+    sequences, specs = len(session.lengths()), [store.spec for store in session.stores.values()]
+    tokens = session.length * sequences
     exact_equivalent = sum(
         2 * sequences * min(session.length, (spec.window or session.length + 1) - 1)
         * spec.kv_heads * spec.head_dim * spec.dtype.itemsize

@@ -53,13 +53,11 @@ def attend(
         newest = (None, None) if stored else (key.reshape(rows, dim), value.reshape(rows, dim))
         out = store.bank.mirror.attend(store, query.reshape(rows, group, dim), *newest, scaling, sinks)
         return out.view(batch, 1, query_heads, dim)
-    store = session.deliver(
-        index,
-        {
-            "kv_heads": kv_heads, "query_heads": query_heads, "head_dim": dim, "dtype": key.dtype,
-            "device": key.device, "cap": cap,
-        },
-    ) if not stored else session.stores[index]  # fmt: skip
+    if stored:
+        store = session.stores[index]
+    else:
+        shape = {"kv_heads": kv_heads, "query_heads": query_heads, "head_dim": dim, "cap": cap}
+        store = session.deliver(index, {**shape, "dtype": key.dtype, "device": key.device})
     queries = query.reshape(rows, group, chunk, dim)
     keys, values = key.reshape(rows, chunk, dim), value.reshape(rows, chunk, dim)
     if chunk > 1 and store.codec is not None and not stored:

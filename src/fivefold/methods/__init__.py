@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from fivefold.errors import RecipeError
 from fivefold.methods.method import SLOTS, Method, ReadPolicy, Slot, channels_of, param
-from fivefold.methods.policy import TokenPolicy
+from fivefold.methods.policy import TokenPolicy, floor_param, keep_param
 from fivefold.store.codec import FLOAT16_MAX, Codec, check_finite
 
 __all__ = [
@@ -29,6 +29,8 @@ __all__ = [
     "channels_of",
     "check_finite",
     "find",
+    "floor_param",
+    "keep_param",
     "param",
     "register",
     "registered",

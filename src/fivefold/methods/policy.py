@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from fivefold.methods.method import Method
+from fivefold.methods.method import Method, param
 from fivefold.store.held import Held
 from fivefold.store.plan import Append, Demote, EvictOne, EvictPacked, Keep, Plan, Stored
 from fivefold.store.rows import Bounds, Extent
+
+
+def keep_param(default: float, what: str = "fraction of the prompt's tokens that a head holds") -> Any:
+    """The parameter `keep` of a method whose `default_keep` is this."""
+    return param(None, f"{what}; left out: {default}, but no less than the floor", low=0.001, high=1)
+
+
+def floor_param(default: int = 512) -> Any:
+    """The parameter `floor` of a method whose `default_floor` is this."""
+    return param(None, f"tokens below which none goes; left out: {default}, or 0 beside a keep", low=0)
 
 
 class TokenPolicy(Method):

@@ -41,17 +41,11 @@ def attention(
 ) -> tuple[torch.Tensor, Any]:
     """query `[batch, query_head, tokens, head_dim]`, key and value `[batch, kv_head, tokens, head_dim]`."""
     called: Called | None = kwargs.pop(CALLED, None)
-    if called is None:
+    index = None if called is None else _source(called, key, value)
+    stored = called is not None and called.index not in called.session.stores
+    if called is None or (stored and index is None):  # or it shares the keys of a layer that stays transformers' own
         return stock_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    index, stored = called.index, called.index not in called.session.stores
-    if stored:
-        found = [source for source, (keys, values) in called.session.brought.items() if keys is key and values is value]
-        if not found:  # those of a layer that stays transformers' own
-            return stock_attention(
-                module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-            )
-        index = found[0]
-    elif called.session.brought[index][0] is not key or called.session.brought[index][1] is not value:
+    if index is None:
         raise UnsupportedModelError(
             f"{type(module).__name__} attends to other keys and values than it gives to the cache, which Fivefold "
             "cannot know of: use DynamicCache."
@@ -64,8 +58,8 @@ def attention(
         raise CacheStateError(
             "output_attentions=True needs the whole attention matrix, which a compressed cache never builds: drop it."
         )
-    if attention_mask is not None and attention_mask.ndim == 4 and attention_mask.shape[1:3] == (1, 1):
-        attention_mask = attention_mask[:, 0, 0] if attention_mask.dtype == torch.bool else attention_mask
+    if attention_mask is not None and attention_mask.shape[1:3] == (1, 1) and attention_mask.dtype == torch.bool:
+        attention_mask = attention_mask[:, 0, 0]  # as `mask` gives it where layers share keys
     if attention_mask is not None and attention_mask.ndim != 2:
         raise CacheStateError(
             f"an attention mask of shape {tuple(attention_mask.shape)} cannot be used with a compressed cache: "
@@ -82,6 +76,13 @@ def attention(
     )  # fmt: skip
     called.session.done(called.index)
     return out, None
+
+
+def _source(called: Called, key: torch.Tensor, value: torch.Tensor) -> int | None:
+    """The layer that has given these very tensors to the cache: the called one, or the one whose keys it shares."""
+    brought = called.session.brought
+    layers = (called.index,) if called.index in brought else brought
+    return next((layer for layer in layers if brought[layer][0] is key and brought[layer][1] is value), None)
 
 
 def mask(

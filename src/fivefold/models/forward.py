@@ -19,8 +19,8 @@ from fivefold.calibrate.profile import signature
 from fivefold.errors import CacheStateError, UnsupportedModelError
 from fivefold.models.attention import NAME
 from fivefold.models.cache import FivefoldCache
-from fivefold.models.selection import selected
-from fivefold.models.specs import configs_of, decoder_config, rope_switch
+from fivefold.models.selection import decoder_config, selected
+from fivefold.models.specs import configs_of, rope_switch
 
 
 class Forward:

@@ -29,8 +29,8 @@ from fivefold.methods import ReadPolicy, TokenPolicy
 from fivefold.models import forward
 from fivefold.models.attention import CALLED, NAME, Called, attention, mask
 from fivefold.models.cache import FivefoldCache
-from fivefold.models.selection import is_selected, selected
-from fivefold.models.specs import attention_modules, check_model, decoder_config, has_weights, layer_spec
+from fivefold.models.selection import decoder_config, is_selected, selected
+from fivefold.models.specs import attention_modules, check_model, has_weights, layer_spec
 from fivefold.models.stock import STATES, StockLayers
 from fivefold.recipe import Recipe
 from fivefold.store.layer_cache import LayerCache

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
-from fivefold.models.selection import selected
+from fivefold.models.selection import decoder_config, selected
 from fivefold.store.context import Rope
 
 _NAME = "fivefold_probe"
@@ -66,7 +66,7 @@ def unrotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, turning: Tur
 
 def _rotary_of(model: PreTrainedModel) -> Any:
     """The rotary embedding of a model's decoder."""
-    config = model.config.get_text_config(decoder=True)
+    config = decoder_config(model)
     found = [module for name, module in model.named_modules() if name.split(".")[-1] == "rotary_emb"]
     return next((one for one in found if getattr(one, "config", config) is config), None)
 
@@ -90,7 +90,7 @@ def _probe(model: PreTrainedModel, index: int, module: torch.nn.Module) -> Turni
         return query.transpose(1, 2), None
 
     AttentionInterface.register(_NAME, take)
-    config: Any = model.config.get_text_config(decoder=True)
+    config: Any = decoder_config(model)
     weights = [x for x in (*module.parameters(), *model.parameters()) if x.is_floating_point()]
     dtype = weights[0].dtype if weights else torch.float32
     device = next((x.device for x in weights if x.device.type != "meta"), torch.device("cpu"))
@@ -118,14 +118,9 @@ def _probe(model: PreTrainedModel, index: int, module: torch.nn.Module) -> Turni
     return None
 
 
-def rope_of(
-    model: PreTrainedModel, index: int, module: torch.nn.Module, head_dim: int, wanted: bool
-) -> tuple[Rope | None, str]:
-    """How the keys of a layer are turned by position; or None, and why that is not known. wanted: whether anybody asks;
-    else nothing is tried."""
-    config = model.config.get_text_config(decoder=True)
-    if not wanted:
-        return None, "the method says that it does not ask (`before_rope = False`)"
+def rope_of(model: PreTrainedModel, index: int, module: torch.nn.Module, head_dim: int) -> tuple[Rope | None, str]:
+    """How the keys of a layer are turned by position; or None, and why that is not known."""
+    config = decoder_config(model)
     rotary = _rotary_of(model)
     types = getattr(config, "layer_types", None)
     kind, inv_freq = getattr(rotary, "rope_type", None), getattr(rotary, "inv_freq", None)

@@ -23,6 +23,11 @@ _lock = threading.Lock()
 _here = threading.local()
 
 
+def decoder_config(model: Any) -> Any:
+    """The configuration of a model's decoder: its own, or that of the text part of a multimodal model."""
+    return model.config.get_text_config(decoder=True)
+
+
 @dataclass
 class _Selection:
     """config: whose implementation is another just now. before: what it was. users: calls that want it so."""

@@ -12,12 +12,8 @@ from transformers import PreTrainedModel
 from fivefold.calibrate.profile import config_hash, of_layer, signature
 from fivefold.errors import UnsupportedModelError
 from fivefold.models.rotary import rope_of
+from fivefold.models.selection import decoder_config
 from fivefold.store.spec import DTYPES, LayerSpec
-
-
-def decoder_config(model: Any) -> Any:
-    """The configuration of a model's decoder: its own, or that of the text part of a multimodal model."""
-    return model.config.get_text_config(decoder=True)
 
 
 def configs_of(model: PreTrainedModel) -> list[Any]:
@@ -141,7 +137,9 @@ def layer_spec(model: PreTrainedModel, index: int, module: torch.nn.Module, turn
     if isinstance(made, int) and made % dim == 0:
         kv_heads = made // dim
         heads = kv_heads * getattr(module, "num_key_value_groups", heads // kv_heads)
-    rope, no_rope = rope_of(model, index, module, dim, turned)
+    rope, no_rope = None, "the method says that it does not ask (`before_rope = False`)"
+    if turned:
+        rope, no_rope = rope_of(model, index, module, dim)
     return LayerSpec(
         layer=index,
         layers=config.num_hidden_layers,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fivefold.methods import TokenPolicy, param, register
+from fivefold.methods import TokenPolicy, floor_param, keep_param, param, register
 from fivefold.store import Held
 
 _PIECE = 512  # tokens that are compared with all that stay at a time
@@ -42,13 +42,9 @@ class D2O(TokenPolicy):
     (position, score).
     """
 
-    keep: float | None = param(
-        None,
-        "fraction of the prompt's tokens that a head holds on average; left out: 0.2, but no less than the floor",
-        low=0.001,
-        high=1,
-    )
-    floor: int | None = param(None, "tokens below which none goes; left out: 512, or 0 beside a keep", low=0)
+    default_keep = 0.2
+    keep: float | None = keep_param(default_keep, "fraction of the prompt's tokens that a head holds on average")
+    floor: int | None = floor_param()
     recent: float = param(0.5, "fraction of those that are the most recent tokens", low=0, high=1)
     sink: int = param(4, "first tokens that never go", low=0)
     alpha: float = param(0.3, "weight of the threshold so far", low=0, high=1)
@@ -56,8 +52,6 @@ class D2O(TokenPolicy):
     layers: bool = param(True, "whether layers share the budget by their variance; else evenly")
 
     merging: bool = param(True, "whether what goes is merged into its like; else it is lost")
-
-    default_keep = 0.2
 
     @property
     def merges(self) -> bool:  # type: ignore[override]

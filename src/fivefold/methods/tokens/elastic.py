@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fivefold.methods import TokenPolicy, param, register
+from fivefold.methods import TokenPolicy, floor_param, keep_param, param, register
 from fivefold.store import Held
 
 
@@ -35,16 +35,13 @@ class ElasticCache(TokenPolicy):
     score).
     """
 
-    keep: float | None = param(
-        None, "fraction of the tokens that a head holds; left out: 0.5, but no less than the floor", low=0.001, high=1
-    )
-    floor: int | None = param(None, "tokens below which none goes; left out: 512, or 0 beside a keep", low=0)
+    default_keep = 0.5
+    keep: float | None = keep_param(default_keep, "fraction of the tokens that a head holds")
+    floor: int | None = floor_param()
     sink: int = param(4, "first tokens that always stay", low=0)
     offset: int = param(25, "where tokens go while generating, from the end of the held prompt", low=1)
 
     merging: bool = param(True, "whether what goes is averaged into what stays; else it is lost")
-
-    default_keep = 0.5
     watches = False
 
     @property

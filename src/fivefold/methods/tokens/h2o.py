@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fivefold.methods import TokenPolicy, param, register
+from fivefold.methods import TokenPolicy, floor_param, keep_param, param, register
 from fivefold.store import Held
 
 
@@ -28,16 +28,10 @@ class H2O(TokenPolicy):
     Bytes per head: max(floor, round(keep * prompt)) tokens in pages, and 8 bytes for each of them (position, score).
     """
 
-    keep: float | None = param(
-        None,
-        "fraction of the prompt's tokens that a head holds; left out: 0.2, but no less than the floor",
-        low=0.001,
-        high=1,
-    )
-    floor: int | None = param(None, "tokens below which none goes; left out: 512, or 0 beside a keep", low=0)
-    recent: float = param(0.5, "fraction of those that are the most recent tokens", low=0, high=1)
-
     default_keep = 0.2
+    keep: float | None = keep_param(default_keep)
+    floor: int | None = floor_param()
+    recent: float = param(0.5, "fraction of those that are the most recent tokens", low=0, high=1)
 
     def priority(self, held: Held, budget: int) -> torch.Tensor:
         return held.scores.masked_fill(held.newest(int(self.recent * budget)), float("inf"))

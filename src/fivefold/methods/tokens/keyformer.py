@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fivefold.kernels.shared import shared
-from fivefold.methods import TokenPolicy, param, register
+from fivefold.methods import TokenPolicy, floor_param, keep_param, param, register
 from fivefold.store import Held
 
 # Noise is read from a table of this many draws, from a place that depends on the query: a prime.
@@ -36,20 +36,14 @@ class Keyformer(TokenPolicy):
     Bytes per head: max(floor, round(keep * prompt)) tokens in pages, and 8 bytes for each of them (position, score).
     """
 
-    keep: float | None = param(
-        None,
-        "fraction of the prompt's tokens that a head holds; left out: 0.6, but no less than the floor",
-        low=0.001,
-        high=1,
-    )
-    floor: int | None = param(None, "tokens below which none goes; left out: 512, or 0 beside a keep", low=0)
+    default_keep = 0.6
+    keep: float | None = keep_param(default_keep)
+    floor: int | None = floor_param()
     recent: float = param(0.3, "fraction of those that are the most recent tokens", low=0, high=1)
     tau_init: float = param(1.0, "temperature of the prompt's scores", low=0.01)
     tau_end: float = param(2.0, "temperature after `steps` tokens", low=0.01)
     steps: int = param(512, "generated tokens over which the temperature rises", low=1)
     seed: int = param(0, "of the noise", low=0)
-
-    default_keep = 0.6
 
     def observe(self, weights: torch.Tensor, held: Held, first: int) -> torch.Tensor:
         _, group, queries, slots = weights.shape

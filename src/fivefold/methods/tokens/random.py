@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fivefold.methods import TokenPolicy, param, register
+from fivefold.methods import TokenPolicy, floor_param, keep_param, param, register
 from fivefold.store import Held
 
 _PRIME = 2**31 - 1
@@ -22,18 +22,12 @@ class RandomTokens(TokenPolicy):
     score).
     """
 
-    keep: float | None = param(
-        None,
-        "fraction of the prompt's tokens that a head holds; left out: 0.2, but no less than the floor",
-        low=0.001,
-        high=1,
-    )
-    floor: int | None = param(None, "tokens below which none goes; left out: 512, or 0 beside a keep", low=0)
+    default_keep = 0.2
+    keep: float | None = keep_param(default_keep)
+    floor: int | None = floor_param()
     recent: float = param(0.5, "fraction of those that are the most recent tokens", low=0, high=1)
     sink: int = param(4, "first tokens that never go", low=0)
     seed: int = param(0, "of the choice", low=0)
-
-    default_keep = 0.2
     observes = 0
     watches = False
 

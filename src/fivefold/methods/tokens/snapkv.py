@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fivefold.errors import RecipeError
-from fivefold.methods import TokenPolicy, param, register
+from fivefold.methods import TokenPolicy, floor_param, keep_param, param, register
 from fivefold.store import Held
 
 
@@ -33,18 +33,12 @@ class SnapKV(TokenPolicy):
     each of them (position, score).
     """
 
-    keep: float | None = param(
-        None,
-        "fraction of the prompt's tokens that a head holds; left out: 0.2, but no less than the floor",
-        low=0.001,
-        high=1,
-    )
-    floor: int | None = param(None, "tokens below which none goes; left out: 2048, or 0 beside a keep", low=0)
+    default_keep, default_floor = 0.2, 2048
+    keep: float | None = keep_param(default_keep)
+    floor: int | None = floor_param(default_floor)
     window: int = param(32, "last tokens of the prompt, whose attention counts", low=1)
     kernel: int = param(7, "neighbours that are pooled, an odd number", low=1)
     pooling: str = param("mean", "how they are pooled", choices=("mean", "max"))
-
-    default_keep, default_floor = 0.2, 2048
     accumulates = watches = trims = False
 
     def check(self) -> None:
