@@ -1,15 +1,21 @@
 """`fivefold doctor` and `fivefold bench`, on what this machine has."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
+
+from fivefold.cli.app import app
 
 
 def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    import os
-
+    """In a process of its own where the environment is to be another."""
+    if not env:
+        done = CliRunner().invoke(app, args)
+        return subprocess.CompletedProcess(args, done.exit_code, done.stdout, done.stderr)
     return subprocess.run(
         [sys.executable, "-m", "fivefold", *args], capture_output=True, text=True, env={**os.environ, **env}
     )

@@ -414,6 +414,7 @@ class Talk:
         return self.said["stderr"].decode()
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_not_the_chat(tiny: Path, tmp_path: Path):
     talk = Talk("-m", tiny, "-r", "kivi(bits=2)", "-n", "50000", "--session", tmp_path / "talk")
     talk.write(ONE)
@@ -442,6 +443,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(tiny: Path, tmp_path: Path):
     assert again.answers == answers[1:]
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_a_message_is_read_forgets_it(tiny: Path):
     talk = Talk("-m", tiny, "-r", "full()", "-n", "12", "--chunk", "1")
     talk.write(ONE)
@@ -457,6 +459,7 @@ def test_ctrl_c_while_a_message_is_read_forgets_it(tiny: Path):
     assert talk.out.splitlines() == expected(tiny, ONE, TWO)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_a_turn_at_once(tmp_path: Path):
     """In the middle of a forward that takes its time."""
     model = save(tmp_path / "deep", TEMPLATE, num_hidden_layers=12, **WIDE)
@@ -532,6 +535,7 @@ def _own_terminal() -> None:
 
 
 @pytest.mark.parametrize("everything", [True, False], ids=["all", "stdout-in-a-file"])
+@pytest.mark.slow
 def test_in_a_terminal(tiny: Path, tmp_path: Path, everything: bool):
     """A sign that asks for input, Ctrl-C and Ctrl-D as keys; answers alone go to stdout."""
     screen, theirs = pty.openpty()

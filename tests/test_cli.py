@@ -450,10 +450,12 @@ def interrupt_demo(folder: Path, *args: str | Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["out.json"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_generating(tiny: Path):
     interrupt_generate("-m", tiny, "-p", PROMPT, "-n", "90000")
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_reading_the_prompt(tiny: Path, tmp_path: Path):
     long = tmp_path / "long.txt"
     long.write_text(" ".join([PROMPT] * 300))
@@ -463,6 +465,7 @@ def test_ctrl_c_while_reading_the_prompt(tiny: Path, tmp_path: Path):
     assert b"prefill" in command.seen and b"decode" not in command.seen
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_demo(tiny: Path, tmp_path: Path):
     many = ["--recipe=kivi(bits=2)"] * 100  # one takes a moment
     interrupt_demo(tmp_path, "-m", tiny, "-c", "4096", *many)
@@ -611,6 +614,7 @@ def test_eval_refuses_in_one_sentence(tiny: Path, tmp_path: Path):
     assert not store.exists()
 
 
+@pytest.mark.slow
 def test_a_killed_eval_goes_on_with_equal_results(tiny: Path, tmp_path: Path):
     """SIGKILL half-way: what was finished is not run again, and the results are those of a run that was not killed."""
     store, file, whole = tmp_path / "s.jsonl", tmp_path / "out.json", tmp_path / "whole.json"
@@ -637,6 +641,7 @@ def test_a_killed_eval_goes_on_with_equal_results(tiny: Path, tmp_path: Path):
     assert without_times(json.loads(file.read_text())) == without_times(json.loads(whole.read_text()))
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_eval_says_that_work_is_kept(tiny: Path, tmp_path: Path):
     store = tmp_path / "s.jsonl"
     command = Process("eval", *measured(tiny, store, "-s", "fidelity", "-k", "400", "-r", "full()"))
@@ -670,6 +675,7 @@ def test_generate_with_the_embedded_model(fetched: Path):
 
 
 @pytest.mark.model
+@pytest.mark.slow
 def test_ctrl_c_while_generating_with_the_embedded_model(fetched: Path):
     interrupt_generate("-p", "Write a long story about a ship.", "-n", "4000")
 

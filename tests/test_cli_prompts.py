@@ -345,6 +345,7 @@ def some(out: Path, least: int = 3) -> Callable[[], bool]:
     return lambda: out.exists() and out.read_bytes().count(b"\n") >= least
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_done(tiny: Path, tmp_path: Path):
     out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     command = ["generate", "-m", tiny, *many(tmp_path)]
@@ -362,6 +363,7 @@ def test_ctrl_c_keeps_what_is_done(tiny: Path, tmp_path: Path):
     assert without_times(out) == without_times(whole)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(tiny: Path, tmp_path: Path):
     out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     command = ["generate", "-m", tiny, *many(tmp_path)]
@@ -470,6 +472,7 @@ def test_prompts_from_stdin(tiny: Path, tmp_path: Path):
 
 
 @pytest.mark.model
+@pytest.mark.slow
 def test_prompts_with_the_embedded_model(tmp_path: Path):
     embedded.fetch()
     lands = ("France", "Italy", "Japan")

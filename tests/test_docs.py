@@ -286,6 +286,7 @@ class Page(HTMLParser):
             self.links.append(str(given["href"]))
 
 
+@pytest.mark.slow
 def test_the_api_reference_is_complete(tmp_path: Path):
     done = subprocess.run([sys.executable, ROOT / "scripts/api.py", tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -86,6 +86,7 @@ def test_full_is_the_exact_cache_and_worse_recipes_are_ranked_below(result):
     assert json.loads(json.dumps(result, allow_nan=False)) == json.loads(json.dumps(result))
 
 
+@pytest.mark.slow
 def test_full_equals_plain_transformers_on_every_task(model, tokenizer, tmp_path):
     plan = Plan(("full()",), tuple(tasks()), (4000,), 1, everything=True)
     cells = run(model, tokenizer, plan, tmp_path / "kept.jsonl")["cells"]

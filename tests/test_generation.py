@@ -305,7 +305,7 @@ def crowded(model: Any, recipe: str, asked: Sequence[Request], grows: bool) -> l
         cap *= 1.2  # a prompt needs more while it is read
 
 
-LONG = ((40, 50, 30, 60), (90, 110, 80, 100))
+LONG = ((40, 50, 30, 60), (60, 70, 50, 65))
 CROWDED = (
     "full", "kivi4", "kivi-residual", "gear", "mikv", "rotatekv", "cskv", "duo", "streaming+kivi", "h2o", "snapkv+kivi",
     "d2o", "elastic", "tidal+kivi",
@@ -320,6 +320,7 @@ def test_preemption_changes_no_token(tiny: Any, name: str) -> None:
     check(model, recipe, crowded(model, recipe, requests(*LONG), grows))
 
 
+@pytest.mark.slow
 def test_preemption_beside_sliding_layers(tiny: Any) -> None:
     model, recipe = tiny("gemma3_text"), "kivi(bits=4, residual=32)"
     check(model, recipe, crowded(model, recipe, requests(*LONG), True))

@@ -130,6 +130,7 @@ def test_a_recipe_changes_what_is_read(model, tokenizer, data):
     assert lost["config"]["recipe"] == "streaming(sink=0, recent=8)"
 
 
+@pytest.mark.slow
 def test_long_texts_lose_their_beginning(model, tokenizer, data):
     file, lines = data
     lm = FivefoldLM(model, tokenizer, max_length=100)

@@ -40,11 +40,17 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStore = pytest.mark.usefixtures("one_thread")(StoreMachine.TestCase)
-# 200 runs of 50 operations. CI always tries the same ones.
+# 60 runs of 50 operations, and 200 where there is time. CI always tries the same ones.
 TestStore.settings = settings(
-    max_examples=200,
+    max_examples=60,
     stateful_step_count=50,
     deadline=None,
     derandomize="CI" in os.environ,
     suppress_health_check=list(HealthCheck),
 )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+class TestStoreForLonger(StoreMachine.TestCase):
+    settings = settings(TestStore.settings, max_examples=200)
