@@ -145,7 +145,7 @@ def _pack(form: Form, tokens: int, device: torch.device, dtype: torch.dtype) -> 
 def filled(recipe: Recipe, device: torch.device, context: int, batch: int, dtype: torch.dtype) -> LayerCache:
     """A layer that holds `context` random tokens of `batch` sequences, put there piece by piece."""
     spec = LayerSpec(0, 1, KV_HEADS, KV_HEADS * GROUP, HEAD_DIM, dtype, device)
-    owner = recipe.get("bits") or recipe.get("channels")
+    owner = recipe.packer
     codec = owner.codec(spec) if owner else None
     layer = LayerCache(spec, Pools(), recipe.extents(spec), codec, owner.exact_tokens if owner else 0)
     layer.start(batch)

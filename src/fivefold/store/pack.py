@@ -172,6 +172,8 @@ def _remember(bank: Tables, rows: np.ndarray, peak: float) -> None:
 
 def _encode(bank: Tables, due: Due, chunk: Chunk | None, group: RowGroup | None, held: Held | None) -> None:
     """By the codec, a bounded part of the tokens at a time; the rest of an open page first."""
+    if bank.device.type == "meta":
+        return  # there is nothing to write, and nothing to write it to
     assert bank.packed is not None and bank.packing is not None and bank.change is not None
     layer, page, dim = bank.layers[int(due.rows[0]) // bank.rows], bank.packing.page, bank.layers[0].spec.head_dim
     if layer.codec.contextual and group is None:  # type: ignore[union-attr]
