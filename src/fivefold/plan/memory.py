@@ -13,15 +13,19 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from fivefold.attention.fused import why_not
+from fivefold.attention.tables import tables_of
 from fivefold.engine.build import build
-from fivefold.engine.session import Session
+from fivefold.kernels.choice import Choice, planned
 from fivefold.plan.shape import ModelShape
 from fivefold.recipe import Recipe
 from fivefold.report import Report, measure
+from fivefold.store.group import RowGroup
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.spec import LayerSpec, Pools
 
 NOWHERE = torch.device("meta")
+GPU = Choice("cuda", "a GPU is planned for")
 
 
 def specs_of(shape: ModelShape, dtype: torch.dtype, sliding: bool = False) -> list[LayerSpec]:
@@ -49,27 +53,28 @@ def specs_of(shape: ModelShape, dtype: torch.dtype, sliding: bool = False) -> li
 class Rehearsal:
     """A cache of a recipe for a model, of which only the sizes exist.
 
-    specs: as `specs_of` makes them. hidden: the width of the model's residual stream, which some codecs look at.
+    specs: as `specs_of` makes them. hidden: the width of the model's residual stream, which some codecs look at. path:
+    which kernels the device has for which this is planned.
     """
 
-    def __init__(self, recipe: Recipe, specs: Sequence[LayerSpec], hidden: int = 1) -> None:
-        self.recipe, self.hidden = recipe, hidden
+    def __init__(self, recipe: Recipe, specs: Sequence[LayerSpec], hidden: int = 1, path: Choice = GPU) -> None:
+        self.recipe, self.hidden, self.path = recipe, hidden, path
         self.session = build(recipe, specs, Pools())
         self.session.choose_together = self._choose_together  # type: ignore[method-assign]
 
     def feed(self, batch: int, tokens: int) -> None:
         """A forward of so many tokens of each of `batch` sequences."""
         session = self.session
-        with session.atomic():
-            session.tokens, session.offsets = np.full(batch, tokens), np.zeros(batch, dtype=np.int64)
-            session.chunk = tokens
-            for store in session.stores.values():
+        with planned(self.path), session.atomic():
+            session.admit(batch, tokens, None, None)
+            for index, store in session.stores.items():
                 if not store.batch:
                     store.start(batch)
-                for group in store.groups:
-                    self._take(store, group, tokens)
+                if index not in session.stepping:
+                    for group in store.groups:
+                        self._take(store, group, tokens)
 
-    def _take(self, store: LayerCache, group, tokens: int) -> None:
+    def _take(self, store: LayerCache, group: RowGroup, tokens: int) -> None:
         spec, policy, rows = store.spec, store.policy, len(group.rows)
 
         def nothing(*shape: int, dtype: torch.dtype = spec.dtype) -> torch.Tensor:
@@ -81,15 +86,15 @@ class Rehearsal:
             queries = nothing(rows, spec.query_heads // spec.kv_heads, tokens, spec.head_dim)
             inputs = nothing(len(np.unique(sequences)), tokens, self.hidden)
             store.learn(group, self.session.offsets[sequences], queries, keys, values, inputs)
-        if tokens == 1:
-            store.append(group, keys, values, advance=False)
-            if group.held is not None and policy is not None and policy.watching(group.held):
-                store.observe(group, nothing(rows, 1, group.held.slots, dtype=torch.float32))
-            return
         observed = None
-        if group.held is not None and policy is not None and policy.observes != 0 and policy.chooses:
+        if tokens > 1 and group.held is not None and policy is not None and policy.chooses and policy.observes != 0:
             observed = nothing(rows, group.held.slots + tokens, dtype=torch.float32)
-        store.append(group, keys, values, observed=observed)
+        store.append(group, keys, values, advance=tokens > 1, observed=observed)
+        watched = group.held is not None and policy is not None and policy.watching(group.held)
+        selects = self.session.roles.get(spec.layer) == "select"
+        if tokens == 1 and not (watched or selects):
+            if why_not(store, NOWHERE, spec.query_heads // spec.kv_heads) is None:
+                tables_of(store.bank).sync()
 
     def _choose_together(self) -> None:
         """Layers that share a budget by their attention: nobody knows it, and each gets an even share."""
@@ -101,6 +106,7 @@ class Rehearsal:
 
     def report(self) -> Report:
         """What a cache that was fed the same would report."""
+        self.session.tidy()
         return measure(self.session, str(self.recipe))
 
 

@@ -108,10 +108,10 @@ class Held:
 
     def over_heads(self, values: torch.Tensor) -> torch.Tensor:
         """The mean over all rows of the same sequence, for each of them; the shape of `values`, `[rows, ...]`."""
-        which, place = self.sequences.unique(return_inverse=True)
+        which, place, counts = self.sequences.unique(return_inverse=True, return_counts=True)
+        place, counts = (x.to(values.device) for x in (place, counts))
         sums = values.new_zeros(len(which), *values.shape[1:]).index_add_(0, place, values)
-        counts = place.bincount(minlength=len(which)).view(-1, *[1] * (values.ndim - 1))
-        return (sums / counts)[place]
+        return (sums / counts.view(-1, *[1] * (values.ndim - 1)))[place]
 
 
 Known = tuple[list[Held], dict[str, torch.Tensor]]

@@ -136,7 +136,7 @@ def massive(inputs: torch.Tensor, count: int) -> torch.Tensor:
     `[sequences, count]`, the largest first, -1 where there are fewer."""
     out = inputs.new_full((len(inputs), count), -1, dtype=torch.int64)
     peaks = inputs.abs().flatten(1).topk(min(20, inputs[0].numel()), 1).indices // inputs.shape[2]
-    for row, tokens in enumerate(peaks.tolist()):
+    for row, tokens in enumerate([] if peaks.is_meta else peaks.tolist()):
         found = list(dict.fromkeys(tokens))[:count]
         out[row, : len(found)] = torch.tensor(found)
     return out
