@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -73,17 +72,13 @@ class Results:
         except torch.OutOfMemoryError:
             row = {**row, "error": "out of memory"}
         row["took"] = time.perf_counter() - start
-        tidy()
+        measure.tidy(machine.device())
         self.found["rows"].append(row)
         self.done.add(self.key(row))
         self.found.update(machine.stamp())
         self.save()
         said = {k: round(x, 4) if isinstance(x, float) else x for k, x in row.items() if not isinstance(x, dict | list)}
         print(said, flush=True)
-
-
-def tidy() -> None:
-    measure._tidy(machine.device())
 
 
 def build(name: str, layers: int | None) -> tuple[Any, dict[str, Any]]:
@@ -115,8 +110,8 @@ def steps(results: Results, part: str, cpu: bool) -> None:
                 model, shape = build(name, layers)
                 base = measure.memory() if not cpu else {}
             results.add({**row, "before": base}, lambda: one_step(results, row, model, shape, cpu))  # noqa: B023
-    del model
-    tidy()
+    model = None
+    measure.tidy(machine.device())
 
 
 @torch.inference_mode()
@@ -127,7 +122,8 @@ def one_step(results: Results, row: dict[str, Any], model: Any, shape: dict[str,
     alone = {**row, "size": "alone"}
     known = next((one for one in results.found["rows"] if Results.key(one) == Results.key(alone)), None)
     if row["size"] == "alone":
-        per_token = 2 * 2 * shape["num_key_value_heads"] * 128 * shape["num_hidden_layers"]
+        width = shape["num_key_value_heads"] * (shape["hidden_size"] // shape["num_attention_heads"])
+        per_token = 2 * 2 * width * shape["num_hidden_layers"]
         if recipe == "full()" and context * per_token > 1.02 * room and not cpu:
             raise torch.OutOfMemoryError
     elif known is not None and "report" in known:
@@ -145,7 +141,7 @@ def one_step(results: Results, row: dict[str, Any], model: Any, shape: dict[str,
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
-            tidy()
+            measure.tidy(machine.device())
             batch -= max(1, batch // 25)
     return found
 
@@ -161,8 +157,8 @@ def prompts(results: Results, part: str, cpu: bool) -> None:
             if model is None:
                 model, shape = build(name, None)
             results.add(row, lambda: one_prompt(row, model, shape))  # noqa: B023
-    del model
-    tidy()
+    model = None
+    measure.tidy(machine.device())
 
 
 def one_prompt(row: dict[str, Any], model: Any, shape: dict[str, Any]) -> dict[str, Any]:
@@ -185,32 +181,25 @@ def switches(results: Results, cpu: bool) -> None:
                 continue
             if model is None:
                 model, _ = build(EIGHT, None)
-            results.add(row, lambda: one_switch(row, model))  # noqa: B023
-    del model
-    tidy()
-
-
-def one_switch(row: dict[str, Any], model: Any) -> dict[str, Any]:
-    cache = decode.filled(model, row["recipe"], row["context"], 1, False)
-    report = cache.report()
-    turns = [(measure.clocked(model.device, f) for f in (cache.offload, cache.restore)) for _ in range(4)]
-    put, brought = zip(*[tuple(turn) for turn in turns])
-    cache.free()
-    return {
-        "bytes": report.total - report.free, "offload": put, "restore": brought,
-        "offload_s": statistics.median(put[1:]), "restore_s": statistics.median(brought[1:]),
-    }  # fmt: skip
+            results.add(row, lambda: measure.switched(model, row["recipe"], row["context"]))  # noqa: B023
+    model = None
+    measure.tidy(machine.device())
 
 
 def fit_file(results: Results, out: Path) -> None:
     """Write the machine of the results into a file of machines, its steps fitted on the 8B rows alone."""
     base = Machine.from_dict(results.found["constants"])
-    rows = [row for row in results.found["rows"] if row["what"] == "step" and row["model"] == EIGHT and "ms" in row]
-    fitted = fit.fit_steps([fit.Row.from_dict(row) for row in rows], base, efficiencies=True)
+    rows = [row for row in results.found["rows"] if row["model"] == EIGHT and "error" not in row]
+    fitted = fit.fit_steps([fit.Row.from_dict(row) for row in rows if row["what"] == "step"], base, efficiencies=True)
+    moved = [row for row in rows if row["what"] == "switch"]
+    if moved:
+        fitted = fit.fit_switch(moved, fitted)
     fitted = replace(fitted, source="benchmarks/plan_gpu.py, fitted on Llama-3-8B's shape", measured=True)
     known = json.loads(out.read_text())
-    index = next(i for i, one in enumerate(known["machines"]) if one["name"] == fitted.name)
-    known["machines"][index] = {**fitted.as_dict(), "aliases": known["machines"][index].get("aliases", [])}
+    name = find_machine(fitted.name).name
+    index = next(i for i, one in enumerate(known["machines"]) if one["name"] == name)
+    own = {"name": name, "aliases": known["machines"][index].get("aliases", [])}
+    known["machines"][index] = {**fitted.as_dict(), **own}
     out.write_text(json.dumps(known, indent=1) + "\n")
     print(json.dumps(fitted.as_dict(), indent=1))
     shipped.cache_clear()
@@ -236,8 +225,9 @@ def predictions(results: Results, using: Machine) -> Iterator[tuple[str, dict[st
             assert one is not None
             yield kind, row, one.seconds, row["seconds"]
         elif row["what"] == "switch":
-            there = plan_time.switch(using, row["bytes"], back=False).seconds
-            both = plan_time.switch(using, row["bytes"]).seconds
+            packed = row["recipe"] != "full()"
+            there = plan_time.switch(using, row["bytes"], packed=packed, back=False).seconds
+            both = plan_time.switch(using, row["bytes"], packed=packed).seconds
             yield "to the host", row, there, row["offload_s"]
             yield "from the host", row, both - there, row["restore_s"]
 

@@ -53,7 +53,8 @@ def llama(shape: Mapping[str, Any], name: str = "llama") -> ModelShape:
 def fit_steps(rows: Sequence[Row], machine: Machine, efficiencies: bool = False) -> Machine:
     """The machine with `FITTED`, and on demand the shares of bandwidth of attention, so that the relative errors of the
     rows are least; none of them negative."""
-    bare = replace(machine, **dict.fromkeys(FITTED, 0.0))
+    none: dict[str, Any] = dict.fromkeys(FITTED, 0.0)
+    bare = replace(machine, **none)
     kinds = sorted({read.pages for row in rows for read in row.reads}) if efficiencies else []
     names = [*FITTED, *kinds]
     table, wanted = [], []
@@ -71,6 +72,18 @@ def fit_steps(rows: Sequence[Row], machine: Machine, efficiencies: bool = False)
     if efficiencies:
         # Never more than the memory can give: what is above belongs to the constants.
         given["attention"] = {**machine.attention, **{k: min(1.0, 1 / found[k]) for k in kinds if found[k] > 0}}
+    return replace(machine, **given)
+
+
+def fit_switch(rows: Sequence[Mapping[str, Any]], machine: Machine) -> Machine:
+    """The machine with what putting caches away and bringing them back takes; rows: of `measure.switched`."""
+    given: dict[str, Any] = {}
+    for rate, start, name in (("to_host", "put_start", "offload_s"), ("from_host", "bring_start", "restore_s")):
+        seconds = np.array([row[name] for row in rows])
+        packed = np.array([row["recipe"] != "full()" for row in rows], dtype=float)
+        table = np.stack([1 - packed, packed, np.array([row["bytes"] for row in rows])], 1) / seconds[:, None]
+        exact, other, each = least(table, np.ones(len(rows)))
+        given |= {start: {"exact": exact, "packed": other}, rate: 1 / each if each else getattr(machine, rate)}
     return replace(machine, **given)
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ class Machine:
     the small operations and the gaps of a layer; packed_layer: what a layer that packs adds. host_layer: what the host
     takes to launch one layer of a chunk of a prompt, "exact" or "packed".
 
-    to_host, from_host: what `cache.offload()` and `restore()` reach; switch_start: what each of them takes besides.
+    to_host, from_host: what `cache.offload()` and `restore()` reach; put_start, bring_start: what they take besides, of
+    an "exact" cache or one with "packed" pages.
     pinned_to, pinned_from: the same of a plain copy. link: all-reduce between GPUs; link_start: what each one takes.
 
     date, source: of these numbers. measured: whether they were measured on such a machine.
@@ -61,7 +63,8 @@ class Machine:
     host_layer: Mapping[str, float]
     to_host: float
     from_host: float
-    switch_start: float
+    put_start: Mapping[str, float]
+    bring_start: Mapping[str, float]
     pinned_to: float
     pinned_from: float
     link: float
@@ -76,7 +79,7 @@ class Machine:
         known = sorted((int(count), rate) for count, rate in self.streaming.items())
         if rows <= known[0][0]:
             return known[0][1]
-        for (low, slow), (high, fast) in zip(known, known[1:]):
+        for (low, slow), (high, fast) in pairwise(known):
             if rows <= high:
                 share = math.log(rows / low) / math.log(high / low)
                 return slow + share * (fast - slow)
@@ -144,18 +147,15 @@ def find_machine(name: str) -> Machine:
     found = {label: one for one in reversed(shipped()) for label in (_plain(one.name), *map(_plain, one.aliases))}
     if wanted in found:
         return found[wanted]
-    # The first that begins with what was asked for, in the order of the file; else one that the name begins with.
-    for one in shipped():
-        if wanted and any(label.startswith(wanted) for label in (_plain(one.name), *map(_plain, one.aliases))):
-            return one
-    inside = [label for label in found if len(label) > 2 and wanted.startswith(label)]
-    if inside:
-        return found[max(inside, key=len)]
+    begun = list(dict.fromkeys(one.name for label, one in found.items() if wanted and label.startswith(wanted)))
+    if len(begun) == 1:
+        return found[_plain(begun[0])]
     near = difflib.get_close_matches(wanted, found, 3, 0.5)
-    names = list(dict.fromkeys(found[label].name for label in near)) or [one.name for one in shipped()]
+    names = begun or list(dict.fromkeys(found[label].name for label in near))
+    said = " or ".join(names) if names else "one of " + ", ".join(one.name for one in shipped())
     raise InputError(
-        f"--gpu {name!r} is not known: write {' or '.join(names) if near else 'one of ' + ', '.join(names)}, or "
-        "measure the one at hand with fivefold plan --measure and write auto."
+        f"--gpu {name!r} is {'more than one' if begun else 'not known'}: write {said}, or measure the one at hand with "
+        "fivefold plan --measure and write auto."
     )
 
 
@@ -169,8 +169,6 @@ def read_machine(path: Path) -> Machine:
     try:
         return Machine.from_dict(json.loads(path.read_text(encoding="utf-8"))["machine"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{path} holds no constants of a machine: run fivefold plan --measure anew.") from error
 
 

@@ -19,13 +19,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-import fivefold
 from fivefold.attention import attend_step
 from fivefold.attention.fused import unpack_fused
 from fivefold.attention.merge import attend
 from fivefold.benchmark import decode, kernels, prefill
 from fivefold.benchmark import machine as device_of
-from fivefold.plan.fit import Row, fit_steps, llama
+from fivefold.plan.fit import Row, fit_steps
 from fivefold.plan.machine import Machine, measured_file
 from fivefold.plan.time import Read
 from fivefold.recipe import Recipe
@@ -85,8 +84,9 @@ CPU = Sizes(
 def measure(device: torch.device | None = None, progress: Progress | None = None) -> tuple[Machine, dict[str, Any]]:
     """The constants of a device, and the measurements behind them, for JSON. progress: is told what comes next."""
     device = device_of.device() if device is None else device
-    sizes, raw = GPU if device.type == "cuda" else CPU, {}
-    parts: dict[str, Callable[..., dict[str, Any]]] = {
+    sizes = GPU if device.type == "cuda" else CPU
+    raw: dict[str, Any] = {}
+    parts: dict[str, Callable[[torch.device, Sizes], Mapping[str, Any]]] = {
         "copies": _copies, "products": _products, "weights": _weights, "attention": _attention, "prompts": _prompts,
         "packing": _packing, "launches": _launches, "link": _link, "steps": _steps,
     }  # fmt: skip
@@ -94,7 +94,7 @@ def measure(device: torch.device | None = None, progress: Progress | None = None
         if progress is not None:
             progress(name)
         raw[name] = part(device, sizes)
-        _tidy(device)
+        tidy(device)
     return constants(raw, device), raw
 
 
@@ -121,7 +121,8 @@ def constants(raw: Mapping[str, Any], device: torch.device) -> Machine:
         host_layer=raw["launches"],
         to_host=link["to_host"],
         from_host=link["from_host"],
-        switch_start=link["start"],
+        put_start=link["put_start"],
+        bring_start=link["bring_start"],
         pinned_to=link["pinned_to"],
         pinned_from=link["pinned_from"],
         link=link["all_reduce"],
@@ -142,7 +143,7 @@ def save(machine: Machine, raw: Mapping[str, Any], path: Path | None = None) -> 
     return path
 
 
-def _tidy(device: torch.device) -> None:
+def tidy(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -216,7 +217,7 @@ def _weights(device: torch.device, sizes: Sizes) -> dict[str, Any]:
             else:
                 starts[str(rows)] = seconds
         del matrices
-        _tidy(device)
+        tidy(device)
     return {"rates": rates, "starts": starts}
 
 
@@ -309,37 +310,43 @@ def _launches(device: torch.device, sizes: Sizes) -> dict[str, float]:
     return found
 
 
-def _link(device: torch.device, sizes: Sizes) -> dict[str, float]:
+def _link(device: torch.device, sizes: Sizes) -> dict[str, Any]:
     """Bytes a second between device and host: of plain copies, and as a cache is put away and brought back."""
     cuda = device.type == "cuda"
     host = torch.ones(sizes.copied // 4, dtype=torch.int32, pin_memory=cuda)
     own = torch.ones_like(host, device=device)
-    to = _eager(device, lambda: host.copy_(own, non_blocking=True))
-    back = _eager(device, lambda: own.copy_(host, non_blocking=True))
+    to = _eager(device, partial(host.copy_, own, non_blocking=True))
+    back = _eager(device, partial(own.copy_, host, non_blocking=True))
     del host, own
     model = decode.build({**sizes.step, "num_hidden_layers": sizes.layers[1]}, device)
-    put, brought = [], []
-    for context in sizes.switched:
-        cache = decode.filled(model, "full()", context, 1, False)
-        nbytes = cache.report().total - cache.report().free
-        turns = [(clocked(device, cache.offload), clocked(device, cache.restore)) for _ in range(4)]
-        cache.free()
-        del cache
-        _tidy(device)
-        # The first turn finds the host's memory.
-        put.append((nbytes, statistics.median(turn[0] for turn in turns[1:])))
-        brought.append((nbytes, statistics.median(turn[1] for turn in turns[1:])))
-    (start, to_host), (other, from_host) = _line(put), _line(brought)
+    rows = [switched(model, recipe, context) for recipe in ("full()", "kivi(bits=4)") for context in sizes.switched]
+    exact, packed = rows[:2], rows[2:]
+    found: dict[str, Any] = {"pinned_to": sizes.copied / to, "pinned_from": sizes.copied / back, "rows": rows}
+    for rate, start, name in (("to_host", "put_start", "offload_s"), ("from_host", "bring_start", "restore_s")):
+        begins, found[rate] = _line([(row["bytes"], row[name]) for row in exact])
+        more = statistics.fmean(row[name] - row["bytes"] / found[rate] for row in packed)
+        found[start] = {"exact": begins, "packed": max(0.0, more)}
+    return {**found, **all_reduce()}
+
+
+def switched(model: Any, recipe: str, context: int, turns: int = 4) -> dict[str, Any]:
+    """A cache that is put away and brought back: its bytes, and the seconds of each turn and their medians."""
+    cache = decode.filled(model, recipe, context, 1, False)
+    report = cache.report()
+    pairs = [(clocked(model.device, cache.offload), clocked(model.device, cache.restore)) for _ in range(turns)]
+    cache.free()
+    tidy(model.device)
+    put, brought = ([pair[side] for pair in pairs] for side in (0, 1))
     return {
-        "pinned_to": sizes.copied / to, "pinned_from": sizes.copied / back, "to_host": to_host, "from_host": from_host,
-        "start": (start + other) / 2, **all_reduce(),
+        "recipe": recipe, "context": context, "bytes": report.total - report.free, "offload": put, "restore": brought,
+        # The first turn asks for the host's memory.
+        "offload_s": statistics.median(put[1:]), "restore_s": statistics.median(brought[1:]),
     }  # fmt: skip
 
 
 def all_reduce() -> dict[str, float]:
-    """An all-reduce between GPUs is not measured, as it takes more than one process: what eight H100s with NVLink 4 are
-    said to reach."""
-    return {"all_reduce": 4.5e11, "all_reduce_start": 1.2e-5}
+    """An all-reduce between GPUs takes more than one process and is not measured: 0.8 of what NVLink 4 has each way."""
+    return {"all_reduce": 3.6e11, "all_reduce_start": 1.2e-5}
 
 
 def _steps(device: torch.device, sizes: Sizes) -> dict[str, Any]:
@@ -351,9 +358,9 @@ def _steps(device: torch.device, sizes: Sizes) -> dict[str, Any]:
         for batch in sizes.batches:
             for recipe in ("full()", "kivi(bits=4)"):
                 rows.append(timed_step(model, shape, recipe, sizes.context, batch, sizes.steps))
-                _tidy(device)
+                tidy(device)
         del model
-        _tidy(device)
+        tidy(device)
     return {"rows": rows}
 
 
@@ -392,6 +399,3 @@ def reads_of(report: Mapping[str, int], recipe: str, layers: int) -> list[Read]:
     packed = report["codes"] + report["scales"] + report["other"]
     reads = [Read("exact", 16, report["exact"], layers)]
     return reads + ([Read("packed", bits, packed, layers)] if packed else [])
-
-
-__all__ = ["llama", "measure", "save"]

@@ -253,19 +253,18 @@ def _packing(
         yield Term("unpacking what is stored", nbytes / rate, f"{_bytes(nbytes)} / {_rate(rate)}", "bandwidth")
 
 
-def switch(machine: Machine, nbytes: float, *, gpus: int = 1, back: bool = True) -> Estimate:
+def switch(machine: Machine, nbytes: float, *, packed: bool = False, gpus: int = 1, back: bool = True) -> Estimate:
     """A session's cache to host memory and, with `back`, another one's of the same size from there; each GPU has its
-    share and its own link."""
-    own = nbytes / gpus
-    terms = [_moved("to the host", machine, own, machine.to_host)]
+    share and its own link. packed: whether the caches have packed pages."""
+    own, kind = nbytes / gpus, "packed" if packed else "exact"
+    terms = [_moved("to the host", own, machine.to_host, machine.put_start[kind])]
     if back:
-        terms.append(_moved("from the host", machine, own, machine.from_host))
+        terms.append(_moved("from the host", own, machine.from_host, machine.bring_start[kind]))
     return Estimate(tuple(terms))
 
 
-def _moved(name: str, machine: Machine, nbytes: float, rate: float) -> Term:
-    said = f"{_seconds(machine.switch_start)} + {_bytes(nbytes)} / {_rate(rate)}"
-    return Term(name, machine.switch_start + nbytes / rate, said, "link")
+def _moved(name: str, nbytes: float, rate: float, start: float) -> Term:
+    return Term(name, start + nbytes / rate, f"{_seconds(start)} + {_bytes(nbytes)} / {_rate(rate)}", "link")
 
 
 def first_token(read: Estimate | None, one: Estimate | None = None, waiting: float = 0.0) -> Estimate | None:
