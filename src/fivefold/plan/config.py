@@ -11,10 +11,12 @@ from fivefold.plan.layers import Config, heads_of, layer_types, of_layer, window
 from fivefold.plan.source import Family, family
 from fivefold.signature import config_hash, signature
 
+_MOST_LAYERS = 10_000
 _PARTS = ("decoder", "generator", "text_config")
 _HASHED = {
-    "arcee", "cohere", "ernie4_5", "gemma", "gemma2", "granite", "granitemoe", "helium", "llama", "ministral", "mistral",
-    "mixtral", "olmo", "olmo2", "olmoe", "qwen2", "qwen3", "seed_oss", "smollm3",
+    "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "granite", "granitemoe", "helium",
+    "hunyuan_v1_dense", "lfm2", "llama", "llama4_text", "ministral", "mistral", "mixtral", "olmo", "olmo2", "olmoe",
+    "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
 }  # fmt: skip
 """Families of which `config_hash` is the same from the file alone."""
 
@@ -22,8 +24,8 @@ _HASHED = {
 @dataclass(frozen=True)
 class Decoder:
     """values: settings by transformers' general names. family: None if transformers does not know it. tied: whether the
-    output layer is the embedding. alone: whether it is all of the model, and not the part that writes. dtype: of what it
-    computes with. quantized: how its weights are packed, in transformers' words."""
+    output layer is the embedding. alone: whether it is all of the model, and not its text part. dtype: of what it
+    computes with. quantized: how its weights are packed, its `quantization_config`."""
 
     values: Config
     family: Family | None
@@ -40,9 +42,9 @@ def read_decoder(given: Mapping[str, Any]) -> Decoder:
     part = whole.text if whole is not None else None
     alone = inner is None and part is None
     text: Mapping[str, Any] = inner if inner is not None else given  # old files of such models are flat
-    own = whole if alone else family(str(text.get("model_type"))) if inner is not None else None
-    if own is None and not alone:
-        own = part
+    own = whole
+    if not alone:
+        own = (family(str(text["model_type"])) if inner is not None and "model_type" in text else None) or part
     values = _filled(text, own)
     defaults = [known.defaults for known in (whole, own) if known is not None]
     ties = [x["tie_word_embeddings"] for x in (given, text, *defaults) if x.get("tie_word_embeddings") is not None]
@@ -69,9 +71,15 @@ def _filled(text: Mapping[str, Any], known: Family | None) -> dict[str, Any]:
     if known is not None:
         values["model_type"] = known.defaults["model_type"]
         values["names_layer_types"] = bool(known.written & {"layer_types", "layers_block_type"})
+    if values.get("layer_types") and not values.get("num_hidden_layers"):
+        values["num_hidden_layers"] = len(values["layer_types"])
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        if not values.get(name):
+        if values.get(name) is None:
             raise KeyError(name)
+        if not isinstance(values[name], int) or not 0 < values[name] < 1 << 24:
+            raise ValueError(f"{name} = {values[name]!r}")
+    if values["num_hidden_layers"] > _MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers = {values['num_hidden_layers']}")
     _finish(values)
     return values
 
@@ -80,7 +88,7 @@ def _finish(values: dict[str, Any]) -> None:
     """What the classes of some families do beside defaults."""
     kind, heads = values["model_type"], values["num_attention_heads"]
     if kind == "gpt_bigcode":
-        values["num_key_value_heads"] = 1 if values["multi_query"] else heads
+        values.setdefault("num_key_value_heads", 1 if values["multi_query"] else heads)
     if kind == "falcon":
         grouped = values["new_decoder_architecture"] or not values["multi_query"]
         values["num_key_value_heads"] = (values["num_kv_heads"] or heads) if grouped else 1

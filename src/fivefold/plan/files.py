@@ -32,8 +32,8 @@ _MOST = 100 << 20  # a header longer than that is none
 
 @dataclass(frozen=True)
 class Measured:
-    """parameters, embedding, routed, nbytes: as in `ModelShape`. dtype: of most weights that are not packed; None if all
-    are. tied: whether there is no output layer of its own."""
+    """parameters, embedding, routed, nbytes: as in `ModelShape`. dtype: of most weights that are not packed; None if
+    all are."""
 
     parameters: int
     embedding: int
@@ -72,9 +72,9 @@ def measure(folder: Path, layers: int, tied: bool, quantized: Mapping[str, Any])
             output += count
             if tied:  # written twice, loaded once
                 total, nbytes = total - count, nbytes - size
-    dtype = max((x for x in dtypes if x in _FLOATS), key=dtypes.__getitem__, default=None)
+    most = max((x for x in dtypes if x in _FLOATS), key=dtypes.__getitem__, default=None)
     own = embedding if output and not tied else 0
-    return Measured(total, looked_up + own, routed, nbytes, _FLOATS[dtype] if dtype else None)
+    return Measured(total, looked_up + own, routed, nbytes, _FLOATS[most] if most else None)
 
 
 def packed_bits(quantized: Mapping[str, Any]) -> int | None:

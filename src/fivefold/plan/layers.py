@@ -78,6 +78,11 @@ def _by_family(family: str, count: int, config: Config) -> list[str] | None:
         return where([whole is None or i in whole for i in places], "conv")
     if family == "bamba":
         return where([i in (config.get("attn_layer_indices") or ()) for i in places], "linear_attention")
+    if family == "nemotron_h" and config.get("hybrid_override_pattern"):
+        names = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
+        return [names[letter] for letter in config["hybrid_override_pattern"]]
+    if family == "falcon_h1":
+        return ["hybrid"] * count
     if family == "jamba":
         period, offset = config["attn_layer_period"], config["attn_layer_offset"]
         return where([i % period == offset for i in places], "linear_attention")
@@ -101,6 +106,8 @@ def heads_of(own: Config, index: int) -> tuple[int, int, int]:
     heads = _number(own["num_attention_heads"], index)
     if own["model_type"] in _EVERY_HEAD:
         return heads, heads, own["hidden_size"] // heads
+    if own["model_type"] == "gpt_bigcode":
+        return heads, 1 if own["multi_query"] else heads, own["hidden_size"] // heads
     kv_heads = _number(own.get("num_key_value_heads"), index) or heads
     return heads, kv_heads, own.get("head_dim") or own["hidden_size"] // heads
 
@@ -152,6 +159,9 @@ def _state(kind: str, own: Config) -> int | None:
         inner = own.get("mamba_d_ssm") or own["mamba_expand"] * own["hidden_size"]
         groups = 2 * own["mamba_n_groups"] * own["mamba_d_state"]
         return (inner + groups) * own["mamba_d_conv"] + inner * own["mamba_d_state"]
+    if "mamba_num_heads" in own and "ssm_state_size" in own:  # Mamba 2 in Nemotron-H
+        inner, size = own["mamba_num_heads"] * own["mamba_head_dim"], own["ssm_state_size"]
+        return (inner + 2 * own["n_groups"] * size) * own["conv_kernel"] + inner * size
     if "mamba_d_state" in own:  # Mamba
         return own["mamba_expand"] * own["hidden_size"] * (own["mamba_d_conv"] + own["mamba_d_state"])
     return None

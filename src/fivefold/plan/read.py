@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +23,7 @@ _ATTENDED = {"full_attention", "sliding_attention", "chunked_attention", "linear
 _OWN_WAY = {
     "diffllama": "they attend to other keys and values than they give to the cache",
     "doge": "their attention masks are of a shape of their own",
+    "minimax": "their lightning attention is computed in code of its own",
 }
 
 
@@ -33,12 +35,12 @@ def read_model(source: str) -> ModelShape:
     fetched. Raises `InputError`.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
+    if source and path.is_dir():
         return _shape(source, _load(path / "config.json", source), path)
     if path.is_file():
         return _shape(source, _load(path, source), path.parent if path.name == "config.json" else None)
     if (known := _known().get(source.strip().lower())) is not None:
-        return _shape(source, known, None)
+        return replace(_shape(source, known, None), config="")  # how it turns keys is not in the list
     if source.count("/") == 1 and not source.startswith(("/", ".", "~")) and all(source.split("/")):
         path = _from_hub(source)
         return _shape(source, _load(path, source), path.parent)
@@ -75,8 +77,8 @@ def _from_hub(name: str) -> Path:
         return Path(found if isinstance(found, str) else hf_hub_download(name, "config.json", etag_timeout=5))
     except Exception as error:
         raise InputError(
-            f"the configuration of {name!r} could not be fetched from the Hub ({first_line(error)}): give a folder with "
-            f"its config.json, or a built-in shape such as {_nearest(name)}."
+            f"the configuration of {name!r} could not be fetched from the Hub ({first_line(error)}): give a folder "
+            f"with its config.json, or a built-in shape such as {_nearest(name)}."
         ) from None
 
 
@@ -111,8 +113,8 @@ def _shape(source: str, given: Mapping[str, Any], folder: Path | None) -> ModelS
         ) from None
     except (TypeError, ValueError, IndexError, ZeroDivisionError, AttributeError) as error:
         raise InputError(
-            f"the configuration of {source!r} (family {family!r}) has a value that fits no model ({first_line(error)}): "
-            "correct its config.json."
+            f"the configuration of {source!r} (family {family!r}) has a value that fits none ({first_line(error)}): "
+            "correct it in its config.json."
         ) from None
     values = decoder.values
     found = measure(folder, len(layers), decoder.tied, decoder.quantized) if folder is not None else None
@@ -126,7 +128,7 @@ def _shape(source: str, given: Mapping[str, Any], folder: Path | None) -> ModelS
         vocabulary=values["vocab_size"],
         parameters=found.parameters if found else weights.parameters,
         embedding=found.embedding if found else weights.embedding,
-        routed=found.routed if found else weights.routed,
+        routed=found.routed if found and weights.experts else weights.routed,
         experts=weights.experts,
         chosen=weights.chosen,
         weight_bytes=found.nbytes if found else _bytes(decoder, weights),
@@ -167,6 +169,8 @@ def _why_not(
     values, family = decoder.values, decoder.family
     if given.get("is_encoder_decoder") or values.get("is_encoder_decoder"):
         return "they are encoder-decoder models, whose cross-attention has a cache of another kind"
+    if "type_vocab_size" in values:
+        return "they are encoders, which keep nothing of what they have read"
     if values.get("kv_lora_rank"):
         return "their attention (MLA) keeps a compressed latent instead of keys and values"
     if family is None:

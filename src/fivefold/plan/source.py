@@ -72,8 +72,10 @@ def _family(node: ast.ClassDef, path: Path) -> Family:
         values |= _plain(one)
         text = _text_part(one, path) or text
         names |= {x.attr for x in ast.walk(one) if isinstance(x, ast.Attribute)}
+        names |= {x.name for x in one.body if isinstance(x, ast.FunctionDef)}
     modeling = path.with_name(path.name.replace("configuration_", "modeling_"))
-    attends = modeling.is_file() and "ALL_ATTENTION_FUNCTIONS" in modeling.read_text(encoding="utf-8")
+    # A family without a file of its own has the models of another, such as Llama's.
+    attends = not modeling.is_file() or "ALL_ATTENTION_FUNCTIONS" in modeling.read_text(encoding="utf-8")
     return Family(values, values.get("attribute_map", {}), text, frozenset(names), attends)
 
 
