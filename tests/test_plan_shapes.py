@@ -380,13 +380,14 @@ def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def unreachable(*_: Any, **__: Any) -> str:
         raise OSError("no route to host")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
+    monkeypatch.setattr("fivefold.plan.read._reach_hub", unreachable)
     refused("nobody/llama-3.1-8b-of-mine", "no route to host", "llama-3.1-8b")
 
 
 def test_a_model_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (CONFIGS / "llama-3-8b.json").read_text(encoding="utf-8")
     (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    monkeypatch.setattr("fivefold.plan.read._reach_hub", lambda: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(tmp_path / "config.json"))
     shape = read_model("somebody/a-llama")
     assert (shape.name, shape.parameters) == ("somebody/a-llama", 8_030_261_248)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
+import urllib.error
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -74,12 +77,24 @@ def _from_hub(name: str) -> Path:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
         found = try_to_load_from_cache(name, "config.json")
-        return Path(found if isinstance(found, str) else hf_hub_download(name, "config.json", etag_timeout=5))
+        if isinstance(found, str):
+            return Path(found)
+        _reach_hub()
+        return Path(hf_hub_download(name, "config.json"))
     except Exception as error:
         raise InputError(
             f"the configuration of {name!r} could not be fetched from the Hub ({first_line(error)}): give a folder "
             f"with its config.json, or a built-in shape such as {_nearest(name)}."
         ) from None
+
+
+def _reach_hub() -> None:
+    """Raise OSError if there is no way to the Hub: its client would try for half a minute."""
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE:
+        with contextlib.suppress(urllib.error.HTTPError):  # it answers
+            urllib.request.urlopen(constants.ENDPOINT, timeout=5).close()
 
 
 def _load(path: Path, source: str) -> dict[str, Any]:
