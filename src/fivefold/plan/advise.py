@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-
 from typing import Any
 
 from fivefold.errors import FivefoldError, InputError
@@ -18,7 +17,8 @@ GRID = (
     "full()", "kivi(bits=8)", "kivi(bits=4)", "kivi(bits=3)", "kivi(bits=2)", "duo(keep=0.5)",
     "duo(keep=0.5) + kivi(bits=4)", "duo(keep=0.5) + kivi(bits=2)", "duo(keep=0.25) + kivi(bits=4)",
     "duo(keep=0.25) + kivi(bits=2)", "streaming(sink=64, recent=1024)", "snapkv(keep=0.2)",
-    "snapkv(keep=0.2) + kivi(bits=4)", "rotatekv(bits=4)", "rotatekv(bits=2)", "gear(bits=2)", "mikv()", "cskv(keep=0.2)",
+    "snapkv(keep=0.2) + kivi(bits=4)", "rotatekv(bits=4)", "rotatekv(bits=2)", "gear(bits=2)", "mikv()",
+    "cskv(keep=0.2)",
 )  # fmt: skip
 """What is compared if nothing is asked for: every kind of method, and a few of its settings."""
 CURVE = (4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288, 1048576)
@@ -107,9 +107,7 @@ def step_of(recipe: Recipe, place: Place, context: int, users: int) -> tuple[tim
         return None, f"its steps are not predicted: {why}"
     own = {spec.layer for spec in specs}
     others = [layer for index, layer in enumerate(place.shape.layers) if index not in own]
-    reads = [
-        time.Read(read.kind, read.bits, round(read.nbytes * users / few), read.launches) for read in cache.reads()
-    ]
+    reads = [time.Read(read.kind, read.bits, round(read.nbytes * users / few), read.launches) for read in cache.reads()]
     stock = sum(layer.tokens(context) * layer.numbers for layer in others) * place.dtype.itemsize * users
     shared = [layer for layer in others if layer.kind == "shared"]
     if stock or shared:
@@ -127,9 +125,7 @@ def _rehearsed(recipe: Recipe, place: Place, context: int, users: int) -> memory
     if key not in _kept:
         if len(_kept) > 64:
             _kept.clear()
-        _kept[key] = memory.rehearse(
-            recipe, place.shape, context, users, dtype=place.dtype, sliding=place.sliding
-        )
+        _kept[key] = memory.rehearse(recipe, place.shape, context, users, dtype=place.dtype, sliding=place.sliding)
     return _kept[key]
 
 
@@ -180,7 +176,9 @@ def row_of(recipe: Recipe, place: Place, asked: Asked, quality: Mapping[Recipe, 
     if row.quality is None and recipe == Recipe():
         row.quality = Quality(0.0, 0.0, 0.0, context, None, "full() is exact")
     if asked.curves:
-        row.by_context = [_point(recipe, place, tokens) for tokens in CURVE if tokens <= (place.shape.context or LONGEST)]
+        row.by_context = [
+            _point(recipe, place, tokens) for tokens in CURVE if tokens <= (place.shape.context or LONGEST)
+        ]
     return row
 
 
@@ -259,6 +257,7 @@ def choose(rows: Sequence[Row], asked: Asked) -> Row | None:
     """The recipe to take: of those that meet the target (or, without one, that hold the users asked for), the one that
     costs least quality; what is not known to cost how much comes after all that is. Of equals the one with more users.
     None if nothing does."""
+
     def fits(row: Row) -> bool:
         return row.users >= (asked.users or 1) and row.meets is not False
 
@@ -299,8 +298,8 @@ def advice(rows: Sequence[Row], place: Place, asked: Asked) -> tuple[Row | None,
         need = next((gpus for gpus in GPUS if _roomier(place, gpus).room > 0), None)
         more = f"share it over {need} of them (--gpus {need})" if need else "take a larger GPU, or a smaller model"
         return None, (
-            f"Nothing fits: the weights take {place.weights / 2**30:.1f} GiB on each GPU and a {place.machine.name} has "
-            f"{place.machine.usable / 2**30:.1f}: {more}."
+            f"Nothing fits: the weights take {place.weights / 2**30:.1f} GiB on each GPU, and a {place.machine.name} "
+            f"has {place.machine.usable / 2**30:.1f}: {more}."
         )
     nearest = max(rows, key=lambda row: (row.users, -len(row.why_not)))
     if asked.target is not None and any(row.users >= (users or 1) for row in rows):
@@ -308,10 +307,10 @@ def advice(rows: Sequence[Row], place: Place, asked: Asked) -> tuple[Row | None,
         nearest = min(able, key=lambda row: (len(row.why_not), -row.users))
         return None, f"No recipe meets the target. The nearest is {nearest.recipe}: {'; '.join(nearest.why_not)}."
     wanted = users or 1
-    more = gpus_for(nearest.recipe, place, asked.context, wanted)
-    would = "" if more is None else (
-        f" {more[0] * more[1]} GPUs would do: {more[1]} times {more[0]}." if more[1] > 1 else f" {more[0]} GPUs would do."
-    )
+    enough, would = gpus_for(nearest.recipe, place, asked.context, wanted), ""
+    if enough is not None:
+        each, times = enough
+        would = f" {each * times} GPUs would do" + (f": {times} times {each}." if times > 1 else ".")
     return None, (
         f"No recipe holds {whom} of {asked.context:,} tokens here. The nearest is {nearest.recipe}, with "
         f"{nearest.users:,} users, or {nearest.longest:,} tokens for {whom}.{would}"
@@ -324,7 +323,7 @@ def _roomier(place: Place, gpus: int) -> Place:
 
 def run_lines(recipe: Recipe, place: Place, asked: Asked, model: str) -> dict[str, str | None]:
     """How to run a recipe: in Python, on the command line, and in vLLM where a plug-in can."""
-    text, quoted = str(recipe), str(recipe).replace('"', "'")
+    quoted = str(recipe).replace('"', "'")
     python = (
         "import fivefold\n"
         "from transformers import AutoModelForCausalLM\n\n"
@@ -333,9 +332,9 @@ def run_lines(recipe: Recipe, place: Place, asked: Asked, model: str) -> dict[st
         f'cache = fivefold.compress(model, "{quoted}", cuda_graph=True)\n'
         "model.generate(**inputs, past_key_values=cache)"
     )
-    generate = f"fivefold generate --model {model} --recipe \"{quoted}\" --prompts prompts.jsonl --out answers.jsonl"
+    generate = f'fivefold generate --model {model} --recipe "{quoted}" --prompts prompts.jsonl --out answers.jsonl'
     if asked.users and asked.users > 1:
         generate += f" --max-batch {asked.users}"
-    return {"python": python, "generate": generate, "vllm": None if text else None}
-
-
+    # A plug-in that brings recipes to vLLM does not exist yet.
+    vllm = f"vllm serve {model} --max-model-len {asked.context}" if recipe == Recipe() else None
+    return {"python": python, "generate": generate, "vllm": vllm}

@@ -74,6 +74,9 @@ class Machine:
     measured: bool = False
     aliases: tuple[str, ...] = field(default=())
 
+    def __hash__(self) -> int:  # equal machines have equal names
+        return hash((self.name, self.date, self.source))
+
     def streams(self, rows: int) -> float:
         """Bytes of weights a second that products with so many rows read: between measured ones, by the logarithm."""
         known = sorted((int(count), rate) for count, rate in self.streaming.items())

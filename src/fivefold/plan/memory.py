@@ -191,7 +191,7 @@ def report_of(
     if not specs_of(shape, dtype, sliding):
         nothing = {part.name: 0 for part in fields(Report)}
         given = {"recipe": str(recipe), "tokens": context * batch, "kept_tokens": 1.0, "bits": 8.0 * dtype.itemsize}
-        return Report(**{**nothing, **given, "sliding": others, "exact_equivalent": others})  # type: ignore[arg-type]
+        return Report(**{**nothing, **given, "sliding": others, "exact_equivalent": others})
     report = rehearse(recipe, shape, context, batch, sliding=sliding, **settings).report()
     return replace(report, sliding=others, exact_equivalent=report.exact_equivalent + others)
 
@@ -203,7 +203,7 @@ def assumptions(recipe: Recipe, shape: ModelShape) -> list[str]:
         here = replace(spec, device=torch.device("cpu"))
         for ask in (recipe.extents, *([recipe.packer.codec] if recipe.packer is not None else [])):
             try:
-                ask(here)  # type: ignore[operator]
+                ask(here)
             except ProfileError as error:
                 out.append(str(error))
     return out

@@ -140,6 +140,7 @@ def _shape(source: str, given: Mapping[str, Any], folder: Path | None) -> ModelS
         family=values["model_type"],
         layers=layers,
         hidden=values["hidden_size"],
+        intermediate=_intermediate(values),
         vocabulary=values["vocab_size"],
         parameters=found.parameters if found else weights.parameters,
         embedding=found.embedding if found else weights.embedding,
@@ -155,6 +156,12 @@ def _shape(source: str, given: Mapping[str, Any], folder: Path | None) -> ModelS
         config=config,
         why_not=_why_not(given, decoder, types, layers),
     )
+
+
+def _intermediate(values: Mapping[str, Any]) -> int:
+    """The width of what a token goes through in its widest MLP."""
+    widths = values.get("intermediate_size") or values.get("moe_intermediate_size") or 4 * values["hidden_size"]
+    return max(widths) if isinstance(widths, list | tuple) else widths
 
 
 def _told(given: Mapping[str, Any]) -> bool:

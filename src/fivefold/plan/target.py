@@ -26,7 +26,9 @@ class Target:
         for part in text.split(","):
             name, sign, value = (piece.strip() for piece in part.partition("="))
             if not sign or name not in known:
-                raise InputError(f"--target {part.strip()!r} asks for nothing known: write {', '.join(known)} = a number.")
+                raise InputError(
+                    f"--target {part.strip()!r} asks for nothing known: write {', '.join(known)} = a number."
+                )
             try:
                 number = float(value)
             except ValueError:
