@@ -95,6 +95,8 @@ class Machine:
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Machine:
         """Undo `as_dict`. Raises `InputError` where a field is missing or is no number."""
+        if not isinstance(found, Mapping):
+            raise InputError("these are no constants of a machine: measure them anew with --measure.")
         names = {one.name for one in fields(cls)}
         wanted = names - {"measured", "aliases"}
         missing = sorted(wanted - found.keys())
