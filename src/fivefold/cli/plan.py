@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from fivefold.plan.room import Place
     from fivefold.recipe import Recipe
 
+_MODEL = (
+    "name", "family", "parameters", "weight_bytes", "dtype", "context", "measured", "counted", "why_not",
+)  # fmt: skip
 PROBE = 1024, 2
 """Tokens of a text that --probe reads, and texts."""
 
@@ -124,7 +127,7 @@ def _measure() -> None:
     from fivefold.plan import measure as measuring
 
     with work_bar() as progress:
-        machine, raw = measuring.measure(progress=progress)
+        machine, raw = measuring.measure(progress=lambda what: progress(0, 0, what))
     path = measuring.save(machine, raw)
     err.print(f"The constants of {machine.name} are in {path}: --gpu auto uses them.", soft_wrap=True)
 
@@ -213,15 +216,14 @@ def _number(value: float | None, form: str = ",.3g") -> str:
 def _show(rows: Sequence[Row], place: Place, asked: Asked, chosen: Row | None, said: str, known: bool) -> None:
     shape, machine = place.shape, place.machine
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(shape.kinds.items()))
-    size = f"{shape.parameters / 1e9:.3g}B parameters" + (
-        "" if shape.measured else ", worked out from its configuration"
-    )
+    size = f"{shape.parameters / 1e9:.3g}B parameters" + ("" if shape.measured else ", by its configuration")
     over = f"{place.gpus} x {machine.name}" if place.gpus > 1 else machine.name
-    out.print(Text.assemble((shape.name, "bold"), f": {len(shape.layers)} layers ({kinds}), {size}"), crop=False)
+    out.print(Text.assemble((shape.name, "bold"), f": {len(shape.layers)} layers ({kinds}), {size}"), soft_wrap=True)
     out.print(
-        f"{over}: {_gib(machine.usable)} GiB usable, {_gib(place.weights)} weights, {_gib(place.working)} working memory, "
-        f"{_gib(max(0, place.room))} left for caches" + (" on each" if place.gpus > 1 else ""), crop=False,
-    )  # fmt: skip
+        f"{over}: {_gib(machine.usable)} GiB usable, {_gib(place.weights)} weights, {_gib(place.working)} working "
+        f"memory, {_gib(max(0, place.room))} left for caches{' on each' if place.gpus > 1 else ''}",
+        soft_wrap=True,
+    )
     if not machine.measured:
         out.print(f"Times are from {machine.source} ({machine.date}).", soft_wrap=True)
     wanted = asked.users or 1
@@ -234,8 +236,8 @@ def _show(rows: Sequence[Row], place: Place, asked: Asked, chosen: Row | None, s
         crowded = None if row.crowded is None else 1000 * row.crowded.seconds
         cells = [
             str(row.recipe), _gib(row.nbytes), f"{row.ratio:.3f}", f"{row.users:,}", f"{row.longest:,}",
-            _number(None if row.step is None else 1000 * row.step.seconds), _number(crowded), _number(row.tokens_s, ",.0f"),
-            _number(None if row.first is None else row.first.seconds), _number(1000 * row.switch.seconds),
+            _number(None if row.step is None else 1000 * row.step.seconds), _number(crowded),
+            _number(row.tokens_s, ",.0f"), _number(None if row.first is None else row.first.seconds), _number(1000 * row.switch.seconds),
         ]  # fmt: skip
         if known:
             kl = row.quality
@@ -243,9 +245,12 @@ def _show(rows: Sequence[Row], place: Place, asked: Asked, chosen: Row | None, s
             cells += ["unknown" if kl is None else f"{kl.kl:.3g}{interval}", "yes" if row.on_front else ""]
         table.add_row(*(Text(cell, "bold" if row is chosen else "") for cell in cells))
     out.print(table, crop=False)
-    notes = dict.fromkeys(f"{row.recipe}: {note}" for row in rows for note in row.notes)
-    for note in notes:
-        out.print(Text(note, "dim"), soft_wrap=True)
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        for note in row.notes:
+            notes.setdefault(note, []).append(str(row.recipe))
+    for note, recipes in notes.items():
+        out.print(Text(f"{', '.join(recipes)}: {note}", "dim"), soft_wrap=True)
     out.print()
     out.print(Text(said, "bold"), soft_wrap=True)
 
@@ -265,11 +270,7 @@ def _result(
     shape, machine = place.shape, place.machine
     return {
         "model": {
-            **{
-                name: getattr(shape, name)
-                for name in ("name", "family", "parameters", "weight_bytes", "dtype", "context")
-            },
-            **{name: getattr(shape, name) for name in ("measured", "counted", "why_not")},
+            **{name: getattr(shape, name) for name in _MODEL},
             "layers": dict(shape.kinds),
         },
         "machine": machine.as_dict(),
