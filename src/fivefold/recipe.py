@@ -49,6 +49,11 @@ class Recipe:
         return next((method for method in self.methods if method.slot == slot), None)
 
     @property
+    def packer(self) -> Method | None:
+        """The method that brings the codec, if there is one."""
+        return self.get("bits") or self.get("channels")
+
+    @property
     def chooser(self) -> TokenPolicy | None:
         """The method that chooses tokens by the whole prompt, if there is one: what is held of a prompt then depends on
         how it is cut, and on what follows."""

@@ -9,7 +9,7 @@ from fivefold.attention.merge import with_sinks
 from fivefold.attention.tables import kernels, tables_of
 from fivefold.errors import CacheStateError
 from fivefold.kernels.choice import choose
-from fivefold.kernels.packed_decode import schedule
+from fivefold.kernels.packed_decode import cpu, schedule
 from fivefold.store.bank import Bank
 from fivefold.store.group import RowGroup
 from fivefold.store.layer_cache import LayerCache
@@ -69,7 +69,7 @@ def unpack_fused(
     device, codec = layer.spec.device, layer.codec
     if not choose(device).triton or codec is None or codec.form is None or len(layer.packed_pools) > 1:
         return None
-    if kernels(device).supports(codec.form, 1, layer.spec.head_dim) is not None:
+    if schedule.supports(codec.form, 1, layer.spec.head_dim) is not None:
         return None
     from fivefold.kernels.pack import triton as kernel
 
@@ -95,13 +95,14 @@ def why_not(layer: LayerCache, device: torch.device, heads: int) -> str | None:
         return "scores are capped, which no kernel does"
     if layer.exact_pool.layout.holds is not None:
         return "exact pages hold eight bits a number"
-    kernel, codec = kernels(device), layer.codec
+    codec = layer.codec
     if codec is not None:
         if codec.form is None or len(layer.packed_pools) > 1:
             return "no kernel reads this codec's pages"
         if choice.triton and codec.peak > schedule.LIMIT:
             return f"keys or values reach {codec.peak:.0f}, more than the kernels' {schedule.LIMIT:.0f}"
-    return kernel.supports(None if codec is None else codec.form, heads, layer.spec.head_dim)
+    supports = schedule.supports if choice.triton else cpu.supports
+    return supports(None if codec is None else codec.form, heads, layer.spec.head_dim)
 
 
 def why_not_each(layers: dict[int, LayerCache], roles: dict[int, str]) -> dict[int, str | None]:

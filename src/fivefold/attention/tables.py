@@ -71,9 +71,14 @@ class DeviceTables:
                 self.packed_columns = max(self.packed_columns, tokens // packing.page + 1)
         form, heads = first.codec and first.codec.form, first.spec.query_heads // first.spec.kv_heads
         self.page = packing.page if packing else schedule.TILE
-        self.listed = self.device.type != "cpu" or choose(self.device).triton
+        self.listed = choose(self.device).triton
         """Whether kernels want work lists."""
-        self.programs = kernels(self.device).programs_for(self.rows, self.device, form, heads) if self.listed else None
+        self.programs: tuple[int, int] | None = None
+        if self.listed:
+            planned = self.device.type == "meta"
+            self.programs = (
+                (1, 1) if planned else kernels(self.device).programs_for(self.rows, self.device, form, heads)
+            )
         self._pages: np.ndarray | None = None
         self._ahead: np.ndarray | None = None
         """The bounds for which spans are written already."""
@@ -173,7 +178,7 @@ class DeviceTables:
         if bank.rows < self.rows:
             rows = rows // bank.rows * self.rows + rows % bank.rows
         at = rows * table.shape[1] + columns
-        if len(at):
+        if len(at) and self.device.type != "meta":
             new = np.stack([tier.pool.addresses(name, ids) for name in names], 1) >> 4
             target = table.view(-1, len(names))
             if self.device.type == "cpu":

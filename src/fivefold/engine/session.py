@@ -25,6 +25,7 @@ from fivefold.engine.picks import Picks
 from fivefold.errors import CacheFullError, CacheStateError, UnsupportedModelError
 from fivefold.store import compact, context
 from fivefold.store.bank import Bank
+from fivefold.store.context import Memo
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.spec import DTYPES, LayerSpec, Pools
 from fivefold.store.transaction import Transaction
@@ -463,6 +464,7 @@ class Session:
         self.rollback()
         for bank in self.banks:
             bank.flush()
+            bank.memo = Memo()
         self._compact()
         for store in self.stores.values():
             store.regroup()

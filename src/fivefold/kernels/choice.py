@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import NamedTuple
 
@@ -38,8 +41,23 @@ class Choice(NamedTuple):
         return self.path in ("triton", "cuda")
 
 
+_planned: ContextVar[Choice | None] = ContextVar("planned", default=None)
+
+
+@contextmanager
+def planned(choice: Choice) -> Iterator[None]:
+    """Within it, the meta device stands for one of which this is the path: a cache that is planned, not made."""
+    token = _planned.set(choice)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
 def choose(device: torch.device) -> Choice:
     """The path for tensors on a device, and why. `possible` is False where what was asked for cannot be had."""
+    if device.type == "meta" and (choice := _planned.get()) is not None:
+        return choice
     return _choose(os.environ.get("FIVEFOLD_KERNELS", "auto"), numbered(torch.device(device)))
 
 

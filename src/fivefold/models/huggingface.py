@@ -23,9 +23,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from fivefold.calibrate.profile import signature
-from fivefold.engine.session import Session
+from fivefold.engine.build import build
 from fivefold.errors import UnsupportedModelError
-from fivefold.methods import ReadPolicy, TokenPolicy
 from fivefold.models import forward
 from fivefold.models.attention import CALLED, NAME, Called, attention, mask
 from fivefold.models.cache import FivefoldCache
@@ -33,7 +32,6 @@ from fivefold.models.selection import decoder_config, is_selected, selected
 from fivefold.models.specs import attention_modules, check_model, has_weights, layer_spec
 from fivefold.models.stock import STATES, StockLayers
 from fivefold.recipe import Recipe
-from fivefold.store.layer_cache import LayerCache
 from fivefold.store.spec import LayerSpec, Pools
 
 __all__ = ["NAME", "FivefoldCache", "attention_modules", "check_model", "make_cache", "prepare", "restore"]
@@ -128,8 +126,7 @@ def make_cache(
             "this model has no weights (all are on the meta device): load them first, with from_pretrained."
         )
     config, modules = decoder_config(model), attention_modules(model)
-    codec_owner = recipe.get("bits") or recipe.get("channels")
-    turned = codec_owner is not None and codec_owner.before_rope
+    turned = recipe.packer is not None and recipe.packer.before_rope
     stock, shared = _stock_layers(model, config)
     specs: dict[int, LayerSpec] = {}
     beside: dict[int, Any] = {}
@@ -149,23 +146,9 @@ def make_cache(
             "no layer of this model has a cache that grows (all have a sliding window, or a state of fixed size): give "
             "sliding=True to compress what windows hold, or use DynamicCache."
         )
-    pools = Pools(max_bytes)
-    policy = next((method for method in recipe.methods if isinstance(method, TokenPolicy)), None)
-
-    def build(spec: LayerSpec) -> LayerCache:
-        codec = codec_owner.codec(spec) if codec_owner else None
-        residual = codec_owner.exact_tokens if codec_owner else 0
-        return LayerCache(spec, pools, recipe.extents(spec), codec, residual, policy)
-
-    reads = recipe.get("reads")
-    roles: dict[int, str] = {}
-    if isinstance(reads, ReadPolicy):
-        roles = dict(zip(specs, reads.roles(list(specs.values()))))
     companions = StockLayers(beside) if beside else None
     sources = frozenset(specs) if shared else frozenset()
-    session = Session(
-        specs.values(), build, pools, companions, roles, getattr(reads, "top", 0), None, sources, min(modules)
-    )
+    session = build(recipe, list(specs.values()), Pools(max_bytes), companions, sources, min(modules))
     cache = FivefoldCache(recipe, session, signature(config), len(stock), cuda_graph)
     cache.of = weakref.ref(model)
     return cache

@@ -214,6 +214,9 @@ class RowGroup:
         """Keys and values of single tokens, of slots `[rows, tokens]` that are all in one tier:
         `[rows, tokens, head_dim]`."""
         layer, bounds = self.layer, self.bounds
+        if slots.is_meta:
+            nothing = slots.new_empty((*slots.shape, layer.spec.head_dim), dtype=layer.spec.dtype)
+            return nothing, nothing.clone()
         index, packed_stop, shape = slots.cpu().numpy(), int(bounds.packed_stop), (*slots.shape, layer.spec.head_dim)
         rows, flat = np.repeat(np.arange(len(index)), index.shape[1]), index.reshape(-1)
         if not flat.size or flat[0] >= packed_stop:

@@ -37,9 +37,9 @@ class Held:
     final: int = 0
 
     @classmethod
-    def empty(cls, layer: int, kv_heads: int, places: torch.Tensor) -> Held:
-        """Of rows that hold no token yet."""
-        none = torch.empty((len(places), 0), device=places.device)
+    def empty(cls, layer: int, kv_heads: int, places: torch.Tensor, device: torch.device) -> Held:
+        """Of rows that hold no token yet; device: where what is known of tokens lies."""
+        none = torch.empty((len(places), 0), device=device)
         return cls(layer, kv_heads, places, none.to(torch.int32), none)
 
     @property
@@ -95,7 +95,7 @@ class Held:
     def without_newest(self, tokens: int) -> Held:
         """Before the last tokens came, none of which has counted for anything."""
         if tokens >= self.seen:
-            return Held.empty(self.layer, self.kv_heads, self.places)
+            return Held.empty(self.layer, self.kv_heads, self.places, self.scores.device)
         left = self.slots - tokens
         return replace(
             self, positions=self.positions[:, :left], scores=self.scores[:, :left], seen=self.seen - tokens,
@@ -108,10 +108,10 @@ class Held:
 
     def over_heads(self, values: torch.Tensor) -> torch.Tensor:
         """The mean over all rows of the same sequence, for each of them; the shape of `values`, `[rows, ...]`."""
-        which, place = self.sequences.unique(return_inverse=True)
+        which, place, counts = self.sequences.unique(return_inverse=True, return_counts=True)
+        place, counts = (x.to(values.device) for x in (place, counts))
         sums = values.new_zeros(len(which), *values.shape[1:]).index_add_(0, place, values)
-        counts = place.bincount(minlength=len(which)).view(-1, *[1] * (values.ndim - 1))
-        return (sums / counts)[place]
+        return (sums / counts.view(-1, *[1] * (values.ndim - 1)))[place]
 
 
 Known = tuple[list[Held], dict[str, torch.Tensor]]

@@ -148,7 +148,9 @@ class LayerCache:
         self.held, self.learned = [], {}
         if len(heads):
             rows = (np.arange(self.batch)[:, None] * self.spec.kv_heads + heads).reshape(-1)
-            self.held = [Held.empty(self.spec.layer, self.spec.kv_heads, torch.from_numpy(rows).to(self.spec.device))]
+            device = self.spec.device
+            places = torch.from_numpy(rows).to("cpu" if device.type == "meta" else device)  # they are always there
+            self.held = [Held.empty(self.spec.layer, self.spec.kv_heads, places, device)]
 
     def selected(self, rows: np.ndarray) -> tuple[list[Held], dict[str, torch.Tensor]]:
         """What the policy and the codec know, if row i is what row `rows[i]` was."""

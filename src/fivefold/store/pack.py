@@ -17,6 +17,7 @@ from fivefold.kernels.choice import choose
 from fivefold.kernels.device import sent
 from fivefold.kernels.pack import cpu
 from fivefold.store.codec import Codec
+from fivefold.store.context import running
 from fivefold.store.group import KV, Layer, RowGroup
 from fivefold.store.held import Held
 from fivefold.store.rows import PAGE, Bounds, Packing
@@ -126,7 +127,7 @@ def _by_kernel(bank: Tables, due: Due, keys: np.ndarray) -> bool:
     first, (slot, count, stored), packing = bank.layers[0], keys, bank.packing
     assert first.codec is not None
     form, choice = first.codec.form, choose(bank.device)
-    if form is None or len(bank.packed.pools) > 1 or bank.exact.pool.layout.holds:
+    if form is None or len(bank.packed.pools) > 1 or bank.exact.pool.layout.holds or bank.device.type == "meta":
         return False
     if (count != packing.group).any() or (stored != count).any():
         return False
@@ -179,6 +180,10 @@ def _encode(bank: Tables, due: Due, chunk: Chunk | None, group: RowGroup | None,
         group = RowGroup(layer, due.rows - layer.base, bounds)
     codec = layer.codec
     assert codec is not None
+    if bank.device.type == "meta":  # there is nothing to write, and nothing to write it to
+        if codec.contextual and group is not None:
+            codec.of(group.context(running(0, 1, bank.device)))  # what it makes for such rows stays
+        return
     numbers = _NUMBERS.get(bank.device.type, _NUMBERS_GPU)
     step = max(1, numbers // (page * len(due.rows) * dim)) * page
     done = 0

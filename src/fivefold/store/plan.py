@@ -253,6 +253,8 @@ def _write_later(
     layer: PlannedLayer, group: RowGroup, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 ) -> None:
     """Tokens `[rows, head_dim]` for exact slots `[rows]` that hold others now. The last slot is about to go."""
+    if slots.is_meta:
+        return
     index, bank = slots.cpu().numpy(), layer.bank
     assert bank.change is not None
     some = np.flatnonzero(index < int(group.bounds.length) - 1)
@@ -268,7 +270,18 @@ def _write_later(
 
 
 def _evict_packed(layer: PlannedLayer, group: RowGroup, plan: EvictPacked, held: Held) -> None:
-    """Pages in which nothing changes are left alone; the others are written anew."""
+    stop, due, known = int(group.bounds.packed_stop), plan.goes.shape[1], [held.positions, held.scores]
+    if not plan.goes.is_meta:
+        known = _replace_packed(layer, group, plan, held)
+    group.touched_packed()
+    layer.drop_oldest_exact(group, due)
+    known = [torch.cat([x[:, :stop], x[:, stop + due :]], 1) for x in known]
+    group.held = replace(held, positions=known[0], scores=known[1], final=held.seen)
+
+
+def _replace_packed(layer: PlannedLayer, group: RowGroup, plan: EvictPacked, held: Held) -> list[torch.Tensor]:
+    """Pages in which nothing changes are left alone; the others are written anew. Returns positions and scores, what
+    came in where what goes was."""
     bank, codec, packing, bounds = layer.bank, layer.codec, layer.packing, group.bounds
     assert codec is not None and packing is not None and bank.packed is not None and bank.change is not None
     stop, due, page, width = int(bounds.packed_stop), plan.goes.shape[1], packing.page, group.packed.shape[1]
@@ -307,7 +320,4 @@ def _evict_packed(layer: PlannedLayer, group: RowGroup, plan: EvictPacked, held:
             bank.change.keep(pool, table[group.flat[r], c])
         for pool, name, i in bank.packed.fields():
             pool.write(name, bank.packed.tables[i][group.flat[r], c], made[name])
-    group.touched_packed()
-    layer.drop_oldest_exact(group, due)
-    arrays = [torch.cat([x[:, :stop], x[:, stop + due :]], 1) for x in moved]
-    group.held = replace(held, positions=arrays[0], scores=arrays[1], final=held.seen)
+    return moved

@@ -52,6 +52,15 @@ def lacks(form: Form | None, heads: int) -> str | None:
     return None
 
 
+def supports(form: Form | None, heads: int, head_dim: int) -> str | None:
+    """Why a GPU's kernels cannot attend on these shapes, in a few words; None if they can."""
+    if head_dim not in (64, 128, 256):
+        return f"head_dim {head_dim} is none of 64, 128, 256"
+    if form is not None and form.channels & (form.channels - 1):
+        return f"groups of {form.channels} channels"
+    return lacks(form, heads)
+
+
 def pages_of(spans: np.ndarray, page: int) -> np.ndarray:
     """How many packed pages of `page` tokens, and how many `TILE`s of exact slots, the rows see part of.
 

@@ -30,7 +30,17 @@ from fivefold.kernels.choice import choose
 from fivefold.kernels.device import numbered, on
 from fivefold.kernels.packed_decode import cuda
 from fivefold.kernels.packed_decode.reference import Form
-from fivefold.kernels.packed_decode.schedule import LIMIT, PICKS, SPAN, TILE, Exact, Packed, lacks, pages_of, starts_of
+from fivefold.kernels.packed_decode.schedule import (
+    LIMIT,
+    PICKS,
+    SPAN,
+    TILE,
+    Exact,
+    Packed,
+    pages_of,
+    starts_of,
+    supports,
+)
 
 __all__ = [
     "LIMIT",
@@ -435,15 +445,6 @@ def _combine(
     if WITH_LSE:
         natural = (m + tl.log2(tl.where(some, total, 1.0))) * 0.6931471805599453
         tl.store(merged_lse + at, tl.where(some, natural, float("-inf")))
-
-
-def supports(form: Form | None, heads: int, head_dim: int) -> str | None:
-    """Why these shapes cannot be attended on, in a few words; None if they can."""
-    if head_dim not in (64, 128, 256):
-        return f"head_dim {head_dim} is none of 64, 128, 256"
-    if form is not None and form.channels & (form.channels - 1):
-        return f"groups of {form.channels} channels"
-    return lacks(form, heads)
 
 
 def _processors(device: torch.device) -> int:

@@ -94,7 +94,7 @@ class D2O(TokenPolicy):
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         rows, slots, dim = keys.shape
         goes = torch.ones((rows, slots), dtype=torch.bool, device=keys.device).scatter_(1, kept, False)
-        gone = goes.nonzero()[:, 1].view(rows, slots - kept.shape[1])
+        gone = goes.sort(dim=1, descending=True, stable=True).indices[:, : slots - kept.shape[1]]
         old_keys, old_values = _take(keys, gone), _take(values, gone)
         new_keys, new_values = _take(keys, kept), _take(values, kept)
         similarity, nearest = most_similar(old_keys, new_keys)

@@ -75,7 +75,7 @@ class ElasticCache(TokenPolicy):
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         dim = keys.shape[2]
         at = held.positions.gather(1, kept)
-        first = int((at[0] < self.sink).sum())
+        first = self.sink  # they are all held, whatever else is
         index = kept[:, :, None].expand(-1, -1, dim)
         if first + 1 >= kept.shape[1]:
             return keys.gather(1, index), values.gather(1, index), held.extra  # no anchors

@@ -37,7 +37,7 @@ class RandomTokens(TokenPolicy):
 
     def priority(self, held: Held, budget: int) -> torch.Tensor:
         # A number of its own for every layer, head and position, by two steps of a multiplicative generator.
-        place = held.layer * held.kv_heads + (held.places % held.kv_heads)[:, None]
+        place = held.layer * held.kv_heads + (held.places % held.kv_heads)[:, None].to(held.positions.device)
         draws = (held.positions + 1 + 1_000_003 * place + 15_485_863 * self.seed) % _PRIME
         draws = (draws * 48_271 % _PRIME) ** 2 % _PRIME
         recent = max(0, min(int(self.recent * budget), budget - self.sink))

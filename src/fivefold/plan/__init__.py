@@ -1,0 +1,1 @@
+"""What fits, how fast, and at what quality, before anything is loaded."""
