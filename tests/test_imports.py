@@ -15,6 +15,7 @@ import fivefold
 LAYERS = {
     "errors": (),
     "paths": (),
+    "page": ("errors",),
     "sizes": ("errors",),
     "kernels": ("errors", "paths"),
     "store": ("errors", "kernels"),
