@@ -155,7 +155,7 @@ def _heat(result: dict[str, Any]) -> Iterator[str]:
         "top-1 agreement. Blue is the exact cache's score, orange is chance. Hatched: the exact cache is at chance.</p>"
     )
     head = f'<tr><th rowspan="2" scope="col">recipe</th>{top}</tr><tr>{under}</tr>'
-    yield table("Scores of each recipe by task and context length", head, rows, "heat")
+    yield table("Scores of each recipe by task and context length", head, rows, "heat sticky")
     yield "</section>"
 
 
