@@ -17,7 +17,7 @@ DARK = "--blink-settings=preferredColorScheme=0"
 
 
 class Tags(HTMLParser):
-    """A page's tags with their attributes, and its text."""
+    """A page's tags with their attributes, and the text that is read."""
 
     def __init__(self, text):
         super().__init__()
@@ -29,7 +29,8 @@ class Tags(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
     def handle_data(self, data):
-        self.text += data
+        if self.cdata_elem is None:
+            self.text += data
 
     @property
     def sections(self):

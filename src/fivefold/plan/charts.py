@@ -127,13 +127,16 @@ def _left_out(why: str, rows: Sequence[dict[str, Any]], points: Sequence[dict[st
     return f" {why}: {'; '.join(names)}." if names else ""
 
 
-def ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, ... from the last one that is not above `low` to the first not below `high`: whole decades alone
-    where there would be many."""
-    first, last = int(log10(low)) - 2, int(log10(high)) + 2
-    each = (1, 2, 5) if log10(high / low) < 2.5 else (1,)
-    every = [float(f"{digit}e{decade}") for decade in range(first, last + 1) for digit in each]
-    start = max(at for at, value in enumerate(every) if value <= low)
+def ticks(low: float, high: float, whole: bool = False) -> list[float]:
+    """Round numbers from the last one that is not above `low` to the first not below `high`, the fewer the wider that
+    is. whole: no fractions."""
+    spread = log10(high / low)
+    each = (1, 1.5, 2, 3, 4, 6, 8) if spread < 0.8 else (1, 2, 5) if spread < 2.5 else (1,)
+    decades = range(int(log10(low)) - 2, int(log10(high)) + 3)
+    every = [float(f"{digit}e{decade}") for decade in decades for digit in each]
+    if whole:
+        every = [value for value in every if value == int(value)]
+    start = max((at for at, value in enumerate(every) if value <= low), default=0)
     end = min(at for at, value in enumerate(every) if value >= high and at > start)
     return every[start : end + 1]
 
@@ -148,7 +151,7 @@ def _against_context(
     if ends[0] == ends[1]:
         ends = [ends[0] / 2, ends[1] * 2]
     values = [point["y"] for point in points] + ([level] if level else [])
-    marks = ticks(min(values), max(values))
+    marks = ticks(min(values), max(values), whole=title == "users")
     names = {str(context): context_name(context) for context in contexts}
     x = {
         "field": "context", "type": "quantitative", "title": "tokens of context",
@@ -158,7 +161,7 @@ def _against_context(
     }  # fmt: skip
     y = {
         "field": "y", "type": "quantitative", "title": title,
-        "scale": {"type": "log", "domain": [marks[0], marks[-1]], "nice": False, "padding": 0},
+        "scale": {"type": "log", "domain": [marks[0], marks[-1]], "nice": False, "padding": 8},
         "axis": {"values": marks, "format": ",~r", "labelOverlap": False},
     }  # fmt: skip
     dimmed = {"condition": {"test": "picked == 0 || datum.place == picked", "value": 1}, "value": 0.12}
@@ -213,7 +216,7 @@ def _literal(names: dict[str, str]) -> str:
 
 
 def _quality(points: list[dict[str, Any]]) -> dict[str, Any]:
-    people = ticks(min(point["users"] for point in points), max(point["users"] for point in points))
+    people = ticks(min(point["users"] for point in points), max(point["users"] for point in points), whole=True)
     damage = [value for point in points for value in (point["kl"], point["low"], point["high"]) if value]
     least = min((point["kl"] for point in points if point["kl"]), default=1e-4)
     most = max(damage, default=1e-3)

@@ -25,6 +25,7 @@ _PARTS = {
 }
 """Name and colour of each part of a cache, in the order of the bar."""
 _OTHERS = ("#c43d3d", "#b7b03a", "#7aa86f", "#b58ac9")
+_NOBODY = '0 <small class="no">does not fit</small>'
 _RUNS = {"python": "In Python", "generate": "On the command line", "vllm": "With vLLM"}
 
 
@@ -174,6 +175,8 @@ def _memory(result: dict[str, Any]) -> Iterator[str]:
         f"{result['context']:,} tokens, by what they hold. The mark is the usable memory, {size(usable)}.</p>"
     )
     colors = {name: color for bar in bars for name, color, _ in bar}
+    order = [_WEIGHTS, _WORKING, _CACHE, *(name for name, _ in _PARTS.values())]
+    colors = dict(sorted(colors.items(), key=lambda one: order.index(one[0]) if one[0] in order else len(order)))
     keys = "".join(
         f'<li><span class="swatch" style="background:{color}"></span>{escape(name)}</li>'
         for name, color in colors.items()
@@ -192,9 +195,7 @@ def _memory(result: dict[str, Any]) -> Iterator[str]:
         for name, color, nbytes in bar:
             share = 100 * nbytes / scale
             said = escape(f"{name}: {size(nbytes)}")
-            pieces.append(
-                f'<i style="left:{at:.3f}%;width:{share:.3f}%;background:{color}" title="{said}"></i>'
-            )  # fmt: skip
+            pieces.append(f'<i style="left:{at:.3f}%;width:{share:.3f}%;background:{color}" title="{said}"></i>')
             at += share
         end = 100 * usable / scale
         if left > 0:
@@ -254,7 +255,7 @@ def _rows(result: dict[str, Any]) -> Iterator[str]:
             f'<th scope="row"><code>{escape(row["recipe"])}</code></th>',
             sortable(row["bytes"], size(row["bytes"])),
             sortable(row["ratio"], f"{row['ratio']:.3f}"),
-            sortable(row["users"], f"{row['users']:,}" if row["users"] else '<span class="no">0: does not fit</span>'),
+            sortable(row["users"], f"{row['users']:,}" if row["users"] else _NOBODY),
             sortable(row["longest"], _or_unknown(row["longest"], "{:,}".format)),
             sortable(row["step_ms"], _or_unknown(row["step_ms"], milliseconds)),
             sortable(row["step_ms_most"], _or_unknown(row["step_ms_most"], milliseconds)),
@@ -270,7 +271,7 @@ def _rows(result: dict[str, Any]) -> Iterator[str]:
         mark = ' class="chosen"' if row["recipe"] == result["chosen"] else ""
         rows.append(f"<tr{mark}>{''.join(cells)}</tr>")
     yield f'<section id="rows"><h2>All recipes at {result["context"]:,} tokens</h2>'
-    yield table("All recipes", sorting(columns), rows, "sortable sticky")
+    yield table("All recipes", sorting(columns), rows, "sortable sticky wide")
     notes = [
         f"<li>{place} <code>{escape(row['recipe'])}</code>: {escape(' '.join(row['notes']))}</li>"
         for place, row in enumerate(result["rows"], 1)
