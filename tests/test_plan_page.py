@@ -3,9 +3,12 @@
 import copy
 import json
 import re
+import sys
 
 import pytest
 
+from fivefold import page as shared
+from fivefold.errors import InputError
 from fivefold.plan import charts, html
 from pages import DARK, NASTY, Tags, browser, contrast, harmless, probing, visit
 
@@ -64,7 +67,7 @@ def row(recipe, ratio, codes, scales, read, kl):
         "quality": None if kl is None else {"kl": kl, "low": kl * 0.8, "high": kl * 1.3, "source": "results.json"},
         "notes": notes, "on_front": recipe not in ("gear(bits=2)", "snapkv(keep=0.2)", LONG),
         "meets": None if read is None else bool(users >= 2 and step <= 25),
-        "terms": [] if read is None else [
+        "terms": [] if step is None else [
             {"name": "weights", "seconds": WEIGHTS / 0.93e12, "formula": "14.96 GiB / 0.93 TB/s", "bound": "bandwidth"},
             {"name": "attention, exact", "seconds": 2 * read * whole / 0.93e12,
              "formula": f"{2 * read * whole / GIB:.2f} GiB / (0.92 of 1.01 TB/s)", "bound": "bandwidth"},
@@ -214,6 +217,13 @@ def test_nothing_is_predicted_and_one_recipe(result):
     page = html.render({**result, "rows": rows, "chosen": rows[0]["recipe"]})
     assert set(drawn(page)) == {"quality"}
     assert Tags(page).sections == ["chosen", "memory", "quality", "rows", "made"]
+
+
+def test_the_plotting_library_may_be_missing(monkeypatch):
+    shared.check()
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    with pytest.raises(InputError, match=r"fivefold\[report\]"):
+        shared.check()
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def _chosen(result: dict[str, Any]) -> Iterator[str]:
             "cache of a user": f"{size(row['bytes'])}, {row['ratio']:.3f} of the exact cache's",
             "most users": f"{row['users']:,} at {result['context']:,} tokens",
             "longest context": f"{row['longest']:,} tokens for {people(result['users'] or 1)}",
-            "decoding step": _or_unknown(row["step_ms"], milliseconds),
+            "decoding step": _or_unknown(row["step_ms"], milliseconds) + f" for {people(result['users'] or 1)}",
             "tokens a second": _or_unknown(row["tokens_s"], _digits) + f" for {people(row['users'])}",
             "quality": _damage(row["quality"]) if row["quality"] is None else "KL " + _damage(row["quality"]),
         }
