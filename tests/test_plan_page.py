@@ -276,6 +276,7 @@ PROBE = probing("""
     quality: marks("quality", "mark-symbol"),
     label: getComputedStyle(document.querySelector("#plot-users svg .mark-text text")).fill,
     cut: [],
+    scrolls: [],
   });
   for (const plot of document.querySelectorAll(".plot svg")) {
     const frame = plot.getBoundingClientRect();
@@ -291,6 +292,10 @@ PROBE = probing("""
     const out = one.clientWidth && one.scrollWidth > one.clientWidth + 1;
     if (out || at.right > document.documentElement.clientWidth + 0.5)
       seen.cut.push(one.textContent.slice(0, 60));
+  }
+  for (const one of document.querySelectorAll("details")) one.open = true;
+  for (const one of document.querySelectorAll(".inside .scroll")) {
+    if (one.scrollWidth > one.clientWidth) seen.scrolls.push(one.getAttribute("aria-label"));
   }
   const dim = () => document.querySelectorAll('#plot-users svg .mark-symbol path[opacity="0.12"]').length;
   const pick = document.querySelector('select[data-signal="picked"]');
@@ -320,7 +325,7 @@ def test_a_browser_draws_it_and_asks_for_nothing(page, result, tmp_path, width, 
     fitting = sum(bool(at["users"]) for row in result["rows"] for at in row["by_context"])
     assert (seen["users"], seen["lines"], seen["times"], seen["quality"]) == (fitting, 8, 7 * len(CONTEXTS), 6)
     assert seen["wide"] <= 0 and seen["cut"] == []
-    assert seen["options"] == 9 and seen["dimmed"] == [0, fitting - 6]
+    assert seen["scrolls"] == [] and seen["options"] == 9 and seen["dimmed"] == [0, fitting - 6]
     assert seen["buttons"] == 2 and seen["selected"].startswith("import fivefold")
     assert (seen["fastest"], seen["smallest"]) == ("streaming(sink=4, recent=1020)",) * 2
     paper, label = contrast(seen["paper"], seen["label"])
