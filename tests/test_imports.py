@@ -16,15 +16,17 @@ LAYERS = {
     "errors": (),
     "paths": (),
     "page": ("errors",),
+    "signature": (),
     "sizes": ("errors",),
     "kernels": ("errors", "paths"),
     "store": ("errors", "kernels"),
     "attention": ("errors", "kernels", "store"),
     "methods": ("errors", "kernels", "store", "calibrate.learner", "calibrate.profile"),
     "calibrate.learner": ("errors", "kernels", "store"),
-    "calibrate.profile": ("errors", "paths", "kernels"),
+    "calibrate.profile": ("errors", "paths", "kernels", "signature"),
     "recipe": ("errors", "store", "methods"),
     "engine": ("errors", "sizes", "kernels", "store", "attention", "methods", "recipe"),
+    "plan": ("errors", "page", "signature", "store", "methods", "calibrate.learner", "calibrate.profile", "recipe"),
     "report": ("errors", "store", "engine", "kernels"),
 }
 """Imports of any kind count: at the top of a module, in a function, or for types only."""
@@ -112,6 +114,17 @@ def test_who_knows_transformers() -> None:
         for found in imports(module)
         if found.module.split(".")[0] == "transformers"
         if not (found.kind == "types" and within(module, *KNOW_ITS_TYPES))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_the_command_line_plans() -> None:
+    wrong = [
+        f"{module} line {found.line} imports {found.module}"
+        for module in modules()
+        if not within(module, "plan", "cli")
+        for found in imports(module)
+        if within(found.module, "plan")
     ]
     assert not wrong, "\n".join(wrong)
 

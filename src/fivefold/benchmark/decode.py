@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,6 +33,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500000.0,
     },
+    "llama-3.2-1b": {
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500000.0, "tie_word_embeddings": True,
+    },
     "small": {
         "vocab_size": 1024, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4,
         "num_attention_heads": 8, "num_key_value_heads": 2,
@@ -40,9 +44,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def build(shape: str, device: torch.device) -> Any:
-    """A Llama of a shape with random weights, bfloat16 on a GPU and float32 on a CPU."""
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=1 << 24, tie_word_embeddings=False)
+def build(shape: str | Mapping[str, Any], device: torch.device) -> Any:
+    """A Llama with random weights, bfloat16 on a GPU and float32 on a CPU. shape: a name of `SHAPES`, or such a one."""
+    given = SHAPES[shape] if isinstance(shape, str) else shape
+    config = LlamaConfig(**{"max_position_embeddings": 1 << 24, "tie_word_embeddings": False, **given})
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
     try:

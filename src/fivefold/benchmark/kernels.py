@@ -55,15 +55,13 @@ def measure(device: torch.device, context: int, batch: int, recipes: list[str]) 
     for recipe in recipes:
         layer = filled(Recipe.parse(recipe), device, context, batch, dtype)
         (group,) = layer.groups
-        read = rows * int(group.bounds.exact_tokens) * 2 * HEAD_DIM * dtype.itemsize
-        if layer.packed_pools:
-            read += group.packed.size * layer.packed_pools[0].layout.nbytes
+        read = sum(read_bytes(layer))
         path = _path(layer, device)
         ms = median_ms(partial(attend_step, layer, group, queries, HEAD_DIM**-0.5), device)
         yield row(recipe, path, ms, read, best)
         layer.free()
         if layer.codec is not None and layer.codec.form is not None:
-            ms, moved = _pack(layer.codec.form, rows * context, device, dtype)
+            ms, moved = pack(layer.codec.form, rows * context, device, dtype)
             path = "triton" if choose(device).triton else "reference"
             yield {**row(f"pack {recipe}", path, ms, moved, best), "gain": None}
 
@@ -75,6 +73,14 @@ def measure(device: torch.device, context: int, batch: int, recipes: list[str]) 
             _picked(device, context, batch, queries, "kivi(bits=2)"),
         ):
             yield row(name, "triton", median_ms(call, device), nbytes, best)
+
+
+def read_bytes(layer: LayerCache) -> tuple[int, int]:
+    """What a step of a layer whose heads are all alike reads: exact tokens, and whole packed pages."""
+    (group,) = layer.groups
+    spec = layer.spec
+    exact = len(group.rows) * int(group.bounds.exact_tokens) * 2 * spec.head_dim * spec.dtype.itemsize
+    return exact, group.packed.size * layer.packed_pools[0].layout.nbytes if layer.packed_pools else 0
 
 
 def _path(layer: LayerCache, device: torch.device) -> str:
@@ -134,7 +140,7 @@ def _sdpa(queries: torch.Tensor, context: int) -> tuple[list[tuple[str, float]],
     return timed, keys.nbytes + values.nbytes
 
 
-def _pack(form: Form, tokens: int, device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
+def pack(form: Form, tokens: int, device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
     """Milliseconds to quantise and pack that many tokens (rounded up to pages, at most `PACKED`), and bytes moved."""
     shape = (-(-min(tokens, PACKED) // form.tokens), form.tokens, form.head_dim)
     keys, values = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))

@@ -31,10 +31,10 @@ def measure(
         try:
             # Compiles and plans what there is to compile and plan: on a GPU for these very shapes, which cuDNN wants.
             if ids.is_cuda:
-                _read(model, name, ids, chunk)
+                read(model, name, ids, chunk)
             else:
-                _read(model, name, ids[:, : 512 + min(chunk or 0, 512)], 512)
-            row.update(_read(model, name, ids, chunk))
+                read(model, name, ids[:, : 512 + min(chunk or 0, 512)], 512)
+            row.update(read(model, name, ids, chunk))
         except torch.OutOfMemoryError:
             row["error"] = "out of memory"
         else:
@@ -43,7 +43,8 @@ def measure(
         yield row
 
 
-def _read(model: Any, name: str, ids: torch.Tensor, chunk: int | None) -> dict[str, Any]:
+def read(model: Any, name: str, ids: torch.Tensor, chunk: int | None) -> dict[str, Any]:
+    """Read `[batch, tokens]` with a new cache, and time it; as a row of `measure`."""
     cuda = ids.is_cuda
     if name == BASELINE:
         fivefold.restore(model)

@@ -26,7 +26,7 @@ SizeOption = Annotated[
 ]
 ShapeOption = Annotated[
     str | None,
-    typer.Option("--shape", metavar="SHAPE", help="llama-3-8b or small; by default what the device can run."),
+    typer.Option("--shape", metavar="SHAPE", help="llama-3-8b, llama-3.2-1b, small; default: what fits here."),
 ]
 
 

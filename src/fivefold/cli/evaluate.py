@@ -117,7 +117,6 @@ def _measure(
     """What eval and sweep have in common: plan, run, show, write."""
     targets = {name: writable(name) for name in (json_file, html_file) if name is not None}
     with err.status("Preparing"):
-        from fivefold import page
         from fivefold.evaluate import engine, html, tables
         from fivefold.evaluate.sweep import recipes as spelled
         from fivefold.models import embedded
@@ -125,7 +124,7 @@ def _measure(
         from fivefold.recipe import Recipe
 
         if html_file is not None:
-            page.check()
+            html.check()
         plan = engine.Plan(
             recipes=spelled(recipe or engine.DEFAULT_RECIPES, braces),
             suites=tuple(engine.suite_lines()) if suite is None else _names(suite),

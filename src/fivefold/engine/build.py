@@ -27,7 +27,8 @@ def build(
         codec = None if packer is None else packer.codec(spec)
         return LayerCache(spec, pools, recipe.extents(spec), codec, packer.exact_tokens if packer else 0, policy)
 
-    reads, roles = recipe.get("reads"), {}
+    reads = recipe.get("reads")
+    roles: dict[int, str] = {}
     if isinstance(reads, ReadPolicy):
-        roles = dict(zip((spec.layer for spec in specs), reads.roles(specs)))
+        roles |= zip((spec.layer for spec in specs), reads.roles(specs))
     return Session(specs, store, pools, companions, roles, getattr(reads, "top", 0), None, sources, entry)

@@ -9,7 +9,9 @@ from typing import Any
 from fivefold.evaluate.charts import figures_of
 from fivefold.evaluate.summary import EXACT, FIDELITY
 from fivefold.evaluate.tables import at_context, context_name, contexts_of, number, recipes_of, suite_name
-from fivefold.page import Figure, document, plots, sortable, sorting, table
+from fivefold.page import Figure, check, document, plots, sortable, sorting, table
+
+__all__ = ["check", "render"]
 
 _WORDS = {
     "quality": "What is left of the exact cache's score above chance, over all suites that the exact cache can do "

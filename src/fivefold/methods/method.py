@@ -11,11 +11,14 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
+import torch
+
 from fivefold.calibrate.learner import Capture, Learner
-from fivefold.errors import RecipeError
+from fivefold.calibrate.profile import Profile, load_profile
+from fivefold.errors import ProfileError, RecipeError
 from fivefold.store.codec import Codec
 from fivefold.store.rows import Extent
 from fivefold.store.spec import LayerSpec
@@ -94,6 +97,27 @@ class Method:
     def learner(self, specs: Sequence[LayerSpec]) -> Learner:
         """With `captures`: what takes them in and makes a profile. specs: the layers that are compressed."""
         raise NotImplementedError
+
+    def profile_for(
+        self, spec: LayerSpec, given: str | None, missing: str, blank: Callable[[], dict[str, Any]]
+    ) -> Profile:
+        """The profile in the folder `given`, or the one that ships for the model of a layer. Raises `ProfileError`,
+        where none ships with the sentence `missing`.
+
+        blank: settings, and tensors by name, of one that says nothing: for a cache that is only planned (its layers are
+        on the meta device), whose bytes do not depend on what was learned.
+        """
+        try:
+            return load_profile(given or f"{self.name}-{spec.model}", self.name, spec.model, spec.config)
+        except ProfileError as error:
+            if given:
+                raise
+            if spec.device.type == "meta":
+                found = blank()
+                tensors = {name: x for name, x in found.items() if isinstance(x, torch.Tensor)}
+                settings = {name: x for name, x in found.items() if name not in tensors}
+                return Profile(self.name, spec.model, settings, tensors)
+            raise ProfileError(missing) from error
 
     def __str__(self) -> str:
         """As in a recipe: the parameters that were written there, and those that differ from their default."""

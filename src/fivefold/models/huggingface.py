@@ -24,7 +24,6 @@ from transformers.modeling_utils import AttentionInterface
 
 from fivefold.calibrate.profile import signature
 from fivefold.engine.build import build
-from fivefold.engine.session import Session
 from fivefold.errors import UnsupportedModelError
 from fivefold.models import forward
 from fivefold.models.attention import CALLED, NAME, Called, attention, mask

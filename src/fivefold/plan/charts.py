@@ -77,7 +77,7 @@ def figures_of(result: dict[str, Any]) -> dict[str, Figure]:
         caption = "Milliseconds of a decoding step of one user, by context. Down and right is better."
         caption += _left_out("Not predicted", rows, times)
         target = result["target"] or {}
-        alone = (target.get("users") or result["users"] or 1) == 1
+        alone = (result["users"] or 1) == 1
         most = target.get("ms") if alone else None
         spec = _against_context(result, times, "milliseconds", most, f"asked: {most:g} ms" if most else "")
         found["times"] = Figure(caption, spec, choices)

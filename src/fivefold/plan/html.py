@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from html import escape
 from typing import Any
 
-from fivefold.page import Figure, document, plots, sortable, sorting, table
+from fivefold.page import Figure, check, document, plots, sortable, sorting, table
 from fivefold.plan.charts import figures_of, legend, places_of
+
+__all__ = ["check", "render"]
 
 UNKNOWN = '<small class="unknown">unknown</small>'
 _WEIGHTS, _WORKING, _CACHE, _EMPTY = "weights", "working memory", "cache", "unused"
@@ -22,9 +24,20 @@ _PARTS = {
     "tables": ("page tables", "#9a6a4a"),
     "slack": ("unfilled slots", "#5aa9d6"),
     "free": ("free pages", "#a9cbe0"),
+    "graph": ("captured steps", "#7aa86f"),
+    "forks": ("forks", "#b7b03a"),
+    "host": ("host memory", "#b58ac9"),
 }
 """Name and colour of each part of a cache, in the order of the bar."""
-_OTHERS = ("#c43d3d", "#b7b03a", "#7aa86f", "#b58ac9")
+_OTHERS = ("#c43d3d", "#e0a3a3")
+_WANTED = {
+    "ms": "a decoding step in at most {:g} ms",
+    "tokens_s": "at least {:,g} tokens a second",
+    "users": "at least {:g} users",
+    "first_s": "the first token in at most {:g} s",
+    "kl": "a KL of at most {:g} nats",
+}
+"""What a target asks for, by its name."""
 _NOBODY = '0 <small class="no">does not fit</small>'
 _RUNS = {"python": "In Python", "generate": "On the command line", "vllm": "With vLLM"}
 
@@ -94,15 +107,9 @@ def _header(result: dict[str, Any]) -> Iterator[str]:
     if result["users"] is not None:
         asked += f" for {people(result['users'])}"
     target = result["target"] or {}
-    wanted = []
-    if target.get("ms") is not None:
-        wanted.append(f"a decoding step in at most {target['ms']:g} ms")
-    if target.get("tokens_s") is not None:
-        wanted.append(f"at least {target['tokens_s']:,g} tokens a second")
+    wanted = [form.format(target[name]) for name, form in _WANTED.items() if target.get(name) is not None]
     if wanted:
         asked += ", with " + " and ".join(wanted)
-        if target.get("users") is not None and target["users"] != result["users"]:
-            asked += f" at {people(target['users'])}"
     yield "<header><h1>What fits, how fast, and at what quality</h1>"
     yield f"<p>Asked: {escape(asked)}.</p>"
     yield f'<p class="said"><strong>{escape(result["said"])}</strong></p>'
@@ -169,10 +176,11 @@ def _memory(result: dict[str, Any]) -> Iterator[str]:
     widest = min(max(totals, default=usable), 1.5 * usable)
     scale = max(usable * 1.02, widest * 1.02)
     whose = f"{people(asked)} at" if asked else "the most users that fit at"
+    where = f", on each of the {result['gpus']} GPUs" if result["gpus"] > 1 else ""
     yield '<section id="memory"><h2>Memory</h2>'
     yield (
         f"<p>Weights, working memory (a chunk of a prompt, and the captured step), and the caches of {whose} "
-        f"{result['context']:,} tokens, by what they hold. The mark is the usable memory, {size(usable)}.</p>"
+        f"{result['context']:,} tokens, by what they hold{where}. The mark is the usable memory, {size(usable)}.</p>"
     )
     colors = {name: color for bar in bars for name, color, _ in bar}
     order = [_WEIGHTS, _WORKING, _CACHE, *(name for name, _ in _PARTS.values())]
@@ -185,11 +193,11 @@ def _memory(result: dict[str, Any]) -> Iterator[str]:
     for place, (row, bar, total) in enumerate(zip(result["rows"], bars, totals), 1):
         users = asked or row["users"] or 1
         left = usable - total
-        fits = (
-            f"{size(left)} unused"
-            if left >= 0
-            else f'<span class="no">does not fit: {size(-left)} more than there is</span>'
-        )
+        if users > row["users"]:
+            more = f": {size(-left)} more than there is" if left < 0 else ""
+            fits = f'<span class="no">does not fit{more}</span>'
+        else:
+            fits = f"{size(max(0.0, left))} unused"
         parts = ", ".join(f"{name} {size(nbytes)}" for name, _, nbytes in bar)
         pieces, at = [], 0.0
         for name, color, nbytes in bar:
@@ -212,19 +220,21 @@ def _memory(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _parts(result: dict[str, Any], row: dict[str, Any], users: int) -> list[tuple[str, str, float]]:
-    """Name, colour and bytes of all that a recipe's memory holds, for so many users."""
+    """Name, colour and bytes of all that a recipe's memory holds on a GPU, for so many users."""
     memory, parts = result["memory"], row["parts"]
+    share = memory.get("share", 1 / result["gpus"])
     bar: list[tuple[str, str, float]] = [
         (_WEIGHTS, "#6b7280", memory["weights"]),
         (_WORKING, "#a3a9b3", memory["working"]),
     ]
     if not parts:
-        return [*bar, (_CACHE, _PARTS["exact"][1], users * row["bytes"])]
+        return [*bar, (_CACHE, _PARTS["exact"][1], share * users * row["bytes"])]
     others = [name for name in parts if name not in _PARTS]
     for name in (*_PARTS, *others):
         if parts.get(name):
             shown, color = _PARTS.get(name) or (name, _OTHERS[others.index(name) % len(_OTHERS)])
-            bar.append((shown, color, users * parts[name]))
+            many = 1 if name == "free" else users  # all users share the pages that are free
+            bar.append((shown, color, share * many * parts[name]))
     return bar
 
 

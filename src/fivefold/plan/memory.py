@@ -8,7 +8,8 @@ the same code made them, and `report` counts them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,38 +17,42 @@ import torch
 from fivefold.attention.fused import why_not
 from fivefold.attention.tables import tables_of
 from fivefold.engine.build import build
+from fivefold.errors import ProfileError
 from fivefold.kernels.choice import Choice, planned
 from fivefold.plan.shape import ModelShape
+from fivefold.plan.time import Read
 from fivefold.recipe import Recipe
 from fivefold.report import Report, measure
+from fivefold.store.context import Rope
 from fivefold.store.group import RowGroup
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.spec import LayerSpec, Pools
 
 NOWHERE = torch.device("meta")
 GPU = Choice("cuda", "a GPU is planned for")
+STATE = 4
+"""Bytes of a number of a linear layer's recurrent state, which transformers keeps in float32."""
 
 
 def specs_of(shape: ModelShape, dtype: torch.dtype, sliding: bool = False) -> list[LayerSpec]:
     """The layers of a model that a recipe compresses, on the meta device."""
-    out = []
-    for index, layer in enumerate(shape.layers):
-        if layer.kind == "full" or (sliding and layer.kind == "sliding"):
-            out.append(
-                LayerSpec(
-                    layer=index,
-                    layers=len(shape.layers),
-                    kv_heads=layer.kv_heads,
-                    query_heads=layer.query_heads,
-                    head_dim=layer.head_dim,
-                    dtype=dtype,
-                    device=NOWHERE,
-                    model=shape.signature,
-                    config=shape.config,
-                    window=layer.window if layer.kind == "sliding" else None,
-                )
-            )
-    return out
+    return [
+        LayerSpec(
+            layer=index,
+            layers=len(shape.layers),
+            kv_heads=layer.kv_heads,
+            query_heads=layer.query_heads,
+            head_dim=layer.head_dim,
+            dtype=dtype,
+            device=NOWHERE,
+            model=shape.signature,
+            config=shape.config,
+            rope=Rope(torch.ones(layer.head_dim // 2), layer.head_dim),  # its angles take no bytes of a cache
+            window=layer.window if layer.kind == "sliding" else None,
+        )
+        for index, layer in enumerate(shape.layers)
+        if layer.kind == "full" or (sliding and layer.kind == "sliding" and not layer.chunked)
+    ]
 
 
 class Rehearsal:
@@ -91,15 +96,15 @@ class Rehearsal:
             observed = nothing(rows, group.held.slots + tokens, dtype=torch.float32)
         store.append(group, keys, values, advance=tokens > 1, observed=observed)
         watched = group.held is not None and policy is not None and policy.watching(group.held)
-        selects = self.session.roles.get(spec.layer) == "select"
-        if tokens == 1 and not (watched or selects):
-            if why_not(store, NOWHERE, spec.query_heads // spec.kv_heads) is None:
-                tables_of(store.bank).sync()
+        alone = tokens == 1 and not watched and self.session.roles.get(spec.layer) != "select"
+        if alone and why_not(store, NOWHERE, spec.query_heads // spec.kv_heads) is None:
+            tables_of(store.bank).sync()  # a kernel reads these rows
 
     def _choose_together(self) -> None:
-        """Layers that share a budget by their attention: nobody knows it, and each gets an even share."""
+        """Layers that share a budget by their attention: nobody knows it yet, and each gets an even share."""
         session = self.session
-        if session.stores[session.first].policy is not None and session.stores[session.first].policy.together:
+        policy: Any = session.stores[session.first].policy
+        if policy is not None and policy.together:
             for store in session.stores.values():
                 store.after_layers(dict.fromkeys(range(store.batch), 1.0))
                 session.pools.budget.trim()
@@ -109,11 +114,39 @@ class Rehearsal:
         self.session.tidy()
         return measure(self.session, str(self.recipe))
 
+    def why_no_kernel(self) -> str | None:
+        """Why a decoding step is not all kernels, in a few words; None if it is."""
+        with planned(self.path):
+            return next((why for why in self.session.why_not_fused().values() if why is not None), None)
 
-def chunks(tokens: int, chunk: int) -> Iterator[int]:
-    """The sizes of the forwards that read a prompt."""
-    for first in range(0, tokens, chunk):
-        yield min(chunk, tokens - first)
+    def reads(self) -> tuple[Read, ...]:
+        """What the next decoding step reads of the cache, by kind of page."""
+        found: dict[tuple[Any, int], list[int]] = {}
+        for bank in self.session.banks:
+            bounds, spec, count = bank.at(slice(None)), bank.layers[0].spec, len(bank.layers)
+            kinds: list[tuple[Any, int, int]] = [
+                ("exact", 8 * spec.dtype.itemsize, int(bounds.exact_tokens.sum()) * self._token(spec))
+            ]
+            packed = int(bounds.packed_tokens.sum())
+            if packed:
+                codec = bank.layers[0].codec
+                assert codec is not None
+                bits = codec.form.bits if codec.form is not None else 16
+                kinds.append(("packed", bits, packed * codec.layout.nbytes // codec.layout.tokens))
+            for kind, bits, nbytes in kinds:
+                so_far = found.setdefault((kind, bits), [0, 0])
+                so_far[0], so_far[1] = so_far[0] + nbytes, so_far[1] + count
+        return tuple(Read(kind, bits, nbytes, count) for (kind, bits), (nbytes, count) in found.items())
+
+    @staticmethod
+    def _token(spec: LayerSpec) -> int:
+        return 2 * spec.head_dim * spec.dtype.itemsize
+
+
+def chunks(tokens: int, chunk: int | None) -> Iterator[int]:
+    """The sizes of the forwards that read a prompt, all at once or `chunk` tokens at a time."""
+    for first in range(0, tokens, chunk or tokens):
+        yield min(chunk or tokens, tokens - first)
 
 
 def rehearse(
@@ -121,16 +154,56 @@ def rehearse(
     shape: ModelShape,
     context: int,
     batch: int = 1,
+    *,
     dtype: torch.dtype = torch.bfloat16,
     chunk: int | None = None,
     generated: int = 0,
     sliding: bool = False,
-) -> Report:
-    """The report of a cache of `batch` sequences that were read in chunks, `context` tokens of each in all, the last
-    `generated` of them one by one."""
-    cache = Rehearsal(recipe, specs_of(shape, dtype, sliding), shape.hidden)
-    for tokens in chunks(context - generated, chunk or context):
+    path: Choice = GPU,
+) -> Rehearsal:
+    """A cache of `batch` sequences that were read in chunks, `context` tokens of each in all, the last `generated` of
+    them one by one."""
+    cache = Rehearsal(recipe, specs_of(shape, dtype, sliding), shape.hidden, path)
+    for tokens in chunks(context - generated, chunk):
         cache.feed(batch, tokens)
     for _ in range(generated):
         cache.feed(batch, 1)
-    return cache.report()
+    return cache
+
+
+def beside(shape: ModelShape, context: int, batch: int, dtype: torch.dtype, sliding: bool = False) -> int:
+    """Bytes of what transformers itself keeps in layers that no recipe compresses: windows, latents and states."""
+    own = {spec.layer for spec in specs_of(shape, dtype, sliding)}
+    total = 0
+    for index, layer in enumerate(shape.layers):
+        if index not in own:
+            total += layer.tokens(context) * layer.numbers * dtype.itemsize
+        total += layer.state * STATE
+    return total * batch
+
+
+def report_of(
+    recipe: Recipe, shape: ModelShape, context: int, batch: int = 1, *, sliding: bool = False, **settings: Any
+) -> Report:
+    """The report of such a cache, the layers that are not compressed included."""
+    dtype = settings.get("dtype", torch.bfloat16)
+    others = beside(shape, context, batch, dtype, sliding)
+    if not specs_of(shape, dtype, sliding):
+        nothing = {part.name: 0 for part in fields(Report)}
+        given = {"recipe": str(recipe), "tokens": context * batch, "kept_tokens": 1.0, "bits": 8.0 * dtype.itemsize}
+        return Report(**{**nothing, **given, "sliding": others, "exact_equivalent": others})
+    report = rehearse(recipe, shape, context, batch, sliding=sliding, **settings).report()
+    return replace(report, sliding=others, exact_equivalent=report.exact_equivalent + others)
+
+
+def assumptions(recipe: Recipe, shape: ModelShape) -> list[str]:
+    """What a plan takes for granted that a cache would refuse: one sentence for each profile that is not there."""
+    out = []
+    for spec in specs_of(shape, torch.bfloat16)[:1]:
+        here = replace(spec, device=torch.device("cpu"))
+        for ask in (recipe.extents, *([recipe.packer.codec] if recipe.packer is not None else [])):
+            try:
+                ask(here)
+            except ProfileError as error:
+                out.append(str(error))
+    return out

@@ -15,7 +15,8 @@ class LayerShape:
 
     kind: "full" keeps keys and values of all tokens; "sliding" those of the last `window - 1` tokens beside the newest;
     "shared" nothing, it reads those of layer `source`; "latent" (MLA) `latent` numbers a token for all heads; "linear"
-    (linear attention, convolutions) `state` numbers a sequence, however long. head_dim: of keys and values.
+    (linear attention, convolutions) `state` numbers a sequence, however long, which a layer may keep beside its keys
+    too. head_dim: of keys and values. chunked: its window is a chunk of fixed places, which Fivefold never compresses.
     """
 
     kind: Kind
@@ -26,6 +27,7 @@ class LayerShape:
     source: int | None = None
     latent: int = 0
     state: int = 0
+    chunked: bool = False
 
     @property
     def numbers(self) -> int:
@@ -45,14 +47,16 @@ class LayerShape:
 class ModelShape:
     """A decoder.
 
-    name: as it was given. family: its `model_type`. layers: all of them, those without attention too. hidden: width of
-    the residual stream. parameters: all weights, each counted once. embedding: those of them that a step only looks up,
-    one row a token (0 where the output layer is the same matrix). routed: those of the experts that a router chooses
-    from, `experts` in each layer of which a token takes `chosen`. weight_bytes: all weights as they are stored.
-    dtype: of weights, and of keys and values. context: the longest text that the model is made for. measured: whether
-    parameters and weight_bytes were read from the headers of its files; else they were worked out from the
-    configuration. signature, config: what a profile is matched with (`calibrate.profile.signature`, `config_hash`).
-    why_not: why no recipe but `full()` can be used with it; None if they can.
+    name: as it was given. family: its `model_type`. layers: all of them, those without attention too. hidden: width
+    of the residual stream, intermediate: of the widest MLP. parameters: all weights, each counted once. embedding:
+    those of them that a step only looks up, one row a token (0 where the output layer is the same matrix). routed:
+    those of the experts that a router chooses from, `experts` in each layer of which a token takes `chosen`.
+    weight_bytes: all weights as they are stored. dtype: of weights, and of keys and values. context: the longest text
+    that the model is made for. measured: whether parameters and weight_bytes were read from the headers of its files;
+    else they were worked out from the configuration. counted: whether all numbers are right for the family; else the
+    weights are those of a Llama of this size, or without what is for pictures, or states are left out. signature,
+    config: what a profile is matched with (`fivefold.signature`); config is empty, and not compared, where that takes
+    transformers. why_not: why no recipe but `full()` can be used with it; None if they can.
     """
 
     name: str
@@ -68,7 +72,9 @@ class ModelShape:
     experts: int = 0
     chosen: int = 0
     context: int | None = None
+    intermediate: int = 0
     measured: bool = False
+    counted: bool = True
     signature: str = ""
     config: str = ""
     why_not: str | None = None

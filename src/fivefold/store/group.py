@@ -215,7 +215,8 @@ class RowGroup:
         `[rows, tokens, head_dim]`."""
         layer, bounds = self.layer, self.bounds
         if slots.is_meta:
-            return tuple(slots.new_empty((*slots.shape, layer.spec.head_dim), dtype=layer.spec.dtype) for _ in KV)
+            nothing = slots.new_empty((*slots.shape, layer.spec.head_dim), dtype=layer.spec.dtype)
+            return nothing, nothing.clone()
         index, packed_stop, shape = slots.cpu().numpy(), int(bounds.packed_stop), (*slots.shape, layer.spec.head_dim)
         rows, flat = np.repeat(np.arange(len(index)), index.shape[1]), index.reshape(-1)
         if not flat.size or flat[0] >= packed_stop:

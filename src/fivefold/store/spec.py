@@ -42,6 +42,15 @@ class LayerSpec:
     cap: float | None = None
     window: int | None = None
 
+    @property
+    def channels(self) -> int:
+        """Of the keys of all heads together."""
+        return self.kv_heads * self.head_dim
+
+    def blank(self, *shape: int) -> torch.Tensor:
+        """A tensor without contents on the layer's device, for a cache that is only planned."""
+        return torch.empty(shape, device=self.device)
+
 
 def exact_layout(head_dim: int, dtype: torch.dtype) -> PageLayout:
     """Pages of the exact tier: keys (after RoPE) and values as the model made them."""

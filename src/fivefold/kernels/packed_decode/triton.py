@@ -30,7 +30,17 @@ from fivefold.kernels.choice import choose
 from fivefold.kernels.device import numbered, on
 from fivefold.kernels.packed_decode import cuda
 from fivefold.kernels.packed_decode.reference import Form
-from fivefold.kernels.packed_decode.schedule import LIMIT, PICKS, SPAN, TILE, Exact, Packed, pages_of, starts_of, supports
+from fivefold.kernels.packed_decode.schedule import (
+    LIMIT,
+    PICKS,
+    SPAN,
+    TILE,
+    Exact,
+    Packed,
+    pages_of,
+    starts_of,
+    supports,
+)
 
 __all__ = [
     "LIMIT",

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 
 from fivefold.calibrate.learner import Capture, Learner, Progress
-from fivefold.calibrate.profile import Profile, load_profile
-from fivefold.errors import ProfileError, RecipeError
+from fivefold.calibrate.profile import Profile
+from fivefold.errors import RecipeError
 from fivefold.kernels.choice import takes_cpp
 from fivefold.kernels.hadamard import exists, transform
 from fivefold.kernels.pack import fill_rows
@@ -84,17 +84,15 @@ class RotateKV(Method):
                 f"rotatekv(group={self.group}) cannot rotate heads of {spec.head_dim} channels: use kivi() for this "
                 "model."
             )
-        where = self.profile or f"rotatekv-{spec.model}"
-        try:
-            profile = load_profile(where, "rotatekv", spec.model, spec.config)
-        except ProfileError as error:
-            if self.profile:
-                raise
-            raise ProfileError(
-                f"rotatekv() has learned nothing of this model ({spec.model}): run fivefold calibrate --recipe "
-                "'rotatekv()', and give the folder as rotatekv(profile=...)."
-            ) from error
-        return RotateCodec(self, spec, profile)
+        missing = (
+            f"rotatekv() has learned nothing of this model ({spec.model}): run fivefold calibrate --recipe "
+            "'rotatekv()', and give the folder as rotatekv(profile=...)."
+        )
+
+        def blank() -> dict[str, Any]:
+            return {"layers": list(range(spec.layers)), "key_mean": spec.blank(spec.layers, spec.channels)}
+
+        return RotateCodec(self, spec, self.profile_for(spec, self.profile, missing, blank))
 
 
 class RotateLearner(Learner):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from fivefold.calibrate.learner import Capture, Learner, Progress
-from fivefold.calibrate.profile import Profile, load_profile
+from fivefold.calibrate.profile import Profile
 from fivefold.errors import ProfileError, RecipeError
 from fivefold.kernels.pack import fill_rows
 from fivefold.kernels.planar import PLANES, dequantise, pack, quantise, unpack_planes
@@ -87,20 +87,24 @@ class Cskv(Method):
     def codec(self, spec: LayerSpec) -> CskvCodec:
         if spec.rope is None:
             raise RecipeError(f"cskv() stores keys as they are before RoPE, and {spec.no_rope}: use another method.")
-        ranks, where = self.ranks(spec.head_dim), self.profile or f"cskv-{spec.model}"
-        try:
-            profile = load_profile(where, "cskv", spec.model, spec.config)
-        except ProfileError as error:
-            if self.profile:
-                raise
-            raise ProfileError(
-                f"cskv() has learned nothing of this model ({spec.model}): run fivefold calibrate --recipe 'cskv()', "
-                "and give the folder as cskv(profile=...)."
-            ) from error
+        ranks = self.ranks(spec.head_dim)
+        missing = (
+            f"cskv() has learned nothing of this model ({spec.model}): run fivefold calibrate --recipe 'cskv()', and "
+            "give the folder as cskv(profile=...)."
+        )
+
+        def blank() -> dict[str, Any]:
+            rank, weight = max(ranks) * spec.kv_heads, spec.blank(spec.layers, spec.channels)
+            factor = spec.blank(spec.layers, spec.channels, rank)
+            tensors = {"key_factor": factor, "value_factor": factor, "key_weight": weight}
+            return {"layers": list(range(spec.layers)), "rank": rank, **tensors}
+
+        profile = self.profile_for(spec, self.profile, missing, blank)
         held, needed = profile.settings["rank"], max(ranks) * spec.kv_heads
         if needed > held:
+            name = self.profile or f"cskv-{spec.model}"
             raise ProfileError(
-                f"the profile {where!r} holds {held} directions and {self} needs {needed}: calibrate with that recipe."
+                f"the profile {name!r} holds {held} directions and {self} needs {needed}: calibrate with that recipe."
             )
         return CskvCodec(spec, profile, ranks, self.bits)
 
@@ -185,7 +189,7 @@ def bases(factor: torch.Tensor, weight: torch.Tensor | None, layer: int, channel
     profile, with `layer` the row of a layer there."""
     mine = list(channels)
     vectors = torch.linalg.svd(factor[layer, mine].double(), full_matrices=False)[0][:, :rank]
-    root = torch.ones(1).double() if weight is None else weight[layer, mine, None].double()
+    root = torch.ones(()).double() if weight is None else weight[layer, mine, None].double()
     return (root * vectors).float(), (vectors / root).T.contiguous().float()
 
 

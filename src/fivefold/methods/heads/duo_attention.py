@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from fivefold.calibrate.profile import load_profile
-from fivefold.errors import ProfileError, RecipeError
+import torch
+
+from fivefold.errors import RecipeError
 from fivefold.methods import Method, param, register
 from fivefold.store import Extent, LayerSpec
 
@@ -54,16 +56,16 @@ class DuoAttention(Method):
                         f"layers of {spec.kv_heads} kv heads."
                     )
             return frozenset(self.retrieval)
-        try:
-            profile = load_profile(self.retrieval or f"duo-{spec.model}", "duo", spec.model, spec.config)
-        except ProfileError as error:
-            if self.retrieval:
-                raise
-            raise ProfileError(
-                f"duo() knows no retrieval heads of this model ({spec.model}): give them as "
-                "duo(retrieval=[[layer, kv_head], ...]) or as the folder of a profile."
-            ) from error
-        scores = profile.tensors["scores"]
+        missing = (
+            f"duo() knows no retrieval heads of this model ({spec.model}): give them as "
+            "duo(retrieval=[[layer, kv_head], ...]) or as the folder of a profile."
+        )
+
+        def blank() -> dict[str, Any]:
+            """As many in one layer as in another."""
+            return {"scores": -torch.arange(spec.kv_heads).expand(spec.layers, -1).contiguous()}
+
+        scores = self.profile_for(spec, self.retrieval, missing, blank).tensors["scores"]
         order = scores.flatten().argsort(descending=True, stable=True)
         kept = order[: round(self.keep * scores.numel())].tolist()
         return frozenset(divmod(int(i), scores.shape[1]) for i in kept)

@@ -1,0 +1,292 @@
+"""What `fivefold plan` predicts, measured on a GPU: constants, decoding steps, prompts, changes of sessions, memory.
+
+    python benchmarks/plan_gpu.py benchmarks/results/plan_h100.json --only measure --only short --minutes 9
+    python benchmarks/plan_gpu.py benchmarks/results/plan_h100.json --only steps-8b --minutes 9
+    python benchmarks/plan_gpu.py benchmarks/results/plan_h100.json --fit src/fivefold/plan/machines.json
+    python benchmarks/plan_gpu.py benchmarks/results/plan_h100.json --compare
+
+Each row is written as soon as it is measured, and what the file holds already is not measured again: what is broken off
+is gone on with by the same command. Constants are fitted on the steps of Llama-3-8B's shape (with 32 and with 8 layers)
+and checked on Llama-3.2-1B's. `--fit` and `--compare` need no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fivefold.benchmark import capacity, decode, machine, prefill
+from fivefold.plan import fit, measure
+from fivefold.plan import time as plan_time
+from fivefold.plan.machine import Machine, find_machine, shipped
+
+RECIPES = ("full()", "kivi(bits=4)", "kivi(bits=2)", "duo(keep=0.5) + kivi(bits=2)")
+CONTEXTS = (4096, 32768, 131072, 524288)
+BATCHED = (4096, 32768)
+EIGHT, ONE = "llama-3-8b", "llama-3.2-1b"
+SHAPES = {"steps-8b": (EIGHT, None), "steps-1b": (ONE, None), "short": (EIGHT, 8)}
+PROMPTS = ((4096, None), (32768, None), (32768, 8192), (32768, 2048), (131072, 2048))
+SWITCHED = (4096, 16384, 32768, 131072)  # of full() of the 8B shape: 0.5, 2, 4 and 17 GB
+PARTS = ("measure", "short", "steps-8b", "steps-1b", "prefill-8b", "prefill-1b", "switch")
+STEPS = 24
+Key = tuple[Any, ...]
+
+
+class Results:
+    """The file of results, and what is in it."""
+
+    def __init__(self, path: Path, minutes: float | None = None) -> None:
+        self.path = path
+        self.end = None if minutes is None else time.monotonic() + 60 * minutes
+        self.found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+        self.done = {self.key(row) for row in self.found["rows"]}
+
+    @staticmethod
+    def key(row: dict[str, Any]) -> Key:
+        return tuple(row.get(name) for name in ("what", "model", "layers", "recipe", "context", "size", "chunk"))
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.found, indent=1) + "\n")
+
+    def wants(self, row: dict[str, Any]) -> bool:
+        """Whether there is no such row yet; ends the program where the time is over."""
+        if self.end is not None and time.monotonic() > self.end:
+            print("time is over: go on with the same command", flush=True)
+            sys.exit(0)
+        return self.key(row) not in self.done
+
+    def add(self, row: dict[str, Any], call: Callable[[], dict[str, Any]]) -> None:
+        """Measure a row, and write it; running out of memory is a result too."""
+        start = time.perf_counter()
+        try:
+            row = {**row, **call()}
+        except torch.OutOfMemoryError:
+            row = {**row, "error": "out of memory"}
+        row["took"] = time.perf_counter() - start
+        measure.tidy(machine.device())
+        self.found["rows"].append(row)
+        self.done.add(self.key(row))
+        self.found.update(machine.stamp())
+        self.save()
+        said = {k: round(x, 4) if isinstance(x, float) else x for k, x in row.items() if not isinstance(x, dict | list)}
+        print(said, flush=True)
+
+
+def build(name: str, layers: int | None) -> tuple[Any, dict[str, Any]]:
+    shape = dict(decode.SHAPES[name])
+    if layers is not None:
+        shape["num_hidden_layers"] = layers
+    before = measure.memory()
+    model = decode.build(shape, machine.device())
+    after = measure.memory()
+    print(f"{name}: {after['allocated'] - before['allocated']:,} bytes of weights", flush=True)
+    return model, shape
+
+
+def steps(results: Results, part: str, cpu: bool) -> None:
+    """Decoding steps: alone at all contexts, then the largest batch that fits, and one in between."""
+    name, layers = SHAPES[part]
+    contexts, batched = (CONTEXTS, BATCHED) if not cpu else ((256,), (256,))
+    if part == "short":
+        contexts, batched = contexts[:2], contexts[:1]
+    wanted = [(context, size) for context in contexts for size in ("alone",)]
+    wanted += [(context, size) for context in batched for size in ("middle", "largest")]
+    model = None
+    for context, size in wanted:
+        for recipe in RECIPES:
+            row = {"what": "step", "model": name, "layers": layers, "recipe": recipe, "context": context, "size": size}
+            if not results.wants(row):
+                continue
+            if model is None:
+                model, shape = build(name, layers)
+                base = measure.memory() if not cpu else {}
+            results.add({**row, "before": base}, lambda: one_step(results, row, model, shape, cpu))  # noqa: B023
+    model = None
+    measure.tidy(machine.device())
+
+
+@torch.inference_mode()
+def one_step(results: Results, row: dict[str, Any], model: Any, shape: dict[str, Any], cpu: bool) -> dict[str, Any]:
+    recipe, context, batch = row["recipe"], row["context"], 1
+    room = capacity.room(machine.device(), None)
+    # What a cache takes is known from the row of a sequence alone.
+    alone = {**row, "size": "alone"}
+    known = next((one for one in results.found["rows"] if Results.key(one) == Results.key(alone)), None)
+    if row["size"] == "alone":
+        width = shape["num_key_value_heads"] * (shape["hidden_size"] // shape["num_attention_heads"])
+        per_token = 2 * 2 * width * shape["num_hidden_layers"]
+        if recipe == "full()" and context * per_token > 1.02 * room and not cpu:
+            raise torch.OutOfMemoryError
+    elif known is not None and "report" in known:
+        report = known["report"]
+        one = sum(report.get(kind, 0) for kind in ("exact", "codes", "scales", "slack", "tables"))
+        batch = min(room // one, 1024) if not cpu else 3
+        if row["size"] == "middle":
+            batch = max(2, batch // 3)
+    else:
+        return {"error": "no row of a sequence alone"}
+    while True:
+        try:
+            found = measure.timed_step(model, shape, recipe, context, batch, STEPS if not cpu else 3)
+            break
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            measure.tidy(machine.device())
+            batch -= max(1, batch // 25)
+    return found
+
+
+def prompts(results: Results, part: str, cpu: bool) -> None:
+    name = EIGHT if part == "prefill-8b" else ONE
+    model = None
+    for context, chunk in PROMPTS if not cpu else ((256, None), (256, 128)):
+        for recipe in RECIPES:
+            row = {"what": "prompt", "model": name, "recipe": recipe, "context": context, "chunk": chunk}
+            if not results.wants(row):
+                continue
+            if model is None:
+                model, shape = build(name, None)
+            results.add(row, lambda: one_prompt(row, model, shape))  # noqa: B023
+    model = None
+    measure.tidy(machine.device())
+
+
+def one_prompt(row: dict[str, Any], model: Any, shape: dict[str, Any]) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (1, row["context"]), generator=generator).to(model.device)
+    # The first time plans what there is to plan for these shapes, as in `bench prefill`.
+    first = prefill.read(model, row["recipe"], ids, row["chunk"])
+    turns = [prefill.read(model, row["recipe"], ids, row["chunk"]) for _ in range(2 if row["context"] < 65536 else 1)]
+    found = min(turns, key=lambda turn: turn["seconds"])
+    return {"shape": shape, "first_seconds": first["seconds"], **found}
+
+
+@torch.inference_mode()
+def switches(results: Results, cpu: bool) -> None:
+    model = None
+    for recipe in ("full()", "kivi(bits=4)"):
+        for context in SWITCHED if not cpu else (256,):
+            row = {"what": "switch", "model": EIGHT, "recipe": recipe, "context": context}
+            if not results.wants(row):
+                continue
+            if model is None:
+                model, _ = build(EIGHT, None)
+            results.add(row, lambda: measure.switched(model, row["recipe"], row["context"]))  # noqa: B023
+    model = None
+    measure.tidy(machine.device())
+
+
+def fit_file(results: Results, out: Path) -> None:
+    """Write the machine of the results into a file of machines, its steps fitted on the 8B rows alone."""
+    base = Machine.from_dict(results.found["constants"])
+    rows = [row for row in results.found["rows"] if row["model"] == EIGHT and "error" not in row]
+    fitted = fit.fit_steps([fit.Row.from_dict(row) for row in rows if row["what"] == "step"], base, efficiencies=True)
+    moved = [row for row in rows if row["what"] == "switch"]
+    if moved:
+        fitted = fit.fit_switch(moved, fitted)
+    fitted = replace(fitted, source="benchmarks/plan_gpu.py, fitted on Llama-3-8B's shape", measured=True)
+    known = json.loads(out.read_text())
+    name = find_machine(fitted.name).name
+    index = next(i for i, one in enumerate(known["machines"]) if one["name"] == name)
+    own = {"name": name, "aliases": known["machines"][index].get("aliases", [])}
+    known["machines"][index] = {**fitted.as_dict(), **own}
+    out.write_text(json.dumps(known, indent=1) + "\n")
+    print(json.dumps(fitted.as_dict(), indent=1))
+    shipped.cache_clear()
+    compare(results, fitted)
+
+
+def predictions(results: Results, using: Machine) -> Iterator[tuple[str, dict[str, Any], float, float]]:
+    """Kind, row, and predicted and measured seconds."""
+    for row in results.found["rows"]:
+        if "error" in row:
+            continue
+        kind = f"{row['what']} {row['model']}"
+        if row["what"] == "step":
+            timed = fit.Row.from_dict(row)
+            one = plan_time.step(timed.model, using, timed.batch, timed.reads)
+            assert one is not None
+            yield kind, row, one.seconds, row["seconds"]
+        elif row["what"] == "prompt":
+            model = fit.llama(row["shape"])
+            bits = int(row["recipe"].split("bits=")[1][0]) if "bits=" in row["recipe"] else None
+            packed = row["cache_bytes"] / row["context"] if bits else 0.0
+            one = plan_time.prefill(model, using, row["context"], chunk=row["chunk"], packed=packed, bits=bits)
+            assert one is not None
+            yield kind, row, one.seconds, row["seconds"]
+        elif row["what"] == "switch":
+            packed = row["recipe"] != "full()"
+            there = plan_time.switch(using, row["bytes"], packed=packed, back=False).seconds
+            both = plan_time.switch(using, row["bytes"], packed=packed).seconds
+            yield "to the host", row, there, row["offload_s"]
+            yield "from the host", row, both - there, row["restore_s"]
+
+
+def compare(results: Results, using: Machine) -> None:
+    """Print each row's error, and the worst of each kind."""
+    worst: dict[str, tuple[float, str]] = {}
+    for kind, row, predicted, measured in predictions(results, using):
+        error = predicted / measured - 1
+        said = f"{row['recipe']} {row['context']:,}"
+        said += f" x {row['batch']}" if "batch" in row else f" in chunks of {row['chunk']}" if row.get("chunk") else ""
+        said += f", {row['layers']} layers" if row.get("layers") else ""
+        print(f"{kind:22} {said:52} {predicted * 1000:10.2f} ms, measured {measured * 1000:10.2f}: {error:+.1%}")
+        if abs(error) >= abs(worst.get(kind, (0.0, ""))[0]):
+            worst[kind] = error, said
+    for kind, (error, said) in worst.items():
+        print(f"worst {kind}: {error:+.1%} ({said})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--have", type=Path, help="begin with the rows of this file")
+    parser.add_argument("--only", action="append", choices=PARTS, help="default: all")
+    parser.add_argument("--minutes", type=float, help="begin no row after so many")
+    parser.add_argument("--compare", action="store_true", help="predicted against measured")
+    parser.add_argument("--machine", help="by these constants; default: those measured in the file")
+    parser.add_argument("--fit", type=Path, metavar="MACHINES", help="write the constants into this file")
+    given = parser.parse_args()
+    results = Results(given.file, given.minutes)
+    if given.have is not None and not given.file.is_file():
+        results.found = json.loads(given.have.read_text())
+        results.done = {Results.key(row) for row in results.found["rows"]}
+    if given.fit is not None:
+        fit_file(results, given.fit)
+        return
+    if given.compare:
+        using = find_machine(given.machine) if given.machine else Machine.from_dict(results.found["constants"])
+        compare(results, using)
+        return
+    cpu = machine.device().type == "cpu"
+    if cpu:  # to try the script
+        decode.SHAPES[EIGHT] = decode.SHAPES[ONE] = {**decode.SHAPES["small"], "vocab_size": 64}
+        SHAPES["short"] = (EIGHT, 2)
+        measure.memory = lambda: {"allocated": 0}  # type: ignore[assignment]
+        capacity.room = lambda *_: 1 << 22  # type: ignore[assignment]
+    for part in given.only or PARTS:
+        if part == "measure":
+            if "constants" not in results.found:
+                found, raw = measure.measure(progress=lambda name: print(name, time.strftime("%X"), flush=True))
+                results.found.update(machine.stamp(), constants=found.as_dict(), measured=raw)
+                results.save()
+        elif part in SHAPES:
+            steps(results, part, cpu)
+        elif part == "switch":
+            switches(results, cpu)
+        else:
+            prompts(results, part, cpu)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,401 @@
+"""`fivefold plan --measure`: the constants of `plan.machine.Machine`, measured on the device at hand.
+
+Rates are of the pieces: copies, products, our kernels, torch's attention, the host's link. What a step takes besides
+comes from whole steps: graphs of a Llama of two numbers of layers, alone and in a batch, exact and packed.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fivefold.attention import attend_step
+from fivefold.attention.fused import unpack_fused
+from fivefold.attention.merge import attend
+from fivefold.benchmark import decode, kernels, prefill
+from fivefold.benchmark import machine as device_of
+from fivefold.plan.fit import Row, fit_steps
+from fivefold.plan.machine import Machine, measured_file
+from fivefold.plan.time import Read
+from fivefold.recipe import Recipe
+
+Progress = Callable[[str], None]
+BITS = (2, 3, 4, 8)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+POINTWISE = 56.0
+"""How often a layer of transformers' Llama moves a token's hidden vector between its products: two norms that compute
+in float32, rotary embedding, residuals, and the gate over a vector 3.5 times as wide."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured. attention: tokens of a short and a long cache. prompt: of a small and a large one; past: the
+    same of what is stored before a chunk. matrix: of a small and a large product, `[out, in]`. steps: shape of a Llama
+    whose steps are timed, contexts, and how many; narrow: of one for what the host takes. copied: bytes."""
+
+    attention: tuple[int, int]
+    prompt: tuple[int, int]
+    past: tuple[int, int]
+    chunk: int
+    unpacked: int
+    products: tuple[int, int, int]
+    matrix: tuple[tuple[int, int], tuple[int, int]]
+    rows: tuple[int, ...]
+    weights: int
+    step: Mapping[str, Any]
+    layers: tuple[int, int]
+    batches: tuple[int, int]
+    context: int
+    steps: int
+    narrow: Mapping[str, Any]
+    copied: int
+    switched: tuple[int, int]
+
+
+_WIDE = {
+    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "rope_theta": 500000.0,
+}  # fmt: skip
+_NARROW = {
+    "vocab_size": 1024, "hidden_size": 1024, "intermediate_size": 1024, "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+GPU = Sizes(
+    (32768, 524288), (4096, 32768), (16384, 98304), 2048, 131072, (8192, 4096, 14336), ((2048, 2048), (14336, 4096)),
+    ROWS, 1 << 31, _WIDE, (2, 8), (1, 16), 4096, 24, _NARROW, 1 << 30, (32768, 131072),
+)  # fmt: skip
+CPU = Sizes(
+    (512, 2048), (128, 512), (256, 512), 64, 512, (64, 256, 512), ((64, 64), (512, 256)), (1, 16), 1 << 22,
+    _NARROW, (1, 2), (1, 2), 256, 4, _NARROW, 1 << 20, (256, 1024),
+)  # fmt: skip
+
+
+@torch.inference_mode()
+def measure(device: torch.device | None = None, progress: Progress | None = None) -> tuple[Machine, dict[str, Any]]:
+    """The constants of a device, and the measurements behind them, for JSON. progress: is told what comes next."""
+    device = device_of.device() if device is None else device
+    sizes = GPU if device.type == "cuda" else CPU
+    raw: dict[str, Any] = {}
+    parts: dict[str, Callable[[torch.device, Sizes], Mapping[str, Any]]] = {
+        "copies": _copies, "products": _products, "weights": _weights, "attention": _attention, "prompts": _prompts,
+        "packing": _packing, "launches": _launches, "link": _link, "steps": _steps,
+    }  # fmt: skip
+    for name, part in parts.items():
+        if progress is not None:
+            progress(name)
+        raw[name] = part(device, sizes)
+        tidy(device)
+    return constants(raw, device), raw
+
+
+def constants(raw: Mapping[str, Any], device: torch.device) -> Machine:
+    """The constants that follow from measurements."""
+    copy, link = raw["copies"], raw["link"]
+    base = Machine(
+        name=device_of.name(),
+        memory=copy["memory"],
+        usable=copy["usable"],
+        bandwidth=copy["rate"],
+        products=raw["products"]["rate"],
+        streaming=raw["weights"]["rates"],
+        attention={kind: min(1.0, rate / copy["rate"]) for kind, rate in raw["attention"]["rates"].items()},
+        attention_start=raw["attention"]["start"],
+        prompt=raw["prompts"],
+        pack={bits: rate / copy["rate"] for bits, rate in raw["packing"]["pack"].items()},
+        unpack={bits: rate / copy["rate"] for bits, rate in raw["packing"]["unpack"].items()},
+        pointwise=POINTWISE,
+        step=0.0,
+        sequence=0.0,
+        layer=0.0,
+        packed_layer=0.0,
+        host_layer=raw["launches"],
+        to_host=link["to_host"],
+        from_host=link["from_host"],
+        put_start=link["put_start"],
+        bring_start=link["bring_start"],
+        pinned_to=link["pinned_to"],
+        pinned_from=link["pinned_from"],
+        link=link["all_reduce"],
+        link_start=link["all_reduce_start"],
+        date=device_of.stamp()["date"],
+        source="fivefold plan --measure",
+        measured=True,
+    )
+    return fit_steps([Row.from_dict(row) for row in raw["steps"]["rows"]], base)
+
+
+def save(machine: Machine, raw: Mapping[str, Any], path: Path | None = None) -> Path:
+    """Write constants, and what they come from, where `--gpu auto` looks for them."""
+    path = measured_file() if path is None else path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = {**device_of.stamp(), "machine": machine.as_dict(), "measured": raw}
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def tidy(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def clocked(device: torch.device, call: Callable[[], Any]) -> float:
+    """Seconds of one call, on the host's clock."""
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _random(device: torch.device, *shape: int) -> torch.Tensor:
+    # Power, and with it the clock, depends on the data: zeros would be too fast.
+    return torch.randn(shape, device=device, dtype=_dtype(device))
+
+
+def _copies(device: torch.device, sizes: Sizes) -> dict[str, Any]:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        usable = free + torch.cuda.memory_reserved(device)
+        return {"rate": device_of.copy_rate(device), "memory": total, "usable": usable}
+    source = torch.ones(sizes.copied // 4, dtype=torch.int32)
+    target = torch.empty_like(source)
+    ms = device_of.median_ms(lambda: torch.bitwise_not(source, out=target), device, 5)
+    return {"rate": 2 * sizes.copied / ms * 1000, "memory": 1 << 33, "usable": 1 << 33}
+
+
+def _products(device: torch.device, sizes: Sizes) -> dict[str, Any]:
+    rows, inner, wide = sizes.products
+    x, there, back = _random(device, rows, inner), _random(device, wide, inner), _random(device, inner, wide)
+
+    def call() -> None:
+        for _ in range(8):  # long enough that the clock settles where a prompt has it
+            F.linear(F.linear(x, there), back)
+
+    ms = device_of.median_ms(call, device, 9)
+    return {"rate": 8 * 2 * 2 * rows * inner * wide / ms * 1000}
+
+
+def _weights(device: torch.device, sizes: Sizes) -> dict[str, Any]:
+    """Bytes a second by rows, and seconds that a small product takes beyond its bytes."""
+    rates: dict[str, float] = {}
+    starts: dict[str, float] = {}
+    for (out, inner), large in zip(sizes.matrix, (False, True)):
+        each = out * inner * _dtype(device).itemsize
+        count = max(4, sizes.weights // (1 if large else 8) // each)
+        matrices = [_random(device, *((out, inner) if i % 2 or not large else (inner, out))) for i in range(count)]
+        for rows in sizes.rows:
+            given = {width: _random(device, rows, width) for width in (out, inner)}
+
+            def call(given: dict[int, torch.Tensor] = given, matrices: list[torch.Tensor] = matrices) -> None:
+                for matrix in matrices:
+                    F.linear(given[matrix.shape[1]], matrix)
+
+            seconds = device_of.median_ms(call, device, 7) / 1000 / count
+            if large:
+                rates[str(rows)] = each / seconds
+                starts[str(rows)] -= each / rates[str(rows)] * sizes.matrix[0][0] * sizes.matrix[0][1] / out / inner
+            else:
+                starts[str(rows)] = seconds
+        del matrices
+        tidy(device)
+    return {"rates": rates, "starts": starts}
+
+
+def _attention(device: torch.device, sizes: Sizes) -> dict[str, Any]:
+    """Bytes a second of a step's attention by kind of page, and what a call takes besides."""
+    dtype, rates, starts, rows = _dtype(device), {}, [], []
+    for kind in ("exact", *map(str, BITS)):
+        recipe = "full()" if kind == "exact" else f"kivi(bits={kind})"
+        found = []
+        for context in sizes.attention:
+            layer = kernels.filled(Recipe.parse(recipe), device, context, 1, dtype)
+            (group,) = layer.groups
+            queries = torch.randn(len(group.rows), kernels.GROUP, kernels.HEAD_DIM, device=device, dtype=dtype)
+            call = partial(attend_step, layer, group, queries, kernels.HEAD_DIM**-0.5)
+            found.append((sum(kernels.read_bytes(layer)), device_of.median_ms(call, device) / 1000))
+            rows.append({"kind": kind, "context": context, "bytes": found[-1][0], "seconds": found[-1][1]})
+            layer.free()
+        start, rates[kind] = _line(found)
+        starts.append(start)
+    return {"rates": rates, "start": statistics.fmean(starts), "rows": rows}
+
+
+def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """What a call takes besides, and bytes a second, of (bytes, seconds) of a small and a large one."""
+    (few, short), (many, long) = points
+    if long <= short:
+        return 0.0, many / long
+    rate = min((many - few) / (long - short), 4 * many / long)
+    return max(0.0, short - few / rate), rate
+
+
+def _prompts(device: torch.device, sizes: Sizes) -> dict[str, float]:
+    """Operations a second of a prompt's attention over itself, and of a chunk's over what is stored."""
+    heads, dim, chunk = kernels.KV_HEADS, kernels.HEAD_DIM, sizes.chunk
+    rates = {}
+    for name, tokens in zip(("small", "large"), sizes.prompt):
+        queries = _random(device, heads, kernels.GROUP, tokens, dim)
+        keys, values = (_random(device, heads, 1, tokens, dim).expand(-1, kernels.GROUP, -1, -1) for _ in range(2))
+        seconds = _eager(device, partial(attend, queries, keys, values, dim**-0.5, causal=True))
+        rates[f"causal {name}"] = 4 * queries.numel() * tokens / 2 / seconds
+    for name, tokens in zip(("small", "large"), sizes.past):
+        queries = _random(device, heads, 1, kernels.GROUP * chunk, dim)
+        keys, values = (_random(device, heads, 1, tokens, dim) for _ in range(2))
+        seconds = _eager(device, partial(attend, queries, keys, values, dim**-0.5))
+        rates[f"past {name}"] = 4 * queries.numel() * tokens / seconds
+    return rates
+
+
+def _eager(device: torch.device, call: Callable[[], Any], repeats: int = 5) -> float:
+    """Median seconds of a call of some milliseconds, without a graph: cuDNN plans when it is first called."""
+    call()
+    return statistics.median(clocked(device, call) for _ in range(repeats))
+
+
+def _packing(device: torch.device, sizes: Sizes) -> dict[str, Any]:
+    dtype = _dtype(device)
+    packed, unpacked = {}, {}
+    for bits in BITS:
+        layer = kernels.filled(Recipe.parse(f"kivi(bits={bits})"), device, sizes.unpacked, 1, dtype)
+        (group,) = layer.groups
+        assert layer.codec is not None and layer.codec.form is not None
+        ms, moved = kernels.pack(layer.codec.form, len(group.rows) * sizes.unpacked, device, dtype)
+        packed[str(bits)] = moved / ms * 1000
+        pages, form = group.packed.shape[1], layer.codec.form
+        moved = group.packed.size * (form.nbytes + 2 * form.tokens * form.head_dim * dtype.itemsize)
+
+        def call(layer: Any = layer, group: Any = group, pages: int = pages) -> Any:
+            pair = unpack_fused(layer, group, 0, pages, layer.spec.dtype)
+            if pair is None:
+                fields = {name: x.flatten(0, 1) for name, x in group.packed_fields(0, pages).items()}
+                pair = group.codec(0, pages).decode(fields)
+            return pair
+
+        unpacked[str(bits)] = moved / _eager(device, call)
+        layer.free()
+    return {"pack": packed, "unpack": unpacked}
+
+
+def _launches(device: torch.device, sizes: Sizes) -> dict[str, float]:
+    """Seconds that the host takes for a layer of a chunk, of a model so narrow that the device waits for it."""
+    chunk, chunks, found = 128, 6, {}
+    for kind, recipe in (("exact", "full()"), ("packed", "kivi(bits=4)")):
+        times = []
+        for layers in sizes.layers:
+            model = decode.build({**sizes.narrow, "num_hidden_layers": layers}, device)
+            ids = torch.randint(1024, (1, chunk * chunks), device=device)
+            times.append(min(prefill.read(model, recipe, ids, chunk)["seconds"] for _ in range(4)) / chunks)
+        few, many = sizes.layers
+        found[kind] = max(0.0, (times[1] - times[0]) / (many - few))
+    return found
+
+
+def _link(device: torch.device, sizes: Sizes) -> dict[str, Any]:
+    """Bytes a second between device and host: of plain copies, and as a cache is put away and brought back."""
+    cuda = device.type == "cuda"
+    host = torch.ones(sizes.copied // 4, dtype=torch.int32, pin_memory=cuda)
+    own = torch.ones_like(host, device=device)
+    to = _eager(device, partial(host.copy_, own, non_blocking=True))
+    back = _eager(device, partial(own.copy_, host, non_blocking=True))
+    del host, own
+    model = decode.build({**sizes.step, "num_hidden_layers": sizes.layers[1]}, device)
+    rows = [switched(model, recipe, context) for recipe in ("full()", "kivi(bits=4)") for context in sizes.switched]
+    exact, packed = rows[:2], rows[2:]
+    found: dict[str, Any] = {"pinned_to": sizes.copied / to, "pinned_from": sizes.copied / back, "rows": rows}
+    for rate, start, name in (("to_host", "put_start", "offload_s"), ("from_host", "bring_start", "restore_s")):
+        begins, found[rate] = _line([(row["bytes"], row[name]) for row in exact])
+        more = statistics.fmean(row[name] - row["bytes"] / found[rate] for row in packed)
+        found[start] = {"exact": begins, "packed": max(0.0, more)}
+    return {**found, **all_reduce()}
+
+
+def switched(model: Any, recipe: str, context: int, turns: int = 4) -> dict[str, Any]:
+    """A cache that is put away and brought back: its bytes, and the seconds of each turn and their medians."""
+    cache = decode.filled(model, recipe, context, 1, False)
+    report = cache.report()
+    pairs = [(clocked(model.device, cache.offload), clocked(model.device, cache.restore)) for _ in range(turns)]
+    cache.free()
+    tidy(model.device)
+    put, brought = ([pair[side] for pair in pairs] for side in (0, 1))
+    return {
+        "recipe": recipe, "context": context, "bytes": report.total - report.free, "offload": put, "restore": brought,
+        # The first turn asks for the host's memory.
+        "offload_s": statistics.median(put[1:]), "restore_s": statistics.median(brought[1:]),
+    }  # fmt: skip
+
+
+def all_reduce() -> dict[str, float]:
+    """An all-reduce between GPUs takes more than one process and is not measured: 0.8 of what NVLink 4 has each way."""
+    return {"all_reduce": 3.6e11, "all_reduce_start": 1.2e-5}
+
+
+def _steps(device: torch.device, sizes: Sizes) -> dict[str, Any]:
+    """Steps of two numbers of layers, as graphs where there are graphs."""
+    rows = []
+    for layers in sizes.layers:
+        shape = {**sizes.step, "num_hidden_layers": layers}
+        model = decode.build(shape, device)
+        for batch in sizes.batches:
+            for recipe in ("full()", "kivi(bits=4)"):
+                rows.append(timed_step(model, shape, recipe, sizes.context, batch, sizes.steps))
+                tidy(device)
+        del model
+        tidy(device)
+    return {"rows": rows}
+
+
+def timed_step(
+    model: Any, shape: Mapping[str, Any], recipe: str, context: int, batch: int, steps: int
+) -> dict[str, Any]:
+    """A row of `benchmark.decode` with what a step reads, and the memory that it takes on a GPU."""
+    graph = model.device.type == "cuda"
+    cache = decode.filled(model, recipe, context, batch, graph)
+    report = cache.report().as_dict()
+    row: dict[str, Any] = {"shape": dict(shape), "recipe": recipe, "context": context, "batch": batch, "graph": graph}
+    row["reads"] = [vars(read) for read in reads_of(report, recipe, len(model.model.layers))]
+    row["report"] = {name: x for name, x in report.items() if x}
+    if graph:
+        torch.cuda.reset_peak_memory_stats()
+        row["after_fill"] = memory()
+    row.update(decode.timed(model, cache, batch, steps))
+    row["seconds"] = row["ms"] / 1000
+    if graph:
+        row["after_steps"] = memory()
+    return row
+
+
+def memory() -> dict[str, int]:
+    """Bytes of the device: in use by anybody, and of torch's, in tensors and held, now and at most."""
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "used": total - free, "allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved(),
+        "most_allocated": torch.cuda.max_memory_allocated(), "most_reserved": torch.cuda.max_memory_reserved(),
+    }  # fmt: skip
+
+
+def reads_of(report: Mapping[str, int], recipe: str, layers: int) -> list[Read]:
+    """What a step reads of a cache that `report` is of."""
+    bits = getattr(Recipe.parse(recipe).get("bits"), "bits", 16)
+    packed = report["codes"] + report["scales"] + report["other"]
+    reads = [Read("exact", 16, report["exact"], layers)]
+    return reads + ([Read("packed", bits, packed, layers)] if packed else [])

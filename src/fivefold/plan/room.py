@@ -1,0 +1,141 @@
+"""What fits on GPUs: how many users at a context, how long a context for some users."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from fivefold.errors import InputError
+from fivefold.plan import memory
+from fivefold.plan.machine import Machine
+from fivefold.plan.shape import ModelShape
+from fivefold.recipe import Recipe
+from fivefold.report import Report
+
+PAGES = 1 << 22
+"""Pages that a rehearsal goes through at most: beyond that, users are reckoned from a few."""
+STEP = 256
+"""Tokens by which a longest context is found."""
+GRAPH = 96 << 20
+"""Bytes that a captured step and the libraries' workspaces hold (`benchmarks/plan_gpu.py`)."""
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def dtype_of(shape: ModelShape, given: str | None = None) -> torch.dtype:
+    """What keys and values are in. Raises `InputError`."""
+    name = given or (shape.dtype if shape.dtype in DTYPES else "bfloat16")
+    if name not in DTYPES:
+        raise InputError(f"--dtype {name!r} is not possible: use {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model is to run: `gpus` GPUs of a kind that share weights and heads (tensor parallel)."""
+
+    shape: ModelShape
+    machine: Machine
+    gpus: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    sliding: bool = False
+    chunk: int = 2048
+
+    @property
+    def weights(self) -> int:
+        """Bytes of weights on each GPU."""
+        stored = {"float32": 4}.get(self.shape.dtype, 2)
+        changed = self.dtype.itemsize / stored if self.shape.dtype in DTYPES else 1.0
+        return round(self.shape.weight_bytes * changed / self.gpus)
+
+    @property
+    def working(self) -> int:
+        """Bytes of what a chunk of a prompt computes with: the residual stream twice, queries, keys and values, the
+        three products of an MLP, and the last logits in float32; and what a step as a graph holds."""
+        heads = max((layer.query_heads * layer.head_dim for layer in self.shape.layers), default=0)
+        keys = max((2 * layer.kv_heads * layer.head_dim for layer in self.shape.layers), default=0)
+        token = 2 * self.shape.hidden + (2 * heads + keys + 3 * self.shape.intermediate) / self.gpus
+        return round(self.chunk * token * self.dtype.itemsize) + 4 * self.shape.vocabulary + GRAPH
+
+    @property
+    def room(self) -> int:
+        """Bytes that caches may take on each GPU; negative where not even the weights fit."""
+        return self.machine.usable - self.weights - self.working
+
+    @property
+    def share(self) -> float:
+        """How much of a cache each GPU holds: KV heads are not split, so there is at least one on each."""
+        heads = max((layer.kv_heads for layer in self.shape.layers), default=0)
+        return -(-heads // self.gpus) / heads if heads else 1.0
+
+
+@lru_cache(maxsize=1024)
+def cache_report(recipe: Recipe, place: Place, context: int, users: int) -> Report:
+    """What the caches of so many users hold, all GPUs together."""
+    settings = {"dtype": place.dtype, "sliding": place.sliding}
+    return memory.report_of(recipe, place.shape, context, users, **settings)  # type: ignore[arg-type]
+
+
+def _pages(place: Place, context: int, users: int) -> int:
+    return users * sum(layer.kv_heads for layer in place.shape.layers if layer.kind == "full") * context // 32
+
+
+def cache_bytes(recipe: Recipe, place: Place, context: int, users: int) -> int:
+    """Bytes of these caches on each GPU. Of more users than can be rehearsed in a moment: as many times those of a few,
+    beside which they have no free pages."""
+    if users < 5 or _pages(place, context, users) <= PAGES:
+        return round(cache_report(recipe, place, context, users).total * place.share)
+    few = max(2, min(users // 2, PAGES // max(1, _pages(place, context, 1))))
+    one, two = (cache_report(recipe, place, context, count).total for count in (few // 2, few))
+    return round((two + (two - one) * (users - few) / (few - few // 2)) * place.share)
+
+
+def most_users(recipe: Recipe, place: Place, context: int) -> int:
+    """How many users with `context` tokens each fit; 0 if not one does."""
+    if cache_bytes(recipe, place, context, 1) > place.room:
+        return 0
+    low, high = 1, 2
+    each = cache_bytes(recipe, place, context, 2) - cache_bytes(recipe, place, context, 1)
+    guess = max(1, int(place.room // max(1, each)))
+    if cache_bytes(recipe, place, context, guess) <= place.room:
+        low, high = guess, guess + 1
+    else:
+        high = guess
+    while cache_bytes(recipe, place, context, high) <= place.room:
+        low, high = high, high + max(1, high // 64)
+    while high - low > 1:
+        middle = max(low + 1, high - max(1, (high - low) // 2))
+        if cache_bytes(recipe, place, context, middle) <= place.room:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def longest_context(recipe: Recipe, place: Place, users: int, most: int) -> int:
+    """The longest text, in steps of `STEP` tokens up to `most`, that fits for so many users; 0 if none does."""
+
+    def fits(context: int) -> bool:
+        return cache_bytes(recipe, place, context, users) <= place.room
+
+    # Bytes are nearly a straight line: a guess by it, and then a search about the guess.
+    one, two = (cache_bytes(recipe, place, tokens, users) for tokens in (2048, 4096))
+    slope, low, high = (two - one) / 2048, 0, -(-most // STEP)
+    guess = high if slope <= 0 else int((2048 + (place.room - one) / slope) / STEP)
+    if guess > high // 2 and fits(most):
+        return most
+    for width in (1, 8, 64, 512):
+        if low < guess - width < high and fits((guess - width) * STEP):
+            low = guess - width
+        if low < guess + width < high and not fits((guess + width) * STEP):
+            high = guess + width
+        if high - low <= 2 * width:
+            break
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(middle * STEP):
+            low = middle
+        else:
+            high = middle
+    return low * STEP

@@ -1,0 +1,303 @@
+"""How long a prompt, a decoding step and a change of sessions take: what is read over how fast, term by term.
+
+The cost model of Y. Fu, "Challenges in Deploying Long-Context Transformers: A Theoretical Peak Performance Analysis"
+(arXiv:2405.08944): a step reads all weights and all caches, a prompt is operations, a change of sessions is bytes over
+the host's link. Added to it is what a real step has besides: the small operations, and the gaps between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fivefold.plan.machine import Machine
+from fivefold.plan.shape import LayerShape, ModelShape
+
+Bound = Literal["bandwidth", "compute", "launches", "link"]
+
+LARGE = 1 << 40
+"""Operations from which a prompt's attention is by cuDNN (`attention.merge.CUDNN_OPERATIONS`), twice that if causal."""
+ITEM = {"float32": 4, "float64": 8, "float8_e4m3fn": 1, "int8": 1}
+"""Bytes of a number of a dtype; of all others 2."""
+NOT_PREDICTED = "not predicted: this recipe has no kernel here"
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a step reads of caches. kind: "exact" or "packed". bits: of a stored number, 16 (or 32) or 2, 3, 4, 8.
+    nbytes: of all layers and sequences, scales too. launches: how many layers it is a part of."""
+
+    kind: Literal["exact", "packed"]
+    bits: int
+    nbytes: int
+    launches: int
+
+    @property
+    def pages(self) -> str:
+        """Its key in `Machine.attention`."""
+        return "exact" if self.kind == "exact" else str(self.bits)
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of a time. formula: with the numbers put in. bound: what limits it."""
+
+    name: str
+    seconds: float
+    formula: str
+    bound: Bound
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A time: the sum of its terms, in seconds."""
+
+    terms: tuple[Term, ...]
+
+    @property
+    def seconds(self) -> float:
+        return sum(term.seconds for term in self.terms)
+
+    @property
+    def bound(self) -> Bound:
+        """What limits most of it."""
+        sums: dict[Bound, float] = {}
+        for term in self.terms:
+            sums[term.bound] = sums.get(term.bound, 0.0) + term.seconds
+        return max(sums, key=sums.__getitem__) if sums else "launches"
+
+    def explain(self) -> str:
+        """One line a term."""
+        lines = [f"{term.name}: {term.formula} = {_seconds(term.seconds)} ({term.bound})" for term in self.terms]
+        return "\n".join([*lines, f"in all {_seconds(self.seconds)}, bound by {self.bound}"])
+
+
+def itemsize(model: ModelShape) -> int:
+    """Bytes of a number of the model's activations, and of an exact cache."""
+    return ITEM.get(model.dtype, 2)
+
+
+def attending(model: ModelShape) -> list[LayerShape]:
+    """Layers that attend to a cache, their own or another one's."""
+    return [layer for layer in model.layers if layer.kind in ("full", "sliding", "shared", "latent")]
+
+
+def step(
+    model: ModelShape,
+    machine: Machine,
+    batch: int,
+    reads: Sequence[Read],
+    *,
+    gpus: int = 1,
+    fused: bool = True,
+) -> Estimate | None:
+    """One decoding step of `batch` sequences as a CUDA graph, the weights and heads split over `gpus` GPUs.
+
+    None (say `NOT_PREDICTED`) if its attention is not by our kernels (`fused=False`).
+    """
+    if not fused:
+        return None
+    terms = [_weights(model, machine, batch, gpus), *_attention(model, machine, reads, gpus)]
+    layers, packing = len(model.layers), max((read.launches for read in reads if read.kind == "packed"), default=0)
+    small = layers * machine.layer + packing * machine.packed_layer
+    moved = layers * batch * machine.pointwise * model.hidden * itemsize(model)
+    said = f"{layers} layers x {_seconds(machine.layer)}"
+    if packing and machine.packed_layer:
+        said += f" + {packing} that pack x {_seconds(machine.packed_layer)}"
+    said += f" + {_bytes(moved)} moved / {_rate(machine.bandwidth)}"
+    terms.append(Term("small operations", small + moved / machine.bandwidth, said, "launches"))
+    said = f"{_seconds(machine.step)} + {batch} sequences x {_seconds(machine.sequence)}"
+    terms.append(Term("host and gaps", machine.step + batch * machine.sequence, said, "launches"))
+    if gpus > 1:
+        terms.append(_all_reduce(model, machine, batch, gpus, 1))
+    return Estimate(tuple(terms))
+
+
+def _weights(model: ModelShape, machine: Machine, batch: int, gpus: int) -> Term:
+    """All weights of a step, read or multiplied, whichever takes longer."""
+    nbytes = model.active(batch) * model.weight_bytes / model.parameters / gpus
+    rate, operations = machine.streams(batch), 2 * model.multiplied * batch / gpus
+    reading, computing = nbytes / rate, operations / machine.products
+    if reading >= computing:
+        return Term("weights", reading, f"{_bytes(nbytes)} / {_rate(rate)}", "bandwidth")
+    said = f"2 x {model.multiplied / gpus:.4g} weights x {batch} tokens / {machine.products / 1e12:.0f} TFLOP/s"
+    return Term("weights", computing, said, "compute")
+
+
+def _attention(model: ModelShape, machine: Machine, reads: Sequence[Read], gpus: int) -> Iterator[Term]:
+    share = _head_share(model, gpus)
+    for read in reads:
+        rate = machine.attention[read.pages] * machine.bandwidth
+        nbytes = read.nbytes * share
+        name = "exact" if read.kind == "exact" else f"{read.bits} bits"
+        said = f"{_bytes(nbytes)} / ({machine.attention[read.pages]:.2f} of {_rate(machine.bandwidth)})"
+        yield Term(f"attention, {name}", nbytes / rate, said, "bandwidth")
+    calls = max((read.launches for read in reads), default=0)
+    if calls and machine.attention_start:
+        said = f"{calls} layers x {_seconds(machine.attention_start)}"
+        yield Term("attention, beginning", calls * machine.attention_start, said, "launches")
+
+
+def _head_share(model: ModelShape, gpus: int) -> float:
+    """How much of the caches each GPU reads: KV heads are not split, so there is at least one on each."""
+    heads = max((layer.kv_heads for layer in model.layers), default=0)
+    if not heads:  # a latent cache is whole on each
+        return 1.0
+    return -(-heads // gpus) / heads
+
+
+def _all_reduce(model: ModelShape, machine: Machine, tokens: int, gpus: int, times: int) -> Term:
+    """Two a layer, of the hidden vectors of so many tokens; `times` over."""
+    count = 2 * len(model.layers) * times
+    nbytes = tokens * model.hidden * itemsize(model)
+    moved = 2 * (gpus - 1) / gpus * nbytes
+    said = f"{count} x ({_seconds(machine.link_start)} + {_bytes(moved)} / {_rate(machine.link)})"
+    return Term("all-reduce", count * (machine.link_start + moved / machine.link), said, "link")
+
+
+def prefill(
+    model: ModelShape,
+    machine: Machine,
+    tokens: int,
+    *,
+    batch: int = 1,
+    chunk: int | None = None,
+    packed: float = 0.0,
+    bits: int | None = None,
+    gpus: int = 1,
+    fused: bool = True,
+) -> Estimate | None:
+    """Reading a prompt of `tokens` tokens, all at once or `chunk` at a time, for each of `batch` sequences.
+
+    packed: bytes that a token takes packed in all layers, `bits` a number; 0 if nothing is. None (say `NOT_PREDICTED`)
+    if the recipe has no kernels.
+    """
+    if not fused:
+        return None
+    size = itemsize(model)
+    chunks = [tokens] if chunk is None else [min(chunk, tokens - first) for first in range(0, tokens, chunk)]
+    # Logits are of the last token alone.
+    output = model.vocabulary * model.hidden
+    inner = max(0.0, model.multiplied - output)
+    operations = 2 * (inner * tokens + output) * batch / gpus
+    said = f"2 x {inner / gpus:.4g} weights x {tokens * batch:,} tokens / {machine.products / 1e12:.0f} TFLOP/s"
+    device = [Term("products", operations / machine.products, said, "compute")]
+    device += _prompt_attention(model, machine, chunks, batch, gpus)
+    moved = len(model.layers) * tokens * batch * machine.pointwise * model.hidden * size / gpus
+    said = f"{_bytes(moved)} moved / {_rate(machine.bandwidth)}"
+    device.append(Term("small operations", moved / machine.bandwidth, said, "bandwidth"))
+    if packed and bits is not None:
+        device += _packing(model, machine, chunks, batch, packed, bits, gpus)
+    if gpus > 1:
+        device.append(_all_reduce(model, machine, tokens * batch, gpus, 1))
+    each = machine.host_layer["packed" if packed else "exact"]
+    host = len(chunks) * len(model.layers) * each
+    waited = sum(term.seconds for term in device)
+    said = f"{len(chunks)} chunks x {len(model.layers)} layers x {_seconds(each)} - {_seconds(waited)} on the device"
+    gap = Term("launches that the device waits for", max(0.0, host - waited), said, "launches")
+    return Estimate((*device, gap))
+
+
+def _prompt_attention(
+    model: ModelShape, machine: Machine, chunks: Sequence[int], batch: int, gpus: int
+) -> Iterable[Term]:
+    """Each chunk over itself and over what is stored; 4 operations a query head, channel and pair of tokens."""
+    own = {"small": 0.0, "large": 0.0}
+    past = {"small": 0.0, "large": 0.0}
+    kinds: dict[tuple[int, int, int | None], int] = {}
+    for layer in attending(model):
+        if layer.query_heads:
+            key = layer.query_heads, layer.head_dim, layer.window
+            kinds[key] = kinds.get(key, 0) + 1
+    for (heads, dim, window), count in kinds.items():
+        each, before = 4 * heads * dim / gpus, 0
+        for chunk in chunks:
+            seen = chunk * chunk / 2 if window is None else _windowed(chunk, window)
+            square = each * chunk * chunk
+            own["large" if square * batch >= 2 * LARGE else "small"] += count * batch * each * seen
+            held = before if window is None else min(before, window)
+            if held:
+                wide = each * chunk * held
+                past["large" if wide * batch >= LARGE else "small"] += count * batch * wide
+            before += chunk
+    for name, found, what in (("causal", own, "the prompt itself"), ("past", past, "what is stored")):
+        for extent, operations in found.items():
+            if operations:
+                rate = machine.prompt[f"{name} {extent}"]
+                said = f"{operations:.4g} operations / {rate / 1e12:.0f} TFLOP/s"
+                yield Term(f"attention to {what}", operations / rate, said, "compute")
+
+
+def _windowed(tokens: int, window: int) -> float:
+    """Pairs of tokens that see each other, at most `window` back."""
+    if tokens <= window:
+        return tokens * tokens / 2
+    return window * window / 2 + (tokens - window) * window
+
+
+def _packing(
+    model: ModelShape, machine: Machine, chunks: Sequence[int], batch: int, packed: float, bits: int, gpus: int
+) -> Iterable[Term]:
+    share = _head_share(model, gpus)
+    exact = sum(layer.numbers for layer in model.layers if layer.kind == "full") * itemsize(model)
+    nbytes = sum(chunks) * batch * (exact + packed) * share
+    rate = machine.pack[str(bits)] * machine.bandwidth
+    yield Term("packing", nbytes / rate, f"{_bytes(nbytes)} / {_rate(rate)}", "bandwidth")
+    past, before = 0, 0
+    for chunk in chunks:
+        past, before = past + before, before + chunk
+    if past:
+        nbytes = past * batch * (exact + packed) * share
+        rate = machine.unpack[str(bits)] * machine.bandwidth
+        yield Term("unpacking what is stored", nbytes / rate, f"{_bytes(nbytes)} / {_rate(rate)}", "bandwidth")
+
+
+def switch(machine: Machine, nbytes: float, *, packed: bool = False, gpus: int = 1, back: bool = True) -> Estimate:
+    """A session's cache to host memory and, with `back`, another one's of the same size from there; each GPU has its
+    share and its own link. packed: whether the caches have packed pages."""
+    own, kind = nbytes / gpus, "packed" if packed else "exact"
+    terms = [_moved("to the host", own, machine.to_host, machine.put_start[kind])]
+    if back:
+        terms.append(_moved("from the host", own, machine.from_host, machine.bring_start[kind]))
+    return Estimate(tuple(terms))
+
+
+def _moved(name: str, nbytes: float, rate: float, start: float) -> Term:
+    return Term(name, start + nbytes / rate, f"{_seconds(start)} + {_bytes(nbytes)} / {_rate(rate)}", "link")
+
+
+def first_token(read: Estimate | None, one: Estimate | None = None, waiting: float = 0.0) -> Estimate | None:
+    """Until the first token is there: what it waits for, and its prompt, whose last position gives it. `one`: a step
+    that has to end before, of those that are decoding."""
+    if read is None:
+        return None
+    terms = list(read.terms)
+    if one is not None:
+        terms.insert(0, Term("a step under way", one.seconds, _seconds(one.seconds), one.bound))
+    if waiting:
+        terms.insert(0, Term("prompts before it", waiting, _seconds(waiting), read.bound))
+    return Estimate(tuple(terms))
+
+
+def tokens_a_second(one: Estimate, batch: int, replicas: int = 1) -> float:
+    """Of all sequences, and of that many replicas that each hold `batch` of them."""
+    return replicas * batch / one.seconds
+
+
+def _seconds(x: float) -> str:
+    for scale, unit in ((1.0, "s"), (1e-3, "ms")):
+        if abs(x) >= scale:
+            return f"{x / scale:.3g} {unit}"
+    return f"{x * 1e6:.3g} µs"
+
+
+def _bytes(x: float) -> str:
+    for scale, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if x >= scale:
+            return f"{x / scale:.4g} {unit}"
+    return f"{x:,.0f} bytes"
+
+
+def _rate(x: float) -> str:
+    return f"{_bytes(x)}/s"

@@ -1,0 +1,253 @@
+"""The planner's times: the figures of the paper, what must hold of them, and the constants of machines."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fivefold.errors import InputError
+from fivefold.plan import time as plan_time
+from fivefold.plan.fit import FITTED, Row, fit_steps, least, llama
+from fivefold.plan.machine import KINDS, Machine, find_machine, here, measured_file, read_machine, shipped
+from fivefold.plan.shape import LayerShape, ModelShape
+from fivefold.plan.time import Read, prefill, step, switch
+
+EIGHT = llama(
+    {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8,
+    }
+)  # fmt: skip
+H100 = find_machine("h100")
+
+
+def exact(context: int, batch: int = 1) -> tuple[Read, ...]:
+    return (Read("exact", 16, context * batch * sum(2 * layer.numbers for layer in EIGHT.layers), 32),)
+
+
+# Fu, "Challenges in Deploying Long-Context Transformers", arXiv:2405.08944: its running example is a model of 34B
+# parameters (Yi-34B: 60 layers, 8 KV heads of 128 channels, hidden 7168) at 50K tokens on an A100 of 80 GB, without
+# overheads: 312 TFLOP/s, 2 TB/s, 20 GB/s to the host. The paper's GB of a cache are GiB of so many thousand tokens.
+YI = ModelShape(
+    "yi-34b", "llama", (LayerShape("full", 56, 8, 128),) * 60, 7168, 64000, 34_000_000_000, 0, 68_000_000_000
+)  # fmt: skip
+IDEAL = Machine(
+    "ideal A100", 80 * 10**9, 80 * 10**9, 2e12, 312e12, {"1": 2e12}, dict.fromkeys(KINDS, 1.0), 0.0,
+    {f"{what} {size}": 312e12 for what in ("causal", "past") for size in ("small", "large")},
+    dict.fromkeys(KINDS[1:], 1.0), dict.fromkeys(KINDS[1:], 1.0), 0.0, 0.0, 0.0, 0.0, 0.0,
+    {"exact": 0.0, "packed": 0.0}, 20e9, 20e9, {"exact": 0.0, "packed": 0.0}, {"exact": 0.0, "packed": 0.0}, 20e9,
+    20e9, 3e11, 0.0, "2024-05-14", "arXiv:2405.08944",
+)  # fmt: skip
+
+
+def cache_of(tokens: int) -> int:
+    return tokens * sum(2 * layer.numbers for layer in YI.layers)
+
+
+def test_paper_cache_and_users() -> None:
+    """11 GB at 50K, 22.8 at 100K, 0.91 at 4K; (80 - 68) / 11 is one user."""
+    for tokens, gigabytes in ((50_000, 11), (100_000, 22.8), (4_000, 0.91)):
+        assert cache_of(tokens) / 2**30 == pytest.approx(gigabytes, rel=0.05)
+    assert (IDEAL.memory - YI.weight_bytes) // (11 * 10**9) == 1
+
+
+def test_paper_decoding() -> None:
+    """9.8 seconds for 250 tokens, a screen: 250 x (68 + 11) GB / 2 TB/s, which is 9.875."""
+    one = step(YI, IDEAL, 1, (Read("exact", 16, 11 * 10**9, 60),))
+    assert one is not None and 250 * one.seconds == pytest.approx(9.875)
+    assert one.bound == "bandwidth"
+    own = step(YI, IDEAL, 1, (Read("exact", 16, cache_of(50_000), 60),))  # in bytes, not in GiB taken for GB
+    assert own is not None and 250 * own.seconds == pytest.approx(9.8, rel=0.03)
+
+
+def test_paper_switching() -> None:
+    """1.1 seconds: 11 GB out and 11 GB in, at 20 GB/s."""
+    assert switch(IDEAL, 11e9).seconds == pytest.approx(1.1)
+    assert switch(IDEAL, cache_of(50_000)).seconds == pytest.approx(1.1, rel=0.12)
+
+
+def test_paper_prefill() -> None:
+    """14.1 seconds at 50K. The products alone, 2 x 34e9 x 50,000 / 312e12, take 10.9, and attention as it is counted
+    here (4 operations a channel and pair of tokens, of which a causal mask leaves half) 6.9 more: what the paper counts
+    for attention is less than half of that, so its figure lies between the products and ours."""
+    read = prefill(YI, IDEAL, 50_000)
+    assert read is not None and read.bound == "compute"
+    products = read.terms[0].seconds
+    assert products == pytest.approx(10.9, rel=0.02)  # logits are of one token here
+    assert read.seconds - products == pytest.approx(4 * 7168 * 60 * 50_000**2 / 2 / 312e12)
+    assert products < 14.1 < read.seconds
+
+
+def test_terms_sum_and_are_said() -> None:
+    one = step(EIGHT, H100, 4, (*exact(4096, 4), Read("packed", 4, 10**9, 32)))
+    assert one is not None
+    assert one.seconds == pytest.approx(sum(term.seconds for term in one.terms))
+    said = one.explain().splitlines()
+    assert len(said) == len(one.terms) + 1 and all(" = " in line for line in said[:-1])
+
+
+def test_more_takes_longer() -> None:
+    last = 0.0
+    for context, batch in ((4096, 1), (32768, 1), (32768, 8), (32768, 64), (131072, 64)):
+        one = step(EIGHT, H100, batch, exact(context, batch))
+        assert one is not None and one.seconds > last
+        last = one.seconds
+    times = [prefill(EIGHT, H100, n) for n in (1024, 4096, 32768, 131072)]
+    assert sorted(x.seconds for x in times if x) == [x.seconds for x in times if x]
+    assert switch(H100, 2e9).seconds > switch(H100, 1e9).seconds > switch(H100, 1e9, back=False).seconds
+
+
+def test_bounds() -> None:
+    long, wide, tiny = step(EIGHT, H100, 1, exact(131072)), step(EIGHT, H100, 4096, ()), replace(EIGHT, weight_bytes=9)
+    assert long is not None and long.bound == "bandwidth"
+    assert wide is not None and wide.terms[0].bound == "compute"
+    small = step(tiny, H100, 1, ())
+    assert small is not None and small.bound == "launches"
+    assert switch(H100, 1e9).bound == "link"
+
+
+def test_several_gpus() -> None:
+    reads = exact(131072)
+    one, two, many = (step(EIGHT, IDEAL, 1, reads, gpus=n) for n in (1, 2, 16))
+    assert one is not None and two is not None and many is not None
+    assert two.terms[0].seconds == pytest.approx(one.terms[0].seconds / 2)
+    assert two.terms[1].seconds == pytest.approx(one.terms[1].seconds / 2)
+    # Eight KV heads: each of sixteen GPUs holds a whole one.
+    assert many.terms[1].seconds == pytest.approx(one.terms[1].seconds / 8)
+    assert many.terms[-1].name == "all-reduce" and many.terms[-1].seconds > two.terms[-1].seconds
+    assert plan_time.tokens_a_second(one, 4, 3) == pytest.approx(12 / one.seconds)
+
+
+def test_prompts_in_chunks() -> None:
+    whole, parts = prefill(EIGHT, H100, 32768), prefill(EIGHT, H100, 32768, chunk=2048)
+    packed = prefill(EIGHT, H100, 32768, chunk=2048, packed=40000, bits=4)
+    assert whole is not None and parts is not None and packed is not None
+    assert whole.seconds < parts.seconds < packed.seconds
+    # The same pairs of tokens, whether they are stored or new.
+    ideal = replace(IDEAL, bandwidth=1e30)
+    one, other = (prefill(EIGHT, ideal, 32768, chunk=chunk) for chunk in (None, 2048))
+    assert one is not None and other is not None and one.seconds == pytest.approx(other.seconds)
+
+
+def test_windows_read_less() -> None:
+    slid = replace(EIGHT, layers=(LayerShape("sliding", 32, 8, 128, window=1024),) * 32)
+    less, more = prefill(slid, H100, 32768), prefill(EIGHT, H100, 32768)
+    assert less is not None and more is not None and less.seconds < more.seconds
+
+
+def test_first_token() -> None:
+    read, one = prefill(EIGHT, H100, 4096), step(EIGHT, H100, 1, exact(4096))
+    assert read is not None and one is not None
+    later = plan_time.first_token(read, one, waiting=2.0)
+    assert later is not None and later.seconds == pytest.approx(read.seconds + one.seconds + 2.0)
+    assert plan_time.first_token(None) is None
+
+
+def test_no_kernel_is_not_predicted() -> None:
+    assert step(EIGHT, H100, 1, exact(4096), fused=False) is None
+    assert prefill(EIGHT, H100, 4096, fused=False) is None
+
+
+def test_large_attention_is_what_attention_says() -> None:
+    from fivefold.attention.merge import CUDNN_OPERATIONS
+
+    assert plan_time.LARGE == CUDNN_OPERATIONS
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ("h100", "H100 80GB"), ("NVIDIA H100 80GB HBM3", "H100 80GB"), ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("H100 NVL", "H100 NVL"), ("a100-80gb", "A100 80GB"), ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"), ("3090", "RTX 3090"), ("mi300", "MI300X"), ("l40s", "L40S"),
+    ],
+)  # fmt: skip
+def test_find_machine(asked: str, name: str) -> None:
+    assert find_machine(asked).name == name
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [("rtx", "more than one"), ("H1000", "write H100"), ("abacus", "write one of H100 80GB"), ("", "not known")],
+)
+def test_no_such_machine(asked: str, said: str) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        find_machine(asked)
+    assert "--measure" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_shipped_machines() -> None:
+    names = [one.name for one in shipped()]
+    assert len(names) == len(set(names)) >= 12
+    for one in shipped():
+        assert one.source and one.date and 0 < one.usable < one.memory
+        assert one.attention.keys() == set(KINDS) and all(0 < x <= 1 for x in one.attention.values())
+        if one.name != "H100 80GB":
+            assert "as measured on an H100" in one.source and not one.measured
+
+
+def test_machine_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps({"machine": H100.as_dict()}))
+    assert read_machine(path) == H100
+    for damaged in ("{", "{}", json.dumps({"machine": {"name": "x"}}), json.dumps({"machine": 3})):
+        path.write_text(damaged)
+        with pytest.raises(InputError, match="--measure"):
+            read_machine(path)
+
+
+def test_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setenv("FIVEFOLD_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="no GPU here"):
+        here()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert here() == H100
+    measured_file().parent.mkdir(parents=True)
+    own = replace(H100, name="NVIDIA H100 80GB HBM3", bandwidth=1e12)
+    measured_file().write_text(json.dumps({"machine": own.as_dict()}))
+    assert here() == own
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Unheard Of 9000")
+    with pytest.raises(InputError, match="--measure"):
+        here()
+
+
+def test_fit_finds_what_made_the_rows() -> None:
+    true = replace(H100, step=1.5e-3, sequence=2e-5, layer=8e-5, packed_layer=1e-5)
+    half = replace(EIGHT, layers=EIGHT.layers[:8], parameters=2_800_000_000, weight_bytes=5_600_000_000)
+    rows = []
+    for model in (EIGHT, half):
+        for batch, context in ((1, 4096), (1, 131072), (16, 4096), (8, 32768)):
+            for packed in (0, context * batch * 30000):
+                layers = len(model.layers)
+                reads = (Read("exact", 16, context * batch * 4096, layers),)
+                reads += (Read("packed", 4, packed, layers),) if packed else ()
+                one = step(model, true, batch, reads)
+                assert one is not None
+                rows.append(Row(model, batch, reads, one.seconds))
+    start = replace(true, attention={**true.attention, "exact": 0.5, "4": 0.5})
+    found = fit_steps(rows, start, efficiencies=True)
+    for name in FITTED:
+        assert getattr(found, name) == pytest.approx(getattr(true, name), rel=1e-3)
+    assert found.attention["4"] == pytest.approx(true.attention["4"], rel=1e-3)
+    assert min(least(np.array([[1.0, 1.0], [1.0, 2.0]]), np.array([1.0, 0.5]))) == 0
+
+
+@pytest.mark.slow
+def test_measure_on_a_cpu(tmp_path: Path) -> None:
+    import torch
+
+    from fivefold.plan import measure
+
+    told: list[str] = []
+    found, raw = measure.measure(torch.device("cpu"), told.append)
+    assert found.measured and found.bandwidth > 0 and "steps" in told
+    path = measure.save(found, raw, tmp_path / "deep" / "machine.json")
+    assert read_machine(path) == found
