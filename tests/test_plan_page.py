@@ -74,6 +74,7 @@ def row(recipe, ratio, codes, scales, read, kl):
             {"name": "host and gaps", "seconds": 0.0021, "formula": "1.7 ms + 2 sequences x 0.2 ms",
              "bound": "launches"},
         ],
+        "first_terms": [{"name": "products", "seconds": 9.84, "formula": "2 x 8e9 weights", "bound": "compute"}],
         "by_context": [
             {"context": context, "users": most(context), "step_ms": step_ms(read, context, 1), "bytes": cache(context)}
             for context in CONTEXTS
@@ -132,7 +133,7 @@ def nasty(result):
         one["parts"][NASTY] = 10**9
         if one["quality"] is not None:
             one["quality"]["source"] = NASTY
-        for term in one["terms"]:
+        for term in (*one["terms"], *one["first_terms"]):
             term.update(name=NASTY, formula=NASTY, bound=NASTY)
     found["chosen"] = found["rows"][2]["recipe"]
     return found
@@ -214,6 +215,30 @@ def test_without_users_target_quality_or_choice(result):
     assert "the caches of the most users that fit at 65,536 tokens" in tags.text
 
 
+def test_on_several_gpus_a_bar_is_of_each_and_free_pages_are_shared(result):
+    parts = {"exact": GIB, "free": 2 * GIB}
+    row = {**result["rows"][2], "parts": parts, "users": 10}
+    memory = {"usable": 10 * GIB, "weights": GIB, "working": GIB}
+    several = {**result, "rows": [row], "users": None, "gpus": 2, "memory": memory}
+    text = Tags(html.render(several)).text
+    assert "on each of the 2 GPUs" in text and "10 users, 8.00 GiB; 2.00 GiB unused" in text
+    text = Tags(html.render({**several, "memory": {**memory, "share": 1.0}})).text
+    assert "10 users, 14.0 GiB; 0.00 MiB unused" in text  # the planner knows best what fits
+
+
+def test_the_exact_cache_alone_is_no_picture_of_quality(result):
+    rows = [{**row, "quality": row["quality"] if row["recipe"] == "full()" else None} for row in result["rows"]]
+    rows[0] = {**rows[0], "users": 3}
+    page = html.render({**result, "rows": rows})
+    assert "quality" not in Tags(page).sections and "Quality is measured" not in page
+
+
+def test_what_a_target_lacks_is_in_the_notes(result):
+    rows = [{**row, "why_not": ["a step takes 30 ms, not 25", "KL 0.05"]} for row in result["rows"]]
+    text = Tags(html.render({**result, "rows": rows})).text
+    assert text.count("Misses the target: a step takes 30 ms, not 25; KL 0.05.") == len(rows)
+
+
 def test_nothing_is_predicted_and_one_recipe(result):
     rows = [{**result["rows"][4], "by_context": [], "notes": []}]
     page = html.render({**result, "rows": rows, "chosen": rows[0]["recipe"]})
@@ -231,14 +256,16 @@ def test_the_plotting_library_may_be_missing(monkeypatch):
 @pytest.mark.parametrize(
     ("low", "high", "wanted"),
     [
-        (9.0, 14.0, [8, 10, 15]), (1, 1, [1, 1.5]), (20, 20, [20, 30]), (3, 450, [2, 5, 10, 20, 50, 100, 200, 500]),
+        (9.0, 14.0, [8, 10, 12, 14]), (1, 1, [1, 1.05]), (20, 20, [20, 21]), (9.1, 9.8, [9, 9.5, 10]),
+        (3, 450, [2, 5, 10, 20, 50, 100, 200, 500]),
         (18.5, 57, [15, 20, 30, 40, 60]),
         (1, 30000, [1, 10, 100, 1000, 10000, 100000]), (0.0004, 0.003, [0.0002, 0.0005, 0.001, 0.002, 0.005]),
     ],
 )  # fmt: skip
 def test_ticks(low, high, wanted):
     assert charts.ticks(low, high) == wanted
-    assert all(one == int(one) for one in charts.ticks(max(1, low), max(1, high), whole=True))
+    people = charts.ticks(max(1, low), max(1, high), whole=True)
+    assert all(one == int(one) for one in people) and people[0] <= max(1, low) and people[-1] >= max(1, high)
 
 
 def test_words_for_numbers():

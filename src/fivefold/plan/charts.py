@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from math import log10
+from math import ceil, floor, log10
 from typing import Any
 
 from fivefold.page import SIZE, Figure
@@ -87,7 +87,7 @@ def figures_of(result: dict[str, Any]) -> dict[str, Figure]:
         for place, row in enumerate(rows)
         if row["quality"] is not None and row["users"]
     ]  # fmt: skip
-    if known:
+    if any(point["kl"] for point in known):  # full() alone says nothing
         caption = (
             f"The most users that fit at {result['context']:,} tokens against the damage: KL of the next token from "
             "the exact cache's, in nats. Up and left is better; the line is the Pareto front, bars are 95% intervals, "
@@ -131,14 +131,24 @@ def ticks(low: float, high: float, whole: bool = False) -> list[float]:
     """Round numbers from the last one that is not above `low` to the first not below `high`, the fewer the wider that
     is. whole: no fractions."""
     spread = log10(high / low)
+    if spread < 0.2:  # in equal steps
+        rough = max((high - low) / 3, high / 20)
+        step = next(each for each in _round(rough, rough, (1, 2, 5)) if each >= rough)
+        step = max(1.0, step) if whole else step
+        first, last = floor(low / step + 1e-9), ceil(high / step - 1e-9)
+        first = first if first > 0 else 1
+        return [float(f"{at * step:.12g}") for at in range(first, max(last, first + 1) + 1)]
     each = (1, 1.5, 2, 3, 4, 6, 8) if spread < 0.8 else (1, 2, 5) if spread < 2.5 else (1,)
-    decades = range(int(log10(low)) - 2, int(log10(high)) + 3)
-    every = [float(f"{digit}e{decade}") for decade in decades for digit in each]
-    if whole:
-        every = [value for value in every if value == int(value)]
+    every = [value for value in _round(low, high, each) if not whole or value == int(value)]
     start = max((at for at, value in enumerate(every) if value <= low), default=0)
     end = min(at for at, value in enumerate(every) if value >= high and at > start)
     return every[start : end + 1]
+
+
+def _round(low: float, high: float, digits: Sequence[float]) -> list[float]:
+    """Numbers of one digit about a range, and beyond it on both sides."""
+    decades = range(int(log10(low)) - 2, int(log10(high)) + 3)
+    return [float(f"{digit}e{decade}") for decade in decades for digit in digits]
 
 
 def _against_context(

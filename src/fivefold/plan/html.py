@@ -30,6 +30,7 @@ _PARTS = {
 }
 """Name and colour of each part of a cache, in the order of the bar."""
 _OTHERS = ("#c43d3d", "#e0a3a3")
+_TERMS = {"terms": "decoding step", "first_terms": "first token", "switch_terms": "change of sessions"}
 _WANTED = {
     "ms": "a decoding step in at most {:g} ms",
     "tokens_s": "at least {:,g} tokens a second",
@@ -283,16 +284,22 @@ def _rows(result: dict[str, Any]) -> Iterator[str]:
     yield f'<section id="rows"><h2>All recipes at {result["context"]:,} tokens</h2>'
     yield table("All recipes", sorting(columns), rows, "sortable sticky wide")
     notes = [
-        f"<li>{place} <code>{escape(row['recipe'])}</code>: {escape(' '.join(row['notes']))}</li>"
+        f"<li>{place} <code>{escape(row['recipe'])}</code>: {escape(' '.join(said))}</li>"
         for place, row in enumerate(result["rows"], 1)
-        if row["notes"]
+        if (said := _notes(row))
     ]
     if notes:
         yield f'<h3>Notes</h3><ul class="notes">{"".join(notes)}</ul>'
-    sources = sorted({str(row["quality"]["source"]) for row in result["rows"] if row["quality"] is not None})
+    known = [row["quality"] for row in result["rows"] if row["quality"] is not None and row["quality"]["kl"]]
+    sources = sorted({str(quality["source"]) for quality in known})
     if sources:
-        yield f"<p>Quality was measured in {escape('; '.join(sources))}; nothing about it is predicted.</p>"
+        yield f"<p>Quality is measured, never predicted: {escape('; '.join(sources))}.</p>"
     yield "</section>"
+
+
+def _notes(row: dict[str, Any]) -> list[str]:
+    missed = row.get("why_not")
+    return [*row["notes"], *([f"Misses the target: {'; '.join(missed)}."] if missed else [])]
 
 
 def _meets(meets: bool | None) -> str:
@@ -356,18 +363,19 @@ def _terms(place: int, row: dict[str, Any]) -> Iterator[str]:
     bound = f", bound by {escape(row['bound'])}" if row["bound"] is not None and row["terms"] else ""
     yield f"<details><summary>{place} <code>{escape(row['recipe'])}</code>: {said}{bound}</summary>"
     yield '<div class="inside">'
-    if row["terms"]:
-        lines = [
-            f'<tr><th scope="row">{escape(term["name"])}</th><td>{escape(term["formula"])}</td>'
-            f"<td>{seconds(term['seconds'])}</td><td>{escape(term['bound'])}</td></tr>"
-            for term in row["terms"]
-        ]
-        total = seconds(sum(term["seconds"] for term in row["terms"]))
-        lines.append(f'<tr><th scope="row"><strong>in all</strong></th><td></td><td>{total}</td><td></td></tr>')
-        names = "".join(f'<th scope="col">{name}</th>' for name in ("term", "formula", "time", "bound by"))
-        yield table(f"Terms of {row['recipe']}", f"<tr>{names}</tr>", lines, "terms")
-    else:
-        yield "<p>There are no terms.</p>"
+    if not row["terms"]:
+        yield "<p>A decoding step is not predicted.</p>"
+    for name, title in _TERMS.items():
+        if row.get(name):
+            lines = [
+                f'<tr><th scope="row">{escape(term["name"])}</th><td>{escape(term["formula"])}</td>'
+                f"<td>{seconds(term['seconds'])}</td><td>{escape(term['bound'])}</td></tr>"
+                for term in row[name]
+            ]
+            total = seconds(sum(term["seconds"] for term in row[name]))
+            lines.append(f'<tr><th scope="row"><strong>in all</strong></th><td></td><td>{total}</td><td></td></tr>')
+            names = "".join(f'<th scope="col">{column}</th>' for column in (title, "formula", "time", "bound by"))
+            yield table(f"{title} of {row['recipe']}", f"<tr>{names}</tr>", lines, "terms")
     for note in row["notes"]:
         yield f"<p>{escape(note)}</p>"
     yield "</div></details>"
