@@ -283,11 +283,11 @@ def _rows(result: dict[str, Any]) -> Iterator[str]:
         rows.append(f"<tr{mark}>{''.join(cells)}</tr>")
     yield f'<section id="rows"><h2>All recipes at {result["context"]:,} tokens</h2>'
     yield table("All recipes", sorting(columns), rows, "sortable sticky wide")
-    notes = [
-        f"<li>{place} <code>{escape(row['recipe'])}</code>: {escape(' '.join(said))}</li>"
-        for place, row in enumerate(result["rows"], 1)
-        if (said := _notes(row))
-    ]
+    whose: dict[str, list[str]] = {}
+    for place, row in enumerate(result["rows"], 1):
+        for note in _notes(row):
+            whose.setdefault(note, []).append(f"{place} <code>{escape(row['recipe'])}</code>")
+    notes = [f"<li>{', '.join(names)}: {escape(note)}</li>" for note, names in whose.items()]
     if notes:
         yield f'<h3>Notes</h3><ul class="notes">{"".join(notes)}</ul>'
     known = [row["quality"] for row in result["rows"] if row["quality"] is not None and row["quality"]["kl"]]
