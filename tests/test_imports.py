@@ -15,6 +15,7 @@ import fivefold
 LAYERS = {
     "errors": (),
     "paths": (),
+    "page": ("errors",),
     "signature": (),
     "sizes": ("errors",),
     "kernels": ("errors", "paths"),
@@ -25,7 +26,7 @@ LAYERS = {
     "calibrate.profile": ("errors", "paths", "kernels", "signature"),
     "recipe": ("errors", "store", "methods"),
     "engine": ("errors", "sizes", "kernels", "store", "attention", "methods", "recipe"),
-    "plan": ("errors", "signature", "store", "methods", "calibrate.learner", "calibrate.profile", "recipe"),
+    "plan": ("errors", "page", "signature", "store", "methods", "calibrate.learner", "calibrate.profile", "recipe"),
     "report": ("errors", "store", "engine", "kernels"),
 }
 """Imports of any kind count: at the top of a module, in a function, or for types only."""

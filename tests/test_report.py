@@ -2,22 +2,15 @@
 
 import json
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 
 import pytest
 
 from fivefold.evaluate import charts, html
 from fivefold.evaluate.summary import EXACT, FIDELITY, OWN, summarise
+from pages import DARK, NASTY, Tags, browser, contrast, harmless, probing, visit
 
 pytest.importorskip("vl_convert")
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 RECIPES = ("full()", "kivi(bits=4)", "kivi(bits=2)", "streaming(sink=0, recent=8)")
-NASTY = (
-    '</script><script>document.title="broken"</script><img src="http://nowhere.invalid/x.png" onerror="boom()">&amp;'
-)
 FILE = "jsonl:/data/my questions.jsonl"
 
 
@@ -77,24 +70,9 @@ def page(result):
     return html.render(result)
 
 
-class Tags(HTMLParser):
-    def __init__(self, text):
-        super().__init__()
-        self.found = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text += data
-
-
 def test_everything_is_in_it(page, result):
     tags = Tags(page)
-    sections = {attrs.get("id") for tag, attrs in tags.found if tag == "section"}
-    assert sections == {"ranking", "front", "heat", "positions", "layers", "answers", "words", "run"}
+    assert set(tags.sections) == {"ranking", "front", "heat", "positions", "layers", "answers", "words", "run"}
     for text in (*RECIPES, EXACT, "a machine", "my questions.jsonl", "12345", "somebody", "1,024 tokens", "abc", NASTY):
         assert text in tags.text, text
     figures = json.loads(re.search(r'id="figures">(.*?)</script>', page, re.S)[1])
@@ -103,12 +81,7 @@ def test_everything_is_in_it(page, result):
 
 
 def test_texts_are_texts_and_nothing_is_loaded(page):
-    tags = Tags(page)
-    assert not [tag for tag, attrs in tags.found if tag in ("img", "link", "iframe", "base") or "src" in attrs]
-    assert [tag for tag, _ in tags.found].count("script") == 3
-    assert not [attrs for _, attrs in tags.found if any(name.startswith("on") for name in attrs)]
-    policy = next(attrs["content"] for _, attrs in tags.found if attrs.get("http-equiv") == "Content-Security-Policy")
-    assert policy.startswith("default-src 'none'")
+    harmless(page)
 
 
 def test_a_crowded_plot_names_its_points_by_their_rank(page, result, monkeypatch):
@@ -123,28 +96,19 @@ def test_a_sweep_of_one_suite_without_fidelity_is_shown_too(result):
     found = {(512, "passkey"): {EXACT: [question_row(0, "12345")], "full()": [question_row(0, "12345")]}}
     part = {**result, **summarise(found, ("full()",))}
     tags = Tags(html.render(part))
-    sections = {attrs.get("id") for tag, attrs in tags.found if tag == "section"}
-    assert "front" in sections and not {"positions", "layers"} & sections
+    assert "front" in tags.sections and not {"positions", "layers"} & set(tags.sections)
 
 
 # -- in a browser -----------------------------------------------------------------------------------------
 
-PROBE = """
-<script>
-const wait = setInterval(async () => {
-  if (!document.body.dataset.drawn) return;
-  clearInterval(wait);
-  const marks = (name, kind) => document.querySelectorAll(`#plot-${name} svg .${kind}.role-mark path`).length;
-  const seen = {
-    title: document.title,
+PROBE = probing("""
+  Object.assign(seen, {
     points: marks("bytes", "mark-symbol"),
     lines: marks("positions", "mark-line"),
     cells: marks("layers", "mark-rect"),
     times: marks("time", "mark-symbol"),
-    wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
-    paper: getComputedStyle(document.body).backgroundColor,
     label: getComputedStyle(document.querySelector("#plot-bytes svg .mark-text text")).fill,
-  };
+  });
   const axis = () => document.querySelector("#plot-positions svg").getAttribute("aria-label") +
     document.querySelector("#plot-positions svg").textContent;
   const before = axis();
@@ -167,52 +131,22 @@ const wait = setInterval(async () => {
   button.click();
   seen.largest = first();
   seen.sort = button.parentElement.getAttribute("aria-sort");
-  const out = document.createElement("pre");
-  out.id = "probe";
-  out.textContent = JSON.stringify(seen);
-  document.body.append(out);
-}, 50);
-</script>
-"""
-
-
-def visit(page, folder, *options, width=1280):
-    """What the probe saw, what the browser's console said, and every address that was asked for."""
-    file, log = folder / "report.html", folder / "net.json"
-    whole, end, rest = page.rpartition("</body>")
-    file.write_text(whole + PROBE + end + rest)
-    done = subprocess.run(
-        [
-            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-            "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--virtual-time-budget=20000",
-            f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900", f"--log-net-log={log}", *options,
-            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-            "--dump-dom", file.as_uri(),
-        ],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    found = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)
-    assert found, (done.stdout[-500:], done.stderr[-2000:])
-    console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
-    # Chromium's own requests have no page that they are made for.
-    pattern = r'site=file://.*?"url":"((?!file:|data:|blob:)[^"]+)"'
-    asked = {address for line in log.read_text().splitlines() for address in re.findall(pattern, line)}
-    return json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")), console, asked
+""")
 
 
 @browser
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (500, False)])
 def test_a_browser_draws_it_and_asks_for_nothing(page, tmp_path, width, dark):
-    options = ["--blink-settings=preferredColorScheme=0"] if dark else []
-    seen, console, asked = visit(page, tmp_path, *options, width=width)
+    options = [DARK] if dark else []
+    seen, console, asked = visit(page, tmp_path, PROBE, *options, width=width)
     assert console == [] and asked == set()
     assert seen["title"].startswith("Fivefold: model </script>")
     assert (seen["points"], seen["times"], seen["lines"], seen["cells"]) == (5, 5, 4, 24)
     assert seen["changed"] and seen["still"] == 5
     assert (seen["smallest"], seen["largest"], seen["sort"]) == (RECIPES[-1], EXACT, "descending")
     assert seen["wide"] <= 0  # tables scroll in themselves
-    light = [sum(map(int, re.findall(r"\d+", seen[name])[:3])) for name in ("paper", "label")]
+    light = contrast(seen["paper"], seen["label"])
     assert (light[0] < light[1]) is dark and abs(light[0] - light[1]) > 400
 
 
@@ -224,6 +158,8 @@ def test_the_browser_test_can_fail(page, tmp_path):
         .replace("img-src data:", "")
         .replace("<main>", '<main><img src="http://127.0.0.1:9/x.png" alt="">')
     )
-    _, console, asked = visit(broken.replace("const figures =", 'console.error("planted"); const figures ='), tmp_path)
+    _, console, asked = visit(
+        broken.replace("const figures =", 'console.error("planted"); const figures ='), tmp_path, PROBE
+    )
     assert any("planted" in line for line in console)
     assert any("127.0.0.1:9" in one for one in asked)

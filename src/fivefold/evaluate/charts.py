@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
@@ -10,6 +9,7 @@ from fivefold.evaluate.fidelity import BINS
 from fivefold.evaluate.summary import EXACT, FIDELITY
 from fivefold.evaluate.sweep import front
 from fivefold.evaluate.tables import at_context, context_name, contexts_of, recipes_of, suite_name
+from fivefold.page import SIZE, Figure
 
 _ALL = "quality, all suites"
 _METRICS = {"kl": "KL, nats", "top1": "top-1 agreement", "top5": "top-5 agreement", "perplexity": "perplexity"}
@@ -18,38 +18,10 @@ _ERRORS = {
     "carried": "attention error, those of earlier layers included",
     "lens": "KL of what the layer says (logit lens), nats",
 }
-# Text and lines take the page's colour, so that dark, light and print need no second drawing.
-_CONFIG = {
-    "background": "transparent",
-    "font": "system-ui, sans-serif",
-    "axis": {
-        "labelColor": "currentColor", "titleColor": "currentColor", "domainColor": "currentColor",
-        "tickColor": "currentColor", "gridColor": "currentColor", "gridOpacity": 0.15, "labelFontSize": 12,
-        "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 170,
-    },
-    "legend": {"labelColor": "currentColor", "titleColor": "currentColor", "labelFontSize": 12, "labelLimit": 260},
-    "view": {"stroke": None},
-}  # fmt: skip
 _NAMED = 12
 """The most recipes of a plot that names those on its front."""
 # From nearly the page's colour on, so that it serves light and dark.
 _HEAT = ["rgba(128, 128, 128, 0.12)", "#f0a868", "#cf4520", "#6d0f24"]
-_SIZE = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A plot: what it shows, its Vega-Lite specification, and the choices that steer it: by name of the parameter, a
-    label and (value, label) of each option."""
-
-    caption: str
-    spec: dict[str, Any]
-    choices: dict[str, tuple[str, list[tuple[Any, str]]]]
-
-    def __post_init__(self) -> None:
-        steered = [{"name": name, "value": options[0][0]} for name, (_, options) in self.choices.items()]
-        self.spec.setdefault("params", []).extend(steered)
-        self.spec["config"] = _CONFIG
 
 
 def figures_of(result: dict[str, Any]) -> dict[str, Figure]:
@@ -159,7 +131,7 @@ def _pareto(points: list[dict[str, Any]], title: str, crowded: bool) -> dict[str
         {"field": "time", "title": "decode", "format": ".2f"},
     ]
     return {
-        **_SIZE,
+        **SIZE,
         "height": 340,
         "data": {"values": points},
         "transform": [{"filter": "datum.measure == measure && datum.context == context"}],
@@ -204,7 +176,7 @@ def _positions(result: dict[str, Any], cells: list[dict[str, Any]]) -> dict[str,
     ]  # fmt: skip
     recipes = [recipe for recipe in recipes_of(result) if recipe != EXACT]
     return {
-        **_SIZE,
+        **SIZE,
         "height": 300,
         "data": {"values": rows},
         "params": [{"name": "picked", "select": {"type": "point", "fields": ["recipe"]}, "bind": "legend"}],
@@ -231,7 +203,7 @@ def _layers(result: dict[str, Any], cells: list[dict[str, Any]]) -> dict[str, An
     ]  # fmt: skip
     recipes = [recipe for recipe in recipes_of(result) if recipe != EXACT]
     return {
-        **_SIZE,
+        **SIZE,
         "height": 26 * len(recipes),
         "data": {"values": rows},
         "transform": [{"filter": "datum.context == context"}, {"calculate": "datum[kind]", "as": "shown"}],

@@ -172,7 +172,10 @@ class Results:
             os.fsync(file.fileno())
 
 
-_ONLY_SHOWS = ("cli/", "serve/", "evaluate/charts.py", "evaluate/html.py", "evaluate/lm_eval.py", "evaluate/tables.py")
+_ONLY_SHOWS = (
+    "cli/", "serve/", "page/", "evaluate/charts.py", "evaluate/html.py", "evaluate/lm_eval.py", "evaluate/tables.py",
+    "plan/charts.py", "plan/html.py",
+)  # fmt: skip
 
 
 @cache

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from html import escape
-from pathlib import Path
 from typing import Any
 
-from fivefold.errors import InputError
-from fivefold.evaluate.charts import Figure, figures_of
+from fivefold.evaluate.charts import figures_of
 from fivefold.evaluate.summary import EXACT, FIDELITY
 from fivefold.evaluate.tables import at_context, context_name, contexts_of, number, recipes_of, suite_name
+from fivefold.page import Figure, check, document, plots, sortable, sorting, table
 
-_ASSETS = Path(__file__).parent / "assets"
-_CONTENT = "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data:"
+__all__ = ["check", "render"]
+
 _WORDS = {
     "quality": "What is left of the exact cache's score above chance, over all suites that the exact cache can do "
     "(fidelity counts by top-1 agreement); a suite weighs as much as there is to lose in it. 1 is as good as exact, "
@@ -31,32 +29,10 @@ _WORDS = {
 }
 
 
-def check() -> None:
-    """Raise `InputError` if the plotting library is not installed."""
-    try:
-        import vl_convert  # noqa: F401
-    except ImportError:
-        raise InputError("the report needs the package vl-convert-python: pip install 'fivefold[report]'.") from None
-
-
 def render(result: dict[str, Any]) -> str:
     """The page for what `fivefold.evaluate.engine.run` returned: HTML that needs no network."""
-    import vl_convert
-
     figures = figures_of(result)
-    # Nothing in the data may end the script that it stands in.
-    data = json.dumps({name: figure.spec for name, figure in figures.items()}, allow_nan=False).replace("<", r"\u003c")
-    library = vl_convert.javascript_bundle().replace("</script", "<\\/script")  # type: ignore[call-arg]
-    script = (_ASSETS / "report.js").read_text(encoding="utf-8")
-    parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{_CONTENT}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="color-scheme" content="light dark">',
-        f"<title>Fivefold: {escape(result['environment']['model'])}</title>",
-        f"<style>{(_ASSETS / 'report.css').read_text(encoding='utf-8')}</style></head><body>",
-        '<a class="skip" href="#ranking">Skip to the ranking</a>',
+    body = (
         *_header(result),
         "<main>",
         *_ranking(result),
@@ -69,10 +45,8 @@ def render(result: dict[str, Any]) -> str:
         *_words(),
         *_run(result),
         "</main>",
-        f'<script type="application/json" id="figures">{data}</script>',
-        f"<script>{library}</script><script>{script}</script></body></html>",
-    ]
-    return "\n".join(parts) + "\n"
+    )
+    return document(result["environment"]["model"], ("ranking", "ranking"), body, figures)
 
 
 def _header(result: dict[str, Any]) -> Iterator[str]:
@@ -116,17 +90,10 @@ def _interval(of: dict[str, Any], name: str, digits: int = 2) -> str:
     return f"{value} <small>({low} to {high})</small>"
 
 
-def _table(label: str, head: str, rows: list[str], kind: str = "") -> str:
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}"><table class="{kind}">'
-        f"<thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
 def _ranking(result: dict[str, Any]) -> Iterator[str]:
     yield '<section id="ranking"><h2>Ranking</h2>'
     columns = ("#", "recipe", "quality (95% interval)", "bytes", "decode", "prefill s", "KL", "top-1", "front")
-    head = "".join(f'<th scope="col"><button type="button">{name}</button></th>' for name in columns)
+    head = sorting(columns)
     for context in contexts_of(result):
         entries = at_context(result["ranking"], context)
         exact = next(entry for entry in entries if entry["recipe"] == EXACT)
@@ -135,25 +102,21 @@ def _ranking(result: dict[str, Any]) -> Iterator[str]:
             time = None if entry["decode_ms"] is None else entry["decode_ms"] / exact["decode_ms"]
             marks = [name for name in ("bytes", "time") if entry[f"{name}_front"]]
             cells = [
-                _sortable(rank, str(rank)),
+                sortable(rank, str(rank)),
                 f'<th scope="row"><code>{escape(entry["recipe"])}</code></th>',
-                _sortable(entry["quality"], _bar(entry) + _interval(entry, "quality")),
+                sortable(entry["quality"], _bar(entry) + _interval(entry, "quality")),
                 *(
-                    _sortable(value, number(value, digits))
+                    sortable(value, number(value, digits))
                     for value, digits in (
                         (entry["ratio"], 3), (time, 2), (entry["prefill_s"], 2), (entry["kl"], 4), (entry["top1"], 3),
                     )
                 ),
-                _sortable(-len(marks), ", ".join(marks)),
+                sortable(-len(marks), ", ".join(marks)),
             ]  # fmt: skip
             rows.append(f"<tr>{''.join(cells)}</tr>")
         yield f"<h3>{context_name(context)}</h3>"
-        yield _table(f"Ranking at {context_name(context)}", f"<tr>{head}</tr>", rows, "sortable")
+        yield table(f"Ranking at {context_name(context)}", head, rows, "sortable")
     yield "</section>"
-
-
-def _sortable(value: float | None, shown: str) -> str:
-    return f'<td data-value="{"" if value is None else value}">{shown}</td>'
 
 
 def _bar(entry: dict[str, Any]) -> str:
@@ -194,7 +157,7 @@ def _heat(result: dict[str, Any]) -> Iterator[str]:
         "top-1 agreement. Blue is the exact cache's score, orange is chance. Hatched: the exact cache is at chance.</p>"
     )
     head = f'<tr><th rowspan="2" scope="col">recipe</th>{top}</tr><tr>{under}</tr>'
-    yield _table("Scores of each recipe by task and context length", head, rows, "heat")
+    yield table("Scores of each recipe by task and context length", head, rows, "heat sticky")
     yield "</section>"
 
 
@@ -214,7 +177,7 @@ def _ruler(result: dict[str, Any]) -> Iterator[str]:
         "<p>The mean score of RULER's thirteen kinds in percent, with its 95% interval. The cache is compressed before "
         "the question is read.</p>"
     )
-    yield _table("RULER average by context length", f'<tr><th scope="col">recipe</th>{head}</tr>', rows)
+    yield table("RULER average by context length", f'<tr><th scope="col">recipe</th>{head}</tr>', rows)
     yield "</section>"
 
 
@@ -233,28 +196,12 @@ def _heat_cell(cell: dict[str, Any] | None, exact: dict[str, Any]) -> str:
 
 
 def _section(name: str, title: str, figures: dict[str, Figure], which: tuple[str, ...]) -> Iterator[str]:
-    """A section of plots with the choices that steer them."""
-    present = [one for one in which if one in figures]
-    if not present:
-        return
-    yield f'<section id="{name}"><h2>{title}</h2>'
-    choices = {key: choice for one in present for key, choice in figures[one].choices.items() if len(choice[1]) > 1}
-    if choices:
-        yield '<p class="choices">'
-        for key, (label, values) in choices.items():
-            options = "".join(
-                f'<option value="{escape(str(value))}">{escape(shown)}</option>' for value, shown in values
-            )
-            yield f'<label>{label} <select data-signal="{key}">{options}</select></label>'
-        yield "</p>"
-    yield '<div class="plots">'
-    for one in present:
-        caption = escape(figures[one].caption)
-        yield (
-            f'<figure><div class="plot" id="plot-{one}" role="img" aria-label="{caption}"></div>'
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
-    yield "</div></section>"
+    """A section of plots, if there are any."""
+    shown = list(plots(figures, which))
+    if shown:
+        yield f'<section id="{name}"><h2>{title}</h2>'
+        yield from shown
+        yield "</section>"
 
 
 def _answers(result: dict[str, Any]) -> Iterator[str]:

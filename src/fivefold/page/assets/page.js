@@ -1,5 +1,5 @@
 "use strict";
-// Draws the plots, hands the page's choices on to them, sorts tables, and opens everything for printing.
+// Draws the plots, hands the page's choices on to them, sorts tables, copies texts, and opens everything for printing.
 const figures = JSON.parse(document.getElementById("figures").textContent);
 const drawn = Object.entries(figures).map(async ([name, spec]) => {
   const place = document.getElementById("plot-" + name);
@@ -35,6 +35,24 @@ for (const table of document.querySelectorAll("table.sortable")) {
       table.tBodies[0].append(...rows);
     });
   });
+}
+
+// A page without scripts has the text to be selected, and no button that does nothing.
+for (const text of document.querySelectorAll("pre.copy")) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = "Copy";
+  button.addEventListener("click", async () => {
+    getSelection().selectAllChildren(text);
+    try {
+      await navigator.clipboard.writeText(text.textContent);
+      button.textContent = "Copied";
+    } catch {
+      button.textContent = document.execCommand("copy") ? "Copied" : "Selected";
+    }
+    setTimeout(() => (button.textContent = "Copy"), 2000);
+  });
+  text.before(button);
 }
 
 let opened = [];
