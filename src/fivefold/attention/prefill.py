@@ -150,6 +150,32 @@ def _window_bias(extent: Extent, queries: torch.Tensor, keys: torch.Tensor) -> t
     return torch.where(seen, 0.0, MASKED)
 
 
+def _exact(group: RowGroup, tokens: int, joined: bool) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Keys and values of the first `tokens` slots of the exact tier, block by block, each with its slots.
+
+    joined: blocks are copied together, as many as make `KEY_NUMBERS`. A GPU copies sooner than it attends over many
+    blocks and merges what comes out, and every earlier chunk has left a block of its own.
+    """
+    parts: list[tuple[slice, torch.Tensor, torch.Tensor]] = []
+    most = KEY_NUMBERS // (len(group.rows) * group.layer.spec.head_dim) if joined else 0
+    for first, last, location in group.exact_blocks():
+        window = slice(first * PAGE, min(last * PAGE, tokens))
+        keys, values = (group.read_exact(name, location)[:, : window.stop - window.start] for name in KV)
+        if parts and window.stop - parts[0][0].start > most:
+            yield _join(parts)
+            parts = []
+        parts.append((window, keys, values))
+    if parts:
+        yield _join(parts)
+
+
+def _join(parts: list[tuple[slice, torch.Tensor, torch.Tensor]]) -> tuple[slice, torch.Tensor, torch.Tensor]:
+    if len(parts) == 1:
+        return parts[0]
+    whole = slice(parts[0][0].start, parts[-1][0].stop)
+    return whole, torch.cat([keys for _, keys, _ in parts], 1), torch.cat([values for _, _, values in parts], 1)
+
+
 def _stored(
     layer: LayerCache, group: RowGroup, queries: torch.Tensor, scaling: float
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -167,9 +193,7 @@ def _stored(
 
     tokens = int(bounds.exact_tokens)
     positions = bounds.exact_positions(int(bounds.exact_pages))[:tokens]
-    for first, last, location in group.exact_blocks():
-        window = slice(first * PAGE, min(last * PAGE, tokens))
-        keys, values = (group.read_exact(name, location)[:, : window.stop - window.start] for name in KV)
+    for window, keys, values in _exact(group, tokens, queries.is_cuda):
         yield over(keys, values, positions[window])
     if group.packed.shape[1]:
         assert layer.codec is not None and layer.packing is not None
