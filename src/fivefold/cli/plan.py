@@ -237,7 +237,8 @@ def _show(rows: Sequence[Row], place: Place, asked: Asked, chosen: Row | None, s
         cells = [
             str(row.recipe), _gib(row.nbytes), f"{row.ratio:.3f}", f"{row.users:,}", f"{row.longest:,}",
             _number(None if row.step is None else 1000 * row.step.seconds), _number(crowded),
-            _number(row.tokens_s, ",.0f"), _number(None if row.first is None else row.first.seconds), _number(1000 * row.switch.seconds),
+            _number(row.tokens_s, ",.0f"), _number(None if row.first is None else row.first.seconds),
+            _number(1000 * row.switch.seconds),
         ]  # fmt: skip
         if known:
             kl = row.quality
@@ -279,7 +280,12 @@ def _result(
         "context": asked.context,
         "users": asked.users,
         "target": None if asked.target is None else asked.target.as_dict(),
-        "memory": {"usable": machine.usable, "weights": place.weights, "working": place.working},
+        "memory": {
+            "usable": machine.usable,
+            "weights": place.weights,
+            "working": place.working,
+            "share": place.share,
+        },
         "rows": [row.as_dict() for row in rows],
         "chosen": None if chosen is None else str(chosen.recipe),
         "said": said,

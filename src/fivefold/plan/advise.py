@@ -177,7 +177,7 @@ def row_of(recipe: Recipe, place: Place, asked: Asked, quality: Mapping[Recipe, 
         row.quality = Quality(0.0, 0.0, 0.0, context, None, "full() is exact")
     if asked.curves:
         row.by_context = [
-            _point(recipe, place, tokens) for tokens in CURVE if tokens <= (place.shape.context or LONGEST)
+            _point(recipe, place, tokens) for tokens in CURVE if tokens <= max(context, place.shape.context or LONGEST)
         ]
     return row
 
