@@ -35,7 +35,7 @@ EIGHT, ONE = "llama-3-8b", "llama-3.2-1b"
 SHAPES = {"steps-8b": (EIGHT, None), "steps-1b": (ONE, None), "short": (EIGHT, 8)}
 PROMPTS = ((4096, None), (32768, None), (131072, None), (32768, 8192), (131072, 8192), (32768, 2048))
 SWITCHED = (4096, 16384, 32768, 131072)  # of full() of the 8B shape: 0.5, 2, 4 and 17 GB
-PARTS = ("measure", "short", "steps-8b", "steps-1b", "prefill-8b", "prefill-1b", "switch")
+PARTS = ("measure", "prompts-kernels", "short", "steps-8b", "steps-1b", "prefill-8b", "prefill-1b", "switch")
 STEPS = 24
 Key = tuple[Any, ...]
 
@@ -280,6 +280,11 @@ def main() -> None:
                 found, raw = measure.measure(progress=lambda name: print(name, time.strftime("%X"), flush=True))
                 results.found.update(machine.stamp(), constants=found.as_dict(), measured=raw)
                 results.save()
+        elif part == "prompts-kernels":
+            if given.only and "measured" in results.found:  # `measure` has measured it too
+                results.found["measured"]["prompts"] = measure.prompts(machine.device())
+                results.save()
+                print(json.dumps(results.found["measured"]["prompts"], indent=1))
         elif part in SHAPES:
             steps(results, part, cpu)
         elif part == "switch":

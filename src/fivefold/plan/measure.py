@@ -32,6 +32,7 @@ from fivefold.recipe import Recipe
 Progress = Callable[[str], None]
 BITS = (2, 3, 4, 8)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+DIMS, EXTENTS = (64, 128), ("small", "large")
 POINTWISE = 56.0
 """How often a layer of transformers' Llama moves a token's hidden vector between its products: two norms that compute
 in float32, rotary embedding, residuals, and the gate over a vector 3.5 times as wide."""
@@ -39,14 +40,14 @@ in float32, rotary embedding, residuals, and the gate over a vector 3.5 times as
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured. attention: tokens of a short and a long cache. prompt: of a small and a large one; past: the
-    same of what is stored before a chunk. matrix: of a small and a large product, `[out, in]`. steps: shape of a Llama
-    whose steps are timed, contexts, and how many; narrow: of one for what the host takes. copied: bytes."""
+    """What is measured. attention: tokens of a short and a long cache. prompt: of small and of large ones; past: of
+    chunks and of what is stored before them, small and large. matrix: of a small and a large product, `[out, in]`.
+    steps: shape of a Llama whose steps are timed, contexts, and how many; narrow: of one for what the host takes.
+    copied: bytes."""
 
     attention: tuple[int, int]
-    prompt: tuple[int, int]
-    past: tuple[int, int]
-    chunk: int
+    prompt: tuple[tuple[int, ...], tuple[int, ...]]
+    past: tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]
     unpacked: int
     products: tuple[int, int, int]
     matrix: tuple[tuple[int, int], tuple[int, int]]
@@ -71,12 +72,13 @@ _NARROW = {
     "num_key_value_heads": 2,
 }  # fmt: skip
 GPU = Sizes(
-    (32768, 524288), (4096, 32768), (16384, 98304), 2048, 131072, (8192, 4096, 14336), ((2048, 2048), (14336, 4096)),
-    ROWS, 1 << 31, _WIDE, (2, 8), (1, 16), 4096, 24, _NARROW, 1 << 30, (32768, 131072),
+    (32768, 524288), ((4096, 8192), (32768, 131072)),
+    (((2048, 8192), (2048, 30720)), ((8192, 16384), (8192, 32768))), 131072, (8192, 4096, 14336),
+    ((2048, 2048), (14336, 4096)), ROWS, 1 << 31, _WIDE, (2, 8), (1, 16), 4096, 24, _NARROW, 1 << 30, (32768, 131072),
 )  # fmt: skip
 CPU = Sizes(
-    (512, 2048), (128, 512), (256, 512), 64, 512, (64, 256, 512), ((64, 64), (512, 256)), (1, 16), 1 << 22,
-    _NARROW, (1, 2), (1, 2), 256, 4, _NARROW, 1 << 20, (256, 1024),
+    (512, 2048), ((128,), (512,)), (((64, 256),), ((64, 512),)), 512, (64, 256, 512), ((64, 64), (512, 256)), (1, 16),
+    1 << 22, _NARROW, (1, 2), (1, 2), 256, 4, _NARROW, 1 << 20, (256, 1024),
 )  # fmt: skip
 
 
@@ -87,7 +89,7 @@ def measure(device: torch.device | None = None, progress: Progress | None = None
     sizes = GPU if device.type == "cuda" else CPU
     raw: dict[str, Any] = {}
     parts: dict[str, Callable[[torch.device, Sizes], Mapping[str, Any]]] = {
-        "copies": _copies, "products": _products, "weights": _weights, "attention": _attention, "prompts": _prompts,
+        "copies": _copies, "products": _products, "weights": _weights, "attention": _attention, "prompts": prompts,
         "packing": _packing, "launches": _launches, "link": _link, "steps": _steps,
     }  # fmt: skip
     for name, part in parts.items():
@@ -110,7 +112,7 @@ def constants(raw: Mapping[str, Any], device: torch.device) -> Machine:
         streaming=raw["weights"]["rates"],
         attention={kind: min(1.0, rate / copy["rate"]) for kind, rate in raw["attention"]["rates"].items()},
         attention_start=raw["attention"]["start"],
-        prompt=raw["prompts"],
+        prompt=raw["prompts"]["rates"],
         pack={bits: rate / copy["rate"] for bits, rate in raw["packing"]["pack"].items()},
         unpack={bits: rate / copy["rate"] for bits, rate in raw["packing"]["unpack"].items()},
         pointwise=POINTWISE,
@@ -249,21 +251,47 @@ def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return max(0.0, short - few / rate), rate
 
 
-def _prompts(device: torch.device, sizes: Sizes) -> dict[str, float]:
-    """Operations a second of a prompt's attention over itself, and of a chunk's over what is stored."""
-    heads, dim, chunk = kernels.KV_HEADS, kernels.HEAD_DIM, sizes.chunk
-    rates = {}
-    for name, tokens in zip(("small", "large"), sizes.prompt):
-        queries = _random(device, heads, kernels.GROUP, tokens, dim)
-        keys, values = (_random(device, heads, 1, tokens, dim).expand(-1, kernels.GROUP, -1, -1) for _ in range(2))
-        seconds = _eager(device, partial(attend, queries, keys, values, dim**-0.5, causal=True))
-        rates[f"causal {name}"] = 4 * queries.numel() * tokens / 2 / seconds
-    for name, tokens in zip(("small", "large"), sizes.past):
-        queries = _random(device, heads, 1, kernels.GROUP * chunk, dim)
-        keys, values = (_random(device, heads, 1, tokens, dim) for _ in range(2))
-        seconds = _eager(device, partial(attend, queries, keys, values, dim**-0.5))
-        rates[f"past {name}"] = 4 * queries.numel() * tokens / seconds
-    return rates
+@torch.inference_mode()
+def prompts(device: torch.device, sizes: Sizes | None = None) -> dict[str, Any]:
+    """Operations a second of a prompt's attention over itself, and of a chunk's over what is stored, by head_dim: each
+    the mean of some sizes, since a prompt has them all."""
+    sizes = (GPU if device.type == "cuda" else CPU) if sizes is None else sizes
+    rows: list[dict[str, Any]] = []
+    for dim in DIMS:
+        for extent, lengths in zip(EXTENTS, sizes.prompt):
+            for tokens in lengths:
+                queries = _random(device, kernels.KV_HEADS, kernels.GROUP, tokens, dim)
+                pair = (_random(device, kernels.KV_HEADS, 1, tokens, dim) for _ in range(2))
+                keys, values = (x.expand(-1, kernels.GROUP, -1, -1) for x in pair)
+                seconds = _settled(device, partial(attend, queries, keys, values, dim**-0.5, causal=True))
+                row = {"kind": f"causal {extent} {dim}", "chunk": tokens, "tokens": tokens, "seconds": seconds}
+                rows.append({**row, "rate": 4 * queries.numel() * tokens / 2 / seconds})
+        for extent, pairs in zip(EXTENTS, sizes.past):
+            for chunk, tokens in pairs:
+                queries = _random(device, kernels.KV_HEADS, 1, kernels.GROUP * chunk, dim)
+                keys, values = (_random(device, kernels.KV_HEADS, 1, tokens, dim) for _ in range(2))
+                seconds = _settled(device, partial(attend, queries, keys, values, dim**-0.5))
+                row = {"kind": f"past {extent} {dim}", "chunk": chunk, "tokens": tokens, "seconds": seconds}
+                rows.append({**row, "rate": 4 * queries.numel() * tokens / seconds})
+        tidy(device)
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["kind"], []).append(row["rate"])
+    return {"rates": {kind: statistics.harmonic_mean(rates) for kind, rates in found.items()}, "rows": rows}
+
+
+def _settled(device: torch.device, call: Callable[[], Any], least: float = 0.3) -> float:
+    """Seconds of a call among many of its kind, as in a prompt: the host is ahead, and the clock is where power leaves
+    it."""
+    call()  # cuDNN plans
+    once = clocked(device, call)
+    count = min(500, max(1, round((least if device.type == "cuda" else 0.0) / once)))
+
+    def many() -> None:
+        for _ in range(count):
+            call()
+
+    return min(clocked(device, many) for _ in range(2)) / count
 
 
 def _eager(device: torch.device, call: Callable[[], Any], repeats: int = 5) -> float:
