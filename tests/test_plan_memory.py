@@ -195,6 +195,7 @@ def measured(kind: str) -> list[dict[str, Any]]:
     return [row for row in json.loads(file.read_text())["rows"] if row["what"] == kind and "error" not in row]
 
 
+@pytest.mark.slow
 def test_all_memory_of_a_gpu() -> None:
     """Weights, caches and what steps compute with, against what torch held at most on an H100: the largest batches of
     both shapes, filled and decoded as there (of a few sequences, and as many times that)."""

@@ -293,7 +293,10 @@ def advice(rows: Sequence[Row], place: Place, asked: Asked) -> tuple[Row | None,
         else:
             why = "it keeps most of those that fit; what it costs in quality is not known: see --quality and --probe"
         said = f"Take {chosen.recipe}: {why}. It holds {chosen.users:,} users of {asked.context:,} tokens"
-        return chosen, f"{said} ({whom} asked for)." if users else f"{said}."
+        said += f" ({whom} asked for)." if users else "."
+        if any(row.quality is None for row in rows):
+            said += " What the others cost in quality is not known: --quality or --probe says it."
+        return chosen, said
     if place.room <= 0:
         need = next((gpus for gpus in GPUS if _roomier(place, gpus).room > 0), None)
         more = f"share it over {need} of them (--gpus {need})" if need else "take a larger GPU, or a smaller model"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -13,6 +13,7 @@ from fivefold.plan.machine import Machine
 from fivefold.plan.shape import ModelShape
 from fivefold.recipe import Recipe
 from fivefold.report import Report
+from fivefold.store.spec import LayerSpec
 
 PAGES = 1 << 22
 """Pages that a rehearsal goes through at most: beyond that, users are reckoned from a few."""
@@ -21,8 +22,6 @@ STEP = 256
 DECODED = 1
 """So many tokens of each user have come one by one: what a prompt alone would not show (pages that are free again, tables
 that kernels read)."""
-FEW = 1
-"""Layers, of many that are alike, that a search goes through, and as many again."""
 GRAPH = 640 << 20
 """Bytes that a captured step and the libraries' workspaces hold, at most, on an H100 (`benchmarks/plan_gpu.py`)."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -103,24 +102,42 @@ def cache_bytes(recipe: Recipe, place: Place, context: int, users: int) -> int:
 
 
 def _total(recipe: Recipe, place: Place, context: int, users: int) -> int:
-    """Bytes of caches on all GPUs together. Where all layers are alike, a few of them tell of the others."""
-    layers = place.shape.layers
-    if len(layers) <= 2 * FEW or not alike(recipe, place):
+    """Bytes of caches on all GPUs together. Of layers that are alike one tells of all: what another one adds."""
+    kinds = _kinds(recipe, place)
+    if len(kinds) * (len(kinds) + 2) >= sum(map(len, kinds)):
         return cache_report(recipe, place, context, users).total
-    one, two = (
-        cache_report(recipe, replace(place, shape=replace(place.shape, layers=layers[:count])), context, users).total
-        for count in (FEW, 2 * FEW)
-    )
-    return two + (two - one) * (len(layers) - 2 * FEW) // FEW
+    first = tuple(kind[0] for kind in kinds)
+    base = _some(recipe, place, context, users, first)
+    total = base + memory.beside(place.shape, context, users, place.dtype, place.sliding)
+    for kind in kinds:
+        if len(kind) > 1:
+            total += (len(kind) - 1) * (_some(recipe, place, context, users, (*first, kind[1])) - base)
+    return total
+
+
+@lru_cache(maxsize=2048)
+def _some(recipe: Recipe, place: Place, context: int, users: int, layers: tuple[int, ...]) -> int:
+    """Bytes of the caches of some layers alone."""
+    cache = memory.Rehearsal(recipe, [_specs(place)[index] for index in layers], place.shape.hidden)
+    decoded = min(DECODED, context - 1)
+    for tokens in (context - decoded, *[1] * decoded):
+        cache.feed(users, tokens)
+    return cache.report().total
+
+
+@lru_cache(maxsize=64)
+def _specs(place: Place) -> dict[int, LayerSpec]:
+    return {spec.layer: spec for spec in memory.specs_of(place.shape, place.dtype, place.sliding)}
 
 
 @lru_cache(maxsize=256)
-def alike(recipe: Recipe, place: Place) -> bool:
-    """Whether a recipe holds the same of every layer."""
-    if len(set(place.shape.layers)) > 1:
-        return False
-    specs = memory.specs_of(place.shape, place.dtype, place.sliding)
-    return len({tuple(recipe.extents(spec)) for spec in specs}) <= 1
+def _kinds(recipe: Recipe, place: Place) -> list[list[int]]:
+    """The layers that are compressed, those together of which a recipe holds the same."""
+    found: dict[object, list[int]] = {}
+    for index, spec in _specs(place).items():
+        held = sorted(map(repr, recipe.extents(spec)))
+        found.setdefault((place.shape.layers[index], tuple(held)), []).append(index)
+    return list(found.values())
 
 
 def needed(recipe: Recipe, place: Place, context: int, users: int) -> int:
