@@ -26,8 +26,21 @@ LAYERS = {
     "calibrate.profile": ("errors", "paths", "kernels", "signature"),
     "recipe": ("errors", "store", "methods"),
     "engine": ("errors", "sizes", "kernels", "store", "attention", "methods", "recipe"),
-    "plan": ("errors", "page", "signature", "store", "methods", "calibrate.learner", "calibrate.profile", "recipe"),
     "report": ("errors", "store", "engine", "kernels"),
+    "plan": (
+        "errors",
+        "paths",
+        "page",
+        "signature",
+        "kernels",
+        "store",
+        "attention",
+        "methods",
+        "recipe",
+        "engine",
+        "report",
+    ),
+    "plan.measure": ("paths", "store", "attention", "recipe", "benchmark", "plan"),
 }
 """Imports of any kind count: at the top of a module, in a function, or for types only."""
 KNOW_TRANSFORMERS = ("models", "generation", "cli", "evaluate", "benchmark", "calibrate")
