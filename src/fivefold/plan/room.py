@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -18,6 +18,8 @@ PAGES = 1 << 22
 """Pages that a rehearsal goes through at most: beyond that, users are reckoned from a few."""
 STEP = 256
 """Tokens by which a longest context is found."""
+FEW = 2
+"""Layers, of many that are alike, that a search goes through, and as many again."""
 GRAPH = 96 << 20
 """Bytes that a captured step and the libraries' workspaces hold (`benchmarks/plan_gpu.py`)."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -85,14 +87,37 @@ def cache_bytes(recipe: Recipe, place: Place, context: int, users: int) -> int:
     """Bytes of these caches on each GPU. Of more users than can be rehearsed in a moment: as many times those of a few,
     beside which they have no free pages."""
     if users < 5 or _pages(place, context, users) <= PAGES:
-        return round(cache_report(recipe, place, context, users).total * place.share)
+        return round(_total(recipe, place, context, users) * place.share)
     few = max(2, min(users // 2, PAGES // max(1, _pages(place, context, 1))))
-    one, two = (cache_report(recipe, place, context, count).total for count in (few // 2, few))
+    one, two = (_total(recipe, place, context, count) for count in (few // 2, few))
     return round((two + (two - one) * (users - few) / (few - few // 2)) * place.share)
+
+
+def _total(recipe: Recipe, place: Place, context: int, users: int) -> int:
+    """Bytes of caches on all GPUs together. Where all layers are alike, a few of them tell of the others."""
+    layers = place.shape.layers
+    if len(layers) <= 2 * FEW or not _alike(recipe, place):
+        return cache_report(recipe, place, context, users).total
+    one, two = (
+        cache_report(recipe, replace(place, shape=replace(place.shape, layers=layers[:count])), context, users).total
+        for count in (FEW, 2 * FEW)
+    )
+    return two + (two - one) * (len(layers) - 2 * FEW) // FEW
+
+
+@lru_cache(maxsize=256)
+def _alike(recipe: Recipe, place: Place) -> bool:
+    """Whether a recipe holds the same of every layer."""
+    if len(set(place.shape.layers)) > 1:
+        return False
+    specs = memory.specs_of(place.shape, place.dtype, place.sliding)
+    return len({tuple(recipe.extents(spec)) for spec in specs}) <= 1
 
 
 def most_users(recipe: Recipe, place: Place, context: int) -> int:
     """How many users with `context` tokens each fit; 0 if not one does."""
+    if place.room <= 0:
+        return 0
     if cache_bytes(recipe, place, context, 1) > place.room:
         return 0
     low, high = 1, 2
@@ -115,6 +140,9 @@ def most_users(recipe: Recipe, place: Place, context: int) -> int:
 
 def longest_context(recipe: Recipe, place: Place, users: int, most: int) -> int:
     """The longest text, in steps of `STEP` tokens up to `most`, that fits for so many users; 0 if none does."""
+
+    if place.room <= 0:
+        return 0
 
     def fits(context: int) -> bool:
         return cache_bytes(recipe, place, context, users) <= place.room
