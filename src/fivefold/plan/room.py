@@ -18,10 +18,13 @@ PAGES = 1 << 22
 """Pages that a rehearsal goes through at most: beyond that, users are reckoned from a few."""
 STEP = 256
 """Tokens by which a longest context is found."""
-FEW = 2
+DECODED = 1
+"""So many tokens of each user have come one by one: what a prompt alone would not show (pages that are free again, tables
+that kernels read)."""
+FEW = 1
 """Layers, of many that are alike, that a search goes through, and as many again."""
-GRAPH = 96 << 20
-"""Bytes that a captured step and the libraries' workspaces hold (`benchmarks/plan_gpu.py`)."""
+GRAPH = 640 << 20
+"""Bytes that a captured step and the libraries' workspaces hold, at most, on an H100 (`benchmarks/plan_gpu.py`)."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -61,6 +64,12 @@ class Place:
         return round(self.chunk * token * self.dtype.itemsize) + 4 * self.shape.vocabulary + GRAPH
 
     @property
+    def each(self) -> int:
+        """Bytes of what a step computes with for one user: the logits, also in float32, and the products of an MLP."""
+        item = self.dtype.itemsize
+        return (item + 4) * self.shape.vocabulary + 3 * item * self.shape.intermediate // self.gpus
+
+    @property
     def room(self) -> int:
         """Bytes that caches may take on each GPU; negative where not even the weights fit."""
         return self.machine.usable - self.weights - self.working
@@ -75,7 +84,7 @@ class Place:
 @lru_cache(maxsize=1024)
 def cache_report(recipe: Recipe, place: Place, context: int, users: int) -> Report:
     """What the caches of so many users hold, all GPUs together."""
-    settings = {"dtype": place.dtype, "sliding": place.sliding}
+    settings = {"dtype": place.dtype, "sliding": place.sliding, "generated": min(DECODED, context - 1)}
     return memory.report_of(recipe, place.shape, context, users, **settings)  # type: ignore[arg-type]
 
 
@@ -96,7 +105,7 @@ def cache_bytes(recipe: Recipe, place: Place, context: int, users: int) -> int:
 def _total(recipe: Recipe, place: Place, context: int, users: int) -> int:
     """Bytes of caches on all GPUs together. Where all layers are alike, a few of them tell of the others."""
     layers = place.shape.layers
-    if len(layers) <= 2 * FEW or not _alike(recipe, place):
+    if len(layers) <= 2 * FEW or not alike(recipe, place):
         return cache_report(recipe, place, context, users).total
     one, two = (
         cache_report(recipe, replace(place, shape=replace(place.shape, layers=layers[:count])), context, users).total
@@ -106,7 +115,7 @@ def _total(recipe: Recipe, place: Place, context: int, users: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def _alike(recipe: Recipe, place: Place) -> bool:
+def alike(recipe: Recipe, place: Place) -> bool:
     """Whether a recipe holds the same of every layer."""
     if len(set(place.shape.layers)) > 1:
         return False
@@ -114,24 +123,29 @@ def _alike(recipe: Recipe, place: Place) -> bool:
     return len({tuple(recipe.extents(spec)) for spec in specs}) <= 1
 
 
+def needed(recipe: Recipe, place: Place, context: int, users: int) -> int:
+    """Bytes that so many users take on each GPU: their caches, and what a step computes with for them."""
+    return cache_bytes(recipe, place, context, users) + users * place.each
+
+
 def most_users(recipe: Recipe, place: Place, context: int) -> int:
     """How many users with `context` tokens each fit; 0 if not one does."""
     if place.room <= 0:
         return 0
-    if cache_bytes(recipe, place, context, 1) > place.room:
+    if needed(recipe, place, context, 1) > place.room:
         return 0
     low, high = 1, 2
-    each = cache_bytes(recipe, place, context, 2) - cache_bytes(recipe, place, context, 1)
+    each = needed(recipe, place, context, 2) - needed(recipe, place, context, 1)
     guess = max(1, int(place.room // max(1, each)))
-    if cache_bytes(recipe, place, context, guess) <= place.room:
+    if needed(recipe, place, context, guess) <= place.room:
         low, high = guess, guess + 1
     else:
         high = guess
-    while cache_bytes(recipe, place, context, high) <= place.room:
+    while needed(recipe, place, context, high) <= place.room:
         low, high = high, high + max(1, high // 64)
     while high - low > 1:
         middle = max(low + 1, high - max(1, (high - low) // 2))
-        if cache_bytes(recipe, place, context, middle) <= place.room:
+        if needed(recipe, place, context, middle) <= place.room:
             low = middle
         else:
             high = middle
@@ -145,10 +159,10 @@ def longest_context(recipe: Recipe, place: Place, users: int, most: int) -> int:
         return 0
 
     def fits(context: int) -> bool:
-        return cache_bytes(recipe, place, context, users) <= place.room
+        return needed(recipe, place, context, users) <= place.room
 
     # Bytes are nearly a straight line: a guess by it, and then a search about the guess.
-    one, two = (cache_bytes(recipe, place, tokens, users) for tokens in (2048, 4096))
+    one, two = (needed(recipe, place, tokens, users) for tokens in (2048, 4096))
     slope, low, high = (two - one) / 2048, 0, -(-most // STEP)
     guess = high if slope <= 0 else int((2048 + (place.room - one) / slope) / STEP)
     if guess > high // 2 and fits(most):
