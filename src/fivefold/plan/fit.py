@@ -15,7 +15,7 @@ from fivefold.plan.time import Read, prefill, step
 from fivefold.recipe import Recipe
 
 FITTED = ("step", "word", "layer", "pointwise", "packed_layer", "packed_row")
-WAITS = ("packed", "split")
+WAITS = ("packed", "split", "stored")
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,8 @@ def fit_steps(rows: Sequence[Row], machine: Machine, efficiencies: bool = False)
     rows are least; none of them negative."""
     none: dict[str, Any] = dict.fromkeys(FITTED, 0.0)
     bare = replace(machine, **none)
+    ones: list[dict[str, Any]] = [{name: 1.0} for name in FITTED]
+    ways = [replace(bare, **one) for one in ones]
     kinds = sorted({read.pages for row in rows for read in row.reads}) if efficiencies else []
 
     def seconds(row: Row, using: Machine) -> float:
@@ -99,7 +101,7 @@ def fit_steps(rows: Sequence[Row], machine: Machine, efficiencies: bool = False)
     for row in rows:
         known = seconds(row, bare)
         # Each constant is a factor of one term.
-        line = [seconds(row, replace(bare, **{name: 1.0})) - known for name in FITTED]
+        line = [seconds(row, way) - known for way in ways]
         line += [sum(read.nbytes for read in row.reads if read.pages == kind) / machine.bandwidth for kind in kinds]
         table.append([x / row.seconds for x in line])
         wanted.append((row.seconds - known) / row.seconds)

@@ -40,7 +40,8 @@ class Machine:
 
     host_layer: what the host takes to launch one layer of a chunk of a prompt, "exact" or "packed". wait: how long the
     device has nothing to do in a layer that packs a chunk, since the host waits for it there and only then goes on;
-    "packed", and "split" where the layer's heads are of two kinds.
+    "packed", or "split" where the layer's heads are of two kinds, and "stored" besides where the chunk also attends to
+    something that is stored.
 
     to_host, from_host: what `cache.offload()` and `restore()` reach; put_start, bring_start: what they take besides, of
     an "exact" cache or one with "packed" pages.

@@ -36,7 +36,7 @@ BITS = (2, 3, 4, 8)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 DIMS, EXTENTS = (64, 128), ("small", "large")
 READ = ("full()", "kivi(bits=4)", "duo(keep=0.5) + kivi(bits=4)")
-PROMPT_POINTWISE, WAIT = 110.0, {"packed": 0.0022, "split": 0.007}
+PROMPT_POINTWISE, WAIT = 120.0, {"packed": 0.0018, "split": 0.006, "stored": 0.001}
 """Where no prompts were timed: of an H100."""
 
 
@@ -77,7 +77,8 @@ _NARROW = {
 GPU = Sizes(
     (32768, 524288), ((4096, 8192), (32768, 131072)),
     (((2048, 8192), (2048, 30720)), ((8192, 16384), (8192, 32768))), 131072, (8192, 4096, 14336),
-    ((2048, 2048), (14336, 4096)), ROWS, 1 << 31, _WIDE, (2, 8), (1, 16, 64), 4096, 24, ((8192, None), (32768, 8192)), _NARROW, 1 << 30, (32768, 131072),
+    ((2048, 2048), (14336, 4096)), ROWS, 1 << 31, _WIDE, (2, 8), (1, 32, 256), 1024, 24,
+    ((8192, None), (32768, 8192)), _NARROW, 1 << 30, (32768, 131072),
 )  # fmt: skip
 CPU = Sizes(
     (512, 2048), ((128,), (512,)), (((64, 256),), ((64, 512),)), 512, (64, 256, 512), ((64, 64), (512, 256)), (1, 16),
@@ -139,10 +140,10 @@ def constants(raw: Mapping[str, Any], name: str | None = None, date: str | None 
         source="fivefold plan --measure",
         measured=True,
     )
-    # Two numbers of layers, three batches, exact and packed: all six constants of `FITTED` have rows that differ in them
-    # alone. What a batch adds to one layer (`pointwise`, `packed_row`) and to all (`word`) shows in the largest batch;
-    # where it does not fit, or is lost in noise, it counts as nothing, and so does what it would add to larger ones.
-    # The shares of bandwidth that attention reaches are taken from its kernels: these caches are too small to show them.
+    # Two numbers of layers, three batches, exact and packed: these tell all of `FITTED` apart. What a sequence adds to
+    # a layer (`pointwise`, `packed_row`) and to a step (`word`) shows in the largest batch alone; where that does not
+    # fit, steps of many sequences are predicted badly. The shares of bandwidth that attention reaches are those of its
+    # kernels: these caches are too small to show them.
     found = fit_steps([Row.from_dict(row) for row in raw["steps"]["rows"]], base)
     if "reading" not in raw:
         return found
@@ -270,26 +271,28 @@ def prompts(device: torch.device, sizes: Sizes | None = None) -> dict[str, Any]:
     the mean of some sizes, since a prompt has them all."""
     sizes = (GPU if device.type == "cuda" else CPU) if sizes is None else sizes
     rows: list[dict[str, Any]] = []
+    found: dict[str, list[float]] = {}
+
+    def add(kind: str, call: Callable[[], Any], chunk: int, tokens: int, operations: float) -> None:
+        seconds = _settled(device, call)
+        rows.append({"kind": kind, "chunk": chunk, "tokens": tokens, "seconds": seconds, "rate": operations / seconds})
+        found.setdefault(kind, []).append(operations / seconds)
+
     for dim in DIMS:
         for extent, lengths in zip(EXTENTS, sizes.prompt):
             for tokens in lengths:
                 queries = _random(device, kernels.KV_HEADS, kernels.GROUP, tokens, dim)
                 pair = (_random(device, kernels.KV_HEADS, 1, tokens, dim) for _ in range(2))
                 keys, values = (x.expand(-1, kernels.GROUP, -1, -1) for x in pair)
-                seconds = _settled(device, partial(attend, queries, keys, values, dim**-0.5, causal=True))
-                row = {"kind": f"causal {extent} {dim}", "chunk": tokens, "tokens": tokens, "seconds": seconds}
-                rows.append({**row, "rate": 4 * queries.numel() * tokens / 2 / seconds})
+                call = partial(attend, queries, keys, values, dim**-0.5, causal=True)
+                add(f"causal {extent} {dim}", call, tokens, tokens, 4 * queries.numel() * tokens / 2)
         for extent, pairs in zip(EXTENTS, sizes.past):
             for chunk, tokens in pairs:
                 queries = _random(device, kernels.KV_HEADS, 1, kernels.GROUP * chunk, dim)
                 keys, values = (_random(device, kernels.KV_HEADS, 1, tokens, dim) for _ in range(2))
-                seconds = _settled(device, partial(attend, queries, keys, values, dim**-0.5))
-                row = {"kind": f"past {extent} {dim}", "chunk": chunk, "tokens": tokens, "seconds": seconds}
-                rows.append({**row, "rate": 4 * queries.numel() * tokens / seconds})
+                call = partial(attend, queries, keys, values, dim**-0.5)
+                add(f"past {extent} {dim}", call, chunk, tokens, 4 * queries.numel() * tokens)
         tidy(device)
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        found.setdefault(row["kind"], []).append(row["rate"])
     return {"rates": {kind: statistics.harmonic_mean(rates) for kind, rates in found.items()}, "rows": rows}
 
 

@@ -143,7 +143,9 @@ class Rehearsal:
         return 2 * spec.head_dim * spec.dtype.itemsize
 
 
-def reach_of(recipe: Recipe, shape: ModelShape, context: int, dtype: torch.dtype = torch.bfloat16) -> tuple[float, bool]:
+def reach_of(
+    recipe: Recipe, shape: ModelShape, context: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[float, bool]:
     """The share of the pairs of a query and a key before it that the heads of full layers compute of such a prompt, and
     whether heads of one layer differ in that."""
     shares, split = [], False

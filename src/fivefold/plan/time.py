@@ -216,8 +216,11 @@ def _launching(
     if packed:
         count = sum(layer.kind == "full" for layer in model.layers)
         each = machine.wait["split" if split else "packed"]
-        waited = chunks * count * each
+        more = (chunks - 1) * count * machine.wait["stored"]
+        waited = chunks * count * each + more
         said = f"{chunks} chunks x {count} layers x {_seconds(each)}"
+        if more:
+            said += f" + {chunks - 1} x {count} x {_seconds(machine.wait['stored'])}"
         yield Term("waiting for the range of what is packed", waited, said, "launches")
     each = machine.host_layer["packed" if packed else "exact"] * (2 if split else 1)
     said = f"{chunks} chunks x {layers} layers x {_seconds(each)} - {_seconds(device + waited)} at work or waiting"
@@ -228,27 +231,31 @@ def _prompt_attention(
     model: ModelShape, machine: Machine, chunks: Sequence[int], batch: int, reach: float, gpus: int
 ) -> Iterable[Term]:
     """Each chunk over itself and over what is stored; 4 operations a query head, channel and pair of tokens."""
-    found: dict[tuple[str, str], float] = {}
+    found: dict[str, float] = {}
     for layer, count in Counter(layer for layer in attending(model) if layer.query_heads).items():
         window, before = layer.window, 0
         # Heads that see a window alone are in calls of their own, which have next to nothing to do.
-        each = 4 * layer.query_heads * layer.head_dim * batch / gpus * (reach if window is None else 1.0)
-        block = max(1, round(BLOCK / (layer.kv_heads * layer.head_dim * batch / gpus or 1)))
+        rows = batch / gpus * (reach if window is None else 1.0)
+        each, block = 4 * layer.query_heads * layer.head_dim * rows, _block(layer, rows)
         for chunk in chunks:
-            large = each * chunk * chunk >= 2 * LARGE
             held = before if window is None else min(before, window)
-            parts = [("prompt itself", "causal", large, pairs(chunk, window))]
+            parts = [("causal", each * chunk * chunk >= 2 * LARGE, pairs(chunk, window))]
             for first in range(0, held, block):
                 seen = chunk * min(block, held - first)
-                parts.append(("stored", "past", each * seen >= LARGE, seen))
-            for name, kind, large, seen in parts:
-                key = name, machine.prompt_key(kind, large, layer.head_dim)
-                found[key] = found.get(key, 0.0) + count * each * seen
+                parts.append(("past", each * seen >= LARGE, seen))
+            for kind, large, many in parts:
+                key = machine.prompt_key(kind, large, layer.head_dim)
+                found[key] = found.get(key, 0.0) + count * each * many
             before += chunk
-    for (name, key), operations in sorted(found.items()):
+    for key, operations in sorted(found.items()):
         said = f"{operations:.4g} operations / {machine.prompt[key] / 1e12:.0f} TFLOP/s"
-        what = "the prompt itself" if name == "prompt itself" else "what is stored"
+        what = "the prompt itself" if key.startswith("causal") else "what is stored"
         yield Term(f"attention to {what}", operations / machine.prompt[key], said, "compute")
+
+
+def _block(layer: LayerShape, rows: float) -> int:
+    """Tokens of what is stored that a chunk attends to at a time."""
+    return max(1, round(BLOCK / (layer.kv_heads * layer.head_dim * rows or 1.0)))
 
 
 def pairs(tokens: int, window: int | None) -> float:
@@ -285,10 +292,10 @@ def _stored(
                 yield Term(name, nbytes / rate, f"{_bytes(nbytes)} / {_rate(rate)}", "bandwidth")
     moved = 0.0 if packed else 2 * back * exact  # chunks lie apart, and are copied together
     for layer, count in Counter(full).items():
-        block = max(1, round(BLOCK / (layer.kv_heads * layer.head_dim * batch / gpus)))
+        rows = batch * reach / gpus
         for chunk, before in zip(chunks, held):
-            parts = -(-before // block) + (1 if packed and before else 0)
-            moved += count * parts * MERGED * chunk * batch * layer.query_heads * layer.head_dim * reach / gpus
+            parts = -(-before // _block(layer, rows)) + (1 if packed and before else 0)
+            moved += count * parts * MERGED * chunk * rows * layer.query_heads * layer.head_dim
     if moved:
         said = f"{_bytes(moved)} moved / {_rate(machine.bandwidth)}"
         yield Term("merging with what is stored", moved / machine.bandwidth, said, "bandwidth")
