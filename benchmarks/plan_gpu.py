@@ -6,27 +6,29 @@
     python benchmarks/plan_gpu.py benchmarks/results/plan_h100.json --compare
 
 Each row is written as soon as it is measured, and what the file holds already is not measured again: what is broken off
-is gone on with by the same command. Constants are fitted on the steps of Llama-3-8B's shape (with 32 and with 8 layers)
-and checked on Llama-3.2-1B's. `--fit` and `--compare` need no GPU.
+is gone on with by the same command. Constants are fitted on steps (with 32 and with 8 layers), prompts and changes of
+sessions of Llama-3-8B's shape, and checked on Llama-3.2-1B's. `--fit` and `--compare` need no GPU; what `--compare`
+prints, it leaves in the file too. `--only prompts-kernels` measures a prompt's attention anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fivefold.benchmark import capacity, decode, machine, prefill
+from fivefold.benchmark import capacity, decode, machine
 from fivefold.plan import fit, measure
 from fivefold.plan import time as plan_time
-from fivefold.plan.machine import Machine, find_machine, shipped
+from fivefold.plan.machine import Machine, find_machine
 
 RECIPES = ("full()", "kivi(bits=4)", "kivi(bits=2)", "duo(keep=0.5) + kivi(bits=2)")
 CONTEXTS = (4096, 32768, 131072, 524288)
@@ -37,6 +39,8 @@ PROMPTS = ((4096, None), (32768, None), (131072, None), (32768, 8192), (131072, 
 SWITCHED = (4096, 16384, 32768, 131072)  # of full() of the 8B shape: 0.5, 2, 4 and 17 GB
 PARTS = ("measure", "prompts-kernels", "short", "steps-8b", "steps-1b", "prefill-8b", "prefill-1b", "switch")
 STEPS = 24
+CHUNK = 8192
+"""The smallest chunks of a prompt from which a GPU, and not the host, sets the pace."""
 Key = tuple[Any, ...]
 
 
@@ -156,19 +160,10 @@ def prompts(results: Results, part: str, cpu: bool) -> None:
                 continue
             if model is None:
                 model, shape = build(name, None)
-            results.add(row, lambda: one_prompt(row, model, shape))  # noqa: B023
+            turns = 2 if context < 65536 else 1
+            results.add(row, lambda: measure.timed_prompt(model, shape, recipe, context, chunk, turns))  # noqa: B023
     model = None
     measure.tidy(machine.device())
-
-
-def one_prompt(row: dict[str, Any], model: Any, shape: dict[str, Any]) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (1, row["context"]), generator=generator).to(model.device)
-    # The first time plans what there is to plan for these shapes, as in `bench prefill`.
-    first = prefill.read(model, row["recipe"], ids, row["chunk"])
-    turns = [prefill.read(model, row["recipe"], ids, row["chunk"]) for _ in range(2 if row["context"] < 65536 else 1)]
-    found = min(turns, key=lambda turn: turn["seconds"])
-    return {"shape": shape, "first_seconds": first["seconds"], **found}
 
 
 @torch.inference_mode()
@@ -187,13 +182,18 @@ def switches(results: Results, cpu: bool) -> None:
 
 
 def fit_file(results: Results, out: Path) -> None:
-    """Write the machine of the results into a file of machines, its steps fitted on the 8B rows alone."""
-    base = Machine.from_dict(results.found["constants"])
+    """Write the machine of the results into a file of machines, with what whole steps, prompts and changes of sessions
+    of the 8B shape alone say."""
+    before = results.found["constants"]
+    base = measure.constants(results.found["measured"], before["name"], before["date"])
+    results.found["constants"] = base.as_dict()
     rows = [row for row in results.found["rows"] if row["model"] == EIGHT and "error" not in row]
-    fitted = fit.fit_steps([fit.Row.from_dict(row) for row in rows if row["what"] == "step"], base, efficiencies=True)
-    moved = [row for row in rows if row["what"] == "switch"]
-    if moved:
-        fitted = fit.fit_switch(moved, fitted)
+    steps = [fit.Row.from_dict(row) for row in rows if row["what"] == "step"]
+    # Smaller chunks wait for the host, whose speed is not the GPU's.
+    prompts = [fit.Prompt.from_dict(row) for row in rows if row["what"] == "prompt"]
+    prompts = [row for row in prompts if row.chunk is None or row.chunk >= CHUNK]
+    fitted = fit.fit_prompts(prompts, fit.fit_steps(steps, base, efficiencies=True))
+    fitted = fit.fit_switch([row for row in rows if row["what"] == "switch"], fitted)
     fitted = replace(fitted, source="benchmarks/plan_gpu.py, fitted on Llama-3-8B's shape", measured=True)
     known = json.loads(out.read_text())
     name = find_machine(fitted.name).name
@@ -201,29 +201,24 @@ def fit_file(results: Results, out: Path) -> None:
     own = {"name": name, "aliases": known["machines"][index].get("aliases", [])}
     known["machines"][index] = {**fitted.as_dict(), **own}
     out.write_text(json.dumps(known, indent=1) + "\n")
-    print(json.dumps(fitted.as_dict(), indent=1))
-    shipped.cache_clear()
+    print(json.dumps(known["machines"][index], indent=1))
     compare(results, fitted)
 
 
-def predictions(results: Results, using: Machine) -> Iterator[tuple[str, dict[str, Any], float, float]]:
+def predictions(rows: Iterable[dict[str, Any]], using: Machine) -> Iterator[tuple[str, dict[str, Any], float, float]]:
     """Kind, row, and predicted and measured seconds."""
-    for row in results.found["rows"]:
+    for row in rows:
         if "error" in row:
             continue
-        kind = f"{row['what']} {row['model']}"
         if row["what"] == "step":
             timed = fit.Row.from_dict(row)
             one = plan_time.step(timed.model, using, timed.batch, timed.reads)
             assert one is not None
-            yield kind, row, one.seconds, row["seconds"]
+            yield "steps alone" if row["batch"] == 1 else "steps in batches", row, one.seconds, row["seconds"]
         elif row["what"] == "prompt":
-            model = fit.llama(row["shape"])
-            bits = int(row["recipe"].split("bits=")[1][0]) if "bits=" in row["recipe"] else None
-            packed = row["cache_bytes"] / row["context"] if bits else 0.0
-            one = plan_time.prefill(model, using, row["context"], chunk=row["chunk"], packed=packed, bits=bits)
-            assert one is not None
-            yield kind, row, one.seconds, row["seconds"]
+            chunk = row["chunk"]
+            kind = "at once" if chunk is None else f"in chunks of {chunk:,}"
+            yield f"prompts {kind}", row, fit.Prompt.from_dict(row).predicted(using), row["seconds"]
         elif row["what"] == "switch":
             packed = row["recipe"] != "full()"
             there = plan_time.switch(using, row["bytes"], packed=packed, back=False).seconds
@@ -232,19 +227,35 @@ def predictions(results: Results, using: Machine) -> Iterator[tuple[str, dict[st
             yield "from the host", row, both - there, row["restore_s"]
 
 
+def compared(rows: Iterable[dict[str, Any]], using: Machine) -> dict[str, Any]:
+    """Each row's prediction, and by kind and model how many there are and the worst and the median error."""
+    out: list[dict[str, Any]] = []
+    for kind, row, predicted, measured in predictions(rows, using):
+        own = {name: row[name] for name in ("model", "layers", "recipe", "context", "batch", "chunk") if row.get(name)}
+        out.append(
+            {"kind": kind, **own, "predicted": predicted, "measured": measured, "error": predicted / measured - 1}
+        )
+    errors: dict[str, dict[str, Any]] = {}
+    for kind, model in dict.fromkeys((row["kind"], row["model"]) for row in out):
+        found = sorted((row["error"] for row in out if (row["kind"], row["model"]) == (kind, model)), key=abs)
+        middle = statistics.median(map(abs, found))
+        errors.setdefault(kind, {})[model] = {"rows": len(found), "worst": found[-1], "median": middle}
+    return {"machine": using.source, "errors": errors, "rows": out}
+
+
 def compare(results: Results, using: Machine) -> None:
-    """Print each row's error, and the worst of each kind."""
-    worst: dict[str, tuple[float, str]] = {}
-    for kind, row, predicted, measured in predictions(results, using):
-        error = predicted / measured - 1
-        said = f"{row['recipe']} {row['context']:,}"
-        said += f" x {row['batch']}" if "batch" in row else f" in chunks of {row['chunk']}" if row.get("chunk") else ""
-        said += f", {row['layers']} layers" if row.get("layers") else ""
-        print(f"{kind:22} {said:52} {predicted * 1000:10.2f} ms, measured {measured * 1000:10.2f}: {error:+.1%}")
-        if abs(error) >= abs(worst.get(kind, (0.0, ""))[0]):
-            worst[kind] = error, said
-    for kind, (error, said) in worst.items():
-        print(f"worst {kind}: {error:+.1%} ({said})")
+    """Print each row's error, and the worst of each kind, and leave them in the file."""
+    found = results.found["compared"] = compared(results.found["rows"], using)
+    for row in found["rows"]:
+        said = f"{row['model']} {row['recipe']} {row['context']:,}"
+        said += f" x {row['batch']}" if "batch" in row else ""
+        said += f", {row['layers']} layers" if "layers" in row else ""
+        times = f"{row['predicted'] * 1000:10.2f} ms, measured {row['measured'] * 1000:10.2f}: {row['error']:+.1%}"
+        print(f"{row['kind']:24} {said:60} {times}")
+    for kind, models in found["errors"].items():
+        for model, one in models.items():
+            print(f"{kind}, {model}: {one['rows']} rows, worst {one['worst']:+.1%}, median {one['median']:.1%}")
+    results.save()
 
 
 def main() -> None:
@@ -254,7 +265,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=PARTS, help="default: all")
     parser.add_argument("--minutes", type=float, help="begin no row after so many")
     parser.add_argument("--compare", action="store_true", help="predicted against measured")
-    parser.add_argument("--machine", help="by these constants; default: those measured in the file")
+    parser.add_argument("--machine", help="by the constants of this one; default: the shipped ones of the file's GPU")
     parser.add_argument("--fit", type=Path, metavar="MACHINES", help="write the constants into this file")
     given = parser.parse_args()
     results = Results(given.file, given.minutes)
@@ -265,8 +276,7 @@ def main() -> None:
         fit_file(results, given.fit)
         return
     if given.compare:
-        using = find_machine(given.machine) if given.machine else Machine.from_dict(results.found["constants"])
-        compare(results, using)
+        compare(results, find_machine(given.machine or results.found["constants"]["name"]))
         return
     cpu = machine.device().type == "cpu"
     if cpu:  # to try the script

@@ -143,9 +143,9 @@ def first_of(recipe: Recipe, place: Place, context: int) -> time.Estimate | None
             return None
         if forms:
             packed, bits = forms[0].nbytes / context, forms[0].bits
-    return time.prefill(
-        place.shape, place.machine, context, chunk=place.chunk, packed=packed, bits=bits, gpus=place.gpus
-    )
+    reach, split = memory.reach_of(recipe, place.shape, context, place.dtype)
+    given: dict[str, Any] = {"packed": packed, "bits": bits, "reach": reach, "split": split}
+    return time.prefill(place.shape, place.machine, context, chunk=place.chunk, gpus=place.gpus, **given)
 
 
 def row_of(recipe: Recipe, place: Place, asked: Asked, quality: Mapping[Recipe, Quality] | None = None) -> Row:
@@ -170,7 +170,8 @@ def row_of(recipe: Recipe, place: Place, asked: Asked, quality: Mapping[Recipe, 
     }
     row = Row(
         recipe, report.total, parts, report.ratio, users, longest, step if users else None, crowded,
-        first_of(recipe, place, context), time.switch(place.machine, report.total, gpus=place.gpus),
+        first_of(recipe, place, context),
+        time.switch(place.machine, report.total, packed=recipe.packer is not None, gpus=place.gpus),
         None if quality is None else quality.get(recipe), notes,
     )  # fmt: skip
     if row.quality is None and recipe == Recipe():

@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from fivefold.plan import memory
 from fivefold.plan.machine import Machine
 from fivefold.plan.shape import LayerShape, ModelShape
-from fivefold.plan.time import Read, step
+from fivefold.plan.time import Read, prefill, step
+from fivefold.recipe import Recipe
 
-FITTED = ("step", "sequence", "layer", "packed_layer")
+FITTED = ("step", "word", "layer", "pointwise", "packed_layer", "packed_row")
+WAITS = ("packed", "split", "stored")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,35 @@ class Row:
         """A row of `measure.timed_step`."""
         reads = tuple(Read(**read) for read in row["reads"])
         return cls(llama(row["shape"]), row["batch"], reads, row["seconds"])
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt whose reading was timed; its other fields are what `time.prefill` is given."""
+
+    model: ModelShape
+    tokens: int
+    chunk: int | None
+    packed: float
+    bits: int | None
+    reach: float
+    split: bool
+    seconds: float
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Prompt:
+        """A row of `measure.timed_prompt`."""
+        recipe, model, context = Recipe.parse(row["recipe"]), llama(row["shape"]), row["context"]
+        bits = getattr(recipe.get("bits"), "bits", None)
+        packed = row["cache_bytes"] / context if bits else 0.0
+        reach, split = memory.reach_of(recipe, model, context)
+        return cls(model, context, row["chunk"], packed, bits, reach, split, row["seconds"])
+
+    def predicted(self, machine: Machine) -> float:
+        given = {"packed": self.packed, "bits": self.bits, "reach": self.reach, "split": self.split}
+        one = prefill(self.model, machine, self.tokens, chunk=self.chunk, **given)  # type: ignore[arg-type]
+        assert one is not None
+        return one.seconds
 
 
 def llama(shape: Mapping[str, Any], name: str = "llama") -> ModelShape:
@@ -55,24 +87,44 @@ def fit_steps(rows: Sequence[Row], machine: Machine, efficiencies: bool = False)
     rows are least; none of them negative."""
     none: dict[str, Any] = dict.fromkeys(FITTED, 0.0)
     bare = replace(machine, **none)
+    ones: list[dict[str, Any]] = [{name: 1.0} for name in FITTED]
+    ways = [replace(bare, **one) for one in ones]
     kinds = sorted({read.pages for row in rows for read in row.reads}) if efficiencies else []
-    names = [*FITTED, *kinds]
+
+    def seconds(row: Row, using: Machine) -> float:
+        reads = row.reads if not efficiencies else tuple(replace(read, nbytes=0) for read in row.reads)
+        one = step(row.model, using, row.batch, reads)
+        assert one is not None
+        return one.seconds
+
     table, wanted = [], []
     for row in rows:
-        reads = row.reads if not efficiencies else tuple(replace(read, nbytes=0) for read in row.reads)
-        known = step(row.model, bare, row.batch, reads)
-        assert known is not None
-        packing = max((read.launches for read in row.reads if read.kind == "packed"), default=0)
-        line = [1.0, float(row.batch), float(len(row.model.layers)), float(packing)]
+        known = seconds(row, bare)
+        # Each constant is a factor of one term.
+        line = [seconds(row, way) - known for way in ways]
         line += [sum(read.nbytes for read in row.reads if read.pages == kind) / machine.bandwidth for kind in kinds]
         table.append([x / row.seconds for x in line])
-        wanted.append((row.seconds - known.seconds) / row.seconds)
-    found = dict(zip(names, least(np.array(table), np.array(wanted))))
+        wanted.append((row.seconds - known) / row.seconds)
+    found = dict(zip([*FITTED, *kinds], least(np.array(table), np.array(wanted))))
     given: dict[str, Any] = {name: found[name] for name in FITTED}
     if efficiencies:
         # Never more than the memory can give: what is above belongs to the constants.
         given["attention"] = {**machine.attention, **{k: min(1.0, 1 / found[k]) for k in kinds if found[k] > 0}}
     return replace(machine, **given)
+
+
+def fit_prompts(rows: Sequence[Prompt], machine: Machine) -> Machine:
+    """The machine with `prompt_pointwise` and `wait` so that the relative errors of the rows are least. Rates of
+    products and of attention stay as they were measured: both grow with the tokens, as what is fitted does, and rows
+    of one model cannot tell them apart."""
+    wait = dict.fromkeys(WAITS, 0.0)
+    bare = replace(machine, prompt_pointwise=0.0, wait=wait, host_layer={"exact": 0.0, "packed": 0.0})
+    ways = [replace(bare, prompt_pointwise=1.0), *(replace(bare, wait={**wait, name: 1.0}) for name in WAITS)]
+    known = np.array([row.predicted(bare) for row in rows])
+    seconds = np.array([row.seconds for row in rows])
+    table = np.array([[row.predicted(way) for way in ways] for row in rows]) - known[:, None]
+    moved, *waits = least(table / seconds[:, None], (seconds - known) / seconds)
+    return replace(machine, prompt_pointwise=moved, wait=dict(zip(WAITS, waits)))
 
 
 def fit_switch(rows: Sequence[Mapping[str, Any]], machine: Machine) -> Machine:

@@ -27,15 +27,21 @@ class Machine:
 
     memory: all of its bytes; usable: those that the driver's context leaves. bandwidth: of a large copy, what is read
     and what is written. products: operations of large products in bfloat16. streaming: bytes of weights that a product
-    with so many rows reads, by rows. attention: a decoding step's attention, by kind of page, as a share of bandwidth;
-    attention_start: what each call takes besides. prompt: operations of a prompt's attention, "causal" over itself and
-    "past" over what is stored, "small" and "large" (see `time.LARGE`). pack, unpack: quantising a prompt and reading it
-    back for its next chunk, by bits, as a share of bandwidth. pointwise: how often a layer moves the hidden vector of a
-    token through memory between its products.
+    with so many rows reads, by rows. attention: a decoding step's attention, by kind of page, as a share of bandwidth.
+    prompt: operations of a prompt's attention, "causal" over itself and "past" over what is stored, "small" and "large"
+    (see `time.LARGE`), by head_dim ("causal large 128": see `prompt_key`). pack, unpack: quantising a prompt and
+    reading it back for its next chunk, by bits, as a share of bandwidth.
 
-    step: of a step as a graph, the host's part and what does not grow; sequence: what each sequence adds to it. layer:
-    the small operations and the gaps of a layer; packed_layer: what a layer that packs adds. host_layer: what the host
-    takes to launch one layer of a chunk of a prompt, "exact" or "packed".
+    step: of a step as a graph, the host's part and what does not grow; word: what each logit of each sequence adds.
+    layer: the small operations and the gaps of a layer, and the beginning of its attention; packed_layer: what a layer
+    that packs adds; packed_row: what each of its KV heads of each sequence adds. pointwise: the work between a layer's
+    products, which grows with the tokens: in how many copies of the hidden vector, at `bandwidth`, it is done; of a
+    step, and (prompt_pointwise) of a prompt.
+
+    host_layer: what the host takes to launch one layer of a chunk of a prompt, "exact" or "packed". wait: how long the
+    device has nothing to do in a layer that packs a chunk, since the host waits for it there and only then goes on;
+    "packed", or "split" where the layer's heads are of two kinds, and "stored" besides where the chunk also attends to
+    something that is stored.
 
     to_host, from_host: what `cache.offload()` and `restore()` reach; put_start, bring_start: what they take besides, of
     an "exact" cache or one with "packed" pages.
@@ -51,16 +57,18 @@ class Machine:
     products: float
     streaming: Mapping[str, float]
     attention: Mapping[str, float]
-    attention_start: float
     prompt: Mapping[str, float]
     pack: Mapping[str, float]
     unpack: Mapping[str, float]
     pointwise: float
+    prompt_pointwise: float
     step: float
-    sequence: float
+    word: float
     layer: float
     packed_layer: float
+    packed_row: float
     host_layer: Mapping[str, float]
+    wait: Mapping[str, float]
     to_host: float
     from_host: float
     put_start: Mapping[str, float]
@@ -87,6 +95,11 @@ class Machine:
                 share = math.log(rows / low) / math.log(high / low)
                 return slow + share * (fast - slow)
         return known[-1][1]
+
+    @staticmethod
+    def prompt_key(kind: str, large: bool, head_dim: int) -> str:
+        """The key in `prompt` of an attention: heads of 64 channels and fewer reach less."""
+        return f"{kind} {'large' if large else 'small'} {64 if head_dim <= 64 else 128}"
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
@@ -131,6 +144,8 @@ def _whole(one: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     out["bandwidth"] = like["bandwidth"] * memory
     out["streaming"] = {rows: rate * memory for rows, rate in like["streaming"].items()}
     out["products"] = like["products"] * compute
+    for name in ("word", "packed_row"):  # the device's work; the others are of the host, or of launches
+        out[name] = like[name] / memory
     out["prompt"] = {name: rate * compute for name, rate in like["prompt"].items()}
     for name in ("to_host", "from_host", "pinned_to", "pinned_from"):
         out[name] = like[name] * host

@@ -1,11 +1,13 @@
 """`fivefold plan --measure`: the constants of `plan.machine.Machine`, measured on the device at hand.
 
 Rates are of the pieces: copies, products, our kernels, torch's attention, the host's link. What a step takes besides
-comes from whole steps: graphs of a Llama of two numbers of layers, alone and in a batch, exact and packed.
+comes from whole steps: graphs of a Llama of two numbers of layers, alone and in batches, exact and packed; and what a
+prompt takes besides, from whole prompts of the same.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import statistics
@@ -24,7 +26,7 @@ from fivefold.attention.fused import unpack_fused
 from fivefold.attention.merge import attend
 from fivefold.benchmark import decode, kernels, prefill
 from fivefold.benchmark import machine as device_of
-from fivefold.plan.fit import Row, fit_steps
+from fivefold.plan.fit import Prompt, Row, fit_prompts, fit_steps
 from fivefold.plan.machine import Machine, measured_file
 from fivefold.plan.time import Read
 from fivefold.recipe import Recipe
@@ -33,17 +35,17 @@ Progress = Callable[[str], None]
 BITS = (2, 3, 4, 8)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 DIMS, EXTENTS = (64, 128), ("small", "large")
-POINTWISE = 56.0
-"""How often a layer of transformers' Llama moves a token's hidden vector between its products: two norms that compute
-in float32, rotary embedding, residuals, and the gate over a vector 3.5 times as wide."""
+READ = ("full()", "kivi(bits=4)", "duo(keep=0.5) + kivi(bits=4)")
+PROMPT_POINTWISE, WAIT = 120.0, {"packed": 0.0018, "split": 0.006, "stored": 0.001}
+"""Where no prompts were timed: of an H100."""
 
 
 @dataclass(frozen=True)
 class Sizes:
     """What is measured. attention: tokens of a short and a long cache. prompt: of small and of large ones; past: of
     chunks and of what is stored before them, small and large. matrix: of a small and a large product, `[out, in]`.
-    steps: shape of a Llama whose steps are timed, contexts, and how many; narrow: of one for what the host takes.
-    copied: bytes."""
+    steps: shape of a Llama whose steps are timed, contexts, and how many; read: tokens and chunks of its prompts;
+    narrow: shape of one for what the host takes. copied: bytes."""
 
     attention: tuple[int, int]
     prompt: tuple[tuple[int, ...], tuple[int, ...]]
@@ -55,9 +57,10 @@ class Sizes:
     weights: int
     step: Mapping[str, Any]
     layers: tuple[int, int]
-    batches: tuple[int, int]
+    batches: tuple[int, ...]
     context: int
     steps: int
+    read: tuple[tuple[int, int | None], ...]
     narrow: Mapping[str, Any]
     copied: int
     switched: tuple[int, int]
@@ -74,11 +77,12 @@ _NARROW = {
 GPU = Sizes(
     (32768, 524288), ((4096, 8192), (32768, 131072)),
     (((2048, 8192), (2048, 30720)), ((8192, 16384), (8192, 32768))), 131072, (8192, 4096, 14336),
-    ((2048, 2048), (14336, 4096)), ROWS, 1 << 31, _WIDE, (2, 8), (1, 16), 4096, 24, _NARROW, 1 << 30, (32768, 131072),
+    ((2048, 2048), (14336, 4096)), ROWS, 1 << 31, _WIDE, (2, 8), (1, 32, 256), 1024, 24,
+    ((8192, None), (32768, 8192)), _NARROW, 1 << 30, (32768, 131072),
 )  # fmt: skip
 CPU = Sizes(
     (512, 2048), ((128,), (512,)), (((64, 256),), ((64, 512),)), 512, (64, 256, 512), ((64, 64), (512, 256)), (1, 16),
-    1 << 22, _NARROW, (1, 2), (1, 2), 256, 4, _NARROW, 1 << 20, (256, 1024),
+    1 << 22, _NARROW, (1, 2), (1, 2, 4), 256, 4, ((256, None), (256, 64)), _NARROW, 1 << 20, (256, 1024),
 )  # fmt: skip
 
 
@@ -91,36 +95,39 @@ def measure(device: torch.device | None = None, progress: Progress | None = None
     parts: dict[str, Callable[[torch.device, Sizes], Mapping[str, Any]]] = {
         "copies": _copies, "products": _products, "weights": _weights, "attention": _attention, "prompts": prompts,
         "packing": _packing, "launches": _launches, "link": _link, "steps": _steps,
+        "reading": _reading,
     }  # fmt: skip
     for name, part in parts.items():
         if progress is not None:
             progress(name)
         raw[name] = part(device, sizes)
         tidy(device)
-    return constants(raw, device), raw
+    return constants(raw), raw
 
 
-def constants(raw: Mapping[str, Any], device: torch.device) -> Machine:
-    """The constants that follow from measurements."""
+def constants(raw: Mapping[str, Any], name: str | None = None, date: str | None = None) -> Machine:
+    """The constants that follow from measurements, of this machine or of another one that was measured then."""
     copy, link = raw["copies"], raw["link"]
     base = Machine(
-        name=device_of.name(),
+        name=name or device_of.name(),
         memory=copy["memory"],
         usable=copy["usable"],
         bandwidth=copy["rate"],
         products=raw["products"]["rate"],
         streaming=raw["weights"]["rates"],
         attention={kind: min(1.0, rate / copy["rate"]) for kind, rate in raw["attention"]["rates"].items()},
-        attention_start=raw["attention"]["start"],
         prompt=raw["prompts"]["rates"],
         pack={bits: rate / copy["rate"] for bits, rate in raw["packing"]["pack"].items()},
         unpack={bits: rate / copy["rate"] for bits, rate in raw["packing"]["unpack"].items()},
-        pointwise=POINTWISE,
+        pointwise=0.0,
+        prompt_pointwise=PROMPT_POINTWISE,
         step=0.0,
-        sequence=0.0,
+        word=0.0,
         layer=0.0,
         packed_layer=0.0,
+        packed_row=0.0,
         host_layer=raw["launches"],
+        wait=WAIT,
         to_host=link["to_host"],
         from_host=link["from_host"],
         put_start=link["put_start"],
@@ -129,11 +136,18 @@ def constants(raw: Mapping[str, Any], device: torch.device) -> Machine:
         pinned_from=link["pinned_from"],
         link=link["all_reduce"],
         link_start=link["all_reduce_start"],
-        date=device_of.stamp()["date"],
+        date=date or device_of.stamp()["date"],
         source="fivefold plan --measure",
         measured=True,
     )
-    return fit_steps([Row.from_dict(row) for row in raw["steps"]["rows"]], base)
+    # Two numbers of layers, three batches, exact and packed: these tell all of `FITTED` apart. What a sequence adds to
+    # a layer (`pointwise`, `packed_row`) and to a step (`word`) shows in the largest batch alone; where that does not
+    # fit, steps of many sequences are predicted badly. The shares of bandwidth that attention reaches are those of its
+    # kernels: these caches are too small to show them.
+    found = fit_steps([Row.from_dict(row) for row in raw["steps"]["rows"]], base)
+    if "reading" not in raw:
+        return found
+    return fit_prompts([Prompt.from_dict(row) for row in raw["reading"]["rows"]], found)
 
 
 def save(machine: Machine, raw: Mapping[str, Any], path: Path | None = None) -> Path:
@@ -257,26 +271,28 @@ def prompts(device: torch.device, sizes: Sizes | None = None) -> dict[str, Any]:
     the mean of some sizes, since a prompt has them all."""
     sizes = (GPU if device.type == "cuda" else CPU) if sizes is None else sizes
     rows: list[dict[str, Any]] = []
+    found: dict[str, list[float]] = {}
+
+    def add(kind: str, call: Callable[[], Any], chunk: int, tokens: int, operations: float) -> None:
+        seconds = _settled(device, call)
+        rows.append({"kind": kind, "chunk": chunk, "tokens": tokens, "seconds": seconds, "rate": operations / seconds})
+        found.setdefault(kind, []).append(operations / seconds)
+
     for dim in DIMS:
         for extent, lengths in zip(EXTENTS, sizes.prompt):
             for tokens in lengths:
                 queries = _random(device, kernels.KV_HEADS, kernels.GROUP, tokens, dim)
                 pair = (_random(device, kernels.KV_HEADS, 1, tokens, dim) for _ in range(2))
                 keys, values = (x.expand(-1, kernels.GROUP, -1, -1) for x in pair)
-                seconds = _settled(device, partial(attend, queries, keys, values, dim**-0.5, causal=True))
-                row = {"kind": f"causal {extent} {dim}", "chunk": tokens, "tokens": tokens, "seconds": seconds}
-                rows.append({**row, "rate": 4 * queries.numel() * tokens / 2 / seconds})
+                call = partial(attend, queries, keys, values, dim**-0.5, causal=True)
+                add(f"causal {extent} {dim}", call, tokens, tokens, 4 * queries.numel() * tokens / 2)
         for extent, pairs in zip(EXTENTS, sizes.past):
             for chunk, tokens in pairs:
                 queries = _random(device, kernels.KV_HEADS, 1, kernels.GROUP * chunk, dim)
                 keys, values = (_random(device, kernels.KV_HEADS, 1, tokens, dim) for _ in range(2))
-                seconds = _settled(device, partial(attend, queries, keys, values, dim**-0.5))
-                row = {"kind": f"past {extent} {dim}", "chunk": chunk, "tokens": tokens, "seconds": seconds}
-                rows.append({**row, "rate": 4 * queries.numel() * tokens / seconds})
+                call = partial(attend, queries, keys, values, dim**-0.5)
+                add(f"past {extent} {dim}", call, chunk, tokens, 4 * queries.numel() * tokens)
         tidy(device)
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        found.setdefault(row["kind"], []).append(row["rate"])
     return {"rates": {kind: statistics.harmonic_mean(rates) for kind, rates in found.items()}, "rows": rows}
 
 
@@ -385,11 +401,39 @@ def _steps(device: torch.device, sizes: Sizes) -> dict[str, Any]:
         model = decode.build(shape, device)
         for batch in sizes.batches:
             for recipe in ("full()", "kivi(bits=4)"):
-                rows.append(timed_step(model, shape, recipe, sizes.context, batch, sizes.steps))
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    rows.append(timed_step(model, shape, recipe, sizes.context, batch, sizes.steps))
                 tidy(device)
         del model
         tidy(device)
     return {"rows": rows}
+
+
+def _reading(device: torch.device, sizes: Sizes) -> dict[str, Any]:
+    """Prompts of a model of two numbers of layers, at once and in chunks."""
+    rows = []
+    for layers in sizes.layers:
+        shape = {**sizes.step, "num_hidden_layers": layers}
+        model = decode.build(shape, device)
+        for context, chunk in sizes.read:
+            for recipe in READ:
+                rows.append(timed_prompt(model, shape, recipe, context, chunk, 2))
+                tidy(device)
+        del model
+        tidy(device)
+    return {"rows": rows}
+
+
+def timed_prompt(
+    model: Any, shape: Mapping[str, Any], recipe: str, context: int, chunk: int | None, turns: int
+) -> dict[str, Any]:
+    """A prompt that is read `turns` times, and once before: the first time plans what there is to plan for its
+    shapes."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (1, context), generator=generator).to(model.device)
+    first, *others = (prefill.read(model, recipe, ids, chunk) for _ in range(turns + 1))
+    row = {"shape": dict(shape), "recipe": recipe, "context": context, "chunk": chunk}
+    return {**row, "first_seconds": first["seconds"], **min(others, key=lambda turn: turn["seconds"])}
 
 
 def timed_step(

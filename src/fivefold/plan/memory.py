@@ -20,7 +20,7 @@ from fivefold.engine.build import build
 from fivefold.errors import ProfileError
 from fivefold.kernels.choice import Choice, planned
 from fivefold.plan.shape import ModelShape
-from fivefold.plan.time import Read
+from fivefold.plan.time import Read, pairs
 from fivefold.recipe import Recipe
 from fivefold.report import Report, measure
 from fivefold.store.context import Rope
@@ -141,6 +141,20 @@ class Rehearsal:
     @staticmethod
     def _token(spec: LayerSpec) -> int:
         return 2 * spec.head_dim * spec.dtype.itemsize
+
+
+def reach_of(
+    recipe: Recipe, shape: ModelShape, context: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[float, bool]:
+    """The share of the pairs of a query and a key before it that the heads of full layers compute of such a prompt, and
+    whether heads of one layer differ in that."""
+    shares, split = [], False
+    for spec in specs_of(shape, dtype):
+        extents = recipe.extents(spec)
+        split = split or len(set(extents)) > 1
+        windows = [None if one.recent is None else one.sink + one.recent for one in extents]
+        shares += [pairs(context, window) / pairs(context, None) for window in windows]
+    return (sum(shares) / len(shares) if shares else 1.0), split
 
 
 def chunks(tokens: int, chunk: int | None) -> Iterator[int]:

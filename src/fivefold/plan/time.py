@@ -7,8 +7,10 @@ the host's link. Added to it is what a real step has besides: the small operatio
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from fivefold.plan.machine import Machine
@@ -18,6 +20,10 @@ Bound = Literal["bandwidth", "compute", "launches", "link"]
 
 LARGE = 1 << 40
 """Operations from which a prompt's attention is by cuDNN (`attention.merge.CUDNN_OPERATIONS`), twice that if causal."""
+BLOCK = 1 << 25
+"""Numbers of stored keys that a chunk attends to at a time (`attention.prefill.KEY_NUMBERS`)."""
+MERGED = 32
+"""Bytes that move for each number of an attention's output when another part is merged into it, in float32."""
 ITEM = {"float32": 4, "float64": 8, "float8_e4m3fn": 1, "int8": 1}
 """Bytes of a number of a dtype; of all others 2."""
 NOT_PREDICTED = "not predicted: this recipe has no kernel here"
@@ -57,7 +63,7 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        return sum(term.seconds for term in self.terms)
+        return _sum(self.terms)
 
     @property
     def bound(self) -> Bound:
@@ -100,15 +106,18 @@ def step(
         return None
     terms = [_weights(model, machine, batch, gpus), *_attention(model, machine, reads, gpus)]
     layers, packing = len(model.layers), max((read.launches for read in reads if read.kind == "packed"), default=0)
-    small = layers * machine.layer + packing * machine.packed_layer
     moved = layers * batch * machine.pointwise * model.hidden * itemsize(model)
-    said = f"{layers} layers x {_seconds(machine.layer)}"
-    if packing and machine.packed_layer:
-        said += f" + {packing} that pack x {_seconds(machine.packed_layer)}"
-    said += f" + {_bytes(moved)} moved / {_rate(machine.bandwidth)}"
-    terms.append(Term("small operations", small + moved / machine.bandwidth, said, "launches"))
-    said = f"{_seconds(machine.step)} + {batch} sequences x {_seconds(machine.sequence)}"
-    terms.append(Term("host and gaps", machine.step + batch * machine.sequence, said, "launches"))
+    said = f"{layers} layers x {_seconds(machine.layer)} + {_bytes(moved)} moved / {_rate(machine.bandwidth)}"
+    small = layers * machine.layer + moved / machine.bandwidth
+    terms.append(Term("small operations", small, said, "launches"))
+    if packing:
+        heads = batch * round(max(layer.kv_heads for layer in model.layers) * _head_share(model, gpus))
+        each = machine.packed_layer + heads * machine.packed_row
+        said = f"{packing} layers x ({_seconds(machine.packed_layer)} + {heads} heads x {_seconds(machine.packed_row)})"
+        terms.append(Term("packing", packing * each, said, "launches"))
+    logits = batch * model.vocabulary / gpus
+    said = f"{_seconds(machine.step)} + {logits:,.0f} logits x {machine.word * 1e12:.3g} ps"
+    terms.append(Term("host and logits", machine.step + logits * machine.word, said, "launches"))
     if gpus > 1:
         terms.append(_all_reduce(model, machine, batch, gpus, 1))
     return Estimate(tuple(terms))
@@ -133,10 +142,6 @@ def _attention(model: ModelShape, machine: Machine, reads: Sequence[Read], gpus:
         name = "exact" if read.kind == "exact" else f"{read.bits} bits"
         said = f"{_bytes(nbytes)} / ({machine.attention[read.pages]:.2f} of {_rate(machine.bandwidth)})"
         yield Term(f"attention, {name}", nbytes / rate, said, "bandwidth")
-    calls = max((read.launches for read in reads), default=0)
-    if calls and machine.attention_start:
-        said = f"{calls} layers x {_seconds(machine.attention_start)}"
-        yield Term("attention, beginning", calls * machine.attention_start, said, "launches")
 
 
 def _head_share(model: ModelShape, gpus: int) -> float:
@@ -165,13 +170,17 @@ def prefill(
     chunk: int | None = None,
     packed: float = 0.0,
     bits: int | None = None,
+    reach: float = 1.0,
+    split: bool = False,
     gpus: int = 1,
     fused: bool = True,
 ) -> Estimate | None:
     """Reading a prompt of `tokens` tokens, all at once or `chunk` at a time, for each of `batch` sequences.
 
-    packed: bytes that a token takes packed in all layers, `bits` a number; 0 if nothing is. None (say `NOT_PREDICTED`)
-    if the recipe has no kernels.
+    packed: bytes that a token takes packed in all layers, `bits` a number; 0 if nothing is. reach: the share of the
+    pairs of a query and a key before it that full layers compute, the mean of their heads: below 1 where heads see a
+    window alone. split: whether heads of one layer differ in that, so that it attends, stores and packs twice. None
+    (say `NOT_PREDICTED`) if the recipe has no kernels.
     """
     if not fused:
         return None
@@ -183,74 +192,113 @@ def prefill(
     operations = 2 * (inner * tokens + output) * batch / gpus
     said = f"2 x {inner / gpus:.4g} weights x {tokens * batch:,} tokens / {machine.products / 1e12:.0f} TFLOP/s"
     device = [Term("products", operations / machine.products, said, "compute")]
-    device += _prompt_attention(model, machine, chunks, batch, gpus)
-    moved = len(model.layers) * tokens * batch * machine.pointwise * model.hidden * size / gpus
+    device += _prompt_attention(model, machine, chunks, batch, reach, gpus)
+    moved = len(model.layers) * tokens * batch * machine.prompt_pointwise * model.hidden * size / gpus
     said = f"{_bytes(moved)} moved / {_rate(machine.bandwidth)}"
     device.append(Term("small operations", moved / machine.bandwidth, said, "bandwidth"))
-    if packed and bits is not None:
-        device += _packing(model, machine, chunks, batch, packed, bits, gpus)
+    device += _stored(model, machine, chunks, batch, packed, bits, reach, gpus)
     if gpus > 1:
         device.append(_all_reduce(model, machine, tokens * batch, gpus, 1))
-    each = machine.host_layer["packed" if packed else "exact"]
-    host = len(chunks) * len(model.layers) * each
-    waited = sum(term.seconds for term in device)
-    said = f"{len(chunks)} chunks x {len(model.layers)} layers x {_seconds(each)} - {_seconds(waited)} on the device"
-    gap = Term("launches that the device waits for", max(0.0, host - waited), said, "launches")
-    return Estimate((*device, gap))
+    return Estimate((*device, *_launching(model, machine, len(chunks), bool(packed), split, _sum(device))))
+
+
+def _sum(terms: Iterable[Term]) -> float:
+    return sum(term.seconds for term in terms)
+
+
+def _launching(
+    model: ModelShape, machine: Machine, chunks: int, packed: bool, split: bool, device: float
+) -> Iterator[Term]:
+    """What a prompt takes beyond the device's work. An exact cache never waits for the device: only what launching
+    takes longer than the work shows. Before it packs, a layer waits until it knows the range of what it packs, and the
+    device then has nothing to do until the host has launched more."""
+    layers, waited = len(model.layers), 0.0
+    if packed:
+        count = sum(layer.kind == "full" for layer in model.layers)
+        each = machine.wait["split" if split else "packed"]
+        more = (chunks - 1) * count * machine.wait["stored"]
+        waited = chunks * count * each + more
+        said = f"{chunks} chunks x {count} layers x {_seconds(each)}"
+        if more:
+            said += f" + {chunks - 1} x {count} x {_seconds(machine.wait['stored'])}"
+        yield Term("waiting for the range of what is packed", waited, said, "launches")
+    each = machine.host_layer["packed" if packed else "exact"] * (2 if split else 1)
+    said = f"{chunks} chunks x {layers} layers x {_seconds(each)} - {_seconds(device + waited)} at work or waiting"
+    yield Term("launches", max(0.0, chunks * layers * each - device - waited), said, "launches")
 
 
 def _prompt_attention(
-    model: ModelShape, machine: Machine, chunks: Sequence[int], batch: int, gpus: int
+    model: ModelShape, machine: Machine, chunks: Sequence[int], batch: int, reach: float, gpus: int
 ) -> Iterable[Term]:
     """Each chunk over itself and over what is stored; 4 operations a query head, channel and pair of tokens."""
-    own = {"small": 0.0, "large": 0.0}
-    past = {"small": 0.0, "large": 0.0}
-    kinds: dict[tuple[int, int, int | None], int] = {}
-    for layer in attending(model):
-        if layer.query_heads:
-            key = layer.query_heads, layer.head_dim, layer.window
-            kinds[key] = kinds.get(key, 0) + 1
-    for (heads, dim, window), count in kinds.items():
-        each, before = 4 * heads * dim / gpus, 0
+    found: dict[str, float] = {}
+    for layer, count in Counter(layer for layer in attending(model) if layer.query_heads).items():
+        window, before = layer.window, 0
+        # Heads that see a window alone are in calls of their own, which have next to nothing to do.
+        rows = batch / gpus * (reach if window is None else 1.0)
+        each, block = 4 * layer.query_heads * layer.head_dim * rows, _block(layer, rows)
         for chunk in chunks:
-            seen = chunk * chunk / 2 if window is None else _windowed(chunk, window)
-            square = each * chunk * chunk
-            own["large" if square * batch >= 2 * LARGE else "small"] += count * batch * each * seen
             held = before if window is None else min(before, window)
-            if held:
-                wide = each * chunk * held
-                past["large" if wide * batch >= LARGE else "small"] += count * batch * wide
+            parts = [("causal", each * chunk * chunk >= 2 * LARGE, pairs(chunk, window))]
+            for first in range(0, held, block):
+                seen = chunk * min(block, held - first)
+                parts.append(("past", each * seen >= LARGE, seen))
+            for kind, large, many in parts:
+                key = machine.prompt_key(kind, large, layer.head_dim)
+                found[key] = found.get(key, 0.0) + count * each * many
             before += chunk
-    for name, found, what in (("causal", own, "the prompt itself"), ("past", past, "what is stored")):
-        for extent, operations in found.items():
-            if operations:
-                rate = machine.prompt[f"{name} {extent}"]
-                said = f"{operations:.4g} operations / {rate / 1e12:.0f} TFLOP/s"
-                yield Term(f"attention to {what}", operations / rate, said, "compute")
+    for key, operations in sorted(found.items()):
+        said = f"{operations:.4g} operations / {machine.prompt[key] / 1e12:.0f} TFLOP/s"
+        what = "the prompt itself" if key.startswith("causal") else "what is stored"
+        yield Term(f"attention to {what}", operations / machine.prompt[key], said, "compute")
 
 
-def _windowed(tokens: int, window: int) -> float:
-    """Pairs of tokens that see each other, at most `window` back."""
-    if tokens <= window:
+def _block(layer: LayerShape, rows: float) -> int:
+    """Tokens of what is stored that a chunk attends to at a time."""
+    return max(1, round(BLOCK / (layer.kv_heads * layer.head_dim * rows or 1.0)))
+
+
+def pairs(tokens: int, window: int | None) -> float:
+    """Pairs of tokens of which one sees the other, at most `window` back."""
+    if window is None or tokens <= window:
         return tokens * tokens / 2
     return window * window / 2 + (tokens - window) * window
 
 
-def _packing(
-    model: ModelShape, machine: Machine, chunks: Sequence[int], batch: int, packed: float, bits: int, gpus: int
-) -> Iterable[Term]:
-    share = _head_share(model, gpus)
-    exact = sum(layer.numbers for layer in model.layers if layer.kind == "full") * itemsize(model)
-    nbytes = sum(chunks) * batch * (exact + packed) * share
-    rate = machine.pack[str(bits)] * machine.bandwidth
-    yield Term("packing", nbytes / rate, f"{_bytes(nbytes)} / {_rate(rate)}", "bandwidth")
-    past, before = 0, 0
-    for chunk in chunks:
-        past, before = past + before, before + chunk
-    if past:
-        nbytes = past * batch * (exact + packed) * share
-        rate = machine.unpack[str(bits)] * machine.bandwidth
-        yield Term("unpacking what is stored", nbytes / rate, f"{_bytes(nbytes)} / {_rate(rate)}", "bandwidth")
+def _stored(
+    model: ModelShape,
+    machine: Machine,
+    chunks: Sequence[int],
+    batch: int,
+    packed: float,
+    bits: int | None,
+    reach: float,
+    gpus: int,
+) -> Iterator[Term]:
+    """What storing a prompt takes, and having it back for the chunks that follow. `reach`: heads that see a window
+    alone store next to nothing."""
+    share, full = _head_share(model, gpus) * reach, [layer for layer in model.layers if layer.kind == "full"]
+    exact = share * sum(layer.numbers for layer in full) * itemsize(model)
+    packed *= _head_share(model, gpus)
+    held = list(accumulate(chunks, initial=0))[:-1]
+    back = batch * sum(held)
+    if packed and bits is not None:
+        for name, tokens, rates in (
+            ("packing", batch * sum(chunks), machine.pack),
+            ("unpacking what is stored", back, machine.unpack),
+        ):
+            nbytes, rate = tokens * (exact + packed), rates[str(bits)] * machine.bandwidth
+            if nbytes:
+                yield Term(name, nbytes / rate, f"{_bytes(nbytes)} / {_rate(rate)}", "bandwidth")
+    moved = 0.0 if packed else 2 * back * exact  # chunks lie apart, and are copied together
+    for layer, count in Counter(full).items():
+        rows = batch * reach / gpus
+        for chunk, before in zip(chunks, held):
+            parts = -(-before // _block(layer, rows)) + (1 if packed and before else 0)
+            moved += count * parts * MERGED * chunk * rows * layer.query_heads * layer.head_dim
+    if moved:
+        said = f"{_bytes(moved)} moved / {_rate(machine.bandwidth)}"
+        yield Term("merging with what is stored", moved / machine.bandwidth, said, "bandwidth")
 
 
 def switch(machine: Machine, nbytes: float, *, packed: bool = False, gpus: int = 1, back: bool = True) -> Estimate:
