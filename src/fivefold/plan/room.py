@@ -20,8 +20,8 @@ PAGES = 1 << 22
 STEP = 256
 """Tokens by which a longest context is found."""
 DECODED = 1
-"""So many tokens of each user have come one by one: what a prompt alone would not show (pages that are free again, tables
-that kernels read)."""
+"""So many tokens of each user have come one by one: what a prompt alone would not show (pages that are free again,
+tables that kernels read)."""
 GRAPH = 640 << 20
 """Bytes that a captured step and the libraries' workspaces hold, at most, on an H100 (`benchmarks/plan_gpu.py`)."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
