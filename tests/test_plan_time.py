@@ -342,3 +342,21 @@ def test_measure_on_a_cpu(tmp_path: Path) -> None:
     assert found.measured and found.bandwidth > 0 and "steps" in told
     path = measure.save(found, raw, tmp_path / "deep" / "machine.json")
     assert read_machine(path) == found
+
+
+def test_the_errors_in_the_documents_are_those_of_the_file() -> None:
+    """docs/planner.md: the worst error of each kind and shape."""
+    root = Path(__file__).parents[1]
+    found = json.loads((root / "benchmarks/results/plan_h100.json").read_text())["compared"]["errors"]
+    text = (root / "docs/planner.md").read_text()
+    said = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("| ")]
+    kinds = (
+        "steps alone", "steps in batches", "prompts at once", "prompts in chunks of 8,192", "prompts in chunks of 2,048",
+        "to the host", "from the host",
+    )  # fmt: skip
+    lines = [[cell.strip() for cell in line] for line in said if "%" in "".join(line)]
+    assert len(lines) == len(kinds)
+    for kind, (_, large, small) in zip(kinds, lines):
+        for model, cell in (("llama-3-8b", large), ("llama-3.2-1b", small)):
+            want = f"{found[kind][model]['worst']:+.1%}" if model in found[kind] else "not measured"
+            assert cell == want, (kind, model)

@@ -295,7 +295,7 @@ def advice(rows: Sequence[Row], place: Place, asked: Asked) -> tuple[Row | None,
             why = "it keeps most of those that fit; what it costs in quality is not known: see --quality and --probe"
         said = f"Take {chosen.recipe}: {why}. It holds {chosen.users:,} users of {asked.context:,} tokens"
         said += f" ({whom} asked for)." if users else "."
-        if any(row.quality is None for row in rows):
+        if chosen.quality is not None and any(row.quality is None for row in rows):
             said += " What the others cost in quality is not known: --quality or --probe says it."
         return chosen, said
     if place.room <= 0:
