@@ -351,8 +351,8 @@ def test_the_errors_in_the_documents_are_those_of_the_file() -> None:
     text = (root / "docs/planner.md").read_text()
     said = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("| ")]
     kinds = (
-        "steps alone", "steps in batches", "prompts at once", "prompts in chunks of 8,192", "prompts in chunks of 2,048",
-        "to the host", "from the host",
+        "steps alone", "steps in batches", "prompts at once", "prompts in chunks of 8,192",
+        "prompts in chunks of 2,048", "to the host", "from the host",
     )  # fmt: skip
     lines = [[cell.strip() for cell in line] for line in said if "%" in "".join(line)]
     assert len(lines) == len(kinds)
