@@ -34,6 +34,7 @@ def planned(tmp_path: Path, *args: Any) -> dict[str, Any]:
     return json.loads(target.read_text())
 
 
+@pytest.mark.slow
 def test_a_plan(tmp_path: Path) -> None:
     found = planned(tmp_path, "-r", "full()", "-r", "kivi(bits={2,4})", "-c", 32768)
     rows = {row["recipe"]: row for row in found["rows"]}
@@ -51,7 +52,7 @@ def test_a_plan(tmp_path: Path) -> None:
         users = [point["users"] for point in row["by_context"]]
         assert users == sorted(users, reverse=True)
     assert found["chosen"] == "full()" and "what the others cost in quality is not known" in found["said"].lower()
-    assert "fivefold.compress(model" in found["run"]["python"] and MODEL in found["run"]["vllm"]
+    assert "fivefold.compress(model" in found["run"]["python"] and "vllm serve MODEL" in found["run"]["vllm"]
 
 
 def test_what_is_printed_says_what_is_asked(tmp_path: Path) -> None:
@@ -208,3 +209,73 @@ def test_a_probe_measures_what_recipes_cost(tmp_path: Path, monkeypatch: pytest.
     assert done.exit_code == 0, done.stderr
     rows = {row["recipe"]: row["quality"] for row in json.loads(target.read_text())["rows"]}
     assert rows["full()"]["kl"] < 1e-6 < rows["kivi(bits=8)"]["kl"] < rows["kivi(bits=2)"]["kl"]
+
+
+def test_a_recipe_that_names_layers_is_searched_too() -> None:
+    done = run(MODEL, "--gpu", "h100", "-r", "tidal(select_layers=[2, 13])", "-c", 8192)
+    assert done.exit_code == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_capped_scores_have_no_kernel_and_packed_weights_stay_packed(tmp_path: Path) -> None:
+    capped = json.loads(json_of(tmp_path, "gemma-2-9b", "-r", "kivi(bits=4)", "-c", 4096))
+    assert capped["rows"][0]["step_ms"] is None and "capped" in " ".join(capped["rows"][0]["notes"])
+    assert capped["rows"][0]["first_s"] is None
+    weights = [
+        json.loads(json_of(tmp_path, "gpt-oss-20b", "-r", "full()", "--dtype", dtype))["memory"]["weights"]
+        for dtype in ("bfloat16", "float32")
+    ]
+    assert weights[0] == weights[1]
+    shape = read_model("gpt-oss-20b")
+    # One user: all that is dense in two bytes, and 4 of 32 experts in 4.25 bits.
+    dense = shape.parameters - shape.embedding - shape.routed
+    assert shape.read(1) == pytest.approx(2 * dense + shape.routed * 4.25 / 8 * 4 / 32, rel=0.01)
+
+
+def test_times_in_float32_were_not_measured(tmp_path: Path) -> None:
+    (row,) = json.loads(json_of(tmp_path, MODEL, "-r", "full()", "--dtype", "float32"))["rows"]
+    assert row["step_ms"] is None and row["first_s"] is None and "float32" in " ".join(row["notes"])
+
+
+def test_shared_layers_are_read_and_latent_prompts_are_not_predicted(tmp_path: Path) -> None:
+    found = json.loads(json_of(tmp_path, "gemma-3n-e4b", "-r", "full()", "-c", 16384))
+    (row,) = found["rows"]
+    read = sum(term["seconds"] for term in row["terms"] if term["name"].startswith("attention"))
+    # 35 layers read: 7 of them (2 shared) the whole text, the others a window of 512; 2 heads of 256 channels.
+    numbers = 2 * 2 * 256 * (7 * 16384 + 28 * 512)
+    machine = find_machine("h100")
+    assert read == pytest.approx(2 * numbers / (machine.attention["exact"] * machine.bandwidth), rel=0.02)
+    (latent,) = json.loads(json_of(tmp_path, "deepseek-v3", "--gpus", 16))["rows"]
+    assert latent["first_s"] is None and latent["step_ms"] is None
+    # A latent cache is whole on each GPU.
+    assert latent["switch_s"] > latent["bytes"] / machine.to_host
+
+
+@pytest.mark.slow
+def test_lines_that_can_be_run(tmp_path: Path) -> None:
+    sliding = json.loads(json_of(tmp_path, "gemma-3-12b", "-r", "kivi(bits=4)", "-c", 8192, "--sliding"))["run"]
+    assert "sliding=True" in sliding["python"] and 'from_pretrained("MODEL"' in sliding["python"]
+    slow = json.loads(json_of(tmp_path, MODEL, "-r", "gear(bits=2)", "-c", 8192))["run"]
+    assert "cuda_graph" not in slow["python"]
+    assert json.loads(json_of(tmp_path, MODEL, "-r", "full()", "--gpus", 2))["run"]["python"] is None
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text((Path(__file__).parent / "configs" / "llama-3-8b.json").read_text())
+    by_file = json.loads(json_of(tmp_path, folder / "config.json", "-r", "full()", "-c", 4096))["run"]["generate"]
+    assert f"--model {folder} " in by_file
+
+
+def test_measuring_takes_a_gpu() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = run("--measure")
+    assert done.exit_code == 2 and "--measure finds no GPU here" in done.stderr
+
+
+def json_of(tmp_path: Path, model: Any, *args: Any) -> str:
+    target = tmp_path / "one.json"
+    done = run(model, "--gpu", "h100", *args, "--json", target)
+    assert done.exit_code == 0, done.stderr
+    return target.read_text()

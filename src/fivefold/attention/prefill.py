@@ -193,7 +193,8 @@ def _stored(
 
     tokens = int(bounds.exact_tokens)
     positions = bounds.exact_positions(int(bounds.exact_pages))[:tokens]
-    for window, keys, values in _exact(group, tokens, queries.is_cuda):
+    # Under a window sinks and the rest stay apart: what is attended on at once is a run of positions.
+    for window, keys, values in _exact(group, tokens, queries.is_cuda and extent.recent is None):
         yield over(keys, values, positions[window])
     if group.packed.shape[1]:
         assert layer.codec is not None and layer.packing is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,7 +44,9 @@ def plan(
             "--recipe", "-r", metavar="RECIPE", help="One to plan with (braces are several); repeat it for more."
         ),
     ] = None,
-    context: Annotated[int, typer.Option("--context", "-c", min=1, metavar="N", help="Tokens of each user.")] = 32768,
+    context: Annotated[
+        int, typer.Option("--context", "-c", min=1, max=1 << 22, metavar="N", help="Tokens of each user.")
+    ] = 32768,
     users: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Users at a time; as many as fit if not given.")
     ] = None,
@@ -96,7 +99,7 @@ def plan(
     machine = here() if gpu == "auto" else find_machine(gpu)
     asked_target = None if target is None else Target.parse(target)
     if asked_target is not None and asked_target.users is not None and users is None:
-        users = int(asked_target.users)
+        users = math.ceil(asked_target.users)
     place = room.Place(shape, machine, gpus, room.dtype_of(shape, dtype), sliding, chunk)
     asked = advise.Asked(context, users, asked_target, curves=json_file is not None or html_file is not None)
     recipes = _recipes(recipe, place)
@@ -106,7 +109,7 @@ def plan(
     rows = _planned(recipes, place, asked, known, recipe is None)
     chosen, said = advise.advice(rows, place, asked)
     _show(rows, place, asked, chosen, said, known is not None)
-    lines = None if chosen is None else advise.run_lines(chosen.recipe, place, asked, model)
+    lines = None if chosen is None else advise.run_lines(chosen, place, asked, model)
     if lines is not None:
         for name in ("python", "generate", "vllm"):
             if lines[name] is not None:
@@ -124,10 +127,19 @@ def plan(
 
 
 def _measure() -> None:
+    import torch
+
     from fivefold.plan import measure as measuring
 
-    with work_bar() as progress:
-        machine, raw = measuring.measure(progress=lambda what: progress(0, 0, what))
+    if not torch.cuda.is_available():
+        raise InputError("--measure finds no GPU here: run it where there is one, or name a GPU with --gpu.")
+    try:
+        with work_bar() as progress:
+            machine, raw = measuring.measure(progress=lambda what: progress(0, 0, what))
+    except torch.OutOfMemoryError:
+        raise InputError(
+            "--measure ran out of memory, of which it needs some 24 GB: name the GPU nearest to yours with --gpu."
+        ) from None
     path = measuring.save(machine, raw)
     err.print(f"The constants of {machine.name} are in {path}: --gpu auto uses them.", soft_wrap=True)
 
@@ -216,7 +228,8 @@ def _number(value: float | None, form: str = ",.3g") -> str:
 def _show(rows: Sequence[Row], place: Place, asked: Asked, chosen: Row | None, said: str, known: bool) -> None:
     shape, machine = place.shape, place.machine
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(shape.kinds.items()))
-    size = f"{shape.parameters / 1e9:.3g}B parameters" + ("" if shape.measured else ", by its configuration")
+    rough = "" if shape.counted else ", and only roughly: not all of its weights and states are known"
+    size = f"{shape.parameters / 1e9:.3g}B parameters" + ("" if shape.measured else ", by its configuration") + rough
     over = f"{place.gpus} x {machine.name}" if place.gpus > 1 else machine.name
     out.print(Text.assemble((shape.name, "bold"), f": {len(shape.layers)} layers ({kinds}), {size}"), soft_wrap=True)
     out.print(

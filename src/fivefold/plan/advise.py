@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from fivefold.errors import FivefoldError, InputError
 from fivefold.plan import memory, time
 from fivefold.plan.quality import Quality
+from fivefold.plan.read import known_names
 from fivefold.plan.room import Place, cache_bytes, cache_report, longest_context, most_users
 from fivefold.plan.target import Target
 from fivefold.recipe import Recipe
@@ -97,55 +100,49 @@ class Asked:
 
 def step_of(recipe: Recipe, place: Place, context: int, users: int) -> tuple[time.Estimate | None, str | None]:
     """A decoding step of so many users, or why none is predicted."""
-    few = min(users, 2)
-    specs = memory.specs_of(place.shape, place.dtype, place.sliding)
-    if not specs:
+    shape, size, few = place.loaded, place.dtype.itemsize, min(users, 2)
+    own = {spec.layer for spec in memory.specs_of(shape, place.dtype, place.sliding)}
+    if not own:
         return None, "no layer of this model has a cache that a recipe compresses"
-    cache = _rehearsed(recipe, place, context, few)
-    why = cache.why_no_kernel()
+    if size > 2:
+        return None, "its times are not predicted: products in float32 were not measured"
+    why, found = _reads(recipe, place, context, few)
     if why is not None:
         return None, f"its steps are not predicted: {why}"
-    own = {spec.layer for spec in specs}
-    others = [layer for index, layer in enumerate(place.shape.layers) if index not in own]
-    reads = [time.Read(read.kind, read.bits, round(read.nbytes * users / few), read.launches) for read in cache.reads()]
-    stock = sum(layer.tokens(context) * layer.numbers for layer in others) * place.dtype.itemsize * users
-    shared = [layer for layer in others if layer.kind == "shared"]
-    if stock or shared:
-        size = sum(2 * layer.kv_heads * layer.head_dim for layer in shared) * context * place.dtype.itemsize * users
-        count = sum(bool(layer.numbers) for layer in others) + len(shared)
-        reads.append(time.Read("exact", 8 * place.dtype.itemsize, stock + size, count))
-    return time.step(place.shape, place.machine, users, reads, gpus=place.gpus), None
+    reads = [replace(read, nbytes=round(read.nbytes * users / few)) for read in found]
+    others = [layer for index, layer in enumerate(shape.layers) if index not in own and layer.kv_heads]
+    if others:
+        tokens = [context if layer.window is None else min(context, layer.window) for layer in others]
+        numbers = sum(2 * layer.kv_heads * layer.head_dim * count for layer, count in zip(others, tokens))
+        reads.append(time.Read("exact", 8 * size, numbers * size * users, len(others)))
+    return time.step(shape, place.machine, users, reads, gpus=place.gpus), None
 
 
-_kept: dict[tuple[Recipe, Place, int, int], memory.Rehearsal] = {}
-
-
-def _rehearsed(recipe: Recipe, place: Place, context: int, users: int) -> memory.Rehearsal:
-    key = recipe, place, context, users
-    if key not in _kept:
-        if len(_kept) > 64:
-            _kept.clear()
-        _kept[key] = memory.rehearse(recipe, place.shape, context, users, dtype=place.dtype, sliding=place.sliding)
-    return _kept[key]
+@lru_cache(maxsize=1024)
+def _reads(recipe: Recipe, place: Place, context: int, users: int) -> tuple[str | None, tuple[time.Read, ...]]:
+    """Why a step is not all kernels (None if it is), and what it reads."""
+    cache = memory.rehearse(recipe, place.shape, context, users, dtype=place.dtype, sliding=place.sliding)
+    return cache.why_no_kernel(), cache.reads()
 
 
 def first_of(recipe: Recipe, place: Place, context: int) -> time.Estimate | None:
-    """Reading a prompt of `context` tokens, a chunk at a time. None where no kernels pack it."""
-    if place.shape.why_not is not None and recipe.methods:
+    """Reading a prompt of `context` tokens, a chunk at a time. None where no kernels pack it, or attention does what
+    was not measured."""
+    shape = place.loaded
+    if shape.why_not is not None or any(layer.cap or layer.kind == "latent" for layer in shape.layers):
         return None
-    if recipe.chooser is not None or recipe.get("reads") is not None:
+    if recipe.chooser is not None or recipe.get("reads") is not None or place.dtype.itemsize > 2:
         return None
     packed, bits = 0.0, None
     if recipe.packer is not None:
-        cache = _rehearsed(recipe, place, context, 1)
-        forms = [read for read in cache.reads() if read.kind == "packed"]
+        forms = [read for read in _reads(recipe, place, context, 1)[1] if read.kind == "packed"]
         if any(read.bits == 16 for read in forms):
             return None
         if forms:
             packed, bits = forms[0].nbytes / context, forms[0].bits
-    reach, split = memory.reach_of(recipe, place.shape, context, place.dtype)
+    reach, split = memory.reach_of(recipe, shape, context, place.dtype)
     given: dict[str, Any] = {"packed": packed, "bits": bits, "reach": reach, "split": split}
-    return time.prefill(place.shape, place.machine, context, chunk=place.chunk, gpus=place.gpus, **given)
+    return time.prefill(shape, place.machine, context, chunk=place.chunk, gpus=place.gpus, **given)
 
 
 def row_of(recipe: Recipe, place: Place, asked: Asked, quality: Mapping[Recipe, Quality] | None = None) -> Row:
@@ -171,7 +168,7 @@ def row_of(recipe: Recipe, place: Place, asked: Asked, quality: Mapping[Recipe, 
     row = Row(
         recipe, report.total, parts, report.ratio, users, longest, step if users else None, crowded,
         first_of(recipe, place, context),
-        time.switch(place.machine, report.total, packed=recipe.packer is not None, gpus=place.gpus),
+        time.switch(place.machine, report.total * place.share, packed=recipe.packer is not None),
         None if quality is None else quality.get(recipe), notes,
     )  # fmt: skip
     if row.quality is None and recipe == Recipe():
@@ -237,7 +234,7 @@ def _mark(rows: Sequence[Row]) -> None:
 def _lacks(row: Row, target: Target) -> Iterable[str]:
     """What a recipe lacks of a target, in a few words each."""
     if target.users is not None and row.users < target.users:
-        yield f"{row.users} users fit, not {target.users:g}"
+        yield f"room for {row.users}, not {target.users:g}"
     if target.ms is not None:
         if row.step is None:
             yield "its step is not predicted" if row.users else "nobody fits"
@@ -276,8 +273,7 @@ def gpus_for(recipe: Recipe, place: Place, context: int, users: int) -> tuple[in
     """(GPUs that share a model, how many such) that hold so many users with the fewest GPUs; None if none can."""
     found = []
     for gpus in GPUS:
-        wide = Place(place.shape, place.machine, gpus, place.dtype, place.sliding, place.chunk)
-        most = most_users(recipe, wide, context)
+        most = most_users(recipe, replace(place, gpus=gpus), context)
         if most:
             found.append((gpus * -(-users // most), gpus, -(-users // most)))
     return None if not found else min(found)[1:]
@@ -293,13 +289,13 @@ def advice(rows: Sequence[Row], place: Place, asked: Asked) -> tuple[Row | None,
             why = f"of the recipes whose quality is known and that fit, it costs least ({cost})"
         else:
             why = "it keeps most of those that fit; what it costs in quality is not known: see --quality and --probe"
-        said = f"Take {chosen.recipe}: {why}. It holds {chosen.users:,} users of {asked.context:,} tokens"
+        said = f"Take {chosen.recipe}: {why}. There is room for {chosen.users:,} of {asked.context:,} tokens"
         said += f" ({whom} asked for)." if users else "."
         if chosen.quality is not None and any(row.quality is None for row in rows):
             said += " What the others cost in quality is not known: --quality or --probe says it."
         return chosen, said
     if place.room <= 0:
-        need = next((gpus for gpus in GPUS if _roomier(place, gpus).room > 0), None)
+        need = next((gpus for gpus in GPUS if replace(place, gpus=gpus).room > 0), None)
         more = f"share it over {need} of them (--gpus {need})" if need else "take a larger GPU, or a smaller model"
         return None, (
             f"Nothing fits: the weights take {place.weights / 2**30:.1f} GiB on each GPU, and a {place.machine.name} "
@@ -317,28 +313,31 @@ def advice(rows: Sequence[Row], place: Place, asked: Asked) -> tuple[Row | None,
         would = f" {each * times} GPUs would do" + (f": {times} times {each}." if times > 1 else ".")
     return None, (
         f"No recipe holds {whom} of {asked.context:,} tokens here. The nearest is {nearest.recipe}, with "
-        f"{nearest.users:,} users, or {nearest.longest:,} tokens for {whom}.{would}"
+        f"room for {nearest.users:,}, or {nearest.longest:,} tokens for {whom}.{would}"
     )
 
 
-def _roomier(place: Place, gpus: int) -> Place:
-    return Place(place.shape, place.machine, gpus, place.dtype, place.sliding, place.chunk)
-
-
-def run_lines(recipe: Recipe, place: Place, asked: Asked, model: str) -> dict[str, str | None]:
-    """How to run a recipe: in Python, on the command line, and in vLLM where a plug-in can."""
-    quoted = str(recipe).replace('"', "'")
+def run_lines(row: Row, place: Place, asked: Asked, model: str) -> dict[str, str | None]:
+    """How to run a recipe: in Python, on the command line, and in vLLM where it can. On several GPUs there is nothing
+    to say: Fivefold does not share heads out itself."""
+    if place.gpus > 1:
+        return {"python": None, "generate": None, "vllm": None}
+    if model in known_names():
+        model = "MODEL"  # a shape alone; whose weights, the user knows
+    elif Path(model).is_file():
+        model = str(Path(model).parent)
+    quoted = str(row.recipe).replace('"', "'")
+    more = (", sliding=True" if place.sliding else "") + (", cuda_graph=True" if row.step is not None else "")
     python = (
         "import fivefold\n"
         "from transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{model}", dtype="{str(place.dtype).removeprefix("torch.")}", '
-        'device_map="cuda")\n'
-        f'cache = fivefold.compress(model, "{quoted}", cuda_graph=True)\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{model}", dtype="{place.loaded.dtype}", device_map="cuda")\n'
+        f'cache = fivefold.compress(model, "{quoted}"{more})\n'
         "model.generate(**inputs, past_key_values=cache)"
     )
     generate = f'fivefold generate --model {model} --recipe "{quoted}" --prompts prompts.jsonl --out answers.jsonl'
     if asked.users and asked.users > 1:
         generate += f" --max-batch {asked.users}"
     # A plug-in that brings recipes to vLLM does not exist yet.
-    vllm = f"vllm serve {model} --max-model-len {asked.context}" if recipe == Recipe() else None
-    return {"python": python, "generate": generate, "vllm": vllm}
+    vllm = f"vllm serve {model} --max-model-len {asked.context}" if row.recipe == Recipe() else None
+    return {"python": python, "generate": None if place.sliding else generate, "vllm": vllm}

@@ -32,12 +32,13 @@ _MOST = 100 << 20  # a header longer than that is none
 
 @dataclass(frozen=True)
 class Measured:
-    """parameters, embedding, routed, nbytes: as in `ModelShape`. dtype: of most weights that are not packed; None if
-    all are."""
+    """parameters, embedding, routed, routed_bytes, nbytes: as in `ModelShape`. dtype: of most weights that are not
+    packed; None if all are."""
 
     parameters: int
     embedding: int
     routed: int
+    routed_bytes: int
     nbytes: int
     dtype: str | None
 
@@ -49,13 +50,14 @@ def measure(folder: Path, layers: int, tied: bool, quantized: Mapping[str, Any])
     if not files:
         return None
     bits = packed_bits(quantized) or 8
-    total = embedding = looked_up = output = routed = nbytes = 0
+    total = embedding = looked_up = output = routed = routed_bytes = nbytes = 0
     dtypes: Counter[str] = Counter()
     for name, dtype, shape, size in (entry for path in files for entry in _header(path)):
         layer, pictures = _LAYER.search(name), _OF_PICTURES.search(name)
         if name.startswith("mtp.") or (layer and not pictures and int(layer[3]) >= layers):
             continue  # heads that guess several tokens ahead, which transformers does not load
         nbytes += size
+        routed_bytes += size if _ROUTED.search(name) else 0
         if _NO_WEIGHT.search(name):
             continue
         count = prod(shape) * (8 * size // max(1, prod(shape)) // bits if quantized and dtype in ("I32", "U8") else 1)
@@ -74,7 +76,7 @@ def measure(folder: Path, layers: int, tied: bool, quantized: Mapping[str, Any])
                 total, nbytes = total - count, nbytes - size
     most = max((x for x in dtypes if x in _FLOATS), key=dtypes.__getitem__, default=None)
     own = embedding if output and not tied else 0
-    return Measured(total, looked_up + own, routed, nbytes, _FLOATS[most] if most else None)
+    return Measured(total, looked_up + own, routed, routed_bytes, nbytes, _FLOATS[most] if most else None)
 
 
 def packed_bits(quantized: Mapping[str, Any]) -> int | None:

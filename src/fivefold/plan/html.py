@@ -341,7 +341,7 @@ def _made(result: dict[str, Any]) -> Iterator[str]:
         "working memory": size(memory["working"]),
     }
     if not model["counted"]:
-        facts["not certain"] = "the family is not known: the weights are those of a Llama of this shape"
+        facts["not certain"] = "only rough: not all of its weights and states are known"
     if model["why_not"] is not None:
         facts["recipes"] = f"none but full(): {model['why_not']}"
     yield from _facts(facts)

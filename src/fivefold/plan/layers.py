@@ -128,15 +128,17 @@ def _shape(own: Config, index: int, types: list[str]) -> LayerShape:
     heads, kv_heads, dim = heads_of(own, index)
     if index >= first_shared:
         same = [i for i in range(first_shared) if types[i] == kind]
-        return LayerShape("shared", heads, source=same[-1] if same else None)
+        window = window_of(own) if kind == "sliding_attention" else None
+        return LayerShape("shared", heads, kv_heads, dim, window, same[-1] if same else None)
     if own.get("kv_lora_rank"):
         return LayerShape("latent", heads, latent=own["kv_lora_rank"] + (own.get("qk_rope_head_dim") or 0))
     state = (_state("linear_attention", own) or 0) if kind.startswith("hybrid") else 0
     if kind == "chunked_attention":
         return LayerShape("sliding", heads, kv_heads, dim, own["attention_chunk_size"], chunked=True)
     if kind in ("sliding_attention", "hybrid_sliding"):
-        return LayerShape("sliding", heads, kv_heads, dim, window_of(own), state=state)
-    return LayerShape("full", heads, kv_heads, dim, state=state)
+        cap = own.get("attn_logit_softcapping")
+        return LayerShape("sliding", heads, kv_heads, dim, window_of(own), state=state, cap=cap)
+    return LayerShape("full", heads, kv_heads, dim, state=state, cap=own.get("attn_logit_softcapping"))
 
 
 def state_is_known(config: Config, types: list[str]) -> bool:

@@ -48,6 +48,7 @@ def specs_of(shape: ModelShape, dtype: torch.dtype, sliding: bool = False) -> li
             model=shape.signature,
             config=shape.config,
             rope=Rope(torch.ones(layer.head_dim // 2), layer.head_dim),  # its angles take no bytes of a cache
+            cap=layer.cap,
             window=layer.window if layer.kind == "sliding" else None,
         )
         for index, layer in enumerate(shape.layers)

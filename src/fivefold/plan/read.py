@@ -145,9 +145,10 @@ def _shape(source: str, given: Mapping[str, Any], folder: Path | None) -> ModelS
         parameters=found.parameters if found else weights.parameters,
         embedding=found.embedding if found else weights.embedding,
         routed=found.routed if found and weights.experts else weights.routed,
+        routed_bytes=found.routed_bytes if found and weights.experts else _bytes(decoder, weights)[1],
         experts=weights.experts,
         chosen=weights.chosen,
-        weight_bytes=found.nbytes if found else _bytes(decoder, weights),
+        weight_bytes=found.nbytes if found else _bytes(decoder, weights)[0],
         dtype=dtype,
         context=values.get("max_position_embeddings"),
         measured=found is not None,
@@ -169,19 +170,19 @@ def _told(given: Mapping[str, Any]) -> bool:
     return any(part.get(name) for part in parts for name in ("dtype", "torch_dtype"))
 
 
-def _bytes(decoder: Decoder, weights: Weights) -> int:
-    """An estimate: packed weights have 24 bits of scale and zero for 128 of them (MXFP4: 8 for 32, and only experts are
-    packed); words are not packed."""
+def _bytes(decoder: Decoder, weights: Weights) -> tuple[int, int]:
+    """Of all weights, and of those of routed experts. An estimate: packed weights have 24 bits of scale and zero for
+    128 of them (MXFP4: 8 for 32, and only experts are packed); words are not packed."""
     each = BYTES.get(decoder.dtype, 2)
     bits = packed_bits(decoder.quantized) if decoder.quantized else None
     if bits is None:
-        return weights.parameters * each
+        return weights.parameters * each, weights.routed * each
     if decoder.quantized.get("quant_method") == "mxfp4":
         packed, cost = weights.routed, bits + 8 / 32
     else:
         words = decoder.values["vocab_size"] * decoder.values["hidden_size"] * (1 if decoder.tied else 2)
         packed, cost = max(0, weights.parameters - words), bits + (24 / 128 if bits < 8 else 0)
-    return int(packed * cost / 8 + (weights.parameters - packed) * each)
+    return int(packed * cost / 8 + (weights.parameters - packed) * each), int(weights.routed * cost / 8)
 
 
 def _why_not(

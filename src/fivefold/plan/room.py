@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -50,8 +50,17 @@ class Place:
     def weights(self) -> int:
         """Bytes of weights on each GPU."""
         stored = {"float32": 4}.get(self.shape.dtype, 2)
-        changed = self.dtype.itemsize / stored if self.shape.dtype in DTYPES else 1.0
+        packed = self.shape.weight_bytes < 0.95 * stored * self.shape.parameters
+        changed = 1.0 if packed or self.shape.dtype not in DTYPES else self.dtype.itemsize / stored
         return round(self.shape.weight_bytes * changed / self.gpus)
+
+    @property
+    def loaded(self) -> ModelShape:
+        """The model as it is here: in another dtype than its files, if that was asked for."""
+        stored, name = self.shape.weight_bytes, str(self.dtype).removeprefix("torch.")
+        whole = self.weights * self.gpus
+        routed = round(self.shape.routed_bytes * whole / stored)
+        return replace(self.shape, dtype=name, weight_bytes=whole, routed_bytes=routed)
 
     @property
     def working(self) -> int:
@@ -76,8 +85,7 @@ class Place:
     @property
     def share(self) -> float:
         """How much of a cache each GPU holds: KV heads are not split, so there is at least one on each."""
-        heads = max((layer.kv_heads for layer in self.shape.layers), default=0)
-        return -(-heads // self.gpus) / heads if heads else 1.0
+        return self.shape.share(self.gpus)
 
 
 @lru_cache(maxsize=1024)
@@ -88,7 +96,7 @@ def cache_report(recipe: Recipe, place: Place, context: int, users: int) -> Repo
 
 
 def _pages(place: Place, context: int, users: int) -> int:
-    return users * sum(layer.kv_heads for layer in place.shape.layers if layer.kind == "full") * context // 32
+    return users * sum(layer.kv_heads for layer in place.shape.layers if layer.kind == "full") * -(-context // 32)
 
 
 def cache_bytes(recipe: Recipe, place: Place, context: int, users: int) -> int:
@@ -117,7 +125,8 @@ def _total(recipe: Recipe, place: Place, context: int, users: int) -> int:
 
 @lru_cache(maxsize=2048)
 def _some(recipe: Recipe, place: Place, context: int, users: int, layers: tuple[int, ...]) -> int:
-    """Bytes of the caches of some layers alone."""
+    """Bytes of the caches of some layers alone; what a step reads of them changes nothing."""
+    recipe = Recipe(tuple(method for method in recipe.methods if method.slot != "reads"))
     cache = memory.Rehearsal(recipe, [_specs(place)[index] for index in layers], place.shape.hidden)
     decoded = min(DECODED, context - 1)
     for tokens in (context - decoded, *[1] * decoded):
@@ -197,4 +206,4 @@ def longest_context(recipe: Recipe, place: Place, users: int, most: int) -> int:
             low = middle
         else:
             high = middle
-    return low * STEP
+    return most if low == -(-most // STEP) - 1 and fits(most) else low * STEP

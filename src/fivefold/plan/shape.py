@@ -16,7 +16,8 @@ class LayerShape:
     kind: "full" keeps keys and values of all tokens; "sliding" those of the last `window - 1` tokens beside the newest;
     "shared" nothing, it reads those of layer `source`; "latent" (MLA) `latent` numbers a token for all heads; "linear"
     (linear attention, convolutions) `state` numbers a sequence, however long, which a layer may keep beside its keys
-    too. head_dim: of keys and values. chunked: its window is a chunk of fixed places, which Fivefold never compresses.
+    too. head_dim: of keys and values. cap: what scores are held within, if they are. chunked: its window is a chunk of
+    fixed places, which Fivefold never compresses.
     """
 
     kind: Kind
@@ -28,6 +29,7 @@ class LayerShape:
     latent: int = 0
     state: int = 0
     chunked: bool = False
+    cap: float | None = None
 
     @property
     def numbers(self) -> int:
@@ -47,16 +49,16 @@ class LayerShape:
 class ModelShape:
     """A decoder.
 
-    name: as it was given. family: its `model_type`. layers: all of them, those without attention too. hidden: width
-    of the residual stream, intermediate: of the widest MLP. parameters: all weights, each counted once. embedding:
-    those of them that a step only looks up, one row a token (0 where the output layer is the same matrix). routed:
-    those of the experts that a router chooses from, `experts` in each layer of which a token takes `chosen`.
-    weight_bytes: all weights as they are stored. dtype: of weights, and of keys and values. context: the longest text
-    that the model is made for. measured: whether parameters and weight_bytes were read from the headers of its files;
-    else they were worked out from the configuration. counted: whether all numbers are right for the family; else the
-    weights are those of a Llama of this size, or without what is for pictures, or states are left out. signature,
-    config: what a profile is matched with (`fivefold.signature`); config is empty, and not compared, where that takes
-    transformers. why_not: why no recipe but `full()` can be used with it; None if they can.
+    name: as it was given. family: its `model_type`. layers: all of them, those without attention too. hidden: width of
+    the residual stream, intermediate: of the widest MLP. parameters: all weights, each counted once. embedding: those
+    of them that a step only looks up, one row a token (0 where the output layer is the same matrix). routed: those of
+    the experts that a router chooses from, routed_bytes as they are stored, `experts` in each layer of which a token
+    takes `chosen`. weight_bytes: all weights as they are stored. dtype: of weights, and of keys and values. context:
+    the longest text that the model is made for. measured: whether parameters and weight_bytes were read from the
+    headers of its files; else they were worked out from the configuration. counted: whether all numbers are right for
+    the family; else the weights are those of a Llama of this size, or without what is for pictures, or states are left
+    out. signature, config: what a profile is matched with (`fivefold.signature`); config is empty, and not compared,
+    where that takes transformers. why_not: why no recipe but `full()` can be used with it; None if they can.
     """
 
     name: str
@@ -69,6 +71,7 @@ class ModelShape:
     weight_bytes: int
     dtype: str = "bfloat16"
     routed: int = 0
+    routed_bytes: int = 0
     experts: int = 0
     chosen: int = 0
     context: int | None = None
@@ -84,6 +87,12 @@ class ModelShape:
         """How many layers there are of each kind."""
         return Counter(layer.kind for layer in self.layers)
 
+    def share(self, gpus: int) -> float:
+        """How much of a cache each of so many GPUs holds, where heads are shared out: KV heads are not split, so there
+        is at least one on each, and a latent cache is whole on each."""
+        heads = {layer.kv_heads for layer in self.layers if layer.kind in ("full", "sliding")}
+        return max((-(-count // gpus) / count for count in heads if count), default=1.0)
+
     def active(self, tokens: int = 1) -> float:
         """Weights that a step over so many tokens reads: of experts, those that at least one token is expected to
         choose."""
@@ -92,6 +101,13 @@ class ModelShape:
             return float(dense)
         missed = (1 - self.chosen / self.experts) ** tokens
         return dense + self.routed * (1 - missed)
+
+    def read(self, tokens: int = 1) -> float:
+        """Bytes of the weights that such a step reads. Experts may be packed where nothing else is."""
+        if not self.routed:
+            return self.active(tokens) * self.weight_bytes / self.parameters
+        dense = (self.weight_bytes - self.routed_bytes) * self.active(0) / (self.parameters - self.routed)
+        return dense + self.routed_bytes * (1 - (1 - self.chosen / self.experts) ** tokens)
 
     @property
     def multiplied(self) -> float:

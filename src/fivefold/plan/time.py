@@ -85,7 +85,7 @@ def itemsize(model: ModelShape) -> int:
 
 
 def attending(model: ModelShape) -> list[LayerShape]:
-    """Layers that attend to a cache, their own or another one's."""
+    """Layers that attend to a cache, their own or another one's. What a latent one computes is not known here."""
     return [layer for layer in model.layers if layer.kind in ("full", "sliding", "shared", "latent")]
 
 
@@ -125,7 +125,7 @@ def step(
 
 def _weights(model: ModelShape, machine: Machine, batch: int, gpus: int) -> Term:
     """All weights of a step, read or multiplied, whichever takes longer."""
-    nbytes = model.active(batch) * model.weight_bytes / model.parameters / gpus
+    nbytes = model.read(batch) / gpus
     rate, operations = machine.streams(batch), 2 * model.multiplied * batch / gpus
     reading, computing = nbytes / rate, operations / machine.products
     if reading >= computing:
@@ -146,10 +146,7 @@ def _attention(model: ModelShape, machine: Machine, reads: Sequence[Read], gpus:
 
 def _head_share(model: ModelShape, gpus: int) -> float:
     """How much of the caches each GPU reads: KV heads are not split, so there is at least one on each."""
-    heads = max((layer.kv_heads for layer in model.layers), default=0)
-    if not heads:  # a latent cache is whole on each
-        return 1.0
-    return -(-heads // gpus) / heads
+    return model.share(gpus)
 
 
 def _all_reduce(model: ModelShape, machine: Machine, tokens: int, gpus: int, times: int) -> Term:
@@ -198,7 +195,7 @@ def prefill(
     device.append(Term("small operations", moved / machine.bandwidth, said, "bandwidth"))
     device += _stored(model, machine, chunks, batch, packed, bits, reach, gpus)
     if gpus > 1:
-        device.append(_all_reduce(model, machine, tokens * batch, gpus, 1))
+        device.append(_all_reduce(model, machine, tokens * batch // len(chunks), gpus, len(chunks)))
     return Estimate((*device, *_launching(model, machine, len(chunks), bool(packed), split, _sum(device))))
 
 

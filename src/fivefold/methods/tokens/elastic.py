@@ -75,7 +75,8 @@ class ElasticCache(TokenPolicy):
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         dim = keys.shape[2]
         at = held.positions.gather(1, kept)
-        first = self.sink  # they are all held, whatever else is
+        # While a cache is only planned nobody knows where they are, but nearly always all of them are held.
+        first = self.sink if at.is_meta else int((at[0] < self.sink).sum())
         index = kept[:, :, None].expand(-1, -1, dim)
         if first + 1 >= kept.shape[1]:
             return keys.gather(1, index), values.gather(1, index), held.extra  # no anchors
