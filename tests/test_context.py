@@ -228,6 +228,7 @@ RECIPES = [
 
 @pytest.mark.parametrize("rest", RECIPES)
 @pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.slow
 def test_with_every_kind_of_method(tiny: Any, rest: str, padded: bool) -> None:
     model = tiny("llama", initializer_range=0.1)
     ids = prompt(3, 260)

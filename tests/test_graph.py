@@ -171,6 +171,7 @@ def test_sequences_come_and_go_under_graphs(model, recipe: str) -> None:
     assert report.graph > 0 and report.total > caches[0].report().total
 
 
+@pytest.mark.slow
 def test_a_step_that_breaks_off_leaves_nothing(model, monkeypatch) -> None:
     caches = [fivefold.compress(model, "kivi(bits=4, residual=32)", cuda_graph=graph) for graph in (False, True)]
     with torch.inference_mode():
@@ -240,6 +241,7 @@ class Broken(Exception):
 
 
 @pytest.mark.parametrize("seed", range(8))
+@pytest.mark.slow
 def test_tables_follow_whatever_happens_to_the_pages(seed: int, monkeypatch) -> None:
     """Addresses and spans on the device are those of the page tables after any steps, chunks, forks, crops, trims,
     changes of place, and changes that were broken off."""

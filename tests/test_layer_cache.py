@@ -685,6 +685,7 @@ def d2o_chunk(layer: LayerCache) -> None:
 
 
 @pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.slow
 def test_a_failure_at_any_point_changes_nothing(name: str) -> None:
     build, act, least = CHANGES[name]
     whole = build()

@@ -214,6 +214,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("right", "wrong"), WRONG)
+@pytest.mark.slow
 def test_wrong_kernels_are_caught(
     right: str, wrong: str, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,7 @@ def test_what_is_printed_says_what_is_asked(tmp_path: Path) -> None:
     assert "bound by" in done.stdout  # by what each time is bound
 
 
+@pytest.mark.slow
 def test_a_target_that_is_met_and_one_that_is_not(tmp_path: Path) -> None:
     able = planned(tmp_path, "-r", "full()", "-r", "kivi(bits=4)", "-c", 131072, "--target", "users=6,ms=30")
     assert able["chosen"] == "kivi(bits=4)" and able["users"] == 6

@@ -25,6 +25,7 @@ POLICIES = {
 @pytest.mark.parametrize("name", POLICIES)
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
+@pytest.mark.slow
 def test_the_engine_keeps_what_whole_matrices_would(name: str, data: st.DataObject) -> None:
     kv_heads, group, layers = (
         data.draw(st.integers(1, n), label=label) for n, label in ((3, "kv"), (3, "group"), (2, "l"))
