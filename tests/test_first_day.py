@@ -255,6 +255,19 @@ def test_torchao_int8() -> None:
     assert torch.equal(greedy(model, text(), fivefold.compress(model, "full()")), wanted)
 
 
+@pytest.mark.parametrize("weights", ["qint8", "qint4"])
+def test_quanto(weights: str) -> None:
+    quanto = pytest.importorskip("optimum.quanto")
+    model = families.build("llama")
+    try:
+        quanto.quantize(model, weights=getattr(quanto, weights))
+        quanto.freeze(model)
+        wanted = greedy(model, text())
+    except Exception as error:
+        pytest.skip(f"quanto does not run here: {error}")
+    assert torch.equal(greedy(model, text(), fivefold.compress(model, "full()")), wanted)
+
+
 def test_bitsandbytes_int8() -> None:
     bnb = pytest.importorskip("bitsandbytes")
     model = families.build("llama")
