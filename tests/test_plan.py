@@ -139,6 +139,15 @@ def test_a_model_with_a_latent_cache_is_planned_exact(tmp_path: Path) -> None:
     assert bad.exit_code == 2 and "compressed latent" in bad.stderr
 
 
+def test_a_model_of_windows_alone() -> None:
+    """As `compress` has it: it takes --sliding to compress what windows hold."""
+    bad = run("phi-3-mini", "--gpu", "h100", "-r", "kivi(bits=4)", "-c", 4096)
+    assert bad.exit_code == 2 and "--sliding" in bad.stderr
+    for more in (("-r", "kivi(bits=4)", "--sliding"), ("-r", "full()"), ()):
+        done = run("phi-3-mini", "--gpu", "h100", "-c", 4096, *more)
+        assert done.exit_code == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_windows_are_planned_as_they_are_kept(tmp_path: Path) -> None:
     """Gemma 3: windows of 1,024 tokens in five of six layers; --sliding compresses them too."""

@@ -147,17 +147,19 @@ def _measure() -> None:
 def _recipes(given: list[str] | None, place: Place) -> list[Recipe]:
     from fivefold.evaluate.sweep import recipes as spelled
     from fivefold.plan.advise import GRID
+    from fivefold.plan.memory import specs_of
     from fivefold.recipe import Recipe
 
     recipes = [Recipe.parse(text) for text in spelled(given or GRID, braces=True)]
-    if place.shape.why_not is not None:
-        if any(one.methods for one in recipes) and given:
-            raise InputError(
-                f"{place.shape.name} can be planned with full() alone: {place.shape.why_not}; leave --recipe out."
-            )
-        err.print(f"Note: only the exact cache is planned: {place.shape.why_not}.", soft_wrap=True)
-        return [Recipe()]
-    return recipes
+    why, remedy = place.shape.why_not, "leave --recipe out"
+    if why is None and not specs_of(place.shape, place.dtype, place.sliding):
+        why, remedy = "no layer of it has a cache that grows", "give --sliding to compress what windows hold"
+    if why is None:
+        return recipes
+    if any(one.methods for one in recipes) and given:
+        raise InputError(f"{place.shape.name} can be planned with full() alone: {why}; {remedy}.")
+    err.print(f"Note: only the exact cache is planned: {why}.", soft_wrap=True)
+    return [Recipe()]
 
 
 def _planned(
