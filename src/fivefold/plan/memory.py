@@ -7,7 +7,7 @@ the same code made them, and `report` counts them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from fivefold.engine.build import build
 from fivefold.errors import ProfileError
 from fivefold.kernels.choice import Choice, planned
 from fivefold.plan.shape import ModelShape
-from fivefold.plan.time import Read, pairs
+from fivefold.plan.time import Read, chunks, pairs
 from fivefold.recipe import Recipe
 from fivefold.report import Report, measure
 from fivefold.store.context import Rope
@@ -80,6 +80,11 @@ class Rehearsal:
                     for group in store.groups:
                         self._take(store, group, tokens)
 
+    def read(self, context: int, batch: int, chunk: int | None = None, generated: int = 0) -> None:
+        """Feed `context` tokens of each sequence, in chunks, the last `generated` of them one by one."""
+        for tokens in (*chunks(context - generated, chunk), *[1] * generated):
+            self.feed(batch, tokens)
+
     def _take(self, store: LayerCache, group: RowGroup, tokens: int) -> None:
         spec, policy, rows = store.spec, store.policy, len(group.rows)
 
@@ -125,8 +130,9 @@ class Rehearsal:
         found: dict[tuple[Any, int], list[int]] = {}
         for bank in self.session.banks:
             bounds, spec, count = bank.at(slice(None)), bank.layers[0].spec, len(bank.layers)
+            token = 2 * spec.head_dim * spec.dtype.itemsize
             kinds: list[tuple[Any, int, int]] = [
-                ("exact", 8 * spec.dtype.itemsize, int(bounds.exact_tokens.sum()) * self._token(spec))
+                ("exact", 8 * spec.dtype.itemsize, int(bounds.exact_tokens.sum()) * token)
             ]
             packed = int(bounds.packed_tokens.sum())
             if packed:
@@ -138,10 +144,6 @@ class Rehearsal:
                 so_far = found.setdefault((kind, bits), [0, 0])
                 so_far[0], so_far[1] = so_far[0] + nbytes, so_far[1] + count
         return tuple(Read(kind, bits, nbytes, count) for (kind, bits), (nbytes, count) in found.items())
-
-    @staticmethod
-    def _token(spec: LayerSpec) -> int:
-        return 2 * spec.head_dim * spec.dtype.itemsize
 
 
 def reach_of(
@@ -156,12 +158,6 @@ def reach_of(
         windows = [None if one.recent is None else one.sink + one.recent for one in extents]
         shares += [pairs(context, window) / pairs(context, None) for window in windows]
     return (sum(shares) / len(shares) if shares else 1.0), split
-
-
-def chunks(tokens: int, chunk: int | None) -> Iterator[int]:
-    """The sizes of the forwards that read a prompt, all at once or `chunk` tokens at a time."""
-    for first in range(0, tokens, chunk or tokens):
-        yield min(chunk or tokens, tokens - first)
 
 
 def rehearse(
@@ -179,10 +175,7 @@ def rehearse(
     """A cache of `batch` sequences that were read in chunks, `context` tokens of each in all, the last `generated` of
     them one by one."""
     cache = Rehearsal(recipe, specs_of(shape, dtype, sliding), shape.hidden, path)
-    for tokens in chunks(context - generated, chunk):
-        cache.feed(batch, tokens)
-    for _ in range(generated):
-        cache.feed(batch, 1)
+    cache.read(context, batch, chunk, generated)
     return cache
 
 

@@ -128,9 +128,7 @@ def _some(recipe: Recipe, place: Place, context: int, users: int, layers: tuple[
     """Bytes of the caches of some layers alone; what a step reads of them changes nothing."""
     recipe = Recipe(tuple(method for method in recipe.methods if method.slot != "reads"))
     cache = memory.Rehearsal(recipe, [_specs(place)[index] for index in layers], place.shape.hidden)
-    decoded = min(DECODED, context - 1)
-    for tokens in (context - decoded, *[1] * decoded):
-        cache.feed(users, tokens)
+    cache.read(context, users, generated=min(DECODED, context - 1))
     return cache.report().total
 
 

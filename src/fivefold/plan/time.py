@@ -111,7 +111,7 @@ def step(
     small = layers * machine.layer + moved / machine.bandwidth
     terms.append(Term("small operations", small, said, "launches"))
     if packing:
-        heads = batch * round(max(layer.kv_heads for layer in model.layers) * _head_share(model, gpus))
+        heads = batch * round(max(layer.kv_heads for layer in model.layers) * model.share(gpus))
         each = machine.packed_layer + heads * machine.packed_row
         said = f"{packing} layers x ({_seconds(machine.packed_layer)} + {heads} heads x {_seconds(machine.packed_row)})"
         terms.append(Term("packing", packing * each, said, "launches"))
@@ -135,18 +135,13 @@ def _weights(model: ModelShape, machine: Machine, batch: int, gpus: int) -> Term
 
 
 def _attention(model: ModelShape, machine: Machine, reads: Sequence[Read], gpus: int) -> Iterator[Term]:
-    share = _head_share(model, gpus)
+    share = model.share(gpus)
     for read in reads:
         rate = machine.attention[read.pages] * machine.bandwidth
         nbytes = read.nbytes * share
         name = "exact" if read.kind == "exact" else f"{read.bits} bits"
         said = f"{_bytes(nbytes)} / ({machine.attention[read.pages]:.2f} of {_rate(machine.bandwidth)})"
         yield Term(f"attention, {name}", nbytes / rate, said, "bandwidth")
-
-
-def _head_share(model: ModelShape, gpus: int) -> float:
-    """How much of the caches each GPU reads: KV heads are not split, so there is at least one on each."""
-    return model.share(gpus)
 
 
 def _all_reduce(model: ModelShape, machine: Machine, tokens: int, gpus: int, times: int) -> Term:
@@ -156,6 +151,12 @@ def _all_reduce(model: ModelShape, machine: Machine, tokens: int, gpus: int, tim
     moved = 2 * (gpus - 1) / gpus * nbytes
     said = f"{count} x ({_seconds(machine.link_start)} + {_bytes(moved)} / {_rate(machine.link)})"
     return Term("all-reduce", count * (machine.link_start + moved / machine.link), said, "link")
+
+
+def chunks(tokens: int, chunk: int | None) -> Iterator[int]:
+    """The sizes of the forwards that read a prompt, all at once or `chunk` tokens at a time."""
+    for first in range(0, tokens, chunk or tokens):
+        yield min(chunk or tokens, tokens - first)
 
 
 def prefill(
@@ -182,21 +183,21 @@ def prefill(
     if not fused:
         return None
     size = itemsize(model)
-    chunks = [tokens] if chunk is None else [min(chunk, tokens - first) for first in range(0, tokens, chunk)]
+    sizes = list(chunks(tokens, chunk))
     # Logits are of the last token alone.
     output = model.vocabulary * model.hidden
     inner = max(0.0, model.multiplied - output)
     operations = 2 * (inner * tokens + output) * batch / gpus
     said = f"2 x {inner / gpus:.4g} weights x {tokens * batch:,} tokens / {machine.products / 1e12:.0f} TFLOP/s"
     device = [Term("products", operations / machine.products, said, "compute")]
-    device += _prompt_attention(model, machine, chunks, batch, reach, gpus)
+    device += _prompt_attention(model, machine, sizes, batch, reach, gpus)
     moved = len(model.layers) * tokens * batch * machine.prompt_pointwise * model.hidden * size / gpus
     said = f"{_bytes(moved)} moved / {_rate(machine.bandwidth)}"
     device.append(Term("small operations", moved / machine.bandwidth, said, "bandwidth"))
-    device += _stored(model, machine, chunks, batch, packed, bits, reach, gpus)
+    device += _stored(model, machine, sizes, batch, packed, bits, reach, gpus)
     if gpus > 1:
-        device.append(_all_reduce(model, machine, tokens * batch // len(chunks), gpus, len(chunks)))
-    return Estimate((*device, *_launching(model, machine, len(chunks), bool(packed), split, _sum(device))))
+        device.append(_all_reduce(model, machine, tokens * batch // len(sizes), gpus, len(sizes)))
+    return Estimate((*device, *_launching(model, machine, len(sizes), bool(packed), split, _sum(device))))
 
 
 def _sum(terms: Iterable[Term]) -> float:
@@ -274,9 +275,9 @@ def _stored(
 ) -> Iterator[Term]:
     """What storing a prompt takes, and having it back for the chunks that follow. `reach`: heads that see a window
     alone store next to nothing."""
-    share, full = _head_share(model, gpus) * reach, [layer for layer in model.layers if layer.kind == "full"]
+    share, full = model.share(gpus) * reach, [layer for layer in model.layers if layer.kind == "full"]
     exact = share * sum(layer.numbers for layer in full) * itemsize(model)
-    packed *= _head_share(model, gpus)
+    packed *= model.share(gpus)
     held = list(accumulate(chunks, initial=0))[:-1]
     back = batch * sum(held)
     if packed and bits is not None:
