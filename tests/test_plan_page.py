@@ -181,6 +181,14 @@ def test_what_is_not_known_is_said_so(page, result):
     ]  # fmt: skip
 
 
+def test_a_point_looks_as_its_recipe_does_in_the_legend(result):
+    for figure in charts.figures_of(result).values():
+        points = figure.spec["data"]["values"]
+        assert points
+        for point in points:
+            assert (point["color"], point["shape"]) == charts.look(point["place"] - 1)
+
+
 def test_a_bar_says_what_memory_holds(page):
     bars = re.findall(r"<li><p>\d <code>.*?</li>", page, re.S)
     assert len(bars) == len(RECIPES)

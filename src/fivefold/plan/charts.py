@@ -151,6 +151,18 @@ def _round(low: float, high: float, digits: Sequence[float]) -> list[float]:
     return [float(f"{digit}e{decade}") for decade in decades for digit in digits]
 
 
+_COLOR = {"field": "color", "type": "nominal", "scale": None, "legend": None}
+
+
+def _logarithmic(field: str, title: str, marks: Sequence[float], padding: int) -> dict[str, Any]:
+    """A logarithmic axis upwards, from the first to the last of its marks."""
+    return {
+        "field": field, "type": "quantitative", "title": title,
+        "scale": {"type": "log", "domain": [marks[0], marks[-1]], "nice": False, "padding": padding},
+        "axis": {"values": marks, "format": ",~r", "labelOverlap": False},
+    }  # fmt: skip
+
+
 def _against_context(
     result: dict[str, Any], points: list[dict[str, Any]], title: str, level: float | None, words: str
 ) -> dict[str, Any]:
@@ -169,14 +181,9 @@ def _against_context(
         "axis": {"values": contexts, "labelExpr": f"{_literal(names)}['' + datum.value]", "labelOverlap": "greedy",
                  "labelFlush": False, "grid": False},
     }  # fmt: skip
-    y = {
-        "field": "y", "type": "quantitative", "title": title,
-        "scale": {"type": "log", "domain": [marks[0], marks[-1]], "nice": False, "padding": 8},
-        "axis": {"values": marks, "format": ",~r", "labelOverlap": False},
-    }  # fmt: skip
+    y = _logarithmic("y", title, marks, 8)
     dimmed = {"condition": {"test": "picked == 0 || datum.place == picked", "value": 1}, "value": 0.12}
-    color = {"field": "color", "type": "nominal", "scale": None, "legend": None}
-    common = {"x": x, "y": y, "color": color, "opacity": dimmed}
+    common = {"x": x, "y": y, "color": _COLOR, "opacity": dimmed}
     tooltip = [
         {"field": "recipe"},
         {"field": "context", "title": "tokens", "format": ","},
@@ -237,12 +244,7 @@ def _quality(points: list[dict[str, Any]]) -> dict[str, Any]:
         "scale": {"type": "symlog", "constant": least, "domain": [0, most * 1.15], "nice": False, "padding": 12},
         "axis": {"values": shown, "format": "~g", "labelOverlap": "greedy", "labelFlush": False},
     }  # fmt: skip
-    y = {
-        "field": "users", "type": "quantitative", "title": "users",
-        "scale": {"type": "log", "domain": [people[0], people[-1]], "nice": False, "padding": 12},
-        "axis": {"values": people, "format": ",~r", "labelOverlap": False},
-    }  # fmt: skip
-    color = {"field": "color", "type": "nominal", "scale": None, "legend": None}
+    y = _logarithmic("users", "users", people, 12)
     tooltip = [
         {"field": "recipe"},
         {"field": "users", "title": "most users", "format": ","},
@@ -264,12 +266,12 @@ def _quality(points: list[dict[str, Any]]) -> dict[str, Any]:
             {
                 "transform": [{"filter": "isValid(datum.low) && isValid(datum.high)"}],
                 "mark": {"type": "rule", "strokeWidth": 1.5, "opacity": 0.7},
-                "encoding": {"x": {**x, "field": "low"}, "x2": {"field": "high"}, "y": y, "color": color},
+                "encoding": {"x": {**x, "field": "low"}, "x2": {"field": "high"}, "y": y, "color": _COLOR},
             },
             {
                 "mark": {"type": "point", "filled": True, "size": 90, "opacity": 1},
                 "encoding": {
-                    "x": x, "y": y, "color": color, "tooltip": tooltip,
+                    "x": x, "y": y, "color": _COLOR, "tooltip": tooltip,
                     "shape": {"field": "shape", "scale": None, "legend": None},
                 },
             },
