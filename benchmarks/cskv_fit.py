@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fivefold.calibrate.run import chunks, default_texts
+from fivefold.calibrate.reading import chunks, default_texts
 from fivefold.models import embedded
 from fivefold.models.capture import capturing
 

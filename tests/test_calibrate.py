@@ -21,7 +21,8 @@ import fivefold
 from conftest import FAMILIES, VOCAB
 from fivefold.calibrate import Capture, Learner, Profile, config_hash, load_profile, save_profile, signature
 from fivefold.calibrate.learner import CAPTURES
-from fivefold.calibrate.run import Stopped, calibrate, chunks, default_texts
+from fivefold.calibrate.reading import chunks, default_texts
+from fivefold.calibrate.run import Stopped, calibrate
 from fivefold.cli.app import app
 from fivefold.errors import InputError, NonFiniteError, ProfileError, RecipeError
 from fivefold.methods import Method, param
@@ -189,7 +190,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 def test_a_run_learns_what_the_whole_text_says(
     tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fivefold.calibrate.run.LENGTH", 128)
+    monkeypatch.setattr("fivefold.calibrate.reading.LENGTH", 128)
     model = tiny()
     profile = run(model, tmp_path / "a")
     pieces = chunks(Words(), [TEXT], 700, 0, 4096)
@@ -219,7 +220,7 @@ def test_a_run_that_is_stopped_goes_on_and_ends_the_same(
     tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: tuple[int, ...]
 ) -> None:
     """With 6 chunks and two passes: within a pass, between the two, at the end of the last."""
-    monkeypatch.setattr("fivefold.calibrate.run.LENGTH", 128)
+    monkeypatch.setattr("fivefold.calibrate.reading.LENGTH", 128)
     model = tiny()
     whole = run(model, tmp_path / "whole")
     reads = 0
@@ -233,7 +234,7 @@ def test_a_run_that_is_stopped_goes_on_and_ends_the_same(
     monkeypatch.setattr(type(model), "forward", counted)
     for stop in stops:
         if stop < 12:
-            with pytest.raises(Stopped, match=f"^stopped after {stop} of 12 chunks"):
+            with pytest.raises(Stopped, match=f"^stopped after {stop} of 12 steps"):
                 run(model, tmp_path / "parts", stop=lambda stop=stop: reads >= stop)
             assert [p.name for p in (tmp_path / "parts").iterdir()] == ["calibration.partial.safetensors"]
     parts = run(model, tmp_path / "parts")
@@ -251,7 +252,7 @@ def test_a_run_that_is_stopped_goes_on_and_ends_the_same(
 def test_a_run_that_is_broken_off_loses_a_chunk_at_most(
     tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fivefold.calibrate.run.LENGTH", 128)
+    monkeypatch.setattr("fivefold.calibrate.reading.LENGTH", 128)
     model = tiny()
     see, calls = Second.see, 0
 
@@ -274,7 +275,7 @@ def test_a_run_that_is_broken_off_loses_a_chunk_at_most(
 
 @pytest.mark.usefixtures("moments")
 def test_another_run_is_not_mixed_in(tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fivefold.calibrate.run.LENGTH", 128)
+    monkeypatch.setattr("fivefold.calibrate.reading.LENGTH", 128)
     model, asked = tiny(), iter([False, False, True])
     with pytest.raises(Stopped):
         run(model, tmp_path, stop=lambda: next(asked))
@@ -298,7 +299,7 @@ def test_another_run_is_not_mixed_in(tiny: Callable[..., Any], tmp_path: Path, m
 
 @pytest.mark.usefixtures("moments")
 def test_a_seed_chooses_the_pieces(tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fivefold.calibrate.run.LENGTH", 128)
+    monkeypatch.setattr("fivefold.calibrate.reading.LENGTH", 128)
     model = tiny()
     a, b, c = (run(model, tmp_path / str(n), seed=s).tensors["mean.0"] for n, s in enumerate((1, 1, 2)))
     assert torch.equal(a, b) and not torch.equal(a, c)
@@ -361,7 +362,7 @@ def test_recipes_that_learn_nothing(tiny: Callable[..., Any], tmp_path: Path) ->
 
 @pytest.mark.usefixtures("moments")
 def test_the_command(tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fivefold.calibrate.run.LENGTH", 128)
+    monkeypatch.setattr("fivefold.calibrate.reading.LENGTH", 128)
     monkeypatch.setattr("fivefold.cli.calibrate.load_model", lambda *_: (tiny(), Words()))
     text, out = tmp_path / "text", tmp_path / "out"
     text.write_text(TEXT)
@@ -403,7 +404,7 @@ def test_tidal_learns_where_to_pick_again(
     tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against whole attention matrices and sets of tokens."""
-    monkeypatch.setattr("fivefold.calibrate.run.LENGTH", 128)
+    monkeypatch.setattr("fivefold.calibrate.reading.LENGTH", 128)
     model = tiny("llama", num_hidden_layers=6)
     recipe = "tidal(top=20, full_layers=1)"
     profile = calibrate(model, Words(), recipe, tmp_path / "x", [TEXT], 384)

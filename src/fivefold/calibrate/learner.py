@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+
+from fivefold.store.spec import LayerSpec
 
 Capture = Literal["keys", "queries", "values", "inputs", "attention"]
 """keys, queries: before RoPE and behind any norm that the model applies to them, float32
@@ -17,6 +20,49 @@ OBSERVED = 32
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what is being done)."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is learned from. model, tokenizer: of transformers. specs: the layers that are compressed. texts: what is
+    read, `tokens` tokens of it, drawn by `seed`."""
+
+    model: Any
+    tokenizer: Any
+    specs: Sequence[LayerSpec]
+    texts: Sequence[str]
+    tokens: int
+    seed: int
+
+
+class Work:
+    """Steps that make a profile: reading, training or measuring. A run can be broken off between two of them.
+
+    Whatever it has to remember is in `sums`, tensors by name on the CPU: they are saved while a run is under way, and
+    given back when it is resumed. A step may depend on them, on its number and on the subject alone, so that a resumed
+    run makes the same bytes as one that was never broken off.
+    """
+
+    total: int
+    """How many steps there are."""
+    tokens: int
+    """How many tokens of text it learns from."""
+    what: str = "Reading"
+    """What it does, for people who watch."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def step(self, number: int) -> None:
+        """Do one of the steps, which are counted from 0."""
+        raise NotImplementedError
+
+    def finish(self, progress: Progress) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """The profile's settings (plain JSON values) and tensors."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Leave the model as it was; called whatever happens."""
 
 
 class Learner:
@@ -39,6 +85,10 @@ class Learner:
         """Add to a running sum; the first value is its beginning and its dtype."""
         value = value.detach().cpu()
         self.sums[name] = self.sums[name] + value.to(self.sums[name].dtype) if name in self.sums else value.clone()
+
+    def pieces(self, subject: Subject) -> list[torch.Tensor] | None:
+        """Token ids to read, int64 `[1, tokens]` each, where it wants other ones than those of the text."""
+        return None
 
     def see(self, layer: int, captured: dict[Capture, torch.Tensor]) -> None:
         """One layer of a chunk: what the method's `captures` names."""

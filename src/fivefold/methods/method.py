@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from fivefold.calibrate.learner import Capture, Learner
+from fivefold.calibrate.learner import Capture, Learner, Subject, Work
 from fivefold.calibrate.profile import Profile, load_profile
 from fivefold.errors import ProfileError, RecipeError
 from fivefold.store.codec import Codec
@@ -97,6 +97,15 @@ class Method:
     def learner(self, specs: Sequence[LayerSpec]) -> Learner:
         """With `captures`: what takes them in and makes a profile. specs: the layers that are compressed."""
         raise NotImplementedError
+
+    def work(self, subject: Subject) -> Work | None:
+        """How it learns from a model if not by reading with `captures`: training, or measuring."""
+        return None
+
+    @classmethod
+    def learns(cls) -> bool:
+        """Whether it learns from a model."""
+        return bool(cls.captures) or cls.work is not Method.work
 
     def profile_for(
         self, spec: LayerSpec, given: str | None, missing: str, blank: Callable[[], dict[str, Any]]
