@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -379,6 +381,7 @@ def test_rows_are_packed_by_the_kernel_to_the_bytes_of_the_codec(dim, dtype, bit
 
     append(100, True)
     forks = [fork for bank in banks for fork in bank.fork().layers]
+    calls.clear()
     packed = 0
     for _ in range(270):
         append(1, False)
@@ -394,6 +397,57 @@ def test_rows_are_packed_by_the_kernel_to_the_bytes_of_the_codec(dim, dtype, bit
     for one, other in zip(forks[:2], forks[2:]):  # nobody has written into what the forks share
         for mine, theirs in zip(one.groups, other.groups, strict=True):
             assert torch.equal(mine.dense_part(1), theirs.dense_part(1))
+
+
+@pytest.mark.parametrize("path", [pytest.param("cpp", marks=needs_cpp), "triton"])
+@pytest.mark.parametrize(
+    ("dim", "dtype", "bits", "group", "sizes"),
+    [
+        (64, F32, 2, 32, (100, 37, 1, 300, 64, 33)),
+        (64, BF16, 4, 64, (64, 64, 31, 500)),
+        (128, F16, 3, 32, (1, 31, 400)),
+        (64, BF16, 2, 128, (140, 200, 129)),
+    ],
+)
+def test_chunks_are_packed_by_the_kernel_to_the_bytes_of_the_codec(
+    dim, dtype, bits, group, sizes, path, monkeypatch
+) -> None:
+    """Tokens of exact pages and of a chunk, planes that lie in both, several pages at once, and what forks share."""
+    torch.manual_seed(0)
+    codec, extents = Kivi(bits=bits, group=group, residual=32), [Extent(), Extent(40, 260)]
+    sides = [layers_of(dim, dtype, codec, extents, 1)[0] for _ in range(2)]
+    for side in sides:
+        side.start(2)
+    encoded: list[str] = []
+    encode = type(sides[0].codec).encode
+
+    def noted(self: Any, *args: Any) -> Any:
+        encoded.append(os.environ["FIVEFOLD_KERNELS"])
+        return encode(self, *args)
+
+    monkeypatch.setattr(type(sides[0].codec), "encode", noted)
+    forks = []
+    for size in sizes:
+        forks.append([side.fork() for side in sides])
+        before = [fork.groups[0].dense_part(0) for fork in forks[-1]]
+        # Values as models make them: heads side by side in memory.
+        new = torch.randn(2, 2, size, 2, dim).to(dtype).transpose(2, 3).flatten(1, 2)
+        for side, asked in zip(sides, (path, "reference")):
+            monkeypatch.setenv("FIVEFOLD_KERNELS", asked)
+            for group in side.groups:
+                side.append(group, *(x[group.rows_tensor] if len(side.groups) > 1 else x for x in new))
+        for one, other in zip(sides[0].groups, sides[1].groups, strict=True):
+            assert one.bounds == other.bounds
+            wanted = other.packed_fields(0, other.packed.shape[1]) if other.packed.shape[1] else {}
+            for name, field in wanted.items():
+                mine = one.packed_fields(0, one.packed.shape[1])[name]
+                assert torch.equal(field.view(torch.int16), mine.view(torch.int16)), name
+            assert torch.equal(one.dense_part(0), other.dense_part(0))
+            assert torch.equal(one.dense_part(1), other.dense_part(1))
+        for fork, wanted in zip(forks[-1], before):
+            assert torch.equal(fork.groups[0].dense_part(0), wanted)
+    assert sides[0].codec.peak == sides[1].codec.peak > 0
+    assert path not in encoded and "reference" in encoded
 
 
 @needs_cpp

@@ -74,7 +74,7 @@ def unpack_fused(
     from fivefold.kernels.pack import triton as kernel
 
     tables = tables_of(layer.bank)
-    tables.sync()
+    tables.sync_once()
     packed, _ = tables.pages(group)
     return kernel.unpack_pages(codec.form, packed.table[:, first:last], dtype)
 

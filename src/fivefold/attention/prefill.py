@@ -13,6 +13,7 @@ import torch
 
 from fivefold.attention.fused import unpack_fused
 from fivefold.attention.merge import MASKED, attend, attend_window, merge, takes_windows
+from fivefold.kernels.device import sent
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.rows import PAGE, Extent
@@ -75,7 +76,7 @@ def _windowed(
         and (not len(run) or run[-1] - run[0] == len(run) - 1)
     ):
         return _windowed_run(extent, start, queries, keys, values, positions, pinned, scaling)
-    where = torch.from_numpy(positions).to(keys.device)
+    where = sent(keys.device, positions)[0]
     outs, lses = [], []
     for first in range(0, queries.shape[2], QUERY_BLOCK):
         block = queries[:, :, first : first + QUERY_BLOCK]
@@ -131,7 +132,7 @@ def _windowed_run(
         if pinned and low < high:
             block, bias = queries[:, :, low:high], None
             if low < whole:
-                where = torch.from_numpy(positions[:pinned]).to(queries.device)
+                where = sent(queries.device, positions[:pinned])[0]
                 bias = _window_bias(extent, torch.arange(start + low, start + high, device=where.device), where)
             k, v = (_spread(x[:, :pinned], block) for x in (keys, values))
             out[:, :, low:high], lse[:, :, low:high] = attend(block, k, v, scaling, bias)

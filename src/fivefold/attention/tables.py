@@ -122,12 +122,14 @@ class DeviceTables:
         self._show(bank)
         rows = np.arange(self.layers)[:, None, None] * bank.rows + new[:, None] * bank.heads + np.arange(bank.heads)
         for tier in self._tiers:
-            tier.changed = [(rows.reshape(-1, 1), np.arange(tier.capacity))] if len(new) else []
+            tier.known()
+            if len(new):
+                tier.change(rows.reshape(-1, 1), np.arange(tier.capacity))
 
     def _show(self, bank: Bank) -> None:
         if self.bank is not None:
             self.bank.mirror = None  # they show one bank at a time
-        self.bank, bank.mirror, self._pages, self._ahead = bank, self, None, None
+        self.bank, bank.mirror, self._pages, self._ahead, self._synced = bank, self, None, None, None
         self._tiers = [tier for tier in (bank.exact, bank.packed) if tier is not None]
         if bank.batch < self.sequences:
             page = torch.tensor([x.data_ptr() >> 4 for x in self._padding], device=self.device)
@@ -145,7 +147,7 @@ class DeviceTables:
         same = self._tiers == [tier for tier in (bank.exact, bank.packed) if tier is not None]
         room = zip(self._tiers, (self.exact_columns, self.packed_columns))
         # What has not changed since the device knows it had room then.
-        known = all(columns.max(initial=0) < most for tier, most in room for _, columns in tier.changed or ())
+        known = all(tier.reach <= most for tier, most in room)
         return same and (known or self._room(bank))
 
     def _room(self, bank: Bank) -> bool:
@@ -163,6 +165,12 @@ class DeviceTables:
         self._send(bank.exact, KV, self._exact)
         if bank.packed is not None:
             self._send(bank.packed, (bank.packed.pool.layout.fields[0].name,), self._packed[:, :, None])
+
+    def sync_once(self) -> None:
+        """The same, but once in a forward: for rows that attend to what was there before they take their chunk."""
+        if self._synced is None or self._synced is not self.bank.change:
+            self.sync()
+            self._synced = self.bank.change
 
     def _send(self, tier: Tier, names: tuple[str, ...], table: torch.Tensor) -> None:
         if not tier.changed:
@@ -185,7 +193,7 @@ class DeviceTables:
                 target.numpy()[at] = new
             else:
                 target.index_copy_(0, *sent(self.device, at, new))
-        tier.changed = []
+        tier.known()
 
     def update(self) -> None:
         """Page tables and spans, as the bank has them now: before a step of all rows."""

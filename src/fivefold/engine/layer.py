@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,7 @@ from fivefold.attention import attend_chunk, attend_observed, attend_picked, att
 from fivefold.attention.merge import with_sinks
 from fivefold.engine.session import Session
 from fivefold.errors import NonFiniteError
+from fivefold.store.codec import FLOAT16_MAX, Codec, beyond
 from fivefold.store.group import RowGroup
 from fivefold.store.layer_cache import LayerCache
 
@@ -61,7 +63,10 @@ def attend(
     queries = query.reshape(rows, group, chunk, dim)
     keys, values = key.reshape(rows, chunk, dim), value.reshape(rows, chunk, dim)
     if chunk > 1 and store.codec is not None and not stored:
-        store.codec.check(keys, values)
+        if keys.is_cuda and store.codec.form is not None and session.change is not None:
+            session.change.check(_later(store.codec, keys, values))  # or the host would wait for every layer
+        else:
+            store.codec.check(keys, values)
     out = _over_groups(session, store, queries, keys, values, scaling, inputs, sinks, stored)
     return out.reshape(batch, query_heads, chunk, dim)[:, :, chunk - asked :].transpose(1, 2).contiguous()
 
@@ -89,7 +94,7 @@ def _over_groups(
         if alone:
             q, k, v, s = queries, keys, values, sinks
         else:
-            rows = group.rows_tensor.to(queries.device)
+            rows = group.rows_on(queries.device)
             q, k, v = queries[rows][:, :, new], keys[rows][:, new], values[rows][:, new]
             s = None if sinks is None else sinks[rows]
         if not stored and (group.held is not None or not k.is_cuda):  # see `attend`
@@ -105,6 +110,21 @@ def _over_groups(
         else:
             out[rows, :, new] = part
     return out
+
+
+def _later(codec: Codec, keys: torch.Tensor, values: torch.Tensor) -> Callable[[], None]:
+    """`Codec.check` of a codec whose pages kernels read, once the device has come so far."""
+    ends = {"keys": torch.stack(keys.aminmax()), "values": torch.stack(values.aminmax())}
+
+    def look() -> None:
+        for name, pair in ends.items():
+            low, high = pair.tolist()
+            peak = max(-low, high) if low == low else low
+            if not peak <= FLOAT16_MAX:  # also when it is NaN
+                raise beyond(name, peak)
+            codec.peak = max(codec.peak, peak)
+
+    return look
 
 
 def _check_finite(layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:

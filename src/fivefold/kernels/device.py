@@ -20,7 +20,7 @@ def on(device: torch.device) -> AbstractContextManager[object]:
 def sent(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
     """Arrays of int64 on a device. A GPU takes them in one copy when it gets there, and nobody waits for it."""
     if device.type != "cuda":
-        return [torch.from_numpy(x) for x in arrays]
+        return [torch.from_numpy(x).to(device) for x in arrays]
     host = torch.empty(sum(x.size for x in arrays), dtype=torch.int64, pin_memory=True)
     np.concatenate([x.reshape(-1) for x in arrays], out=host.numpy())
     parts = host.to(device, non_blocking=True).split([x.size for x in arrays])

@@ -18,12 +18,17 @@ def check_finite(keys: torch.Tensor, values: torch.Tensor, limit: float = FLOAT1
     for name, x in (("keys", keys), ("values", values)):
         peak = float(x.detach().abs().amax())
         if not peak <= limit:  # also when it is NaN
-            raise NonFiniteError(
-                f"{name} to be packed reach {peak}, beyond what the float16 numbers of a page can hold: use full() for "
-                "this model, or look for the layer that overflows."
-            )
+            raise beyond(name, peak)
         largest = max(largest, peak)
     return largest
+
+
+def beyond(name: str, peak: float) -> NonFiniteError:
+    """What is raised for numbers that no page can hold."""
+    return NonFiniteError(
+        f"{name} to be packed reach {peak}, beyond what the float16 numbers of a page can hold: use full() for this "
+        "model, or look for the layer that overflows."
+    )
 
 
 class Codec:

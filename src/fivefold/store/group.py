@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from fivefold.kernels.device import sent
 from fivefold.store.codec import Codec
 from fivefold.store.context import Context, running
 from fivefold.store.held import Held
@@ -66,6 +67,7 @@ class RowGroup:
         self.layer, self.rows, self.bounds, self.number = layer, rows, bounds, number
         self.flat = layer.base + rows
         self.rows_tensor = torch.from_numpy(rows)
+        self._rows_on: torch.Tensor | None = None
         run = len(rows) == rows[-1] - rows[0] + 1
         # A slice makes views of the page tables instead of copies.
         self._index = slice(int(self.flat[0]), int(self.flat[-1]) + 1) if run else self.flat
@@ -80,6 +82,12 @@ class RowGroup:
         self._packed_blocks: list[tuple[int, int, Location, Location | None]] | None = None
 
     # -- tables -------------------------------------------------------------------------------------------
+
+    def rows_on(self, device: torch.device) -> torch.Tensor:
+        """`rows` on a device: the same tensor as long as nobody asks for another device."""
+        if self._rows_on is None or self._rows_on.device != device:
+            self._rows_on = sent(device, self.rows)[0]
+        return self._rows_on
 
     @property
     def exact(self) -> np.ndarray:

@@ -16,7 +16,7 @@ import torch
 from fivefold.kernels.choice import choose
 from fivefold.kernels.device import sent
 from fivefold.kernels.pack import cpu
-from fivefold.store.codec import Codec
+from fivefold.store.codec import Codec, beyond
 from fivefold.store.context import running
 from fivefold.store.group import KV, Layer, RowGroup
 from fivefold.store.held import Held
@@ -67,6 +67,12 @@ class Due:
     count: int
     stored: int
 
+    def part(self, which: np.ndarray, keys: np.ndarray) -> Due:
+        """Some of the rows, whose slot, count and stored (`keys`) are the same."""
+        bounds = Bounds(*(x[which] for x in self.bounds))
+        numbers = (int(x) for x in keys[:3, which[0]])
+        return Due(self.rows[which], bounds, self.start[which], self.column[which], *numbers)
+
 
 def pack(
     bank: Tables,
@@ -98,13 +104,9 @@ def pack(
     if some.any():
         keys = np.stack([slot, count, stored])[:, some]
         due = Due(rows[some], Bounds(*(x[some] for x in old)), start[some], (gone + column)[some], 0, 0, 0)
-        if chunk is not None or not _by_kernel(bank, due, keys):
+        if not _by_kernel(bank, due, keys, chunk):
             for which in _alike(bank, due, keys):
-                part = Due(
-                    due.rows[which], Bounds(*(x[which] for x in due.bounds)), due.start[which], due.column[which],
-                    *(int(x) for x in keys[:, which[0]]),
-                )  # fmt: skip
-                _encode(bank, part, chunk, group, held)
+                _encode(bank, due.part(which, keys), chunk, group, held)
     tier.drop(change, rows, 0, gone, columns + np.maximum(0, fresh))
 
 
@@ -120,16 +122,16 @@ def _alike(bank: Tables, due: Due, keys: np.ndarray) -> list[np.ndarray]:
     return [np.flatnonzero(which == number) for number in range(int(which.max()) + 1)]
 
 
-def _by_kernel(bank: Tables, due: Due, keys: np.ndarray) -> bool:
-    """One launch for all rows, from exact pages as they lie; False where it does not run: several groups of a row at
-    once, codecs and numbers that it does not take."""
+def _by_kernel(bank: Tables, due: Due, keys: np.ndarray, chunk: Chunk | None) -> bool:
+    """A launch for all pages that get as many tokens, from where these lie, in exact pages and the chunk; False where
+    it does not run: codecs and numbers that it does not take. keys: slot, count and stored of each row, as in `Due`."""
     assert bank.packed is not None and bank.packing is not None and bank.change is not None
-    first, (slot, count, stored), packing = bank.layers[0], keys, bank.packing
+    first, (slot, count, stored) = bank.layers[0], keys
     assert first.codec is not None
     form, choice = first.codec.form, choose(bank.device)
     if form is None or len(bank.packed.pools) > 1 or bank.exact.pool.layout.holds or bank.device.type == "meta":
         return False
-    if (count != packing.group).any() or (stored != count).any():
+    if chunk is not None and any(x.dtype != first.spec.dtype or x.device != bank.device for x in chunk):
         return False
     if choice.path == "cpp" and cpu.supports(form, first.spec.dtype):
         pack_exact = cpu.pack_exact
@@ -141,27 +143,72 @@ def _by_kernel(bank: Tables, due: Due, keys: np.ndarray) -> bool:
         return False
     opened = slot > 0
     bank.packed.unshare(bank.change, due.rows[opened], due.column[opened])
-    at = due.bounds.exact_column(due.start)[:, None] + np.arange(packing.group // PAGE)
-    pages = bank.exact.table[due.rows[:, None], at]
-    exact, packed = bank.exact.pool, bank.packed.pool
-    sources = np.stack([exact.addresses(name, pages) for name in KV], 2)
-    where = packed.addresses(packed.layout.fields[0].name, bank.packed.table[due.rows, due.column])
-    places = np.stack([where >> 4, slot // PAGE], 1)
-    source, place = sent(bank.device, sources >> 4, places)
-    peak = pack_exact(form, source, place, first.spec.dtype)
+    if chunk is not None:
+        chunk = chunk[0].contiguous(), chunk[1].contiguous()
+        _complete(bank, due, int(stored[0]), int(count[0]), chunk)
+    # All planes of 32 tokens, row by row: number n of row i goes to plane at[n] of the pages from due.column[i] on.
+    planes, page = count // PAGE, bank.packing.page // PAGE
+    row = np.repeat(np.arange(len(planes)), planes)
+    number = np.arange(len(row)) - np.repeat(np.cumsum(planes) - planes, planes)
+    at = (slot // PAGE)[row] + number
+    sources = _sources(bank, due, row, number, stored, chunk)
+    begin = np.flatnonzero((number == 0) | (at % page == 0))
+    size, row, at = np.diff(begin, append=len(at)), row[begin], at[begin]
+    packed = bank.packed.pool
+    pages = bank.packed.table[due.rows[row], due.column[row] + at // page]
+    places = np.stack([packed.addresses(packed.layout.fields[0].name, pages) >> 4, at % page], 1)
+    work = []
+    for planes_of_page in np.unique(size).tolist():
+        some = size == planes_of_page
+        work += [sources[begin[some][:, None] + np.arange(planes_of_page)], places[some]]
+    tensors = sent(bank.device, *work)
+    peaks = [pack_exact(form, *pair, first.spec.dtype) for pair in zip(tensors[::2], tensors[1::2])]
 
     def look() -> None:
-        largest = float(peak)
+        largest = max(float(peak) for peak in peaks)
         if largest <= LARGEST:
             _remember(bank, due.rows, largest)
             return
-        for which in _alike(bank, due, keys):  # the codec says what is wrong
+        for which in _alike(bank, due, keys) if chunk is None else ():  # the codec says what is wrong
             codec = bank.layers[int(due.rows[which[0]]) // bank.rows].codec
             assert codec is not None
-            codec.check(*(exact.read(name, pages[which].reshape(-1)) for name in KV))
+            codec.check(*_collect(bank, due.part(which, keys), 0, int(count[which[0]]), None))
+        raise beyond("keys or values", largest)
 
     bank.change.check(look)
     return True
+
+
+def _complete(bank: Tables, due: Due, stored: int, count: int, chunk: Chunk) -> None:
+    """Where a plane of tokens begins in an exact page and ends in the chunk, copy the rest of it into the page, whose
+    slots behind the stored tokens are nobody's."""
+    slot = stored % PAGE
+    if not slot or stored >= count:
+        return
+    column = due.bounds.exact_column(due.start) + stored // PAGE
+    assert bank.change is not None
+    bank.exact.unshare(bank.change, due.rows, column)
+    pages = bank.exact.table[due.rows, column]
+    for name, x in zip(KV, chunk):
+        bank.exact.pool.write(name, pages, x[:, : PAGE - slot], slice(slot, PAGE))
+
+
+def _sources(
+    bank: Tables, due: Due, row: np.ndarray, number: np.ndarray, stored: np.ndarray, chunk: Chunk | None
+) -> np.ndarray:
+    """Where keys and values of planes lie, in units of 16 bytes: int64 `[planes, 2]`."""
+    out = np.empty((len(row), 2), dtype=np.int64)
+    there = number * PAGE < stored[row]
+    which = row[there]
+    pages = bank.exact.table[due.rows[which], due.bounds.exact_column(due.start)[which] + number[there]]
+    for side, name in enumerate(KV):
+        out[there, side] = bank.exact.pool.addresses(name, pages)
+    if chunk is not None:
+        which = row[~there]
+        token = (due.start - due.bounds.length)[which] + number[~there] * PAGE
+        for side, x in enumerate(chunk):
+            out[~there, side] = x.data_ptr() + (which * x.shape[1] + token) * x.shape[2] * x.element_size()
+    return out >> 4
 
 
 def _remember(bank: Tables, rows: np.ndarray, peak: float) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from fivefold.errors import CacheFullError
+from fivefold.kernels.device import sent
 from fivefold.store.slabs import INDEX_MASK, SLAB_SHIFT, Slab, Slabs, locked
 
 # For a few pages (decoding) a slab of this fraction of the pool is added: few slabs, and at most 6% unused.
@@ -299,8 +300,8 @@ class PagePool(Slabs):
                 return Location(pages.shape, slab, first & INDEX_MASK, (stride, step), ())
         parts = []
         for slab, index, where in self._by_slab(pages.reshape(-1)):
-            target = None if where is None else torch.from_numpy(where).to(self.device)
-            parts.append((slab, torch.from_numpy(index).to(self.device), target))
+            target = None if where is None else sent(self.device, where)[0]
+            parts.append((slab, sent(self.device, index)[0], target))
         return Location(pages.shape, None, 0, (0, 0), tuple(parts))
 
     def fetch(self, name: str, location: Location) -> torch.Tensor:
@@ -332,12 +333,12 @@ class PagePool(Slabs):
             return
         for slab, index, where in self._by_slab(pages):
             target = slab.tensors[name]
-            part = values if where is None else values[torch.from_numpy(where).to(self.device)]
+            part = values if where is None else values[sent(self.device, where)[0]]
             if len(index) == 1 or (np.diff(index) == 1).all():
                 run = target[int(index[0]) : int(index[0]) + len(index)]
                 (run if at is None else run[:, at]).copy_(part)
             else:
-                rows = torch.from_numpy(index).to(self.device)
+                rows = sent(self.device, index)[0]
                 if at is None:
                     _put_at(target, rows, part.to(target.dtype))
                 else:

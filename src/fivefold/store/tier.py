@@ -30,6 +30,8 @@ class Tier:
         self.shared = False
         """Whether somebody else may hold these pages too, so that writing looks at their references first."""
         self.changed: list[tuple[np.ndarray, np.ndarray]] | None = None
+        self.reach = 0
+        """How many columns the device tables need for that."""
 
     @classmethod
     def gathered(cls, parts: Sequence[tuple[Tier, int, np.ndarray]], layers: int, heads: int, shared: bool) -> Tier:
@@ -80,13 +82,18 @@ class Tier:
 
     def track(self) -> None:
         """From now on remember what the device tables do not know, which is everything."""
-        self.changed = []
-        self._change(np.arange(len(self.table))[:, None], np.arange(self.capacity))
+        self.known()
+        self.change(np.arange(len(self.table))[:, None], np.arange(self.capacity))
 
-    def _change(self, rows: np.ndarray, columns: np.ndarray) -> None:
+    def change(self, rows: np.ndarray, columns: np.ndarray) -> None:
         """These places (arrays that are broadcast together) have other pages."""
         if self.changed is not None:
             self.changed.append((rows, columns))
+            self.reach = max(self.reach, int(columns.max(initial=-1)) + 1)
+
+    def known(self) -> None:
+        """The device tables know everything."""
+        self.changed, self.reach = [], 0
 
     def widen(self, change: Transaction, rows: np.ndarray, at: np.ndarray | int, count: int) -> None:
         """Fresh pages in the `count` columns from `at` on (of each row its own), behind those that count."""
@@ -97,7 +104,7 @@ class Tier:
         self.reserve(last)
         for pool, table in zip(self.pools, self.tables):
             table[rows[:, None], columns] = change.allocate(pool, columns.size).reshape(columns.shape)
-        self._change(rows[:, None], columns)
+        self.change(rows[:, None], columns)
 
     def drop(
         self,
@@ -122,7 +129,7 @@ class Tier:
             old = table[rows, :stop]
             change.release(pool, old[gone])
             table[rows, :stop] = np.take_along_axis(old, source, 1)
-        self._change(rows[:, None], np.arange(int(first.min()), stop))
+        self.change(rows[:, None], np.arange(int(first.min()), stop))
 
     def move(
         self, change: Transaction, rows: np.ndarray, columns: np.ndarray, pages: np.ndarray, number: int = 0
@@ -132,7 +139,7 @@ class Tier:
         table = self.tables[number]
         change.release(self.pools[number], table[rows, columns])
         table[rows, columns] = pages
-        self._change(rows, columns)
+        self.change(rows, columns)
 
     def unshare(self, change: Transaction, rows: np.ndarray, columns: np.ndarray | int) -> None:
         """Copies of its own for every page of `columns [rows]` that somebody else holds too, before it is written."""
@@ -149,7 +156,7 @@ class Tier:
             self._keep(change, rows[where], int(columns.max()) + 1)
             table[rows[where], columns[where]] = new
             change.release(pool, old[where])
-            self._change(rows[where], columns[where])
+            self.change(rows[where], columns[where])
 
     def adopt(
         self, change: Transaction, rows: np.ndarray, other: Tier, source: np.ndarray, columns: np.ndarray
@@ -164,7 +171,7 @@ class Tier:
         change.release(pool, self.table[rows, :width][there])
         self.table[rows, :width] = np.where(there, pages, EMPTY)
         self.shared = other.shared = True
-        self._change(rows[:, None], np.arange(width))
+        self.change(rows[:, None], np.arange(width))
 
     def _keep(self, change: Transaction, rows: np.ndarray, stop: int) -> None:
         """Note what the first columns of rows are, for a rollback."""
@@ -173,7 +180,7 @@ class Tier:
         def restore() -> None:
             for table, old in zip(self.tables, before):
                 table[rows, :stop] = old
-            self._change(rows[:, None], np.arange(stop))
+            self.change(rows[:, None], np.arange(stop))
 
         change.undo(restore)
 
