@@ -38,15 +38,58 @@ def attend_chunk(
     Returns the output, shape and dtype of the queries, and its log-sum-exp, float32 `[rows, heads, tokens]`.
     """
     extent, chunk, cap = group.bounds.extent, keys.shape[1], layer.spec.cap
-    if extent.recent is None or (group.bounds.length == 0 and chunk <= extent.recent):
+    start = int(group.bounds.length)
+    if start and cap is None and not extent.late_sink and takes_windows(queries):
+        return _attend_joined(layer, group, queries, keys, values, scaling)
+    if extent.recent is None or (start == 0 and chunk <= extent.recent):
         own = attend(queries, _spread(keys, queries), _spread(values, queries), scaling, causal=True, cap=cap)
     else:
-        start = int(group.bounds.length)
         own = _windowed(extent, start, queries, keys, values, np.arange(start, start + chunk), scaling, cap)
-    if group.bounds.length:
+    if start:
         for part in _stored(layer, group, queries, scaling):
             own = merge([own, part])
     return own[0].to(queries.dtype), own[1]
+
+
+def _attend_joined(
+    layer: LayerCache,
+    group: RowGroup,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend_chunk` where `takes_windows`: what is stored is copied together with the chunk, all of it under a window,
+    else the newest exact tokens. A GPU copies sooner than it attends once more and merges what comes out."""
+    extent, start, chunk = group.bounds.extent, int(group.bounds.length), keys.shape[1]
+    own = np.arange(start, start + chunk)
+    if extent.recent is None:
+        blocks = list(_exact(group, int(group.bounds.exact_tokens), True))
+        _, k, v = _join([*blocks[-1:], (slice(0, chunk), keys, values)])
+        before = k.shape[1] - chunk
+        k, v = _spread(k, queries), _spread(v, queries)
+        parts = [attend_window(queries, k, v, scaling, before, before + chunk)]
+        parts += [_over_all(queries, k, v, scaling, None) for _, k, v in blocks[:-1]]
+        parts += [_over_all(queries, k, v, scaling, None) for _, k, v in _packed(layer, group, queries)]
+        out, lse = merge(parts)
+        return out.to(queries.dtype), lse
+    tokens, pieces = int(group.bounds.exact_tokens), [(own, keys, values)]
+    positions = group.bounds.exact_positions(int(group.bounds.exact_pages))[:tokens]
+    pieces += [(positions[window], k, v) for window, k, v in _exact(group, tokens, False)]
+    pieces += _packed(layer, group, queries)
+    seen: list[tuple[np.ndarray, torch.Tensor, torch.Tensor]] = []
+    for at, k, v in pieces:
+        # Sinks and the others may lie side by side, and so may tokens that no query sees.
+        wanted = np.flatnonzero((at < extent.sink) | (at > start - extent.recent))
+        for run in np.split(wanted, np.flatnonzero((np.diff(wanted) != 1) | (np.diff(at[wanted]) != 1)) + 1):
+            if len(run):
+                part = slice(int(run[0]), int(run[-1]) + 1)
+                seen.append((at[part], k[:, part], v[:, part]))
+    seen.sort(key=lambda piece: int(piece[0][0]))
+    whole = torch.cat([k for _, k, _ in seen], 1), torch.cat([v for _, _, v in seen], 1)
+    at = np.concatenate([piece[0] for piece in seen])
+    out, lse = _windowed(extent, start, queries, *whole, at, scaling, None)
+    return out.to(queries.dtype), lse
 
 
 def _spread(x: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
@@ -177,19 +220,47 @@ def _join(parts: list[tuple[slice, torch.Tensor, torch.Tensor]]) -> tuple[slice,
     return whole, torch.cat([keys for _, keys, _ in parts], 1), torch.cat([values for _, _, values in parts], 1)
 
 
+def _over_all(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, cap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where every query sees every key: the group's heads and the chunk are rows of one product."""
+    rows, heads, chunk, dim = queries.shape
+    flat = queries.reshape(rows, 1, heads * chunk, dim)
+    out, lse = attend(flat, keys[:, None], values[:, None], scaling, cap=cap)
+    return out.view(queries.shape), lse.view(rows, heads, chunk)
+
+
+def _packed(
+    layer: LayerCache, group: RowGroup, queries: torch.Tensor
+) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
+    """The packed tier block by block: positions, and keys and values as decoded, `[rows, tokens, head_dim]`."""
+    if not group.packed.shape[1]:
+        return
+    assert layer.codec is not None and layer.packing is not None
+    bounds, page, (rows, _, _, dim) = group.bounds, layer.packing.page, queries.shape
+    step = max(1, (KEY_NUMBERS // (rows * dim) if queries.is_cuda else KEY_BLOCK) // page)
+    for first in range(0, group.packed.shape[1], step):
+        last = min(first + step, group.packed.shape[1])
+        begin = int(bounds.packed_base) + first * page
+        stop = min(int(bounds.packed_stop), int(bounds.packed_base) + last * page)
+        pair = unpack_fused(layer, group, first, last, queries.dtype)
+        if pair is None:
+            fields = {name: x.flatten(0, 1) for name, x in group.packed_fields(first, last).items()}
+            keys, values = group.codec(first, last).decode(fields)
+            pair = (keys.to(queries.dtype).reshape(rows, -1, dim), values.to(queries.dtype).reshape(rows, -1, dim))
+        keys, values = (x[:, : stop - begin] for x in pair)
+        yield np.arange(begin, stop), keys, values
+
+
 def _stored(
     layer: LayerCache, group: RowGroup, queries: torch.Tensor, scaling: float
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The chunk over each tier, block by block: parts to be merged."""
-    bounds, extent = group.bounds, group.bounds.extent
-    (rows, heads, chunk, dim), cap = queries.shape, layer.spec.cap
+    bounds, extent, cap = group.bounds, group.bounds.extent, layer.spec.cap
 
     def over(keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         if extent.recent is None:
-            # Every query sees every stored key: the group's heads and the chunk are rows of one product.
-            flat = queries.reshape(rows, 1, heads * chunk, dim)
-            out, lse = attend(flat, keys[:, None], values[:, None], scaling, cap=cap)
-            return out.view(queries.shape), lse.view(rows, heads, chunk)
+            return _over_all(queries, keys, values, scaling, cap)
         return _windowed(extent, int(bounds.length), queries, keys, values, positions, scaling, cap)
 
     tokens = int(bounds.exact_tokens)
@@ -197,18 +268,5 @@ def _stored(
     # Under a window sinks and the rest stay apart: what is attended on at once is a run of positions.
     for window, keys, values in _exact(group, tokens, queries.is_cuda and extent.recent is None):
         yield over(keys, values, positions[window])
-    if group.packed.shape[1]:
-        assert layer.codec is not None and layer.packing is not None
-        page = layer.packing.page
-        step = max(1, (KEY_NUMBERS // (rows * dim) if queries.is_cuda else KEY_BLOCK) // page)
-        for first in range(0, group.packed.shape[1], step):
-            last = min(first + step, group.packed.shape[1])
-            begin = int(bounds.packed_base) + first * page
-            stop = min(int(bounds.packed_stop), int(bounds.packed_base) + last * page)
-            pair = unpack_fused(layer, group, first, last, queries.dtype)
-            if pair is None:
-                fields = {name: x.flatten(0, 1) for name, x in group.packed_fields(first, last).items()}
-                keys, values = group.codec(first, last).decode(fields)
-                pair = (keys.to(queries.dtype).reshape(rows, -1, dim), values.to(queries.dtype).reshape(rows, -1, dim))
-            keys, values = (x[:, : stop - begin] for x in pair)
-            yield over(keys, values, np.arange(begin, stop))
+    for at, keys, values in _packed(layer, group, queries):
+        yield over(keys, values, at)

@@ -151,9 +151,9 @@ def _by_kernel(bank: Tables, due: Due, keys: np.ndarray, chunk: Chunk | None) ->
     row = np.repeat(np.arange(len(planes)), planes)
     number = np.arange(len(row)) - np.repeat(np.cumsum(planes) - planes, planes)
     at = (slot // PAGE)[row] + number
-    sources = _sources(bank, due, row, number, stored, chunk)
+    sources, stands = _sources(bank, due, row, number, stored, chunk)
     begin = np.flatnonzero((number == 0) | (at % page == 0))
-    size, row, at = np.diff(begin, append=len(at)), row[begin], at[begin]
+    whose, size, row, at = row, np.diff(begin, append=len(at)), row[begin], at[begin]
     packed = bank.packed.pool
     pages = bank.packed.table[due.rows[row], due.column[row] + at // page]
     places = np.stack([packed.addresses(packed.layout.fields[0].name, pages) >> 4, at % page], 1)
@@ -172,7 +172,7 @@ def _by_kernel(bank: Tables, due: Due, keys: np.ndarray, chunk: Chunk | None) ->
         for which in _alike(bank, due, keys) if chunk is None else ():  # the codec says what is wrong
             codec = bank.layers[int(due.rows[which[0]]) // bank.rows].codec
             assert codec is not None
-            codec.check(*_collect(bank, due.part(which, keys), 0, int(count[which[0]]), None))
+            codec.check(*(bank.exact.pool.read(name, stands[np.isin(whose, which)]) for name in KV))
         raise beyond("keys or values", largest)
 
     bank.change.check(look)
@@ -195,8 +195,8 @@ def _complete(bank: Tables, due: Due, stored: int, count: int, chunk: Chunk) -> 
 
 def _sources(
     bank: Tables, due: Due, row: np.ndarray, number: np.ndarray, stored: np.ndarray, chunk: Chunk | None
-) -> np.ndarray:
-    """Where keys and values of planes lie, in units of 16 bytes: int64 `[planes, 2]`."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where keys and values of planes lie, in units of 16 bytes: int64 `[planes, 2]`; and which are exact pages."""
     out = np.empty((len(row), 2), dtype=np.int64)
     there = number * PAGE < stored[row]
     which = row[there]
@@ -208,7 +208,7 @@ def _sources(
         token = (due.start - due.bounds.length)[which] + number[~there] * PAGE
         for side, x in enumerate(chunk):
             out[~there, side] = x.data_ptr() + (which * x.shape[1] + token) * x.shape[2] * x.element_size()
-    return out >> 4
+    return out >> 4, pages
 
 
 def _remember(bank: Tables, rows: np.ndarray, peak: float) -> None:
