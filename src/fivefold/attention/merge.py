@@ -108,9 +108,14 @@ def _attend_capped(
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 
+def is_large(queries: torch.Tensor, keys: int) -> bool:
+    """Whether attention of these queries over so many keys is worth a plan of cuDNN."""
+    return 4 * queries.numel() * keys >= CUDNN_OPERATIONS
+
+
 def _takes_cudnn(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, causal: bool) -> bool:
     """Whether torch would take cuDNN for this attention, and it is large enough to be worth a plan."""
-    if 4 * queries.numel() * keys.shape[2] < CUDNN_OPERATIONS * (1 + causal):
+    if not is_large(queries, keys.shape[2] // (1 + causal)):
         return False
     chosen = torch.ops.aten._fused_sdp_choice(queries, keys, values, None, 0.0, causal)
     return bool(chosen == SDPBackend.CUDNN_ATTENTION.value)

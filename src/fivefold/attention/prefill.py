@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fivefold.attention.fused import unpack_fused
-from fivefold.attention.merge import MASKED, attend, attend_window, merge, takes_windows
+from fivefold.attention.merge import MASKED, attend, attend_window, is_large, merge, takes_windows
 from fivefold.kernels.device import sent
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.layer_cache import LayerCache
@@ -65,11 +65,15 @@ def _attend_joined(
     own = np.arange(start, start + chunk)
     if extent.recent is None:
         blocks = list(_exact(group, int(group.bounds.exact_tokens), True))
-        _, k, v = _join([*blocks[-1:], (slice(0, chunk), keys, values)])
-        before = k.shape[1] - chunk
-        k, v = _spread(k, queries), _spread(v, queries)
-        parts = [attend_window(queries, k, v, scaling, before, before + chunk)]
-        parts += [_over_all(queries, k, v, scaling, None) for _, k, v in blocks[:-1]]
+        # What is large is better off alone, where another kernel takes it.
+        last = [blocks.pop()] if blocks and not is_large(queries, blocks[-1][1].shape[1]) else []
+        _, k, v = _join([*last, (slice(0, chunk), keys, values)])
+        before, k, v = k.shape[1] - chunk, _spread(k, queries), _spread(v, queries)
+        if last:
+            parts = [attend_window(queries, k, v, scaling, before, before + chunk)]
+        else:
+            parts = [attend(queries, k, v, scaling, causal=True)]
+        parts += [_over_all(queries, k, v, scaling, None) for _, k, v in blocks]
         parts += [_over_all(queries, k, v, scaling, None) for _, k, v in _packed(layer, group, queries)]
         out, lse = merge(parts)
         return out.to(queries.dtype), lse

@@ -343,7 +343,8 @@ def _packing(device: torch.device, sizes: Sizes) -> dict[str, Any]:
 def _launches(device: torch.device, sizes: Sizes) -> dict[str, float]:
     """Seconds that the host takes for a layer of a chunk, of a model so narrow that the device waits for it."""
     chunk, chunks, found = 128, 6, {}
-    for kind, recipe in (("exact", "full()"), ("packed", "kivi(bits=4)")):
+    split = "duo(keep=0.5) + kivi(bits=4)"
+    for kind, recipe in (("exact", "full()"), ("packed", "kivi(bits=4)"), ("split", split)):
         times = []
         for layers in sizes.layers:
             model = decode.build({**sizes.narrow, "num_hidden_layers": layers}, device)
