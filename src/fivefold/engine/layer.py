@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -16,6 +15,7 @@ from fivefold.errors import NonFiniteError
 from fivefold.store.codec import FLOAT16_MAX, Codec, beyond
 from fivefold.store.group import RowGroup
 from fivefold.store.layer_cache import LayerCache
+from fivefold.store.transaction import Transaction
 
 
 def attend(
@@ -64,7 +64,7 @@ def attend(
     keys, values = key.reshape(rows, chunk, dim), value.reshape(rows, chunk, dim)
     if chunk > 1 and store.codec is not None and not stored:
         if keys.is_cuda and store.codec.form is not None and session.change is not None:
-            session.change.check(_later(store.codec, keys, values))  # or the host would wait for every layer
+            _check_later(session.change, store.codec, keys, values)  # or the host would wait for every layer
         else:
             store.codec.check(keys, values)
     out = _over_groups(session, store, queries, keys, values, scaling, inputs, sinks, stored)
@@ -112,19 +112,17 @@ def _over_groups(
     return out
 
 
-def _later(codec: Codec, keys: torch.Tensor, values: torch.Tensor) -> Callable[[], None]:
+def _check_later(change: Transaction, codec: Codec, keys: torch.Tensor, values: torch.Tensor) -> None:
     """`Codec.check` of a codec whose pages kernels read, once the device has come so far."""
-    ends = {"keys": torch.stack(keys.aminmax()), "values": torch.stack(values.aminmax())}
 
-    def look() -> None:
-        for name, pair in ends.items():
-            low, high = pair.tolist()
+    def look(ends: list[float]) -> None:
+        for name, low, high in (("keys", ends[0], ends[1]), ("values", ends[2], ends[3])):
             peak = max(-low, high) if low == low else low
             if not peak <= FLOAT16_MAX:  # also when it is NaN
                 raise beyond(name, peak)
             codec.peak = max(codec.peak, peak)
 
-    return look
+    change.check(torch.stack([*keys.aminmax(), *values.aminmax()]).float(), look)
 
 
 def _check_finite(layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:

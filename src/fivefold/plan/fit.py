@@ -14,8 +14,9 @@ from fivefold.plan.shape import LayerShape, ModelShape
 from fivefold.plan.time import Read, prefill, step
 from fivefold.recipe import Recipe
 
+HOST = 1.05
+"""A prompt whose launches add more than this to the device's least work is bound by the host."""
 FITTED = ("step", "word", "layer", "pointwise", "packed_layer", "packed_row")
-WAITS = ("packed", "split", "stored")
 
 
 @dataclass(frozen=True)
@@ -114,17 +115,17 @@ def fit_steps(rows: Sequence[Row], machine: Machine, efficiencies: bool = False)
 
 
 def fit_prompts(rows: Sequence[Prompt], machine: Machine) -> Machine:
-    """The machine with `prompt_pointwise` and `wait` so that the relative errors of the rows are least. Rates of
-    products and of attention stay as they were measured: both grow with the tokens, as what is fitted does, and rows
-    of one model cannot tell them apart."""
-    wait = dict.fromkeys(WAITS, 0.0)
-    bare = replace(machine, prompt_pointwise=0.0, wait=wait, host_layer={"exact": 0.0, "packed": 0.0})
-    ways = [replace(bare, prompt_pointwise=1.0), *(replace(bare, wait={**wait, name: 1.0}) for name in WAITS)]
-    known = np.array([row.predicted(bare) for row in rows])
-    seconds = np.array([row.seconds for row in rows])
-    table = np.array([[row.predicted(way) for way in ways] for row in rows]) - known[:, None]
-    moved, *waits = least(table / seconds[:, None], (seconds - known) / seconds)
-    return replace(machine, prompt_pointwise=moved, wait=dict(zip(WAITS, waits)))
+    """The machine with the `prompt_pointwise` for which the relative errors of the rows are least. Rates of products
+    and of attention stay as they were measured: both grow with the tokens, as what is fitted does, and rows of one
+    model cannot tell them apart. Rows that the host bounds say nothing about the device."""
+    idle = replace(machine, prompt_pointwise=0.0, host_layer=dict.fromkeys(machine.host_layer, 0.0))
+    least_work = replace(machine, prompt_pointwise=0.0)
+    busy = [row for row in rows if row.predicted(least_work) <= HOST * row.predicted(idle)]
+    known, seconds = (np.array([x(row) for row in busy]) for x in (lambda r: r.predicted(idle), lambda r: r.seconds))
+    one = replace(idle, prompt_pointwise=1.0)
+    table = np.array([row.predicted(one) for row in busy]) - known
+    (moved,) = least((table / seconds)[:, None], (seconds - known) / seconds)
+    return replace(machine, prompt_pointwise=moved)
 
 
 def fit_switch(rows: Sequence[Mapping[str, Any]], machine: Machine) -> Machine:

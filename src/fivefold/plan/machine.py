@@ -38,10 +38,8 @@ class Machine:
     products, which grows with the tokens: in how many copies of the hidden vector, at `bandwidth`, it is done; of a
     step, and (prompt_pointwise) of a prompt.
 
-    host_layer: what the host takes to launch one layer of a chunk of a prompt, "exact" or "packed". wait: how long the
-    device has nothing to do in a layer that packs a chunk, since the host waits for it there and only then goes on;
-    "packed", or "split" where the layer's heads are of two kinds, and "stored" besides where the chunk also attends to
-    something that is stored.
+    host_layer: what the host takes to launch one layer of a chunk of a prompt, "exact", "packed", or "split" where it
+    packs and its heads are of two kinds.
 
     to_host, from_host: what `cache.offload()` and `restore()` reach; put_start, bring_start: what they take besides, of
     an "exact" cache or one with "packed" pages.
@@ -68,7 +66,6 @@ class Machine:
     packed_layer: float
     packed_row: float
     host_layer: Mapping[str, float]
-    wait: Mapping[str, float]
     to_host: float
     from_host: float
     put_start: Mapping[str, float]

@@ -36,7 +36,7 @@ BITS = (2, 3, 4, 8)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 DIMS, EXTENTS = (64, 128), ("small", "large")
 READ = ("full()", "kivi(bits=4)", "duo(keep=0.5) + kivi(bits=4)")
-PROMPT_POINTWISE, WAIT = 120.0, {"packed": 0.0018, "split": 0.006, "stored": 0.001}
+PROMPT_POINTWISE = 120.0
 """Where no prompts were timed: of an H100."""
 
 
@@ -127,7 +127,6 @@ def constants(raw: Mapping[str, Any], name: str | None = None, date: str | None 
         packed_layer=0.0,
         packed_row=0.0,
         host_layer=raw["launches"],
-        wait=WAIT,
         to_host=link["to_host"],
         from_host=link["from_host"],
         put_start=link["put_start"],

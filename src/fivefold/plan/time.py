@@ -22,6 +22,8 @@ LARGE = 1 << 40
 """Operations from which a prompt's attention is by cuDNN (`attention.merge.CUDNN_OPERATIONS`), twice that if causal."""
 BLOCK = 1 << 25
 """Numbers of stored keys that a chunk attends to at a time (`attention.prefill.KEY_NUMBERS`)."""
+STORED = "what is stored"
+"""What the names of those parts of a prompt end with that grow with what has been read before."""
 MERGED = 32
 """Bytes that move for each number of an attention's output when another part is merged into it, in float32."""
 ITEM = {"float32": 4, "float64": 8, "float8_e4m3fn": 1, "int8": 1}
@@ -190,14 +192,14 @@ def prefill(
     operations = 2 * (inner * tokens + output) * batch / gpus
     said = f"2 x {inner / gpus:.4g} weights x {tokens * batch:,} tokens / {machine.products / 1e12:.0f} TFLOP/s"
     device = [Term("products", operations / machine.products, said, "compute")]
-    device += _prompt_attention(model, machine, sizes, batch, reach, gpus)
+    device += _prompt_attention(model, machine, sizes, batch, bool(packed), reach, gpus)
     moved = len(model.layers) * tokens * batch * machine.prompt_pointwise * model.hidden * size / gpus
     said = f"{_bytes(moved)} moved / {_rate(machine.bandwidth)}"
     device.append(Term("small operations", moved / machine.bandwidth, said, "bandwidth"))
     device += _stored(model, machine, sizes, batch, packed, bits, reach, gpus)
     if gpus > 1:
         device.append(_all_reduce(model, machine, tokens * batch // len(sizes), gpus, len(sizes)))
-    return Estimate((*device, *_launching(model, machine, len(sizes), bool(packed), split, _sum(device))))
+    return Estimate((*device, _launching(model, machine, sizes, bool(packed), split, device)))
 
 
 def _sum(terms: Iterable[Term]) -> float:
@@ -205,28 +207,22 @@ def _sum(terms: Iterable[Term]) -> float:
 
 
 def _launching(
-    model: ModelShape, machine: Machine, chunks: int, packed: bool, split: bool, device: float
-) -> Iterator[Term]:
-    """What a prompt takes beyond the device's work. An exact cache never waits for the device: only what launching
-    takes longer than the work shows. Before it packs, a layer waits until it knows the range of what it packs, and the
-    device then has nothing to do until the host has launched more."""
-    layers, waited = len(model.layers), 0.0
-    if packed:
-        count = sum(layer.kind == "full" for layer in model.layers)
-        each = machine.wait["split" if split else "packed"]
-        more = (chunks - 1) * count * machine.wait["stored"]
-        waited = chunks * count * each + more
-        said = f"{chunks} chunks x {count} layers x {_seconds(each)}"
-        if more:
-            said += f" + {chunks - 1} x {count} x {_seconds(machine.wait['stored'])}"
-        yield Term("waiting for the range of what is packed", waited, said, "launches")
-    each = machine.host_layer["packed" if packed else "exact"] * (2 if split else 1)
-    said = f"{chunks} chunks x {layers} layers x {_seconds(each)} - {_seconds(device + waited)} at work or waiting"
-    yield Term("launches", max(0.0, chunks * layers * each - device - waited), said, "launches")
+    model: ModelShape, machine: Machine, chunks: Sequence[int], packed: bool, split: bool, device: Sequence[Term]
+) -> Term:
+    """What a prompt takes beyond the device's work: what launching a chunk takes longer than the work of that chunk,
+    which grows with what is stored."""
+    each = machine.host_layer["split" if split and packed else "packed" if packed else "exact"]
+    held = list(accumulate(chunks, initial=0))[:-1]
+    growing = _sum(term for term in device if term.name.endswith(STORED))
+    alike, share = (_sum(device) - growing) / sum(chunks), growing / (sum(held) or 1)
+    host = len(model.layers) * each
+    longer = sum(max(0.0, host - alike * chunk - share * before) for chunk, before in zip(chunks, held))
+    said = f"{len(chunks)} chunks x {len(model.layers)} layers x {_seconds(each)}, less the device's work meanwhile"
+    return Term("launches", longer, said, "launches")
 
 
 def _prompt_attention(
-    model: ModelShape, machine: Machine, chunks: Sequence[int], batch: int, reach: float, gpus: int
+    model: ModelShape, machine: Machine, chunks: Sequence[int], batch: int, packed: bool, reach: float, gpus: int
 ) -> Iterable[Term]:
     """Each chunk over itself and over what is stored; 4 operations a query head, channel and pair of tokens."""
     found: dict[str, float] = {}
@@ -237,7 +233,12 @@ def _prompt_attention(
         each, block = 4 * layer.query_heads * layer.head_dim * rows, _block(layer, rows)
         for chunk in chunks:
             held = before if window is None else min(before, window)
-            parts = [("causal", each * chunk * chunk >= 2 * LARGE, pairs(chunk, window))]
+            beside = held > 0 and window is None and _joins(each, chunk, held, block, packed)
+            own, last = pairs(chunk, window), 0 if packed or not beside else (held - 1) // block * block
+            parts = [("causal", not beside and each * chunk * chunk >= 2 * LARGE, own)]
+            if beside and not packed:
+                parts.append(("past", False, chunk * (held - last)))
+                held = last
             for first in range(0, held, block):
                 seen = chunk * min(block, held - first)
                 parts.append(("past", each * seen >= LARGE, seen))
@@ -249,6 +250,12 @@ def _prompt_attention(
         said = f"{operations:.4g} operations / {machine.prompt[key] / 1e12:.0f} TFLOP/s"
         what = "the prompt itself" if key.startswith("causal") else "what is stored"
         yield Term(f"attention to {what}", operations / machine.prompt[key], said, "compute")
+
+
+def _joins(each: float, chunk: int, held: int, block: int, packed: bool) -> bool:
+    """Whether a chunk attends to the newest exact tokens and to itself at once: where they are not worth a plan of
+    cuDNN, which the few that are not packed never are. each: operations of a pair of tokens."""
+    return packed or each * chunk * (held - (held - 1) // block * block) < LARGE
 
 
 def _block(layer: LayerShape, rows: float) -> int:
@@ -291,8 +298,11 @@ def _stored(
     moved = 0.0 if packed else 2 * back * exact  # chunks lie apart, and are copied together
     for layer, count in Counter(full).items():
         rows = batch * reach / gpus
+        each, block = 4 * layer.query_heads * layer.head_dim * rows, _block(layer, rows)
         for chunk, before in zip(chunks, held):
-            parts = -(-before // _block(layer, rows)) + (1 if packed and before else 0)
+            parts = -(-before // block)
+            if before and not packed and _joins(each, chunk, before, block, False):
+                parts -= 1
             moved += count * parts * MERGED * chunk * rows * layer.query_heads * layer.head_dim
     if moved:
         said = f"{_bytes(moved)} moved / {_rate(machine.bandwidth)}"

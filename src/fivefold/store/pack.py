@@ -164,8 +164,8 @@ def _by_kernel(bank: Tables, due: Due, keys: np.ndarray, chunk: Chunk | None) ->
     tensors = sent(bank.device, *work)
     peaks = [pack_exact(form, *pair, first.spec.dtype) for pair in zip(tensors[::2], tensors[1::2])]
 
-    def look() -> None:
-        largest = max(float(peak) for peak in peaks)
+    def look(found: list[float]) -> None:
+        largest = max(found)
         if largest <= LARGEST:
             _remember(bank, due.rows, largest)
             return
@@ -175,7 +175,7 @@ def _by_kernel(bank: Tables, due: Due, keys: np.ndarray, chunk: Chunk | None) ->
             codec.check(*(bank.exact.pool.read(name, stands[np.isin(whose, which)]) for name in KV))
         raise beyond("keys or values", largest)
 
-    bank.change.check(look)
+    bank.change.check(torch.cat(peaks), look)
     return True
 
 
