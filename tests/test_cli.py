@@ -275,6 +275,14 @@ def test_bad_models(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch)
     refused(generate("-m", tiny, "--device", "cuda:99"), "'cuda:99'")
     refused(generate("-m", tiny, "--chat"), "no chat template")
     refused(generate("-m", tiny, "--dtype", "int8"), "'int8'", "bfloat16")
+    for command in (
+        ("demo",),
+        ("eval",),
+        ("sweep", "-r", "full()"),
+        ("calibrate", "-r", "tidal()", "-o", tmp_path / "to"),
+    ):
+        refused(run(*command, "-m", tiny, "--dtype", "int8"), "'int8'", "bfloat16")
+        refused(run(*command, "-m", tiny, "--device", "cuda:99"), "'cuda:99'")
     refused(generate("-m", tiny, "--temperature", "inf"), "inf")
     monkeypatch.setenv("FIVEFOLD_CACHE", str(tmp_path / "cache"))
     refused(generate(), "fivefold fetch")

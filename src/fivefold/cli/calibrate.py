@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from fivefold.cli.app import ModelOption, SeedOption
+from fivefold.cli.app import DeviceOption, DtypeOption, ModelOption, SeedOption
 from fivefold.cli.files import read_text
+from fivefold.cli.generating import check_dtype
 from fivefold.cli.models import fetch_if_missing, load_model
 from fivefold.cli.terminal import err, out, stop_request, work_bar
 
@@ -31,12 +32,15 @@ def calibrate(
         int | None, typer.Option("--tokens", "-n", min=1, metavar="N", help="Tokens to read; 65536 if not given.")
     ] = None,
     model: ModelOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     seed: SeedOption = 0,
 ) -> None:
     """Learn what a recipe's method must know about a model, and keep it as a profile.
 
     A run that is broken off goes on where it stopped.
     """
+    check_dtype(dtype)
     with err.status("Preparing"):
         from fivefold.calibrate import run as work
         from fivefold.recipe import Recipe
@@ -46,7 +50,7 @@ def calibrate(
         texts = None if text is None else [read_text(file, "the text file") for file in text]
     fetch_if_missing(model)
     with err.status("Loading the model"):
-        network, tokenizer = load_model(model, "auto", "auto")
+        network, tokenizer = load_model(model, dtype, device)
     start = time.perf_counter()
     try:
         with stop_request() as stopped, work_bar() as progress:

@@ -12,8 +12,9 @@ from rich.live import Live
 from rich.padding import Padding
 from rich.text import Text
 
-from fivefold.cli.app import JsonFileOption, ModelOption, RecipesOption, SeedOption
+from fivefold.cli.app import DeviceOption, DtypeOption, JsonFileOption, ModelOption, RecipesOption, SeedOption
 from fivefold.cli.files import writable, write_results
+from fivefold.cli.generating import check_dtype
 from fivefold.cli.models import fetch_if_missing, load_model
 from fivefold.cli.terminal import err, out, progress_bars
 from fivefold.tables import Table
@@ -34,9 +35,12 @@ def demo(
     ] = None,
     json_file: JsonFileOption = None,
     model: ModelOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     seed: SeedOption = 0,
 ) -> None:
     """Compare recipes on one machine: memory, speed, fidelity, and facts found in a long text."""
+    check_dtype(dtype)
     target = None if json_file is None else writable(json_file)
     with err.status("Preparing"):
         from fivefold.evaluate import demo as work
@@ -47,7 +51,7 @@ def demo(
         parsed = [Recipe.parse(text) for text in texts]
     fetch_if_missing(model)
     with err.status("Loading the model"):
-        network, tokenizer = load_model(model, "auto", "auto")
+        network, tokenizer = load_model(model, dtype, device)
         from fivefold.models.huggingface import make_cache
 
         for one in parsed:  # what does not fit the model is known before the long work

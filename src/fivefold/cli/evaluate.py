@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from fivefold.cli.app import JsonFileOption, ModelOption, RecipesOption, SeedOption
+from fivefold.cli.app import DeviceOption, DtypeOption, JsonFileOption, ModelOption, RecipesOption, SeedOption
 from fivefold.cli.files import writable, write, write_results
+from fivefold.cli.generating import check_dtype
 from fivefold.cli.models import fetch_if_missing, load_model
 from fivefold.cli.terminal import err, out, work_bar
 from fivefold.errors import FivefoldError, InputError
@@ -59,6 +60,8 @@ def evaluate(
     everything: AllOption = False,
     ruler_data: RulerDataOption = None,
     model: ModelOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     seed: SeedOption = 0,
 ) -> None:
     """Find out where recipes break: fidelity on real text and stress tasks, against the exact cache.
@@ -71,7 +74,10 @@ def evaluate(
         for name, line in {**engine.suite_lines(), f"{jsonl.PREFIX}FILE": jsonl.LINE, **ruler.lines()}.items():
             out.print(Text.assemble((f"{name:<14} ", "bold"), line))
         return
-    _measure(recipe, suite, context, samples, seed, model, json_file, html_file, store, lens, everything, ruler_data)
+    _measure(
+        recipe, suite, context, samples, seed, (model, dtype, device), json_file, html_file, store, lens, everything,
+        ruler_data,
+    )  # fmt: skip
 
 
 def sweep(
@@ -91,12 +97,15 @@ def sweep(
     everything: AllOption = False,
     ruler_data: RulerDataOption = None,
     model: ModelOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     seed: SeedOption = 0,
 ) -> None:
     """Measure many recipes like eval does, and find those that no other one beats in bytes or in time."""
     _measure(
-        recipe, suite, context, samples, seed, model, json_file, html_file, store, lens, everything, ruler_data, True
-    )
+        recipe, suite, context, samples, seed, (model, dtype, device), json_file, html_file, store, lens, everything,
+        ruler_data, True,
+    )  # fmt: skip
 
 
 def _measure(
@@ -105,7 +114,7 @@ def _measure(
     context: str,
     samples: int,
     seed: int,
-    model: str | None,
+    loaded: tuple[str | None, str, str],
     json_file: str | None,
     html_file: str | None,
     store: str | None,
@@ -114,7 +123,9 @@ def _measure(
     ruler_data: str | None,
     braces: bool = False,
 ) -> None:
-    """What eval and sweep have in common: plan, run, show, write."""
+    """What eval and sweep have in common: plan, run, show, write. loaded: the model, its dtype and device."""
+    model, dtype, device = loaded
+    check_dtype(dtype)
     targets = {name: writable(name) for name in (json_file, html_file) if name is not None}
     with err.status("Preparing"):
         from fivefold.evaluate import engine, html, tables
@@ -137,7 +148,7 @@ def _measure(
         )
     fetch_if_missing(model)
     with err.status("Loading the model"):
-        network, tokenizer = load_model(model, "auto", "auto")
+        network, tokenizer = load_model(model, dtype, device)
         from fivefold.models.huggingface import make_cache
 
         fitting = []

@@ -13,9 +13,13 @@ from fivefold.tables import Facts
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def check_options(dtype: str, temperature: float) -> None:
+def check_dtype(dtype: str) -> None:
     if dtype not in DTYPES:
         raise InputError(f"--dtype {dtype!r} is not possible: use one of {', '.join(DTYPES)}.")
+
+
+def check_options(dtype: str, temperature: float) -> None:
+    check_dtype(dtype)
     if not math.isfinite(temperature):
         raise InputError(f"--temperature {temperature} is not possible: use a number from 0 on.")
 
