@@ -11,11 +11,12 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from fivefold.attention.compensate import left_of
 from fivefold.attention.fused import unpack_fused
 from fivefold.attention.merge import MASKED, attend, attend_window, merge, takes_windows
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.layer_cache import LayerCache
-from fivefold.store.rows import PAGE, Extent
+from fivefold.store.rows import PAGE, Bounds, Extent
 
 QUERY_BLOCK = 512
 # Tokens of the packed tier that are decoded at a time; on a GPU as many as make so many numbers.
@@ -34,10 +35,11 @@ def attend_chunk(
     """Attention of a chunk that is not yet stored.
 
     queries: `[rows, query_heads per kv head, tokens, head_dim]`; keys, values: `[rows, tokens, head_dim]`.
-    Returns the output, shape and dtype of the queries, and its log-sum-exp, float32 `[rows, heads, tokens]`.
+    Returns the output, shape and dtype of the queries, and its log-sum-exp, float32 `[rows, heads, tokens]`. Where the
+    window is one of the text, every query sees all of the chunk before it and all that has not left by now.
     """
     extent, chunk, cap = group.bounds.extent, keys.shape[1], layer.spec.cap
-    if extent.recent is None or (group.bounds.length == 0 and chunk <= extent.recent):
+    if _sees_all(extent) or (group.bounds.length == 0 and chunk <= extent.recent):  # type: ignore[operator]
         own = attend(queries, _spread(keys, queries), _spread(values, queries), scaling, causal=True, cap=cap)
     else:
         start = int(group.bounds.length)
@@ -45,7 +47,15 @@ def attend_chunk(
     if group.bounds.length:
         for part in _stored(layer, group, queries, scaling):
             own = merge([own, part])
+    left = left_of(layer, group, queries, scaling)
+    if left is not None:
+        own = merge([own, left])
     return own[0].to(queries.dtype), own[1]
+
+
+def _sees_all(extent: Extent) -> bool:
+    """Whether all queries of a chunk see the same of what is stored, and all of the chunk before them."""
+    return extent.recent is None or extent.share is not None
 
 
 def _spread(x: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
@@ -184,8 +194,8 @@ def _stored(
     (rows, heads, chunk, dim), cap = queries.shape, layer.spec.cap
 
     def over(keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        if extent.recent is None:
-            # Every query sees every stored key: the group's heads and the chunk are rows of one product.
+        if _sees_all(extent):
+            # Every query sees these stored keys: the group's heads and the chunk are rows of one product.
             flat = queries.reshape(rows, 1, heads * chunk, dim)
             out, lse = attend(flat, keys[:, None], values[:, None], scaling, cap=cap)
             return out.view(queries.shape), lse.view(rows, heads, chunk)
@@ -194,8 +204,9 @@ def _stored(
     tokens = int(bounds.exact_tokens)
     positions = bounds.exact_positions(int(bounds.exact_pages))[:tokens]
     # Under a window sinks and the rest stay apart: what is attended on at once is a run of positions.
-    for window, keys, values in _exact(group, tokens, queries.is_cuda and extent.recent is None):
-        yield over(keys, values, positions[window])
+    for window, keys, values in _exact(group, tokens, queries.is_cuda and _sees_all(extent)):
+        for first, last in _seen(bounds, positions[window]):
+            yield over(keys[:, first:last], values[:, first:last], positions[window][first:last])
     if group.packed.shape[1]:
         assert layer.codec is not None and layer.packing is not None
         page = layer.packing.page
@@ -209,5 +220,15 @@ def _stored(
                 fields = {name: x.flatten(0, 1) for name, x in group.packed_fields(first, last).items()}
                 keys, values = group.codec(first, last).decode(fields)
                 pair = (keys.to(queries.dtype).reshape(rows, -1, dim), values.to(queries.dtype).reshape(rows, -1, dim))
-            keys, values = (x[:, : stop - begin] for x in pair)
-            yield over(keys, values, np.arange(begin, stop))
+            positions = np.arange(begin, stop)
+            for low, high in _seen(bounds, positions):
+                yield over(pair[0][:, low:high], pair[1][:, low:high], positions[low:high])
+
+
+def _seen(bounds: Bounds, positions: np.ndarray) -> list[tuple[int, int]]:
+    """Runs of slots at ascending positions, without those that have left; queries' own windows are masked later."""
+    count, left = len(positions), int(bounds.left)
+    if not left or bounds.share < 0:
+        return [(0, count)]
+    sinks, first = (int(np.searchsorted(positions, x)) for x in (min(bounds.sink, left), left))
+    return [(low, high) for low, high in ((0, sinks), (first, count)) if low < high]
