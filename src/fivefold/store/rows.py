@@ -299,6 +299,8 @@ class Bounds(NamedTuple):
         out = self._replace(length=length)
         if max(self.first_held, self.left) > max(self.pinned, out.oldest_visible):
             return None
+        if self.left > max(0, out.oldest_visible):
+            out = out._replace(left=0)  # all that has left is in the pinned pages, and may be seen again
         if length >= self.exact_base or packing is None or self.packed_stop == self.packed_base:
             return out
         stop = max(self.packed_base, self.packed_base + (length - self.packed_base) // packing.group * packing.group)
