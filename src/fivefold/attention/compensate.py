@@ -79,5 +79,3 @@ def beside(out: torch.Tensor, lse: torch.Tensor | None, left: Part | None) -> tu
 def compensates(layer: LayerCache) -> bool:
     """Whether some of its rows keep a compensation token."""
     return any(extent.compensate for extent in layer.extents)
-
-
