@@ -49,7 +49,8 @@ def left_of_all(layer: LayerCache, queries: torch.Tensor, scaling: float) -> Par
         return torch.from_numpy(logs.astype(np.float32)).to(layer.spec.device)
 
     logs = bank.memo.get(("left", counts.tobytes()), make)[layer.base : layer.base + layer.rows]
-    return _part(layer, *(layer.learned[name] for name in MEANS), logs[:, None], queries, scaling)
+    keys, values = (layer.learned[name] for name in MEANS)
+    return _part(layer, keys, values, logs[:, None], queries, scaling)
 
 
 def _part(

@@ -57,14 +57,11 @@ class RazorAttention(Method):
     echo: float = param(0.01, "fraction of query heads that retrieve by echo score", low=0, high=1)
     sink: int = param(4, "first tokens that other heads hold", low=0)
     least: int = param(4000, "most recent tokens that other heads hold at least", low=1)
-    share: float = param(
-        0.2, "fraction of the text, its most recent tokens, that other heads hold at least", low=0, high=1
-    )
+    share: float = param(0.2, "fraction of the text that they hold at least, its newest part", low=0, high=1)
     compensate: bool = param(True, "whether what other heads drop becomes one compensation token")
     profile: str | None = param(None, "folder of a profile; left out: the one that ships for the model")
 
     captures: ClassVar[tuple[Capture, ...]] = ("attending_queries", "attending_keys")
-    by_step = True
     by_step = True
 
     def learner(self, specs: Sequence[LayerSpec]) -> Learner:
@@ -123,9 +120,7 @@ class _Scores(Learner):
         longest = getattr(config, "max_position_embeddings", None) or COPIES * _TOKENS
         self.copy = min(_TOKENS, longest // COPIES)
         if self.copy < 2:
-            raise InputError(
-                f"a context of {longest} tokens is too short for {COPIES} copies: razor needs {2 * COPIES}."
-            )
+            raise InputError(f"a context of {longest} tokens cannot hold {COPIES} copies: razor needs {2 * COPIES}.")
         generator = torch.Generator().manual_seed(subject.seed)
         known = config.vocab_size
         # Each token once where there are enough: a copy is then told from everything else.
