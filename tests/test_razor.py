@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import fivefold
+from conftest import DEVICES, KERNELS
 from fivefold import Recipe
 from fivefold.attention.decode import attend_step
 from fivefold.attention.prefill import attend_chunk
@@ -27,7 +29,7 @@ from fivefold.store.compensation import MEANS
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.rows import PAGE, Bounds, Packing, upgraded
 from fivefold.store.spec import Pools
-from recipes import SHAPE
+from recipes import SHAPE, written
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -320,17 +322,81 @@ def test_a_failed_forward_and_a_crop(tiny: Any, tmp_path: Path, monkeypatch: pyt
     assert torch.equal(a, b)
 
 
-def test_no_graph_is_captured(tiny: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernels_of_a_gpu(tiny: Any, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's kernels run, and the compensation token is merged with what they return; no graph is captured."""
+    pytest.importorskip("triton", reason="needs Triton")
+    model = copy.deepcopy(tiny(**SHAPE)).to(device)
+    ids = torch.randint(1, 131, (1, 200), generator=torch.Generator().manual_seed(1)).to(device)
+    recipe = f'razor(least=40, share=0.1, profile="{profile_of(model, tmp_path / "p", [(0, 0)])}")'
+    found = []
+    for kernels in (KERNELS, "reference"):
+        monkeypatch.setenv("FIVEFOLD_KERNELS", kernels)
+        cache = fivefold.compress(model, f"{recipe} + kivi(bits=4, residual=32)")
+        found.append(logits(model, cache, ids[:, :153], [150, 1, 1, 1]))
+        assert bool(cache.session.stepping) == (kernels != "reference")
+        why = Step.why_not(cache.session)
+        assert why is not None and (kernels == "reference" or "graph" in why)
+    torch.testing.assert_close(found[0], found[1], atol=2e-2, rtol=2e-2)
+
+
+def test_a_prompt_can_be_put_into_a_cache(tiny: Any, tmp_path: Path) -> None:
+    """As `benchmarks/razor.py` does: what a whole cache holds of a prompt, compressed, is what reading it leaves."""
     model = tiny(**SHAPE)
-    folder = profile_of(model, tmp_path / "p", [(0, 0)])
-    cache = fivefold.compress(model, f'razor(profile="{folder}")')
-    monkey = Step.why_not(cache.session)
-    assert monkey is not None and ("CPU" in monkey or "graph" in monkey)
+    ids = torch.randint(1, 131, (1, 230), generator=torch.Generator().manual_seed(1))
+    recipe = f'razor(least=40, share=0.1, profile="{profile_of(model, tmp_path / "p", [(0, 0)])}") + kivi(bits=4)'
+    read, put, full = (fivefold.compress(model, x) for x in (recipe, recipe, "full()"))
+    for cache in (read, full):
+        logits(model, cache, ids, [200])
+
+    def write(store: LayerCache) -> None:
+        keys, values = full.session.stores[store.spec.layer].groups[0].dense()
+        for group, _ in store.split_by(store.lengths() * 0 + 200):
+            store.append(group, keys[group.rows_tensor], values[group.rows_tensor])
+
+    put.session.put(1, 200, write)
+    found, wanted = (logits(model, x, ids[:, 200:], [1] * 30) for x in (put, read))
+    assert torch.equal(found, wanted)
 
 
 def test_sliding_layers_stay_as_they_are(tiny: Any) -> None:
     spec = LayerSpec(0, 2, 2, 4, 64, torch.float32, CPU, window=24)
     assert RazorAttention().extents(spec) == [Extent()] * 2
+
+
+@pytest.mark.parametrize("other", ["kivi2", "gear", "mikv", "rotatekv", "cskv", "h2o", "d2o", "tidal", "mikv-high8"])
+def test_beside_other_methods(tiny: Any, tmp_path: Path, other: str) -> None:
+    """The means are those of what heads held, as it was read from their pages, when it left."""
+    model = tiny(**SHAPE)
+    ids = torch.randint(1, 131, (2, 420), generator=torch.Generator().manual_seed(1))
+    folder = profile_of(model, tmp_path / "p", [(0, 0), (1, 2)])
+    cache = fivefold.compress(model, f'razor(least=70, share=0.1, profile="{folder}") + {written(other, model)}')
+    stores = cache.session.stores
+    logits(model, cache, ids, [150])
+    before: list[Any] = []
+    first, checked = 150, 0
+    for count in (100, *[1] * 160):
+        before = []
+        for index, store in stores.items():
+            for group in store.groups:
+                if group.bounds.compensates:
+                    means = [store.learned[name][group.rows_tensor] for name in MEANS]
+                    before.append((index, group.rows, group.bounds, group.dense(), means))
+        logits(model, cache, ids[:, first : first + count], [count])
+        first += count
+        for index, rows, bounds, (keys, values), means in before if count == 1 else ():
+            stop = int(stores[index].bounds.left[rows[0]])
+            if stop == bounds.left:
+                continue
+            positions = bounds.exact_positions(int(bounds.exact_pages))[: int(bounds.exact_tokens)]
+            positions = np.concatenate([np.arange(bounds.packed_base, bounds.packed_stop), positions])
+            leaves = torch.from_numpy((positions >= max(bounds.left, bounds.sink)) & (positions < stop))
+            part = float(leaves.sum()) / (stop - bounds.sink)
+            for name, old, x in zip(MEANS, means, (keys, values)):
+                wanted = torch.lerp(old, x[:, leaves].mean(1), part)
+                torch.testing.assert_close(stores[index].learned[name][rows], wanted, atol=1e-4, rtol=1e-4)
+            checked += 1
+    assert checked >= 4
 
 
 # -- which heads retrieve ---------------------------------------------------------------------------------
