@@ -20,6 +20,7 @@ from fivefold.calibrate.learner import Subject
 from fivefold.calibrate.profile import Profile, config_hash, save_profile, signature
 from fivefold.calibrate.reading import Reading
 from fivefold.errors import CacheStateError, ProfileError, RecipeError
+from fivefold.evaluate.tasks import holds, tasks
 from fivefold.methods.bits.kivi import KiviCodec
 from fivefold.methods.heads.razor_attention import RazorAttention, attention_to_copies
 from fivefold.models.graph import Step
@@ -470,6 +471,28 @@ def test_the_rule_keeps_23_of_90_heads_of_smollm2() -> None:
     ):
         for place, score in known.items():
             assert float(scores[place]) == pytest.approx(score, abs=0.03), place
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_heads_that_are_kept_find_the_passkey() -> None:
+    """With windows of 100 tokens everywhere else; heads that the rule does not keep do not find it."""
+    from fivefold.models import embedded
+
+    model, tokenizer = embedded.load()
+    sample = tasks()["passkey"]().make(tokenizer, 1024, random.Random(0))
+    (question,) = sample.questions
+    asked = tokenizer(question.text, add_special_tokens=False, return_tensors="pt").input_ids
+    found = []
+    for recipe in ("razor(least=100, share=0)", "razor(induction=0, echo=0, least=100, share=0)"):
+        cache, said, token = fivefold.compress(model, recipe), [], asked
+        with torch.inference_mode():
+            model(torch.tensor([sample.prefix]), past_key_values=cache, logits_to_keep=1)
+            for _ in range(8):
+                token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+                said.append(int(token))
+        found.append(holds(tokenizer.decode(said), question.answer))
+    assert found == [True, False]
 
 
 # -- what it refuses --------------------------------------------------------------------------------------
