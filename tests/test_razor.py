@@ -474,11 +474,13 @@ def test_the_rule_keeps_23_of_90_heads_of_smollm2() -> None:
 
 
 @pytest.mark.model
+@pytest.mark.timeout(600)
 @pytest.mark.slow
 def test_the_heads_that_are_kept_find_the_passkey() -> None:
     """With windows of 100 tokens everywhere else; heads that the rule does not keep do not find it."""
     from fivefold.models import embedded
 
+    embedded.fetch()
     model, tokenizer = embedded.load()
     sample = tasks()["passkey"]().make(tokenizer, 1024, random.Random(0))
     (question,) = sample.questions
@@ -493,6 +495,7 @@ def test_the_heads_that_are_kept_find_the_passkey() -> None:
                 said.append(int(token))
         found.append(holds(tokenizer.decode(said), question.answer))
     assert found == [True, False]
+    fivefold.restore(model)
 
 
 # -- what it refuses --------------------------------------------------------------------------------------
