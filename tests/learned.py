@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from conftest import VOCAB
+from fivefold.calibrate.learner import Subject
 from fivefold.calibrate.profile import Profile, config_hash, save_profile, signature
 from fivefold.models.capture import capturing
 from fivefold.models.huggingface import make_cache
@@ -25,9 +26,10 @@ def learn(model: Any, recipe: str, folder: Path, chunks: int = 4) -> str:
             learner.see(layer, captured)
 
     generator = torch.Generator().manual_seed(1)
+    pieces = learner.pieces(Subject(model, None, list(specs.values()), [], 0, 0))
     with torch.inference_mode(), capturing(model, method.captures, see):
-        for _ in range(chunks):
-            model(torch.randint(1, VOCAB, (1, 256), generator=generator), use_cache=False)
+        for ids in pieces or [torch.randint(1, VOCAB, (1, 256), generator=generator) for _ in range(chunks)]:
+            model(ids, use_cache=False)
     settings, tensors = learner.finish(lambda done, total, what: None)
     made = Profile(method.name, signature(model.config), settings, tensors, config_hash(model.config))
     save_profile(folder, made)

@@ -34,6 +34,7 @@ _ALONE = {
     "rotatekv": 'rotatekv(bits=4, profile="{rotatekv}")',
     "cskv": 'cskv(keep=0.3, profile="{cskv}")',
     "duo": "duo(retrieval=[[0, 1], [1, 0]], sink=4, recent=40)",
+    "razor": 'razor(least=40, share=0.2, profile="{razor}")',
     "streaming": "streaming(sink=4, recent=100)",
     "h2o": "h2o(keep=0.5)",
     "snapkv": "snapkv(keep=0.5)",
@@ -44,7 +45,7 @@ _ALONE = {
     "tidal": "tidal(top=32, full_layers=0, select_layers=[0])",
 }
 # Methods of the slots heads, tokens and reads: those that `kivi` may stand beside.
-_BESIDE = ("duo", "streaming", "h2o", "snapkv", "keyformer", "d2o", "elastic", "random", "tidal")
+_BESIDE = ("duo", "razor", "streaming", "h2o", "snapkv", "keyformer", "d2o", "elastic", "random", "tidal")
 RECIPES: dict[str, str] = {**_ALONE, **{f"{name}+kivi": f"{_ALONE[name]} + {KIVI}" for name in _BESIDE}}
 """The recipes by name, which is the id of a test."""
 
@@ -54,10 +55,10 @@ PACKING = tuple(
     if any(codec in recipe for codec in ("kivi", "gear", "mikv", "rotate", "cskv"))
 )
 """Those that pack tokens."""
-CHOOSING = tuple(name for name in RECIPES if name.split("+")[0] in _BESIDE[2:8])
+CHOOSING = tuple(name for name in RECIPES if name.split("+")[0] in _BESIDE[3:9])
 """Those that choose tokens one by one."""
 
-_LEARNED = {"rotatekv": "rotatekv(bits=4)", "cskv": "cskv(keep=0.3)"}
+_LEARNED = {"rotatekv": "rotatekv(bits=4)", "cskv": "cskv(keep=0.3)", "razor": "razor()"}
 
 
 def written(name: str, model: Any) -> str:

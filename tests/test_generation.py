@@ -307,8 +307,8 @@ def crowded(model: Any, recipe: str, asked: Sequence[Request], grows: bool) -> l
 
 LONG = ((40, 50, 30, 60), (60, 70, 50, 65))
 CROWDED = (
-    "full", "kivi4", "kivi-residual", "gear", "mikv", "rotatekv", "cskv", "duo", "streaming+kivi", "h2o", "snapkv+kivi",
-    "d2o", "elastic", "tidal+kivi",
+    "full", "kivi4", "kivi-residual", "gear", "mikv", "rotatekv", "cskv", "duo", "razor", "streaming+kivi", "h2o",
+    "snapkv+kivi", "d2o", "elastic", "tidal+kivi",
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ class Report:
     recipe: as text. tokens: logical length (padding included) x sequences.
     exact, codes, scales: filled slots of pages, by kind of field (any further kind a codec declares is in `other`).
     learned: what codecs hold besides pages (bases, orders). statistics: what policies know about the tokens (positions,
-    scores), and codecs about the rows. slack: unfilled slots of pages in use. free:
+    scores), and codecs about the rows; the means of what has left them. slack: unfilled slots of pages in use. free:
     pages that are allocated and not in use. forks: pages that only other forks of the cache hold. sliding: layers with
     a sliding window, kept as they are. tables: page tables here and on the device. graph: what a captured step holds.
     host: all of a cache that is offloaded, in host memory.

@@ -102,7 +102,15 @@ class Plain:
 def fixed(layers: tuple[tuple[Extent, ...], ...], batch: int) -> np.ndarray:
     """The part of `Bounds` that never changes, of layers whose heads have these extents: int64 `[FIXED, rows]`."""
     each = [
-        (e.sink, ALL if e.recent is None else e.recent, e.late_sink, e.late_recent, e.pinned * PAGE)
+        (
+            e.sink,
+            ALL if e.recent is None else e.recent,
+            e.late_sink,
+            e.late_recent,
+            e.pinned * PAGE,
+            -1 if e.share is None else round(1e6 * e.share),
+            int(e.compensate),
+        )
         for extents in layers
         for _ in range(batch)
         for e in extents
@@ -126,13 +134,20 @@ def tiers(bounds: Bounds) -> np.ndarray:
 def shows(bounds: Bounds, where: np.ndarray, length: np.ndarray) -> np.ndarray:
     """Whether the query at position `length [rows]` finds all that it sees, with tiers as `where`: bool `[rows]`."""
     sink, recent, late_sink, late_recent, end = (
-        x[:, None] for x in (bounds.sink, bounds.recent, bounds.late_sink, bounds.late_recent, length)
+        x[:, None] for x in (bounds.sink, windows(bounds, length + 1), bounds.late_sink, bounds.late_recent, length)
     )
     first = np.arange(BLOCKS) * PAGE
+    # What has left a window of the text can be seen again only where pages are pinned.
+    where = np.where((first >= bounds.pinned[:, None]) & (first < bounds.left[:, None]), 0, where)
     last = np.minimum(first + PAGE, end) - 1  # of what a block holds; before `first` where that is nothing
     late = np.maximum(first, end - late_recent + 1) <= np.minimum(last, late_sink - 1)
     seen = (last >= first) & ((first < sink) | (last > end - recent) | late)
     return ~(seen & (where == 0)).any(1)
+
+
+def windows(bounds: Bounds, tokens: np.ndarray) -> np.ndarray:
+    """How long the windows are where a text has so many tokens: int64 `[rows]`."""
+    return np.maximum(bounds.recent, np.floor(tokens * bounds.share / 1e6 + 1e-9).astype(np.int64))
 
 
 def ceil(tokens: np.ndarray, page: int) -> np.ndarray:
@@ -217,7 +232,11 @@ class Comparison:
         """What the next query sees is held, and little more than that."""
         bounds, packing, length = self.bounds, self.bank.packing, self.length
         pinned, base, stop, exact = bounds.pinned, bounds.packed_base, bounds.packed_stop, bounds.exact_base
-        oldest = np.maximum(pinned, length + 1 - bounds.recent - self.revocable)
+        tokens = length + 1 - self.revocable
+        oldest = np.maximum(pinned, tokens - windows(bounds, tokens))
+        lags = bounds.share >= 0
+        assert (~lags | (bounds.left + PAGE > tokens - windows(bounds, tokens))).all() and not bounds.left[~lags].any()
+        oldest = np.where(lags, np.maximum(pinned, bounds.left), oldest)  # a crop lets less have left
         full = stop > base
         assert (full | (exact == pinned) | (exact + PAGE > oldest)).all()
         self.packed_pages = np.zeros(self.rows, np.int64)

@@ -30,7 +30,8 @@ from fivefold.store.spec import LayerSpec, Pools
 Chunk = list[tuple[torch.Tensor, torch.Tensor]]
 EXTENTS = (
     Extent(), Extent(0, 2), Extent(0, 20), Extent(4, 33), Extent(4, 100), Extent(33, 64), Extent(40, 7),
-    Extent(3, 300), Extent(40, 30).intersect(Extent(2, 110)),
+    Extent(3, 300), Extent(40, 30).intersect(Extent(2, 110)), Extent(4, 20, share=0.3, compensate=True),
+    Extent(0, 50, share=0.0), Extent(40, 1, share=0.6, compensate=True),
 )  # fmt: skip
 GROUPS = ((2, 32), (2, 64), (2, 128), (3, 32), (4, 32), (4, 64), (4, 128), (8, 32), (8, 64))
 REFUSED = object()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from fivefold.attention.compensate import left_of
 from fivefold.attention.fused import attend_fused, attend_picked_fused
 from fivefold.attention.merge import MASKED, attend, capped, merge, with_sinks
 from fivefold.kernels.choice import takes_cpp
@@ -41,16 +42,17 @@ def attend_step(
     float32 `[rows, query_heads per kv head, slots]`. By kernels where they run and nobody watches, else in plain
     PyTorch.
     """
+    left = left_of(layer, group, queries, scaling)
     if not watch:
-        fused = attend_fused(layer, group, queries, scaling, sinks)
+        fused = attend_fused(layer, group, queries, scaling, sinks, left)
         if fused is not None:
             return fused, None
     watched: Weights | None = [] if watch else None
     if not group.packed.shape[1]:
-        out, lse = attend_exact(layer, group, queries, scaling, sinks is None, watched)
+        out, lse = attend_exact(layer, group, queries, scaling, sinks is None and left is None, watched)
     else:
         blocks = packed_blocks(layer, group, queries)
-        if len(blocks) == 1 and queries.dtype is torch.float32 and sinks is None:
+        if len(blocks) == 1 and queries.dtype is torch.float32 and sinks is None and left is None:
             return _attend_at_once(layer, group, queries * scaling, blocks[0], watch)
         # In the order of the slots: packed ones first.
         parts = [
@@ -58,6 +60,8 @@ def attend_step(
             attend_exact(layer, group, queries, scaling, False, watched),
         ]
         out, lse = merge(parts)
+    if left is not None:
+        out, lse = merge([(out, lse), left])
     weights = None if watched is None else with_sinks(_whole(watched, lse), lse, sinks)
     return with_sinks(out, lse, sinks).to(queries.dtype), weights
 
@@ -261,14 +265,14 @@ def _packed_scores(
 
 def _bias_of(layer: LayerCache, make: Make, bounds: Bounds, device: torch.device) -> torch.Tensor | None:
     """The same for all layers of a step."""
-    if bounds.length <= bounds.recent:
+    if bounds.first_seen <= 0:
         return None
     return layer.memo.get((make, bounds), lambda: make(bounds, device))
 
 
 def exact_bias(bounds: Bounds, device: torch.device) -> torch.Tensor | None:
     """0 where the newest token sees a slot of the exact tier, else `MASKED`: `[tokens]`; None is all 0."""
-    if bounds.length <= bounds.recent:
+    if bounds.first_seen <= 0:
         return None
     positions = bounds.exact_positions(int(bounds.exact_pages))[: int(bounds.exact_tokens)]
     return _bias(torch.from_numpy(positions), bounds).to(device)
@@ -276,12 +280,12 @@ def exact_bias(bounds: Bounds, device: torch.device) -> torch.Tensor | None:
 
 def packed_bias(bounds: Bounds, device: torch.device) -> torch.Tensor | None:
     """The same for the slots of the packed tier, those behind `packed_stop` included (they count as seen)."""
-    if bounds.length - bounds.recent <= bounds.packed_base:
+    if bounds.first_seen <= bounds.packed_base:
         return None
     return _bias(torch.arange(int(bounds.packed_base), int(bounds.length) + PAGE * 32), bounds).to(device)
 
 
 def _bias(positions: torch.Tensor, bounds: Bounds) -> torch.Tensor:
-    seen = (positions < bounds.sink) | (positions >= bounds.length - bounds.recent)
+    seen = (positions < bounds.sink) | (positions >= bounds.first_seen)
     seen |= (positions < bounds.late_sink) & (positions >= bounds.length - bounds.late_recent)
     return torch.where(seen, 0.0, MASKED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from fivefold.attention.compensate import Part, beside
 from fivefold.attention.merge import with_sinks
 from fivefold.attention.tables import kernels, tables_of
 from fivefold.errors import CacheStateError
@@ -17,17 +18,24 @@ from fivefold.store.rows import Bounds, Span
 
 
 def attend_fused(
-    layer: LayerCache, group: RowGroup, queries: torch.Tensor, scaling: float, sinks: torch.Tensor | None = None
+    layer: LayerCache,
+    group: RowGroup,
+    queries: torch.Tensor,
+    scaling: float,
+    sinks: torch.Tensor | None = None,
+    left: Part | None = None,
 ) -> torch.Tensor | None:
-    """`attend_step` by kernels; None where they do not run (see `why_not`)."""
+    """`attend_step` by kernels, merged with `left` (see `left_of`); None where they do not run (see `why_not`)."""
     if why_not(layer, queries.device, queries.shape[1]) is not None:
         return None
     tables = tables_of(layer.bank)
     tables.sync()
     packed, exact = tables.pages(group)
     span, starts = _work(layer, group.bounds.span(), len(group.rows), tables.page, tables.programs)
-    settings = {"starts": starts, "programs": tables.programs, "with_lse": sinks is not None}
+    with_lse = sinks is not None or left is not None
+    settings = {"starts": starts, "programs": tables.programs, "with_lse": with_lse}
     out, lse = kernels(queries.device).decode(queries.contiguous(), scaling, span, packed, exact, **settings)
+    out, lse = beside(out, lse, left)
     return with_sinks(out, lse, sinks)
 
 

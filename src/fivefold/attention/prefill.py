@@ -11,12 +11,13 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from fivefold.attention.compensate import left_of
 from fivefold.attention.fused import unpack_fused
 from fivefold.attention.merge import MASKED, attend, attend_window, is_large, merge, takes_windows
 from fivefold.kernels.device import sent
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.layer_cache import LayerCache
-from fivefold.store.rows import PAGE, Extent
+from fivefold.store.rows import PAGE, Bounds, Extent
 
 QUERY_BLOCK = 512
 # Tokens of the packed tier that are decoded at a time; on a GPU as many as make so many numbers.
@@ -35,19 +36,23 @@ def attend_chunk(
     """Attention of a chunk that is not yet stored.
 
     queries: `[rows, query_heads per kv head, tokens, head_dim]`; keys, values: `[rows, tokens, head_dim]`.
-    Returns the output, shape and dtype of the queries, and its log-sum-exp, float32 `[rows, heads, tokens]`.
+    Returns the output, shape and dtype of the queries, and its log-sum-exp, float32 `[rows, heads, tokens]`. Where the
+    window is one of the text, every query sees all of the chunk before it and all that has not left by now.
     """
     extent, chunk, cap = group.bounds.extent, keys.shape[1], layer.spec.cap
     start = int(group.bounds.length)
-    if start and cap is None and not extent.late_sink and takes_windows(queries):
+    if start and cap is None and not extent.late_sink and extent.share is None and takes_windows(queries):
         return _attend_joined(layer, group, queries, keys, values, scaling)
-    if extent.recent is None or (start == 0 and chunk <= extent.recent):
+    if _sees_all(extent) or (start == 0 and chunk <= extent.recent):  # type: ignore[operator]
         own = attend(queries, _spread(keys, queries), _spread(values, queries), scaling, causal=True, cap=cap)
     else:
         own = _windowed(extent, start, queries, keys, values, np.arange(start, start + chunk), scaling, cap)
     if start:
         for part in _stored(layer, group, queries, scaling):
             own = merge([own, part])
+    left = left_of(layer, group, queries, scaling)
+    if left is not None:
+        own = merge([own, left])
     return own[0].to(queries.dtype), own[1]
 
 
@@ -94,6 +99,11 @@ def _attend_joined(
     at = np.concatenate([piece[0] for piece in seen])
     out, lse = _windowed(extent, start, queries, *whole, at, scaling, None)
     return out.to(queries.dtype), lse
+
+
+def _sees_all(extent: Extent) -> bool:
+    """Whether all queries of a chunk see the same of what is stored, and all of the chunk before them."""
+    return extent.recent is None or extent.share is not None
 
 
 def _spread(x: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
@@ -263,14 +273,25 @@ def _stored(
     bounds, extent, cap = group.bounds, group.bounds.extent, layer.spec.cap
 
     def over(keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        if extent.recent is None:
+        if _sees_all(extent):
             return _over_all(queries, keys, values, scaling, cap)
         return _windowed(extent, int(bounds.length), queries, keys, values, positions, scaling, cap)
 
     tokens = int(bounds.exact_tokens)
     positions = bounds.exact_positions(int(bounds.exact_pages))[:tokens]
     # Under a window sinks and the rest stay apart: what is attended on at once is a run of positions.
-    for window, keys, values in _exact(group, tokens, queries.is_cuda and extent.recent is None):
-        yield over(keys, values, positions[window])
+    for window, keys, values in _exact(group, tokens, queries.is_cuda and _sees_all(extent)):
+        for first, last in _seen(bounds, positions[window]):
+            yield over(keys[:, first:last], values[:, first:last], positions[window][first:last])
     for at, keys, values in _packed(layer, group, queries):
-        yield over(keys, values, at)
+        for first, last in _seen(bounds, at):
+            yield over(keys[:, first:last], values[:, first:last], at[first:last])
+
+
+def _seen(bounds: Bounds, positions: np.ndarray) -> list[tuple[int, int]]:
+    """Runs of slots at ascending positions, without those that have left; queries' own windows are masked later."""
+    count, left = len(positions), int(bounds.left)
+    if not left or bounds.share < 0:
+        return [(0, count)]
+    sinks, first = (int(np.searchsorted(positions, x)) for x in (min(bounds.sink, left), left))
+    return [(low, high) for low, high in ((0, sinks), (first, count)) if low < high]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fivefold.attention.compensate import beside, left_of_all
 from fivefold.attention.merge import with_sinks
 from fivefold.kernels.choice import choose
 from fivefold.kernels.device import sent
@@ -269,8 +270,11 @@ class DeviceTables:
             packed = schedule.Packed(self._packed[rows], layer.codec.form)
         if keys is not None and values is not None:
             kernel.append(keys.contiguous(), values.contiguous(), span, exact)
-        settings = {"starts": starts, "programs": self.programs, "with_lse": sinks is not None}
+        left = left_of_all(layer, queries, scaling)
+        with_lse = sinks is not None or left is not None
+        settings = {"starts": starts, "programs": self.programs, "with_lse": with_lse}
         out, lse = kernel.decode(queries.contiguous(), scaling, span, packed, exact, **settings)
+        out, lse = beside(out, lse, left)
         return with_sinks(out, lse, sinks)
 
 

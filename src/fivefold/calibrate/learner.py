@@ -10,12 +10,15 @@ import torch
 
 from fivefold.store.spec import LayerSpec
 
-Capture = Literal["keys", "queries", "values", "inputs", "attention"]
+Capture = Literal["keys", "queries", "values", "inputs", "attention", "attending_queries", "attending_keys"]
 """keys, queries: before RoPE and behind any norm that the model applies to them, float32
 `[batch, kv_head or query_head, tokens, head_dim]`. values: the shape of keys. inputs: what the attention module is
 given, float32 `[batch, tokens, hidden]`. attention: the weights of the chunk's `OBSERVED` newest queries, float32
-`[batch, query_head, OBSERVED, tokens]`."""
-CAPTURES: tuple[Capture, ...] = ("keys", "queries", "values", "inputs", "attention")
+`[batch, query_head, OBSERVED, tokens]`. attending_queries, attending_keys: as they meet, after RoPE, the queries times
+the scaling, in the shapes of queries and keys: a score is their inner product."""
+CAPTURES: tuple[Capture, ...] = (
+    "keys", "queries", "values", "inputs", "attention", "attending_queries", "attending_keys",
+)  # fmt: skip
 OBSERVED = 32
 
 Progress = Callable[[int, int, str], None]

@@ -24,6 +24,7 @@ from fivefold.store.bank import Bank
 from fivefold.store.held import Held
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.pages import PagePool
+from fivefold.store.rows import upgraded
 from fivefold.store.tier import EMPTY, Tier
 from fivefold.store.transaction import Transaction
 
@@ -148,7 +149,10 @@ def install(session: Session, state: State) -> None:
 def kind(store: LayerCache) -> dict[str, Any]:
     """What a layer's pages look like, and what they were made with: equal where they can be read."""
     spec, codec = store.spec, store.codec
-    extents = [[e.sink, e.recent, e.late_sink, e.late_recent] for e in store.extents]
+    extents = [
+        [e.sink, e.recent, e.late_sink, e.late_recent, *(() if e.share is None else (e.share, e.compensate))]
+        for e in store.extents
+    ]
     return {
         "kv_heads": spec.kv_heads, "head_dim": spec.head_dim, "dtype": str(spec.dtype), "residual": store.residual,
         "exact": _layout(store.exact_pool), "packed": [_layout(pool) for pool in store.packed_pools],
@@ -190,6 +194,7 @@ def _collect_rows(bank: Bank, name: str, out: dict[str, torch.Tensor]) -> None:
 def _install_rows(bank: Bank, name: str, tensors: dict[str, torch.Tensor], batch: int, change: Transaction) -> None:
     for array in _ROWS:
         setattr(bank, array, tensors[f"{name}.{array}"].numpy().copy())
+    bank.data = upgraded(bank.data)
     bank.batch, tiers = batch, []
     for which, old in enumerate((bank.exact, bank.packed)):
         if old is None:

@@ -69,6 +69,10 @@ def capturing(
                 captured["values"] = value.float()
             if "inputs" in wanted:
                 captured["inputs"] = given["hidden_states"].float()
+            if "attending_queries" in wanted:
+                captured["attending_queries"] = query.float() * scaling
+            if "attending_keys" in wanted:
+                captured["attending_keys"] = key.float()
             if "attention" in wanted:
                 captured["attention"] = _weights(query[:, :, -OBSERVED:].float() * scaling, key.float())
             see(index, captured)

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from fivefold.attention.compensate import compensates
 from fivefold.attention.tables import DeviceTables, tables_of
 from fivefold.engine.session import Session
 from fivefold.errors import FivefoldError
@@ -150,6 +151,8 @@ class Step:
             return f"its layers are on {len(session.devices)} devices"
         if session.devices[0].type == "cpu" and not choose(session.devices[0]).triton:
             return "the cache is on a CPU"
+        if any(compensates(store) for store in session.stores.values()):
+            return "what leaves a window goes into a token that a graph does not read"
         return next((why for why in session.why_not_fused().values() if why is not None), None)
 
     def _same(self, model: PreTrainedModel) -> bool:

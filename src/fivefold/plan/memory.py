@@ -155,7 +155,8 @@ def reach_of(
     for spec in specs_of(shape, dtype):
         extents = recipe.extents(spec)
         split = split or len(set(extents)) > 1
-        windows = [None if one.recent is None else one.sink + one.recent for one in extents]
+        # A window of the text is for what comes after a prompt.
+        windows = [None if one.recent is None or one.share is not None else one.sink + one.recent for one in extents]
         shares += [pairs(context, window) / pairs(context, None) for window in windows]
     return (sum(shares) / len(shares) if shares else 1.0), split
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from fivefold.store.compensation import absorb
 from fivefold.store.context import Memo
 from fivefold.store.held import Held, joined
 from fivefold.store.pack import PackedLayer, pack
@@ -345,7 +346,7 @@ class Bank:
         packing = self.packing and replace(self.packing, residual=self.residual[rows])
         new = old.advanced(packing, revocable)
         moved = (new.exact_base != old.exact_base) | (new.packed_base != old.packed_base)
-        moved |= new.packed_stop != old.packed_stop
+        moved |= (new.packed_stop != old.packed_stop) | (new.left != old.left)
         if moved.any():
             with self.atomic():
                 self.move(rows[moved], _take(old, moved), _take(new, moved))
@@ -357,6 +358,7 @@ class Bank:
     def move(self, rows: np.ndarray, old: Bounds, new: Bounds, **chunk: Any) -> None:
         """From bounds to bounds: pack groups, give up pages of either tier. chunk: see `pack`."""
         assert self.change is not None
+        absorb(self, rows, old, new, chunk.get("chunk"))
         if self.packed is not None:
             pack(self, rows, old, new, **chunk)
         self.exact.drop(self.change, rows, old.pinned_pages, old.exact_gone(new), old.exact_pages)

@@ -71,7 +71,7 @@ class LayerCache:
         ]
         self.held: list[Held] = []
         self.learned: dict[str, torch.Tensor] = {}
-        """What a contextual codec remembers of the rows, `[rows, ...]` each."""
+        """What a contextual codec remembers of the rows, and the means of what has left them, `[rows, ...]` each."""
         self._groups: list[RowGroup] | None = None
         Bank([self])
 

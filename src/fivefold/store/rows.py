@@ -23,6 +23,8 @@ PAGE = 32
 """Tokens of an exact page; one plane of a packed page, and the smallest group a codec can pack."""
 ALL = 1 << 40
 """`Bounds.recent` of a row that holds the whole text."""
+SHARES = 1_000_000
+"""`Bounds.share` counts in parts of this; -1 where a window is one of each query."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,19 @@ class Extent:
 
     A query at position p sees key position k <= p iff `k < sink`, or `k > p - recent`, or `k < late_sink` and
     `k > p - late_recent`: sinks that go as the text grows (see `intersect`).
+
+    With a `share`, 0 to 1, the window is one of the text and not of each query: after a chunk or a step that makes the
+    text n tokens long, tokens leave a page at a time until the last `max(recent, share * n)` are left, and up to a page
+    more. A query sees whatever has not left when its chunk comes. compensate: what leaves goes into one compensation
+    token of the row (`store/compensation.py`).
     """
 
     sink: int = 0
     recent: int | None = None
     late_sink: int = 0
     late_recent: int = 0
+    share: float | None = None
+    compensate: bool = False
 
     @property
     def pinned(self) -> int:
@@ -45,8 +54,10 @@ class Extent:
 
     def intersect(self, other: Extent) -> Extent:
         """What both hold."""
-        if self.recent is None or other.recent is None:
+        if self.recent is None or other.recent is None or self == other:
             return self if other.recent is None else other
+        if self.share is not None or other.share is not None:
+            raise ValueError(f"{self} and {other}: a window of the text cannot be cut by another")
         sink, recent = min(self.sink, other.sink), min(self.recent, other.recent)
         few, many = sorted((self, other), key=lambda extent: extent.sink)
         longer = few.recent > many.recent and few.sink < many.sink  # type: ignore[operator]
@@ -93,9 +104,10 @@ class Bounds(NamedTuple):
     """Where the tokens of a row, or of many, are (see the module's text).
 
     What a row may hold, and never changes: sink, recent, late_sink, late_recent (see `Extent`), pinned (tokens of the
-    pinned pages). length: tokens that count as stored or slid out of a window. evicted: tokens that a policy chose to
-    evict, one by one; the others then count as one text without gaps: what is called a position here is a *slot*
-    (see `Held`).
+    pinned pages), share (in `SHARES`), compensates (0 or 1). length: tokens that count as stored or slid out of a
+    window. evicted: tokens that a policy chose to evict, one by one; the others then count as one text without gaps:
+    what is called a position here is a *slot* (see `Held`). left: with a share, tokens before this position have left,
+    but for the sinks.
     """
 
     sink: Any = 0
@@ -103,23 +115,30 @@ class Bounds(NamedTuple):
     late_sink: Any = 0
     late_recent: Any = 0
     pinned: Any = 0
+    share: Any = -1
+    compensates: Any = 0
     length: Any = 0
     exact_base: Any = 0
     packed_base: Any = 0
     packed_stop: Any = 0
     evicted: Any = 0
+    left: Any = 0
 
     @classmethod
     def empty(cls, extent: Extent) -> Bounds:
         """A row that has seen nothing."""
         recent, pinned = ALL if extent.recent is None else extent.recent, extent.pinned * PAGE
-        return cls(extent.sink, recent, extent.late_sink, extent.late_recent, pinned, exact_base=pinned)
+        share = -1 if extent.share is None else round(extent.share * SHARES)
+        fixed = extent.sink, recent, extent.late_sink, extent.late_recent, pinned, share, int(extent.compensate)
+        return cls(*fixed, exact_base=pinned)
 
     @property
     def extent(self) -> Extent:
         """Of one row."""
         recent = None if self.recent == ALL else int(self.recent)
-        return Extent(int(self.sink), recent, int(self.late_sink), int(self.late_recent))
+        share = None if self.share < 0 else int(self.share) / SHARES
+        late = int(self.late_sink), int(self.late_recent)
+        return Extent(int(self.sink), recent, *late, share, bool(self.compensates))
 
     # -- how much there is --------------------------------------------------------------------------------
 
@@ -165,10 +184,25 @@ class Bounds(NamedTuple):
     def stored_tokens(self) -> Any:
         return self.exact_tokens + self.packed_tokens
 
+    def _oldest(self, tokens: Any) -> Any:
+        """Where the window of a text of so many tokens begins; negative where it holds all. Never goes back as the text
+        grows: another token makes the window at most one longer."""
+        return tokens - np.maximum(self.recent, tokens * self.share // SHARES)
+
     @property
     def oldest_visible(self) -> Any:
-        """The first position (sinks apart) that the next query can see; negative where it sees all."""
-        return self.length + 1 - self.recent
+        """The first position (sinks apart) that the next query must be able to see; negative where it sees all."""
+        return self._oldest(self.length + 1)
+
+    @property
+    def first_seen(self) -> Any:
+        """The first position (sinks apart) that the newest token sees; not positive where it sees all."""
+        return _where(self.share < 0, self.length - self.recent, self.left)
+
+    @property
+    def compensated(self) -> Any:
+        """How many tokens the row's compensation token stands for."""
+        return self.compensates * np.maximum(0, self.left - self.sink)
 
     @property
     def first_held(self) -> Any:
@@ -194,7 +228,7 @@ class Bounds(NamedTuple):
     def span(self) -> Span:
         """What the newest token sees."""
         pinned, high = self.pinned_tokens, self.packed_tokens
-        oldest = self.length - self.recent
+        oldest = self.first_seen
         out = oldest > 0  # something has left the window
         window = _where(oldest < pinned, oldest, pinned + np.maximum(0, oldest - self.exact_base))
         late = np.clip(self.length - self.late_recent, self.sink, np.maximum(self.sink, self.late_sink))
@@ -219,7 +253,9 @@ class Bounds(NamedTuple):
         The newest `revocable` tokens may yet be taken back: nothing is moved on their account.
         """
         exact, base, stop = self.exact_base, self.packed_base, self.packed_stop
-        oldest = self.oldest_visible - revocable
+        oldest = self._oldest(self.length + 1 - revocable)
+        left = _where(self.share < 0, self.left, np.maximum(self.left, oldest // PAGE * PAGE))
+        oldest = _where(self.share < 0, oldest, left)
         exact = exact + PAGE * np.maximum(0, (oldest - exact) // PAGE)
         if packing is not None:
             slid = packing.page * np.maximum(0, (oldest - base) // packing.page)
@@ -229,12 +265,13 @@ class Bounds(NamedTuple):
             groups = np.maximum(0, (self.length - revocable - packing.residual - exact) // packing.group)
             exact = exact + groups * packing.group
             stop = _where(groups > 0, exact, stop)
-        return self._replace(exact_base=exact, packed_base=base, packed_stop=stop)
+        return self._replace(exact_base=exact, packed_base=base, packed_stop=stop, left=left)
 
     def idle(self, packing: Packing | None) -> Any:
         """How many more tokens a row in which nothing is due can take until something is due; at least so many."""
         oldest = self.oldest_visible
         out = self.exact_base + PAGE - oldest
+        out = _where(self.share < 0, out, np.minimum(out, self.left + PAGE - oldest))
         if packing is not None:
             packed = self.packed_stop > self.packed_base
             slides = np.minimum(self.packed_base + packing.page - oldest, self.packed_stop - oldest)
@@ -257,17 +294,28 @@ class Bounds(NamedTuple):
         """Of one row: after forgetting the last `tokens` tokens, or None if one that is visible again is gone."""
         length = self.length - tokens
         if length <= self.pinned:
-            empty = self._replace(exact_base=self.pinned, packed_base=0, packed_stop=0, evicted=0)
+            empty = self._replace(exact_base=self.pinned, packed_base=0, packed_stop=0, evicted=0, left=0)
             return empty._replace(length=length)  # all that is left is in the pinned pages
         out = self._replace(length=length)
-        if self.first_held > max(self.pinned, out.oldest_visible):
+        if max(self.first_held, self.left) > max(self.pinned, out.oldest_visible):
             return None
+        if self.left > max(0, out.oldest_visible):
+            out = out._replace(left=0)  # all that has left is in the pinned pages, and may be seen again
         if length >= self.exact_base or packing is None or self.packed_stop == self.packed_base:
             return out
         stop = max(self.packed_base, self.packed_base + (length - self.packed_base) // packing.group * packing.group)
         return out._replace(packed_stop=stop, exact_base=stop)
 
 
-FIXED = 5
+FIXED = 7
 """How many fields of `Bounds` never change."""
 FIELDS = len(Bounds._fields)
+
+
+def upgraded(data: np.ndarray) -> np.ndarray:
+    """Bounds `[fields, rows]` as they are now, of rows that were saved before there were windows of the text."""
+    if len(data) == FIELDS:
+        return data
+    new = {"share": -1, "compensates": 0, "left": 0}
+    old = iter(data)
+    return np.stack([np.full(data.shape[1], new[name]) if name in new else next(old) for name in Bounds._fields])

@@ -1,0 +1,82 @@
+"""Attention over the compensation token of each row (`store/compensation.py`), as one more part of the union.
+
+N tokens that have left, with mean key k and mean value v, count as N tokens with this key and value: their part of the
+softmax is `N * exp(q k) * v`, so the part's output is v and its log-sum-exp `q k + log N`. That is exact where the keys
+and values that have left are all the same.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from fivefold.attention.merge import MASKED, capped, merge
+from fivefold.store.compensation import MEANS
+from fivefold.store.group import RowGroup
+from fivefold.store.layer_cache import LayerCache
+
+Part = tuple[torch.Tensor, torch.Tensor]
+
+
+def left_of(layer: LayerCache, group: RowGroup, queries: torch.Tensor, scaling: float) -> Part | None:
+    """(output, log-sum-exp) over the compensation tokens of a group; None where nothing has left.
+
+    queries: `[rows, query_heads per kv head, head_dim]`, or `[..., token, head_dim]` of a chunk. The output is float32
+    and can be broadcast to the shape of queries, the log-sum-exp has that shape without head_dim.
+    """
+    count = int(group.bounds.compensated)
+    if not count:
+        return None
+    means = [layer.learned[name] for name in MEANS]
+    if len(group.rows) < layer.rows:
+        rows = group.rows_tensor.to(means[0].device)
+        means = [x[rows] for x in means]
+    return _part(layer, means[0], means[1], math.log(count), queries, scaling)
+
+
+def left_of_all(layer: LayerCache, queries: torch.Tensor, scaling: float) -> Part | None:
+    """The same for a decoding step of all rows of a layer, however they stand."""
+    bank = layer.bank
+    if MEANS[0] not in layer.learned:
+        return None
+    counts = bank.at(slice(None)).compensated
+
+    def make() -> torch.Tensor:
+        with np.errstate(divide="ignore"):
+            logs = np.maximum(np.log(counts), MASKED)
+        return torch.from_numpy(logs.astype(np.float32)).to(layer.spec.device)
+
+    logs = bank.memo.get(("left", counts.tobytes()), make)[layer.base : layer.base + layer.rows]
+    keys, values = (layer.learned[name] for name in MEANS)
+    return _part(layer, keys, values, logs[:, None], queries, scaling)
+
+
+def _part(
+    layer: LayerCache,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    logs: torch.Tensor | float,
+    queries: torch.Tensor,
+    scaling: float,
+) -> Part:
+    """keys, values: float32 `[rows, head_dim]`; logs: of how many tokens they are the mean."""
+    flat = queries.flatten(1, -2).float() * scaling
+    scores = capped(torch.bmm(flat, keys[:, :, None])[:, :, 0], layer.spec.cap) + logs
+    shape = (len(values), *[1] * (queries.ndim - 2), values.shape[1])
+    return values.view(shape), scores.view(queries.shape[:-1])
+
+
+def beside(out: torch.Tensor, lse: torch.Tensor | None, left: Part | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An output of kernels, `[..., head_dim]`, and its log-sum-exp, merged with `left` if there is something."""
+    if left is None:
+        return out, lse
+    assert lse is not None
+    whole, total = merge([(out, lse), left])
+    return whole.to(out.dtype), total
+
+
+def compensates(layer: LayerCache) -> bool:
+    """Whether some of its rows keep a compensation token."""
+    return any(extent.compensate for extent in layer.extents)
