@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import fivefold
 from conftest import VOCAB, build
 from fivefold.errors import InputError, UnsupportedModelError
-from fivefold.merging import Heads, aligned, allot, merged, nearest
+from fivefold.merging import Heads, aligned, allot, merged, nearest, smallest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GOLDEN = Path(__file__).parent / "golden"
@@ -70,7 +70,7 @@ def twins(model: Any, pairs: list[tuple[int, int]], turned: bool) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("by", ["uniform", "norm", "alike"])
+@pytest.mark.parametrize("by", ["uniform", "norm", "alike", "proportional"])
 @pytest.mark.parametrize("turned", [False, True], ids=["equal", "turned"])
 def test_equal_heads_merge_without_loss(family: str, by: str, turned: bool) -> None:
     """4 to 2, the pairs being those that stand side by side; for "alike" they are not."""
@@ -102,7 +102,7 @@ def test_heads_in_other_coordinates_are_lost_without_aligning() -> None:
     assert (logits(model, prompt(1, 60)) - exact).abs().max() > 1e-2 * exact.abs().max()
 
 
-@pytest.mark.parametrize("by", ["uniform", "norm", "alike"])
+@pytest.mark.parametrize("by", ["uniform", "norm", "alike", "proportional"])
 def test_unequal_groups_are_padded_with_heads_that_add_nothing(by: str) -> None:
     """9 query heads over 3 KV heads to 2, as in SmolLM2: against the same groups computed by hand."""
     model = build("llama", hidden_size=144, num_attention_heads=9, num_key_value_heads=3, head_dim=16)
@@ -177,7 +177,7 @@ def test_what_it_refuses() -> None:
     for heads in (0, 4, 9, True, 2.0):
         with pytest.raises(InputError, match="does not make fewer of 4: use 1 to 3"):
             fivefold.convert(model, heads, ids=prompt(1, 20))  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="use one of uniform, norm, alike"):
+    with pytest.raises(InputError, match="use one of uniform, norm, alike, proportional"):
         fivefold.convert(model, 2, "mean", ids=prompt(1, 20))  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"looks at keys and values of text: give tokenizer=\.\.\., or ids="):
         fivefold.convert(model, 2)
@@ -265,6 +265,12 @@ def test_several_heads_are_turned_to_each_other() -> None:
     turns = aligned(blocks, [0.4, 0.3, 0.2, 0.1], None)
     turned = heads @ turns.transpose(1, 2)
     assert (turned - turned[0]).abs().max() < 1e-9
+
+
+def test_the_smallest_are_merged() -> None:
+    assert smallest([3.0, 1.0, 2.0], 2) == [[0], [1, 2]]
+    assert smallest([1.0, 1.0, 1.0, 1.0], 2) == [[0, 1], [2, 3]]
+    assert smallest([9.0, 1.0, 1.0, 1.0], 2) == [[0], [1, 2, 3]]
 
 
 def test_the_most_alike_are_merged() -> None:

@@ -18,7 +18,7 @@ from fivefold.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-By = Literal["uniform", "norm", "alike"]
+By = Literal["uniform", "norm", "alike", "proportional"]
 TOKENS = 16_384
 _ROUNDS = 50
 _SETTLED = 1e-12
@@ -44,8 +44,18 @@ def convert(
     heads that read h before; values likewise.
 
     - `by="uniform"`: consecutive KV heads, as evenly as possible (GQA).
-    - `by="norm"`: NORM
+    - `by="norm"`: the groups whose keys are smallest (root of the sum of squares over the text, as in the paper; of a
+      group the sum) are merged, two at a time, so that large keys stay by themselves.
     - `by="alike"`: the KV heads (then groups) whose keys and values differ least are merged, two at a time (Ward).
+    - `by="proportional"`: the allotment of the paper (KDGQA), repaired. The KV heads with the largest keys are kept,
+      and query heads are allotted to them in proportion to those norms, by largest remainder (`allot`). Each keeps its
+      own, those of the heads that are not kept go where there is room, and bring along their share of keys and values.
+
+    What the paper's rule lacks here: its code makes norms min-max, so that the smallest head gets no query head at all,
+    divides by zero where norms are equal, cuts query heads by their order, so that they read heads that they were not
+    trained with, and does so anew for every batch. And a larger share for larger keys is a plan for training: in a
+    model that is only converted, query heads need the keys that they were trained with. Splitting the query heads of one
+    KV head over several groups costs more there than merging whole ones, and merging small keys ("norm") costs less.
 
     **Unequal groups** are padded: transformers gives every KV head equally many query heads, so smaller groups get
     query heads with zeros in q_proj and o_proj, which add nothing. They cost computation, no cache: SmolLM2's 9 query
@@ -84,11 +94,7 @@ def convert(
                 f"convert(by={by!r}, align={align}) looks at keys and values of text: give tokenizer=..., or ids=..."
             )
         moments = conversion.moments(model, tokenizer, ids, TOKENS)
-    layers = {}
-    for layer, pairs in shape.pairs.items():
-        heads = Heads(shape.query_heads, shape.kv_heads, shape.head_dim, pairs, align)
-        layers[layer] = heads.groups(kv_heads, by, *(moments[layer] if moments else (None, None)))
-    return conversion.rewrite(model, shape, layers)
+    return conversion.rewrite(model, shape, conversion.groups_of(shape, moments, kv_heads, by, align))
 
 
 @dataclass(frozen=True)
@@ -123,20 +129,22 @@ class Heads:
         """The query heads of each group."""
         each = self.query_heads // self.kv_heads
         own = [list(range(head * each, (head + 1) * each)) for head in range(self.kv_heads)]
-        if by == "norm":
+        if by == "proportional":
             assert keys is not None
-            return self._by_norm(count, own, self._blocks(keys))
+            return self._proportional(count, own, _norms(self._blocks(keys)))
         if by == "uniform":
             sizes = [self.kv_heads // count + (one < self.kv_heads % count) for one in range(count)]
             starts = [sum(sizes[:one]) for one in range(count)]
             parts = [list(range(start, start + size)) for start, size in zip(starts, sizes)]
+        elif by == "norm":
+            assert keys is not None
+            parts = smallest(_norms(self._blocks(keys)), count)
         else:
             assert keys is not None and values is not None
             parts = merged(self._apart(keys, values), count)
         return [tuple(query for head in part for query in own[head]) for part in parts]
 
-    def _by_norm(self, count: int, own: list[list[int]], keys: torch.Tensor) -> list[tuple[int, ...]]:
-        norms = _norms(keys)
+    def _proportional(self, count: int, own: list[list[int]], norms: list[float]) -> list[tuple[int, ...]]:
         kept = sorted(sorted(range(self.kv_heads), key=lambda head: (-norms[head], head))[:count])
         sizes = allot([norms[head] for head in kept], self.query_heads, least=len(own[0]))
         groups = [list(own[head]) for head in kept]
@@ -211,6 +219,16 @@ def allot(norms: Sequence[float], query_heads: int, least: int = 1) -> list[int]
     for one in by_remainder[: query_heads - sum(sizes)]:
         sizes[one] += 1
     return sizes
+
+
+def smallest(norms: Sequence[float], count: int) -> list[list[int]]:
+    """Heads in `count` groups: the two whose norms sum up to least are joined next; ties go to the first."""
+    groups = [[head] for head in range(len(norms))]
+    while len(groups) > count:
+        one, two = sorted(range(len(groups)), key=lambda group: (sum(norms[head] for head in groups[group]), group))[:2]
+        one, two = min(one, two), max(one, two)
+        groups[one] = sorted(groups[one] + groups.pop(two))
+    return groups
 
 
 def merged(apart: torch.Tensor, count: int) -> list[list[int]]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from fivefold.calibrate.learner import Capture
 from fivefold.calibrate.reading import chunks, default_texts
 from fivefold.errors import InputError, UnsupportedModelError, first_line
-from fivefold.merging import Group
+from fivefold.merging import By, Group, Heads
 from fivefold.models.capture import capturing
 from fivefold.models.rotary import rope_of
 from fivefold.models.selection import decoder_config
@@ -97,9 +97,7 @@ def _why_not(module: nn.Module, query_heads: int, kv_heads: int, align: bool) ->
     return None
 
 
-def moments(
-    model: PreTrainedModel, tokenizer: Any, ids: torch.Tensor | None, tokens: int
-) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+def moments(model: PreTrainedModel, tokenizer: Any, ids: torch.Tensor | None, tokens: int) -> dict[int, Moments]:
     """Second moments of keys before RoPE and of values, of all heads of each layer: float64 `[n, n]` each."""
     longest = getattr(decoder_config(model), "max_position_embeddings", None)
     if ids is None:
@@ -108,7 +106,7 @@ def moments(
         raise InputError(f"convert(ids=...) are token ids [texts, tokens], and these are {ids.dtype} {[*ids.shape]}.")
     else:
         pieces = list(ids.split(1))
-    out: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    out: dict[int, Moments] = {}
 
     def see(layer: int, captured: dict[Capture, torch.Tensor]) -> None:
         new = []
@@ -128,6 +126,17 @@ def moments(
         model.train(training)
     if not all(bool(x.isfinite().all()) for both in out.values() for x in both):
         raise InputError("keys or values of the text hold infinities or NaN: load the model in float32 or bfloat16.")
+    return out
+
+
+def groups_of(
+    shape: Shape, moments: Mapping[int, Moments] | None, kv_heads: int, by: By, align: bool
+) -> dict[int, list[Group]]:
+    """The new KV heads of every layer. moments: of each layer, if `by` or `align` need them."""
+    out = {}
+    for layer, pairs in shape.pairs.items():
+        heads = Heads(shape.query_heads, shape.kv_heads, shape.head_dim, pairs, align)
+        out[layer] = heads.groups(kv_heads, by, *(moments[layer] if moments is not None else (None, None)))
     return out
 
 
