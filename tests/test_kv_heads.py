@@ -150,14 +150,36 @@ def test_what_is_summed_does_not_depend_on_how_text_is_cut(tiny: Any) -> None:
 
 
 @pytest.mark.model
-def test_energy_kept_of_the_embedded_model() -> None:
-    """At half of the channels 0.99 of the keys' energy and 0.91 of the values', at a quarter 0.97 and 0.75."""
+def test_energy_kept_in_the_profile_that_ships() -> None:
+    """Of 65,536 tokens: at half of the channels 0.99 of the keys' energy, 0.90 of the values'; at a quarter 0.97, 0.74."""
     profile = load_profile("kv_heads-llama-l30-q9-kv3-d64-v49152", "kv_heads", "llama-l30-q9-kv3-d64-v49152")
-    for name, half, quarter in (("key_factor", 0.99, 0.97), ("value_factor", 0.91, 0.75)):
+    for name, half, quarter in (("key_factor", 0.99, 0.97), ("value_factor", 0.90, 0.74)):
         squares = profile.tensors[name].double().square().sum(1)  # [layer, R]: of energies that sum up to 192
         assert squares.shape == (30, 96)
         kept = squares.cumsum(1).mean(0) / 192
         assert half <= kept[95] < 1 and quarter <= kept[47] < kept[95]
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_energy_kept_of_three_texts() -> None:
+    """As a few thousand tokens of one document have it: 0.99 and 0.91 at a half. More text, and other, is harder."""
+    from fivefold.evaluate.demo import document
+
+    embedded.fetch()
+    model, tokenizer = embedded.load(dtype=torch.float32)
+    ids = tokenizer(document(), return_tensors="pt").input_ids
+    specs = [store.spec for store in fivefold.compress(model).session.stores.values()]
+    fivefold.restore(model)
+    learner = KvHeads().learner(specs)
+    with torch.inference_mode(), capturing(model, ("keys", "values"), learner.see):
+        for start in (0, 20 * 1024, 40 * 1024):
+            model(ids[:, start : start + 1024], use_cache=False, logits_to_keep=1)
+    _, tensors = learner.finish(lambda done, total, what: None)
+    for name, half in (("key_factor", 0.99), ("value_factor", 0.91)):
+        kept = tensors[name].double().square().sum((1, 2)).mean() / 192
+        assert half <= kept < 1
 
 
 @pytest.mark.model

@@ -54,8 +54,8 @@ def convert(
     What the paper's rule lacks here: its code makes norms min-max, so that the smallest head gets no query head at all,
     divides by zero where norms are equal, cuts query heads by their order, so that they read heads that they were not
     trained with, and does so anew for every batch. And a larger share for larger keys is a plan for training: in a
-    model that is only converted, query heads need the keys that they were trained with. Splitting the query heads of one
-    KV head over several groups costs more there than merging whole ones, and merging small keys ("norm") costs less.
+    model that is only converted, query heads need the keys that they were trained with. Splitting the query heads of
+    one KV head over several groups costs more there than merging whole ones, and merging small keys ("norm") less.
 
     **Unequal groups** are padded: transformers gives every KV head equally many query heads, so smaller groups get
     query heads with zeros in q_proj and o_proj, which add nothing. They cost computation, no cache: SmolLM2's 9 query
