@@ -151,7 +151,7 @@ def test_what_is_summed_does_not_depend_on_how_text_is_cut(tiny: Any) -> None:
 
 @pytest.mark.model
 def test_energy_kept_in_the_profile_that_ships() -> None:
-    """Of 65,536 tokens: at half of the channels 0.99 of the keys' energy, 0.90 of the values'; at a quarter 0.97, 0.74."""
+    """Of 65,536 tokens: at half of the channels 0.99 of keys and 0.90 of values, at a quarter 0.97 and 0.74."""
     profile = load_profile("kv_heads-llama-l30-q9-kv3-d64-v49152", "kv_heads", "llama-l30-q9-kv3-d64-v49152")
     for name, half, quarter in (("key_factor", 0.99, 0.97), ("value_factor", 0.90, 0.74)):
         squares = profile.tensors[name].double().square().sum(1)  # [layer, R]: of energies that sum up to 192

@@ -145,8 +145,9 @@ def rewrite(model: PreTrainedModel, shape: Shape, layers: Mapping[int, list[Grou
     """Give the model these groups as its KV heads. Everything is worked out before anything is changed."""
     config = decoder_config(model)
     count = len(next(iter(layers.values())))
-    size = _size(config, shape, count, max(len(group.queries) for groups in layers.values() for group in groups))
     modules = attention_modules(model)
+    least = max(len(group.queries) for groups in layers.values() for group in groups)
+    size = _size(config, next(iter(modules.values())), shape, count, least)
     made = {index: _projections(modules[index], shape, groups, size) for index, groups in layers.items()}
     for index, linears in made.items():
         module: Any = modules[index]
@@ -166,15 +167,20 @@ def _set(config: Any, shape: Shape, count: int, size: int) -> None:
     config.num_attention_heads, config.num_key_value_heads = count * size, count
 
 
-def _size(config: Any, shape: Shape, count: int, least: int) -> int:
-    """Query heads of a group, padding included: as few as the configuration's own checks allow."""
+def _size(config: Any, module: nn.Module, shape: Shape, count: int, least: int) -> int:
+    """Query heads of a group, padding included: as few as the configuration's own checks allow, and with which the
+    family makes an attention module of these heads (some take head_dim for hidden_size / num_attention_heads)."""
     why = ""
     for size in range(least, _MORE * least + 1):
         tried = copy.deepcopy(config)
         try:
             _set(tried, shape, count, size)
             type(config)(**tried.to_dict())
-            return size
+            with torch.device("meta"):
+                made: Any = type(module)(tried, layer_idx=module.layer_idx)
+            if {made.q_proj.out_features, made.o_proj.in_features} == {count * size * shape.head_dim}:
+                return size
+            why = why or f"{type(module).__name__} makes heads of another size then"
         except Exception as error:  # of whatever type the configuration's checks raise
             why = why or first_line(error)
     raise InputError(
