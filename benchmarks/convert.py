@@ -20,7 +20,7 @@ from fivefold.evaluate.demo import document
 from fivefold.merging import By
 from fivefold.models import conversion, embedded
 
-CONTEXT, NEW, TEXTS, TOKENS = 1024, 128, 3, 8192
+CONTEXT, NEW, TEXTS, TOKENS = 1024, 128, 3, 4096
 ROWS: tuple[tuple[int, By, bool], ...] = (
     (2, "uniform", False), (2, "norm", False), (2, "alike", False), (2, "uniform", True), (2, "norm", True),
     (2, "alike", True), (2, "proportional", False), (1, "uniform", False), (1, "uniform", True),
