@@ -21,9 +21,9 @@ from rich.progress import track
 import fivefold
 from fivefold.evaluate.demo import make_task
 from fivefold.kernels.rotated import reference
+from fivefold.methods import low_rank
 from fivefold.methods.before_rope import BeforeRope
 from fivefold.methods.bits import rotatekv
-from fivefold.methods.channels import cskv
 from fivefold.models import attention, embedded
 from fivefold.store import Rope
 
@@ -31,12 +31,12 @@ PARTS: tuple[tuple[str, Any, str], ...] = (
     ("store, softmax, merge, exact tier", attention, "attend"),
     ("scores: the product with queries", BeforeRope, "scores"),
     ("keys: codes times scales", rotatekv._Bound, "before"),
-    ("keys: features times basis", cskv._Bound, "before"),
+    ("keys: features times basis", low_rank.Bound, "before"),
     ("keys: rotation undone", reference, "transform_columns"),
     ("keys, turned, times queries (compiled)", rotatekv, "rotated_scores"),
     ("keys: turned by position", Rope, "rotate_columns"),
     ("values: weighted codes", rotatekv, "planar_output"),
-    ("values: weighted features", cskv._Bound, "output"),
+    ("values: weighted features", low_rank.Bound, "output"),
     ("sinks, values' rotation undone", rotatekv._Bound, "output"),
 )
 

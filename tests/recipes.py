@@ -33,6 +33,8 @@ _ALONE = {
     "mikv-high8": "mikv(high=8, floor=0)",
     "rotatekv": 'rotatekv(bits=4, profile="{rotatekv}")',
     "cskv": 'cskv(keep=0.3, profile="{cskv}")',
+    "kv_heads": 'kv_heads(keep=0.5, profile="{kv_heads}")',
+    "kv_heads-group": 'kv_heads(keep=0.3, group=1, bits=8, profile="{kv_heads}")',
     "duo": "duo(retrieval=[[0, 1], [1, 0]], sink=4, recent=40)",
     "razor": 'razor(least=40, share=0.2, profile="{razor}")',
     "streaming": "streaming(sink=4, recent=100)",
@@ -52,13 +54,18 @@ RECIPES: dict[str, str] = {**_ALONE, **{f"{name}+kivi": f"{_ALONE[name]} + {KIVI
 PACKING = tuple(
     name
     for name, recipe in RECIPES.items()
-    if any(codec in recipe for codec in ("kivi", "gear", "mikv", "rotate", "cskv"))
+    if any(codec in recipe for codec in ("kivi", "gear", "mikv", "rotate", "cskv", "kv_heads"))
 )
 """Those that pack tokens."""
 CHOOSING = tuple(name for name in RECIPES if name.split("+")[0] in _BESIDE[3:9])
 """Those that choose tokens one by one."""
 
-_LEARNED = {"rotatekv": "rotatekv(bits=4)", "cskv": "cskv(keep=0.3)", "razor": "razor()"}
+_LEARNED = {
+    "rotatekv": "rotatekv(bits=4)",
+    "cskv": "cskv(keep=0.3)",
+    "kv_heads": "kv_heads(keep=0.5)",
+    "razor": "razor()",
+}
 
 
 def written(name: str, model: Any) -> str:

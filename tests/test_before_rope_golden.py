@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from fivefold.calibrate.profile import Profile
 from fivefold.kernels.planar import dequantise, quantise
 from fivefold.methods.bits.rotatekv import RotateCodec, RotateKV, massive, order_of, rotate
-from fivefold.methods.channels.cskv import Cskv, CskvCodec, CskvLearner
+from fivefold.methods.channels.cskv import Cskv, CskvLearner
+from fivefold.methods.low_rank import LowRankCodec
 from fivefold.store import Context, LayerSpec, Rope
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -127,7 +128,7 @@ def test_the_closed_form_is_no_worse_than_the_official_initialisations() -> None
     for name in ("svd", "asvd"):
         errors[name] = relative(golden["inputs"] @ golden[f"{name}.a"].T @ golden[f"{name}.b"].T, keys)
     rank = golden["svd.a"].shape[0] // HEADS
-    codec = CskvCodec(spec(), profile, (rank, rank), 16)
+    codec = LowRankCodec("cskv16", spec(), profile, (rank, rank), None)
     context = Context(tuple(range(HEADS)), HEADS, torch.arange(2 * 128)[None])
     bound = codec.of(context)
     pages = [x.reshape(-1, 128, DIM) for x in (turned(pad(keys)), pad(keys))]

@@ -155,7 +155,7 @@ def test_a_model_of_windows_alone() -> None:
         assert torch.equal(ours, theirs)
 
 
-_TURNED = [name for name in RECIPES if name in ("rotatekv", "cskv")]
+_TURNED = [name for name in RECIPES if name in ("rotatekv", "cskv", "kv_heads")]
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ LAYERS = {
 }
 """Imports of any kind count: at the top of a module, in a function, or for types only."""
 KNOW_TRANSFORMERS = ("models", "generation", "cli", "evaluate", "benchmark", "calibrate")
-KNOW_ITS_TYPES = ("api",)
+KNOW_ITS_TYPES = ("api", "merging")
 LONGEST = 500
 MAY_BE_LONGER = ("kernels",)
 

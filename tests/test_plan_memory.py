@@ -233,7 +233,7 @@ def test_several_gpus_share_heads_and_weights() -> None:
 
 def test_profiles_that_are_not_there_are_assumed_and_said() -> None:
     shape = read_model("llama-3-8b")
-    for recipe in ("duo(keep=0.25)", "cskv(keep=0.2)", "rotatekv(bits=2)"):
+    for recipe in ("duo(keep=0.25)", "cskv(keep=0.2)", "kv_heads()", "rotatekv(bits=2)"):
         parsed = Recipe.parse(recipe)
         (said,) = memory.assumptions(parsed, shape)
         assert shape.signature in said

@@ -34,7 +34,7 @@ class Off:
     have been rounded the other way, because sums were added up in another order; then it is off by a little more."""
 
     def __init__(self, recipe: str) -> None:
-        self.packs = any(codec in recipe for codec in ("kivi", "gear", "mikv", "rotate", "cskv"))
+        self.packs = any(codec in recipe for codec in ("kivi", "gear", "mikv", "rotate", "cskv", "kv_heads"))
         self.worst: dict[str, tuple[float, str]] = {}
 
     def add(self, sequence: str, where: str, got: torch.Tensor, want: torch.Tensor) -> None:

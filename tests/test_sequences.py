@@ -138,7 +138,7 @@ def test_chunks_of_joined_sequences(tiny: Any) -> None:
 
 
 @pytest.mark.parametrize("change", ["join", "own pools", "take"])
-@pytest.mark.parametrize("name", ["full", "kivi-residual", "snapkv+kivi", "cskv"])
+@pytest.mark.parametrize("name", ["full", "kivi-residual", "snapkv+kivi", "cskv", "kv_heads"])
 def test_a_failure_leaves_both_sides_as_they_were(tiny: Any, name: str, change: str) -> None:
     model = tiny(**SHAPE)
     talk = Conversations(model, written(name, model), change == "own pools")

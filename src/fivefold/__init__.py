@@ -17,17 +17,19 @@ if TYPE_CHECKING:
     from fivefold.api import compress, load_cache, restore
     from fivefold.engine.prefix import PrefixStore
     from fivefold.generation import Request, generate_many
+    from fivefold.merging import convert
     from fivefold.recipe import Recipe
 
 __version__ = "0.1.0"
 __all__ = [
-    "FivefoldError", "PrefixStore", "Recipe", "Request", "__version__", "compress", "generate_many", "load_cache",
-    "restore",
+    "FivefoldError", "PrefixStore", "Recipe", "Request", "__version__", "compress", "convert", "generate_many",
+    "load_cache", "restore",
 ]  # fmt: skip
 
 # These need torch, which takes seconds to import: it waits until one of them is asked for (PEP 562).
 _HOMES = {
-    "compress": "fivefold.api", "load_cache": "fivefold.api", "restore": "fivefold.api", "Recipe": "fivefold.recipe",
+    "compress": "fivefold.api", "load_cache": "fivefold.api", "restore": "fivefold.api",
+    "convert": "fivefold.merging", "Recipe": "fivefold.recipe",
     "PrefixStore": "fivefold.engine.prefix", "Request": "fivefold.generation", "generate_many": "fivefold.generation",
 }  # fmt: skip
 

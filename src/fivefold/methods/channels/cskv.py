@@ -9,17 +9,11 @@ from typing import Any, ClassVar
 import torch
 
 from fivefold.calibrate.learner import Capture, Learner, Progress
-from fivefold.calibrate.profile import Profile
-from fivefold.errors import ProfileError, RecipeError
-from fivefold.kernels.pack import fill_rows
-from fivefold.kernels.planar import PLANES, dequantise, pack, quantise, unpack_planes
-from fivefold.kernels.shared import shared
-from fivefold.methods import Codec, Method, check_finite, param, register
-from fivefold.methods.before_rope import BeforeRope
-from fivefold.store import Context, Field, LayerSpec, PageLayout, Rope
+from fivefold.methods import Method, param, register
+from fivefold.methods.low_rank import LowRankCodec, factor, profile_of
+from fivefold.store import LayerSpec, Rope
 from fivefold.store.context import running
 
-Bases = tuple[torch.Tensor, torch.Tensor]
 HELD = 0.4
 """A profile holds what is needed for this part of the channels, or for `keep` if that is more."""
 VALUES = 2.0
@@ -84,29 +78,10 @@ class Cskv(Method):
     def learner(self, specs: Sequence[LayerSpec]) -> Learner:
         return CskvLearner(specs, max(HELD, self.keep, self.value_keep or 0))
 
-    def codec(self, spec: LayerSpec) -> CskvCodec:
-        if spec.rope is None:
-            raise RecipeError(f"cskv() stores keys as they are before RoPE, and {spec.no_rope}: use another method.")
-        ranks = self.ranks(spec.head_dim)
-        missing = (
-            f"cskv() has learned nothing of this model ({spec.model}): run fivefold calibrate --recipe 'cskv()', and "
-            "give the folder as cskv(profile=...)."
-        )
-
-        def blank() -> dict[str, Any]:
-            rank, weight = max(ranks) * spec.kv_heads, spec.blank(spec.layers, spec.channels)
-            factor = spec.blank(spec.layers, spec.channels, rank)
-            tensors = {"key_factor": factor, "value_factor": factor, "key_weight": weight}
-            return {"layers": list(range(spec.layers)), "rank": rank, **tensors}
-
-        profile = self.profile_for(spec, self.profile, missing, blank)
-        held, needed = profile.settings["rank"], max(ranks) * spec.kv_heads
-        if needed > held:
-            name = self.profile or f"cskv-{spec.model}"
-            raise ProfileError(
-                f"the profile {name!r} holds {held} directions and {self} needs {needed}: calibrate with that recipe."
-            )
-        return CskvCodec(spec, profile, ranks, self.bits)
+    def codec(self, spec: LayerSpec) -> LowRankCodec:
+        profile = profile_of(self, spec, self.profile, max(self.ranks(spec.head_dim)), weighted=True)
+        bits = None if self.bits == 16 else self.bits
+        return LowRankCodec(f"cskv{self.bits}", spec, profile, self.ranks(spec.head_dim), bits)
 
 
 class CskvLearner(Learner):
@@ -142,10 +117,10 @@ class CskvLearner(Learner):
             weight = pair_weight(self.sums[f"queries.{layer}"], 0 if rope is None else rope.pairs)
             tensors["key_weight"].append(weight.float())
             moments = self.sums[f"keys.{layer}"] * weight[:, None] * weight
-            tensors["key_factor"].append(_factor(moments, self.rank))
+            tensors["key_factor"].append(factor(moments, self.rank))
             parts = (self.sums[f"{name}.{layer}"] for name in ("attended", "values"))
             sums, values = (x / x.diagonal().mean().clamp(min=1e-30) for x in parts)
-            tensors["value_factor"].append(_factor(sums + VALUES * values, self.rank))
+            tensors["value_factor"].append(factor(sums + VALUES * values, self.rank))
         settings = {"layers": self.layers, "rank": self.rank}
         return settings, {name: torch.stack(parts) for name, parts in tensors.items()}
 
@@ -175,161 +150,3 @@ def pair_weight(squares: torch.Tensor, pairs: int) -> torch.Tensor:
     both = turned.unflatten(1, (2, pairs)).mean(1, keepdim=True).expand(-1, 2, -1).flatten(1) if pairs else turned
     weight = torch.cat([both, rest], 1).flatten()
     return (weight / weight.mean()).clamp(min=1e-6).sqrt()
-
-
-def _factor(moments: torch.Tensor, rank: int) -> torch.Tensor:
-    """float16 F `[n, rank]` with `F F^T` the best approximation of a multiple of `moments` whose mean square is 1."""
-    values, vectors = torch.linalg.eigh(moments / moments.diagonal().mean().clamp(min=1e-30))
-    return (vectors.flip(1)[:, :rank] * values.flip(0)[:rank].clamp(min=0).sqrt()).half()
-
-
-@shared(128)
-def bases(factor: torch.Tensor, weight: torch.Tensor | None, layer: int, channels: tuple[int, ...], rank: int) -> Bases:
-    """A `[channels, rank]` and B `[rank, channels]`, float32, for these channels: factor, weight (None: 1) as in a
-    profile, with `layer` the row of a layer there."""
-    mine = list(channels)
-    vectors = torch.linalg.svd(factor[layer, mine].double(), full_matrices=False)[0][:, :rank]
-    root = torch.ones(()).double() if weight is None else weight[layer, mine, None].double()
-    return (root * vectors).float(), (vectors / root).T.contiguous().float()
-
-
-class CskvCodec(Codec):
-    """Pages of features, each head's an equal share of those of its group of heads.
-
-    Fields, r and s features a head for keys and values: in 16 bits keys float16 [128, r], values float16 [128, s]; else
-    planar words int16 [32, r] with scale and zero float16 [planes, r], and the same for values.
-    """
-
-    contextual = positional = True
-    group = 32
-
-    def __init__(self, spec: LayerSpec, profile: Profile, ranks: tuple[int, int], bits: int) -> None:
-        assert spec.rope is not None
-        self.spec, self.profile, self.ranks, self.bits, self.rope = spec, profile, ranks, bits, spec.rope
-        half, fields = torch.float16, []
-        tokens = 128 if bits == 16 else PLANES[bits] * 32
-        for name, rank in zip(("key", "value"), ranks):
-            if bits == 16:
-                fields.append(Field(f"{name}s", (tokens, rank), half, "codes"))
-            else:
-                fields += [
-                    Field(f"{name}_words", (32, rank), torch.int16, "codes"),
-                    Field(f"{name}_scale", (tokens // 32, rank), half, "scales"),
-                    Field(f"{name}_zero", (tokens // 32, rank), half, "scales"),
-                ]
-        self.layout = PageLayout(f"cskv{bits}-{ranks[0]}-{ranks[1]}", tokens, tuple(fields))
-        self._bases: dict[tuple[tuple[int, ...], ...], list[torch.Tensor]] = {}
-
-    def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        check_finite(keys, values)
-
-    def bases(self, context: Context) -> list[torch.Tensor]:
-        """A and B of keys (channels in the paired order) and of values: `[groups or 1, n, rank]`, `[.., rank, n]`."""
-        groups = tuple(context.groups)
-        if groups not in self._bases:
-            tensors, layer = self.profile.tensors, self.profile.settings["layers"].index(self.spec.layer)
-            plain = torch.arange(self.spec.head_dim)
-            parts: list[Bases] = []
-            for name, weight, order, rank in (
-                ("key_factor", tensors["key_weight"], self.rope.order, self.ranks[0]),
-                ("value_factor", None, plain, self.ranks[1]),
-            ):
-                each = []
-                for heads in groups:
-                    channels = (torch.tensor(heads)[:, None] * self.spec.head_dim + order).flatten()
-                    made = tuple(channels.tolist()), rank * len(heads)
-                    each.append(bases(tensors[name], weight, layer, *made))
-                parts.append((torch.stack([down for down, _ in each]), torch.stack([up for _, up in each])))
-            self._bases[groups] = [x.to(self.spec.device) for pair in parts for x in pair]
-        return self._bases[groups]
-
-    @property
-    def fingerprint(self) -> str:
-        return self.profile.sha256
-
-    @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for made in self._bases.values() for x in made)
-
-    def forget(self) -> None:
-        self._bases.clear()
-
-    def of(self, context: Context) -> _Bound:
-        return _Bound(self, context)
-
-
-class _Bound(BeforeRope):
-    """The codec on the pages of some rows."""
-
-    codec: CskvCodec
-    planes = 1
-
-    def __init__(self, codec: CskvCodec, context: Context) -> None:
-        super().__init__(codec, context)
-        self.key_down, self.key_up, self.value_down, self.value_up = codec.bases(context)
-
-    def encode(
-        self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
-    ) -> dict[str, torch.Tensor]:
-        self.codec.check(keys, values)
-        context, tokens = self.context, keys.shape[1]
-        out: dict[str, torch.Tensor] = {}
-        for name, x, down, rank in (
-            ("key", self.unturned(keys), self.key_down, self.codec.ranks[0]),
-            ("value", context.join(values.float()), self.value_down, self.codec.ranks[1]),
-        ):
-            features = (x.flatten(2) @ down).unflatten(2, (context.together, rank))
-            out |= self._put(name, context.part(features, tokens), slot, opened)
-        return out
-
-    def _put(
-        self, name: str, features: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
-    ) -> dict[str, torch.Tensor]:
-        """The fields of pages whose slots from `slot` on hold features `[pages, tokens, rank]`."""
-        bits, tokens = self.codec.bits, self.layout.tokens
-        if bits == 16:
-            parts = {f"{name}s": (features.half(), slot, tokens)}
-            out = {}
-        else:
-            grouped = features.unflatten(1, (-1, 32)).transpose(2, 3)  # [pages, planes, rank, 32]
-            codes, scale, zero = quantise(grouped, bits)
-            words = None if opened is None else opened[f"{name}_words"]
-            out = {f"{name}_words": pack(codes.transpose(2, 3).flatten(1, 2), bits, slot // 32, words)}
-            parts = {
-                f"{name}_scale": (scale.squeeze(-1), slot // 32, tokens // 32),
-                f"{name}_zero": (zero.squeeze(-1), slot // 32, tokens // 32),
-            }
-        for field, (new, at, count) in parts.items():
-            out[field] = fill_rows(new, at, count, None if opened is None else opened[field])
-        return out
-
-    def _features(self, name: str, fields: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The features of pages `[rows * pages, *shape]` or `[rows, pages, *shape]`: float32 `[groups, tokens, n]`."""
-        if self.codec.bits == 16:
-            x = fields[f"{name}s"].float()
-        else:
-            codes = unpack_planes(fields[f"{name}_words"], self.codec.bits)
-            scale, zero = (fields[f"{name}_{part}"][..., None, :] for part in ("scale", "zero"))
-            x = dequantise(codes, scale, zero).flatten(-3, -2)
-        return self.context.join(x).flatten(2)
-
-    def arranged(self, fields: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        features = self._features("key", fields)
-        return {"features": features.unflatten(1, (1, -1, self.layout.tokens))}
-
-    def before(self, parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, None]:
-        features = parts["features"]
-        columns = torch.matmul(self.key_up.transpose(1, 2), features.flatten(1, 3).transpose(1, 2))
-        return columns.unflatten(2, features.shape[1:4]), None
-
-    def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        values = torch.matmul(self._features("value", fields), self.value_up).unflatten(2, (self.context.together, -1))
-        return self.keys(fields), self.context.part(values, self.layout.tokens)
-
-    def output(self, weights: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
-        # The features are weighted, and only the sum is made into a value.
-        features, together = self._features("value", fields), self.context.together
-        rows, query, tokens = weights.shape
-        summed = torch.bmm(weights.reshape(-1, together * query, tokens), features).unflatten(1, (together, query))
-        up = self.value_up.unflatten(2, (together, -1)).transpose(1, 2)  # [groups or 1, together, rank, head_dim]
-        return torch.matmul(summed, up).reshape(rows, query, -1)

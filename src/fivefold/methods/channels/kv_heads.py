@@ -1,0 +1,114 @@
+"""KV-head compression: the heads of a group become fewer, by the leading singular vectors of their caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from fivefold.calibrate.learner import Capture, Learner, Progress
+from fivefold.errors import RecipeError
+from fivefold.methods import Method, param, register
+from fivefold.methods.low_rank import LowRankCodec, factor, profile_of
+from fivefold.store import LayerSpec
+
+HELD = 0.5
+"""A profile holds what is needed for this part of the channels, or for `keep` if that is more."""
+
+
+@register(
+    slot="channels",
+    name="kv_heads",
+    paper="Yu et al., Effectively Compress KV Heads for LLM (arXiv:2406.07056)",
+)
+@dataclass(frozen=True)
+class KvHeads(Method):
+    """Groups of kv heads become fewer: the top d' right singular vectors of their calibration caches (section 3.2).
+
+    The caches of the t heads of a group on calibration text, side by side, are one matrix, keys before RoPE:
+
+        K_g = [K_1, ..., K_t] = U S V^T   [tokens, t * head_dim];   the cache holds  C = K_g V',  V' = V[:, :d']
+
+    and keys are made again as `C V'^T`, then turned by RoPE; values likewise, with a V' of their own. With d' =
+    head_dim, t heads have become one: keep = 1 / t. Here d' is any number that is the same for each head, `t *
+    round(keep * head_dim)`. V are the eigenvectors of the second moments `K_g^T K_g`, which is all that is summed up.
+
+    Where we differ from the paper: its folding of `V'^T` into the weights (of V and O; of Q and K where there is no
+    RoPE) spares a product and changes the model. Here nothing is folded, so the model stays as it is, other caches
+    work beside this one, and the last `window` tokens (to window + 31, since 32 are packed at a time) are exact. Its
+    published quality is after fine-tuning with LoRA, which is not done here. `cskv` is the same codec with another
+    basis, weighted by what attention makes of keys and values, which costs less quality at the same bytes.
+
+    Heads that hold other tokens than the rest of their group (`duo`, `streaming`) have features of their own, worked
+    out from the same moments. Brings what a page holds, as `cskv` and the methods of the slot bits do: one of them.
+
+    Bytes per packed token of one head, with r = round(keep * head_dim): `2 r` numbers in the model's dtype (`4 r` in 16
+    bits); in b bits `2 r (2 / planes + 4 / 32)`, planes = 4 or 2 for 4 or 8 bits: codes, and a float16 scale and zero
+    point for 32 tokens of a feature, as `cskv` has them. A group of t heads holds t r = d' keys and d' values a token.
+    """
+
+    captures: ClassVar[tuple[Capture, ...]] = ("keys", "values")
+
+    keep: float = param(0.5, "fraction of the heads' channels that is stored", low=0.01, high=1)
+    group: int | None = param(None, "consecutive kv heads that share their numbers, if not all of a layer", low=1)
+    window: int = param(32, "recent tokens that stay exact", low=0)
+    bits: int | None = param(None, "bits a stored number, if not the model's own", choices=(None, 4, 8))
+    profile: str | None = param(None, "folder of a profile, if not the one that ships for the model")
+
+    def excludes(self, other: Method) -> str | None:
+        if other.slot == "bits":
+            return f"both say what a page holds; use kv_heads(bits=4), or {other.name} alone."
+        return None
+
+    @property
+    def exact_tokens(self) -> int:
+        return self.window
+
+    def rank(self, head_dim: int) -> int:
+        """Numbers per head, of keys and of values: d' / t."""
+        return max(1, round(self.keep * head_dim))
+
+    def learner(self, specs: Sequence[LayerSpec]) -> Learner:
+        # Groups smaller than a layer are cut out of its moments, which have to be whole for that.
+        return KvHeadsLearner(specs, 1.0 if self.group is not None else max(HELD, self.keep))
+
+    def codec(self, spec: LayerSpec) -> LowRankCodec:
+        if self.group is not None and spec.kv_heads % self.group:
+            raise RecipeError(
+                f"kv_heads(group={self.group}) does not divide the {spec.kv_heads} kv heads of layer {spec.layer}: use "
+                f"one of {', '.join(str(n) for n in range(1, spec.kv_heads + 1) if spec.kv_heads % n == 0)}."
+            )
+        rank = self.rank(spec.head_dim)
+        profile = profile_of(self, spec, self.profile, rank, weighted=False)
+        share = self.group or spec.kv_heads
+        name = f"kv_heads{self.bits or ''}-{share}"
+        return LowRankCodec(name, spec, profile, (rank, rank), self.bits, spec.dtype, share)
+
+
+class KvHeadsLearner(Learner):
+    """Sums the second moments of keys before RoPE and of values of all heads of a layer, float64.
+
+    The profile holds, for every layer, n = kv_heads * head_dim, R = `rank`: key_factor, value_factor float16
+    [layer, n, R] with `factor factor^T` ~ the moments, scaled so that their diagonal is 1 on average.
+    """
+
+    def __init__(self, specs: Sequence[LayerSpec], keep: float) -> None:
+        super().__init__()
+        self.layers = [spec.layer for spec in specs]
+        first = specs[0]
+        self.rank = min(first.channels, max(1, round(keep * first.head_dim)) * first.kv_heads)
+
+    def see(self, layer: int, captured: dict[Capture, torch.Tensor]) -> None:
+        for name, x in captured.items():
+            flat = x.transpose(1, 2).flatten(2).flatten(0, 1).double()
+            self.add(f"{name}.{layer}", flat.T @ flat)
+
+    def finish(self, progress: Progress) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        tensors: dict[str, list[torch.Tensor]] = {"key_factor": [], "value_factor": []}
+        for number, layer in enumerate(self.layers):
+            progress(number, len(self.layers), "Fitting")
+            for kind, made in tensors.items():
+                made.append(factor(self.sums[f"{kind.split('_')[0]}s.{layer}"], self.rank))
+        return {"layers": self.layers, "rank": self.rank}, {name: torch.stack(x) for name, x in tensors.items()}

@@ -1,0 +1,239 @@
+"""What methods that keep fewer numbers than channels share: linear features of the heads of a layer together.
+
+A token's keys before RoPE, of n = heads * head_dim channels, become features `c = k A`, and are made again as `c B`,
+then turned by RoPE; values likewise. A and B come from the second moments of calibration text; what is weighed, and
+which heads go together, is the method's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fivefold.calibrate.profile import Profile
+from fivefold.errors import ProfileError, RecipeError
+from fivefold.kernels.pack import fill_rows
+from fivefold.kernels.planar import PLANES, dequantise, pack, quantise, unpack_planes
+from fivefold.kernels.shared import shared
+from fivefold.methods.before_rope import BeforeRope
+from fivefold.methods.method import Method
+from fivefold.store import Context, Field, LayerSpec, PageLayout
+from fivefold.store.codec import FLOAT16_MAX, Codec, check_finite
+
+Bases = tuple[torch.Tensor, torch.Tensor]
+
+
+def factor(moments: torch.Tensor, rank: int) -> torch.Tensor:
+    """float16 F `[n, rank]` with `F F^T` the best approximation of a multiple of `moments` whose mean square is 1."""
+    values, vectors = torch.linalg.eigh(moments / moments.diagonal().mean().clamp(min=1e-30))
+    return (vectors.flip(1)[:, :rank] * values.flip(0)[:rank].clamp(min=0).sqrt()).half()
+
+
+@shared(128)
+def bases(factor: torch.Tensor, weight: torch.Tensor | None, layer: int, channels: tuple[int, ...], rank: int) -> Bases:
+    """A `[channels, rank]` and B `[rank, channels]`, float32, for these channels: factor, weight (None: 1) as in a
+    profile, with `layer` the row of a layer there."""
+    mine = list(channels)
+    vectors = torch.linalg.svd(factor[layer, mine].double(), full_matrices=False)[0][:, :rank]
+    root = torch.ones(()).double() if weight is None else weight[layer, mine, None].double()
+    return (root * vectors).float(), (vectors / root).T.contiguous().float()
+
+
+def profile_of(method: Method, spec: LayerSpec, given: str | None, rank: int, weighted: bool) -> Profile:
+    """The profile for features of a layer, `rank` for each head: key_factor, value_factor `[layer, n, R]`, and with
+    `weighted` key_weight `[layer, n]`.
+
+    given: the folder, if the user named one. Raises `RecipeError` where keys before RoPE are not to be had, and
+    `ProfileError` where there is no profile, or one with fewer directions.
+    """
+    name, needed = method.name, rank * spec.kv_heads
+    if spec.rope is None:
+        raise RecipeError(f"{name}() stores keys as they are before RoPE, and {spec.no_rope}: use another method.")
+    missing = (
+        f"{name}() has learned nothing of this model ({spec.model}): run fivefold calibrate --recipe '{name}()', and "
+        f"give the folder as {name}(profile=...)."
+    )
+
+    def blank() -> dict[str, Any]:
+        tensors = {f"{kind}_factor": spec.blank(spec.layers, spec.channels, needed) for kind in ("key", "value")}
+        if weighted:
+            tensors["key_weight"] = spec.blank(spec.layers, spec.channels)
+        return {"layers": list(range(spec.layers)), "rank": needed, **tensors}
+
+    profile = method.profile_for(spec, given, missing, blank)
+    if needed > profile.settings["rank"]:
+        raise ProfileError(
+            f"the profile {given or f'{name}-{spec.model}'!r} holds {profile.settings['rank']} directions and {method} "
+            f"needs {needed}: calibrate with that recipe."
+        )
+    return profile
+
+
+class LowRankCodec(Codec):
+    """Pages of features, each head's an equal share of those of its group of heads.
+
+    name: of its pages. ranks: r and s features a head for keys and values. bits: None for numbers as they are, in
+    `dtype`. share: so many consecutive heads have features together, if not all that hold the same tokens.
+
+    Fields: keys `dtype` [128, r], values `dtype` [128, s]; in bits planar words int16 [32, r] with scale and zero
+    float16 [planes, r], and the same for values.
+    """
+
+    contextual = positional = True
+    group = 32
+
+    def __init__(
+        self,
+        name: str,
+        spec: LayerSpec,
+        profile: Profile,
+        ranks: tuple[int, int],
+        bits: int | None,
+        dtype: torch.dtype = torch.float16,
+        share: int | None = None,
+    ) -> None:
+        assert spec.rope is not None
+        self.spec, self.profile, self.ranks, self.bits, self.rope = spec, profile, ranks, bits, spec.rope
+        self.dtype, self.share = dtype, share
+        half, fields = torch.float16, []
+        tokens = 128 if bits is None else PLANES[bits] * 32
+        for kind, rank in zip(("key", "value"), ranks):
+            if bits is None:
+                fields.append(Field(f"{kind}s", (tokens, rank), dtype, "codes"))
+            else:
+                fields += [
+                    Field(f"{kind}_words", (32, rank), torch.int16, "codes"),
+                    Field(f"{kind}_scale", (tokens // 32, rank), half, "scales"),
+                    Field(f"{kind}_zero", (tokens // 32, rank), half, "scales"),
+                ]
+        self.layout = PageLayout(f"{name}-{ranks[0]}-{ranks[1]}", tokens, tuple(fields))
+        self.limit = FLOAT16_MAX
+        if bits is None and dtype != torch.float16:
+            self.limit = torch.finfo(dtype).max
+        self._bases: dict[tuple[tuple[int, ...], ...], list[torch.Tensor]] = {}
+
+    def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        check_finite(keys, values, self.limit)
+
+    def bases(self, context: Context) -> list[torch.Tensor]:
+        """A and B of keys (channels in the paired order) and of values: `[groups or 1, n, rank]`, `[.., rank, n]`."""
+        groups = tuple(context.groups)
+        if groups not in self._bases:
+            tensors, plain = self.profile.tensors, torch.arange(self.spec.head_dim)
+            parts: list[Bases] = []
+            for name, weight, order, rank in (
+                ("key_factor", tensors.get("key_weight"), self.rope.order, self.ranks[0]),
+                ("value_factor", None, plain, self.ranks[1]),
+            ):
+                each = [self._blocks(tensors[name], weight, heads, order, rank) for heads in groups]
+                parts.append((torch.stack([down for down, _ in each]), torch.stack([up for _, up in each])))
+            self._bases[groups] = [x.to(self.spec.device) for pair in parts for x in pair]
+        return self._bases[groups]
+
+    def _blocks(
+        self, factor: torch.Tensor, weight: torch.Tensor | None, heads: tuple[int, ...], order: torch.Tensor, rank: int
+    ) -> Bases:
+        """A and B of these heads: a block for those that share features."""
+        layer, split = self.profile.settings["layers"].index(self.spec.layer), self.share or self.spec.kv_heads
+        shares: dict[int, list[int]] = {}
+        for head in heads:
+            shares.setdefault(head // split, []).append(head)
+        blocks = []
+        for some in shares.values():
+            channels = (torch.tensor(some)[:, None] * self.spec.head_dim + order).flatten()
+            blocks.append(bases(factor, weight, layer, tuple(channels.tolist()), rank * len(some)))
+        if len(blocks) == 1:
+            return blocks[0]
+        return torch.block_diag(*(down for down, _ in blocks)), torch.block_diag(*(up for _, up in blocks))
+
+    @property
+    def fingerprint(self) -> str:
+        return self.profile.sha256
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for made in self._bases.values() for x in made)
+
+    def forget(self) -> None:
+        self._bases.clear()
+
+    def of(self, context: Context) -> Bound:
+        return Bound(self, context)
+
+
+class Bound(BeforeRope):
+    """The codec on the pages of some rows."""
+
+    codec: LowRankCodec
+    planes = 1
+
+    def __init__(self, codec: LowRankCodec, context: Context) -> None:
+        super().__init__(codec, context)
+        self.key_down, self.key_up, self.value_down, self.value_up = codec.bases(context)
+
+    def encode(
+        self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
+    ) -> dict[str, torch.Tensor]:
+        self.codec.check(keys, values)
+        context, tokens = self.context, keys.shape[1]
+        out: dict[str, torch.Tensor] = {}
+        for name, x, down, rank in (
+            ("key", self.unturned(keys), self.key_down, self.codec.ranks[0]),
+            ("value", context.join(values.float()), self.value_down, self.codec.ranks[1]),
+        ):
+            features = (x.flatten(2) @ down).unflatten(2, (context.together, rank))
+            out |= self._put(name, context.part(features, tokens), slot, opened)
+        return out
+
+    def _put(
+        self, name: str, features: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
+    ) -> dict[str, torch.Tensor]:
+        """The fields of pages whose slots from `slot` on hold features `[pages, tokens, rank]`."""
+        bits, tokens = self.codec.bits, self.layout.tokens
+        if bits is None:
+            parts = {f"{name}s": (features.to(self.codec.dtype), slot, tokens)}
+            out = {}
+        else:
+            grouped = features.unflatten(1, (-1, 32)).transpose(2, 3)  # [pages, planes, rank, 32]
+            codes, scale, zero = quantise(grouped, bits)
+            words = None if opened is None else opened[f"{name}_words"]
+            out = {f"{name}_words": pack(codes.transpose(2, 3).flatten(1, 2), bits, slot // 32, words)}
+            parts = {
+                f"{name}_scale": (scale.squeeze(-1), slot // 32, tokens // 32),
+                f"{name}_zero": (zero.squeeze(-1), slot // 32, tokens // 32),
+            }
+        for field, (new, at, count) in parts.items():
+            out[field] = fill_rows(new, at, count, None if opened is None else opened[field])
+        return out
+
+    def _features(self, name: str, fields: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The features of pages `[rows * pages, *shape]` or `[rows, pages, *shape]`: float32 `[groups, tokens, n]`."""
+        if self.codec.bits is None:
+            x = fields[f"{name}s"].float()
+        else:
+            codes = unpack_planes(fields[f"{name}_words"], self.codec.bits)
+            scale, zero = (fields[f"{name}_{part}"][..., None, :] for part in ("scale", "zero"))
+            x = dequantise(codes, scale, zero).flatten(-3, -2)
+        return self.context.join(x).flatten(2)
+
+    def arranged(self, fields: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        features = self._features("key", fields)
+        return {"features": features.unflatten(1, (1, -1, self.layout.tokens))}
+
+    def before(self, parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, None]:
+        features = parts["features"]
+        columns = torch.matmul(self.key_up.transpose(1, 2), features.flatten(1, 3).transpose(1, 2))
+        return columns.unflatten(2, features.shape[1:4]), None
+
+    def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        values = torch.matmul(self._features("value", fields), self.value_up).unflatten(2, (self.context.together, -1))
+        return self.keys(fields), self.context.part(values, self.layout.tokens)
+
+    def output(self, weights: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
+        # The features are weighted, and only the sum is made into a value.
+        features, together = self._features("value", fields), self.context.together
+        rows, query, tokens = weights.shape
+        summed = torch.bmm(weights.reshape(-1, together * query, tokens), features).unflatten(1, (together, query))
+        up = self.value_up.unflatten(2, (together, -1)).transpose(1, 2)  # [groups or 1, together, rank, head_dim]
+        return torch.matmul(summed, up).reshape(rows, query, -1)
