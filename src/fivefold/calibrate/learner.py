@@ -14,8 +14,8 @@ Capture = Literal["keys", "queries", "values", "inputs", "attention", "residual"
 """keys, queries: before RoPE and behind any norm that the model applies to them, float32
 `[batch, kv_head or query_head, tokens, head_dim]`. values: the shape of keys. inputs: what the attention module is
 given, float32 `[batch, tokens, hidden]`. attention: the weights of the chunk's `OBSERVED` newest queries, float32
-`[batch, query_head, OBSERVED, tokens]`. residual: the residual stream that enters the layer, before any norm, and added:
-what the layer's attention adds to it, behind any norm or factor, float32 `[batch, tokens, hidden]`."""
+`[batch, query_head, OBSERVED, tokens]`. residual: the residual stream that enters the layer, before any norm, and
+added: what the layer's attention adds to it, behind any norm or factor, float32 `[batch, tokens, hidden]`."""
 CAPTURES: tuple[Capture, ...] = ("keys", "queries", "values", "inputs", "attention", "residual", "added")
 OBSERVED = 32
 

@@ -80,7 +80,8 @@ def capturing(
 
         return args, {**kwargs, _SEEN: take}
 
-    around, seen = bool({"residual", "added"} & set(wanted)), {}
+    around = bool({"residual", "added"} & set(wanted))
+    seen: dict[int, dict[Capture, torch.Tensor]] = {}
     hooks = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules.values()]
     for index, layer in decoder_layers(model).items() if around else ():
         hooks += _around(layer, modules[index], partial(_complete, index, layer, wanted, seen, see))

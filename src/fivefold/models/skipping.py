@@ -1,8 +1,8 @@
 """Attention modules that do not run at all while the model is called with a cache that leaves them out.
 
-Hooks cannot keep a module from running, so a `Skip` stands in the place of its `forward`. Called with a cache that leaves
-the layer out, it returns zeros, whatever biases the module has; with any other cache, or none, it calls what was there
-before. Which it is, each call says by the cache that it brings, so that threads do not disturb each other.
+Hooks cannot keep a module from running, so a `Skip` stands in the place of its `forward`. Called with a cache that
+leaves the layer out, it returns zeros, whatever biases the module has; with any other cache, or none, it calls what was
+there before. Which it is, each call says by the cache that it brings, so that threads do not disturb each other.
 
 Zeros must still be zeros where the layer adds them to the residual stream: behind a norm with a bias they would not be.
 The first forward shows that (`models/residual.py`), and a layer that adds something all the same is refused.
@@ -86,7 +86,7 @@ def install(layer: torch.nn.Module, module: torch.nn.Module) -> None:
     """Let an attention module be skipped. Safe to call again."""
     # accelerate keeps what it wraps as `_old_forward`.
     if not any(isinstance(vars(module).get(name), Skip) for name in ("forward", "_old_forward")):
-        module.forward = Skip(layer, module)  # type: ignore[method-assign]
+        module.forward = Skip(layer, module)
 
 
 def remove(model: torch.nn.Module) -> None:
@@ -100,6 +100,6 @@ def remove(model: torch.nn.Module) -> None:
         if isinstance(mine, Skip):
             del module.forward
             if mine.before is not None:
-                module.forward = mine.before  # type: ignore[method-assign]
+                module.forward = mine.before
         if isinstance(inner, Skip):
             module._old_forward = inner.plain  # type: ignore[assignment]
