@@ -188,8 +188,8 @@ def rehearse(
 
 
 def running(recipe: Recipe, shape: ModelShape, dtype: torch.dtype, sliding: bool = False) -> ModelShape:
-    """The model as a forward reads it: without the attention modules that the recipe leaves out, whose weights are there
-    all the same (biases of theirs, which are next to nothing, count as read)."""
+    """The model as a forward reads it: without the attention modules that the recipe leaves out, whose weights are
+    there all the same (biases of theirs, which are next to nothing, count as read)."""
     gone = {spec.layer: spec for spec in recipe.divided(specs_of(shape, dtype, sliding))[1]}
     if not gone:
         return shape
