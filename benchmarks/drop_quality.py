@@ -5,8 +5,8 @@ docs/methods.md.
 
 KL divergence (nats, mean over tokens) of the next-token distributions from those of the exact cache, and how often the
 most likely token is the same: over 128 tokens that follow 1,024 tokens of Python's language reference, three texts from
-its first half (calibration reads none of that), float32. Passkeys: found of so many, in texts of 384 tokens. Each row is
-written as soon as it is measured, and what the file holds already is not measured again.
+its first half (calibration reads none of that), float32. Passkeys: found of so many, in texts of 384 tokens. Each row
+is written as soon as it is measured, and what the file holds already is not measured again.
 """
 
 from __future__ import annotations
