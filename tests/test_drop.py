@@ -218,6 +218,41 @@ def test_nothing_of_a_module_runs_and_nothing_is_held() -> None:
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in decoder_layers(model).values())
 
 
+NORMS = {
+    "llama": "input_layernorm", "gemma2": "input_layernorm", "gpt_neox": "input_layernorm", "gpt2": "ln_1",
+    "opt": "self_attn_layer_norm", "lfm2": "operator_norm", "granite": "input_layernorm", "mixtral": "input_layernorm",
+}  # fmt: skip
+"""Families whose norm before attention is for attention alone."""
+
+
+@pytest.mark.parametrize("family", [*NORMS, *PARALLEL[:2], "phi", "olmo2"])
+def test_a_norm_for_attention_alone_does_not_run(family: str, model: Any) -> None:
+    """After the first forward; where the MLP is given what it makes, it goes on."""
+    layer, ids = compressible(model)[-1], text(20)
+    whole = decoder_layers(model)[layer]
+    twin = zeroed(model, [layer])
+    cache, counts = fivefold.compress(model, f"drop(layers=[{layer}])"), []
+    norm = getattr(whole, NORMS.get(family, "input_layernorm"), None)
+    if norm is not None:  # what it makes, which its hooks see also where it is idle
+        norm.register_forward_hook(lambda m, args, out: counts.append(out is args[0]))
+    with torch.inference_mode():
+        for _ in range(2):
+            got = model(ids, past_key_values=cache.new()).logits
+            torch.testing.assert_close(got, twin(ids).logits, atol=2e-5, rtol=1e-4)
+        assert counts[:2] == ([False, True] if family in NORMS else [] if family == "olmo2" else [False, False])
+        counts.clear()
+        model(ids)
+        assert not any(counts)
+        copied = copy.deepcopy(model)
+        own = fivefold.compress(copied, f"drop(layers=[{layer}])")
+        torch.testing.assert_close(copied(ids, past_key_values=own).logits, got)
+    for one in (model, copied):
+        fivefold.restore(one)
+        assert not any("forward" in vars(module) for module in one.modules())
+    if norm is not None:
+        norm._forward_hooks.clear()
+
+
 def test_with_any_other_cache_nothing_changes() -> None:
     model = llama()
     ids = text(30)

@@ -35,8 +35,8 @@ class Following(TorchFunctionMode):
         if self._from and getattr(func, "__name__", "") in _ADDS and len(args) == 2:
             self._see_sum(*args)
         out = func(*args, **(kwargs or {}))
-        if self._from and any(id(x) in self._from for x in _flat((*args, *(kwargs or {}).values()))):
-            self._from |= {id(x): x for x in _flat((out,))}
+        if self._from and any(id(x) in self._from for x in tensors_in((*args, *(kwargs or {}).values()))):
+            self._from |= {id(x): x for x in tensors_in((out,))}
         return out
 
     def _see_sum(self, one: Any, two: Any) -> None:
@@ -48,7 +48,7 @@ class Following(TorchFunctionMode):
                 return
 
 
-def _flat(values: tuple[Any, ...]) -> list[torch.Tensor]:
+def tensors_in(values: tuple[Any, ...]) -> list[torch.Tensor]:
     """The tensors among values, and in lists and tuples there."""
     out = []
     for value in values:

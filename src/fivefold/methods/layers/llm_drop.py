@@ -34,8 +34,9 @@ class LLMDrop(Method):
     compressed.
 
     As the official code with `drop_norm=True`, its scripts' default; with False it compares Norm(X) with
-    Attention(Norm(X)), which says something else. There a module's norm goes with it; here it still runs, in vain. What
-    a family does to its attention's output before it adds it (a norm, a factor) is part of Attention here.
+    Attention(Norm(X)), which says something else. The norm goes with the module, as there, unless something else is
+    given what it makes (an MLP side by side with attention). What a family does to its attention's output before it
+    adds it (a norm, a factor) is part of Attention here.
 
     Bytes: those of the layers that are left, 0 for the others. A step reads hidden * head_dim * 2 * (query_heads +
     kv_heads) weights less for each.
