@@ -507,5 +507,37 @@ def test_a_plan_reads_fewer_weights() -> None:
     assert one == 2 * two
     slow, fast = (advise.step_of(recipe, place, 131072, 1)[0] for recipe in (full, half))
     assert slow is not None and fast is not None and 1.2 < slow.seconds / fast.seconds < 2
+    assert "fivefold calibrate" in memory.assumptions(half, place.shape)[0] and not memory.assumptions(
+        full, place.shape
+    )
     whole, part = (advise.first_of(recipe, place, 32768) for recipe in (full, half))
     assert whole is not None and part is not None and part.seconds < 0.85 * whole.seconds
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_on_the_embedded_model() -> None:
+    """The modules that the paper's measure names cost little, and a passkey is found without four of them."""
+    import random
+
+    from fivefold.evaluate.demo import document
+    from fivefold.evaluate.score import generate
+    from fivefold.evaluate.tasks import holds, tasks
+    from fivefold.models import embedded
+
+    model, tokenizer = embedded.load()
+    method: Any = Recipe.parse("drop()").methods[0]
+    order = method.order([store.spec for store in make_cache(model, Recipe()).session.stores.values()])
+    assert order[:2] == [25, 26] and order[-1] == 0 and 1 in order[-3:]
+    ids = torch.tensor([tokenizer(document(), add_special_tokens=False).input_ids[:640]])
+    sample = tasks()["passkey"]().make(tokenizer, 384, random.Random("drop"))
+    with torch.inference_mode():
+        exact = model(ids).logits[0, -128:].log_softmax(-1)
+        for count, most in ((1, 0.04), (4, 0.3)):
+            cache = fivefold.compress(model, f"drop(layers={count})")
+            logs = model(ids, past_key_values=cache).logits[0, -128:].log_softmax(-1)
+            assert 0.001 < float((exact.exp() * (exact - logs)).sum(-1).mean()) <= most
+            cache = cache.new()
+            model(torch.tensor([sample.prefix]), past_key_values=cache, logits_to_keep=1)
+            (question,) = sample.questions
+            assert holds(generate(model, tokenizer, cache, question.text), question.answer)

@@ -7,8 +7,9 @@ the same code made them, and `report` counts them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -231,11 +232,12 @@ def report_of(
 def assumptions(recipe: Recipe, shape: ModelShape) -> list[str]:
     """What a plan takes for granted that a cache would refuse: one sentence for each profile that is not there."""
     out = []
-    for spec in specs_of(shape, torch.bfloat16)[:1]:
-        here = replace(spec, device=torch.device("cpu"))
-        for ask in (recipe.extents, *([recipe.packer.codec] if recipe.packer is not None else [])):
+    specs = [replace(spec, device=torch.device("cpu")) for spec in specs_of(shape, torch.bfloat16)]
+    for here in specs[:1]:
+        asked: list[Callable[[], Any]] = [partial(recipe.divided, specs), partial(recipe.extents, here)]
+        for ask in (*asked, *([partial(recipe.packer.codec, here)] if recipe.packer is not None else [])):
             try:
-                ask(here)
+                ask()
             except ProfileError as error:
                 out.append(str(error))
     return out
