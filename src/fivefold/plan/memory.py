@@ -235,7 +235,9 @@ def assumptions(recipe: Recipe, shape: ModelShape) -> list[str]:
     specs = [replace(spec, device=torch.device("cpu")) for spec in specs_of(shape, torch.bfloat16)]
     for here in specs[:1]:
         asked: list[Callable[[], Any]] = [partial(recipe.divided, specs), partial(recipe.extents, here)]
-        for ask in (*asked, *([partial(recipe.packer.codec, here)] if recipe.packer is not None else [])):
+        if recipe.packer is not None:
+            asked.append(partial(recipe.packer.codec, here))
+        for ask in asked:
             try:
                 ask()
             except ProfileError as error:
