@@ -354,7 +354,35 @@ def test_what_others_put_in_the_place_of_forward_stays() -> None:
     assert module.forward is theirs
 
 
-@pytest.mark.parametrize("rest", ["full()", "kivi(bits=4, residual=32)", "h2o(keep=0.5)", "d2o(keep=0.5)"])
+def test_what_accelerate_wraps_later() -> None:
+    hooks = pytest.importorskip("accelerate.hooks", reason="needs accelerate")
+    model, ids = llama(), text(10)
+    layer = model.model.layers[1]
+    with torch.inference_mode():
+        first = fivefold.compress(model, "drop(layers=[1])")
+        want = model(ids, past_key_values=first).logits
+        for module in (layer.self_attn, layer.input_layernorm):
+            hooks.add_hook_to_module(module, hooks.ModelHook())
+        with broken(layer.self_attn):
+            assert torch.equal(model(ids, past_key_values=first.new()).logits, want)
+        plain = model(ids).logits
+        fivefold.restore(model)
+        assert torch.equal(model(ids).logits, plain)
+        for module in (layer.self_attn, layer.input_layernorm):
+            hooks.remove_hook_from_module(module)
+            assert "fivefold" not in type(module.forward).__module__
+        assert torch.equal(model(ids).logits, plain) and not torch.equal(plain, want)
+        again = fivefold.compress(model, "drop(layers=[1])")
+        assert torch.equal(model(ids, past_key_values=again).logits, want)
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "full()", "kivi(bits=4, residual=32)", "h2o(keep=0.5)", "d2o(keep=0.5)", "duo(retrieval=[[1, 0]], recent=40)",
+        "tidal(top=32, full_layers=0, select_layers=[0])",
+    ],
+)  # fmt: skip
 def test_forks_beams_and_other_slots(rest: str) -> None:
     """As the model whose modules give zeros, with the same recipe for the layers that are left."""
     model, ids = llama(), text(90)
