@@ -45,9 +45,10 @@ _ALONE = {
     "elastic": "elastic(keep=0.5)",
     "random": "random(keep=0.5)",
     "tidal": "tidal(top=32, full_layers=0, select_layers=[0])",
+    "drop": "drop(layers=[0])",
 }
-# Methods of the slots heads, tokens and reads: those that `kivi` may stand beside.
-_BESIDE = ("duo", "razor", "streaming", "h2o", "snapkv", "keyformer", "d2o", "elastic", "random", "tidal")
+# Methods of the slots layers, heads, tokens and reads: those that `kivi` may stand beside.
+_BESIDE = ("duo", "razor", "streaming", "h2o", "snapkv", "keyformer", "d2o", "elastic", "random", "tidal", "drop")
 RECIPES: dict[str, str] = {**_ALONE, **{f"{name}+kivi": f"{_ALONE[name]} + {KIVI}" for name in _BESIDE}}
 """The recipes by name, which is the id of a test."""
 

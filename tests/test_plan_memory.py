@@ -81,6 +81,7 @@ def storage(pool: Any) -> int:
 
 
 SLOTS = (
+    st.sampled_from(["", "", "drop(layers=[1])"]),
     st.sampled_from(["", "duo(retrieval=[[0, 0], [1, 0]], sink=4, recent=40)"]),
     st.sampled_from(["", "streaming(sink=4, recent=64)", "h2o(keep=0.4)", "snapkv(keep=0.3)", "elastic(keep=0.5)"]),
     st.sampled_from(

@@ -49,7 +49,7 @@ def compress(
 
     parsed = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe)
     cache = huggingface.make_cache(model, parsed, parse_bytes(max_bytes), cuda_graph, sliding)
-    huggingface.prepare(model)
+    huggingface.prepare(model, cache.absent)
     return cache
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -58,6 +59,14 @@ class Recipe:
         """The method that chooses tokens by the whole prompt, if there is one: what is held of a prompt then depends on
         how it is cut, and on what follows."""
         return next((method for method in self.methods if isinstance(method, TokenPolicy) and method.chooses), None)
+
+    def divided(self, specs: Sequence[LayerSpec]) -> tuple[list[LayerSpec], list[LayerSpec]]:
+        """The layers that have a cache, and those whose attention is left out. Raises `RecipeError` if it all is."""
+        gone = frozenset().union(*(method.absent(specs) for method in self.methods))
+        kept = [spec for spec in specs if spec.layer not in gone]
+        if specs and not kept:
+            raise RecipeError(f"{self} leaves out the attention of every layer that has a cache: keep at least one.")
+        return kept, [spec for spec in specs if spec.layer in gone]
 
     def extents(self, spec: LayerSpec) -> list[Extent]:
         """What each KV head of a layer holds when all methods have had their say."""

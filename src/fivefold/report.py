@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -119,10 +119,12 @@ def measure(session: Session, recipe: str, graph: int = 0) -> Report:
     sliding = 0 if session.companions is None else session.companions.nbytes
     sequences, specs = len(session.lengths()), [store.spec for store in session.stores.values()]
     tokens = session.length * sequences
+    if seen:
+        seen += int(session.lengths().sum()) * sum(spec.kv_heads for spec in session.absent)
     exact_equivalent = sum(
         2 * sequences * min(session.length, (spec.window or session.length + 1) - 1)
         * spec.kv_heads * spec.head_dim * spec.dtype.itemsize
-        for spec in specs
+        for spec in (*specs, *(replace(spec, dtype=specs[0].dtype) for spec in session.absent))
     )  # fmt: skip
     return Report(
         recipe=recipe,

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from fivefold.store.spec import LayerSpec
 
-Capture = Literal["keys", "queries", "values", "inputs", "attention", "attending_queries", "attending_keys"]
+Capture = Literal[
+    "keys", "queries", "values", "inputs", "attention", "attending_queries", "attending_keys", "residual", "added"
+]
 """keys, queries: before RoPE and behind any norm that the model applies to them, float32
 `[batch, kv_head or query_head, tokens, head_dim]`. values: the shape of keys. inputs: what the attention module is
 given, float32 `[batch, tokens, hidden]`. attention: the weights of the chunk's `OBSERVED` newest queries, float32
 `[batch, query_head, OBSERVED, tokens]`. attending_queries, attending_keys: as they meet, after RoPE, the queries times
-the scaling, in the shapes of queries and keys: a score is their inner product."""
-CAPTURES: tuple[Capture, ...] = (
-    "keys", "queries", "values", "inputs", "attention", "attending_queries", "attending_keys",
-)  # fmt: skip
+the scaling, in the shapes of queries and keys: a score is their inner product. residual: the residual stream that
+enters the layer, before any norm, and added: what the layer's attention adds to it, behind any norm or factor, float32
+`[batch, tokens, hidden]`."""
+CAPTURES: tuple[Capture, ...] = get_args(Capture)
 OBSERVED = 32
 
 Progress = Callable[[int, int, str], None]

@@ -19,8 +19,9 @@ def build(
     companions: Companions | None = None,
     sources: frozenset[int] = frozenset(),
     entry: int = 0,
+    absent: Sequence[LayerSpec] = (),
 ) -> Session:
-    """The session that a cache works on. specs: the layers that are compressed; the others are as in `Session`."""
+    """The session that a cache works on. specs: the layers that are compressed; the rest are as in `Session`."""
     packer, policy = recipe.packer, next((one for one in recipe.methods if isinstance(one, TokenPolicy)), None)
 
     def store(spec: LayerSpec) -> LayerCache:
@@ -31,4 +32,4 @@ def build(
     roles: dict[int, str] = {}
     if isinstance(reads, ReadPolicy):
         roles |= zip((spec.layer for spec in specs), reads.roles(specs))
-    return Session(specs, store, pools, companions, roles, getattr(reads, "top", 0), None, sources, entry)
+    return Session(specs, store, pools, companions, roles, getattr(reads, "top", 0), None, sources, entry, absent)

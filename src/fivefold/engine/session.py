@@ -8,7 +8,7 @@ every layer exactly as it was.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -39,8 +39,8 @@ class Session:
 
     stores: those that are compressed. build: makes the store of a layer from its spec. roles: what each layer reads in
     a decoding step ("full", "select" or "sparse", see `ReadPolicy`); top: how many tokens are picked. sources: layers
-    whose keys and values later ones share. entry: the first layer of the model that has attention. length: tokens that
-    have been committed, padding included, the same for all layers.
+    whose keys and values later ones share. entry: the first layer of the model whose attention runs. absent: layers
+    whose attention is left out. length: tokens that have been committed, padding included, the same for all layers.
     """
 
     def __init__(
@@ -54,10 +54,12 @@ class Session:
         stores: dict[int, LayerCache] | None = None,
         sources: frozenset[int] = frozenset(),
         entry: int = 0,
+        absent: Sequence[LayerSpec] = (),
     ) -> None:
         self.build, self.pools, self.companions = build, pools, companions
         self.stores = {spec.layer: build(spec) for spec in specs} if stores is None else stores
         self.roles, self.top, self.sources, self.entry = roles or {}, top, sources, entry
+        self.absent = absent
         self.first, self.last = min(self.stores), max(self.stores)
         self.length = 0
         self.ragged = False
@@ -449,7 +451,7 @@ class Session:
         return self._twin(companions, {index: store.twin() for index, store in self.stores.items()})
 
     def _twin(self, companions: Companions | None, stores: dict[int, LayerCache]) -> Session:
-        kind = self.roles, self.top, stores, self.sources, self.entry
+        kind = self.roles, self.top, stores, self.sources, self.entry, self.absent
         return Session([], self.build, self.pools, companions, *kind)
 
     def adopt_specs(self, other: Session, change: Transaction) -> None:

@@ -90,7 +90,7 @@ class Scheduler:
             identity = f"{parsed} {model.dtype} {model.device}"
             self.shelf = prefix.shelf(model, identity, lambda: compress(model, parsed, max_bytes, cuda_graph=True))
             self.root = self.shelf.root
-            prepare(model)
+            prepare(model, self.root.absent)
             if (limit := self.root.session.pools.budget.limit) != parse_bytes(max_bytes):
                 raise InputError(
                     f"max_bytes={max_bytes} is not what this prefix store was first used with for the model and the "

@@ -85,6 +85,10 @@ class Method:
         """What each KV head of a layer holds (length `spec.kv_heads`); None if the method leaves that alone."""
         return None
 
+    def absent(self, specs: Sequence[LayerSpec]) -> frozenset[int]:
+        """The layers whose attention is left out altogether. specs: those that could be compressed."""
+        return frozenset()
+
     def codec(self, spec: LayerSpec) -> Codec | None:
         """How old tokens of a layer are packed; None if the method leaves them exact."""
         return None

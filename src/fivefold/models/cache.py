@@ -37,7 +37,9 @@ class FivefoldLayer(CacheLayerMixin):
     @property
     def is_croppable(self) -> bool:
         """Whether taking tokens back leaves no trace: nothing was given up or packed that must return."""
-        store = self.session.stores[self.index]
+        store = self.session.stores.get(self.index)
+        if store is None:
+            return True  # its attention is left out
         return store.packing is None and store.policy is None and all(e.recent is None for e in store.extents)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -93,7 +95,7 @@ class FivefoldLayer(CacheLayerMixin):
         self.session.recording = value
 
     def activate_past_recording(self) -> None:
-        policy: Any = self.session.stores[self.index].policy
+        policy: Any = self.session.stores[self.session.first].policy
         if policy is not None and policy.commits:
             raise CacheStateError(
                 f"{policy.name} counts the attention of every token and cannot take tokens back: generate without an "
@@ -117,6 +119,12 @@ class FivefoldLayer(CacheLayerMixin):
     reorder_cache = batch_repeat_interleave = batch_select_indices = crop = _by_cache
 
 
+def cache_of(kwargs: dict[str, Any]) -> FivefoldCache | None:
+    """The cache that a module is called with, if it is ours."""
+    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    return cache if isinstance(cache, FivefoldCache) else None
+
+
 def _indices(indices: Any) -> np.ndarray:
     """Numbers of sequences as int64 `[n]`."""
     found = np.asarray(indices.cpu() if isinstance(indices, torch.Tensor) else indices).reshape(-1)
@@ -137,7 +145,10 @@ class FivefoldCache(Cache):
         self.recipe = recipe
         self.session = session
         self.model = model
-        self.windows = frozenset(store.spec.window for store in session.stores.values() if store.spec.window)
+        self.absent = frozenset(spec.layer for spec in session.absent)
+        """The layers whose attention is left out."""
+        specs = [*(store.spec for store in session.stores.values()), *session.absent]
+        self.windows = frozenset(spec.window for spec in specs if spec.window)
         """The lengths of the sliding windows of layers that are compressed."""
         self.step = Step() if cuda_graph else None
         self.of: Callable[[], Any] | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from transformers.modeling_utils import AttentionInterface
 
 from fivefold.calibrate.learner import OBSERVED, Capture
 from fivefold.errors import UnsupportedModelError
+from fivefold.models.residual import Following
 from fivefold.models.rotary import turning_of, unrotate
 from fivefold.models.selection import selected, stock_attention, stock_mask
-from fivefold.models.specs import attention_modules, configs_of
+from fivefold.models.specs import attention_modules, configs_of, decoder_layers
 
 _NAME = "fivefold_capture"
 _SEEN = "fivefold_seen"
@@ -75,17 +77,77 @@ def capturing(
                 captured["attending_keys"] = key.float()
             if "attention" in wanted:
                 captured["attention"] = _weights(query[:, :, -OBSERVED:].float() * scaling, key.float())
-            see(index, captured)
+            if around:
+                seen[index] = captured  # until the layer has added what its attention gives
+            else:
+                see(index, captured)
 
         return args, {**kwargs, _SEEN: take}
 
+    around = bool({"residual", "added"} & set(wanted))
+    seen: dict[int, dict[Capture, torch.Tensor]] = {}
     hooks = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules.values()]
+    for index, layer in decoder_layers(model).items() if around else ():
+        hooks += _around(layer, modules[index], partial(_complete, index, layer, wanted, seen, see))
     try:
         with selected(configs_of(model), _NAME):
             yield
     finally:
         for one in hooks:
             one.remove()
+
+
+def _around(
+    layer: torch.nn.Module, module: torch.nn.Module, done: Callable[[torch.Tensor, Following], None]
+) -> list[Any]:
+    """Hooks by which a layer calls `done` with its input, and what its attention has added to what."""
+    given: list[torch.Tensor] = []
+    modes: list[Following] = []
+
+    def begin(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given[:] = [(args[0] if args else kwargs["hidden_states"]).clone()]
+        modes.append(Following())
+        modes[-1].__enter__()
+
+    def attended(_: Any, args: Any, out: Any) -> None:
+        modes[-1].follow(out[0] if isinstance(out, tuple) else out)
+
+    def end(_: Any, args: Any, out: Any) -> None:
+        if modes:
+            mode = modes.pop()
+            mode.__exit__(None, None, None)
+            if out is not None:  # else it has failed
+                done(given[0], mode)
+
+    return [
+        layer.register_forward_pre_hook(begin, with_kwargs=True),
+        module.register_forward_hook(attended),
+        layer.register_forward_hook(end, always_call=True),
+    ]
+
+
+def _complete(
+    index: int,
+    layer: torch.nn.Module,
+    wanted: Collection[Capture],
+    seen: dict[int, dict[Capture, torch.Tensor]],
+    see: Callable[[int, dict[Capture, torch.Tensor]], None],
+    given: torch.Tensor,
+    mode: Following,
+) -> None:
+    """Show what was captured of a layer. given: its input; mode: what has followed its attention's output."""
+    if mode.added is None or mode.to is None:
+        raise UnsupportedModelError(
+            f"{type(layer).__name__} never adds what its attention gives to anything, so that nobody can say what that "
+            "adds: use a method that needs no such profile."
+        )
+    captured = seen.pop(index)
+    if "residual" in wanted:
+        # A layer may carry several streams and give its attention one of them.
+        captured["residual"] = (given if given.shape == mode.added.shape else mode.to).float()
+    if "added" in wanted:
+        captured["added"] = mode.added.float()
+    see(index, captured)
 
 
 def _weights(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,12 +25,12 @@ from transformers.modeling_utils import AttentionInterface
 
 from fivefold.calibrate.profile import signature
 from fivefold.engine.build import build
-from fivefold.errors import UnsupportedModelError
-from fivefold.models import forward
+from fivefold.errors import RecipeError, UnsupportedModelError
+from fivefold.models import forward, skipping
 from fivefold.models.attention import CALLED, NAME, Called, attention, mask
-from fivefold.models.cache import FivefoldCache
+from fivefold.models.cache import FivefoldCache, cache_of
 from fivefold.models.selection import decoder_config, is_selected, selected
-from fivefold.models.specs import attention_modules, check_model, has_weights, layer_spec
+from fivefold.models.specs import attention_modules, check_model, decoder_layers, has_weights, layer_spec
 from fivefold.models.stock import STATES, StockLayers
 from fivefold.recipe import Recipe
 from fivefold.store.spec import LayerSpec, Pools
@@ -40,23 +41,25 @@ _HOOKS = "_fivefold_hooks"
 _prepared_lock = threading.Lock()
 
 
-def prepare(model: PreTrainedModel) -> None:
+def prepare(model: PreTrainedModel, absent: Collection[int] = ()) -> None:
     """Hook a model's attention modules and its `forward`. Safe to call again, from any thread, and for a wrapper around
-    the model or what it wraps."""
+    the model or what it wraps. absent: layers whose attention a cache may leave out."""
     check_model(model)
     with _prepared_lock:
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, mask)
-        indices = {module: index for index, module in attention_modules(model).items()}
-        for layer in model.modules():
-            for child in layer.children():
-                if child in indices and _HOOKS not in vars(child):
-                    into = partial(_hand_in, indices[child])
-                    vars(child)[_HOOKS] = [
-                        layer.register_forward_pre_hook(into, with_kwargs=True),
-                        child.register_forward_pre_hook(_hand_over, with_kwargs=True),
-                        child.register_forward_hook(_let_go, with_kwargs=True, always_call=True),
-                    ]
+        modules, layers = attention_modules(model), decoder_layers(model)
+        for index, layer in layers.items():
+            child = modules[index]
+            if _HOOKS not in vars(child):
+                into = partial(_hand_in, index)
+                vars(child)[_HOOKS] = [
+                    layer.register_forward_pre_hook(into, with_kwargs=True),
+                    child.register_forward_pre_hook(_hand_over, with_kwargs=True),
+                    child.register_forward_hook(_let_go, with_kwargs=True, always_call=True),
+                ]
+        for index in absent:
+            skipping.install(layers[index], modules[index])
         forward.install(model)
 
 
@@ -66,17 +69,13 @@ def restore(model: torch.nn.Module) -> None:
         for module in model.modules():
             for hook in vars(module).pop(_HOOKS, ()):
                 hook.remove()
+        skipping.remove(model)
         forward.remove(model)
-
-
-def _cache_of(kwargs: dict[str, Any]) -> FivefoldCache | None:
-    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
-    return cache if isinstance(cache, FivefoldCache) else None
 
 
 def _hand_in(index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A layer's input, which its attention module sees only behind a norm, for codecs that want to know it."""
-    cache = _cache_of(kwargs)
+    cache = cache_of(kwargs)
     if cache is not None and index in cache.session.stores:
         codec = cache.session.stores[index].codec
         if codec is not None and codec.contextual:
@@ -84,10 +83,10 @@ def _hand_in(index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs:
 
 
 def _hand_over(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    cache = _cache_of(kwargs)
-    if cache is None:
+    cache, index = cache_of(kwargs), module.layer_idx
+    if cache is None or index in cache.absent:
         return None
-    index: int = module.layer_idx  # type: ignore[assignment]
+    assert isinstance(index, int)
     cache.armed, session = index, cache.session
     session.arrive(index)
     if not is_selected(NAME):  # somebody calls the modules one by one
@@ -106,7 +105,7 @@ def _hand_over(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _let_go(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    cache = _cache_of(kwargs)
+    cache = cache_of(kwargs)
     if cache is not None and cache.selection is not None:
         selection, cache.selection = cache.selection, None
         selection.__exit__(None, None, None)
@@ -147,8 +146,11 @@ def make_cache(
             "sliding=True to compress what windows hold, or use DynamicCache."
         )
     companions = StockLayers(beside) if beside else None
-    sources = frozenset(specs) if shared else frozenset()
-    session = build(recipe, list(specs.values()), Pools(max_bytes), companions, sources, min(modules))
+    kept, absent = recipe.divided(list(specs.values()))
+    gone = {spec.layer for spec in absent}
+    _check_shared(config, recipe, gone)
+    sources = frozenset(specs) - gone if shared else frozenset()
+    session = build(recipe, kept, Pools(max_bytes), companions, sources, min(set(modules) - gone), absent)
     cache = FivefoldCache(recipe, session, signature(config), len(stock), cuda_graph)
     cache.of = weakref.ref(model)
     return cache
@@ -172,6 +174,19 @@ def _stock_layers(model: PreTrainedModel, config: Any) -> tuple[list[Any], bool]
         ) from None
     shared = getattr(config, "num_kv_shared_layers", 0) or 0
     return layers, shared > 0
+
+
+def _check_shared(config: Any, recipe: Recipe, gone: Collection[int]) -> None:
+    """Raise `RecipeError` where a layer is left out whose keys and values others share."""
+    first = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", 0) or 0)
+    for index in range(first, config.num_hidden_layers):
+        kinds = list(config.layer_types)
+        source = first - 1 - kinds[:first][::-1].index(kinds[index])
+        if source in gone:
+            raise RecipeError(
+                f"{recipe} leaves out the attention of layer {source}, whose keys and values layer {index} and others "
+                f"of this {config.model_type} model share: keep it, and name others as drop(layers=[...])."
+            )
 
 
 def _is_stock(layer: Any) -> bool:

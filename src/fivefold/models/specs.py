@@ -34,6 +34,12 @@ def attention_modules(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
     }
 
 
+def decoder_layers(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
+    """The layers that hold those modules, by the same numbers."""
+    indices = {module: index for index, module in attention_modules(model).items()}
+    return {indices[child]: layer for layer in model.modules() for child in layer.children() if child in indices}
+
+
 def rope_switch(model: PreTrainedModel) -> int | None:
     """From how many tokens on a model turns keys by position in another way (longrope); None if it never does."""
     config = decoder_config(model)

@@ -115,7 +115,8 @@ def step_of(recipe: Recipe, place: Place, context: int, users: int) -> tuple[tim
         tokens = [context if layer.window is None else min(context, layer.window) for layer in others]
         numbers = sum(2 * layer.kv_heads * layer.head_dim * count for layer, count in zip(others, tokens))
         reads.append(time.Read("exact", 8 * size, numbers * size * users, len(others)))
-    return time.step(shape, place.machine, users, reads, gpus=place.gpus), None
+    runs = memory.running(recipe, shape, place.dtype, place.sliding)
+    return time.step(runs, place.machine, users, reads, gpus=place.gpus), None
 
 
 @lru_cache(maxsize=1024)
@@ -142,7 +143,8 @@ def first_of(recipe: Recipe, place: Place, context: int) -> time.Estimate | None
             packed, bits = forms[0].nbytes / context, forms[0].bits
     reach, split = memory.reach_of(recipe, shape, context, place.dtype)
     given: dict[str, Any] = {"packed": packed, "bits": bits, "reach": reach, "split": split}
-    return time.prefill(shape, place.machine, context, chunk=place.chunk, gpus=place.gpus, **given)
+    runs = memory.running(recipe, shape, place.dtype, place.sliding)
+    return time.prefill(runs, place.machine, context, chunk=place.chunk, gpus=place.gpus, **given)
 
 
 def row_of(recipe: Recipe, place: Place, asked: Asked, quality: Mapping[Recipe, Quality] | None = None) -> Row:

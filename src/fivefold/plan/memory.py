@@ -7,8 +7,9 @@ the same code made them, and `report` counts them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -59,13 +60,20 @@ def specs_of(shape: ModelShape, dtype: torch.dtype, sliding: bool = False) -> li
 class Rehearsal:
     """A cache of a recipe for a model, of which only the sizes exist.
 
-    specs: as `specs_of` makes them. hidden: the width of the model's residual stream, which some codecs look at. path:
-    which kernels the device has for which this is planned.
+    specs: those of `specs_of` that have a cache; absent: those whose attention is left out. hidden: the width of the
+    model's residual stream, which some codecs look at. path: which kernels the device has for which this is planned.
     """
 
-    def __init__(self, recipe: Recipe, specs: Sequence[LayerSpec], hidden: int = 1, path: Choice = GPU) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        specs: Sequence[LayerSpec],
+        hidden: int = 1,
+        path: Choice = GPU,
+        absent: Sequence[LayerSpec] = (),
+    ) -> None:
         self.recipe, self.hidden, self.path = recipe, hidden, path
-        self.session = build(recipe, specs, Pools())
+        self.session = build(recipe, specs, Pools(), absent=absent)
         self.session.choose_together = self._choose_together  # type: ignore[method-assign]
 
     def feed(self, batch: int, tokens: int) -> None:
@@ -150,9 +158,9 @@ def reach_of(
     recipe: Recipe, shape: ModelShape, context: int, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[float, bool]:
     """The share of the pairs of a query and a key before it that the heads of full layers compute of such a prompt, and
-    whether heads of one layer differ in that."""
+    whether heads of one layer differ in that. Layers whose attention is left out do not count."""
     shares, split = [], False
-    for spec in specs_of(shape, dtype):
+    for spec in recipe.divided(specs_of(shape, dtype))[0]:
         extents = recipe.extents(spec)
         split = split or len(set(extents)) > 1
         # A window of the text is for what comes after a prompt.
@@ -175,9 +183,26 @@ def rehearse(
 ) -> Rehearsal:
     """A cache of `batch` sequences that were read in chunks, `context` tokens of each in all, the last `generated` of
     them one by one."""
-    cache = Rehearsal(recipe, specs_of(shape, dtype, sliding), shape.hidden, path)
+    kept, absent = recipe.divided(specs_of(shape, dtype, sliding))
+    cache = Rehearsal(recipe, kept, shape.hidden, path, absent)
     cache.read(context, batch, chunk, generated)
     return cache
+
+
+def running(recipe: Recipe, shape: ModelShape, dtype: torch.dtype, sliding: bool = False) -> ModelShape:
+    """The model as a forward reads it: without the attention modules that the recipe leaves out, whose weights are
+    there all the same (biases of theirs, which are next to nothing, count as read)."""
+    gone = {spec.layer: spec for spec in recipe.divided(specs_of(shape, dtype, sliding))[1]}
+    if not gone:
+        return shape
+    heads = sum(2 * (spec.query_heads + spec.kv_heads) * spec.head_dim for spec in gone.values())
+    parameters = shape.parameters - shape.hidden * heads
+    dense = shape.parameters - shape.routed
+    weight_bytes = shape.weight_bytes - round((shape.weight_bytes - shape.routed_bytes) * shape.hidden * heads / dense)
+    layers = tuple(
+        replace(layer, kind="linear") if index in gone else layer for index, layer in enumerate(shape.layers)
+    )
+    return replace(shape, layers=layers, parameters=parameters, weight_bytes=weight_bytes)
 
 
 def beside(shape: ModelShape, context: int, batch: int, dtype: torch.dtype, sliding: bool = False) -> int:
@@ -208,11 +233,14 @@ def report_of(
 def assumptions(recipe: Recipe, shape: ModelShape) -> list[str]:
     """What a plan takes for granted that a cache would refuse: one sentence for each profile that is not there."""
     out = []
-    for spec in specs_of(shape, torch.bfloat16)[:1]:
-        here = replace(spec, device=torch.device("cpu"))
-        for ask in (recipe.extents, *([recipe.packer.codec] if recipe.packer is not None else [])):
+    specs = [replace(spec, device=torch.device("cpu")) for spec in specs_of(shape, torch.bfloat16)]
+    for here in specs[:1]:
+        asked: list[Callable[[], Any]] = [partial(recipe.divided, specs), partial(recipe.extents, here)]
+        if recipe.packer is not None:
+            asked.append(partial(recipe.packer.codec, here))
+        for ask in asked:
             try:
-                ask(here)
+                ask()
             except ProfileError as error:
                 out.append(str(error))
     return out

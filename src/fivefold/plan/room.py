@@ -126,7 +126,8 @@ def _total(recipe: Recipe, place: Place, context: int, users: int) -> int:
 @lru_cache(maxsize=2048)
 def _some(recipe: Recipe, place: Place, context: int, users: int, layers: tuple[int, ...]) -> int:
     """Bytes of the caches of some layers alone; what a step reads of them changes nothing."""
-    recipe = Recipe(tuple(method for method in recipe.methods if method.slot != "reads"))
+    specs = list(_specs(place).values())
+    recipe = Recipe(tuple(one for one in recipe.methods if one.slot != "reads" and not one.absent(specs)))
     cache = memory.Rehearsal(recipe, [_specs(place)[index] for index in layers], place.shape.hidden)
     cache.read(context, users, generated=min(DECODED, context - 1))
     return cache.report().total
@@ -141,7 +142,8 @@ def _specs(place: Place) -> dict[int, LayerSpec]:
 def _kinds(recipe: Recipe, place: Place) -> list[list[int]]:
     """The layers that are compressed, those together of which a recipe holds the same."""
     found: dict[object, list[int]] = {}
-    for index, spec in _specs(place).items():
+    for spec in recipe.divided(list(_specs(place).values()))[0]:
+        index = spec.layer
         held = sorted(map(repr, recipe.extents(spec)))
         found.setdefault((place.shape.layers[index], tuple(held)), []).append(index)
     return list(found.values())
