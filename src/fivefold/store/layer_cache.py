@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fivefold.errors import CacheStateError
+from fivefold.store import pairs
 from fivefold.store.bank import Bank
 from fivefold.store.codec import Codec
 from fivefold.store.context import Memo
@@ -167,10 +168,7 @@ class LayerCache:
         return held, {name: x[kept] for name, x in self.learned.items()}
 
     def share_packed(self, other: LayerCache) -> None:
-        """Replace this layer's packed pages by `other`'s, keeping the fields marked `own`.
-
-        For methods that let layers share storage; both layers must have equal bounds and formats.
-        """
+        """Replace this layer's packed pages by `other`'s, keeping the fields marked `own`; both have equal bounds."""
         assert self.packed_pools[0] is other.packed_pools[0]
         if self.rows != other.rows or not np.array_equal(np.stack(self.bounds), np.stack(other.bounds)):
             raise CacheStateError("layers can share packed pages only where they hold the same tokens.")
@@ -266,7 +264,8 @@ class LayerCache:
         with self.bank.atomic():
             held, policy = group.held, self.policy
             if held is None or policy is None:
-                self.take_in(group, keys, values, advance, revocable)
+                take = partial(pairs.take_in, self) if self.bank.paired else self.take_in
+                take(group, keys, values, advance, revocable)
             elif keys is None:
                 packing = self._packing(group, held)
                 stored = Stored(group.bounds, packing, partial(group.exact_parts, "keys"), group.token)
