@@ -46,12 +46,13 @@ def build(
 
 def pairs_of(recipe: Recipe, method: PairMethod, specs: Sequence[LayerSpec]) -> dict[int, tuple[int, int]]:
     """Of the layers that share pages: which two they are. Raises `RecipeError` where they hold different tokens."""
-    by_layer, out = {spec.layer: spec for spec in specs}, {}
+    by_layer = {spec.layer: spec for spec in specs}
+    out: dict[int, tuple[int, int]] = {}
     for pair in method.layer_pairs(specs):
         if len({tuple(recipe.extents(by_layer[layer])) for layer in pair}) > 1:
             raise RecipeError(
-                f"{method.name} cannot merge layers {pair[0]} and {pair[1]}, whose KV heads hold different tokens by the "
-                "other methods of the recipe: let both layers hold the same, or name other pairs."
+                f"{method.name} cannot merge layers {pair[0]} and {pair[1]}, whose KV heads hold different tokens by "
+                "the other methods of the recipe: let both layers hold the same, or name other pairs."
             )
         out |= dict.fromkeys(pair, pair)
     return out

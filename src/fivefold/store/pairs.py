@@ -81,13 +81,13 @@ def pack_pairs(bank: Tables, rows: np.ndarray, old: Bounds, new: Bounds, **_: An
         some = way.fresh == wanted
         _widen(tier, change, first[some], second[some], way.columns[some], wanted)
     kinds = np.stack([first // bank.rows, way.slot, way.count])
-    for kind in np.unique(kinds[:, way.count > 0], axis=1).T:
-        some = (kinds == kind[:, None]).all(0)
+    for number, slot, count in np.unique(kinds[:, way.count > 0], axis=1).T.tolist():
+        some = (kinds == np.array([[number], [slot], [count]])).all(0)
         sides = [
-            Due(side[some], _take(old, some), way.start[some], way.column[some], *kind[1:].tolist(), int(kind[2]))
+            Due(side[some], _take(old, some), way.start[some], way.column[some], slot, count, count)
             for side in (first, second)
         ]
-        _encode(bank, bank.layers[int(kind[0])], packing, sides[0], sides[1])
+        _encode(bank, bank.layers[number], packing, sides[0], sides[1])
     columns = way.columns + np.maximum(0, way.fresh)
     tier.drop(change, np.concatenate([first, second]), 0, *(np.concatenate([x, x]) for x in (way.gone, columns)))
 

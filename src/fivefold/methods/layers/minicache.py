@@ -72,7 +72,7 @@ class MiniCache(PairMethod):
     Bytes per packed token, KV head and layer of a pair, with head_dim d, w bytes a number of the model, n bytes a norm
     (4 in float32, else 2), P tokens and R = ceil(P / 64) places a page, c bytes of a token's key and value as the codec
     packs them (`2 * d * w` without one): `c / 2 + 2 * n + 2 * R * d * w / P + 4 * R / P / 2`: half of the directions,
-    two norms, retained keys and values, half of their slots (int16). At d = 128 in 16 bits 272 of 512; with
+    two norms, retained keys and values, half of their slots (int16). At d = 128 in 16 bits 268 of 512; with
     `kivi(bits=4)`, whose c is 160, 92, or 5.6 times less. A row remembers four distances, 16 bytes.
 
     `profile` holds mean cosines of adjacent layers; where they are below 0.5, a warning says what merging costs.
@@ -107,8 +107,8 @@ class MiniCache(PairMethod):
             )
         if other.slot == "channels" or (other.before_rope and other.captures and other.slot == "bits"):
             return (
-                f"{other.name} packs keys before RoPE by what it learned of each layer alone, and directions are of two "
-                "layers behind it; use kivi or gear to pack them."
+                f"{other.name} packs keys before RoPE by what it learned of each layer alone, and directions are of "
+                "two layers behind it; use kivi or gear to pack them."
             )
         if getattr(other, "unbias", False):
             return (
@@ -240,9 +240,8 @@ class Directions(Codec):
     group = 32
 
     def __init__(self, head_dim: int, dtype: torch.dtype) -> None:
-        self.layout = PageLayout(
-            "directions", 128, tuple(Field(f"{x}s", (128, head_dim), dtype, "codes") for x in SIDES)
-        )
+        fields = tuple(Field(f"{side}s", (128, head_dim), dtype, "codes") for side in SIDES)
+        self.layout = PageLayout("directions", 128, fields)
 
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
@@ -303,7 +302,8 @@ class MiniCacheCodec(PairCodec):
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         limit = FLOAT16_MAX if self.norms is torch.float16 else torch.finfo(torch.float32).max
-        self.peak = max(self.peak, check_finite(*(x.float().norm(dim=-1) for x in (keys, values)), limit))
+        norms = [x.float().norm(dim=-1) for x in (keys, values)]
+        self.peak = max(self.peak, check_finite(norms[0], norms[1], limit))
 
     # -- packing ------------------------------------------------------------------------------------------
 
@@ -327,7 +327,8 @@ class MiniCacheCodec(PairCodec):
             directions.append(direction * self.scale)
             near, far = known[:, 2 * number, None], known[:, 2 * number + 1, None]
             apart = distance > torch.clamp(far - self.gamma * (far - (1 - near)), max=_OPPOSITE)
-            slots, index = self._retained(distance.where(apart, -1.0), slot, opened and opened[0][f"{side}_slots"])
+            before = None if opened is None else opened[0][f"{side}_slots"]
+            slots, index = self._retained(distance.where(apart, -1.0), slot, before)
             for layer, (mine, x, norm) in enumerate(zip(out, both, norms)):
                 old = None if opened is None else opened[layer]
                 mine[f"{side}_slots"] = slots
@@ -381,10 +382,8 @@ class MiniCacheCodec(PairCodec):
         pages]`, and whether there is one, `[rows, 1, pages]`. slots: `[rows, pages, places]`."""
         first = torch.arange(slots.shape[1], device=slots.device) * self.layout.tokens
         at = first[:, None] + slots.long().clamp(min=0)
-        return [
-            (at[:, None, :, place].expand(-1, query, -1), (slots[:, None, :, place] >= 0))
-            for place in range(self.places)
-        ]
+        each = range(self.places)
+        return [(at[:, None, :, place].expand(-1, query, -1), slots[:, None, :, place] >= 0) for place in each]
 
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         queries = queries.float()
