@@ -74,6 +74,7 @@ class LayerCache:
         self.learned: dict[str, torch.Tensor] = {}
         """What a contextual codec remembers of the rows, `[rows, ...]` each."""
         self._groups: list[RowGroup] | None = None
+        self.waiting: list[pairs.Waiting] = []
         Bank([self])
 
     def twin(self) -> LayerCache:

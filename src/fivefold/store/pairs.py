@@ -1,14 +1,14 @@
 """Two adjacent layers whose packed pages are in part the same: each page table names the common ones, and has own ones.
 
-Both layers lie in one bank, the first of a pair at an even index, and always have equal bounds. Tokens of a chunk wait
-in exact pages until the second layer has them too; then the groups that are due are packed for both.
+Both layers lie in one bank, the first of a pair at an even index, and have equal bounds between two forwards. A chunk of
+the first layer waits, as it is, until the second one has it too; then the groups that are due are packed for both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import torch
 from fivefold.errors import CacheStateError, UnsupportedModelError
 from fivefold.store.codec import Pair, PairCodec
 from fivefold.store.pack import Due, Tables, Way, at_once, collect
-from fivefold.store.rows import Bounds, Packing
+from fivefold.store.rows import Bounds
 from fivefold.store.tier import Tier
 from fivefold.store.transaction import Transaction
 
@@ -48,6 +48,13 @@ def couple(stores: Mapping[int, LayerCache], change: Transaction | None = None) 
         type(first.bank).united([first, second], change)
 
 
+class Waiting(NamedTuple):
+    """A chunk of the first of two layers, of some of its rows: keys and values `[rows, tokens, head_dim]`."""
+
+    rows: np.ndarray
+    chunk: Pair
+
+
 def take_in(
     layer: LayerCache,
     group: RowGroup,
@@ -56,20 +63,56 @@ def take_in(
     advance: bool,
     revocable: int,
 ) -> None:
-    """`LayerCache.take_in` of one of two layers: what is due moves when the second one has the tokens."""
-    bank = layer.bank
+    """`LayerCache.take_in` of one of two layers. A chunk of the first one waits for that of the second."""
+    bank, last = layer.bank, layer.index % 2 == 1
+    if keys is not None and values is not None and advance:
+        if last:
+            _take_both(layer, group, (keys, values), revocable)
+        else:
+            _wait(layer, Waiting(group.rows, (keys, values)))
+        return
     if keys is not None:
         layer.take_in(group, keys, values, False, revocable)
-    if advance and layer.index % 2:
+    if advance and last:
         bank.advance(np.concatenate([group.flat - bank.rows, group.flat]), revocable)
         group.bounds = Bounds(*bank.data[:, group.flat[0]].tolist())
         group.touched_exact()
         group.touched_packed()
 
 
-def pack_pairs(bank: Tables, rows: np.ndarray, old: Bounds, new: Bounds, **_: Any) -> None:
-    """`pack` for rows of both layers of pairs, whose tokens all lie in exact pages. Raises `CacheStateError` where the
-    two rows of a pair do not hold the same tokens."""
+def _wait(layer: LayerCache, one: Waiting) -> None:
+    assert layer.bank.change is not None
+    layer.bank.change.undo(layer.waiting.clear)
+    layer.waiting.append(one)
+
+
+def _take_both(layer: LayerCache, group: RowGroup, chunk: Pair, revocable: int) -> None:
+    """A chunk of the second layer has come: store it, and that of the first one."""
+    bank, old = layer.bank, group.bounds
+    first = bank.layers[layer.index - 1]
+    number = next((i for i, one in enumerate(first.waiting) if np.array_equal(one.rows, group.rows)), None)
+    if number is None:
+        raise CacheStateError(
+            f"layer {layer.spec.layer} was given tokens that layer {first.spec.layer}, which shares its pages, was not: "
+            "run all layers of the model in each forward."
+        )
+    chunks = [first.waiting.pop(number).chunk, chunk]
+    new = old.appended(chunk[0].shape[1]).advanced(layer.packing, revocable)
+    rows = np.concatenate([group.flat - bank.rows, group.flat])
+    before, after = (Bounds(*(np.full(len(rows), x) for x in bounds)) for bounds in (old, new))
+    bank.move(rows, before, after._replace(length=before.length), chunks=chunks)
+    for one, part, tokens in zip((first, layer), (type(group)(first, group.rows, old), group), chunks):
+        one._write(part, old, new, *tokens)
+        one.set(part, new)
+        part.touched_exact()
+        part.touched_packed()
+    first.regroup()
+
+
+def pack_pairs(bank: Tables, rows: np.ndarray, old: Bounds, new: Bounds, chunks: Sequence[Pair] = (), **_: Any) -> None:
+    """`pack` for rows of both layers of pairs. chunks: of a chunk that has just come to one pair, the tokens of both
+    layers; without, all lie in exact pages. Raises `CacheStateError` where the rows of a pair do not hold the same
+    tokens."""
     tier, packing, change = bank.packed, bank.packing, bank.change
     assert tier is not None and packing is not None and change is not None
     if all(np.array_equal(a, b) for a, b in zip(old, new)):
@@ -80,14 +123,14 @@ def pack_pairs(bank: Tables, rows: np.ndarray, old: Bounds, new: Bounds, **_: An
     for wanted in np.unique(way.fresh[way.fresh > 0]).tolist():
         some = way.fresh == wanted
         _widen(tier, change, first[some], second[some], way.columns[some], wanted)
-    kinds = np.stack([first // bank.rows, way.slot, way.count])
-    for number, slot, count in np.unique(kinds[:, way.count > 0], axis=1).T.tolist():
-        some = (kinds == np.array([[number], [slot], [count]])).all(0)
+    kinds = np.stack([first // bank.rows, way.slot, way.count, np.clip(old.length - way.start, 0, way.count)])
+    for kind in np.unique(kinds[:, way.count > 0], axis=1).T.tolist():
+        some = (kinds == np.array(kind)[:, None]).all(0)
         sides = [
-            Due(side[some], _take(old, some), way.start[some], way.column[some], slot, count, count)
+            Due(side[some], _take(old, some), way.start[some], way.column[some], kind[1], kind[2], kind[3])
             for side in (first, second)
         ]
-        _encode(bank, bank.layers[number], packing, sides[0], sides[1])
+        _encode(bank, bank.layers[kind[0]], sides, chunks or (None, None))
     columns = way.columns + np.maximum(0, way.fresh)
     tier.drop(change, np.concatenate([first, second]), 0, *(np.concatenate([x, x]) for x in (way.gone, columns)))
 
@@ -150,10 +193,11 @@ def _pieces(slot: int, count: int, page: int, step: int) -> Iterator[tuple[int, 
         done += size
 
 
-def _encode(bank: Tables, layer: Any, packing: Packing, first: Due, second: Due) -> None:
-    """Measure all that is due, then pack it, a bounded part of the tokens at a time."""
-    tier, change, codec, page = bank.packed, bank.change, layer.codec, packing.page
-    assert tier is not None and change is not None and isinstance(codec, PairCodec)
+def _encode(bank: Tables, layer: Any, sides: Sequence[Due], chunks: Sequence[Pair | None]) -> None:
+    """Measure all that is due of both layers, then pack it, a bounded part of the tokens at a time."""
+    tier, change, codec, first = bank.packed, bank.change, layer.codec, sides[0]
+    assert tier is not None and change is not None and bank.packing is not None and isinstance(codec, PairCodec)
+    page = bank.packing.page
     known = layer.learned.get(KNOWN)
     if known is None:
         known = torch.zeros((bank.rows, codec.known), device=bank.device)
@@ -162,39 +206,40 @@ def _encode(bank: Tables, layer: Any, packing: Packing, first: Due, second: Due)
         return
     pieces = list(_pieces(first.slot, first.count, page, at_once(bank, 2 * len(first.rows))))
     if first.slot:
-        _unshare(tier, change, first.rows, second.rows, first.column)
+        _unshare(tier, change, first.rows, sides[1].rows, first.column)
     local = torch.from_numpy(first.rows - layer.base).to(bank.device)
     mine = known[local]
     for done, size, _, _ in pieces:
-        mine = torch.maximum(mine, codec.measure(*(collect(bank, due, done, size, None) for due in (first, second))))
+        both = [collect(bank, due, done, size, chunk) for due, chunk in zip(sides, chunks)]
+        mine = torch.maximum(mine, codec.measure(both[0], both[1]))
     layer.learned[KNOWN] = known.index_copy(0, local, mine)
     for done, size, column, slot in pieces:
-        both = [collect(bank, due, done, size, None) for due in (first, second)]
-        _write(tier, codec, first, second, column, slot, page, both, mine)
+        both = [collect(bank, due, done, size, chunk) for due, chunk in zip(sides, chunks)]
+        _write(tier, codec, sides, column, slot, page, both, mine)
 
 
 def _write(
     tier: Tier,
     codec: PairCodec,
-    first: Due,
-    second: Due,
+    sides: Sequence[Due],
     column: int,
     slot: int,
     page: int,
-    both: list[Pair],
+    both: Sequence[Pair],
     known: torch.Tensor,
 ) -> None:
     """Encode tokens `[rows, tokens, head_dim]` of both layers into whole pages, or into one from `slot` on."""
     rows, tokens, dim = both[0][0].shape
-    count, at, opened = -(-(slot + tokens) // page), first.column + column, None
+    count, at, opened = -(-(slot + tokens) // page), sides[0].column + column, None
     if slot:
         opened = [
-            {name: pool.read(name, tier.tables[i][due.rows, at]) for pool, name, i in tier.fields()}
-            for due in (first, second)
+            {name: pool.read(name, tier.tables[i][due.rows, at]) for pool, name, i in tier.fields()} for due in sides
         ]
-    one, two = (tuple(x.reshape(rows * count, -1, dim) for x in pair) for pair in both)
-    made = codec.encode_pair(one, two, slot, opened, known.repeat_interleave(count, 0))  # type: ignore[arg-type]
+    one, two = (
+        (keys.reshape(-1, tokens // count, dim), values.reshape(-1, tokens // count, dim)) for keys, values in both
+    )
+    made = codec.encode_pair(one, two, slot, opened, known.repeat_interleave(count, 0))
     columns = at[:, None] + np.arange(count)
     for pool, name, i in tier.fields():
-        for due, fields in zip((first, second), made) if i else ((first, made[0]),):
+        for due, fields in zip(sides, made) if i else ((sides[0], made[0]),):
             pool.write(name, tier.tables[i][due.rows[:, None], columns].reshape(-1), fields[name])
