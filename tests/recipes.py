@@ -42,16 +42,17 @@ _ALONE = {
     "elastic": "elastic(keep=0.5)",
     "random": "random(keep=0.5)",
     "tidal": "tidal(top=32, full_layers=0, select_layers=[0])",
+    "minicache": "minicache(start=0)",
 }
-# Methods of the slots heads, tokens and reads: those that `kivi` may stand beside.
-_BESIDE = ("duo", "streaming", "h2o", "snapkv", "keyformer", "d2o", "elastic", "random", "tidal")
+# Methods of the slots layers, heads, tokens and reads: those that `kivi` may stand beside.
+_BESIDE = ("duo", "streaming", "h2o", "snapkv", "keyformer", "d2o", "elastic", "random", "tidal", "minicache")
 RECIPES: dict[str, str] = {**_ALONE, **{f"{name}+kivi": f"{_ALONE[name]} + {KIVI}" for name in _BESIDE}}
 """The recipes by name, which is the id of a test."""
 
 PACKING = tuple(
     name
     for name, recipe in RECIPES.items()
-    if any(codec in recipe for codec in ("kivi", "gear", "mikv", "rotate", "cskv"))
+    if any(codec in recipe for codec in ("kivi", "gear", "mikv", "rotate", "cskv", "minicache"))
 )
 """Those that pack tokens."""
 CHOOSING = tuple(name for name in RECIPES if name.split("+")[0] in _BESIDE[2:8])

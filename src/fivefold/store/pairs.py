@@ -1,14 +1,14 @@
 """Two adjacent layers whose packed pages are in part the same: each page table names the common ones, and has own ones.
 
-Both layers lie in one bank, the first of a pair at an even index, and have equal bounds between two forwards. A chunk of
-the first layer waits, as it is, until the second one has it too; then the groups that are due are packed for both.
+Both layers lie in one bank, the first of a pair at an even index, and have equal bounds between two forwards. A chunk
+of the first layer waits, as it is, until the second one has it too; then the groups that are due are packed for both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -89,11 +89,11 @@ def _wait(layer: LayerCache, one: Waiting) -> None:
 def _take_both(layer: LayerCache, group: RowGroup, chunk: Pair, revocable: int) -> None:
     """A chunk of the second layer has come: store it, and that of the first one."""
     bank, old = layer.bank, group.bounds
-    first = bank.layers[layer.index - 1]
+    first = cast("LayerCache", bank.layers[layer.index - 1])
     number = next((i for i, one in enumerate(first.waiting) if np.array_equal(one.rows, group.rows)), None)
     if number is None:
         raise CacheStateError(
-            f"layer {layer.spec.layer} was given tokens that layer {first.spec.layer}, which shares its pages, was not: "
+            f"layer {layer.spec.layer} was given tokens that layer {first.spec.layer}, which shares its pages, lacks: "
             "run all layers of the model in each forward."
         )
     chunks = [first.waiting.pop(number).chunk, chunk]
@@ -229,7 +229,7 @@ def _write(
     known: torch.Tensor,
 ) -> None:
     """Encode tokens `[rows, tokens, head_dim]` of both layers into whole pages, or into one from `slot` on."""
-    rows, tokens, dim = both[0][0].shape
+    _, tokens, dim = both[0][0].shape
     count, at, opened = -(-(slot + tokens) // page), sides[0].column + column, None
     if slot:
         opened = [
