@@ -334,12 +334,12 @@ class LayerCache:
             bank.move(rows, before, after, group=group, held=held)
         else:
             bank.move(rows, before, after._replace(length=before.length), chunk=chunk, group=group, held=held)
-            self._write(group, old, new, *chunk)
+            self.write_exact(group, old, new, *chunk)
         self.set(group, new)
         group.touched_exact()
         group.touched_packed()
 
-    def _write(self, group: RowGroup, old: Bounds, new: Bounds, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def write_exact(self, group: RowGroup, old: Bounds, new: Bounds, keys: torch.Tensor, values: torch.Tensor) -> None:
         """The chunk behind `old.length` into exact pages, but for what was packed or is out of the window."""
         bank, rows, dim = self.bank, group.flat, self.spec.head_dim
         assert bank.change is not None

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from fivefold.errors import CacheStateError, UnsupportedModelError
 from fivefold.store.codec import Pair, PairCodec
-from fivefold.store.pack import Due, Tables, Way, at_once, collect
+from fivefold.store.group import RowGroup
+from fivefold.store.pack import Due, PackedLayer, Tables, Way, at_once, collect
 from fivefold.store.rows import Bounds
 from fivefold.store.tier import Tier
 from fivefold.store.transaction import Transaction
-
-if TYPE_CHECKING:
-    from fivefold.store.group import RowGroup
-    from fivefold.store.layer_cache import LayerCache
 
 KNOWN = "known"
 """What the first layer's `learned` calls the statistics of its rows (`PairCodec.measure`)."""
@@ -30,7 +27,44 @@ _OWNERS = (2, 1)
 """How many tables of a cache name a page of the common pool, and one of the own pool."""
 
 
-def couple(stores: Mapping[int, LayerCache], change: Transaction | None = None) -> None:
+class Waiting(NamedTuple):
+    """A chunk of the first of two layers, of some of its rows: keys and values `[rows, tokens, head_dim]`."""
+
+    rows: np.ndarray
+    chunk: Pair
+
+
+class PairedLayer(PackedLayer, Protocol):
+    """What must be known of a layer that shares pages (see `LayerCache`)."""
+
+    bank: Any
+    waiting: list[Waiting]
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def format(self) -> tuple[object, ...]: ...
+
+    def regroup(self) -> None: ...
+
+    def set(self, group: RowGroup, bounds: Bounds) -> None: ...
+
+    def take_in(
+        self,
+        group: RowGroup,
+        keys: torch.Tensor | None,
+        values: torch.Tensor | None,
+        advance: bool,
+        revocable: int,
+    ) -> None: ...
+
+    def write_exact(
+        self, group: RowGroup, old: Bounds, new: Bounds, keys: torch.Tensor, values: torch.Tensor
+    ) -> None: ...
+
+
+def couple(stores: Mapping[int, PairedLayer], change: Transaction | None = None) -> None:
     """Put layers that share pages into one bank, once both have as many sequences. Raises `UnsupportedModelError` where
     their keys have different shapes."""
     for first in stores.values():
@@ -48,15 +82,8 @@ def couple(stores: Mapping[int, LayerCache], change: Transaction | None = None) 
         type(first.bank).united([first, second], change)
 
 
-class Waiting(NamedTuple):
-    """A chunk of the first of two layers, of some of its rows: keys and values `[rows, tokens, head_dim]`."""
-
-    rows: np.ndarray
-    chunk: Pair
-
-
 def take_in(
-    layer: LayerCache,
+    layer: PairedLayer,
     group: RowGroup,
     keys: torch.Tensor | None,
     values: torch.Tensor | None,
@@ -80,16 +107,16 @@ def take_in(
         group.touched_packed()
 
 
-def _wait(layer: LayerCache, one: Waiting) -> None:
+def _wait(layer: PairedLayer, one: Waiting) -> None:
     assert layer.bank.change is not None
     layer.bank.change.undo(layer.waiting.clear)
     layer.waiting.append(one)
 
 
-def _take_both(layer: LayerCache, group: RowGroup, chunk: Pair, revocable: int) -> None:
+def _take_both(layer: PairedLayer, group: RowGroup, chunk: Pair, revocable: int) -> None:
     """A chunk of the second layer has come: store it, and that of the first one."""
     bank, old = layer.bank, group.bounds
-    first = cast("LayerCache", bank.layers[layer.index - 1])
+    first: PairedLayer = bank.layers[layer.index - 1]
     number = next((i for i, one in enumerate(first.waiting) if np.array_equal(one.rows, group.rows)), None)
     if number is None:
         raise CacheStateError(
@@ -101,8 +128,8 @@ def _take_both(layer: LayerCache, group: RowGroup, chunk: Pair, revocable: int) 
     rows = np.concatenate([group.flat - bank.rows, group.flat])
     before, after = (Bounds(*(np.full(len(rows), x) for x in bounds)) for bounds in (old, new))
     bank.move(rows, before, after._replace(length=before.length), chunks=chunks)
-    for one, part, tokens in zip((first, layer), (type(group)(first, group.rows, old), group), chunks):
-        one._write(part, old, new, *tokens)
+    for one, part, tokens in zip((first, layer), (RowGroup(first, group.rows, old), group), chunks):
+        one.write_exact(part, old, new, *tokens)
         one.set(part, new)
         part.touched_exact()
         part.touched_packed()
