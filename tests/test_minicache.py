@@ -110,15 +110,19 @@ def reference_attention(
     return scores.masked_fill(later, -math.inf).softmax(-1) @ values
 
 
-def feed(session: Any, chunk: int, seed: int, alike: float = 0.0, negative: bool = False) -> dict[str, torch.Tensor]:
-    """One forward of random tokens through all layers of a session, batch 2; what went in and came out by layer."""
+def feed(
+    session: Any, chunk: int, seed: int, alike: float = 0.0, rows: slice | list[int] = slice(None)
+) -> dict[str, torch.Tensor]:
+    """One forward of random tokens through all layers of a session, of some of 2 sequences; what went in and came out
+    by layer."""
     session.begin()
     layers = len(session.stores)
-    kv, q = session.stores[0].spec.kv_heads, session.stores[0].spec.query_heads
+    kv, q, dtype = (getattr(session.stores[0].spec, name) for name in ("kv_heads", "query_heads", "dtype"))
     x = noise(layers, 2, 2, kv, chunk, 64, seed=seed)  # layer, keys or values, batch
     if alike:
         x[1:] = alike * x[:1] + (1 - alike) * x[1:]
-    queries = noise(layers, 2, q, chunk, 64, seed=seed + 1)
+    x = x[:, :, rows].to(dtype)
+    queries = noise(layers, 2, q, chunk, 64, seed=seed + 1)[:, rows].to(dtype)
     out = []
     for layer in range(layers):
         out.append(attend(session, layer, queries[layer], x[layer, 0], x[layer, 1], None, 64**-0.5))
@@ -291,6 +295,97 @@ def test_compaction_moves_pages_that_two_layers_name() -> None:
     assert all(torch.equal(a[2:], b) for a, b in zip(before, after))
     table = session.stores[0].bank.packed.tables[0]
     assert (table[:2, :5] == table[2:, :5]).all()
+
+
+# -- what a cache is asked for ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    session = session_of("minicache(start=0, residual=0, gamma=0)", dtype=dtype)
+    kv = feed(session, 128, 0)["kv"]
+    for layer in range(2):
+        (group,) = session.stores[layer].groups
+        for side in range(2):
+            for row in range(4):
+                x, y = kv[:, side].flatten(1, 2)[:, row]
+                want = reference_merge(x, y)[layer]
+                got = group.dense_part(side)[row].double()
+                assert ((got - want).norm(dim=1) / want.norm(dim=1)).max() < (
+                    2**-7 if dtype is torch.bfloat16 else 2**-10
+                )
+
+
+@pytest.mark.parametrize(
+    "packer", ["", " + kivi(bits=4, residual=32)", " + gear(bits=4)", " + kivi(bits=3, residual=0)"]
+)
+def test_single_tokens_and_windows(packer: str) -> None:
+    """Tokens one by one are those that are decoded together, and a window has the last of them: its pages are given up
+    by both layers."""
+    recipe = f"minicache(start=0, gamma=0){packer}"
+    whole, window = session_of(recipe), session_of(f"{recipe} + streaming(sink=0, recent=200)")
+    for session in (whole, window):
+        for seed, chunk in enumerate([180, *[40] * 12]):
+            feed(session, chunk, seed)
+    for a, b in zip(whole.stores.values(), window.stores.values()):
+        (long,), (short,) = a.groups, b.groups
+        stop = int(long.bounds.packed_stop)
+        slots = torch.arange(0, stop, 7).expand(4, -1)
+        dense = [long.dense_part(side) for side in (0, 1)]
+        for got, want in zip(long.tokens(slots), dense):
+            assert torch.allclose(got, want[:, ::7][:, : slots.shape[1]], atol=1e-5)
+        if "gear" not in packer and "kivi" not in packer:  # those pack a token with others of its page
+            for side in (0, 1):
+                got = short.dense_part(side)
+                assert torch.equal(got, dense[side][:, -got.shape[1] :])
+        assert int(short.bounds.stored_tokens) < 200 + 32 + 256
+    shared, own = window.stores[0].packed_pools
+    assert 0 < own.pages_in_use == 2 * shared.pages_in_use
+    window.free()
+    assert shared.pages_in_use == own.pages_in_use == 0
+
+
+@pytest.mark.parametrize("tokens", [1, 37, 100, 250])
+def test_taking_back(tokens: int) -> None:
+    """What is left is what was there, in both layers; what comes then is packed behind it."""
+    session = session_of("minicache(start=0, residual=0)")
+    feed(session, 300, 0)
+    before = stored(session)
+    session.crop(tokens)
+    assert all(torch.allclose(a[:, : 300 - tokens], b, atol=1e-6) for a, b in zip(before, stored(session)))
+    before = stored(session)
+    kv = feed(session, 80, 1)["kv"]
+    for layer, store in session.stores.items():
+        (group,) = store.groups
+        left = (380 - tokens) % 32
+        for side in (0, 1):
+            new = group.dense_part(side)
+            start = int(before[2 * layer + side].shape[1] // 32 * 32)
+            assert torch.equal(new[:, :start], before[2 * layer + side][:, :start])
+            assert torch.equal(new[:, -left:], kv[layer, side].flatten(0, 1)[:, -left:])
+        assert group.bounds.packed_tokens == (380 - tokens) // 32 * 32
+    table = session.stores[0].bank.packed.tables[0]
+    columns = -(-int(group.bounds.packed_tokens) // 128)
+    assert torch.equal(torch.from_numpy(table[:4, :columns]), torch.from_numpy(table[4:, :columns]))
+
+
+def test_beams_part() -> None:
+    """Sequences that were one share pages until they differ; each then holds what it holds alone."""
+    session = session_of("minicache(start=0, residual=0)")
+    feed(session, 200, 0)
+    alone = []
+    for row in (0, 1):
+        twin = session.fork()
+        twin.select(torch.tensor([1]).numpy())
+        feed(twin, 90, 5, rows=[row])
+        alone.append(stored(twin))
+        twin.free()
+    session.select(torch.tensor([1, 1]).numpy())
+    feed(session, 90, 5)
+    for number, x in enumerate(stored(session)):
+        assert torch.equal(x, torch.cat([one[number] for one in alone]))
+    session.free()
+    assert all(pool.pages_in_use == 0 for pool in session.pools)
 
 
 # -- models -----------------------------------------------------------------------------------------------

@@ -158,16 +158,16 @@ class MiniCache(PairMethod):
                 raise
             return
         rows = {tuple(pair): number for number, pair in enumerate(found.settings["pairs"])}
-        mine = [rows[pair] for pair in pairs if pair in rows]
-        if not mine:
+        measured = [pair for pair in pairs if pair in rows]
+        if not measured:
             return
-        keys, values = (found.tensors[f"{side}_cosine"][mine] for side in SIDES)
+        keys, values = (found.tensors[f"{side}_cosine"][[rows[pair] for pair in measured]] for side in SIDES)
         lowest = torch.minimum(keys, values)
         if float(lowest.mean()) < ALIKE:
-            worst = pairs[int(lowest.argmin())]
+            worst = measured[int(lowest.argmin())]
             warnings.warn(
                 f"the layers that minicache merges are not alike in this model: keys have a mean cosine of "
-                f"{keys.mean():.2f} and values of {values.mean():.2f} over {len(mine)} pairs (least alike are layers "
+                f"{keys.mean():.2f} and values of {values.mean():.2f} over {len(measured)} pairs (least alike: layers "
                 f"{worst[0]} and {worst[1]}), where merging wants 1; expect much worse text, or use "
                 "streaming() or kivi() instead.",
                 stacklevel=2,
