@@ -388,6 +388,36 @@ def test_beams_part() -> None:
     assert all(pool.pages_in_use == 0 for pool in session.pools)
 
 
+def test_the_planner_rehearses_pairs() -> None:
+    """A cache is planned whole, and half of the directions are there: bytes of pages follow the formula."""
+    from fivefold.plan.machine import find_machine
+    from fivefold.plan.read import read_model
+    from fivefold.plan.room import Place, cache_bytes, most_users
+
+    place = Place(read_model("llama-3-8b"), find_machine("h100"))
+    sizes = {
+        recipe: cache_bytes(Recipe.parse(recipe), place, 8192, 2)
+        for recipe in ("full()", "minicache()", "kivi(bits=4)", "minicache() + kivi(bits=4)")
+    }
+    full = sizes["full()"]
+    assert sizes["minicache()"] / full == pytest.approx(0.5 + 0.5 * 268 / 512, abs=0.04)  # a pool may grow by a sixteenth
+    assert sizes["minicache() + kivi(bits=4)"] / full == pytest.approx(0.5 * 160 / 512 + 0.5 * 92 / 512, abs=0.02)
+    assert most_users(Recipe.parse("minicache() + kivi(bits=4)"), place, 8192) > most_users(
+        Recipe.parse("kivi(bits=4)"), place, 8192
+    )
+
+
+def test_steps_of_pairs_say_why_no_kernel_runs(tiny: Any) -> None:
+    model = tiny("llama", num_hidden_layers=4)
+    cache = fivefold.compress(model, "minicache(start=2) + kivi(bits=4)")
+    ids = torch.randint(1, 131, (1, 200), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    why = cache.session.why_not_fused()
+    assert why[2] == why[3] and why[2] is not None
+    assert why[0] == why[1] and (why[0] is None or why[0] != "no kernel reads this codec's pages")
+
+
 # -- models -----------------------------------------------------------------------------------------------
 
 
