@@ -608,3 +608,27 @@ def test_a_model_whose_layers_are_alike() -> None:
     kl = (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean()
     assert 0 <= kl < 0.02
     assert cache.report().total < 0.75 * exact.report().total
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_embedded_models_layers_are_not_alike() -> None:
+    """What the shipped profile warns of is so: seven pairs cost more than a nat, the last one little."""
+    from fivefold.evaluate.demo import make_task
+    from fivefold.models import embedded
+
+    model, tokenizer = embedded.load()
+    task = make_task(tokenizer, 512, 0)
+    with torch.inference_mode():
+        logits = {}
+        for recipe in ("full()", "minicache()", "minicache(pairs=[[28, 29]])"):
+            if recipe == "full()":
+                cache = fivefold.compress(model, recipe)
+            else:
+                with pytest.warns(UserWarning, match="not alike in this model"):
+                    cache = fivefold.compress(model, recipe)
+            model(task.prefix, past_key_values=cache, logits_to_keep=1)
+            logits[recipe] = model(task.continuation, past_key_values=cache).logits[0].log_softmax(-1)
+    exact = logits.pop("full()")
+    kl = {recipe: float((exact.exp() * (exact - x)).sum(-1).mean()) for recipe, x in logits.items()}
+    assert kl["minicache()"] > 0.5 and 0 < kl["minicache(pairs=[[28, 29]])"] < 0.1, kl
