@@ -400,7 +400,9 @@ def test_the_planner_rehearses_pairs() -> None:
         for recipe in ("full()", "minicache()", "kivi(bits=4)", "minicache() + kivi(bits=4)")
     }
     full = sizes["full()"]
-    assert sizes["minicache()"] / full == pytest.approx(0.5 + 0.5 * 268 / 512, abs=0.04)  # a pool may grow by a sixteenth
+    assert sizes["minicache()"] / full == pytest.approx(
+        0.5 + 0.5 * 268 / 512, abs=0.04
+    )  # a pool may grow by a sixteenth
     assert sizes["minicache() + kivi(bits=4)"] / full == pytest.approx(0.5 * 160 / 512 + 0.5 * 92 / 512, abs=0.02)
     assert most_users(Recipe.parse("minicache() + kivi(bits=4)"), place, 8192) > most_users(
         Recipe.parse("kivi(bits=4)"), place, 8192

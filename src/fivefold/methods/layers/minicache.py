@@ -215,23 +215,32 @@ class CosineLearner(Learner):
         return settings, {f"{side}_cosine": means[:, i].contiguous() for i, side in enumerate(SIDES)}
 
 
-def merged(x: torch.Tensor, y: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """SLERP of the directions of x and y `[..., head_dim]`: the direction, same shape; both norms and the distance d,
-    `[...]`; all float32. See `MiniCache` for angles at both ends."""
+Angles = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def angles(x: torch.Tensor, y: torch.Tensor) -> Angles:
+    """Unit vectors of x and y `[..., head_dim]`, their norms, and the angle between them, `[..., 1]` each; float32. A
+    vector of zeros has the other one's direction."""
     x, y = x.float(), y.float()
     norms = [torch.linalg.vector_norm(a, dim=-1, keepdim=True) for a in (x, y)]
     u, v = (a / norm.clamp(min=1e-38) for a, norm in zip((x, y), norms))
     u, v = torch.where(norms[0] > 0, u, v), torch.where(norms[1] > 0, v, u)
     apart, along = (torch.linalg.vector_norm(a, dim=-1, keepdim=True) for a in (u - v, u + v))
-    omega = 2 * torch.atan2(apart, along)
+    return u, v, norms[0], norms[1], 2 * torch.atan2(apart, along)
+
+
+def merged(x: torch.Tensor, y: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """SLERP of the directions of x and y `[..., head_dim]`: the direction, same shape; both norms and the distance d,
+    `[...]`; all float32. See `MiniCache` for angles at both ends."""
+    u, v, first, second, omega = angles(x, y)
     sine = omega.sin()
     straight = sine < _PARALLEL
     sine = sine.masked_fill(straight, 1.0)
-    weights = [torch.where(straight, linear, (part * omega).sin() / sine) for linear, part in ((1 - t, 1 - t), (t, t))]
+    weights = [torch.where(straight, part, (part * omega).sin() / sine) for part in (1 - t, t)]
     out = weights[0] * u + weights[1] * v
     length = torch.linalg.vector_norm(out, dim=-1, keepdim=True)
     out = torch.where(length > 1e-3, out / length.clamp(min=1e-3), v)
-    return out, norms[0][..., 0], norms[1][..., 0], omega[..., 0] / math.pi
+    return out, first[..., 0], second[..., 0], omega[..., 0] / math.pi
 
 
 class Directions(Codec):
@@ -313,7 +322,7 @@ class MiniCacheCodec(PairCodec):
         self.check(*second)
         out = []
         for x, y in zip(first, second):
-            distance = merged(x, y, self.t)[3]
+            distance = angles(x, y)[4][..., 0] / math.pi
             out += [1 - distance.amin(1), distance.amax(1)]
         return torch.stack(out, 1)
 
