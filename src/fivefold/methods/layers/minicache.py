@@ -38,7 +38,7 @@ SIDES = ("key", "value")
 @dataclass(frozen=True)
 class MiniCache(PairMethod):
     """From the middle layer on, the keys and values of two adjacent layers become one direction for each token, and a
-    norm for each layer (sections 3.2 and 4.2).
+    norm for each layer (equations 2 and 3).
 
     For a token of one KV head, x and y its keys in layers l - 1 and l, both `[head_dim]` (values likewise):
 
@@ -46,8 +46,8 @@ class MiniCache(PairMethod):
         e = sin((1 - t) Omega) / sin(Omega) * x / |x|  +  sin(t Omega) / sin(Omega) * y / |y|
         x' = |x| e,    y' = |y| e
 
-    Tokens with `d > d_max - gamma * (d_max - d_min)` are retained: kept in both layers as they are (section 4.2,
-    "unmergeable tokens"). That is a share of the range of distances, not of the tokens.
+    Tokens with `d > d_max - gamma * (d_max - d_min)` are retained: kept in both layers as they are
+    ("unmergeable tokens"). That is a share of the range of distances, not of the tokens.
 
     Keys are those behind RoPE. Both layers turn a token's keys by the same angle, and the arc between two vectors is
     turned with them, so it makes no difference for rotations of whole heads.
