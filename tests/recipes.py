@@ -46,16 +46,20 @@ _ALONE = {
     "random": "random(keep=0.5)",
     "tidal": "tidal(top=32, full_layers=0, select_layers=[0])",
     "drop": "drop(layers=[0])",
+    "minicache": "minicache(start=0)",
 }
 # Methods of the slots layers, heads, tokens and reads: those that `kivi` may stand beside.
-_BESIDE = ("duo", "razor", "streaming", "h2o", "snapkv", "keyformer", "d2o", "elastic", "random", "tidal", "drop")
+_BESIDE = (
+    "duo", "razor", "streaming", "h2o", "snapkv", "keyformer", "d2o", "elastic", "random", "tidal", "drop",
+    "minicache",
+)  # fmt: skip
 RECIPES: dict[str, str] = {**_ALONE, **{f"{name}+kivi": f"{_ALONE[name]} + {KIVI}" for name in _BESIDE}}
 """The recipes by name, which is the id of a test."""
 
 PACKING = tuple(
     name
     for name, recipe in RECIPES.items()
-    if any(codec in recipe for codec in ("kivi", "gear", "mikv", "rotate", "cskv", "kv_heads"))
+    if any(codec in recipe for codec in ("kivi", "gear", "mikv", "rotate", "cskv", "kv_heads", "minicache"))
 )
 """Those that pack tokens."""
 CHOOSING = tuple(name for name in RECIPES if name.split("+")[0] in _BESIDE[3:9])

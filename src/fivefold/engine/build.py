@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from fivefold.engine.companions import Companions
 from fivefold.engine.session import Session
-from fivefold.methods import ReadPolicy, TokenPolicy
+from fivefold.errors import RecipeError
+from fivefold.methods import PairMethod, ReadPolicy, TokenPolicy
 from fivefold.recipe import Recipe
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.spec import LayerSpec, Pools
@@ -24,12 +25,35 @@ def build(
     """The session that a cache works on. specs: the layers that are compressed; the rest are as in `Session`."""
     packer, policy = recipe.packer, next((one for one in recipe.methods if isinstance(one, TokenPolicy)), None)
 
+    sharing = recipe.get("layers")
+    pairs: dict[int, tuple[int, int]] = {}
+    if isinstance(sharing, PairMethod):
+        pairs = pairs_of(recipe, sharing, [spec for spec in specs if spec.layer not in sources])
+
     def store(spec: LayerSpec) -> LayerCache:
         codec = None if packer is None else packer.codec(spec)
-        return LayerCache(spec, pools, recipe.extents(spec), codec, packer.exact_tokens if packer else 0, policy)
+        residual = packer.exact_tokens if packer else 0
+        if spec.layer in pairs and isinstance(sharing, PairMethod):
+            codec = sharing.pair_codec(spec, pairs[spec.layer], codec)
+            residual = max(residual, sharing.exact_tokens)
+        return LayerCache(spec, pools, recipe.extents(spec), codec, residual, policy)
 
     reads = recipe.get("reads")
     roles: dict[int, str] = {}
     if isinstance(reads, ReadPolicy):
         roles |= zip((spec.layer for spec in specs), reads.roles(specs))
     return Session(specs, store, pools, companions, roles, getattr(reads, "top", 0), None, sources, entry, absent)
+
+
+def pairs_of(recipe: Recipe, method: PairMethod, specs: Sequence[LayerSpec]) -> dict[int, tuple[int, int]]:
+    """Of the layers that share pages: which two they are. Raises `RecipeError` where they hold different tokens."""
+    by_layer = {spec.layer: spec for spec in specs}
+    out: dict[int, tuple[int, int]] = {}
+    for pair in method.layer_pairs(specs):
+        if len({tuple(recipe.extents(by_layer[layer])) for layer in pair}) > 1:
+            raise RecipeError(
+                f"{method.name} cannot merge layers {pair[0]} and {pair[1]}, whose KV heads hold different tokens by "
+                "the other methods of the recipe: let both layers hold the same, or name other pairs."
+            )
+        out |= dict.fromkeys(pair, pair)
+    return out

@@ -220,9 +220,9 @@ def _own_bytes(session: Session) -> int:
     for bank in session.banks:
         for tier, columns in bank.columns():
             for number, pool in enumerate(tier.pools):
-                pages = np.unique(tier.held(columns, number))
+                pages, counts = np.unique(tier.held(columns, number), return_counts=True)
                 if len(pages):
-                    total += int((pool.references(pages) <= 2).sum()) * pool.layout.nbytes
+                    total += int((pool.references(pages) <= 2 * counts).sum()) * pool.layout.nbytes
     return total
 
 

@@ -23,7 +23,7 @@ from fivefold.engine import admission
 from fivefold.engine.companions import Companions
 from fivefold.engine.picks import Picks
 from fivefold.errors import CacheFullError, CacheStateError, UnsupportedModelError
-from fivefold.store import compact, context
+from fivefold.store import compact, context, pairs
 from fivefold.store.bank import Bank
 from fivefold.store.context import Memo
 from fivefold.store.layer_cache import LayerCache
@@ -58,6 +58,7 @@ class Session:
     ) -> None:
         self.build, self.pools, self.companions = build, pools, companions
         self.stores = {spec.layer: build(spec) for spec in specs} if stores is None else stores
+        pairs.couple(self.stores)
         self.roles, self.top, self.sources, self.entry = roles or {}, top, sources, entry
         self.absent = absent
         self.first, self.last = min(self.stores), max(self.stores)
@@ -341,6 +342,7 @@ class Session:
             store = self.respec(index, spec)
         if not store.batch:
             store.start(len(self.tokens))
+            pairs.couple(self.stores, self.change)
         return store
 
     def respec(self, index: int, spec: dict[str, Any]) -> LayerCache:
@@ -495,5 +497,6 @@ class Session:
         """No sequence is left: what the next forward delivers may be of another kind."""
         for store in self.stores.values():
             Bank([store])
+        pairs.couple(self.stores)
         self.length, self.united, self.ragged, self.settled = 0, False, False, 0
         self.pools.budget.charge(id(self), 0)

@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from typing import TypeVar
 
 from fivefold.errors import RecipeError
-from fivefold.methods.method import SLOTS, Method, ReadPolicy, Slot, channels_of, param
+from fivefold.methods.method import SLOTS, Method, PairMethod, ReadPolicy, Slot, channels_of, param
 from fivefold.methods.policy import TokenPolicy, floor_param, keep_param
 from fivefold.store.codec import FLOAT16_MAX, Codec, check_finite
 
@@ -23,6 +23,7 @@ __all__ = [
     "SLOTS",
     "Codec",
     "Method",
+    "PairMethod",
     "ReadPolicy",
     "Slot",
     "TokenPolicy",

@@ -19,7 +19,7 @@ import torch
 from fivefold.calibrate.learner import Capture, Learner, Subject, Work
 from fivefold.calibrate.profile import Profile, load_profile
 from fivefold.errors import ProfileError, RecipeError
-from fivefold.store.codec import Codec
+from fivefold.store.codec import Codec, PairCodec
 from fivefold.store.rows import Extent
 from fivefold.store.spec import LayerSpec
 
@@ -153,6 +153,19 @@ class ReadPolicy(Method):
     def roles(self, specs: Sequence[LayerSpec]) -> list[Literal["full", "select", "sparse"]]:
         """What each of the layers that hold the whole context does: read everything, read everything and pick, or read
         what was picked last."""
+        raise NotImplementedError
+
+
+class PairMethod(Method):
+    """A method that lets two adjacent layers share what a page holds."""
+
+    def layer_pairs(self, specs: Sequence[LayerSpec]) -> list[tuple[int, int]]:
+        """Which layers of the model share pages, by index, each in one pair at most. specs: those that may."""
+        raise NotImplementedError
+
+    def pair_codec(self, spec: LayerSpec, layers: tuple[int, int], inner: Codec | None) -> PairCodec:
+        """How one of two layers packs; inner: how it would without this method, None if it would not. What stays exact
+        is the larger one of both methods' `exact_tokens`."""
         raise NotImplementedError
 
 

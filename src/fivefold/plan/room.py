@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 
 from fivefold.errors import InputError
+from fivefold.methods import PairMethod
 from fivefold.plan import memory
 from fivefold.plan.machine import Machine
 from fivefold.plan.shape import ModelShape
@@ -110,7 +111,10 @@ def cache_bytes(recipe: Recipe, place: Place, context: int, users: int) -> int:
 
 
 def _total(recipe: Recipe, place: Place, context: int, users: int) -> int:
-    """Bytes of caches on all GPUs together. Of layers that are alike one tells of all: what another one adds."""
+    """Bytes of caches on all GPUs together. Of layers that are alike one tells of all: what another one adds; where
+    layers share pages, all are rehearsed."""
+    if isinstance(recipe.get("layers"), PairMethod):
+        return cache_report(recipe, place, context, users).total
     kinds = _kinds(recipe, place)
     if len(kinds) * (len(kinds) + 2) >= sum(map(len, kinds)):
         return cache_report(recipe, place, context, users).total

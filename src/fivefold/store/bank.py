@@ -15,10 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from fivefold.store.codec import PairCodec
 from fivefold.store.compensation import absorb
 from fivefold.store.context import Memo
 from fivefold.store.held import Held, joined
 from fivefold.store.pack import PackedLayer, pack
+from fivefold.store.pairs import pack_pairs
 from fivefold.store.rows import FIELDS, FIXED, Bounds, Extent
 from fivefold.store.tier import Tier
 from fivefold.store.transaction import Transaction
@@ -55,6 +57,8 @@ class Bank:
         first = layers[0]
         self.layers = list(layers)
         self.heads, self.device, self.packing = first.spec.kv_heads, first.spec.device, first.packing
+        self.paired = isinstance(first.codec, PairCodec)
+        """Whether layers 2i and 2i + 1 share packed pages (`store/pairs.py`)."""
         for index, layer in enumerate(layers):
             assert layer.format == first.format
             layer.bank, layer.index = self, index
@@ -66,7 +70,8 @@ class Bank:
     @classmethod
     def united(cls, layers: Sequence[BankLayer], change: Transaction | None) -> Bank:
         """One bank of layers that have several, with all that they hold; they must have the same sequences."""
-        old = [layer.bank for layer in layers]
+        old = list(dict.fromkeys(layer.bank for layer in layers))
+        rows = [(layer.bank, np.arange(layer.base, layer.base + layer.bank.rows)) for layer in layers]
         before = [(layer, layer.bank, layer.index, list(layer.held), dict(layer.learned)) for layer in layers]
 
         def part() -> None:
@@ -82,12 +87,11 @@ class Bank:
         for layer, _, _, held, learned in before:
             layer.held, layer.learned = held, learned
         bank.batch, bank.change = old[0].batch, change
-        bank.data = np.concatenate([one.data for one in old], 1)
-        for name in ("offset", "chosen", "residual"):
-            setattr(bank, name, np.concatenate([getattr(one, name) for one in old]))
+        for name in ("data", "offset", "chosen", "residual"):
+            setattr(bank, name, np.concatenate([getattr(one, name)[..., at] for one, at in rows], -1))
         bank.pending = [write for one in old for write in one.pending]
-        bank.exact = _stacked([one.exact for one in old])
-        bank.packed = None if bank.packed is None else _stacked([one.packed for one in old])
+        bank.exact = _stacked([(one.exact, at) for one, at in rows])
+        bank.packed = None if bank.packed is None else _stacked([(one.packed, at) for one, at in rows])
         return bank
 
     def _clear(self) -> None:
@@ -360,7 +364,7 @@ class Bank:
         assert self.change is not None
         absorb(self, rows, old, new, chunk.get("chunk"))
         if self.packed is not None:
-            pack(self, rows, old, new, **chunk)
+            (pack_pairs if self.paired else pack)(self, rows, old, new, **chunk)
         self.exact.drop(self.change, rows, old.pinned_pages, old.exact_gone(new), old.exact_pages)
         self.set(rows, new)
 
@@ -377,9 +381,9 @@ class Bank:
 _LENGTH = Bounds._fields.index("length")
 
 
-def _stacked(tiers: list[Tier]) -> Tier:
-    """All rows of several tiers, one after the other."""
-    return Tier.gathered([(tier, len(tier.table), np.arange(len(tier.table))) for tier in tiers], 1, 1, False)
+def _stacked(parts: list[tuple[Tier, np.ndarray]]) -> Tier:
+    """Rows of several tiers, one after the other."""
+    return Tier.gathered([(tier, len(tier.table), rows) for tier, rows in parts], 1, 1, False)
 
 
 def _take(bounds: Bounds, rows: np.ndarray) -> Bounds:

@@ -136,3 +136,35 @@ class Codec:
         keys, values = self.decode({name: field.flatten(0, 1) for name, field in fields.items()})
         shape = (rows, -1, keys.shape[-1])
         return keys.reshape(shape), values.reshape(shape)
+
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values `[pages, token, head_dim]`."""
+
+
+class PairCodec(Codec):
+    """A codec of two adjacent layers: what a page holds is theirs in common, but for the fields marked `own`.
+
+    The pages of both layers are filled together (`store/pairs.py`), so `encode` is never called. Everything that reads
+    is as in `Codec`: the fields of a layer's page are the common ones and its own.
+    """
+
+    layers: tuple[int, int]
+    """Which layers of the model they are."""
+    known: int = 0
+    """How many statistics of each row it wants to remember."""
+
+    def measure(self, first: Pair, second: Pair) -> torch.Tensor:
+        """Statistics of tokens that are about to be packed, float32 `[rows, known]`, at least 0. What is remembered of
+        a row is the largest of each so far; 0 where nothing has been packed."""
+        raise NotImplementedError
+
+    def encode_pair(
+        self, first: Pair, second: Pair, slot: int, opened: list[dict[str, torch.Tensor]] | None, known: torch.Tensor
+    ) -> list[dict[str, torch.Tensor]]:
+        """As `encode`: every field of the first layer's pages, and those that are the second one's own.
+
+        opened: all fields of both layers' pages, if `slot > 0`. known: float32 `[pages, known]`, what is remembered of
+        the rows of the pages, these very tokens included.
+        """
+        raise NotImplementedError

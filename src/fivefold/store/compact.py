@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 
 from fivefold.store.bank import Bank
 from fivefold.store.pages import SLAB_SHIFT, PagePool
-from fivefold.store.tier import Tier
+from fivefold.store.tier import EMPTY, Tier
 
 # Less than this part (one over it) of a pool that is free is not worth moving pages for.
 _WORTH = 8
@@ -34,13 +35,20 @@ def _move(bank: Bank, tier: Tier, number: int, columns: np.ndarray) -> None:
     if not sparse:
         return
     rows, places = np.nonzero(np.arange(table.shape[1]) < columns[:, None])
-    pages = table[rows, places]
-    where = np.flatnonzero(np.isin(pages >> SLAB_SHIFT, sparse) & (pool.references(pages) == 1))
-    if not len(where):
+    pages, place, counts = np.unique(table[rows, places], return_inverse=True, return_counts=True)
+    moved = np.flatnonzero(np.isin(pages >> SLAB_SHIFT, sparse) & (pool.references(pages) == counts))
+    if not len(moved):
         return
     with bank.atomic() as change:
-        new = change.adopt(pool, pool.allocate_elsewhere(len(where), sparse))
-        where = where[: len(new)]
-        pool.copy(pages[where], new)
-        tier.move(change, rows[where], places[where], new, number)
+        new = change.adopt(pool, pool.allocate_elsewhere(len(moved), sparse))
+        moved = moved[: len(new)]
+        pool.copy(pages[moved], new)
+        # Two layers may have a page in common.
+        more = np.repeat(new, counts[moved] - 1)
+        pool.retain(more)
+        change.undo(partial(pool.release, more))
+        target = np.full(len(pages), EMPTY, dtype=np.int64)
+        target[moved] = new
+        where = np.flatnonzero(target[place] != EMPTY)
+        tier.move(change, rows[where], places[where], target[place[where]], number)
     bank.touch(rows[where])

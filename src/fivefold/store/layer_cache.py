@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fivefold.errors import CacheStateError
+from fivefold.store import pairs
 from fivefold.store.bank import Bank
 from fivefold.store.codec import Codec
 from fivefold.store.context import Memo
@@ -73,6 +74,7 @@ class LayerCache:
         self.learned: dict[str, torch.Tensor] = {}
         """What a contextual codec remembers of the rows, and the means of what has left them, `[rows, ...]` each."""
         self._groups: list[RowGroup] | None = None
+        self.waiting: list[pairs.Waiting] = []
         Bank([self])
 
     def twin(self) -> LayerCache:
@@ -167,10 +169,7 @@ class LayerCache:
         return held, {name: x[kept] for name, x in self.learned.items()}
 
     def share_packed(self, other: LayerCache) -> None:
-        """Replace this layer's packed pages by `other`'s, keeping the fields marked `own`.
-
-        For methods that let layers share storage; both layers must have equal bounds and formats.
-        """
+        """Replace this layer's packed pages by `other`'s, keeping the fields marked `own`; both have equal bounds."""
         assert self.packed_pools[0] is other.packed_pools[0]
         if self.rows != other.rows or not np.array_equal(np.stack(self.bounds), np.stack(other.bounds)):
             raise CacheStateError("layers can share packed pages only where they hold the same tokens.")
@@ -266,7 +265,8 @@ class LayerCache:
         with self.bank.atomic():
             held, policy = group.held, self.policy
             if held is None or policy is None:
-                self.take_in(group, keys, values, advance, revocable)
+                take = partial(pairs.take_in, self) if self.bank.paired else self.take_in
+                take(group, keys, values, advance, revocable)
             elif keys is None:
                 packing = self._packing(group, held)
                 stored = Stored(group.bounds, packing, partial(group.exact_parts, "keys"), group.token)
@@ -334,12 +334,12 @@ class LayerCache:
             bank.move(rows, before, after, group=group, held=held)
         else:
             bank.move(rows, before, after._replace(length=before.length), chunk=chunk, group=group, held=held)
-            self._write(group, old, new, *chunk)
+            self.write_exact(group, old, new, *chunk)
         self.set(group, new)
         group.touched_exact()
         group.touched_packed()
 
-    def _write(self, group: RowGroup, old: Bounds, new: Bounds, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def write_exact(self, group: RowGroup, old: Bounds, new: Bounds, keys: torch.Tensor, values: torch.Tensor) -> None:
         """The chunk behind `old.length` into exact pages, but for what was packed or is out of the window."""
         bank, rows, dim = self.bank, group.flat, self.spec.head_dim
         assert bank.change is not None

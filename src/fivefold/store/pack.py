@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -74,6 +74,29 @@ class Due:
         return Due(self.rows[which], bounds, self.start[which], self.column[which], *numbers)
 
 
+class Way(NamedTuple):
+    """What brings the packed tier of rows from bounds to bounds, arrays `[rows]`: pages that are given up at the front,
+    columns that there were, columns to be added behind them, and the tokens to be packed: how many from which position
+    on, and the column and slot of the first, as it is before anything is given up."""
+
+    gone: Any
+    columns: Any
+    fresh: Any
+    start: Any
+    count: Any
+    column: Any
+    slot: Any
+
+    @classmethod
+    def between(cls, old: Bounds, new: Bounds, packing: Packing) -> Way:
+        gone, columns = old.packed_gone(new, packing), old.packed_pages(packing)
+        start = np.where(gone < columns, old.packed_stop, new.packed_base)
+        count = np.maximum(0, new.packed_stop - start)
+        fresh = new.packed_pages(packing) - (columns - gone)
+        column, slot = new.packed_place(start, packing)
+        return cls(gone, columns, fresh, start, count, gone + column, slot)
+
+
 def pack(
     bank: Tables,
     rows: np.ndarray,
@@ -91,19 +114,15 @@ def pack(
     """
     tier, packing, change = bank.packed, bank.packing, bank.change
     assert tier is not None and packing is not None and change is not None
-    gone, columns = old.packed_gone(new, packing), old.packed_pages(packing)
-    start = np.where(gone < columns, old.packed_stop, new.packed_base)
-    count = np.maximum(0, new.packed_stop - start)
-    fresh = new.packed_pages(packing) - (columns - gone)
+    gone, columns, fresh, start, count, column, slot = Way.between(old, new, packing)
     for wanted in np.unique(fresh[fresh > 0]).tolist():
         some = fresh == wanted
         tier.widen(change, rows[some], columns[some], wanted)
-    column, slot = new.packed_place(start, packing)
     stored = np.clip(old.length - start, 0, count)
     some = count > 0
     if some.any():
         keys = np.stack([slot, count, stored])[:, some]
-        due = Due(rows[some], Bounds(*(x[some] for x in old)), start[some], (gone + column)[some], 0, 0, 0)
+        due = Due(rows[some], Bounds(*(x[some] for x in old)), start[some], column[some], 0, 0, 0)
         if not _by_kernel(bank, due, keys, chunk):
             for which in _alike(bank, due, keys):
                 _encode(bank, due.part(which, keys), chunk, group, held)
@@ -221,7 +240,7 @@ def _remember(bank: Tables, rows: np.ndarray, peak: float) -> None:
 def _encode(bank: Tables, due: Due, chunk: Chunk | None, group: RowGroup | None, held: Held | None) -> None:
     """By the codec, a bounded part of the tokens at a time; the rest of an open page first."""
     assert bank.packed is not None and bank.packing is not None and bank.change is not None
-    layer, page, dim = bank.layers[int(due.rows[0]) // bank.rows], bank.packing.page, bank.layers[0].spec.head_dim
+    layer, page = bank.layers[int(due.rows[0]) // bank.rows], bank.packing.page
     if layer.codec.contextual and group is None:  # type: ignore[union-attr]
         bounds = Bounds(*(x[0] for x in due.bounds))
         group = RowGroup(layer, due.rows - layer.base, bounds)
@@ -231,13 +250,12 @@ def _encode(bank: Tables, due: Due, chunk: Chunk | None, group: RowGroup | None,
         if codec.contextual and group is not None:
             codec.of(group.context(running(0, 1, bank.device)))  # what it makes for such rows stays
         return
-    numbers = _NUMBERS.get(bank.device.type, _NUMBERS_GPU)
-    step = max(1, numbers // (page * len(due.rows) * dim)) * page
+    step = at_once(bank, len(due.rows))
     done = 0
     while done < due.count:
         column, slot = divmod(due.slot + done, page)
         size = min(due.count - done, page - slot if slot else step)
-        keys, values = _collect(bank, due, done, size, chunk)
+        keys, values = collect(bank, due, done, size, chunk)
         whole = size // page * page if not slot else 0
         for first, last in ((0, whole), (whole, size)):
             if first == last:
@@ -253,6 +271,13 @@ def _encode(bank: Tables, due: Due, chunk: Chunk | None, group: RowGroup | None,
         done += size
     if not codec.contextual:
         _remember(bank, due.rows, codec.peak)
+
+
+def at_once(bank: Tables, rows: int) -> int:
+    """How many tokens of so many rows are packed at a time, in whole pages."""
+    assert bank.packing is not None
+    page, numbers = bank.packing.page, _NUMBERS.get(bank.device.type, _NUMBERS_GPU)
+    return max(1, numbers // (page * rows * bank.layers[0].spec.head_dim)) * page
 
 
 def _write(
@@ -274,7 +299,7 @@ def _write(
         pool.write(name, pages.reshape(-1), fields[name])
 
 
-def _collect(bank: Tables, due: Due, done: int, size: int, chunk: Chunk | None) -> Chunk:
+def collect(bank: Tables, due: Due, done: int, size: int, chunk: Chunk | None) -> Chunk:
     """Keys and values of `size` tokens of each row, the first `done` left out: `[rows, tokens, head_dim]`."""
     parts: list[Chunk] = []
     stored = min(size, due.stored - done)

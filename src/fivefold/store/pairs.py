@@ -1,0 +1,272 @@
+"""Two adjacent layers whose packed pages are in part the same: each page table names the common ones, and has own ones.
+
+Both layers lie in one bank, the first of a pair at an even index, and have equal bounds between two forwards. A chunk
+of the first layer waits, as it is, until the second one has it too; then the groups that are due are packed for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from fivefold.errors import CacheStateError, UnsupportedModelError
+from fivefold.store.codec import Pair, PairCodec
+from fivefold.store.group import RowGroup
+from fivefold.store.pack import Due, PackedLayer, Tables, Way, at_once, collect
+from fivefold.store.rows import Bounds
+from fivefold.store.tier import Tier
+from fivefold.store.transaction import Transaction
+
+KNOWN = "known"
+"""What the first layer's `learned` calls the statistics of its rows (`PairCodec.measure`)."""
+_OWNERS = (2, 1)
+"""How many tables of a cache name a page of the common pool, and one of the own pool."""
+
+
+class Waiting(NamedTuple):
+    """A chunk of the first of two layers, of some of its rows: keys and values `[rows, tokens, head_dim]`."""
+
+    rows: np.ndarray
+    chunk: Pair
+
+
+class PairedLayer(PackedLayer, Protocol):
+    """What must be known of a layer that shares pages (see `LayerCache`)."""
+
+    bank: Any
+    waiting: list[Waiting]
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def format(self) -> tuple[object, ...]: ...
+
+    def regroup(self) -> None: ...
+
+    def set(self, group: RowGroup, bounds: Bounds) -> None: ...
+
+    def take_in(
+        self,
+        group: RowGroup,
+        keys: torch.Tensor | None,
+        values: torch.Tensor | None,
+        advance: bool,
+        revocable: int,
+    ) -> None: ...
+
+    def write_exact(
+        self, group: RowGroup, old: Bounds, new: Bounds, keys: torch.Tensor, values: torch.Tensor
+    ) -> None: ...
+
+
+def couple(stores: Mapping[int, PairedLayer], change: Transaction | None = None) -> None:
+    """Put layers that share pages into one bank, once both have as many sequences. Raises `UnsupportedModelError` where
+    their keys have different shapes."""
+    for first in stores.values():
+        codec = first.codec
+        if not isinstance(codec, PairCodec) or first.spec.layer != codec.layers[0]:
+            continue
+        second = stores[codec.layers[1]]
+        if first.bank is second.bank or first.batch != second.batch:
+            continue
+        if first.format != second.format:
+            raise UnsupportedModelError(
+                f"layers {codec.layers[0]} and {codec.layers[1]} cannot share pages: their keys differ in shape or "
+                "device; leave this pair out of the recipe."
+            )
+        type(first.bank).united([first, second], change)
+
+
+def take_in(
+    layer: PairedLayer,
+    group: RowGroup,
+    keys: torch.Tensor | None,
+    values: torch.Tensor | None,
+    advance: bool,
+    revocable: int,
+) -> None:
+    """`LayerCache.take_in` of one of two layers. A chunk of the first one waits for that of the second."""
+    bank, last = layer.bank, layer.index % 2 == 1
+    if keys is not None and values is not None and advance:
+        if last:
+            _take_both(layer, group, (keys, values), revocable)
+        else:
+            _wait(layer, Waiting(group.rows, (keys, values)))
+        return
+    if keys is not None:
+        layer.take_in(group, keys, values, False, revocable)
+    if advance and last:
+        bank.advance(np.concatenate([group.flat - bank.rows, group.flat]), revocable)
+        group.bounds = Bounds(*bank.data[:, group.flat[0]].tolist())
+        group.touched_exact()
+        group.touched_packed()
+
+
+def _wait(layer: PairedLayer, one: Waiting) -> None:
+    assert layer.bank.change is not None
+    layer.bank.change.undo(layer.waiting.clear)
+    layer.waiting.append(one)
+
+
+def _take_both(layer: PairedLayer, group: RowGroup, chunk: Pair, revocable: int) -> None:
+    """A chunk of the second layer has come: store it, and that of the first one."""
+    bank, old = layer.bank, group.bounds
+    first: PairedLayer = bank.layers[layer.index - 1]
+    number = next((i for i, one in enumerate(first.waiting) if np.array_equal(one.rows, group.rows)), None)
+    if number is None:
+        raise CacheStateError(
+            f"layer {layer.spec.layer} was given tokens that layer {first.spec.layer}, which shares its pages, lacks: "
+            "run all layers of the model in each forward."
+        )
+    chunks = [first.waiting.pop(number).chunk, chunk]
+    new = old.appended(chunk[0].shape[1]).advanced(layer.packing, revocable)
+    rows = np.concatenate([group.flat - bank.rows, group.flat])
+    before, after = (Bounds(*(np.full(len(rows), x) for x in bounds)) for bounds in (old, new))
+    bank.move(rows, before, after._replace(length=before.length), chunks=chunks)
+    for one, part, tokens in zip((first, layer), (RowGroup(first, group.rows, old), group), chunks):
+        one.write_exact(part, old, new, *tokens)
+        one.set(part, new)
+        part.touched_exact()
+        part.touched_packed()
+    first.regroup()
+
+
+def pack_pairs(bank: Tables, rows: np.ndarray, old: Bounds, new: Bounds, chunks: Sequence[Pair] = (), **_: Any) -> None:
+    """`pack` for rows of both layers of pairs. chunks: of a chunk that has just come to one pair, the tokens of both
+    layers; without, all lie in exact pages. Raises `CacheStateError` where the rows of a pair do not hold the same
+    tokens."""
+    tier, packing, change = bank.packed, bank.packing, bank.change
+    assert tier is not None and packing is not None and change is not None
+    if all(np.array_equal(a, b) for a, b in zip(old, new)):
+        return  # tokens have come for one of the layers
+    one, two = _sides(bank, rows, old)
+    first, second, old, new = rows[one], rows[two], _take(old, one), _take(new, one)
+    way = Way.between(old, new, packing)
+    for wanted in np.unique(way.fresh[way.fresh > 0]).tolist():
+        some = way.fresh == wanted
+        _widen(tier, change, first[some], second[some], way.columns[some], wanted)
+    kinds = np.stack([first // bank.rows, way.slot, way.count, np.clip(old.length - way.start, 0, way.count)])
+    for kind in np.unique(kinds[:, way.count > 0], axis=1).T.tolist():
+        some = (kinds == np.array(kind)[:, None]).all(0)
+        sides = [
+            Due(side[some], _take(old, some), way.start[some], way.column[some], kind[1], kind[2], kind[3])
+            for side in (first, second)
+        ]
+        _encode(bank, bank.layers[kind[0]], sides, chunks or (None, None))
+    columns = way.columns + np.maximum(0, way.fresh)
+    tier.drop(change, np.concatenate([first, second]), 0, *(np.concatenate([x, x]) for x in (way.gone, columns)))
+
+
+def _take(bounds: Bounds, rows: np.ndarray) -> Bounds:
+    return Bounds(*(x[rows] for x in bounds))
+
+
+def _sides(bank: Tables, rows: np.ndarray, old: Bounds) -> tuple[np.ndarray, np.ndarray]:
+    """Which of these rows are those of first layers, and which those of the second ones, in the same order."""
+    order = np.argsort(rows, kind="stable")
+    odd = rows[order] // bank.rows % 2 == 1
+    one, two = order[~odd], order[odd]
+    alike = len(one) == len(two) and np.array_equal(rows[one] + bank.rows, rows[two])
+    if not alike or any((x[one] != x[two]).any() for x in old):
+        raise CacheStateError("layers can share packed pages only where they hold the same tokens.")
+    return one, two
+
+
+def _widen(tier: Tier, change: Transaction, first: np.ndarray, second: np.ndarray, at: np.ndarray, count: int) -> None:
+    """`Tier.widen` for both sides of pairs."""
+    columns = at[:, None] + np.arange(count)
+    tier.reserve(int(columns.max()) + 1)
+    for number, (pool, table) in enumerate(zip(tier.pools, tier.tables)):
+        pages = change.allocate(pool, columns.size)
+        table[first[:, None], columns] = pages.reshape(columns.shape)
+        if number:
+            pages = change.allocate(pool, columns.size)
+        else:
+            pool.retain(pages)
+            change.undo(partial(pool.release, pages))
+        table[second[:, None], columns] = pages.reshape(columns.shape)
+
+
+def _unshare(tier: Tier, change: Transaction, first: np.ndarray, second: np.ndarray, columns: np.ndarray) -> None:
+    """`Tier.unshare` for both sides of pairs: what they have in common, they have in common afterwards."""
+    for number, sides in ((0, (first, second)), (1, (first,)), (1, (second,))):
+        pool, table = tier.pools[number], tier.tables[number]
+        old = table[sides[0], columns]
+        where = np.flatnonzero(pool.references(old) > _OWNERS[number])
+        if not len(where):
+            continue
+        new = change.allocate(pool, len(where))
+        pool.copy(old[where], new)
+        for _ in sides[1:]:
+            pool.retain(new)
+            change.undo(partial(pool.release, new))
+        for side in sides:
+            tier.move(change, side[where], columns[where], new, number)
+
+
+def _pieces(slot: int, count: int, page: int, step: int) -> Iterator[tuple[int, int, int, int]]:
+    """(tokens before it, tokens, column, slot) of pieces that are whole pages, `step` tokens at most, or one page."""
+    done = 0
+    while done < count:
+        column, at = divmod(slot + done, page)
+        left = count - done
+        size = min(left, page - at) if at or left < page else min(left // page * page, step)
+        yield done, size, column, at
+        done += size
+
+
+def _encode(bank: Tables, layer: Any, sides: Sequence[Due], chunks: Sequence[Pair | None]) -> None:
+    """Measure all that is due of both layers, then pack it, a bounded part of the tokens at a time."""
+    tier, change, codec, first = bank.packed, bank.change, layer.codec, sides[0]
+    assert tier is not None and change is not None and bank.packing is not None and isinstance(codec, PairCodec)
+    page = bank.packing.page
+    known = layer.learned.get(KNOWN)
+    if known is None:
+        known = torch.zeros((bank.rows, codec.known), device=bank.device)
+    layer.learned[KNOWN] = known
+    if bank.device.type == "meta":
+        return
+    pieces = list(_pieces(first.slot, first.count, page, at_once(bank, 2 * len(first.rows))))
+    if first.slot:
+        _unshare(tier, change, first.rows, sides[1].rows, first.column)
+    local = torch.from_numpy(first.rows - layer.base).to(bank.device)
+    mine = known[local]
+    for done, size, _, _ in pieces:
+        both = [collect(bank, due, done, size, chunk) for due, chunk in zip(sides, chunks)]
+        mine = torch.maximum(mine, codec.measure(both[0], both[1]))
+    layer.learned[KNOWN] = known.index_copy(0, local, mine)
+    for done, size, column, slot in pieces:
+        both = [collect(bank, due, done, size, chunk) for due, chunk in zip(sides, chunks)]
+        _write(tier, codec, sides, column, slot, page, both, mine)
+
+
+def _write(
+    tier: Tier,
+    codec: PairCodec,
+    sides: Sequence[Due],
+    column: int,
+    slot: int,
+    page: int,
+    both: Sequence[Pair],
+    known: torch.Tensor,
+) -> None:
+    """Encode tokens `[rows, tokens, head_dim]` of both layers into whole pages, or into one from `slot` on."""
+    _, tokens, dim = both[0][0].shape
+    count, at, opened = -(-(slot + tokens) // page), sides[0].column + column, None
+    if slot:
+        opened = [
+            {name: pool.read(name, tier.tables[i][due.rows, at]) for pool, name, i in tier.fields()} for due in sides
+        ]
+    one, two = (
+        (keys.reshape(-1, tokens // count, dim), values.reshape(-1, tokens // count, dim)) for keys, values in both
+    )
+    made = codec.encode_pair(one, two, slot, opened, known.repeat_interleave(count, 0))
+    columns = at[:, None] + np.arange(count)
+    for pool, name, i in tier.fields():
+        for due, fields in zip(sides, made) if i else ((sides[0], made[0]),):
+            pool.write(name, tier.tables[i][due.rows[:, None], columns].reshape(-1), fields[name])
