@@ -42,9 +42,10 @@ _ALONE = {
     "elastic": "elastic(keep=0.5)",
     "random": "random(keep=0.5)",
     "tidal": "tidal(top=32, full_layers=0, select_layers=[0])",
+    "anchors": 'anchors(top=32, anchors=1, recent=8, profile="{anchors}")',
 }
 # Methods of the slots heads, tokens and reads: those that `kivi` may stand beside.
-_BESIDE = ("duo", "streaming", "h2o", "snapkv", "keyformer", "d2o", "elastic", "random", "tidal")
+_BESIDE = ("duo", "streaming", "h2o", "snapkv", "keyformer", "d2o", "elastic", "random", "tidal", "anchors")
 RECIPES: dict[str, str] = {**_ALONE, **{f"{name}+kivi": f"{_ALONE[name]} + {KIVI}" for name in _BESIDE}}
 """The recipes by name, which is the id of a test."""
 
@@ -57,7 +58,11 @@ PACKING = tuple(
 CHOOSING = tuple(name for name in RECIPES if name.split("+")[0] in _BESIDE[2:8])
 """Those that choose tokens one by one."""
 
-_LEARNED = {"rotatekv": "rotatekv(bits=4)", "cskv": "cskv(keep=0.3)"}
+_LEARNED = {
+    "rotatekv": "rotatekv(bits=4)",
+    "cskv": "cskv(keep=0.3)",
+    "anchors": "anchors(top=32, anchors=1, recent=8)",
+}
 
 
 def written(name: str, model: Any) -> str:

@@ -82,13 +82,20 @@ def _whole(watched: Weights, lse: torch.Tensor) -> torch.Tensor:
     return torch.cat([part * (own - lse).exp()[..., None] for part, own in watched], 2)
 
 
-def pick(layer: LayerCache, group: RowGroup, weights: torch.Tensor, top: int) -> torch.Tensor:
-    """Positions of the `top` tokens that a step attended to most, the query heads of a kv head together.
+def pick(group: RowGroup, weights: torch.Tensor, top: int, sink: int = 0, recent: int = 0) -> torch.Tensor:
+    """Positions of the `top` tokens that a step attended to most, the query heads of a kv head together; the first
+    `sink` and the last `recent` tokens are always among them.
 
     weights: `[rows, query_heads per kv head, slots]`. Returns int64 `[rows, top]`, or fewer if there are fewer.
     """
-    slots = weights.sum(1).topk(min(top, weights.shape[2]), 1, sorted=False).indices
-    return slots if group.held is None else group.held.positions.gather(1, slots).long()
+    received, held = weights.sum(1), group.held
+    if held is None:  # a token's slot is its position
+        received[:, :sink] = torch.inf
+        received[:, max(0, received.shape[1] - recent) :] = torch.inf
+    elif sink or recent:
+        received.masked_fill_((held.positions < sink) | held.newest(recent), torch.inf)
+    slots = received.topk(min(top, received.shape[1]), 1, sorted=False).indices
+    return slots if held is None else held.positions.gather(1, slots).long()
 
 
 def attend_picked(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
@@ -105,7 +107,7 @@ def why_not(layer: LayerCache, device: torch.device, heads: int) -> str | None:
     return supports(None if codec is None else codec.form, heads, layer.spec.head_dim)
 
 
-def why_not_each(layers: dict[int, LayerCache], roles: dict[int, str]) -> dict[int, str | None]:
+def why_not_each(layers: dict[int, LayerCache], roles: Mapping[int, str]) -> dict[int, str | None]:
     """The same for the steps of many layers by index; roles: what they read in a step (see `ReadPolicy`)."""
     kinds: dict[tuple[Bank, bool], str | None] = {}
     out: dict[int, str | None] = {}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fivefold.engine.companions import Companions
+from fivefold.engine.picks import Reads
 from fivefold.engine.session import Session
-from fivefold.methods import ReadPolicy, TokenPolicy
+from fivefold.methods import TokenPolicy
 from fivefold.recipe import Recipe
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.spec import LayerSpec, Pools
@@ -27,8 +28,4 @@ def build(
         codec = None if packer is None else packer.codec(spec)
         return LayerCache(spec, pools, recipe.extents(spec), codec, packer.exact_tokens if packer else 0, policy)
 
-    reads = recipe.get("reads")
-    roles: dict[int, str] = {}
-    if isinstance(reads, ReadPolicy):
-        roles |= zip((spec.layer for spec in specs), reads.roles(specs))
-    return Session(specs, store, pools, companions, roles, getattr(reads, "top", 0), None, sources, entry)
+    return Session(specs, store, pools, companions, Reads.of(recipe.get("reads"), specs), None, sources, entry)

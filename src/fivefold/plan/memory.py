@@ -102,7 +102,7 @@ class Rehearsal:
             observed = nothing(rows, group.held.slots + tokens, dtype=torch.float32)
         store.append(group, keys, values, advance=tokens > 1, observed=observed)
         watched = group.held is not None and policy is not None and policy.watching(group.held)
-        alone = tokens == 1 and not watched and self.session.roles.get(spec.layer) != "select"
+        alone = tokens == 1 and not watched and self.session.reads.roles.get(spec.layer) != "select"
         if alone and why_not(store, NOWHERE, spec.query_heads // spec.kv_heads) is None:
             tables_of(store.bank).sync()  # a kernel reads these rows
 
