@@ -49,8 +49,8 @@ def default_texts() -> list[str]:
 def chunks(
     tokenizer: Any, texts: Sequence[str], tokens: int, seed: int, longest: int | None, each: int | None = None
 ) -> list[torch.Tensor]:
-    """Pieces of the texts, int64 `[1, at most each]` (or LENGTH) each, drawn without replacement: `tokens` in all, or fewer if
-    the texts have fewer. The tokens that the tokenizer begins a text with begin each of them."""
+    """Pieces of the texts, int64 `[1, at most each]` (left out: LENGTH), drawn without replacement: `tokens` in all, or
+    fewer if the texts have fewer. The tokens that the tokenizer begins a text with begin each of them."""
     prefix = tokenizer("").input_ids
     if tokenizer.eos_token_id in prefix and tokenizer.eos_token_id != tokenizer.bos_token_id:
         prefix = prefix[: prefix.index(tokenizer.eos_token_id)]

@@ -167,16 +167,15 @@ def _step(
     """Attention of the newest token of each row; the policies are told of it."""
     policy = store.policy
     watch = group.held is not None and policy is not None and policy.watching(group.held) and not stored
-    role = (
-        session.reads.roles.get(store.spec.layer, "full") if decoding and group.bounds.extent.recent is None else "full"
-    )
+    reads, whole = session.reads, group.bounds.extent.recent is None
+    role = reads.roles.get(store.spec.layer, "full") if decoding and whole else "full"
     picks = session.picks.of(group) if role == "sparse" else None
     if picks is not None:
         out, weights = attend_picked(store, group, queries, scaling, picks, watch, sinks)
     else:
         out, weights = attend_step(store, group, queries, scaling, watch or role == "select", sinks)
     if weights is not None and role == "select":
-        session.picks.put(group, pick(group, weights, session.reads.top, session.reads.sink, session.reads.recent))
+        session.picks.put(group, pick(group, weights, reads.top, reads.sink, reads.recent))
     if weights is not None and watch:
         store.observe(group, weights)
     return out

@@ -16,23 +16,25 @@ from fivefold.store.spec import LayerSpec
 @dataclass(frozen=True)
 class Reads:
     """What decoding steps read, by layer (see `ReadPolicy`): roles, how many tokens are picked, of which the first
-    `sink` and the last `recent` always are, and of sparse layers the KV heads of the layer that picked from which each
-    head may take over, the best first, int64 `[kv_head, rank]`."""
+    `sink` and the last `recent` always are, and of sparse layers the layer that picks for them and those of its KV
+    heads from which each head may take over, the best first, int64 `[kv_head, rank]`."""
 
     roles: Mapping[int, str] = field(default_factory=dict)
     top: int = 0
     sink: int = 0
     recent: int = 0
-    nearest: Mapping[int, np.ndarray] = field(default_factory=dict)
+    nearest: Mapping[int, tuple[int, np.ndarray]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, method: object, specs: Sequence[LayerSpec]) -> Reads:
         """Of a recipe's method, for the layers that hold the whole context; the default if it is no `ReadPolicy`."""
         if not isinstance(method, ReadPolicy):
             return cls()
-        layers = [spec.layer for spec in specs]
-        nearest = {layers[i]: np.array(heads) for i, heads in method.nearest(specs).items()}
-        return cls(dict(zip(layers, method.roles(specs))), method.top, method.sink, method.recent, nearest)
+        layers, roles, nearest = [spec.layer for spec in specs], method.roles(specs), {}
+        for i, heads in method.nearest(specs).items():
+            picking = max(j for j in range(i) if roles[j] == "select")
+            nearest[layers[i]] = layers[picking], np.array(heads)
+        return cls(dict(zip(layers, roles)), method.top, method.sink, method.recent, nearest)
 
 
 class Picks:
@@ -46,13 +48,13 @@ class Picks:
 
     def put(self, group: RowGroup, positions: torch.Tensor) -> None:
         """A layer has picked these, `[rows, n]`."""
-        rows, whole = group.layer.rows, len(group.rows) == group.layer.rows
+        rows, layer = group.layer.rows, group.layer.spec.layer
+        whole = len(group.rows) == rows
         wide = torch.nn.functional.pad(positions, (0, self.reads.top - positions.shape[1]), value=-1)
-        # Which head a head is like is known of the last layer that picked; what an earlier one did is of no use then.
-        stale = bool(self.reads.nearest) and self._layer != group.layer.spec.layer
+        stale = bool(self.reads.nearest) and self._layer != layer  # which heads are alike is known of one layer alone
         if self._picks is None or whole or stale:
             self._picks = wide if whole else wide.new_full((rows, self.reads.top), -1)
-            self._picked, self._layer = np.zeros(rows, dtype=bool), group.layer.spec.layer
+            self._picked, self._layer = np.zeros(rows, dtype=bool), layer
         self._picked[group.rows] = True
         if not whole:
             self._picks = self._picks.index_copy(0, group.rows_tensor.to(wide.device), wide.to(self._picks.device))
@@ -63,8 +65,10 @@ class Picks:
         if self._picks is None or self.reads.top >= group.bounds.length:
             return None
         spec, rows = group.layer.spec, group.rows
-        nearest = self.reads.nearest.get(spec.layer)
-        if nearest is not None:
+        if spec.layer in self.reads.nearest:
+            picking, nearest = self.reads.nearest[spec.layer]
+            if picking != self._layer:
+                return None
             sequences, heads = np.divmod(rows, spec.kv_heads)
             among = sequences[:, None] * spec.kv_heads + nearest[heads]
             # The first of them that has picked: one with a window has not.

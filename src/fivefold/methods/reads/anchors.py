@@ -140,7 +140,7 @@ class Anchors(ReadPolicy):
         found, anchor = {}, 0
         for i, role in enumerate(self.roles(specs)):
             if role == "sparse":
-                order = similarity[anchor, :, i].argsort(0, descending=True, stable=True)
+                order = similarity[anchor, :, i].argsort(dim=0, descending=True, stable=True)
                 found[i] = order.T.tolist()
             else:
                 anchor = i
