@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from fivefold.attention.fused import attend_fused, attend_picked_fused
+from fivefold.attention.fused import attend_fused, attend_picked_fused, attend_scored_fused
 from fivefold.attention.merge import MASKED, attend, capped, merge, with_sinks
 from fivefold.kernels.choice import takes_cpp
 from fivefold.store.codec import Codec
@@ -45,6 +45,10 @@ def attend_step(
         fused = attend_fused(layer, group, queries, scaling, sinks)
         if fused is not None:
             return fused, None
+    elif group.held is None and group.bounds.extent.recent is None:
+        scored = attend_scored_fused(layer, group, queries, scaling, sinks)
+        if scored is not None:
+            return scored
     watched: Weights | None = [] if watch else None
     if not group.packed.shape[1]:
         out, lse = attend_exact(layer, group, queries, scaling, sinks is None, watched)
@@ -111,9 +115,14 @@ def attend_picked(
 
     With a codec, the exact tier is read whole, and of the packed tier what was picked.
     """
-    slots = group.slots_of(positions)
     newest = int(group.bounds.length) - 1
     stop = int(group.bounds.packed_stop)
+    if not (watch or stop) and group.held is None:  # positions are slots
+        picked = torch.nn.functional.pad(positions.masked_fill(positions == newest, -1), (0, 1), value=newest)
+        fused = attend_picked_fused(layer, group, queries, scaling, picked, sinks)
+        if fused is not None:
+            return fused, None
+    slots = group.slots_of(positions)
     there = (slots >= 0) & (slots < stop if stop else slots != newest)
     if not watch:
         picked = slots.masked_fill(~there, -1)

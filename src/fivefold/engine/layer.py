@@ -51,7 +51,9 @@ def attend(
             _check_finite(index, key, value)
         store = session.stores[index]
         newest = (None, None) if stored else (key.reshape(rows, dim), value.reshape(rows, dim))
-        out = store.bank.mirror.attend(store, query.reshape(rows, group, dim), *newest, scaling, sinks)
+        whole = session.reads.roles.get(index, "full") == "full"
+        given = store, query.reshape(rows, group, dim), *newest, scaling, sinks
+        out = store.bank.mirror.attend(*given) if whole else _pick_or_read(session, *given)
         return out.view(batch, 1, query_heads, dim)
     if stored:
         store = session.stores[index]
@@ -104,6 +106,29 @@ def _over_groups(
             out = part
         else:
             out[rows, :, new] = part
+    return out
+
+
+def _pick_or_read(
+    session: Session,
+    store: LayerCache,
+    queries: torch.Tensor,
+    keys: torch.Tensor | None,
+    values: torch.Tensor | None,
+    scaling: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """`DeviceTables.attend` of a layer that picks, or reads what was picked."""
+    if keys is not None and values is not None:
+        store.bank.mirror.append(store, keys, values)
+    groups = store.groups
+    if len(groups) == 1:
+        return _step(session, store, groups[0], queries, scaling, True, sinks, False)
+    out = torch.empty_like(queries)
+    for group in groups:
+        rows = group.rows_tensor
+        s = None if sinks is None else sinks[rows]
+        out[rows] = _step(session, store, group, queries[rows], scaling, True, s, False)
     return out
 
 

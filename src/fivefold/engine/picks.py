@@ -45,6 +45,8 @@ class Picks:
         self._picks: torch.Tensor | None = None
         self._picked = np.zeros(0, dtype=bool)
         self._layer = -1
+        self._found: dict[bytes, torch.Tensor] = {}
+        """What has been asked for since the layer picked."""
 
     def put(self, group: RowGroup, positions: torch.Tensor) -> None:
         """A layer has picked these, `[rows, n]`."""
@@ -56,6 +58,7 @@ class Picks:
             self._picks = wide if whole else wide.new_full((rows, self.reads.top), -1)
             self._picked, self._layer = np.zeros(rows, dtype=bool), layer
         self._picked[group.rows] = True
+        self._found.clear()
         if not whole:
             self._picks = self._picks.index_copy(0, group.rows_tensor.to(wide.device), wide.to(self._picks.device))
 
@@ -75,7 +78,8 @@ class Picks:
             rows = among[np.arange(len(among)), self._picked[among].argmax(1)]
         if not self._picked[rows].all():
             return None
-        picks = self._picks.to(spec.device)
-        if len(rows) == len(picks) and (rows == np.arange(len(rows))).all():
-            return picks
-        return picks[torch.from_numpy(rows).to(picks.device)]
+        key = rows.tobytes()
+        if key not in self._found or self._found[key].device != spec.device:
+            picks = self._picks.to(spec.device)
+            self._found[key] = picks[torch.from_numpy(rows).to(picks.device)]
+        return self._found[key]
