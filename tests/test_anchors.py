@@ -187,8 +187,12 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("lengths", [(130, 130), (130, 77)], ids=["even", "ragged"])
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
 @pytest.mark.parametrize("case", CASES)
-def test_steps_against_whole_matrices(case: str, lengths: tuple[int, ...], tmp_path: Path) -> None:
+def test_steps_against_whole_matrices(
+    case: str, kernels: str, lengths: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FIVEFOLD_KERNELS", kernels)
     settings = dict(CASES[case])
     windows = settings.pop("windows", ())
     if "codec" in settings:
@@ -324,3 +328,29 @@ def test_it_learns_how_alike_layers_are(tiny: Callable[..., Any], tmp_path: Path
 def test_what_is_refused(recipe: str, words: str, tiny: Callable[..., Any]) -> None:
     with pytest.raises((RecipeError, ProfileError), match=words):
         fivefold.compress(tiny(), recipe)
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_embedded_model_out_of_the_box() -> None:
+    """At 2,048 tokens, of which an eighth is read: the whole table is `benchmarks/anchors.py`'s."""
+    from fivefold.evaluate.demo import make_task
+    from fivefold.models import embedded
+
+    embedded.fetch()
+    model, tokenizer = embedded.load()
+    task = make_task(tokenizer, 2048, continuation=32)
+    with torch.inference_mode():
+        base = fivefold.compress(model, "full()")
+        model(task.prefix, past_key_values=base, logits_to_keep=1)
+        logs = {}
+        for recipe in ("full()", "anchors(top=256)", "tidal(top=256)"):
+            cache, kind = base.fork(), fivefold.compress(model, recipe)
+            cache.session.reads = kind.session.reads
+            steps = [model(token, past_key_values=cache).logits[0, -1] for token in task.continuation.split(1, 1)]
+            logs[recipe] = torch.stack(steps).log_softmax(-1)
+    roles = list(fivefold.compress(model, "anchors()").session.reads.roles.values())
+    assert roles.count("sparse") == 21
+    exact = logs.pop("full()")
+    kl = {recipe: float((exact.exp() * (exact - x)).sum(-1).mean()) for recipe, x in logs.items()}
+    assert kl["anchors(top=256)"] < min(0.03, kl["tidal(top=256)"] / 2)

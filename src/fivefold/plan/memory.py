@@ -7,8 +7,9 @@ the same code made them, and `report` counts them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from fivefold.attention.tables import tables_of
 from fivefold.engine.build import build
 from fivefold.errors import ProfileError
 from fivefold.kernels.choice import Choice, planned
+from fivefold.methods import ReadPolicy
 from fivefold.plan.shape import ModelShape
 from fivefold.plan.time import Read, chunks, pairs
 from fivefold.recipe import Recipe
@@ -206,12 +208,16 @@ def report_of(
 
 def assumptions(recipe: Recipe, shape: ModelShape) -> list[str]:
     """What a plan takes for granted that a cache would refuse: one sentence for each profile that is not there."""
-    out = []
-    for spec in specs_of(shape, torch.bfloat16)[:1]:
-        here = replace(spec, device=torch.device("cpu"))
-        for ask in (recipe.extents, *([recipe.packer.codec] if recipe.packer is not None else [])):
-            try:
-                ask(here)
-            except ProfileError as error:
-                out.append(str(error))
+    out, reads = [], recipe.get("reads")
+    here = [replace(spec, device=torch.device("cpu")) for spec in specs_of(shape, torch.bfloat16)]
+    asked: list[Callable[[], object]] = [] if not here else [lambda: recipe.extents(here[0])]
+    if here and recipe.packer is not None:
+        asked.append(partial(recipe.packer.codec, here[0]))
+    if here and isinstance(reads, ReadPolicy):
+        asked.append(partial(reads.roles, here))
+    for ask in asked:
+        try:
+            ask()
+        except ProfileError as error:
+            out.append(str(error))
     return out
