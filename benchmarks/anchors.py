@@ -50,6 +50,7 @@ def variants(specs: list[Any]) -> list[tuple[str, Reads, bool]]:
     even = [0, *(1 + round(i * (layers - 1) / 8) for i in range(8))]
     spaced = f"anchors(anchors={even})"
     bare: dict[str, Any] = {"sink": 0, "recent": 0}
+    recent = f"tidal(top={TOP}, sink=4, recent=32)"
     everyone = {spec.layer: "select" if i > 1 else "full" for i, spec in enumerate(specs)}
     return [
         ("full()", Reads(), False),
@@ -66,7 +67,7 @@ def variants(specs: list[Any]) -> list[tuple[str, Reads, bool]]:
         *((f"anchors(top={n})", of(f"anchors(top={n})"), False) for n in (128, 256)),
         ("tidal()", of("tidal()"), False),
         (f"tidal(top={TOP})", of(f"tidal(top={TOP})"), False),
-        (f"tidal(top={TOP}), sink=4, recent=32", of(f"tidal(top={TOP})", sink=4, recent=32), False),
+        (recent, of(recent), False),
     ]
 
 

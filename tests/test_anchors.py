@@ -320,6 +320,7 @@ def test_it_learns_how_alike_layers_are(tiny: Callable[..., Any], tmp_path: Path
         ("anchors(anchors=[0, -1])", "name layers"),
         ("anchors(anchors=[0, 9])", "names layer 9"),
         ("anchors(top=30)", "no room for 4 first and 32 recent"),
+        ("tidal(top=30, recent=32)", "no room for 0 first and 32 recent"),
         ("anchors() + tidal()", "both fill the slot"),
         ("anchors(profile='nowhere')", "there is no profile"),
         ("anchors()", "anchors=.0, 1, 12."),
