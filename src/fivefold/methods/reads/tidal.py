@@ -59,8 +59,8 @@ class Tidal(ReadPolicy):
         chosen = self.select_layers
         if self.sink + self.recent > self.top:
             raise RecipeError(
-                f"tidal(top={self.top}) has no room for {self.sink} first and {self.recent} recent tokens: use a larger "
-                "top, or a smaller sink and recent."
+                f"tidal(top={self.top}) has no room for {self.sink} first and {self.recent} recent tokens: use a "
+                "larger top, or a smaller sink and recent."
             )
         if isinstance(chosen, str):
             return
