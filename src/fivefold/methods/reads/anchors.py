@@ -45,9 +45,10 @@ class Anchors(ReadPolicy):
 
     Of `top`, the first `sink` and the last `recent` tokens are always part (ours; 0 as in the paper): where heads are
     not mapped, what an anchor's head did not look at would else be lost to one that does. The paper weighs layers by
-    1 - cos(x, x + attention(x)) in the sum, which changed nothing here and is left out. In the official code anchors
-    attend on what they picked alone (but layer 0); here on everything, which they have read anyway. `top` is a number
-    of tokens (there: a tenth of the context, 128 at least). The paper's sparse prefill is left out.
+    1 - cos(x, x + attention(x)) in the sum, which changed next to nothing on the embedded model and is left out, and
+    its code compares what 32 queries together pick, as its prefill does. In the official code anchors attend on what
+    they picked alone (but layer 0); here on everything, which they have read anyway. `top` is a number of tokens
+    (there: a tenth of the context, 128 at least). The paper's sparse prefill is left out.
 
     `anchors` is how many layers read everything, the first included, or a list of them; layers are counted among those
     that hold the whole context. With a list and no profile, heads read what the head of the same number picked. A head
