@@ -60,11 +60,10 @@ def variants(specs: list[Any]) -> list[tuple[str, Reads, bool]]:
         ("the same anchors, no head map", of("anchors()", nearest={}), False),
         ("the same anchors, no head map, sink=0, recent=0", of("anchors()", nearest={}, **bare), False),
         ("evenly spaced", of(spaced), False),
-        ("evenly spaced, sink=0, recent=0", of(spaced, **bare), False),
         ("evenly spaced, no head map", of(spaced, nearest={}), False),
         ("evenly spaced, no head map, sink=0, recent=0", of(spaced, nearest={}, **bare), False),
-        *((f"anchors(anchors={n})", of(f"anchors(anchors={n})"), False) for n in (5, 7)),
-        *((f"anchors(top={n})", of(f"anchors(top={n})"), False) for n in (128, 256)),
+        *((f"anchors(anchors={n})", of(f"anchors(anchors={n})"), False) for n in (5,)),
+        *((f"anchors(top={n})", of(f"anchors(top={n})"), False) for n in (256,)),
         ("tidal()", of("tidal()"), False),
         (f"tidal(top={TOP})", of(f"tidal(top={TOP})"), False),
         (recent, of(recent), False),
@@ -91,7 +90,8 @@ def oracle() -> Iterator[None]:
 
 def measure(
     model: Any, tokenizer: Any, context: int, seed: int, only: str, progress: Callable[[str], None]
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
+    """What has been measured so far, after every row."""
     task = make_task(tokenizer, context, seed)
     base = fivefold.compress(model, "full()")
     begin = time.perf_counter()
@@ -124,7 +124,7 @@ def measure(
             "facts": sum(fact.answer in answer for fact, answer in zip(task.facts, answers)),
         })  # fmt: skip
         progress(f"{name}: {rows[-1]['kl']:.4f}")
-    return {"context": context, "seed": seed, "tokens": task.continuation.shape[1], "rows": rows}
+        yield {"context": context, "seed": seed, "tokens": task.continuation.shape[1], "rows": rows}
 
 
 def steps(model: Any, tokens: int, rounds: int = 30) -> dict[str, Any]:
@@ -164,6 +164,12 @@ def main(
 ) -> None:
     model, tokenizer = embedded.load()
     console, runs = Console(), []
+
+    def keep(run: dict[str, Any]) -> None:
+        if out is not None:
+            made = {"model": "SmolLM2-135M-Instruct", "dtype": "float32", "runs": [*runs, run]}
+            out.write_text(json.dumps(made, indent=2) + "\n")
+
     if step:
         torch.set_num_threads(1)
     for length in step or context or [7_000]:
@@ -176,18 +182,17 @@ def main(
                 for row in run["rows"]:
                     table.add_row(row["reads"], f"{row['cpu_ms']:.0f}", f"{row['x_full']:.2f}")
             else:
-                run = measure(model, tokenizer, length, seed, only, lambda text: Console(stderr=True).print(text))
+                for run in measure(model, tokenizer, length, seed, only, Console(stderr=True).print):
+                    keep(run)
                 table = Table(
                     "what is read", ">KL", ">top-1", ">facts", title=f"SmolLM2-135M, float32, {length} tokens"
                 )
                 for row in run["rows"]:
                     facts = f"{row['facts']} of 3"
                     table.add_row(row["reads"], f"{row['kl']:.4f}", f"{row['agreement']:.2f}", facts)
+        keep(run)
         runs.append(run)
         console.print(table, crop=False)
-        if out is not None:
-            made = {"model": "SmolLM2-135M-Instruct", "dtype": "float32", "runs": runs}
-            out.write_text(json.dumps(made, indent=2) + "\n")
 
 
 if __name__ == "__main__":

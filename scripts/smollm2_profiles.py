@@ -18,7 +18,7 @@ from fivefold.methods import registered
 from fivefold.models import embedded
 
 # Where a long text teaches more than many short ones.
-FEWER = {"anchors": 24_576}
+FEWER = {"anchors": 4_096}
 
 
 def main() -> None:
