@@ -12,10 +12,13 @@ from pathlib import Path
 
 import fivefold
 from fivefold.calibrate import signature
-from fivefold.calibrate.run import calibrate
+from fivefold.calibrate.run import TOKENS, calibrate
 from fivefold.cli.terminal import work_bar
 from fivefold.methods import registered
 from fivefold.models import embedded
+
+# Where a long text teaches more than many short ones.
+FEWER = {"anchors": 4_096}
 
 
 def main() -> None:
@@ -24,7 +27,7 @@ def main() -> None:
     for method in sys.argv[1:] or [name for name, cls in registered().items() if cls.captures]:
         work = Path(__file__).parents[1] / "build" / f"profile-{method}"
         with work_bar() as progress:
-            calibrate(model, tokenizer, f"{method}()", work, progress=progress)
+            calibrate(model, tokenizer, f"{method}()", work, tokens=FEWER.get(method, TOKENS), progress=progress)
         folder = profiles / f"{method}-{signature(model.config)}"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.move(work, folder)

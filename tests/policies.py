@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fivefold.engine.layer import attend
+from fivefold.engine.picks import Reads
 from fivefold.engine.session import Session
 from fivefold.methods import Codec, ReadPolicy, TokenPolicy
 from fivefold.methods.tokens.keyformer import _DRAWS, _draws
@@ -39,13 +40,11 @@ class Run:
         self.pools = Pools(max_bytes)
         specs = [LayerSpec(index, layers, kv_heads, query_heads, dim, torch.float32, CPU) for index in range(layers)]
         heads = extents or [Extent()] * kv_heads
-        roles = {} if reads is None else dict(enumerate(reads.roles(specs)))
         self.session = Session(
             specs,
             lambda spec: LayerCache(spec, self.pools, heads, codec, residual, policy),
             self.pools,
-            roles=roles,
-            top=0 if reads is None else reads.top,
+            reads=Reads.of(reads, specs),
         )
 
     def take(

@@ -45,12 +45,13 @@ _ALONE = {
     "elastic": "elastic(keep=0.5)",
     "random": "random(keep=0.5)",
     "tidal": "tidal(top=32, full_layers=0, select_layers=[0])",
+    "anchors": 'anchors(top=32, anchors=1, recent=8, profile="{anchors}")',
     "drop": "drop(layers=[0])",
     "minicache": "minicache(start=0)",
 }
 # Methods of the slots layers, heads, tokens and reads: those that `kivi` may stand beside.
 _BESIDE = (
-    "duo", "razor", "streaming", "h2o", "snapkv", "keyformer", "d2o", "elastic", "random", "tidal", "drop",
+    "duo", "razor", "streaming", "h2o", "snapkv", "keyformer", "d2o", "elastic", "random", "tidal", "anchors", "drop",
     "minicache",
 )  # fmt: skip
 RECIPES: dict[str, str] = {**_ALONE, **{f"{name}+kivi": f"{_ALONE[name]} + {KIVI}" for name in _BESIDE}}
@@ -70,6 +71,7 @@ _LEARNED = {
     "cskv": "cskv(keep=0.3)",
     "kv_heads": "kv_heads(keep=0.5)",
     "razor": "razor()",
+    "anchors": "anchors(top=32, anchors=1, recent=8)",
 }
 
 

@@ -118,7 +118,8 @@ def test_attending_in_compressed_form_is_attending_to_what_is_decoded(
 RESTS = ["",
          " + duo(retrieval=[[0, 1], [1, 0], [2, 0], [2, 1]], sink=16, recent=100)",
          " + streaming(sink=8, recent=160)",
-         " + snapkv(keep=0.5, window=8)", " + h2o(keep=0.6)", " + tidal(top=64)"]  # fmt: skip
+         " + snapkv(keep=0.5, window=8)", " + h2o(keep=0.6)", " + tidal(top=64)",
+         " + anchors(top=240, anchors=[0])"]  # fmt: skip
 
 
 @pytest.mark.parametrize("recipe", NEARLY)

@@ -427,7 +427,7 @@ def test_tidal_learns_where_to_pick_again(
     best = max(recall, key=recall.__getitem__)
     assert int(profile.tensors["layer"]) == best and profile.settings == {"top": 20, "full_layers": 1}
     cache = fivefold.compress(model, f'tidal(top=20, full_layers=1, select_layers="{tmp_path / "x"}")')
-    assert [i for i, role in cache.session.roles.items() if role == "select"] == sorted({1, best})
+    assert [i for i, role in cache.session.reads.roles.items() if role == "select"] == sorted({1, best})
     with pytest.raises(ProfileError, match="there is no profile"):
         fivefold.compress(model, 'tidal(select_layers="nowhere")')
     with pytest.raises(ProfileError, match="was made for"):

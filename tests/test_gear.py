@@ -359,7 +359,7 @@ def test_with_windows_and_head_lists_in_the_bytes_that_the_parts_predict(
 
 @pytest.mark.parametrize("recipe", [
     "h2o(keep=0.6) + gear()", "snapkv(keep=0.7) + gear(bits=4)", "d2o(keep=0.8) + gear(bits=4)",
-    "tidal(top=64) + gear()",
+    "tidal(top=64) + gear()", "anchors(top=64, anchors=[0]) + gear(bits=4)",
     "tidal(top=64) + kivi(key_bits=4, value_bits=2)", "h2o(keep=0.6) + kivi(key_bits=2, value_bits=8)",
     "duo(keep=0.5, retrieval=[[0, 0]], recent=64) + h2o(keep=0.5) + gear(bits=4)",
 ])  # fmt: skip

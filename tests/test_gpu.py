@@ -101,6 +101,8 @@ def test_report_is_what_the_device_allocated(model, recipe):
         "snapkv(keep=0.3) + kivi(bits=8)",
         "h2o(keep=0.6) + kivi(bits=8)",
         "tidal(top=64, full_layers=0, select_layers=[0])",
+        "anchors(top=64, anchors=[0], recent=8)",
+        "anchors(top=64, anchors=[0], recent=8) + kivi(bits=4)",
         "tidal(top=64, full_layers=0, select_layers=[0]) + kivi(bits=4)",
         "mikv(low=4)",
         "mikv(high=8, low=3)",

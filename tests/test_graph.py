@@ -191,7 +191,14 @@ def test_a_step_that_breaks_off_leaves_nothing(model, monkeypatch) -> None:
     same_tokens(*caches)
 
 
-@pytest.mark.parametrize("recipe", ["h2o(keep=0.5)", "tidal(top=16, full_layers=0, select_layers=[0])"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "h2o(keep=0.5)",
+        "tidal(top=16, full_layers=0, select_layers=[0])",
+        "anchors(top=16, anchors=[0], sink=1, recent=4)",
+    ],
+)
 def test_what_cannot_be_replayed_says_why_and_runs(model, recipe: str) -> None:
     caches = [fivefold.compress(model, recipe), fivefold.compress(model, recipe, cuda_graph=True)]
     with torch.inference_mode():

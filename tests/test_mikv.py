@@ -186,6 +186,7 @@ COMBINED = [
     "streaming(sink=4, recent=120) + mikv(balance=False)",
     "duo(retrieval=[[0, 1], [1, 0], [2, 1]], sink=4, recent=100) + mikv()",
     "mikv() + tidal(top=32, full_layers=0, select_layers=[0])",
+    "mikv() + anchors(top=32, anchors=[0], recent=8)",
 ]
 
 

@@ -187,6 +187,27 @@ def check(form: Form | None, dtype: torch.dtype, heads: int, head_dim: int, seed
     assert torch.allclose(lse[some].double(), wanted_lse[some], rtol=5e-6, atol=5e-6)
     without, none = cpu.decode(queries, scaling, spans, pages, slots_of, picks=picks)
     assert none is None and torch.equal(without, found)
+    if picks is not None:
+        return
+    # The scores of what is seen, row by row in the order of the slots.
+    parts = []
+    if packed:
+        assert form is not None and fields is not None
+        parts.append(
+            (decode_page(form, tuple(field.flatten(0, 1) for field in fields))[0].view(rows, packed, -1), seen)
+        )
+    if exact:
+        assert keys is not None
+        parts.append((keys, shown))
+    all_keys, visible = torch.cat([x.double() for x, _ in parts], 1), torch.cat([x for _, x in parts], 1)
+    scores = torch.full((rows, heads, int(visible.sum(1).max()) + 3), torch.nan)
+    again, _ = cpu.decode(queries, scaling, spans, pages, slots_of, with_lse=True, scores=scores)
+    assert torch.equal(again, found)
+    for row, mine in enumerate(visible):
+        wanted = queries[row].double() * scaling @ all_keys[row, mine].T
+        count = wanted.shape[1]
+        assert scores[row, :, count:].isnan().all()
+        assert torch.allclose(scores[row, :, :count].double(), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -239,5 +239,7 @@ def test_profiles_that_are_not_there_are_assumed_and_said() -> None:
         (said,) = memory.assumptions(parsed, shape)
         assert shape.signature in said
         assert 0 < memory.report_of(parsed, shape, 4096, 1).ratio < 1
+    (said,) = memory.assumptions(Recipe.parse("anchors()"), shape)
+    assert shape.signature in said and memory.report_of(Recipe.parse("anchors()"), shape, 4096, 1).ratio >= 1
     assert not memory.assumptions(Recipe.parse("duo(keep=0.25)"), read_model("smollm2-135m"))
     assert not memory.assumptions(Recipe.parse("kivi()"), shape)

@@ -239,6 +239,8 @@ COMBINED = [
     "duo(retrieval=[[0, 1], [1, 0], [2, 1]]) + keyformer(keep=0.7) + kivi(bits=8) + tidal(top=32, full_layers=1)",
     "streaming(sink=4, recent=60) + tidal(top=16)",
     "elastic(keep=0.5) + tidal(top=32, full_layers=0, select_layers=[0])",
+    "duo(retrieval=[[0, 1], [1, 0], [2, 1]]) + snapkv(keep=0.7) + kivi(bits=8) + anchors(top=40, anchors=[0])",
+    "d2o(keep=0.6) + anchors(top=32, anchors=[0, 1], recent=8)",
 ]
 
 

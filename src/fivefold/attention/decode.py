@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from fivefold.attention.compensate import left_of
-from fivefold.attention.fused import attend_fused, attend_picked_fused
+from fivefold.attention.fused import attend_fused, attend_picked_fused, attend_scored_fused
 from fivefold.attention.merge import MASKED, attend, capped, merge, with_sinks
 from fivefold.kernels.choice import takes_cpp
 from fivefold.store.codec import Codec
@@ -47,6 +47,10 @@ def attend_step(
         fused = attend_fused(layer, group, queries, scaling, sinks, left)
         if fused is not None:
             return fused, None
+    elif group.held is None and group.bounds.extent.recent is None:
+        scored = attend_scored_fused(layer, group, queries, scaling, sinks)
+        if scored is not None:
+            return scored
     watched: Weights | None = [] if watch else None
     if not group.packed.shape[1]:
         out, lse = attend_exact(layer, group, queries, scaling, sinks is None and left is None, watched)
@@ -86,13 +90,20 @@ def _whole(watched: Weights, lse: torch.Tensor) -> torch.Tensor:
     return torch.cat([part * (own - lse).exp()[..., None] for part, own in watched], 2)
 
 
-def pick(layer: LayerCache, group: RowGroup, weights: torch.Tensor, top: int) -> torch.Tensor:
-    """Positions of the `top` tokens that a step attended to most, the query heads of a kv head together.
+def pick(group: RowGroup, weights: torch.Tensor, top: int, sink: int = 0, recent: int = 0) -> torch.Tensor:
+    """Positions of the `top` tokens that a step attended to most, the query heads of a kv head together; the first
+    `sink` and the last `recent` tokens are always among them.
 
     weights: `[rows, query_heads per kv head, slots]`. Returns int64 `[rows, top]`, or fewer if there are fewer.
     """
-    slots = weights.sum(1).topk(min(top, weights.shape[2]), 1, sorted=False).indices
-    return slots if group.held is None else group.held.positions.gather(1, slots).long()
+    received, held = weights.sum(1), group.held
+    if held is None:  # a token's slot is its position
+        received[:, :sink] = torch.inf
+        received[:, max(0, received.shape[1] - recent) :] = torch.inf
+    elif sink or recent:
+        received.masked_fill_((held.positions < sink) | held.newest(recent), torch.inf)
+    slots = received.topk(min(top, received.shape[1]), 1, sorted=False).indices
+    return slots if held is None else held.positions.gather(1, slots).long()
 
 
 def attend_picked(
@@ -108,9 +119,14 @@ def attend_picked(
 
     With a codec, the exact tier is read whole, and of the packed tier what was picked.
     """
-    slots = group.slots_of(positions)
     newest = int(group.bounds.length) - 1
     stop = int(group.bounds.packed_stop)
+    if not (watch or stop) and group.held is None:  # positions are slots
+        picked = torch.nn.functional.pad(positions.masked_fill(positions == newest, -1), (0, 1), value=newest)
+        fused = attend_picked_fused(layer, group, queries, scaling, picked, sinks)
+        if fused is not None:
+            return fused, None
+    slots = group.slots_of(positions)
     there = (slots >= 0) & (slots < stop if stop else slots != newest)
     if not watch:
         picked = slots.masked_fill(~there, -1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
@@ -37,6 +39,23 @@ def attend_fused(
     out, lse = kernels(queries.device).decode(queries.contiguous(), scaling, span, packed, exact, **settings)
     out, lse = beside(out, lse, left)
     return with_sinks(out, lse, sinks)
+
+
+def attend_scored_fused(
+    layer: LayerCache, group: RowGroup, queries: torch.Tensor, scaling: float, sinks: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """`attend_step` with the weights of every slot, of rows without a window; None where no kernel gives them."""
+    if why_not(layer, queries.device, queries.shape[1]) is not None or choose(queries.device).path != "cpp":
+        return None
+    tables, rows = tables_of(layer.bank), len(group.rows)
+    tables.sync()
+    packed, exact = tables.pages(group)
+    span, _ = _work(layer, group.bounds.span(), rows, tables.page, None)
+    scores = torch.empty((rows, queries.shape[1], int(group.bounds.length)), dtype=torch.float32)
+    out, lse = cpu.decode(queries.contiguous(), scaling, span, packed, exact, with_lse=True, scores=scores)
+    assert lse is not None
+    weights = scores.sub_(lse[..., None]).exp_()
+    return with_sinks(out, lse, sinks), with_sinks(weights, lse, sinks)
 
 
 def attend_picked_fused(
@@ -113,12 +132,12 @@ def why_not(layer: LayerCache, device: torch.device, heads: int) -> str | None:
     return supports(None if codec is None else codec.form, heads, layer.spec.head_dim)
 
 
-def why_not_each(layers: dict[int, LayerCache], roles: dict[int, str]) -> dict[int, str | None]:
+def why_not_each(layers: dict[int, LayerCache], roles: Mapping[int, str]) -> dict[int, str | None]:
     """The same for the steps of many layers by index; roles: what they read in a step (see `ReadPolicy`)."""
     kinds: dict[tuple[Bank, bool], str | None] = {}
     out: dict[int, str | None] = {}
     for index, layer in layers.items():
-        if roles.get(index, "full") != "full":
+        if roles.get(index, "full") != "full" and choose(layer.spec.device).path != "cpp":
             out[index] = "what is read is picked anew in every step"
         elif layer.held:
             out[index] = "the tokens that are held are chosen in every step"

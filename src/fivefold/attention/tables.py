@@ -259,23 +259,30 @@ class DeviceTables:
         stored already; sinks: `[rows, query_heads per kv head]`, see `with_sinks`. `update` has run since `Bank.open`
         made room for the tokens.
         """
-        kernel, rows = kernels(self.device), slice(layer.index * self.rows, (layer.index + 1) * self.rows)
-        numbers, width = self._numbers[layer.index], self.rows * schedule.SPAN
-        span = numbers[:width].view(self.rows, -1)
-        starts = numbers[width:].view(2, -1) if self.listed else None
-        exact = schedule.Exact(self._exact[rows], layer.spec.dtype)
-        packed = None
+        if keys is not None and values is not None:
+            self.append(layer, keys, values)
+        kernel, (rows, span, exact), packed = kernels(self.device), self._place(layer), None
+        starts = self._numbers[layer.index][self.rows * schedule.SPAN :].view(2, -1) if self.listed else None
         if layer.codec is not None:
             assert layer.codec.form is not None
             packed = schedule.Packed(self._packed[rows], layer.codec.form)
-        if keys is not None and values is not None:
-            kernel.append(keys.contiguous(), values.contiguous(), span, exact)
         left = left_of_all(layer, queries, scaling)
         with_lse = sinks is not None or left is not None
         settings = {"starts": starts, "programs": self.programs, "with_lse": with_lse}
         out, lse = kernel.decode(queries.contiguous(), scaling, span, packed, exact, **settings)
         out, lse = beside(out, lse, left)
         return with_sinks(out, lse, sinks)
+
+    def append(self, layer: LayerCache, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store the newest token of each row of a layer, `[rows, head_dim]`: see `attend`."""
+        _, span, exact = self._place(layer)
+        kernels(self.device).append(keys.contiguous(), values.contiguous(), span, exact)
+
+    def _place(self, layer: LayerCache) -> tuple[slice, torch.Tensor, Any]:
+        """A layer's rows, their spans and their exact pages."""
+        rows = slice(layer.index * self.rows, (layer.index + 1) * self.rows)
+        span = self._numbers[layer.index][: self.rows * schedule.SPAN].view(self.rows, -1)
+        return rows, span, schedule.Exact(self._exact[rows], layer.spec.dtype)
 
 
 def _ample(columns: int, least: int) -> int:

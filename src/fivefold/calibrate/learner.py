@@ -80,6 +80,9 @@ class Learner:
 
     passes: int = 1
     """How often the text is read."""
+    length: int | None = None
+    """Tokens of a piece of text, where it wants longer or shorter ones than others do; the model's positions, if these
+    are fewer."""
     number: int = 0
     """The pass that is under way, counted from 0; set by whoever runs it."""
 

@@ -46,14 +46,16 @@ def default_texts() -> list[str]:
     return texts
 
 
-def chunks(tokenizer: Any, texts: Sequence[str], tokens: int, seed: int, longest: int | None) -> list[torch.Tensor]:
-    """Pieces of the texts, int64 `[1, at most LENGTH]` each, drawn without replacement: `tokens` in all, or fewer if
-    the texts have fewer. The tokens that the tokenizer begins a text with begin each of them."""
+def chunks(
+    tokenizer: Any, texts: Sequence[str], tokens: int, seed: int, longest: int | None, each: int | None = None
+) -> list[torch.Tensor]:
+    """Pieces of the texts, int64 `[1, at most each]` (left out: LENGTH), drawn without replacement: `tokens` in all, or
+    fewer if the texts have fewer. The tokens that the tokenizer begins a text with begin each of them."""
     prefix = tokenizer("").input_ids
     if tokenizer.eos_token_id in prefix and tokenizer.eos_token_id != tokenizer.bos_token_id:
         prefix = prefix[: prefix.index(tokenizer.eos_token_id)]
     ids = [i for text in texts for i in tokenizer(text, add_special_tokens=False).input_ids]
-    length = min(LENGTH, tokens, longest or LENGTH) - len(prefix)
+    length = min(each or LENGTH, tokens, longest or tokens) - len(prefix)
     if min(length, len(ids)) < _SHORTEST:
         raise InputError(
             f"{min(max(length, 0), len(ids))} tokens of text are too few to learn from: use at least "
@@ -82,7 +84,8 @@ class Reading(Work):
         self.learner, self.model = learner, subject.model
         longest = getattr(subject.model.config, "max_position_embeddings", None)
         own = learner.pieces(subject)
-        self.pieces = own or chunks(subject.tokenizer, subject.texts, subject.tokens, subject.seed, longest)
+        text = subject.texts, subject.tokens, subject.seed
+        self.pieces = own or chunks(subject.tokenizer, *text, longest, learner.length)
         self.tokens = sum(piece.shape[1] for piece in self.pieces)
         self.total = learner.passes * len(self.pieces)
         self._layers = {spec.layer for spec in subject.specs}

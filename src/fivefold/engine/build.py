@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fivefold.engine.companions import Companions
+from fivefold.engine.picks import Reads
 from fivefold.engine.session import Session
 from fivefold.errors import RecipeError
-from fivefold.methods import PairMethod, ReadPolicy, TokenPolicy
+from fivefold.methods import PairMethod, TokenPolicy
 from fivefold.recipe import Recipe
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.spec import LayerSpec, Pools
@@ -38,11 +39,8 @@ def build(
             residual = max(residual, sharing.exact_tokens)
         return LayerCache(spec, pools, recipe.extents(spec), codec, residual, policy)
 
-    reads = recipe.get("reads")
-    roles: dict[int, str] = {}
-    if isinstance(reads, ReadPolicy):
-        roles |= zip((spec.layer for spec in specs), reads.roles(specs))
-    return Session(specs, store, pools, companions, roles, getattr(reads, "top", 0), None, sources, entry, absent)
+    reads = Reads.of(recipe.get("reads"), specs)
+    return Session(specs, store, pools, companions, reads, None, sources, entry, absent)
 
 
 def pairs_of(recipe: Recipe, method: PairMethod, specs: Sequence[LayerSpec]) -> dict[int, tuple[int, int]]:

@@ -53,7 +53,9 @@ def attend(
             _check_finite(index, key, value)
         store = session.stores[index]
         newest = (None, None) if stored else (key.reshape(rows, dim), value.reshape(rows, dim))
-        out = store.bank.mirror.attend(store, query.reshape(rows, group, dim), *newest, scaling, sinks)
+        whole = session.reads.roles.get(index, "full") == "full"
+        given = store, query.reshape(rows, group, dim), *newest, scaling, sinks
+        out = store.bank.mirror.attend(*given) if whole else _pick_or_read(session, *given)
         return out.view(batch, 1, query_heads, dim)
     if stored:
         store = session.stores[index]
@@ -125,6 +127,29 @@ def _check_later(change: Transaction, codec: Codec, keys: torch.Tensor, values: 
     change.check(torch.stack([*keys.aminmax(), *values.aminmax()]).float(), look)
 
 
+def _pick_or_read(
+    session: Session,
+    store: LayerCache,
+    queries: torch.Tensor,
+    keys: torch.Tensor | None,
+    values: torch.Tensor | None,
+    scaling: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """`DeviceTables.attend` of a layer that picks, or reads what was picked."""
+    if keys is not None and values is not None:
+        store.bank.mirror.append(store, keys, values)
+    groups = store.groups
+    if len(groups) == 1:
+        return _step(session, store, groups[0], queries, scaling, True, sinks, False)
+    out = torch.empty_like(queries)
+    for group in groups:
+        rows = group.rows_tensor
+        s = None if sinks is None else sinks[rows]
+        out[rows] = _step(session, store, group, queries[rows], scaling, True, s, False)
+    return out
+
+
 def _check_finite(layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
     """Raise `NonFiniteError` where there is no number to choose tokens or to attend by."""
     for name, x in (("keys", keys), ("values", values)):
@@ -185,14 +210,15 @@ def _step(
     """Attention of the newest token of each row; the policies are told of it."""
     policy = store.policy
     watch = group.held is not None and policy is not None and policy.watching(group.held) and not stored
-    role = session.roles.get(store.spec.layer, "full") if decoding and group.bounds.extent.recent is None else "full"
+    reads, whole = session.reads, group.bounds.extent.recent is None
+    role = reads.roles.get(store.spec.layer, "full") if decoding and whole else "full"
     picks = session.picks.of(group) if role == "sparse" else None
     if picks is not None:
         out, weights = attend_picked(store, group, queries, scaling, picks, watch, sinks)
     else:
         out, weights = attend_step(store, group, queries, scaling, watch or role == "select", sinks)
     if weights is not None and role == "select":
-        session.picks.put(group, pick(store, group, weights, session.top))
+        session.picks.put(group, pick(group, weights, reads.top, reads.sink, reads.recent))
     if weights is not None and watch:
         store.observe(group, weights)
     return out

@@ -21,7 +21,7 @@ from fivefold.attention.fused import why_not_each
 from fivefold.attention.tables import tables_of
 from fivefold.engine import admission
 from fivefold.engine.companions import Companions
-from fivefold.engine.picks import Picks
+from fivefold.engine.picks import Picks, Reads
 from fivefold.errors import CacheFullError, CacheStateError, UnsupportedModelError
 from fivefold.store import compact, context, pairs
 from fivefold.store.bank import Bank
@@ -32,15 +32,15 @@ from fivefold.store.transaction import Transaction
 
 REVOCABLE = 64
 """While a caller may take tokens back (assisted decoding), this many of the newest ones are left alone at least."""
+_EVERYTHING = Reads()
 
 
 class Session:
     """The layers of one cache, by their index in the model.
 
-    stores: those that are compressed. build: makes the store of a layer from its spec. roles: what each layer reads in
-    a decoding step ("full", "select" or "sparse", see `ReadPolicy`); top: how many tokens are picked. sources: layers
-    whose keys and values later ones share. entry: the first layer of the model whose attention runs. absent: layers
-    whose attention is left out. length: tokens that have been committed, padding included, the same for all layers.
+    stores: those that are compressed. build: makes the store of a layer from its spec. reads: what each layer reads in
+    a decoding step. sources: layers whose keys and values later ones share. entry: the first layer whose attention
+    runs. absent: layers whose attention does not. length: tokens that have been committed, padding included.
     """
 
     def __init__(
@@ -49,8 +49,7 @@ class Session:
         build: Callable[[LayerSpec], LayerCache],
         pools: Pools,
         companions: Companions | None = None,
-        roles: dict[int, str] | None = None,
-        top: int = 0,
+        reads: Reads = _EVERYTHING,
         stores: dict[int, LayerCache] | None = None,
         sources: frozenset[int] = frozenset(),
         entry: int = 0,
@@ -59,8 +58,7 @@ class Session:
         self.build, self.pools, self.companions = build, pools, companions
         self.stores = {spec.layer: build(spec) for spec in specs} if stores is None else stores
         pairs.couple(self.stores)
-        self.roles, self.top, self.sources, self.entry = roles or {}, top, sources, entry
-        self.absent = absent
+        self.reads, self.sources, self.entry, self.absent = reads, sources, entry, absent
         self.first, self.last = min(self.stores), max(self.stores)
         self.length = 0
         self.ragged = False
@@ -85,7 +83,7 @@ class Session:
         """Layers of which a kernel stores and attends the newest token of all rows at once, in this forward."""
         self.captured = False
         """While a step runs for a graph: whoever runs it has admitted it."""
-        self.picks = Picks(top)
+        self.picks = Picks(reads)
         """What layers have picked for those after them, in this forward."""
         self._thread = 0
         self._alone = False
@@ -163,7 +161,7 @@ class Session:
         self.rollback()
         self._compact()
         change = Transaction()
-        self.chunk, self.picks, self.stepping = 0, Picks(self.top), frozenset()
+        self.chunk, self.picks, self.stepping = 0, Picks(self.reads), frozenset()
         self.include(change)
         self.change, self._thread, self._alone = change, threading.get_ident(), False
 
@@ -330,7 +328,7 @@ class Session:
 
     def why_not_fused(self) -> dict[int, str | None]:
         """Why a layer's decoding step is not one call of a kernel, in a few words, of each layer; None if it is."""
-        return why_not_each(self.stores, self.roles)
+        return why_not_each(self.stores, self.reads.roles)
 
     def deliver(self, index: int, spec: dict[str, Any]) -> LayerCache:
         """The store of a layer that is given its chunk. spec: what the chunk says about the layer; where the cache is
@@ -453,7 +451,7 @@ class Session:
         return self._twin(companions, {index: store.twin() for index, store in self.stores.items()})
 
     def _twin(self, companions: Companions | None, stores: dict[int, LayerCache]) -> Session:
-        kind = self.roles, self.top, stores, self.sources, self.entry, self.absent
+        kind = self.reads, stores, self.sources, self.entry, self.absent
         return Session([], self.build, self.pools, companions, *kind)
 
     def adopt_specs(self, other: Session, change: Transaction) -> None:

@@ -148,12 +148,21 @@ class ReadPolicy(Method):
 
     top: int
     """How many tokens of each KV head are read."""
+    sink: int = 0
+    """How many of the first tokens are picked whatever their attention."""
+    recent: int = 0
+    """The same of the last tokens."""
     by_step = True
 
     def roles(self, specs: Sequence[LayerSpec]) -> list[Literal["full", "select", "sparse"]]:
         """What each of the layers that hold the whole context does: read everything, read everything and pick, or read
         what was picked last."""
         raise NotImplementedError
+
+    def nearest(self, specs: Sequence[LayerSpec]) -> dict[int, list[list[int]]]:
+        """By sparse layer, counted among `specs`: for each KV head, the heads of the layer that picked whose tokens it
+        may read, the best first. A layer that is not named reads what the head of the same number picked."""
+        return {}
 
 
 class PairMethod(Method):

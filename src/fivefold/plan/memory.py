@@ -20,6 +20,7 @@ from fivefold.attention.tables import tables_of
 from fivefold.engine.build import build
 from fivefold.errors import ProfileError
 from fivefold.kernels.choice import Choice, planned
+from fivefold.methods import ReadPolicy
 from fivefold.plan.shape import ModelShape
 from fivefold.plan.time import Read, chunks, pairs
 from fivefold.recipe import Recipe
@@ -110,7 +111,7 @@ class Rehearsal:
             observed = nothing(rows, group.held.slots + tokens, dtype=torch.float32)
         store.append(group, keys, values, advance=tokens > 1, observed=observed)
         watched = group.held is not None and policy is not None and policy.watching(group.held)
-        alone = tokens == 1 and not watched and self.session.roles.get(spec.layer) != "select"
+        alone = tokens == 1 and not watched and self.session.reads.roles.get(spec.layer) != "select"
         if alone and why_not(store, NOWHERE, spec.query_heads // spec.kv_heads) is None:
             tables_of(store.bank).sync()  # a kernel reads these rows
 
@@ -232,15 +233,18 @@ def report_of(
 
 def assumptions(recipe: Recipe, shape: ModelShape) -> list[str]:
     """What a plan takes for granted that a cache would refuse: one sentence for each profile that is not there."""
-    out = []
-    specs = [replace(spec, device=torch.device("cpu")) for spec in specs_of(shape, torch.bfloat16)]
-    for here in specs[:1]:
-        asked: list[Callable[[], Any]] = [partial(recipe.divided, specs), partial(recipe.extents, here)]
-        if recipe.packer is not None:
-            asked.append(partial(recipe.packer.codec, here))
-        for ask in asked:
-            try:
-                ask()
-            except ProfileError as error:
-                out.append(str(error))
+    out, reads = [], recipe.get("reads")
+    here = [replace(spec, device=torch.device("cpu")) for spec in specs_of(shape, torch.bfloat16)]
+    asked: list[Callable[[], object]] = []
+    if here:
+        asked += [partial(recipe.divided, here), partial(recipe.extents, here[0])]
+    if here and recipe.packer is not None:
+        asked.append(partial(recipe.packer.codec, here[0]))
+    if here and isinstance(reads, ReadPolicy):
+        asked.append(partial(reads.roles, here))
+    for ask in asked:
+        try:
+            ask()
+        except ProfileError as error:
+            out.append(str(error))
     return out

@@ -200,12 +200,12 @@ class LayerCache:
     def _make_groups(self) -> list[RowGroup]:
         if not self.batch:
             return []
-        data, out = np.stack(self.bounds), []
+        data, out = self.bank.data[:, self.base : self.base + self.rows], []
         for number, held in enumerate(self.held):
             rows = held.places.cpu().numpy()
             out.append(RowGroup(self, rows, Bounds(*data[:, rows[0]].tolist()), number))
-        plain = np.flatnonzero(~self.bank.chosen[self.base : self.base + self.rows])
-        if len(plain):
+        chosen = self.bank.chosen[self.base : self.base + self.rows]
+        if len(plain := np.flatnonzero(~chosen) if self.held else np.arange(self.rows)):
             mine = data[:, plain]
             if (mine == mine[:, :1]).all():
                 return [*out, RowGroup(self, plain, Bounds(*mine[:, 0].tolist()))]

@@ -72,13 +72,15 @@ def decode(
     starts: torch.Tensor | None = None,
     programs: tuple[int, int] | None = None,
     picks: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one query per row and head over packed and exact pages: see `decode_reference`.
 
     queries: contiguous `[rows, query_heads, head_dim]`, float16, bfloat16 or float32; spans: int32 `[rows, SPAN]`.
     picks: int32 `[rows, n]`, the packed slots that are attended on if there are packed pages, else the exact ones;
-    negative ones are none. All tensors are contiguous. `asm`, `starts` and `programs` are what Triton's kernels take.
-    Returns the output in the dtype of the queries and, if asked for, the natural log-sum-exp, float32.
+    negative ones are none. scores: float32 `[rows, query_heads, tokens]`, which gets those of all tokens that are seen,
+    packed ones first; not beside picks. All tensors are contiguous. `asm`, `starts` and `programs` are what Triton's
+    kernels take. Returns the output in the dtype of the queries and, if asked for, the natural log-sum-exp, float32.
     """
     rows, heads, dim = queries.shape
     form, packed_at, packed_columns, exact_at, exact_columns, picks_at, count = None, None, 0, None, 0, None, 0
@@ -96,7 +98,9 @@ def decode(
     _decode(form, dtype, heads, dim)(
         queries.data_ptr(), _TYPES[queries.dtype], scaling, spans.data_ptr(), spans.shape[1],
         packed_at, packed_columns, exact_at, exact_columns, picks_at, count,
-        out.data_ptr(), None if lse is None else lse.data_ptr(), rows, torch.get_num_threads(),
+        out.data_ptr(), None if lse is None else lse.data_ptr(),
+        None if scores is None else scores.data_ptr(), 0 if scores is None else scores.shape[2],
+        rows, torch.get_num_threads(),
     )  # fmt: skip
     return out, lse
 
@@ -110,7 +114,8 @@ def _decode(form: Form | None, dtype: torch.dtype, heads: int, head_dim: int) ->
     kernel = library(_SOURCE, **numbers).decode
     at, number = ctypes.c_void_p, ctypes.c_int
     kernel.argtypes = (
-        at, number, ctypes.c_float, at, number, at, number, at, number, at, number, at, at, number, number,
+        at, number, ctypes.c_float, at, number, at, number, at, number, at, number, at, at, at, ctypes.c_int64, number,
+        number,
     )  # fmt: skip
     kernel.restype = None
     return kernel

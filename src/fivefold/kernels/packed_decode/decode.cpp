@@ -171,6 +171,11 @@ struct Block {
 // What a unit has gathered: the largest score, in every lane; sums of weights, lane by lane; weighted sums of values.
 struct Sums {
   vec top[QUERIES], total[QUERIES], acc[QUERIES][N];
+  // Where the scores of the tokens that come next are wanted, if they are: of a query `stride` numbers behind another's.
+  float* wanted = nullptr;
+  int64_t stride = 0;
+
+  void keep(const float* scores, int q, int count) { memcpy(wanted + q * stride, scores, count * sizeof *scores); }
   Sums() {
     for (int q = 0; q < QUERIES; q++) {
       top[q] = all(LOWEST), total[q] = vec{};
@@ -259,6 +264,10 @@ template <class Type>
 static inline void attend(Sums& sums, const vec (*queries)[N], const Block<Type>& block) {
   Scores s;
   score(queries, block, block.count, s);
+  if (sums.wanted) {
+    for (int q = 0; q < QUERIES; q++) sums.keep((const float*)s.at[q], q, block.count);
+    sums.wanted += block.count;
+  }
   soften(sums, s, 0, block.count);
   add<0, SHARE>(sums, block, block.count, [&](int q, int) { return (const float*)s.at[q]; }, s);
 }
@@ -428,6 +437,10 @@ static void attend_planes(Sums& sums, const vec (*queries)[N], const int64_t* ta
       const vec added = sum(offset[q]);
       for (int part = 0; part < P; part++) s.at[q][part] += added;
     }
+    if (sums.wanted) {
+      for (int q = 0; q < QUERIES; q++) sums.keep((const float*)s.at[q] + begin, q, end - begin);
+      sums.wanted += end - begin;
+    }
     soften(sums, s, begin, end);
 
     // A token's scale goes into its weight.
@@ -495,10 +508,11 @@ static void write_row(const Part* parts, int count, int q, void* out, float* lse
 
 // queries, out: [rows, QUERIES, D] of numbers of `type` (as EXACT); spans: [rows, columns]. Pages' addresses are in
 // units of 16 bytes: packed: [rows, packed_columns], exact: [rows, exact_columns, 2]; either may be null. picks:
-// [rows, picked], or null. lse: [rows, QUERIES], or null.
+// [rows, picked], or null. lse: [rows, QUERIES], or null. scores: [rows, QUERIES, stride], or null: of all tokens that
+// are seen, packed ones first; only without picks.
 extern "C" void decode(const void* queries, int type, float scale, const int* spans, int columns, const int64_t* packed,
                        int packed_columns, const int64_t* exact, int exact_columns, const int* picks, int picked,
-                       void* out, float* lse, int rows, int threads) {
+                       void* out, float* lse, float* scores, int64_t stride, int rows, int threads) {
   static thread_local std::vector<Unit> units;
   static thread_local std::vector<int> starts;
   static thread_local std::vector<Part> parts;
@@ -554,6 +568,13 @@ extern "C" void decode(const void* queries, int type, float scale, const int* sp
       reads(queries, own.row, scale, query);
       const int* own_picks = picks ? picks + (int64_t)own.row * picked + own.first : nullptr;
       Sums sums;
+      Range range;
+      int seen;
+      if (scores) {
+        counts(own.row, range, seen);
+        sums.stride = stride;
+        sums.wanted = scores + own.row * QUERIES * stride + own.first + (own.packed ? -range.first : range.count());
+      }
       if (own.packed) {
 #if BITS
         const int64_t* table = packed + (int64_t)own.row * packed_columns;

@@ -39,12 +39,16 @@ class Tidal(ReadPolicy):
     `fivefold calibrate` finds the second one: where the tokens that it and the first would pick have most of the
     attention of the sparse layers behind each, on average.
 
+    `sink` and `recent` are ours: how many of the first and last tokens are picked whatever their attention.
+
     Bytes: none. A sparse layer reads min(top, slots) + 1 tokens of each head.
     """
 
     top: int = param(256, "tokens that each head of a sparse layer reads", low=1)
     full_layers: int = param(2, "first layers, which read everything", low=0)
     select_layers: tuple | str = param("auto", "layers that pick: a list, a profile, or auto")
+    sink: int = param(0, "first tokens that are always among those", low=0)
+    recent: int = param(0, "most recent tokens that always are", low=0)
 
     captures: ClassVar[tuple[Capture, ...]] = ("attention",)
 
@@ -53,6 +57,11 @@ class Tidal(ReadPolicy):
 
     def check(self) -> None:
         chosen = self.select_layers
+        if self.sink + self.recent > self.top:
+            raise RecipeError(
+                f"tidal(top={self.top}) has no room for {self.sink} first and {self.recent} recent tokens: use a "
+                "larger top, or a smaller sink and recent."
+            )
         if isinstance(chosen, str):
             return
         if not chosen or any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in chosen):
