@@ -21,11 +21,12 @@ def build(
     entry: int = 0,
 ) -> Session:
     """The session that a cache works on. specs: the layers that are compressed; the others are as in `Session`."""
-    packer, policy = recipe.packer, next((one for one in recipe.methods if isinstance(one, TokenPolicy)), None)
 
     def store(spec: LayerSpec) -> LayerCache:
+        mine = recipe.of_layer(spec)
+        packer, policy = mine.packer, next((one for one in mine.methods if isinstance(one, TokenPolicy)), None)
         codec = None if packer is None else packer.codec(spec)
-        return LayerCache(spec, pools, recipe.extents(spec), codec, packer.exact_tokens if packer else 0, policy)
+        return LayerCache(spec, pools, mine.extents(spec), codec, packer.exact_tokens if packer else 0, policy)
 
     reads = recipe.get("reads")
     roles: dict[int, str] = {}

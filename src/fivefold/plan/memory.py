@@ -209,7 +209,8 @@ def assumptions(recipe: Recipe, shape: ModelShape) -> list[str]:
     out = []
     for spec in specs_of(shape, torch.bfloat16)[:1]:
         here = replace(spec, device=torch.device("cpu"))
-        for ask in (recipe.extents, *([recipe.packer.codec] if recipe.packer is not None else [])):
+        mine = recipe.of_layer(here)
+        for ask in (mine.extents, *([mine.packer.codec] if mine.packer is not None else [])):
             try:
                 ask(here)
             except ProfileError as error:

@@ -143,7 +143,8 @@ def _kinds(recipe: Recipe, place: Place) -> list[list[int]]:
     found: dict[object, list[int]] = {}
     for index, spec in _specs(place).items():
         held = sorted(map(repr, recipe.extents(spec)))
-        found.setdefault((place.shape.layers[index], tuple(held)), []).append(index)
+        packed = [str(method) for method in recipe.of_layer(spec).methods if method.slot != "heads"]
+        found.setdefault((place.shape.layers[index], *held, *packed), []).append(index)
     return list(found.values())
 
 
