@@ -124,12 +124,13 @@ def test_windows_by_layer(model: Any) -> None:
     assert held == [[(4, 40), (0, None)], [(0, 64), (0, 64)], [(8, 100), (8, 100)]]
 
 
-@pytest.mark.parametrize("recipe", ["kivi(bits=[4, 2, 4], residual=[0, 32, 0])", "kivi(bits=[16, 4, 8], residual=0)"])
+@pytest.mark.parametrize("recipe", ["kivi(bits=[4, 2, 4], residual=[0, 32, 0])", "kivi(bits=[16, 4, 3], residual=0)"])
 def test_kernels_step_through_layers_of_several_kinds(model: Any, recipe: str, monkeypatch: Any) -> None:
     cache, got = run(model, recipe, 40)
     assert set(cache.session.why_not_fused().values()) == {None} and len(cache.session.banks) > 1
     monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
-    assert torch.allclose(run(model, recipe, 40)[1], got, atol=1e-3)
+    # A number that lies between two codes may get the other one, as with the same bits in all layers.
+    assert torch.allclose(run(model, recipe, 40)[1], got, atol=1e-2)
 
 
 def test_saved_and_loaded(model: Any, tmp_path: Path) -> None:
