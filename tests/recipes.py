@@ -29,7 +29,6 @@ _ALONE = {
     "kivi8": "kivi(bits=8)",
     "kivi-residual": KIVI,
     "kivi-layers": "kivi(bits=[4, 2], residual=[32, 0], group=[32, 64])",
-    "kivi-exact": "kivi(bits=[16, 4], residual=32)",
     "gear": "gear(bits=4)",
     "mikv": "mikv(floor=0)",
     "mikv-layers": "mikv(low=[16, 2], floor=0)",
