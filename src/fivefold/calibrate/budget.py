@@ -14,13 +14,13 @@ from fivefold.calibrate.shares import Option, share_out
 from fivefold.engine.build import build
 from fivefold.engine.session import Session
 from fivefold.errors import FivefoldError, InputError, RecipeError
-from fivefold.methods import Method, find
+from fivefold.methods import find
 from fivefold.recipe import Recipe
 from fivefold.report import measure
 from fivefold.store.context import Rope
 from fivefold.store.spec import LayerSpec, Pools
 
-TAIL = 48
+TAIL = 32
 """Tokens that are judged behind a prompt: as many of what follows it, and of a quotation from it."""
 WEIGHTS = (1.0, 4.0, 0.25)
 """How much windows count beside bits in the first recipes of the second pass."""
@@ -37,16 +37,17 @@ class Level:
 
 
 LEVELS = {
-    "rotatekv": (Level(2, 64), Level(2, 32), Level(3, 64), Level(4, 64)),
-    "kivi": (Level(2, 64), Level(2, 32), Level(3, 32), Level(4, 32), Level(8, 32)),
+    "rotatekv": (Level(2, 64), Level(3, 64), Level(4, 64)),
+    "kivi": (Level(2, 32), Level(4, 64), Level(8, 64)),
 }
+"""From the fewest bytes to the most; a layer may stay exact (level -1), too, which costs nothing but bytes."""
 
 
 @dataclass(frozen=True)
 class Prompt:
     """A text that a model has read exactly. ids: int64 `[1, context]`; tail: `[1, 2 * TAIL]`; keys, values, by layer:
-    `[kv_head, context, head_dim]`; inputs: `[1, context, hidden]`; logs: float32 `[2 * TAIL, vocabulary]`, what the model
-    says in the tail."""
+    `[kv_head, context, head_dim]`; inputs: `[1, context, hidden]`; logs: float32 `[2 * TAIL, vocabulary]`, what the
+    model says in the tail."""
 
     ids: torch.Tensor
     tail: torch.Tensor
@@ -54,6 +55,8 @@ class Prompt:
     values: dict[int, torch.Tensor]
     inputs: dict[int, torch.Tensor]
     logs: torch.Tensor
+    cache: Any = None
+    """The exact cache that read it."""
 
 
 class Sharing(Work):
@@ -95,7 +98,7 @@ class Sharing(Work):
         self.equivalent = 0
 
     def _codec(self) -> tuple[str, dict[str, Any]]:
-        """The codec that bits are measured with, and what it is given beside them: rotatekv where it knows the model."""
+        """The codec of all bits, and what it is given beside them: rotatekv where it knows the model, else kivi."""
         from fivefold.models.huggingface import make_cache  # late, since it imports transformers
 
         given = {} if self.method.rotation is None else {"profile": self.method.rotation}
@@ -110,23 +113,35 @@ class Sharing(Work):
 
     def _texts(self) -> tuple[int, list[tuple[torch.Tensor, torch.Tensor]]]:
         """The prompts and their tails, drawn by the seed: stretches that do not overlap."""
-        tokenizer, method, pick = self.subject.tokenizer, self.method, random.Random(self.subject.seed)
-        ids = [i for text in self.subject.texts for i in tokenizer(text, add_special_tokens=False).input_ids]
+        method, pick = self.method, random.Random(self.subject.seed)
         longest = getattr(self.model.config, "max_position_embeddings", None) or method.context + 2 * TAIL
         context = min(method.context, longest - 2 * TAIL)
-        length = context + TAIL
-        if len(ids) < method.texts * length or context < 2 * TAIL:
-            raise InputError(
-                f"{method.texts} pieces of {context} tokens are more than the text (of {len(ids)} tokens) or the model "
-                f"(of {longest}) has: give more text, or budget(context=..., texts=...) that are smaller."
-            )
         out = []
-        for place in sorted(pick.sample(range(len(ids) // length), method.texts)):
-            piece = ids[place * length : (place + 1) * length]
+        for piece in self._pieces(context + TAIL, pick) if context >= 2 * TAIL else []:
             start = pick.randrange(context // 2)
             tail = piece[context:] + piece[start : start + TAIL]
             out.append((torch.tensor([piece[:context]]), torch.tensor([tail])))
+        if len(out) < method.texts:
+            raise InputError(
+                f"{method.texts} pieces of {context} tokens are more than the text or the model (of {longest} tokens) "
+                "has: give more text, or budget(context=..., texts=...) that are smaller."
+            )
         return context, out
+
+    def _pieces(self, length: int, pick: random.Random) -> list[list[int]]:
+        """As many stretches of the text as are wanted, `length` tokens each, or fewer if it has not as many. Only they
+        are tokenised, where there is text enough."""
+        texts, tokenizer, wanted = self.subject.texts, self.subject.tokenizer, self.method.texts
+        wide = 8 * length  # characters, more than `length` tokens of nearly any text
+        places = [(text, start) for text in texts for start in range(0, len(text) - wide + 1, wide)]
+        if len(places) >= wanted:
+            chosen = [text[start : start + wide] for text, start in pick.sample(places, wanted)]
+            found = [tokenizer(text, add_special_tokens=False).input_ids[:length] for text in chosen]
+            if all(len(ids) == length for ids in found):
+                return found
+        ids = [i for text in texts for i in tokenizer(text, add_special_tokens=False).input_ids]
+        parts = range(0, len(ids) - length + 1, length)
+        return [ids[start : start + length] for start in pick.sample(parts, min(wanted, len(parts)))]
 
     # -- steps --------------------------------------------------------------------------------------------
 
@@ -148,9 +163,8 @@ class Sharing(Work):
         else:
             windows.append((layer, ~part))
         prompt = self._read(text)
-        cache = self._cache(self.recipe(level, windows))
-        feed(cache.session, prompt)
-        loss = self._loss(cache, prompt.tail, prompt.logs)
+        cache = self._fed(self.recipe(level, windows), prompt)
+        loss = kl(prompt.logs, self._said(cache, prompt.tail))
         name, place = ("bits", part) if part >= 0 else ("windows", ~part)
         self.sums[name][layer, place] += loss
 
@@ -226,18 +240,16 @@ class Sharing(Work):
 
     def _share(self, share: float, scale: torch.Tensor) -> torch.Tensor:
         """The choice of least cost within a budget, to the byte that a cache would report."""
-        bits, windows = (
-            self.sums["bits"] * scale[:, : len(self.levels)],
-            self.sums["windows"] * scale[:, len(self.levels) :],
-        )
+        bits = self.sums["bits"] * scale[:, : len(self.levels)]
+        windows = self.sums["windows"] * scale[:, len(self.levels) :]
         items, order = [], []
         for layer, heads in enumerate(self.heads):
             cheapest = windows[layer, :heads].argsort(stable=True).tolist()
             order.append(cheapest)
             options: list[Option] = []
-            for level in range(len(self.levels)):
+            for level in (*range(len(self.levels)), -1):
                 for short in range(heads + 1):
-                    cost = float(bits[layer, level]) * (heads - short) / heads
+                    cost = 0.0 if level < 0 else float(bits[layer, level]) * (heads - short) / heads
                     cost += float(windows[layer, cheapest[:short]].sum())
                     options.append((self._layer_size(layer, level, short), cost))
             items.append(options)
@@ -250,18 +262,17 @@ class Sharing(Work):
             choice = torch.zeros(len(self.specs), 1 + max(self.heads), dtype=torch.int64)
             for layer, pick in enumerate(picks):
                 level, short = divmod(pick, self.heads[layer] + 1)
-                choice[layer, 0] = level
+                choice[layer, 0] = level if level < len(self.levels) else -1
                 choice[layer, [1 + head for head in order[layer][:short]]] = 1
             takes = self.size(self.recipe(*_taken(choice, self.heads)))
             if takes <= limit:
                 return choice
             room -= takes - limit  # tables that layers share, and what is free in common slabs
-        least = self.size(
-            self.recipe([0] * len(self.specs), [(i, h) for i, n in enumerate(self.heads) for h in range(n)])
-        )
+        smallest = sum(min(takes for takes, _ in options) for options in items)
         raise RecipeError(
-            f"budget(bytes={share!r}) is {limit:,} bytes at {self.context} tokens, and no recipe takes so few (the least is "
-            f"{min(least, self.size(self.recipe([0] * len(self.specs), []))):,}): use a larger share, or a longer context."
+            f"budget(bytes={share!r}) is {limit:,} bytes at {self.context} tokens, and the least that layers can take "
+            f"is about {smallest:,}: use a share of at least {1.02 * smallest / self._equivalent():.2f}, or a longer "
+            "context."
         )
 
     def _layer_size(self, layer: int, level: int, short: int) -> int:
@@ -287,10 +298,10 @@ class Sharing(Work):
     def _reported(self, recipe: Recipe, specs: Sequence[LayerSpec]) -> tuple[int, int]:
         """Bytes of such a cache and of the exact one: the store at work on the meta device, as `fivefold plan` does."""
         nowhere = torch.device("meta")
-        blank = [
-            replace(one, device=nowhere, rope=one.rope and Rope(torch.ones(one.rope.pairs), one.head_dim))
-            for one in specs
-        ]
+        blank = []
+        for one in specs:
+            rope = None if one.rope is None else Rope(torch.ones(one.rope.pairs), one.head_dim)
+            blank.append(replace(one, device=nowhere, rope=rope))
         session = build(recipe, blank, Pools())
         prompt: dict[int, torch.Tensor] = {
             one.layer: torch.empty(one.kv_heads, self.context, one.head_dim, dtype=one.dtype, device=nowhere)
@@ -319,15 +330,26 @@ class Sharing(Work):
             out = self.model(
                 ids.to(self.model.device), past_key_values=cache, output_hidden_states=True, logits_to_keep=1
             )
-            kv = {
-                index: [store.groups[0].dense_part(which).clone() for which in (0, 1)]
-                for index, store in cache.session.stores.items()
-            }
+            kv = {index: store.groups[0].dense() for index, store in cache.session.stores.items()}
             inputs = {index: out.hidden_states[index] for index in kv} if self.codec == "rotatekv" else {}
             keys, values = ({index: pair[which] for index, pair in kv.items()} for which in (0, 1))
-            logs = self._said(cache, tail)
-            self._prompt = text, Prompt(ids, tail, keys, values, inputs, logs)
+            logs = self._said(cache.fork(), tail)
+            self._prompt = text, Prompt(ids, tail, keys, values, inputs, logs, cache)
         return self._prompt[1]
+
+    def _fed(self, recipe: Recipe, prompt: Prompt) -> Any:
+        """A cache that holds a prompt as the recipe says, though it was read exactly."""
+        from fivefold.models.cache import FivefoldCache  # late, since it imports transformers
+
+        base = prompt.cache.session
+        ropes = {spec.layer: spec.rope for spec in self.specs}
+        specs = [replace(store.spec, rope=ropes[index]) for index, store in base.stores.items()]
+        companions = None if base.companions is None else base.companions.fork()
+        session = build(recipe, specs, Pools(), companions, base.sources, base.entry)
+        feed(session, prompt)
+        cache = FivefoldCache(recipe, session, prompt.cache.model, len(prompt.cache.layers))
+        cache.of = prompt.cache.of
+        return cache
 
     def _logs(self, recipe: str, ids: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:
         """What the model says in the tail with a cache that has read the prompt itself."""
@@ -338,9 +360,6 @@ class Sharing(Work):
     def _said(self, cache: Any, tail: torch.Tensor) -> torch.Tensor:
         out = self.model(tail.to(self.model.device), past_key_values=cache)
         return out.logits[0].float().log_softmax(-1)
-
-    def _loss(self, cache: Any, tail: torch.Tensor, exact: torch.Tensor) -> float:
-        return kl(exact, self._said(cache, tail))
 
     def finish(self, progress: Progress) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         recipes = {}
@@ -390,10 +409,6 @@ def feed(session: Session, prompt: Prompt) -> None:
                 rows = group.rows_tensor.to(keys.device)
                 k, v = (keys, values) if len(rows) == len(keys) else (keys[rows], values[rows])
                 if store.codec is not None and store.codec.contextual:
-                    store.learn(
-                        group, session.offsets[group.rows // store.spec.kv_heads], k, k, v, prompt.inputs[index]
-                    )
+                    offsets = session.offsets[group.rows // store.spec.kv_heads]
+                    store.learn(group, offsets, k, k, v, prompt.inputs[index])
                 store.append(group, k, v)
-
-
-__all__ = ["Method", "Prompt", "Sharing", "feed", "kl"]

@@ -209,7 +209,10 @@ def assumptions(recipe: Recipe, shape: ModelShape) -> list[str]:
     out = []
     for spec in specs_of(shape, torch.bfloat16)[:1]:
         here = replace(spec, device=torch.device("cpu"))
-        mine = recipe.of_layer(here)
+        try:
+            mine = recipe.of_layer(here)
+        except ProfileError as error:
+            return [str(error)]
         for ask in (mine.extents, *([mine.packer.codec] if mine.packer is not None else [])):
             try:
                 ask(here)

@@ -22,8 +22,8 @@ class Budget(Method):
     """What `fivefold calibrate` found to lose least in `bytes` of the exact cache's bytes at `context` tokens.
 
     Every layer l gets bits b_l, and every KV head (l, h) holds all tokens or a window of the first `sink` and the last
-    `recent` ones. Calibration measures what one change alone costs, everything else exact: D(l, b), the KL divergence of
-    the next-token distributions with layer l in b bits, and W(l, h), with a window in that head. It then minimises
+    `recent` ones. Calibration measures what one change alone costs, everything else exact: D(l, b), the KL divergence
+    of the next-token distributions with layer l in b bits, and W(l, h), with a window in that head. It then minimises
 
         sum over l of  D(l, b_l) * (share of heads of l that hold all tokens)  +  w * sum over windows of W(l, h)
 
@@ -45,7 +45,7 @@ class Budget(Method):
     sink: int = param(4, "first tokens that a window holds (calibration)", low=0)
     recent: int = param(96, "most recent tokens that a window holds (calibration)", low=1)
     texts: int = param(2, "pieces of text that losses are measured on (calibration)", low=1)
-    tries: int = param(10, "recipes that the second pass measures for each budget (calibration)", low=1)
+    tries: int = param(8, "recipes that the second pass measures for each budget (calibration)", low=1)
     rotation: str | None = param(None, "folder of a rotatekv profile, if not the one that ships (calibration)")
     profile: str | None = param(None, "folder of a profile, if not the one that ships for the model")
 
