@@ -12,7 +12,7 @@ import torch
 
 import fivefold
 from conftest import VOCAB
-from fivefold.errors import RecipeError
+from fivefold.errors import CacheStateError, RecipeError
 from fivefold.methods import find, registered
 from fivefold.plan.read import read_model
 from fivefold.plan.room import Place, cache_bytes, cache_report
@@ -99,6 +99,24 @@ def test_each_layer_holds_what_its_own_recipe_would(model: Any, name: str, tmp_p
         assert len(got) == len(wanted) >= 4 and all(torch.equal(*pair) for pair in zip(got, wanted))
         formats.add(mixed.session.stores[layer].format)
     assert len(formats) == len(mixed.session.banks) == LAYERS
+
+
+@torch.inference_mode()
+def test_positions_reach_layers_that_want_them_behind_an_exact_one(model: Any, tmp_path: Path) -> None:
+    profile = learn(model, "rotatekv()", tmp_path, chunks=2)
+    mixed, alone = (
+        fivefold.compress(model, f'rotatekv(bits={bits}, profile="{profile}")') for bits in ("[16, 3, 4]", "3")
+    )
+    places = torch.arange(7, 7 + CONTEXT + 1).expand(2, -1)
+    for cache in (mixed, alone):
+        model(ids(), past_key_values=cache, position_ids=places[:, :CONTEXT])
+    assert len(held(mixed, 1)) > 4
+    assert all(torch.equal(*pair) for pair in zip(held(mixed, 1), held(alone, 1), strict=True))
+    for cache in (mixed, alone):
+        model(ids(1), past_key_values=cache, position_ids=places[:, CONTEXT:])
+        assert cache.session.stores[1].offsets.tolist() == [7] * 4
+        with pytest.raises(CacheStateError, match="is next"):
+            model(ids(1), past_key_values=cache, position_ids=places[:, :1])
 
 
 @pytest.mark.parametrize(
