@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE: dict[str, Any] = {"family": "llama", "num_hidden_layers": 2}
 CONTEXT = 192
 SHARES = (0.7, 0.22)
-ASKED = f"budget(bytes={list(SHARES)}, context={CONTEXT}, recent=40, texts=2, tries=4)"
+ASKED = f"budget(bytes={list(SHARES)}, context={CONTEXT}, length={CONTEXT}, recent=40, texts=2, tries=4)"
 
 
 class Words:
@@ -197,7 +197,9 @@ def test_a_run_that_is_broken_off_ends_with_the_same_bytes(made: Any, tmp_path: 
 def test_with_rotations(tmp_path: Path, tiny: Any) -> None:
     model = tiny(**SHAPE)
     rotation = learn(model, "rotatekv(bits=4)", tmp_path / "rotation", chunks=2)
-    asked = f'budget(bytes=0.5, context={CONTEXT}, texts=1, tries=1, recent=40, rotation="{rotation}")'
+    asked = (
+        f'budget(bytes=0.5, context={CONTEXT}, length={CONTEXT}, texts=1, tries=1, recent=40, rotation="{rotation}")'
+    )
     profile = run(model, tmp_path / "out", asked=asked)
     found = profile.settings["recipes"]["0.5"]
     assert profile.settings["codec"] == "rotatekv" and f'profile="{rotation}"' in found["recipe"]
@@ -239,4 +241,4 @@ def test_a_budget_that_nothing_fits(tmp_path: Path, tiny: Any) -> None:
     with pytest.raises(
         RecipeError, match=r"the least that layers can take is about [\d,]+: use a share of at least 0\.\d"
     ):
-        run(tiny(**SHAPE), tmp_path, asked=f"budget(bytes=0.02, context={CONTEXT}, texts=1, tries=1)")
+        run(tiny(**SHAPE), tmp_path, asked=f"budget(bytes=0.02, context={CONTEXT}, length={CONTEXT}, texts=1, tries=1)")

@@ -45,8 +45,8 @@ LEVELS = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text that a model has read exactly. ids: int64 `[1, context]`; tail: `[1, 2 * TAIL]`; keys, values, by layer:
-    `[kv_head, context, head_dim]`; inputs: `[1, context, hidden]`; logs: float32 `[2 * TAIL, vocabulary]`, what the
+    """A text that a model has read exactly. ids: int64 `[1, length]`; tail: `[1, 2 * TAIL]`; keys, values, by layer:
+    `[kv_head, length, head_dim]`; inputs: `[1, length, hidden]`; logs: float32 `[2 * TAIL, vocabulary]`, what the
     model says in the tail."""
 
     ids: torch.Tensor
@@ -77,8 +77,8 @@ class Sharing(Work):
         self.codec, self.given = self._codec()
         self.levels = LEVELS[self.codec]
         self.heads = [spec.kv_heads for spec in self.specs]
-        self.context, self.texts = self._texts()
-        self.tokens = len(self.texts) * (self.context + 2 * TAIL)
+        self.texts = self._texts()
+        self.tokens = sum(ids.shape[1] + tail.shape[1] for ids, tail in self.texts)
         self.items = [(layer, level) for layer in range(len(self.specs)) for level in range(len(self.levels))]
         self.items += [(layer, ~head) for layer, count in enumerate(self.heads) for head in range(count)]
         self.single = len(self.texts) * len(self.items)
@@ -111,22 +111,22 @@ class Sharing(Work):
         self.specs = [stores[spec.layer].spec for spec in self.specs]
         return "rotatekv", given
 
-    def _texts(self) -> tuple[int, list[tuple[torch.Tensor, torch.Tensor]]]:
+    def _texts(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The prompts and their tails, drawn by the seed: stretches that do not overlap."""
         method, pick = self.method, random.Random(self.subject.seed)
-        longest = getattr(self.model.config, "max_position_embeddings", None) or method.context + 2 * TAIL
-        context = min(method.context, longest - 2 * TAIL)
+        longest = getattr(self.model.config, "max_position_embeddings", None) or method.length + 2 * TAIL
+        length = min(method.length, longest - 2 * TAIL)
         out = []
-        for piece in self._pieces(context + TAIL, pick) if context >= 2 * TAIL else []:
-            start = pick.randrange(context // 2)
-            tail = piece[context:] + piece[start : start + TAIL]
-            out.append((torch.tensor([piece[:context]]), torch.tensor([tail])))
+        for piece in self._pieces(length + TAIL, pick) if length >= 2 * TAIL else []:
+            start = pick.randrange(length // 2)
+            tail = piece[length:] + piece[start : start + TAIL]
+            out.append((torch.tensor([piece[:length]]), torch.tensor([tail])))
         if len(out) < method.texts:
             raise InputError(
-                f"{method.texts} pieces of {context} tokens are more than the text or the model (of {longest} tokens) "
-                "has: give more text, or budget(context=..., texts=...) that are smaller."
+                f"{method.texts} pieces of {length} tokens are more than the text or the model (of {longest} tokens) "
+                "has: give more text, or budget(length=..., texts=...) that are smaller."
             )
-        return context, out
+        return out
 
     def _pieces(self, length: int, pick: random.Random) -> list[list[int]]:
         """As many stretches of the text as are wanted, `length` tokens each, or fewer if it has not as many. Only they
@@ -270,8 +270,8 @@ class Sharing(Work):
             room -= takes - limit  # tables that layers share, and what is free in common slabs
         smallest = sum(min(takes for takes, _ in options) for options in items)
         raise RecipeError(
-            f"budget(bytes={share!r}) is {limit:,} bytes at {self.context} tokens, and the least that layers can take "
-            f"is about {smallest:,}: use a share of at least {1.02 * smallest / self._equivalent():.2f}, or a longer "
+            f"budget(bytes={share!r}) is {limit:,} bytes at {self.method.context} tokens, and the least that layers can "
+            f"take is about {smallest:,}: use a share of at least {1.02 * smallest / self._equivalent():.2f}, or a longer "
             "context."
         )
 
@@ -304,10 +304,10 @@ class Sharing(Work):
             blank.append(replace(one, device=nowhere, rope=rope))
         session = build(recipe, blank, Pools())
         prompt: dict[int, torch.Tensor] = {
-            one.layer: torch.empty(one.kv_heads, self.context, one.head_dim, dtype=one.dtype, device=nowhere)
+            one.layer: torch.empty(one.kv_heads, self.method.context, one.head_dim, dtype=one.dtype, device=nowhere)
             for one in blank
         }
-        inputs = torch.empty(1, self.context, 1, dtype=specs[0].dtype, device=nowhere)
+        inputs = torch.empty(1, self.method.context, 1, dtype=specs[0].dtype, device=nowhere)
         nothing = torch.empty(0)
         feed(session, Prompt(nothing, nothing, prompt, prompt, dict.fromkeys(prompt, inputs), nothing))
         session.tidy()
@@ -370,7 +370,8 @@ class Sharing(Work):
             recipes[repr(share)] = {"methods": written, "recipe": text, "kl": loss, "bytes": int(takes)}
         settings = {
             "recipes": recipes,
-            "context": self.context,
+            "context": self.method.context,
+            "length": self.texts[0][0].shape[1],
             "exact_bytes": self._equivalent(),
             "layers": [spec.layer for spec in self.specs],
             "codec": self.codec,

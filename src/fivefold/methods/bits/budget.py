@@ -32,16 +32,17 @@ class Budget(Method):
     see; so a second pass measures whole recipes: for several w, and then about the best one found, with costs that are
     multiplied by random factors, which are kept where the recipe they lead to is better.
 
-    The text is a piece of the calibration text, what follows it there, and a quotation from it, so that heads that find
-    what stands far back are missed. Bits are `rotatekv`'s where there is a profile of it, else `kivi`'s.
+    A text is `length` tokens of the calibration text, what follows them there, and a quotation from them, so that heads
+    that find what stands far back are missed. Bits are `rotatekv`'s where there is a profile of it, else `kivi`'s.
 
     The result is an ordinary recipe, `duo(...) + rotatekv(bits=[...])` or `kivi(bits=[...])`, which is printed and kept
-    in the profile. `budget(bytes=..., profile=...)` is that recipe, too. Two numbers and a model are all it rests on:
-    calibrate again for another context that is much shorter, since windows take a greater share there.
+    in the profile. `budget(bytes=..., profile=...)` is that recipe, too. At other lengths than `context` it takes another
+    share: more of a shorter text, of which windows and pages that are not full are a greater part.
     """
 
     bytes: float | tuple = param(0.1, "share of the exact cache's bytes; a list to calibrate for several")
-    context: int = param(1024, "tokens at which bytes and losses are measured (calibration)", low=128)
+    context: int = param(2048, "tokens at which a cache's bytes are counted (calibration)", low=128)
+    length: int = param(1024, "tokens of the texts that losses are measured on (calibration)", low=128)
     sink: int = param(4, "first tokens that a window holds (calibration)", low=0)
     recent: int = param(96, "most recent tokens that a window holds (calibration)", low=1)
     texts: int = param(2, "pieces of text that losses are measured on (calibration)", low=1)
