@@ -238,7 +238,5 @@ def test_recipes_that_are_refused(recipe: str, told: str) -> None:
 
 
 def test_a_budget_that_nothing_fits(tmp_path: Path, tiny: Any) -> None:
-    with pytest.raises(
-        RecipeError, match=r"the least that layers can take is about [\d,]+: use a share of at least 0\.\d"
-    ):
+    with pytest.raises(RecipeError, match=r"the least that layers take is about [\d,]+: use a share of at least 0\.\d"):
         run(tiny(**SHAPE), tmp_path, asked=f"budget(bytes=0.02, context={CONTEXT}, length={CONTEXT}, texts=1, tries=1)")

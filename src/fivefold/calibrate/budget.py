@@ -269,10 +269,10 @@ class Sharing(Work):
                 return choice
             room -= takes - limit  # tables that layers share, and what is free in common slabs
         smallest = sum(min(takes for takes, _ in options) for options in items)
+        least = 1.02 * smallest / self._equivalent()
         raise RecipeError(
-            f"budget(bytes={share!r}) is {limit:,} bytes at {self.method.context} tokens, and the least that layers can "
-            f"take is about {smallest:,}: use a share of at least {1.02 * smallest / self._equivalent():.2f}, or a longer "
-            "context."
+            f"budget(bytes={share!r}) is {limit:,} bytes at {self.method.context} tokens, and the least that layers take "
+            f"is about {smallest:,}: use a share of at least {least:.2f}, or a longer context."
         )
 
     def _layer_size(self, layer: int, level: int, short: int) -> int:

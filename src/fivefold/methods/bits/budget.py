@@ -36,8 +36,8 @@ class Budget(Method):
     that find what stands far back are missed. Bits are `rotatekv`'s where there is a profile of it, else `kivi`'s.
 
     The result is an ordinary recipe, `duo(...) + rotatekv(bits=[...])` or `kivi(bits=[...])`, which is printed and kept
-    in the profile. `budget(bytes=..., profile=...)` is that recipe, too. At other lengths than `context` it takes another
-    share: more of a shorter text, of which windows and pages that are not full are a greater part.
+    in the profile. `budget(bytes=..., profile=...)` is that recipe, too. At other lengths than `context` it takes
+    another share: more of a shorter text, of which windows and pages that are not full are a greater part.
     """
 
     bytes: float | tuple = param(0.1, "share of the exact cache's bytes; a list to calibrate for several")
