@@ -136,6 +136,15 @@ def test_layers_that_are_all_exact_are_the_exact_cache(model: Any) -> None:
     assert torch.equal(run(model, "kivi(bits=[16, 16, 16])")[1], run(model, "full()")[1])
 
 
+@pytest.mark.parametrize("method", ["snapkv", "h2o", "keyformer", "d2o", "elastic", "random"])
+def test_tokens_by_layer(model: Any, method: str) -> None:
+    recipe = Recipe.parse(f"{method}(keep=[0.2, 0.6, 1.0])")
+    assert recipe.chooser is not None
+    cache, _ = run(model, str(recipe), 1)
+    counts = [max(int(group.bounds.stored_tokens) for group in store.groups) for store in cache.session.stores.values()]
+    assert counts[0] < counts[1] <= 0.9 * CONTEXT and counts[2] == CONTEXT + 1
+
+
 def test_windows_by_layer(model: Any) -> None:
     cache, _ = run(model, "duo(retrieval=[[0, 1]], sink=[4, 0, 8], recent=[40, 64, 100])")
     held = [[(one.sink, one.recent) for one in store.extents] for store in cache.session.stores.values()]

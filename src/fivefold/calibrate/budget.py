@@ -175,7 +175,7 @@ class Sharing(Work):
         best, known = self.sums[f"best.{budget}"], self.sums[f"choice.{budget}"]
         if bool(torch.isfinite(best[0])) and torch.equal(choice, known):
             return
-        recipe = self.recipe(*_taken(choice, self.heads))
+        recipe, self._prompt = self.recipe(*_taken(choice, self.heads)), None
         if not self._exact:
             self._exact = [self._logs("full()", *text) for text in self.texts]
         losses = [
@@ -271,8 +271,8 @@ class Sharing(Work):
         smallest = sum(min(takes for takes, _ in options) for options in items)
         least = 1.02 * smallest / self._equivalent()
         raise RecipeError(
-            f"budget(bytes={share!r}) is {limit:,} bytes at {self.method.context} tokens, and the least that layers take "
-            f"is about {smallest:,}: use a share of at least {least:.2f}, or a longer context."
+            f"budget(bytes={share!r}) is {limit:,} bytes at {self.method.context} tokens, and the least that layers "
+            f"take is about {smallest:,}: use a share of at least {least:.2f}, or a longer context."
         )
 
     def _layer_size(self, layer: int, level: int, short: int) -> int:
