@@ -64,7 +64,7 @@ def _possible(part: dict[str, Any]) -> str:
     else:
         known = f"up to {high}" if high is not None else "see meaning"
     if part["by_layer"]:
-        known += "; or a list by layer" + ("" if part["exact"] is None else f" ({part['exact']}: exact)")
+        known += "; by layer" + ("" if part["exact"] is None else f" ({part['exact']}: exact)")
     return known
 
 
