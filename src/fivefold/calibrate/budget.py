@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ class Prompt:
     logs: torch.Tensor
     cache: Any = None
     """The exact cache that read it."""
+    blocks: dict[int, Any] = field(default_factory=dict)
+    """What the layers' modules put out in the tail, by layer, as they put it out."""
 
 
 class Sharing(Work):
@@ -92,6 +95,7 @@ class Sharing(Work):
             self.sums[f"best.{i}"] = torch.tensor([float("inf"), 0.0], dtype=torch.float64)
             self.sums[f"choice.{i}"] = torch.zeros(len(self.specs), 1 + most, dtype=torch.int64)
             self.sums[f"scale.{i}"] = torch.ones(len(self.specs), len(self.levels) + most, dtype=torch.float64)
+        self.blocks = self._blocks()
         self._prompt: tuple[int, Prompt] | None = None
         self._exact: list[torch.Tensor] = []
         self._sizes: dict[Any, int] = {}
@@ -110,6 +114,14 @@ class Sharing(Work):
             return "kivi", {}
         self.specs = [stores[spec.layer].spec for spec in self.specs]
         return "rotatekv", given
+
+    def _blocks(self) -> dict[int, Any]:
+        """The modules of the layers, by layer."""
+        from fivefold.models.specs import attention_modules  # late, since it imports transformers
+
+        names = {module: name for name, module in self.model.named_modules()}
+        found = attention_modules(self.model).items()
+        return {index: self.model.get_submodule(names[module].rpartition(".")[0]) for index, module in found}
 
     def _texts(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The prompts and their tails, drawn by the seed: stretches that do not overlap."""
@@ -163,8 +175,15 @@ class Sharing(Work):
         else:
             windows.append((layer, ~part))
         prompt = self._read(text)
-        cache = self._fed(self.recipe(level, windows), prompt)
-        loss = kl(prompt.logs, self._said(cache, prompt.tail))
+        first = self.specs[layer].layer
+        cache = self._fed(self.recipe(level, windows), prompt, first)
+        # The layers before it say what they said to the exact cache.
+        with ExitStack() as stack:
+            for index, block in self.blocks.items():
+                if index < first:
+                    stack.callback(vars(block).pop, "forward")
+                    vars(block)["forward"] = _saying(prompt.blocks[index])
+            loss = kl(prompt.logs, self._said(cache, prompt.tail))
         name, place = ("bits", part) if part >= 0 else ("windows", ~part)
         self.sums[name][layer, place] += loss
 
@@ -333,17 +352,22 @@ class Sharing(Work):
             kv = {index: store.groups[0].dense() for index, store in cache.session.stores.items()}
             inputs = {index: out.hidden_states[index] for index in kv} if self.codec == "rotatekv" else {}
             keys, values = ({index: pair[which] for index, pair in kv.items()} for which in (0, 1))
-            logs = self._said(cache.fork(), tail)
-            self._prompt = text, Prompt(ids, tail, keys, values, inputs, logs, cache)
+            blocks: dict[int, Any] = {}
+            with ExitStack() as stack:
+                for index, block in self.blocks.items():
+                    handle = block.register_forward_hook(lambda _, given, said, at=index: blocks.update({at: said}))
+                    stack.callback(handle.remove)
+                logs = self._said(cache.fork(), tail)
+            self._prompt = text, Prompt(ids, tail, keys, values, inputs, logs, cache, blocks)
         return self._prompt[1]
 
-    def _fed(self, recipe: Recipe, prompt: Prompt) -> Any:
-        """A cache that holds a prompt as the recipe says, though it was read exactly."""
+    def _fed(self, recipe: Recipe, prompt: Prompt, first: int) -> Any:
+        """A cache of the layers from `first` on that holds a prompt as the recipe says, though it was read exactly."""
         from fivefold.models.cache import FivefoldCache  # late, since it imports transformers
 
         base = prompt.cache.session
         ropes = {spec.layer: spec.rope for spec in self.specs}
-        specs = [replace(store.spec, rope=ropes[index]) for index, store in base.stores.items()]
+        specs = [replace(store.spec, rope=ropes[index]) for index, store in base.stores.items() if index >= first]
         companions = None if base.companions is None else base.companions.fork()
         session = build(recipe, specs, Pools(), companions, base.sources, base.entry)
         feed(session, prompt)
@@ -390,6 +414,11 @@ def _taken(choice: torch.Tensor, heads: Sequence[int]) -> tuple[list[int], list[
     """Levels by layer, and the heads with windows, of a choice."""
     windows = [(layer, head) for layer, count in enumerate(heads) for head in range(count) if choice[layer, 1 + head]]
     return choice[:, 0].tolist(), windows
+
+
+def _saying(out: Any) -> Callable[..., Any]:
+    """A module's forward that always says the same."""
+    return lambda *args, **kwargs: out
 
 
 def kl(exact: torch.Tensor, logs: torch.Tensor) -> float:
