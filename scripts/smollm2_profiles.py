@@ -1,4 +1,4 @@
-"""Make the profiles that ship for the embedded model: of every method that learns, with its default parameters, or as `ASKED` says.
+"""Make the profiles that ship for the embedded model: of every method that learns, as `ASKED` says or by its defaults.
 
     python scripts/smollm2_profiles.py [METHOD ...]
 
