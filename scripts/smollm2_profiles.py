@@ -17,7 +17,6 @@ from fivefold.cli.terminal import work_bar
 from fivefold.methods import registered
 from fivefold.models import embedded
 
-
 ASKED = {"budget": "budget(bytes=[0.15, 0.1, 0.07], tries=5)"}
 """What is asked for where that is more than the defaults."""
 
