@@ -247,7 +247,9 @@ class Sharing(Work):
         for spec, one in zip(self.specs, level, strict=True):
             if one >= 0:
                 bits[spec.layer], group[spec.layer] = self.levels[one].bits, self.levels[one].group
-        return {"bits": bits, "group": group, "residual": 0, **self.given}
+        used = {one for one, number in zip(group, bits, strict=True) if number != 16}
+        shared = used.pop() if len(used) == 1 else group  # one number says it where all are the same
+        return {"bits": bits, "group": shared, "residual": 0, **self.given}
 
     def written(self, choice: torch.Tensor) -> list[list[Any]]:
         """The methods of a choice, each its name and its parameters."""
