@@ -15,11 +15,13 @@ import fivefold
 from conftest import VOCAB, build
 from fivefold.calibrate import learner, shares
 from fivefold.calibrate.budget import TAIL, Sharing, kl
-from fivefold.calibrate.profile import Profile
+from fivefold.calibrate.profile import Profile, load_profile
 from fivefold.calibrate.run import Stopped, calibrate
 from fivefold.calibrate.shares import share_out
 from fivefold.errors import ProfileError, RecipeError
 from fivefold.models.huggingface import make_cache
+from fivefold.plan import memory
+from fivefold.plan.read import read_model
 from fivefold.recipe import Recipe
 from learned import learn
 
@@ -180,6 +182,19 @@ def test_it_is_an_ordinary_recipe(made: Any) -> None:
         assert str(recipe) == found["recipe"] and {method.name for method in recipe.methods} <= {"duo", "kivi"}
         short = Recipe.parse(f'budget(bytes={share}, profile="{out}")')
         assert short.of_layer(spec) == recipe.of_layer(spec) and Recipe.parse(str(short)) == short
+
+
+@pytest.mark.parametrize("share", [0.15, 0.1, 0.07])
+def test_those_that_ship_keep_to_their_budget(share: float) -> None:
+    shape = read_model("smollm2-135m")
+    for recipe in (Recipe.parse(f"budget(bytes={share})"), Recipe.parse(shipped(share)["recipe"])):
+        report = memory.report_of(recipe, shape, 2048, dtype=torch.float32)
+        assert report.total == shipped(share)["bytes"] and 0.97 * share < report.ratio <= share
+
+
+def shipped(share: float) -> Any:
+    name = read_model("smollm2-135m").signature
+    return load_profile(f"budget-{name}", "budget", name).settings["recipes"][repr(share)]
 
 
 def test_a_run_that_is_broken_off_ends_with_the_same_bytes(made: Any, tmp_path: Path) -> None:
