@@ -399,6 +399,7 @@ class Sharing(Work):
             "context": self.method.context,
             "length": self.texts[0][0].shape[1],
             "exact_bytes": self._equivalent(),
+            "dtype": str(self.specs[0].dtype).removeprefix("torch."),
             "layers": [spec.layer for spec in self.specs],
             "codec": self.codec,
             "levels": [[one.bits, one.group] for one in self.levels],
