@@ -1,4 +1,4 @@
-"""Make the profiles that ship for the embedded model: of every method that learns, with its default parameters.
+"""Make the profiles that ship for the embedded model: of every method that learns, as `ASKED` says or by its defaults.
 
     python scripts/smollm2_profiles.py [METHOD ...]
 
@@ -20,14 +20,18 @@ from fivefold.models import embedded
 # Where a long text teaches more than many short ones.
 FEWER = {"anchors": 4_096}
 
+ASKED = {"budget": "budget(bytes=[0.15, 0.1, 0.07], tries=5)"}
+"""What is asked for where that is more than the defaults."""
+
 
 def main() -> None:
     model, tokenizer = embedded.load()
     profiles = Path(fivefold.__file__).parent / "profiles"
-    for method in sys.argv[1:] or [name for name, cls in registered().items() if cls.captures]:
+    for method in sys.argv[1:] or [name for name, cls in registered().items() if cls.learns()]:
         work = Path(__file__).parents[1] / "build" / f"profile-{method}"
         with work_bar() as progress:
-            calibrate(model, tokenizer, f"{method}()", work, tokens=FEWER.get(method, TOKENS), progress=progress)
+            asked, tokens = ASKED.get(method, f"{method}()"), FEWER.get(method, TOKENS)
+            calibrate(model, tokenizer, asked, work, tokens=tokens, progress=progress)
         folder = profiles / f"{method}-{signature(model.config)}"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.move(work, folder)

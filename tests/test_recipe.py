@@ -75,7 +75,7 @@ def test_frozen_with_one_method_per_slot():
         ("kivi(bits=(1).__class__)", "no plain value"),
         ("kivi(bits=[x for x in (1,)])", "no plain value"),
         ("(" * 300 + ")" * 300, "cannot read"),
-        ("kivi() + " * 500 + "kivi()", "at most"),
+        ("kivi() + " * 5000 + "kivi()", "at most"),
         ("kivi(bits=2)\nimport os", "cannot read"),
         ("kivi(bits=\x002)", "cannot read"),
     ],

@@ -423,7 +423,7 @@ def check_overflow(model: Any, recipe: str, situation: str) -> None:
 @pytest.mark.parametrize("situation", ["first-prompt", "second-turn"])
 @pytest.mark.parametrize("name", PACKING)
 def test_keys_that_are_not_finite(tiny: Any, name: str, situation: str) -> None:
-    model = tiny(family="llama", num_hidden_layers=3)
+    model = tiny(**SHAPE)
     check_overflow(model, written(name, model), situation)
 
 

@@ -14,7 +14,7 @@ from fivefold.methods import SLOTS, Method, Slot, TokenPolicy, find, registered
 from fivefold.store.rows import Extent
 from fivefold.store.spec import LayerSpec
 
-_LONGEST = 2000
+_LONGEST = 20_000
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,16 @@ class Recipe:
             raise RecipeError(f"{self} leaves out the attention of every layer that has a cache: keep at least one.")
         return kept, [spec for spec in specs if spec.layer in gone]
 
+    def of_layer(self, spec: LayerSpec) -> Recipe:
+        """What it comes to in one layer: no parameter has values by layer then, and methods that leave the layer as it
+        is are not there. Raises `RecipeError`."""
+        mine = tuple(one for method in self.methods for one in method.of_layer(spec))
+        return self if mine == self.methods else Recipe(mine)
+
     def extents(self, spec: LayerSpec) -> list[Extent]:
         """What each KV head of a layer holds when all methods have had their say."""
         out = [Extent(recent=spec.window)] * spec.kv_heads
-        for method in self.methods:
+        for method in self.of_layer(spec).methods:
             wanted = method.extents(spec)
             if wanted is not None:
                 out = [one.intersect(other) for one, other in zip(out, wanted, strict=True)]
@@ -168,6 +174,8 @@ def describe() -> list[dict[str, Any]]:
                 "choices": part.metadata.get("choices"),
                 "low": part.metadata.get("low"),
                 "high": part.metadata.get("high"),
+                "by_layer": part.metadata.get("by_layer", False),
+                "exact": part.metadata.get("exact"),
             }
             for part in dataclasses.fields(cls)  # type: ignore[arg-type]
         ]

@@ -151,6 +151,7 @@ def pack(form: Form, tokens: int, device: torch.device, dtype: torch.dtype) -> t
 def filled(recipe: Recipe, device: torch.device, context: int, batch: int, dtype: torch.dtype) -> LayerCache:
     """A layer that holds `context` random tokens of `batch` sequences, put there piece by piece."""
     spec = LayerSpec(0, 1, KV_HEADS, KV_HEADS * GROUP, HEAD_DIM, dtype, device)
+    recipe = recipe.of_layer(spec)
     owner = recipe.packer
     codec = owner.codec(spec) if owner else None
     layer = LayerCache(spec, Pools(), recipe.extents(spec), codec, owner.exact_tokens if owner else 0)

@@ -61,7 +61,7 @@ def calibrate(
         err.print(f"What was learned is kept in {folder}: the same command goes on from there.", soft_wrap=True)
         raise KeyboardInterrupt from None
     made = profile.made["tokens"]
-    if made < (tokens or work.TOKENS):
+    if method.captures and made < (tokens or work.TOKENS):
         err.print(f"Note: the text has {made:,} tokens of the {tokens or work.TOKENS:,} that were asked for.")
     size = sum(path.stat().st_size for path in Path(folder).iterdir())
     out.print(
@@ -70,3 +70,7 @@ def calibrate(
         soft_wrap=True,
     )
     out.print(folder, soft_wrap=True)
+    for share, found in profile.settings.get("recipes", {}).items():
+        taken = found["bytes"] / profile.settings["exact_bytes"]
+        out.print(f"\nbytes={share}: {taken:.3f} of the exact cache's, KL {found['kl']:.4f} nats, by the recipe")
+        out.print(found["recipe"], soft_wrap=True, markup=False, highlight=False)

@@ -58,10 +58,14 @@ def _method_panel(method: dict[str, Any]) -> Panel:
 def _possible(part: dict[str, Any]) -> str:
     choices, low, high = part["choices"], part["low"], part["high"]
     if choices is not None:
-        return ", ".join(map(str, choices))
-    if low is not None:
-        return f"{low} to {high}" if high is not None else f"{low} or more"
-    return f"up to {high}" if high is not None else "see meaning"
+        known = ", ".join(map(str, choices))
+    elif low is not None:
+        known = f"{low} to {high}" if high is not None else f"{low} or more"
+    else:
+        known = f"up to {high}" if high is not None else "see meaning"
+    if part["by_layer"]:
+        known += "; by layer" + ("" if part["exact"] is None else f" ({part['exact']}: exact)")
+    return known
 
 
 def _refusals(methods: list[dict[str, Any]]) -> Padding:

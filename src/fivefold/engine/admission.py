@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
 from fivefold.errors import CacheStateError
+from fivefold.store.layer_cache import LayerCache
+
+
+def positional(stores: Mapping[int, LayerCache]) -> LayerCache | None:
+    """The first layer whose codec looks at positions; None if there is none, so that nobody need know them."""
+    return next((one for one in stores.values() if one.codec is not None and one.codec.positional), None)
 
 
 def new_tokens(mask: torch.Tensor | None, length: int, held: np.ndarray, chunk: int) -> np.ndarray:

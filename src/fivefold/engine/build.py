@@ -24,20 +24,20 @@ def build(
     absent: Sequence[LayerSpec] = (),
 ) -> Session:
     """The session that a cache works on. specs: the layers that are compressed; the rest are as in `Session`."""
-    packer, policy = recipe.packer, next((one for one in recipe.methods if isinstance(one, TokenPolicy)), None)
-
     sharing = recipe.get("layers")
     pairs: dict[int, tuple[int, int]] = {}
     if isinstance(sharing, PairMethod):
         pairs = pairs_of(recipe, sharing, [spec for spec in specs if spec.layer not in sources])
 
     def store(spec: LayerSpec) -> LayerCache:
+        mine = recipe.of_layer(spec)
+        packer, policy = mine.packer, next((one for one in mine.methods if isinstance(one, TokenPolicy)), None)
         codec = None if packer is None else packer.codec(spec)
         residual = packer.exact_tokens if packer else 0
         if spec.layer in pairs and isinstance(sharing, PairMethod):
             codec = sharing.pair_codec(spec, pairs[spec.layer], codec)
             residual = max(residual, sharing.exact_tokens)
-        return LayerCache(spec, pools, recipe.extents(spec), codec, residual, policy)
+        return LayerCache(spec, pools, mine.extents(spec), codec, residual, policy)
 
     reads = Reads.of(recipe.get("reads"), specs)
     return Session(specs, store, pools, companions, reads, None, sources, entry, absent)
@@ -48,10 +48,12 @@ def pairs_of(recipe: Recipe, method: PairMethod, specs: Sequence[LayerSpec]) -> 
     by_layer = {spec.layer: spec for spec in specs}
     out: dict[int, tuple[int, int]] = {}
     for pair in method.layer_pairs(specs):
-        if len({tuple(recipe.extents(by_layer[layer])) for layer in pair}) > 1:
+        one, other = ((recipe.of_layer(by_layer[layer]), by_layer[layer]) for layer in pair)
+        if one[0].packer != other[0].packer or one[0].extents(one[1]) != other[0].extents(other[1]):
             raise RecipeError(
-                f"{method.name} cannot merge layers {pair[0]} and {pair[1]}, whose KV heads hold different tokens by "
-                "the other methods of the recipe: let both layers hold the same, or name other pairs."
+                f"{method.name} cannot merge layers {pair[0]} and {pair[1]}, whose KV heads hold different tokens, or "
+                "pack them in different ways, by the other methods of the recipe: let both layers hold the same, or "
+                "name other pairs."
             )
         out |= dict.fromkeys(pair, pair)
     return out

@@ -308,7 +308,7 @@ class Session:
         self.tokens = admission.new_tokens(mask, self.length, held, chunk)
         self.offsets = np.zeros(batch, dtype=np.int64)
         if positions is not None:
-            first = self.stores[self.first]
+            first = admission.positional(self.stores) or self.stores[self.first]
             known = first.offsets[:: first.spec.kv_heads] if self.batch else None
             placed = positions.expand(batch, -1).cpu().numpy()
             self.offsets = admission.offsets(placed, held, self.tokens, known)

@@ -34,9 +34,16 @@ def param(
     choices: Sequence[Any] | None = None,
     low: float | None = None,
     high: float | None = None,
+    by_layer: bool = False,
+    exact: Any = None,
 ) -> Any:
-    """A parameter of a method: its default, one line of help, and what values are legal (bounds included)."""
-    metadata = {"help": help, "choices": choices, "low": low, "high": high}
+    """A parameter of a method: its default, one line of help, and what values are legal (bounds included).
+
+    by_layer: whether a recipe may also give a list, one value for each layer of the model; the field is declared with
+    the type of one value, and what the engine works with (`Method.of_layer`) has that. exact: a value that such a list
+    may have besides, for a layer that the method leaves alone.
+    """
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "by_layer": by_layer, "exact": exact}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -54,18 +61,76 @@ class Method:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for part in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = _coerce(self.name, part.name, getattr(self, part.name), hints[part.name])
+            value, hint = getattr(self, part.name), hints[part.name]
+            if part.metadata.get("by_layer") and isinstance(value, list | tuple):
+                value = tuple(self._legal(part, hint, one, f" in layer {i}") for i, one in enumerate(value))
+                if not value:
+                    raise RecipeError(f"{self.name}({part.name}=[]) is empty: give one value for each layer.")
+            else:
+                value = self._legal(part, hint, value)
             object.__setattr__(self, part.name, value)
-            choices, low, high = (part.metadata.get(key) for key in ("choices", "low", "high"))
-            if choices is not None and value not in choices:
-                raise RecipeError(
-                    f"{self.name}({part.name}={value!r}) is not possible: use one of {', '.join(map(str, choices))}."
-                )
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if number and ((low is not None and value < low) or (high is not None and value > high)):
-                bounds = f"at least {low}" if high is None else f"{low} to {high}"
-                raise RecipeError(f"{self.name}({part.name}={value!r}) is out of range: use {bounds}.")
-        self.check()
+        lists = self.by_layer()
+        if len({len(values) for values in lists.values()}) > 1:
+            told = " and ".join(f"{len(values)} values of {name}" for name, values in lists.items())
+            raise RecipeError(f"{self.name}() has {told}: give each one value for each layer of the model.")
+        for values in dict.fromkeys(zip(*lists.values())):
+            dataclasses.replace(self, **dict(zip(lists, self._within(lists, values))))  # type: ignore[type-var]
+        if not lists:
+            self.check()
+
+    def _legal(self, part: dataclasses.Field[Any], hint: Any, value: Any, where: str = "") -> Any:
+        """One value of a parameter as its declared type. Raises `RecipeError`. where: which of a list it is."""
+        choices, low, high, exact = (part.metadata.get(key) for key in ("choices", "low", "high", "exact"))
+        if where and exact is not None and value == exact:
+            return exact
+        value = _coerce(self.name, part.name, value, hint, where)
+        if choices is not None and value not in choices:
+            more = f", or {exact} for a layer that stays exact" if where and exact is not None else ""
+            raise RecipeError(
+                f"{self.name}({part.name}={value!r}){where} is not possible: use one of "
+                f"{', '.join(map(str, choices))}{more}."
+            )
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and ((low is not None and value < low) or (high is not None and value > high)):
+            bounds = f"at least {low}" if high is None else f"{low} to {high}"
+            raise RecipeError(f"{self.name}({part.name}={value!r}){where} is out of range: use {bounds}.")
+        return value
+
+    def by_layer(self) -> dict[str, tuple[Any, ...]]:
+        """The parameters that have a value for each layer, by name."""
+        return {
+            part.name: getattr(self, part.name)
+            for part in dataclasses.fields(self)  # type: ignore[arg-type]
+            if part.metadata.get("by_layer") and isinstance(getattr(self, part.name), tuple)
+        }
+
+    def _within(self, lists: dict[str, tuple[Any, ...]], values: Sequence[Any]) -> list[Any]:
+        """Values of one layer; of one that stays exact, the default of what says so, which nobody asks for."""
+        parts = {part.name: part for part in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return [
+            parts[name].default if value is not None and value == parts[name].metadata["exact"] else value
+            for name, value in zip(lists, values)
+        ]
+
+    def of_layer(self, spec: LayerSpec) -> tuple[Method, ...]:
+        """What the method comes to in a layer: itself, with that layer's values where it has some by layer; nothing
+        where it leaves the layer exact. Raises `RecipeError` if the model has another number of layers.
+
+        What it then brings (`extents`, `codec`, `exact_tokens`, a policy) is asked of that alone.
+        """
+        lists = self.by_layer()
+        if not lists:
+            return (self,)
+        name, values = next(iter(lists.items()))
+        if len(values) != spec.layers:
+            raise RecipeError(
+                f"{self.name}({name}=...) has {len(values)} values and the model {spec.layers} layers: give one value "
+                "for each layer, in the model's order, or one number for all."
+            )
+        mine = [values[spec.layer] for values in lists.values()]
+        if self._within(lists, mine) != mine:
+            return ()
+        return (dataclasses.replace(self, **dict(zip(lists, mine))),)  # type: ignore[type-var]
 
     def check(self) -> None:
         """Raise `RecipeError` if the parameters do not fit together."""
@@ -197,7 +262,7 @@ def _show(value: Any) -> str:
     return repr(value)
 
 
-def _coerce(method: str, name: str, value: Any, hint: Any) -> Any:
+def _coerce(method: str, name: str, value: Any, hint: Any, where: str = "") -> Any:
     """`value` as the parameter's declared type, or `RecipeError`. An int will do for a float, a list for a tuple."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if isinstance(value, list | tuple):
@@ -211,7 +276,7 @@ def _coerce(method: str, name: str, value: Any, hint: Any) -> Any:
         if isinstance(value, kind) and not (isinstance(value, bool) and kind is int):
             return value
     names = " or ".join("nothing" if o is type(None) else _type_name(o) for o in options)
-    raise RecipeError(f"{method}({name}={value!r}) is not possible: {name} must be {names}.")
+    raise RecipeError(f"{method}({name}={value!r}){where} is not possible: {name} must be {names}.")
 
 
 def _type_name(hint: Any) -> str:

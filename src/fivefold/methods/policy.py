@@ -16,12 +16,12 @@ from fivefold.store.rows import Bounds, Extent
 
 def keep_param(default: float, what: str = "fraction of the prompt's tokens that a head holds") -> Any:
     """The parameter `keep` of a method whose `default_keep` is this."""
-    return param(None, f"{what}; left out: {default}, but no less than the floor", low=0.001, high=1)
+    return param(None, f"{what}; left out: {default}, but no less than the floor", low=0.001, high=1, by_layer=True)
 
 
 def floor_param(default: int = 512) -> Any:
     """The parameter `floor` of a method whose `default_floor` is this."""
-    return param(None, f"tokens below which none goes; left out: {default}, or 0 beside a keep", low=0)
+    return param(None, f"tokens below which none goes; left out: {default}, or 0 beside a keep", low=0, by_layer=True)
 
 
 class TokenPolicy(Method):
@@ -83,7 +83,7 @@ class TokenPolicy(Method):
     @property
     def evicts(self) -> bool:
         """Whether anything ever goes."""
-        return not self.demotes and self.fraction < 1
+        return not self.demotes and (isinstance(self.keep, tuple) or self.fraction < 1)  # a tuple: of all layers
 
     @property
     def chooses(self) -> bool:

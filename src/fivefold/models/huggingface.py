@@ -24,6 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from fivefold.calibrate.profile import signature
+from fivefold.engine.admission import positional
 from fivefold.engine.build import build
 from fivefold.errors import RecipeError, UnsupportedModelError
 from fivefold.models import forward, skipping
@@ -93,10 +94,10 @@ def _hand_over(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         cache.selection = selected([module.config], NAME, cache.windows)
         cache.selection.__enter__()
     if index in session.stores:
-        codec, inputs = session.stores[index].codec, session.inputs
-        positional = codec is not None and codec.contextual and codec.positional
-        session.inputs = None
-        called = Called(session, index, kwargs.get("position_ids") if positional else None, inputs)
+        inputs, session.inputs = session.inputs, None
+        # The first layer admits the chunk for all of them.
+        wanted = index == session.first and positional(session.stores) is not None
+        called = Called(session, index, kwargs.get("position_ids") if wanted else None, inputs)
     elif isinstance(session.companions, StockLayers) and index in session.companions.windows:
         return None
     else:  # it shares the keys of another layer

@@ -137,7 +137,7 @@ def first_of(recipe: Recipe, place: Place, context: int) -> time.Estimate | None
     packed, bits = 0.0, None
     if recipe.packer is not None:
         forms = [read for read in _reads(recipe, place, context, 1)[1] if read.kind == "packed"]
-        if any(read.bits == 16 for read in forms):
+        if any(read.bits == 16 for read in forms) or len(forms) > 1:
             return None
         if forms:
             packed, bits = forms[0].nbytes / context, forms[0].bits

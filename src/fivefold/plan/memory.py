@@ -235,12 +235,16 @@ def assumptions(recipe: Recipe, shape: ModelShape) -> list[str]:
     """What a plan takes for granted that a cache would refuse: one sentence for each profile that is not there."""
     out, reads = [], recipe.get("reads")
     here = [replace(spec, device=torch.device("cpu")) for spec in specs_of(shape, torch.bfloat16)]
-    asked: list[Callable[[], object]] = []
-    if here:
-        asked += [partial(recipe.divided, here), partial(recipe.extents, here[0])]
-    if here and recipe.packer is not None:
-        asked.append(partial(recipe.packer.codec, here[0]))
-    if here and isinstance(reads, ReadPolicy):
+    if not here:
+        return []
+    try:
+        mine = recipe.of_layer(here[0])
+    except ProfileError as error:
+        return [str(error)]
+    asked: list[Callable[[], object]] = [partial(mine.divided, here), partial(mine.extents, here[0])]
+    if mine.packer is not None:
+        asked.append(partial(mine.packer.codec, here[0]))
+    if isinstance(reads, ReadPolicy):
         asked.append(partial(reads.roles, here))
     for ask in asked:
         try:

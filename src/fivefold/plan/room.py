@@ -149,7 +149,8 @@ def _kinds(recipe: Recipe, place: Place) -> list[list[int]]:
     for spec in recipe.divided(list(_specs(place).values()))[0]:
         index = spec.layer
         held = sorted(map(repr, recipe.extents(spec)))
-        found.setdefault((place.shape.layers[index], tuple(held)), []).append(index)
+        packed = [str(method) for method in recipe.of_layer(spec).methods if method.slot != "heads"]
+        found.setdefault((place.shape.layers[index], *held, *packed), []).append(index)
     return list(found.values())
 
 

@@ -48,12 +48,14 @@ class Gear(Method):
     """
 
     before_rope = False
-    bits: int = param(2, "bits a number", choices=(2, 4))
-    rank: int = param(4, "columns of the low-rank factors; 0 is none", low=0, high=32)
-    sparsity: float = param(0.02, "fraction of numbers that are outliers; 0 is none", low=0, high=0.5)
+    bits: int = param(2, "bits a number", choices=(2, 4), by_layer=True, exact=16)
+    rank: int = param(4, "columns of the low-rank factors; 0 is none", low=0, high=32, by_layer=True)
+    sparsity: float = param(0.02, "fraction of numbers that are outliers; 0 is none", low=0, high=0.5, by_layer=True)
     base: str = param("kivi", "how the rest is quantised", choices=("kivi", "kcvt"))
-    group: int = param(64, "tokens (keys) or channels (values) that share a scale (kivi)", choices=(32, 64, 128))
-    residual: int = param(0, "recent tokens that stay exact besides those that wait", low=0)
+    group: int = param(
+        64, "tokens (keys) or channels (values) that share a scale (kivi)", choices=(32, 64, 128), by_layer=True
+    )
+    residual: int = param(0, "recent tokens that stay exact besides those that wait", low=0, by_layer=True)
 
     @property
     def exact_tokens(self) -> int:

@@ -45,11 +45,13 @@ class Kivi(Method):
     """
 
     before_rope = False
-    bits: int = param(2, "bits a number", choices=(2, 3, 4, 8))
-    key_bits: int | None = param(None, "bits of keys, if not `bits`", choices=(None, 2, 3, 4, 8))
-    value_bits: int | None = param(None, "bits of values, if not `bits`", choices=(None, 2, 3, 4, 8))
-    group: int = param(32, "tokens (keys) or channels (values) that share a scale", choices=(32, 64, 128))
-    residual: int = param(128, "recent tokens that stay exact", low=0)
+    bits: int = param(2, "bits a number", choices=(2, 3, 4, 8), by_layer=True, exact=16)
+    key_bits: int | None = param(None, "bits of keys, if not `bits`", choices=(None, 2, 3, 4, 8), by_layer=True)
+    value_bits: int | None = param(None, "bits of values, if not `bits`", choices=(None, 2, 3, 4, 8), by_layer=True)
+    group: int = param(
+        32, "tokens (keys) or channels (values) that share a scale", choices=(32, 64, 128), by_layer=True
+    )
+    residual: int = param(128, "recent tokens that stay exact", low=0, by_layer=True)
     unbias: bool = param(False, "whether what noise adds to the attention of packed tokens is taken off (ours)")
 
     @property

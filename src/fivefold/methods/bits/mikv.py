@@ -54,16 +54,20 @@ class MiKV(TokenPolicy):
     """
 
     important: float | None = param(
-        None, "fraction of the tokens that stay precise; left out: 0.2, but no less than the floor", low=0.001, high=1
+        None,
+        "fraction of the tokens that stay precise; left out: 0.2, but no less than the floor",
+        low=0.001,
+        high=1,
+        by_layer=True,
     )
     floor: int | None = param(None, "tokens below which none is packed; left out: 128, or 0 beside an important", low=0)
     before_rope = False
-    high: int = param(16, "bits of these: 16 is as the model made them", choices=(8, 16))
-    low: int = param(2, "bits of the others", choices=(2, 3, 4))
+    high: int = param(16, "bits of these: 16 is as the model made them", choices=(8, 16), by_layer=True)
+    low: int = param(2, "bits of the others", choices=(2, 3, 4), by_layer=True, exact=16)
     balance: bool = param(True, "whether outliers of the keys' channels are moved into the queries")
     unbias: bool = param(True, "whether what noise adds to the attention of coarse tokens is taken off (ours)")
     recent: float = param(0.5, "fraction of the precise tokens that are the newest", low=0, high=1)
-    group: int = param(32, "channels that share a scale", choices=(32, 64, 128))
+    group: int = param(32, "channels that share a scale", choices=(32, 64, 128), by_layer=True)
 
     keep = 1.0
     demotes = True

@@ -57,12 +57,14 @@ class RotateKV(Method):
 
     captures: ClassVar[tuple[Capture, ...]] = ("keys",)
 
-    bits: int = param(2, "bits a number", choices=(2, 3, 4))
-    group: int = param(32, "channels that share a scale", choices=(32, 64, 128))
+    bits: int = param(2, "bits a number", choices=(2, 3, 4), by_layer=True, exact=16)
+    group: int = param(32, "channels that share a scale", choices=(32, 64, 128), by_layer=True)
     head_group: int = param(4, "heads whose keys are rotated together, at most", low=1)
-    clip: float | None = param(None, "part of a group's range that is covered; 0.8 for 2 bits, else 1", low=0.1, high=1)
-    sinks: int = param(4, "attention sinks that stay exact, at most", low=0, high=20)
-    residual: int = param(64, "recent tokens that stay exact", low=0)
+    clip: float | None = param(
+        None, "part of a group's range that is covered; 0.8 for 2 bits, else 1", low=0.1, high=1, by_layer=True
+    )
+    sinks: int = param(4, "attention sinks that stay exact, at most", low=0, high=20, by_layer=True)
+    residual: int = param(64, "recent tokens that stay exact", low=0, by_layer=True)
     profile: str | None = param(None, "folder of a profile, if not the one that ships for the model")
 
     @property

@@ -54,10 +54,12 @@ class Cskv(Method):
 
     captures: ClassVar[tuple[Capture, ...]] = ("keys", "queries", "values")
 
-    keep: float = param(0.2, "fraction of channels that is stored", low=0.01, high=1)
-    window: int = param(32, "recent tokens that stay exact", low=0)
-    bits: int = param(16, "bits a stored number", choices=(4, 8, 16))
-    value_keep: float | None = param(None, "the same fraction for values, if not `keep`", low=0.01, high=1)
+    keep: float = param(0.2, "fraction of channels that is stored", low=0.01, high=1, by_layer=True)
+    window: int = param(32, "recent tokens that stay exact", low=0, by_layer=True)
+    bits: int = param(16, "bits a stored number", choices=(4, 8, 16), by_layer=True)
+    value_keep: float | None = param(
+        None, "the same fraction for values, if not `keep`", low=0.01, high=1, by_layer=True
+    )
     profile: str | None = param(None, "folder of a profile, if not the one that ships for the model")
 
     def excludes(self, other: Method) -> str | None:
@@ -76,12 +78,18 @@ class Cskv(Method):
         return first, second
 
     def learner(self, specs: Sequence[LayerSpec]) -> Learner:
-        return CskvLearner(specs, max(HELD, self.keep, self.value_keep or 0))
+        wanted = (keep or 0 for keeps in (self.keep, self.value_keep) for keep in _each(keeps))
+        return CskvLearner(specs, max(HELD, *wanted))
 
     def codec(self, spec: LayerSpec) -> LowRankCodec:
         profile = profile_of(self, spec, self.profile, max(self.ranks(spec.head_dim)), weighted=True)
         bits = None if self.bits == 16 else self.bits
         return LowRankCodec(f"cskv{self.bits}", spec, profile, self.ranks(spec.head_dim), bits)
+
+
+def _each(value: Any) -> tuple[Any, ...]:
+    """The values of a parameter, which may be a list by layer."""
+    return value if isinstance(value, tuple) else (value,)
 
 
 class CskvLearner(Learner):

@@ -32,8 +32,8 @@ class DuoAttention(Method):
 
     keep: float = param(0.5, "fraction of KV heads that hold everything (with a profile)", low=0, high=1)
     retrieval: tuple | str | None = param(None, "retrieval heads: [[layer, kv_head], ...] or a profile")
-    sink: int = param(64, "first tokens that streaming heads hold", low=0)
-    recent: int = param(256, "most recent tokens that streaming heads hold", low=1)
+    sink: int = param(64, "first tokens that streaming heads hold", low=0, by_layer=True)
+    recent: int = param(256, "most recent tokens that streaming heads hold", low=1, by_layer=True)
 
     def check(self) -> None:
         if not isinstance(self.retrieval, tuple):

@@ -105,7 +105,8 @@ class MiniCache(PairMethod):
                 f"{other.name} chooses tokens in each layer alone, and two layers can share directions of the same "
                 "tokens only; use streaming(), which holds the same in all layers."
             )
-        if other.slot == "channels" or (other.before_rope and other.captures and other.slot == "bits"):
+        packs = type(other).codec is not Method.codec
+        if other.slot == "channels" or (packs and other.before_rope and other.captures):
             return (
                 f"{other.name} packs keys before RoPE by what it learned of each layer alone, and directions are of "
                 "two layers behind it; use kivi or gear to pack them."
