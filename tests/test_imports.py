@@ -21,7 +21,7 @@ LAYERS = {
     "kernels": ("errors", "paths"),
     "store": ("errors", "kernels"),
     "attention": ("errors", "kernels", "store"),
-    "methods": ("errors", "kernels", "store", "calibrate.learner", "calibrate.profile"),
+    "methods": ("errors", "kernels", "store", "calibrate.learner", "calibrate.profile", "calibrate.gates"),
     "calibrate.learner": ("errors", "kernels", "store"),
     "calibrate.profile": ("errors", "paths", "kernels", "signature"),
     "recipe": ("errors", "store", "methods"),
