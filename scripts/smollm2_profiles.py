@@ -1,9 +1,10 @@
-"""Make the profiles that ship for the embedded model: of every method that learns, with its default parameters.
+"""Make the profiles that ship for the embedded model: of every method that learns, with its default parameters, and
+`duo`'s trained gates for a keep of 0.15, as `duo-gates-...`.
 
     python scripts/smollm2_profiles.py [METHOD ...]
 
-What is there is made anew; a run that is broken off goes on where it stopped. `duo` does not learn from text: see
-`smollm2_retrieval_heads.py`.
+What is there is made anew; a run that is broken off goes on where it stopped. The scores that `duo()` itself uses
+are made by `smollm2_retrieval_heads.py`.
 """
 
 import shutil
@@ -17,15 +18,18 @@ from fivefold.cli.terminal import work_bar
 from fivefold.methods import registered
 from fivefold.models import embedded
 
+RECIPES = {"duo": "duo(keep=0.15)"}
+NAMES = {"duo": "duo-gates"}
+
 
 def main() -> None:
     model, tokenizer = embedded.load()
     profiles = Path(fivefold.__file__).parent / "profiles"
-    for method in sys.argv[1:] or [name for name, cls in registered().items() if cls.captures]:
+    for method in sys.argv[1:] or [name for name, cls in registered().items() if cls.learns()]:
         work = Path(__file__).parents[1] / "build" / f"profile-{method}"
         with work_bar() as progress:
-            calibrate(model, tokenizer, f"{method}()", work, progress=progress)
-        folder = profiles / f"{method}-{signature(model.config)}"
+            calibrate(model, tokenizer, RECIPES.get(method, f"{method}()"), work, progress=progress)
+        folder = profiles / f"{NAMES.get(method, method)}-{signature(model.config)}"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.move(work, folder)
         print(folder)
