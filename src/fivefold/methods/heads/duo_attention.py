@@ -25,8 +25,10 @@ class DuoAttention(Method):
     `recent` tokens (section 2.3), during prefill as well as during decoding.
 
     `retrieval` is a list of [layer, kv_head] pairs, or the folder of a profile with a tensor `scores` float32
-    [layer, kv_head], of which the highest `keep` fraction over all layers are the retrieval heads. Without it, the
-    profile that ships with Fivefold for the model is used, if there is one.
+    [layer, kv_head], of which the highest `keep` fraction over all layers are the retrieval heads (negative ones are of
+    layers that are not compressed, and do not count). Without it, the profile that ships with Fivefold for the model is
+    used, if there is one: its settings say what the scores are. `fivefold calibrate` makes a profile of gates, trained
+    as in the paper (section 2.2): see `fivefold/calibrate/gates.py`.
 
     Bytes: `keep` of the heads as without this method; the others (sink + recent) tokens, in pages of 32.
     """
@@ -71,7 +73,7 @@ class DuoAttention(Method):
             return frozenset(self.retrieval)
         missing = (
             f"duo() knows no retrieval heads of this model ({spec.model}): give them as "
-            "duo(retrieval=[[layer, kv_head], ...]) or as the folder of a profile."
+            "duo(retrieval=[[layer, kv_head], ...]) or as the folder of a profile, which fivefold calibrate makes."
         )
 
         def blank() -> dict[str, Any]:
