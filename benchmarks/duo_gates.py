@@ -4,8 +4,8 @@
 
 Of texts of `--context` tokens that are read with the cache: the KL of the next-token distributions from the exact
 cache's over the 128 tokens that follow, fed 32 at a time (the mean of three texts), and how many of ten passkeys are
-found. Of texts of `--long` tokens: how many of the demo's three facts and of four passkeys. `--heads` measures
-other profiles. A row that is in the file already is not measured again.
+found. Of a text of `--long` tokens: how many of the demo's three facts. `--heads` measures other profiles. A row that is in
+the file already is not measured again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from fivefold.evaluate.demo import make_task
 from fivefold.evaluate.fidelity import continued
 from fivefold.evaluate.score import answer, twin
 from fivefold.evaluate.tasks.base import Question, Sample
-from fivefold.evaluate.tasks.multi_passkey import MultiPasskey
 from fivefold.evaluate.tasks.passkey import Passkey
 from fivefold.models import embedded
 
@@ -68,11 +67,7 @@ class Bench:
     def far(self, recipe: str) -> dict[str, Any]:
         task = make_task(self.tokenizer, self.long, SEED)
         facts = Sample(task.prefix[0].tolist(), tuple(Question(fact.question, fact.answer) for fact in task.facts))
-        several = MultiPasskey().make(self.tokenizer, self.long, random.Random(SEED))
-        return {
-            "facts": self.found(recipe, facts), "of_facts": len(facts.questions),
-            "passkeys": self.found(recipe, several), "of": len(several.questions),
-        }  # fmt: skip
+        return {"facts": self.found(recipe, facts), "of_facts": len(facts.questions)}
 
 
 def main() -> None:
