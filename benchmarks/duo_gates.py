@@ -4,8 +4,8 @@
 
 Of texts of `--context` tokens that are read with the cache: the KL of the next-token distributions from the exact
 cache's over the 128 tokens that follow, fed 32 at a time (the mean of three texts), and how many of ten passkeys are
-found. Of a text of `--long` tokens: how many of the demo's three facts. `--heads` measures other profiles. A row that is
-in the file already is not measured again.
+found. Of a text of `--long` tokens: how many of the demo's three facts. `--heads` measures other profiles. A row that
+is in the file already is not measured again.
 """
 
 from __future__ import annotations

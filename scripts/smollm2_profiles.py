@@ -13,13 +13,14 @@ from pathlib import Path
 
 import fivefold
 from fivefold.calibrate import signature
-from fivefold.calibrate.run import calibrate
+from fivefold.calibrate.run import TOKENS, calibrate
 from fivefold.cli.terminal import work_bar
 from fivefold.methods import registered
 from fivefold.models import embedded
 
 RECIPES = {"duo": "duo(keep=0.15)"}
 NAMES = {"duo": "duo-gates"}
+TEXT = {"duo": 32_768}
 
 
 def main() -> None:
@@ -28,7 +29,14 @@ def main() -> None:
     for method in sys.argv[1:] or [name for name, cls in registered().items() if cls.learns()]:
         work = Path(__file__).parents[1] / "build" / f"profile-{method}"
         with work_bar() as progress:
-            calibrate(model, tokenizer, RECIPES.get(method, f"{method}()"), work, progress=progress)
+            calibrate(
+                model,
+                tokenizer,
+                RECIPES.get(method, f"{method}()"),
+                work,
+                tokens=TEXT.get(method, TOKENS),
+                progress=progress,
+            )
         folder = profiles / f"{NAMES.get(method, method)}-{signature(model.config)}"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.move(work, folder)
