@@ -46,14 +46,20 @@ def default_texts() -> list[str]:
     return texts
 
 
+def beginning(tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer begins a text with."""
+    prefix = tokenizer("").input_ids
+    if tokenizer.eos_token_id in prefix and tokenizer.eos_token_id != tokenizer.bos_token_id:
+        prefix = prefix[: prefix.index(tokenizer.eos_token_id)]
+    return prefix
+
+
 def chunks(
     tokenizer: Any, texts: Sequence[str], tokens: int, seed: int, longest: int | None, each: int | None = None
 ) -> list[torch.Tensor]:
     """Pieces of the texts, int64 `[1, at most each]` (left out: LENGTH), drawn without replacement: `tokens` in all, or
     fewer if the texts have fewer. The tokens that the tokenizer begins a text with begin each of them."""
-    prefix = tokenizer("").input_ids
-    if tokenizer.eos_token_id in prefix and tokenizer.eos_token_id != tokenizer.bos_token_id:
-        prefix = prefix[: prefix.index(tokenizer.eos_token_id)]
+    prefix = beginning(tokenizer)
     ids = [i for text in texts for i in tokenizer(text, add_special_tokens=False).input_ids]
     length = min(each or LENGTH, tokens, longest or tokens) - len(prefix)
     if min(length, len(ids)) < _SHORTEST:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fivefold.calibrate.learner import Subject, Work
 from fivefold.errors import RecipeError
 from fivefold.methods import Method, param, register
 from fivefold.store import Extent, LayerSpec
@@ -24,8 +25,10 @@ class DuoAttention(Method):
     `recent` tokens (section 2.3), during prefill as well as during decoding.
 
     `retrieval` is a list of [layer, kv_head] pairs, or the folder of a profile with a tensor `scores` float32
-    [layer, kv_head], of which the highest `keep` fraction over all layers are the retrieval heads. Without it, the
-    profile that ships with Fivefold for the model is used, if there is one.
+    [layer, kv_head], of which the highest `keep` fraction over all layers are the retrieval heads (negative ones are of
+    layers that are not compressed, and do not count). Without it, the profile that ships with Fivefold for the model is
+    used, if there is one: its settings say what the scores are. `fivefold calibrate` makes a profile of gates, trained
+    as in the paper (section 2.2): see `fivefold/calibrate/gates.py`.
 
     Bytes: `keep` of the heads as without this method; the others (sink + recent) tokens, in pages of 32.
     """
@@ -46,6 +49,18 @@ class DuoAttention(Method):
             ):
                 raise RecipeError(f"duo(retrieval=...) holds {pair!r}: write pairs [layer, kv_head], counted from 0.")
 
+    def work(self, subject: Subject) -> Work:
+        """The gates of all KV heads, trained for `keep`, with `sink` and `recent` cut to the training texts."""
+        if self.retrieval is not None:
+            raise RecipeError(
+                f"{self} names its retrieval heads and has nothing to learn: calibrate without retrieval."
+            )
+        if not 0 < self.keep < 1:
+            raise RecipeError(f"{self} tells no head from another: calibrate with a keep between 0 and 1.")
+        from fivefold.calibrate.gates import Gates
+
+        return Gates(subject, self.keep, self.sink, self.recent)
+
     def retrieval_heads(self, spec: LayerSpec) -> frozenset[tuple[int, int]]:
         """All retrieval heads of the model as (layer, kv_head). Raises `RecipeError` or `ProfileError`."""
         if isinstance(self.retrieval, tuple):
@@ -58,16 +73,16 @@ class DuoAttention(Method):
             return frozenset(self.retrieval)
         missing = (
             f"duo() knows no retrieval heads of this model ({spec.model}): give them as "
-            "duo(retrieval=[[layer, kv_head], ...]) or as the folder of a profile."
+            "duo(retrieval=[[layer, kv_head], ...]) or as the folder of a profile, which fivefold calibrate makes."
         )
 
         def blank() -> dict[str, Any]:
             """As many in one layer as in another."""
-            return {"scores": -torch.arange(spec.kv_heads).expand(spec.layers, -1).contiguous()}
+            return {"scores": torch.arange(spec.kv_heads).flip(0).expand(spec.layers, -1).contiguous()}
 
         scores = self.profile_for(spec, self.retrieval, missing, blank).tensors["scores"]
         order = scores.flatten().argsort(descending=True, stable=True)
-        kept = order[: round(self.keep * scores.numel())].tolist()
+        kept = order[: round(self.keep * int((scores >= 0).sum()))].tolist()
         return frozenset(divmod(int(i), scores.shape[1]) for i in kept)
 
     def extents(self, spec: LayerSpec) -> list[Extent]:
