@@ -26,7 +26,7 @@ def learn(model: Any, recipe: str, folder: Path, chunks: int = 4) -> str:
             learner.see(layer, captured)
 
     generator = torch.Generator().manual_seed(1)
-    pieces = learner.pieces(Subject(model, None, list(specs.values()), [], 0, 0))
+    pieces = learner.pieces(Subject(model, None, list(specs.values()), [], 1024, 0))
     with torch.inference_mode(), capturing(model, method.captures, see):
         for ids in pieces or [torch.randint(1, VOCAB, (1, 256), generator=generator) for _ in range(chunks)]:
             model(ids, use_cache=False)

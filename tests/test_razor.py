@@ -19,7 +19,7 @@ from fivefold.attention.prefill import attend_chunk
 from fivefold.calibrate.learner import Subject
 from fivefold.calibrate.profile import Profile, config_hash, save_profile, signature
 from fivefold.calibrate.reading import Reading
-from fivefold.errors import CacheStateError, ProfileError, RecipeError
+from fivefold.errors import CacheStateError, InputError, ProfileError, RecipeError
 from fivefold.evaluate.tasks import holds, tasks
 from fivefold.methods.bits.kivi import KiviCodec
 from fivefold.methods.heads.razor_attention import RazorAttention, attention_to_copies
@@ -409,7 +409,7 @@ def test_scores_are_those_of_a_whole_matrix(tiny: Any, family: str) -> None:
     model = tiny(family, max_position_embeddings=52)
     specs = [store.spec for store in make_cache(model, Recipe()).session.stores.values()]
     learner = RazorAttention().learner(specs)
-    reading = Reading(learner, RazorAttention.captures, Subject(model, None, specs, [], 0, 3))
+    reading = Reading(learner, RazorAttention.captures, Subject(model, None, specs, [], 1 << 16, 3))
     try:
         assert reading.total == 1 and reading.pieces[0].shape == (1, 52)
         reading.step(0)
@@ -431,6 +431,16 @@ def test_scores_are_those_of_a_whole_matrix(tiny: Any, family: str) -> None:
                     induction += matrix[query][earlier + 1] / 39
             assert tensors["echo"][layer, head] == pytest.approx(echo, abs=2e-5)
             assert tensors["induction"][layer, head] == pytest.approx(induction, abs=2e-5)
+
+
+def test_fewer_tokens_may_be_read(tiny: Any) -> None:
+    model = tiny(**SHAPE)
+    learner = RazorAttention().learner([])
+    for tokens, size in ((80, 20), (1 << 16, 1024)):
+        (ids,) = learner.pieces(Subject(model, None, [], [], tokens, 0)) or ()
+        assert ids.shape == (1, 4 * size)
+    with pytest.raises(InputError, match="cannot hold 4 copies"):
+        learner.pieces(Subject(model, None, [], [], 7, 0))
 
 
 def test_scores_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,7 +467,7 @@ def test_the_rule(tmp_path: Path) -> None:
 
 
 def test_the_rule_keeps_23_of_90_heads_of_smollm2() -> None:
-    """From the profile that ships: the scores of the heads that were found before by another program, and its rule."""
+    """From the profile that ships, whose first heads are those that another program found before."""
     kept, razor = 0, RazorAttention()
     for layer in range(30):
         spec = LayerSpec(layer, 30, 3, 9, 64, torch.float32, CPU, model=SMOLLM2)
@@ -466,11 +476,11 @@ def test_the_rule_keeps_23_of_90_heads_of_smollm2() -> None:
     assert kept == 23 and layers == list(range(30))
     assert divmod(int(induction.argmax()), 9) == (18, 6)
     for scores, known in (
-        (induction, {(18, 6): 0.92, (17, 3): 0.82, (18, 7): 0.73, (23, 2): 0.62}),
-        (echo, {(14, 3): 0.69, (15, 6): 0.58, (8, 0): 0.48}),
+        (induction, {(18, 6), (17, 3), (18, 7), (23, 2)}),
+        (echo, {(14, 3), (15, 6), (8, 0)}),
     ):
-        for place, score in known.items():
-            assert float(scores[place]) == pytest.approx(score, abs=0.03), place
+        first = scores.flatten().topk(4).indices.tolist()
+        assert known <= {divmod(index, 9) for index in first}
 
 
 @pytest.mark.model

@@ -15,7 +15,7 @@ from fivefold.store import Extent, LayerSpec
 
 COPIES = 4
 _TOKENS = 2_500
-"""Random tokens of a copy, as in the paper; fewer where the model's context does not hold four copies."""
+"""Random tokens of a copy, as in the paper; fewer where the model's context, or what may be read, is no four copies."""
 # Attention weights that are made at a time, which bounds the memory of a calibration.
 _WEIGHTS = 1 << 22
 
@@ -118,9 +118,10 @@ class _Scores(Learner):
     def pieces(self, subject: Subject) -> list[torch.Tensor]:
         config = subject.model.config.get_text_config()
         longest = getattr(config, "max_position_embeddings", None) or COPIES * _TOKENS
+        longest = min(longest, subject.tokens)
         self.copy = min(_TOKENS, longest // COPIES)
         if self.copy < 2:
-            raise InputError(f"a context of {longest} tokens cannot hold {COPIES} copies: razor needs {2 * COPIES}.")
+            raise InputError(f"{longest} tokens cannot hold {COPIES} copies of a text: razor needs {2 * COPIES}.")
         generator = torch.Generator().manual_seed(subject.seed)
         known = config.vocab_size
         # Each token once where there are enough: a copy is then told from everything else.
