@@ -102,6 +102,8 @@ def test_pages_hold_the_models_own_numbers(tiny: Any, tmp_path: Path, dtype: tor
     ]
     report = cache.report()
     assert report.codes == report.exact_equivalent / 2
+    layers, n = len(cache.session.stores), 2 * 64
+    assert report.learned == layers * 8 * n * 32 * 2
 
 
 def test_heads_that_are_apart_share_with_those_of_their_group_alone(tiny: Any, tmp_path: Path) -> None:

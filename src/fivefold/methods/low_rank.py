@@ -111,6 +111,7 @@ class LowRankCodec(Codec):
         self.limit = FLOAT16_MAX
         if bits is None and dtype != torch.float16:
             self.limit = torch.finfo(dtype).max
+        self.orthonormal = "key_weight" not in profile.tensors  # B is A turned round then, and not held beside it
         self._bases: dict[tuple[tuple[int, ...], ...], list[torch.Tensor]] = {}
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -121,15 +122,17 @@ class LowRankCodec(Codec):
         groups = tuple(context.groups)
         if groups not in self._bases:
             tensors, plain = self.profile.tensors, torch.arange(self.spec.head_dim)
-            parts: list[Bases] = []
+            parts: list[list[torch.Tensor]] = []
             for name, weight, order, rank in (
                 ("key_factor", tensors.get("key_weight"), self.rope.order, self.ranks[0]),
                 ("value_factor", None, plain, self.ranks[1]),
             ):
                 each = [self._blocks(tensors[name], weight, heads, order, rank) for heads in groups]
-                parts.append((torch.stack([down for down, _ in each]), torch.stack([up for _, up in each])))
-            self._bases[groups] = [x.to(self.spec.device) for pair in parts for x in pair]
-        return self._bases[groups]
+                downs, ups = torch.stack([down for down, _ in each]), torch.stack([up for _, up in each])
+                parts.append([downs] if self.orthonormal else [downs, ups])
+            self._bases[groups] = [x.to(self.spec.device) for some in parts for x in some]
+        held = self._bases[groups]
+        return [x for down in held for x in (down, down.transpose(1, 2))] if self.orthonormal else held
 
     def _blocks(
         self, factor: torch.Tensor, weight: torch.Tensor | None, heads: tuple[int, ...], order: torch.Tensor, rank: int

@@ -47,6 +47,8 @@ class KvHeads(Method):
     Bytes per packed token of one head, with r = round(keep * head_dim): `2 r` numbers in the model's dtype (`4 r` in 16
     bits); in b bits `2 r (2 / planes + 4 / 32)`, planes = 4 or 2 for 4 or 8 bits: codes, and a float16 scale and zero
     point for 32 tokens of a feature, as `cskv` has them. A group of t heads holds t r = d' keys and d' values a token.
+    Beside them every cache has V' of keys and of values, float32: `8 n r kv_heads` bytes a layer, n its channels; at a
+    half of 16-bit numbers that is what `2 n` tokens save.
     """
 
     captures: ClassVar[tuple[Capture, ...]] = ("keys", "values")
