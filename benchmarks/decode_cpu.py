@@ -75,7 +75,7 @@ def main(
         if name == BASELINE:
             fivefold.restore(model)
         else:
-            huggingface.prepare(model)
+            huggingface.prepare(model, caches[name].absent if name in caches else ())
 
     with torch.inference_mode():
         model(task.prefix[:, :256])  # the first call pages the weights in

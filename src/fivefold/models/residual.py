@@ -43,9 +43,13 @@ class Following(TorchFunctionMode):
         for mine, other in ((one, two), (two, one)):
             both = isinstance(mine, torch.Tensor) and isinstance(other, torch.Tensor)
             if both and id(mine) in self._from and id(other) not in self._from and other.shape == self._shape:
-                # As they are now: the sum may be written over one of them.
-                self.added, self.to, self._from = mine.clone(), other.clone(), {}
+                self.found(mine, other)
+                self._from = {}
                 return
+
+    def found(self, added: torch.Tensor, to: torch.Tensor) -> None:
+        """It is about to be added. As they are now: the sum may be written over one of them."""
+        self.added, self.to = added.clone(), to.clone()
 
 
 def tensors_in(values: tuple[Any, ...]) -> list[torch.Tensor]:

@@ -91,7 +91,7 @@ class Skip(Replaced):
         watch.__exit__(None, None, None)
         if out is None:  # it has failed
             return
-        if watch.added is None or watch.added.count_nonzero():
+        if watch.adds is not False:
             raise UnsupportedModelError(
                 f"the attention of layer {self.module.layer_idx} cannot be left out, because {type(layer).__name__} "
                 "adds something of its own even where its attention gives nothing: use drop() for other layers, or "
@@ -127,11 +127,13 @@ class Idle(Replaced):
 
 
 class Watch(Following):
-    """Also finds which of a layer's other modules makes what its attention is given. norm: that module, if nothing else
-    takes what it makes: no module, and no function of torch; None if something does."""
+    """Also finds which of a layer's other modules makes what its attention is given. adds: whether a number that is
+    not 0 was added; None if nothing ever was. norm: that module, if nothing else takes what it makes: no module, and no
+    function of torch; None if something does."""
 
     def __init__(self, children: list[torch.nn.Module]) -> None:
         super().__init__()
+        self.adds: bool | None = None
         self.norm: torch.nn.Module | None = None
         self._given: torch.Tensor | None = None
         self._made: list[tuple[torch.nn.Module, torch.Tensor]] = []
@@ -152,6 +154,9 @@ class Watch(Following):
         if id(given) not in self._used:
             self.norm = next((child for child, made in self._made if made is given), None)
         self._made = []
+
+    def found(self, added: torch.Tensor, to: torch.Tensor) -> None:
+        self.adds = bool(added.count_nonzero())
 
     def _takes(self, child: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._use((*args, *kwargs.values()))
