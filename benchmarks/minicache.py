@@ -4,8 +4,8 @@
 
 Each text is read exactly (Python's language reference, three facts planted in it), merged and continued: KL is the
 mean over the 128 following tokens, in nats, between the next-token distributions of the exact cache and of this one.
-Each fact is asked for from a fork. Cosines are those of the profile that ships for the model. In float32. A run that was
-broken off goes on where it stopped.
+Each fact is asked for from a fork. Cosines are those of the profile that ships for the model. In float32. A run that
+was broken off goes on where it stopped.
 """
 
 from __future__ import annotations
