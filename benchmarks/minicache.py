@@ -4,7 +4,8 @@
 
 Each text is read exactly (Python's language reference, three facts planted in it), merged and continued: KL is the
 mean over the 128 following tokens, in nats, between the next-token distributions of the exact cache and of this one.
-Each fact is asked for from a fork. Cosines are those of the profile that ships for the model. In float32.
+Each fact is asked for from a fork. Cosines are those of the profile that ships for the model. In float32. A run that
+was broken off goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -69,8 +70,10 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--texts", type=int, default=3)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--store", type=Path, default=Path.home() / ".cache/fivefold/minicache.jsonl")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # that these layers are not alike is what is measured
+    options.store.parent.mkdir(parents=True, exist_ok=True)
     model, tokenizer = embedded.load()
     second, both = [b for _, b in PAIRS], sorted({layer for pair in PAIRS for layer in pair})
     recipes = {
@@ -83,15 +86,30 @@ def main() -> None:
         **{f"minicache(pairs=[[{a}, {b}]])": f"minicache(pairs=[[{a}, {b}]])" for a, b in [*PAIRS, (28, 29)]},
         "windows on layer 29": windows([29], model),
     }
-    rows: dict[str, list[Any]] = {name: [] for name in recipes}
-    with torch.inference_mode():
+    done: dict[str, Any] = {}  # by text and recipe
+    if options.store.is_file():
+        done = {line["key"]: line for line in map(json.loads, options.store.read_text().splitlines())}
+    with torch.inference_mode(), options.store.open("a") as store:
         for seed in range(options.texts):
             task, exact = make_task(tokenizer, options.context, seed, CONTINUATION), None
             for name, recipe in recipes.items():
+                key = f"{fivefold.__version__} {options.context} {seed} {recipe}"
+                if key in done:
+                    continue
+                if exact is None and recipe != "full()":
+                    exact = measure(model, tokenizer, task, "full()", None, False)[1]
                 row, logits = measure(model, tokenizer, task, recipe, exact, "pairs" not in name)
                 exact = logits if exact is None else exact
-                rows[name].append(row)
-                print(seed, name, {key: round(value, 4) for key, value in row.items()}, flush=True)
+                done[key] = {"key": key, "row": row}
+                store.write(json.dumps(done[key]) + "\n")
+                store.flush()
+                print(seed, name, {name: round(value, 4) for name, value in row.items()}, flush=True)
+    rows = {
+        name: [
+            done[f"{fivefold.__version__} {options.context} {seed} {recipe}"]["row"] for seed in range(options.texts)
+        ]
+        for name, recipe in recipes.items()
+    }
     profile = load_profile(f"minicache-{signature(model.config)}", "minicache", signature(model.config))
     cosines = {name: [round(float(x), 4) for x in tensor] for name, tensor in profile.tensors.items()}
     out = {
