@@ -3,10 +3,12 @@
     python benchmarks/anchors.py --context 7000 --json benchmarks/results/anchors_cpu.json
     python benchmarks/anchors.py --steps 8000 --steps 16000 --json benchmarks/results/anchors_steps_cpu.json
 
-A real document with three planted facts is read once by `full()`, which stores what all of these store. For each row, a
-fork of that cache with its own reading is fed the document's next 64 tokens one by one, and asked for each fact. KL
-(nats) and top-1 agreement are against the exact cache. The oracle is a simulation: each layer but the first two picks
-for itself, and so has read everything already.
+A real document with three planted facts is read once, by transformers' own attention, into a cache of `full()`, which
+stores what all of these store. For each row, a fork of that cache with its own reading is fed the document's next 64
+tokens one by one, and asked for each fact. KL (nats) and top-1 agreement are against the exact cache. The oracle is a
+simulation: each layer but the first two picks for itself, and so has read everything already. With `--keep FILE` the
+document's keys and values are kept for later runs, and with `--only` a run measures the rows that have the text in
+their name; rows that the file of `--json` has already stay there.
 
 With `--steps` the time of a step alone: of one thread, in seconds of the processor, so that other work beside it counts
 as little as can be; the median over rounds in which each recipe takes one step. The cache is filled with random keys
@@ -18,7 +20,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from transformers import DynamicCache
 
 import fivefold
 from fivefold.attention import attend_picked, attend_step, pick
@@ -50,7 +53,13 @@ def variants(specs: list[Any]) -> list[tuple[str, Reads, bool]]:
     even = [0, *(1 + round(i * (layers - 1) / 8) for i in range(8))]
     spaced = f"anchors(anchors={even})"
     bare: dict[str, Any] = {"sink": 0, "recent": 0}
-    recent = f"tidal(top={TOP}, sink=4, recent=32)"
+    others = (
+        "anchors(anchors=5)",
+        "anchors(top=256)",
+        "tidal()",
+        "tidal(top=512)",
+        "tidal(top=512, sink=4, recent=32)",
+    )
     everyone = {spec.layer: "select" if i > 1 else "full" for i, spec in enumerate(specs)}
     return [
         ("full()", Reads(), False),
@@ -62,11 +71,7 @@ def variants(specs: list[Any]) -> list[tuple[str, Reads, bool]]:
         ("evenly spaced", of(spaced), False),
         ("evenly spaced, no head map", of(spaced, nearest={}), False),
         ("evenly spaced, no head map, sink=0, recent=0", of(spaced, nearest={}, **bare), False),
-        *((f"anchors(anchors={n})", of(f"anchors(anchors={n})"), False) for n in (5,)),
-        *((f"anchors(top={n})", of(f"anchors(top={n})"), False) for n in (256,)),
-        ("tidal()", of("tidal()"), False),
-        (f"tidal(top={TOP})", of(f"tidal(top={TOP})"), False),
-        (recent, of(recent), False),
+        *((recipe, of(recipe), False) for recipe in others),
     ]
 
 
@@ -89,14 +94,11 @@ def oracle() -> Iterator[None]:
 
 
 def measure(
-    model: Any, tokenizer: Any, context: int, seed: int, only: str, progress: Callable[[str], None]
+    model: Any, tokenizer: Any, context: int, seed: int, only: str, kept: Path | None, progress: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
     """What has been measured so far, after every row."""
     task = make_task(tokenizer, context, seed)
-    base = fivefold.compress(model, "full()")
-    begin = time.perf_counter()
-    model(task.prefix, past_key_values=base, logits_to_keep=1)
-    progress(f"{context} tokens read in {time.perf_counter() - begin:.0f} s")
+    base = filled(model, read(model, task.prefix, kept))
     specs = [store.spec for store in base.session.stores.values()]
 
     def fork(reads: Reads) -> Any:
@@ -127,20 +129,40 @@ def measure(
         yield {"context": context, "seed": seed, "tokens": task.continuation.shape[1], "rows": rows}
 
 
+def read(model: Any, prefix: torch.Tensor, kept: Path | None) -> list[torch.Tensor]:
+    """Keys and values of each layer, `[2, kv_head, token, head_dim]`."""
+    if kept is not None and kept.is_file():
+        found = torch.load(kept)
+        assert torch.equal(found["prefix"], prefix), f"{kept} is of another document"
+        return list(found["layers"])
+    cache = DynamicCache(config=model.config)
+    for piece in prefix.split(2048, 1):
+        model(piece, past_key_values=cache, logits_to_keep=1)
+    layers = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
+    if kept is not None:
+        torch.save({"prefix": prefix, "layers": layers}, kept)
+    return list(layers)
+
+
+def filled(model: Any, layers: Sequence[torch.Tensor]) -> Any:
+    """A cache of `full()` with these keys and values."""
+    cache = fivefold.compress(model, "full()")
+    session, names = cache.session, ("kv_heads", "query_heads", "head_dim", "cap", "dtype", "device")
+    with session.atomic():
+        session.admit(1, layers[0].shape[2], None, None)
+        for index, pair in enumerate(layers):
+            store = session.deliver(index, {name: getattr(session.stores[index].spec, name) for name in names})
+            for group in store.groups:
+                store.append(group, *pair)
+    return cache
+
+
 def steps(model: Any, tokens: int, rounds: int = 30) -> dict[str, Any]:
     """Time of a step behind so many tokens."""
-    base = fivefold.compress(model, "full()")
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    shape = 2, config.num_key_value_heads, tokens, config.head_dim
+    base = filled(model, [torch.randn(shape, generator=generator) for _ in range(config.num_hidden_layers)])
     specs = [store.spec for store in base.session.stores.values()]
-    generator = torch.Generator().manual_seed(0)
-    with base.session.atomic():
-        base.session.admit(1, tokens, None, None)
-        for spec in specs:
-            given = {
-                name: getattr(spec, name) for name in ("kv_heads", "query_heads", "head_dim", "cap", "dtype", "device")
-            }
-            store = base.session.deliver(spec.layer, given)
-            for group in store.groups:
-                store.append(group, *torch.randn(2, len(group.rows), tokens, spec.head_dim, generator=generator))
     recipes, caches, times = ("full()", "anchors()", "anchors(anchors=7)", "tidal(top=512)"), {}, {}
     for recipe in recipes:
         caches[recipe], times[recipe] = base.fork(), []
@@ -159,15 +181,25 @@ def main(
     context: Annotated[list[int] | None, typer.Option()] = None,
     seed: int = 0,
     only: str = "",
+    kept: Annotated[Path | None, typer.Option("--keep")] = None,
     step: Annotated[list[int] | None, typer.Option("--steps")] = None,
     out: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     model, tokenizer = embedded.load()
     console, runs = Console(), []
 
+    before = json.loads(out.read_text())["runs"] if only and out is not None and out.is_file() else []
+
     def keep(run: dict[str, Any]) -> None:
+        """With what an earlier run has measured."""
+        new, others = {row["reads"] for row in run["rows"]}, []
+        for one in before:
+            if all(one.get(name) == run.get(name) for name in ("context", "seed", "steps")):
+                run = {**run, "rows": [row for row in one["rows"] if row["reads"] not in new] + run["rows"]}
+            else:
+                others.append(one)
         if out is not None:
-            made = {"model": "SmolLM2-135M-Instruct", "dtype": "float32", "runs": [*runs, run]}
+            made = {"model": "SmolLM2-135M-Instruct", "dtype": "float32", "runs": [*others, *runs, run]}
             out.write_text(json.dumps(made, indent=2) + "\n")
 
     if step:
@@ -182,7 +214,7 @@ def main(
                 for row in run["rows"]:
                     table.add_row(row["reads"], f"{row['cpu_ms']:.0f}", f"{row['x_full']:.2f}")
             else:
-                for run in measure(model, tokenizer, length, seed, only, Console(stderr=True).print):
+                for run in measure(model, tokenizer, length, seed, only, kept, Console(stderr=True).print):
                     keep(run)
                 table = Table(
                     "what is read", ">KL", ">top-1", ">facts", title=f"SmolLM2-135M, float32, {length} tokens"
