@@ -14,7 +14,7 @@ import torch
 import fivefold
 from conftest import VOCAB, build
 from fivefold.calibrate import learner, shares
-from fivefold.calibrate.budget import TAIL, Sharing, kl
+from fivefold.calibrate.budget import CHUNK, FOLLOWING, TAIL, Sharing, kl
 from fivefold.calibrate.profile import Profile, load_profile
 from fivefold.calibrate.run import Stopped, calibrate
 from fivefold.calibrate.shares import share_out
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE: dict[str, Any] = {"family": "llama", "num_hidden_layers": 2}
 CONTEXT = 192
 SHARES = (0.7, 0.22)
-ASKED = f"budget(bytes={list(SHARES)}, context={CONTEXT}, length={CONTEXT}, recent=40, texts=2, tries=4)"
+ASKED = f"budget(bytes={list(SHARES)}, context={CONTEXT}, length={CONTEXT}, recent=40, texts=2, tries=5)"
 
 
 class Words:
@@ -104,10 +104,11 @@ def test_a_large_budget_is_counted_in_units_and_never_passed(monkeypatch: Any) -
 
 
 @torch.inference_mode()
-def said(model: Any, recipe: str, ids: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:
+def said(model: Any, recipe: str, ids: torch.Tensor, tail: torch.Tensor, chunk: int = CHUNK) -> torch.Tensor:
     cache = fivefold.compress(model, recipe)
     model(ids, past_key_values=cache)
-    return model(tail, past_key_values=cache).logits[0].float().log_softmax(-1)
+    parts = [model(part, past_key_values=cache).logits[0] for part in tail.split(chunk, 1)]
+    return torch.cat(parts).float().log_softmax(-1)
 
 
 def sharing(model: Any, asked: str = ASKED) -> Sharing:
@@ -125,7 +126,8 @@ def test_costs_are_what_a_cache_loses(made: Any) -> None:
         (0, 0, "kivi(bits=[2, 16], residual=0)"),
         (1, 1, "kivi(bits=[16, 4], group=64, residual=0)"),
     ):
-        losses = [kl(said(model, "full()", *one), said(model, recipe, *one)) for one in work.texts]
+        short = [(ids, torch.cat([tail[:, :TAIL], tail[:, -TAIL:]], 1), 2 * TAIL) for ids, tail in work.texts]
+        losses = [kl(said(model, "full()", *one), said(model, recipe, *one)) for one in short]
         got = profile.tensors["bits"][layer, level]
         assert float(got) == pytest.approx(sum(losses) / len(losses), rel=1e-3) and got > 1e-6
     assert bool((profile.tensors["windows"] > 1e-6).all()) and profile.tensors["windows"].shape == (2, 2)
@@ -147,10 +149,10 @@ def test_the_tail_goes_on_and_quotes(made: Any) -> None:
     ids = [byte % VOCAB for byte in text().encode()]
     for prompt, tail in work.texts:
         whole = prompt[0].tolist()
-        assert len(whole) == CONTEXT and tail.shape == (1, 2 * TAIL)
+        assert len(whole) == CONTEXT and tail.shape == (1, FOLLOWING + TAIL)
         starts = [i for i in range(len(ids)) if ids[i : i + CONTEXT] == whole]
-        assert any(ids[i + CONTEXT : i + CONTEXT + TAIL] == tail[0, :TAIL].tolist() for i in starts)
-        quoted = tail[0, TAIL:].tolist()
+        assert any(ids[i + CONTEXT : i + CONTEXT + FOLLOWING] == tail[0, :FOLLOWING].tolist() for i in starts)
+        quoted = tail[0, FOLLOWING:].tolist()
         assert any(whole[i : i + TAIL] == quoted for i in range(CONTEXT // 2))
 
 

@@ -23,7 +23,11 @@ from fivefold.store.spec import LayerSpec, Pools
 
 TAIL = 32
 """Tokens that are judged behind a prompt: as many of what follows it, and of a quotation from it."""
-WEIGHTS = (1.0, 4.0, 0.25)
+FOLLOWING = 96
+"""Tokens of what follows a prompt that whole recipes are judged on."""
+CHUNK = 32
+"""So many of them are fed at a time: what came before is packed by then, as in decoding."""
+WEIGHTS = (1.0, 0.3, 0.1, 3.0)
 """How much windows count beside bits in the first recipes of the second pass."""
 SPREAD = 0.5
 """Of the logarithms of factors that costs are multiplied by in the others."""
@@ -81,6 +85,7 @@ class Sharing(Work):
         self.levels = LEVELS[self.codec]
         self.heads = [spec.kv_heads for spec in self.specs]
         self.texts = self._texts()
+        """Of each text, prompt `[1, length]` and tail `[1, FOLLOWING + TAIL]`, the quotation last."""
         self.tokens = sum(ids.shape[1] + tail.shape[1] for ids, tail in self.texts)
         self.items = [(layer, level) for layer in range(len(self.specs)) for level in range(len(self.levels))]
         self.items += [(layer, ~head) for layer, count in enumerate(self.heads) for head in range(count)]
@@ -126,10 +131,10 @@ class Sharing(Work):
     def _texts(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The prompts and their tails, drawn by the seed: stretches that do not overlap."""
         method, pick = self.method, random.Random(self.subject.seed)
-        longest = getattr(self.model.config, "max_position_embeddings", None) or method.length + 2 * TAIL
-        length = min(method.length, longest - 2 * TAIL)
+        longest = getattr(self.model.config, "max_position_embeddings", None) or method.length + FOLLOWING + TAIL
+        length = min(method.length, longest - FOLLOWING - TAIL)
         out = []
-        for piece in self._pieces(length + TAIL, pick) if length >= 2 * TAIL else []:
+        for piece in self._pieces(length, pick) if length >= 2 * TAIL else []:
             start = pick.randrange(length // 2)
             tail = piece[length:] + piece[start : start + TAIL]
             out.append((torch.tensor([piece[:length]]), torch.tensor([tail])))
@@ -141,10 +146,11 @@ class Sharing(Work):
         return out
 
     def _pieces(self, length: int, pick: random.Random) -> list[list[int]]:
-        """As many stretches of the text as are wanted, `length` tokens each, or fewer if it has not as many. Only they
-        are tokenised, where there is text enough."""
+        """As many stretches of the text as are wanted, `length + FOLLOWING` tokens each, or fewer if it has not as
+        many. Only they are tokenised, where there is text enough."""
         texts, tokenizer, wanted = self.subject.texts, self.subject.tokenizer, self.method.texts
-        wide = 8 * length  # characters, more than `length` tokens of nearly any text
+        wide = 8 * (length + TAIL)  # characters, more than that of tokens in nearly any text
+        length += FOLLOWING
         places = [(text, start) for text in texts for start in range(0, len(text) - wide + 1, wide)]
         if len(places) >= wanted:
             chosen = [text[start : start + wide] for text, start in pick.sample(places, wanted)]
@@ -347,6 +353,7 @@ class Sharing(Work):
         if self._prompt is None or self._prompt[0] != text:
             self._prompt = None
             ids, tail = self.texts[text]
+            tail = torch.cat([tail[:, :TAIL], tail[:, -TAIL:]], 1)
             cache = self._cache("full()")
             out = self.model(
                 ids.to(self.model.device), past_key_values=cache, output_hidden_states=True, logits_to_keep=1
@@ -381,7 +388,7 @@ class Sharing(Work):
         """What the model says in the tail with a cache that has read the prompt itself."""
         cache = self._cache(recipe)
         self.model(ids.to(self.model.device), past_key_values=cache, logits_to_keep=1)
-        return self._said(cache, tail)
+        return torch.cat([self._said(cache, part) for part in tail.split(CHUNK, 1)])
 
     def _said(self, cache: Any, tail: torch.Tensor) -> torch.Tensor:
         out = self.model(tail.to(self.model.device), past_key_values=cache)
