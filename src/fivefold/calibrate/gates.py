@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fivefold.calibrate.learner import Capture, Progress, Subject, Work
 from fivefold.calibrate.reading import beginning
@@ -38,7 +39,7 @@ WINDOW = 4
 learned from."""
 RATE = 0.02
 BETAS = (0.9, 0.999)
-RECOMPUTE = 2_048
+RECOMPUTE = 1_024
 """From how many tokens on layers are computed again instead of remembered."""
 WORDS = (
     "alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india", "juliett", "kilo", "lima",
@@ -180,6 +181,8 @@ class Gates(Work):
         by_layer = {spec.layer: gates[row, : self.heads[row]] for row, spec in enumerate(self.subject.specs)}
         with ExitStack() as stack:
             stack.enter_context(frozen(model))
+            if model.device.type == "cuda":  # the fused kernels add gradients up in any order
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             with torch.no_grad():
                 wanted = last_hidden_states(model, ids)[:, start:].float()
             stack.enter_context(torch.enable_grad())
