@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fivefold.calibrate.learner import Capture, Progress, Subject, Work
 from fivefold.calibrate.reading import beginning
@@ -38,7 +39,7 @@ WINDOW = 4
 learned from."""
 RATE = 0.02
 BETAS = (0.9, 0.999)
-RECOMPUTE = 2_048
+RECOMPUTE = 1_024
 """From how many tokens on layers are computed again instead of remembered."""
 WORDS = (
     "alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india", "juliett", "kilo", "lima",
@@ -114,11 +115,12 @@ class Gates(Work):
     gradients of the distillation, a running mean as in Adam). So a share of `keep` of the gates rises and the others
     fall, whatever the scale of a model's hidden states. (2) Gates start at `keep`, not at 1, where the distillation
     has no gradient and, near it, mostly noise: that few heads retrieve shows where the others are nearly closed. (3)
-    Scores are the mean of a gate over all steps, which tells gates that end at the same bound apart. (4) Full
-    attention in a mixed layer is that of its own queries, keys and values, as in the paper's equation (the official
-    code takes the teacher's output). (5) Texts are short, so that a CPU can do it, and windows in proportion.
+    A score is a gate plus what it was worth on the average of all steps, from 0 for the least to 1 for the most: so
+    gates that end at the same bound are told apart. (4) Full attention in a mixed layer is that of its own queries,
+    keys and values, as in the paper's equation (the official code takes the teacher's output). (5) Texts are short,
+    so that a CPU can do it, and windows in proportion.
 
-    sums: gates, benefit, first, second, scores: float32 `[layer, kv_head]` of the layers that are compressed.
+    sums: gates, benefit, worth, first, second: float32 `[layer, kv_head]` of the layers that are compressed.
     """
 
     what = "Training gates"
@@ -142,7 +144,7 @@ class Gates(Work):
         # Layers may have different numbers of heads: what is not there is never worth anything.
         self.there = torch.arange(max(heads)) < torch.tensor(heads)[:, None]
         empty = torch.zeros(self.there.shape)
-        self.sums = {name: empty.clone() for name in ("benefit", "first", "second", "scores")}
+        self.sums = {name: empty.clone() for name in ("benefit", "worth", "first", "second")}
         self.sums["gates"] = torch.full_like(empty, keep).masked_fill(~self.there, 0)
 
     def _heads(self) -> list[int]:
@@ -179,6 +181,8 @@ class Gates(Work):
         by_layer = {spec.layer: gates[row, : self.heads[row]] for row, spec in enumerate(self.subject.specs)}
         with ExitStack() as stack:
             stack.enter_context(frozen(model))
+            if model.device.type == "cuda":  # the fused kernels add gradients up in any order
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             with torch.no_grad():
                 wanted = last_hidden_states(model, ids)[:, start:].float()
             stack.enter_context(torch.enable_grad())
@@ -190,6 +194,7 @@ class Gates(Work):
     def update(self, gradient: torch.Tensor, number: int) -> None:
         """A step of Adam on distillation and regularisation."""
         sums, share = self.sums, 1 - BETAS[0] ** (number + 1)
+        sums["worth"] = sums["worth"] - gradient / self.total
         sums["benefit"] = torch.lerp(sums["benefit"], -gradient, 1 - BETAS[0])
         gradient = gradient + price(sums["benefit"][self.there] / share, self.keep)
         sums["first"] = torch.lerp(sums["first"], gradient, 1 - BETAS[0])
@@ -197,22 +202,24 @@ class Gates(Work):
         root = (sums["second"] / (1 - BETAS[1] ** (number + 1))).sqrt() + 1e-8
         moved = sums["gates"] - rate(number, self.total) * sums["first"] / share / root
         sums["gates"] = moved.clamp(0, 1).masked_fill(~self.there, 0)
-        sums["scores"] = sums["scores"] + sums["gates"] / self.total
 
     def finish(self, progress: Progress) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         settings = {
-            "score": "DuoAttention's gates, mean over training",
+            "score": "DuoAttention's gates, trained, plus what they were worth meanwhile (0 to 1)",
             "kind": "gates", "keep": self.keep, "length": self.length, "steps": self.total, "sink": self.sink,
             "recent": self.recent, "rate": RATE, "words": self.source.words,
             "regularisation": "L1, at the price that a share of keep of the gates is worth",
         }  # fmt: skip
+        worth = self.sums["worth"][self.there]
+        scale = (worth.max() - worth.min()).clamp_min(torch.finfo(torch.float32).tiny)
+        scores = self.sums["gates"] + (self.sums["worth"] - worth.min()) / scale
         out = {}
-        for name in ("scores", "gates"):
+        for name, found in (("scores", scores), ("gates", self.sums["gates"])):
             # Layers that are not compressed have no gates.
             whole = torch.full((self.subject.specs[0].layers, self.there.shape[1]), -1.0)
             for row, spec in enumerate(self.subject.specs):
                 count = self.heads[row]
-                whole[spec.layer, :count] = self.sums[name][row, :count]
+                whole[spec.layer, :count] = found[row, :count]
             out[name] = whole
         return settings, out
 
