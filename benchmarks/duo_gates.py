@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--long", type=int, default=7000, help="0 to leave it out")
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.3, 0.15, 0.08])
+    parser.add_argument("--keep", type=float, nargs="*", default=[0.3, 0.15, 0.08])
     parser.add_argument("--heads", nargs="+", metavar="NAME=PROFILE", help="instead of the shipped and the random ones")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -157,7 +157,7 @@ class Gates(Work):
             found[layer] = captured["values"].shape[1]
 
         wanted: tuple[Capture, ...] = ("values",)
-        with torch.inference_mode(), capturing(self.subject.model, wanted, see):
+        with torch.no_grad(), capturing(self.subject.model, wanted, see):
             ids = torch.zeros((1, 2), dtype=torch.int64, device=self.subject.model.device)
             self.subject.model(input_ids=ids, use_cache=False)
         return [found[spec.layer] for spec in self.subject.specs]
