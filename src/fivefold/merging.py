@@ -27,7 +27,7 @@ _SETTLED = 1e-12
 def convert(
     model: PreTrainedModel,
     kv_heads: int,
-    by: By = "alike",
+    by: By = "norm",
     align: bool = True,
     tokenizer: Any = None,
     ids: torch.Tensor | None = None,
