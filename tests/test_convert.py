@@ -332,8 +332,8 @@ def test_the_embedded_model_from_three_heads_to_two() -> None:
     embedded.fetch()
     model, tokenizer = embedded.load(dtype=torch.float32)
     ids = tokenizer(document(), return_tensors="pt").input_ids[0]
-    texts = ids[: 3 * 20_000].view(3, 20_000)[:, :640]
-    learned = ids[70_000:74_096].view(4, 1024)
+    texts = ids[: 2 * 30_000].view(2, 30_000)[:, :640]
+    learned = ids[70_000:72_048].view(2, 1024)
 
     def logs(one: Any) -> torch.Tensor:
         with torch.inference_mode():

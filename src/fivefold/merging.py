@@ -27,7 +27,7 @@ _SETTLED = 1e-12
 def convert(
     model: PreTrainedModel,
     kv_heads: int,
-    by: By = "alike",
+    by: By = "norm",
     align: bool = True,
     tokenizer: Any = None,
     ids: torch.Tensor | None = None,
@@ -85,7 +85,7 @@ def convert(
         raise InputError(f"convert(by={by!r}) is not possible: use one of {', '.join(get_args(By))}.")
     shape = conversion.shape_of(model, align)
     if isinstance(kv_heads, bool) or not isinstance(kv_heads, int) or not 1 <= kv_heads < shape.kv_heads:
-        most = f"1 to {shape.kv_heads - 1}" if shape.kv_heads > 1 else "another model: it has one KV head"
+        most = {1: "another model: it has one KV head", 2: "1"}.get(shape.kv_heads, f"1 to {shape.kv_heads - 1}")
         raise InputError(f"convert(kv_heads={kv_heads!r}) does not make fewer of {shape.kv_heads}: use {most}.")
     moments = None
     if align or by != "uniform":
