@@ -41,8 +41,8 @@ def recipes(model: Any) -> dict[str, str]:
     specs = [store.spec for store in make_cache(model, Recipe()).session.stores.values()]
     order = Recipe.parse("drop()").methods[0].order(specs)  # type: ignore[attr-defined]
     out = {"full()": "full()"}
+    out |= {f"drop(layers={count})": f"drop(layers={count})" for count in COUNTS}
     for count in COUNTS:
-        out[f"drop(layers={count})"] = f"drop(layers={count})"
         heads = [[s.layer, head] for s in specs if s.layer not in order[:count] for head in range(s.kv_heads)]
         out[f"windows {count}"] = f"duo(retrieval={heads}, sink={SINK}, recent={RECENT})"
     for name in ("kivi(bits=4)", "drop(layers=4) + kivi(bits=4)", "drop(layers=[25, 26, 7, 28])"):
