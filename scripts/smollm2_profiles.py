@@ -17,7 +17,7 @@ from fivefold.cli.terminal import work_bar
 from fivefold.methods import registered
 from fivefold.models import embedded
 
-ASKED = {"budget": "budget(bytes=[0.15, 0.1, 0.07], tries=5)"}
+ASKED = {"budget": "budget(bytes=0.1, tries=4)"}
 """What is asked for where that is more than the defaults."""
 
 
