@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--samples", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--budget", type=float, nargs="+", default=list(BY_HAND))
+    parser.add_argument("--budget", type=float, nargs="+", default=None, help="those of the profile if not given")
     parser.add_argument("--more", nargs="*", default=[], help="further recipes, beside them")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--store", type=Path, default=Path.home() / ".cache/fivefold/budget.jsonl")
@@ -44,8 +44,8 @@ def main() -> None:
     model, tokenizer = embedded.load()
     name = signature(model.config)
     profile = load_profile(options.profile or f"budget-{name}", "budget", name)
-    found = {budget: profile.settings["recipes"][repr(budget)] for budget in options.budget}
-    pairs = {budget: (BY_HAND[budget], found[budget]["recipe"]) for budget in options.budget}
+    found = {float(budget): made["recipe"] for budget, made in profile.settings["recipes"].items()}
+    pairs = {budget: (BY_HAND[budget], found[budget]) for budget in options.budget or found}
     recipes = [*dict.fromkeys(recipe for pair in pairs.values() for recipe in pair), *options.more]
     plan = engine.Plan(tuple(recipes), SUITES, (options.context,), options.samples, options.seed)
     result = engine.run(

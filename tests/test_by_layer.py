@@ -157,7 +157,8 @@ def test_kernels_step_through_layers_of_several_kinds(model: Any, recipe: str, m
     assert set(cache.session.why_not_fused().values()) == {None} and len(cache.session.banks) > 1
     monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
     # A number that lies between two codes may get the other one, as with the same bits in all layers.
-    assert torch.allclose(run(model, recipe, 40)[1], got, atol=1e-2)
+    wanted = run(model, recipe, 40)[1]
+    assert (got - wanted).norm() < 0.02 * wanted.norm() and (got - wanted).abs().median() < 1e-3
 
 
 def test_saved_and_loaded(model: Any, tmp_path: Path) -> None:
