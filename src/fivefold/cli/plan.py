@@ -51,7 +51,8 @@ def plan(
         int | None, typer.Option(min=1, metavar="N", help="Users at a time; as many as fit if not given.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16; the model's own if not given.")
+        str | None,
+        typer.Option("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16; the model's own if not given."),
     ] = None,
     sliding: Annotated[bool, typer.Option("--sliding", help="Compress layers with a sliding window too.")] = False,
     chunk: Annotated[int, typer.Option(min=1, metavar="N", help="A prompt is read so many tokens at a time.")] = 2048,
