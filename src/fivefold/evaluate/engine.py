@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+import fivefold
 from fivefold.api import compress, restore
 from fivefold.calibrate.profile import signature
 from fivefold.errors import InputError
@@ -218,7 +219,7 @@ def environment(model: Any, tokenizer: Any) -> dict[str, str]:
         "text_hash": hashlib.sha256(document().encode()).hexdigest()[:16],
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "fivefold": version("fivefold"),
+        "fivefold": fivefold.__version__,
         "code": code_hash(),
     }
 
