@@ -191,8 +191,9 @@ def fit_file(results: Results, out: Path) -> None:
     steps = [fit.Row.from_dict(row) for row in rows if row["what"] == "step"]
     # Smaller chunks wait for the host, whose speed is not the GPU's.
     prompts = [fit.Prompt.from_dict(row) for row in rows if row["what"] == "prompt"]
-    prompts = [row for row in prompts if row.chunk is None or row.chunk >= CHUNK]
-    fitted = fit.fit_prompts(prompts, fit.fit_steps(steps, base, efficiencies=True))
+    large = [row for row in prompts if row.chunk is None or row.chunk >= CHUNK]
+    fitted = fit.fit_prompts(large, fit.fit_steps(steps, base, efficiencies=True))
+    fitted = fit.fit_host([row for row in prompts if row not in large], fitted)
     fitted = fit.fit_switch([row for row in rows if row["what"] == "switch"], fitted)
     fitted = replace(fitted, source="benchmarks/plan_gpu.py, fitted on Llama-3-8B's shape", measured=True)
     known = json.loads(out.read_text())
