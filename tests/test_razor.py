@@ -163,6 +163,7 @@ class Row:
                 self.exact += group
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
 @pytest.mark.parametrize("compensate", [True, False])
 @pytest.mark.parametrize("packed", [None, 4, 2])
