@@ -122,3 +122,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test over the list of recipes runs each method alone in the README's command, and its pairs and variants, which
+    take as long again, where the slow tests run."""
+    from recipes import VARIANTS  # it needs this module
+
+    for item in items:
+        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if params.get("name") in VARIANTS:
+            item.add_marker(pytest.mark.slow)

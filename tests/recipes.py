@@ -60,6 +60,11 @@ _BESIDE = (
 RECIPES: dict[str, str] = {**_ALONE, **{f"{name}+kivi": f"{_ALONE[name]} + {KIVI}" for name in _BESIDE}}
 """The recipes by name, which is the id of a test."""
 
+_QUICK = ("duo+kivi", "h2o+kivi", "anchors+kivi")
+VARIANTS = frozenset(
+    name for name in RECIPES if ("+" in name or "-" in name) and name not in (*_QUICK, "kivi-residual")
+)
+"""Pairs, and methods that are there with other parameters too: `conftest.py` leaves them to CI."""
 PACKING = tuple(
     name
     for name, recipe in RECIPES.items()
