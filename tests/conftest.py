@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -30,6 +30,14 @@ from transformers import (
 import fivefold
 
 VOCAB = 131
+
+
+def first(values: Iterable[Any], count: int) -> list[Any]:
+    """Parameters of a test: so many for the README's command, and the others, which are like them, for CI too."""
+    slow = pytest.mark.slow
+    return [value if i < count else pytest.param(value, marks=slow) for i, value in enumerate(values)]
+
+
 # Grouped, single (MQA) and equally many (MHA) kv heads; head dims 64, 96, 128 and 256. A wide initialisation, so that
 # attention is not nearly uniform and greedy output is not one token for ever.
 _COMMON: dict[str, Any] = {
