@@ -561,7 +561,8 @@ def test_on_the_embedded_model() -> None:
     sample = tasks()["passkey"]().make(tokenizer, 384, random.Random("drop"))
     with torch.inference_mode():
         exact = model(ids).logits[0, -128:].log_softmax(-1)
-        for count, most in ((1, 0.04), (4, 0.3)):
+        # Of one text; the mean of several is in docs/methods.md (0.036 and 0.256).
+        for count, most in ((1, 0.08), (4, 0.45)):
             cache = fivefold.compress(model, f"drop(layers={count})")
             logs = model(ids, past_key_values=cache).logits[0, -128:].log_softmax(-1)
             assert 0.001 < float((exact.exp() * (exact - logs)).sum(-1).mean()) <= most
