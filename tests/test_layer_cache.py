@@ -653,7 +653,7 @@ CHANGES: dict[str, tuple[Callable[[], list[LayerCache]], Callable[[list[LayerCac
     "h2o step at the end of a page": (h2o_full, lambda layers: step_whole(layers[0]), 3),
     "h2o step after a fork": (h2o_forked, lambda layers: step_whole(layers[1]), 6),
     "h2o packed steps": (h2o_packed, lambda layers: step_whole(layers[0], 30), 60),
-    "h2o packed chunk": (h2o_packed, lambda layers: extend_whole(layers[0], 100), 15),
+    "h2o packed chunk": (h2o_packed, lambda layers: extend_whole(layers[0], 100), 11),
     "d2o chunk": (d2o, lambda layers: d2o_chunk(layers[0]), 6),
     "d2o step": (d2o, lambda layers: step_whole(layers[0]), 1),
     "mikv chunk": (mikv, lambda layers: extend_whole(layers[0], 100), 12),

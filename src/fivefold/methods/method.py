@@ -239,7 +239,7 @@ class PairMethod(Method):
 
     def pair_codec(self, spec: LayerSpec, layers: tuple[int, int], inner: Codec | None) -> PairCodec:
         """How one of two layers packs; inner: how it would without this method, None if it would not. What stays exact
-        is the larger one of both methods' `exact_tokens`."""
+        is the larger one of both methods' exact tokens."""
         raise NotImplementedError
 
 

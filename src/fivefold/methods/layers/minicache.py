@@ -119,7 +119,7 @@ class MiniCache(PairMethod):
 
     def layer_pairs(self, specs: Sequence[LayerSpec]) -> list[tuple[int, int]]:
         there = {spec.layer: spec for spec in specs}
-        layers = specs[0].layers
+        layers = specs[0].layers if specs else 0
         if self.pairs is not None:
             wanted = [(int(a), int(b)) for a, b in self.pairs]
             for pair in wanted:
