@@ -14,7 +14,7 @@ import torch
 import fivefold
 from conftest import VOCAB, build
 from fivefold.calibrate import learner, shares
-from fivefold.calibrate.budget import CHUNK, FOLLOWING, TAIL, Sharing, kl
+from fivefold.calibrate.budget import CHUNK, FOLLOWING, TAIL, Sharing, lost
 from fivefold.calibrate.profile import Profile, load_profile
 from fivefold.calibrate.run import Stopped, calibrate
 from fivefold.calibrate.shares import share_out
@@ -127,7 +127,7 @@ def test_costs_are_what_a_cache_loses(made: Any) -> None:
         (1, 1, "kivi(bits=[16, 4], group=64, residual=0)"),
     ):
         short = [(ids, torch.cat([tail[:, :TAIL], tail[:, -TAIL:]], 1), 2 * TAIL) for ids, tail in work.texts]
-        losses = [kl(said(model, "full()", *one), said(model, recipe, *one)) for one in short]
+        losses = [lost(said(model, "full()", *one), said(model, recipe, *one)) for one in short]
         got = profile.tensors["bits"][layer, level]
         assert float(got) == pytest.approx(sum(losses) / len(losses), rel=1e-3) and got > 1e-6
     assert bool((profile.tensors["windows"] > 1e-6).all()) and profile.tensors["windows"].shape == (2, 2)
@@ -139,7 +139,7 @@ def test_the_second_pass_keeps_the_best_recipe_by_what_it_loses_as_a_whole(made:
     work = sharing(model)
     for share in SHARES:
         found = profile.settings["recipes"][repr(share)]
-        losses = [kl(said(model, "full()", *one), said(model, found["recipe"], *one)) for one in work.texts]
+        losses = [lost(said(model, "full()", *one), said(model, found["recipe"], *one)) for one in work.texts]
         assert found["kl"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
     assert profile.settings["recipes"]["0.7"]["kl"] <= profile.settings["recipes"]["0.22"]["kl"]
 

@@ -12,7 +12,10 @@ import torch
 
 import fivefold
 from conversations import text
+from fivefold.engine.layer import _check_later
 from fivefold.errors import NonFiniteError
+from fivefold.methods.bits.kivi import KiviCodec
+from fivefold.store.transaction import Transaction
 from recipes import RECIPES, SHAPE, written
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,3 +63,26 @@ def test_every_method_refuses_what_is_no_number(tiny: Any, name: str) -> None:
         for tokens in (1, 60, 1):
             got, want = (model(text(tokens), past_key_values=one).logits for one in (cache, other))
             assert torch.equal(got, want), (before, size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1e5, 7.5])
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_is_checked_later_is_what_is_checked_at_once(which: int, value: float, dtype: torch.dtype) -> None:
+    """A GPU says at the end of a forward what a CPU says of each layer."""
+    pair = torch.linspace(-2, 3, 2 * 4 * 32 * 64).view(2, 4, 32, 64).to(dtype)
+    pair[which, 3, 7, 11] = value
+    said, codecs = [], [KiviCodec(4, 32, 32, 64) for _ in range(2)]
+    for codec, later in zip(codecs, (False, True)):
+        change = Transaction()
+        try:
+            if later:
+                _check_later(change, codec, *pair)
+                assert codec.peak == 0
+                change.verify()
+            else:
+                codec.check(*pair)
+        except NonFiniteError as error:
+            said.append(str(error))
+    assert len(said) == (0 if abs(value) < 100 else 2) and len(set(said)) <= 1
+    assert said or codecs[0].peak == codecs[1].peak == 7.5

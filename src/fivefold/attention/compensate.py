@@ -31,8 +31,7 @@ def left_of(layer: LayerCache, group: RowGroup, queries: torch.Tensor, scaling: 
         return None
     means = [layer.learned[name] for name in MEANS]
     if len(group.rows) < layer.rows:
-        rows = group.rows_tensor.to(means[0].device)
-        means = [x[rows] for x in means]
+        means = [x[group.rows_on(x.device)] for x in means]
     return _part(layer, means[0], means[1], math.log(count), queries, scaling)
 
 

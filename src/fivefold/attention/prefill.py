@@ -6,7 +6,7 @@ a window needs a mask, queries are taken `QUERY_BLOCK` at a time against the key
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ QUERY_BLOCK = 512
 # Tokens of the packed tier that are decoded at a time; on a GPU as many as make so many numbers.
 KEY_BLOCK = 2048
 KEY_NUMBERS = 1 << 25
+
+Piece = tuple[np.ndarray, torch.Tensor, torch.Tensor]
+"""Tokens of some rows that stand alike: their positions `[tokens]`, keys and values `[rows, tokens, head_dim]`."""
 
 
 def attend_chunk(
@@ -42,7 +45,8 @@ def attend_chunk(
     extent, chunk, cap = group.bounds.extent, keys.shape[1], layer.spec.cap
     start = int(group.bounds.length)
     if start and cap is None and not extent.late_sink and extent.share is None and takes_windows(queries):
-        return _attend_joined(layer, group, queries, keys, values, scaling)
+        joined = _attend_joined if extent.recent is None else _attend_window_joined
+        return joined(layer, group, queries, keys, values, scaling)
     if _sees_all(extent) or (start == 0 and chunk <= extent.recent):  # type: ignore[operator]
         own = attend(queries, _spread(keys, queries), _spread(values, queries), scaling, causal=True, cap=cap)
     else:
@@ -64,30 +68,36 @@ def _attend_joined(
     values: torch.Tensor,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attend_chunk` where `takes_windows`: what is stored is copied together with the chunk, all of it under a window,
-    else the newest exact tokens. A GPU copies sooner than it attends once more and merges what comes out."""
-    extent, start, chunk = group.bounds.extent, int(group.bounds.length), keys.shape[1]
-    own = np.arange(start, start + chunk)
-    if extent.recent is None:
-        blocks = list(_exact(group, int(group.bounds.exact_tokens), True))
-        # What is large is better off alone, where another kernel takes it.
-        last = [blocks.pop()] if blocks and not is_large(queries, blocks[-1][1].shape[1]) else []
-        _, k, v = _join([*last, (slice(0, chunk), keys, values)])
-        before, k, v = k.shape[1] - chunk, _spread(k, queries), _spread(v, queries)
-        if last:
-            parts = [attend_window(queries, k, v, scaling, before, before + chunk)]
-        else:
-            parts = [attend(queries, k, v, scaling, causal=True)]
-        parts += [_over_all(queries, k, v, scaling, None) for _, k, v in blocks]
-        parts += [_over_all(queries, k, v, scaling, None) for _, k, v in _packed(layer, group, queries)]
-        out, lse = merge(parts)
-        return out.to(queries.dtype), lse
-    tokens, pieces = int(group.bounds.exact_tokens), [(own, keys, values)]
-    positions = group.bounds.exact_positions(int(group.bounds.exact_pages))[:tokens]
-    pieces += [(positions[window], k, v) for window, k, v in _exact(group, tokens, False)]
-    pieces += _packed(layer, group, queries)
-    seen: list[tuple[np.ndarray, torch.Tensor, torch.Tensor]] = []
-    for at, k, v in pieces:
+    """`attend_chunk` where `takes_windows`, over what is stored without a window: the newest exact tokens are copied
+    together with the chunk. A GPU copies sooner than it attends once more and merges what comes out."""
+    blocks, chunk = list(_exact(group, True)), keys.shape[1]
+    # What is large is better off alone, where another kernel takes it.
+    last = [blocks.pop()] if blocks and not is_large(queries, blocks[-1][1].shape[1]) else []
+    _, k, v = _join([*last, (np.arange(chunk), keys, values)])
+    before, k, v = k.shape[1] - chunk, _spread(k, queries), _spread(v, queries)
+    if last:
+        parts = [attend_window(queries, k, v, scaling, before, before + chunk)]
+    else:
+        parts = [attend(queries, k, v, scaling, causal=True)]
+    parts += [_over_all(queries, k, v, scaling, None) for _, k, v in (*blocks, *_packed(layer, group, queries))]
+    out, lse = merge(parts)
+    return out.to(queries.dtype), lse
+
+
+def _attend_window_joined(
+    layer: LayerCache,
+    group: RowGroup,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same under a window: all that a query may see is copied together with the chunk."""
+    extent, start = group.bounds.extent, int(group.bounds.length)
+    assert extent.recent is not None
+    own = np.arange(start, start + keys.shape[1])
+    seen: list[Piece] = []
+    for at, k, v in (*_exact(group, False), *_packed(layer, group, queries), (own, keys, values)):
         # Sinks and the others may lie side by side, and so may tokens that no query sees.
         wanted = np.flatnonzero((at < extent.sink) | (at > start - extent.recent))
         for run in np.split(wanted, np.flatnonzero((np.diff(wanted) != 1) | (np.diff(at[wanted]) != 1)) + 1):
@@ -95,9 +105,8 @@ def _attend_joined(
                 part = slice(int(run[0]), int(run[-1]) + 1)
                 seen.append((at[part], k[:, part], v[:, part]))
     seen.sort(key=lambda piece: int(piece[0][0]))
-    whole = torch.cat([k for _, k, _ in seen], 1), torch.cat([v for _, _, v in seen], 1)
-    at = np.concatenate([piece[0] for piece in seen])
-    out, lse = _windowed(extent, start, queries, *whole, at, scaling, None)
+    at, k, v = _join(seen)
+    out, lse = _windowed(extent, start, queries, k, v, at, scaling, None)
     return out.to(queries.dtype), lse
 
 
@@ -208,30 +217,31 @@ def _window_bias(extent: Extent, queries: torch.Tensor, keys: torch.Tensor) -> t
     return torch.where(seen, 0.0, MASKED)
 
 
-def _exact(group: RowGroup, tokens: int, joined: bool) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Keys and values of the first `tokens` slots of the exact tier, block by block, each with its slots.
+def _exact(group: RowGroup, joined: bool) -> Iterator[Piece]:
+    """The exact tier, block by block.
 
     joined: blocks are copied together, as many as make `KEY_NUMBERS`. A GPU copies sooner than it attends over many
     blocks and merges what comes out, and every earlier chunk has left a block of its own.
     """
-    parts: list[tuple[slice, torch.Tensor, torch.Tensor]] = []
+    bounds, parts = group.bounds, list[Piece]()
+    positions = bounds.exact_positions(int(bounds.exact_pages))[: int(bounds.exact_tokens)]
     most = KEY_NUMBERS // (len(group.rows) * group.layer.spec.head_dim) if joined else 0
     for first, last, location in group.exact_blocks():
-        window = slice(first * PAGE, min(last * PAGE, tokens))
-        keys, values = (group.read_exact(name, location)[:, : window.stop - window.start] for name in KV)
-        if parts and window.stop - parts[0][0].start > most:
+        at = positions[first * PAGE : last * PAGE]
+        keys, values = (group.read_exact(name, location)[:, : len(at)] for name in KV)
+        if parts and sum(len(one) for one, _, _ in parts) + len(at) > most:
             yield _join(parts)
             parts = []
-        parts.append((window, keys, values))
+        parts.append((at, keys, values))
     if parts:
         yield _join(parts)
 
 
-def _join(parts: list[tuple[slice, torch.Tensor, torch.Tensor]]) -> tuple[slice, torch.Tensor, torch.Tensor]:
+def _join(parts: Sequence[Piece]) -> Piece:
     if len(parts) == 1:
         return parts[0]
-    whole = slice(parts[0][0].start, parts[-1][0].stop)
-    return whole, torch.cat([keys for _, keys, _ in parts], 1), torch.cat([values for _, _, values in parts], 1)
+    at, keys, values = zip(*parts)
+    return np.concatenate(at), torch.cat(keys, 1), torch.cat(values, 1)
 
 
 def _over_all(
@@ -244,10 +254,8 @@ def _over_all(
     return out.view(queries.shape), lse.view(rows, heads, chunk)
 
 
-def _packed(
-    layer: LayerCache, group: RowGroup, queries: torch.Tensor
-) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
-    """The packed tier block by block: positions, and keys and values as decoded, `[rows, tokens, head_dim]`."""
+def _packed(layer: LayerCache, group: RowGroup, queries: torch.Tensor) -> Iterator[Piece]:
+    """The packed tier block by block, decoded."""
     if not group.packed.shape[1]:
         return
     assert layer.codec is not None and layer.packing is not None
@@ -272,20 +280,15 @@ def _stored(
     """The chunk over each tier, block by block: parts to be merged."""
     bounds, extent, cap = group.bounds, group.bounds.extent, layer.spec.cap
 
-    def over(keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        if _sees_all(extent):
-            return _over_all(queries, keys, values, scaling, cap)
-        return _windowed(extent, int(bounds.length), queries, keys, values, positions, scaling, cap)
-
-    tokens = int(bounds.exact_tokens)
-    positions = bounds.exact_positions(int(bounds.exact_pages))[:tokens]
     # Under a window sinks and the rest stay apart: what is attended on at once is a run of positions.
-    for window, keys, values in _exact(group, tokens, queries.is_cuda and _sees_all(extent)):
-        for first, last in _seen(bounds, positions[window]):
-            yield over(keys[:, first:last], values[:, first:last], positions[window][first:last])
-    for at, keys, values in _packed(layer, group, queries):
-        for first, last in _seen(bounds, at):
-            yield over(keys[:, first:last], values[:, first:last], at[first:last])
+    for pieces in (_exact(group, queries.is_cuda and _sees_all(extent)), _packed(layer, group, queries)):
+        for at, keys, values in pieces:
+            for first, last in _seen(bounds, at):
+                k, v = keys[:, first:last], values[:, first:last]
+                if _sees_all(extent):
+                    yield _over_all(queries, k, v, scaling, cap)
+                else:
+                    yield _windowed(extent, int(bounds.length), queries, k, v, at[first:last], scaling, cap)
 
 
 def _seen(bounds: Bounds, positions: np.ndarray) -> list[tuple[int, int]]:

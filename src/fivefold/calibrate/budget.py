@@ -15,6 +15,7 @@ from fivefold.calibrate.shares import Option, share_out
 from fivefold.engine.build import build
 from fivefold.engine.session import Session
 from fivefold.errors import FivefoldError, InputError, RecipeError
+from fivefold.evaluate.divergence import kl
 from fivefold.methods import find
 from fivefold.recipe import Recipe
 from fivefold.report import measure
@@ -189,7 +190,7 @@ class Sharing(Work):
                 if index < first:
                     stack.callback(vars(block).pop, "forward")
                     vars(block)["forward"] = _saying(prompt.blocks[index])
-            loss = kl(prompt.logs, self._said(cache, prompt.tail))
+            loss = lost(prompt.logs, self._said(cache, prompt.tail))
         name, place = ("bits", part) if part >= 0 else ("windows", ~part)
         self.sums[name][layer, place] += loss
 
@@ -204,7 +205,7 @@ class Sharing(Work):
         if not self._exact:
             self._exact = [self._logs("full()", *text) for text in self.texts]
         losses = [
-            kl(exact, self._logs(str(recipe), *text)) for exact, text in zip(self._exact, self.texts, strict=True)
+            lost(exact, self._logs(str(recipe), *text)) for exact, text in zip(self._exact, self.texts, strict=True)
         ]
         loss = sum(losses) / len(losses)
         if loss < float(best[0]):
@@ -431,9 +432,9 @@ def _saying(out: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: out
 
 
-def kl(exact: torch.Tensor, logs: torch.Tensor) -> float:
-    """Mean KL divergence, nats, of log-probabilities `[tokens, vocabulary]` from the exact ones."""
-    return float((exact.exp() * (exact - logs)).sum(-1).clamp_min(0).double().mean())
+def lost(exact: torch.Tensor, logs: torch.Tensor) -> float:
+    """Mean over tokens of what a recipe loses: see `kl`."""
+    return float(kl(exact, logs).double().mean())
 
 
 def feed(session: Session, prompt: Prompt) -> None:

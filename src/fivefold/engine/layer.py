@@ -119,7 +119,7 @@ def _check_later(change: Transaction, codec: Codec, keys: torch.Tensor, values: 
 
     def look(ends: list[float]) -> None:
         for name, low, high in (("keys", ends[0], ends[1]), ("values", ends[2], ends[3])):
-            peak = max(-low, high) if low == low else low
+            peak = _peak(low, high)
             if not peak <= FLOAT16_MAX:  # also when it is NaN
                 raise beyond(name, peak)
             codec.peak = max(codec.peak, peak)
@@ -155,11 +155,15 @@ def _check_finite(layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
     for name, x in (("keys", keys), ("values", values)):
         low, high = torch.stack(x.aminmax()).tolist()  # NaN if there is one
         if not (math.isfinite(low) and math.isfinite(high)):
-            peak = max(-low, high) if low == low else low
             raise NonFiniteError(
-                f"the {name} of layer {layer} are not finite, they reach {peak}, beyond all that can be stored: look "
-                "for the layer that overflows, or load the model in bfloat16 or float32."
+                f"the {name} of layer {layer} are not finite, they reach {_peak(low, high)}, beyond all that can be "
+                "stored: look for the layer that overflows, or load the model in bfloat16 or float32."
             )
+
+
+def _peak(low: float, high: float) -> float:
+    """The largest magnitude of numbers between these two; not a number if one of them is none."""
+    return max(-low, high) if low == low else low
 
 
 def _attend_group(

@@ -60,7 +60,7 @@ class Picks:
         self._picked[group.rows] = True
         self._found.clear()
         if not whole:
-            self._picks = self._picks.index_copy(0, group.rows_tensor.to(wide.device), wide.to(self._picks.device))
+            self._picks = self._picks.index_copy(0, group.rows_on(self._picks.device), wide.to(self._picks.device))
 
     def of(self, group: RowGroup) -> torch.Tensor | None:
         """What was picked for the rows of a group, `[rows, top]`, -1 for none; None if nothing was for one of them, or

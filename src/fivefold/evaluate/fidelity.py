@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fivefold.evaluate.divergence import kl
 from fivefold.evaluate.layers import Trace
 
 BINS = 4
@@ -61,7 +62,7 @@ def compare(reference: Reference, logs: torch.Tensor, free: list[int], continuat
     five, exact_five = logs.topk(5).indices, exact.topk(5).indices
     targets = continuation[0, 1:, None].cpu()
     figures = {
-        "kl": (exact.exp() * (exact - logs)).sum(-1).clamp_min(0),
+        "kl": kl(exact, logs),
         "top1": (exact.argmax(-1) == logs.argmax(-1)).float(),
         "top5": (five[:, :, None] == exact_five[:, None]).any(1).float().mean(-1),
         "perplexity": -logs[:-1].gather(1, targets)[:, 0],

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fivefold.evaluate.divergence import kl
 from fivefold.models.huggingface import attention_modules
 
 
@@ -96,6 +97,5 @@ def lens(model: Any, exact: Trace, other: Trace) -> list[float]:
 
     found = []
     for one, two in zip(exact.leaving, other.leaving):
-        wanted, given = said(one), said(two)
-        found.append(float((wanted.exp() * (wanted - given)).sum(-1).clamp_min(0).mean()))
+        found.append(float(kl(said(one), said(two)).mean()))
     return found

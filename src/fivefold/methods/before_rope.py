@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from fivefold.calibrate.profile import Profile
 from fivefold.methods.method import Codec
 from fivefold.store import Context, Rope
 
 # Numbers of keys that are made again at a time: bounds the memory of a step.
 SLICE = 1 << 20
+
+
+class LearnedCodec(Codec):
+    """A codec that does what a profile says, and keeps what it makes of that for heads that are packed together.
+
+    made: tensors for the groups of heads of a `Context`, made when they are asked for.
+    """
+
+    profile: Profile
+    made: dict[tuple[tuple[int, ...], ...], Sequence[torch.Tensor]]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.profile.sha256
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for tensors in self.made.values() for x in tensors)
+
+    def forget(self) -> None:
+        self.made.clear()
 
 
 class BeforeRope(Codec):

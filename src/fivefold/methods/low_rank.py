@@ -7,6 +7,7 @@ which heads go together, is the method's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from fivefold.errors import ProfileError, RecipeError
 from fivefold.kernels.pack import fill_rows
 from fivefold.kernels.planar import PLANES, dequantise, pack, quantise, unpack_planes
 from fivefold.kernels.shared import shared
-from fivefold.methods.before_rope import BeforeRope
+from fivefold.methods.before_rope import BeforeRope, LearnedCodec
 from fivefold.methods.method import Method
 from fivefold.store import Context, Field, LayerSpec, PageLayout
-from fivefold.store.codec import FLOAT16_MAX, Codec, check_finite
+from fivefold.store.codec import FLOAT16_MAX, check_finite
 
 Bases = tuple[torch.Tensor, torch.Tensor]
 
@@ -70,7 +71,7 @@ def profile_of(method: Method, spec: LayerSpec, given: str | None, rank: int, we
     return profile
 
 
-class LowRankCodec(Codec):
+class LowRankCodec(LearnedCodec):
     """Pages of features, each head's an equal share of those of its group of heads.
 
     name: of its pages. ranks: r and s features a head for keys and values. bits: None for numbers as they are, in
@@ -112,15 +113,15 @@ class LowRankCodec(Codec):
         if bits is None and dtype != torch.float16:
             self.limit = torch.finfo(dtype).max
         self.orthonormal = "key_weight" not in profile.tensors  # B is A turned round then, and not held beside it
-        self._bases: dict[tuple[tuple[int, ...], ...], list[torch.Tensor]] = {}
+        self.made = {}
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         check_finite(keys, values, self.limit)
 
-    def bases(self, context: Context) -> list[torch.Tensor]:
+    def bases(self, context: Context) -> Sequence[torch.Tensor]:
         """A and B of keys (channels in the paired order) and of values: `[groups or 1, n, rank]`, `[.., rank, n]`."""
         groups = tuple(context.groups)
-        if groups not in self._bases:
+        if groups not in self.made:
             tensors, plain = self.profile.tensors, torch.arange(self.spec.head_dim)
             parts: list[list[torch.Tensor]] = []
             for name, weight, order, rank in (
@@ -130,8 +131,8 @@ class LowRankCodec(Codec):
                 each = [self._blocks(tensors[name], weight, heads, order, rank) for heads in groups]
                 downs, ups = torch.stack([down for down, _ in each]), torch.stack([up for _, up in each])
                 parts.append([downs] if self.orthonormal else [downs, ups])
-            self._bases[groups] = [x.to(self.spec.device) for some in parts for x in some]
-        held = self._bases[groups]
+            self.made[groups] = [x.to(self.spec.device) for some in parts for x in some]
+        held = self.made[groups]
         return [x for down in held for x in (down, down.transpose(1, 2))] if self.orthonormal else held
 
     def _blocks(
@@ -149,17 +150,6 @@ class LowRankCodec(Codec):
         if len(blocks) == 1:
             return blocks[0]
         return torch.block_diag(*(down for down, _ in blocks)), torch.block_diag(*(up for _, up in blocks))
-
-    @property
-    def fingerprint(self) -> str:
-        return self.profile.sha256
-
-    @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for made in self._bases.values() for x in made)
-
-    def forget(self) -> None:
-        self._bases.clear()
 
     def of(self, context: Context) -> Bound:
         return Bound(self, context)

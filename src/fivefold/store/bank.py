@@ -353,7 +353,7 @@ class Bank:
         moved |= (new.packed_stop != old.packed_stop) | (new.left != old.left)
         if moved.any():
             with self.atomic():
-                self.move(rows[moved], _take(old, moved), _take(new, moved))
+                self.move(rows[moved], old.at(moved), new.at(moved))
             self.touch(rows[moved])
             if self.mirror is not None and self.mirror.fit():
                 self.mirror.sync()  # here a GPU is still at work on the step
@@ -384,7 +384,3 @@ _LENGTH = Bounds._fields.index("length")
 def _stacked(parts: list[tuple[Tier, np.ndarray]]) -> Tier:
     """Rows of several tiers, one after the other."""
     return Tier.gathered([(tier, len(tier.table), rows) for tier, rows in parts], 1, 1, False)
-
-
-def _take(bounds: Bounds, rows: np.ndarray) -> Bounds:
-    return Bounds(*(x[rows] for x in bounds))

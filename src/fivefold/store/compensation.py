@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from fivefold.store.codec import Pair
 from fivefold.store.group import KV, Layer, RowGroup
 from fivefold.store.rows import PAGE, Bounds
 
@@ -23,8 +24,6 @@ MEANS = ("left_keys", "left_values")
 """Their names in `LayerCache.learned`: `[rows, head_dim]` each, of no meaning where `Bounds.compensated` is 0."""
 # Numbers of packed keys that are decoded at a time.
 _NUMBERS = 1 << 22
-
-Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Tables(Protocol):

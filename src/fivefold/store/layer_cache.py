@@ -328,7 +328,7 @@ class LayerCache:
         if new == old:
             return
         bank, rows = self.bank, group.flat
-        before, after = (Bounds(*(np.full(len(rows), x) for x in bounds)) for bounds in (old, new))
+        before, after = old.repeated(len(rows)), new.repeated(len(rows))
         chunk = None if keys is None or values is None else (keys, values)
         if chunk is None:
             bank.move(rows, before, after, group=group, held=held)
@@ -489,7 +489,7 @@ class LayerCache:
         """
         assert self.codec is not None
         self.bank.offset[group.flat] = offset
-        rows = group.rows_tensor.to(self.spec.device)
+        rows = group.rows_on(self.spec.device)
         for name, x in self.codec.learn(queries, keys, values, inputs).items():
             whole = self.learned.get(name, x.new_zeros((self.rows, *x.shape[1:])))
             self.learned[name] = whole.index_copy(0, rows, x)

@@ -69,9 +69,8 @@ class Due:
 
     def part(self, which: np.ndarray, keys: np.ndarray) -> Due:
         """Some of the rows, whose slot, count and stored (`keys`) are the same."""
-        bounds = Bounds(*(x[which] for x in self.bounds))
         numbers = (int(x) for x in keys[:3, which[0]])
-        return Due(self.rows[which], bounds, self.start[which], self.column[which], *numbers)
+        return Due(self.rows[which], self.bounds.at(which), self.start[which], self.column[which], *numbers)
 
 
 class Way(NamedTuple):
@@ -122,7 +121,7 @@ def pack(
     some = count > 0
     if some.any():
         keys = np.stack([slot, count, stored])[:, some]
-        due = Due(rows[some], Bounds(*(x[some] for x in old)), start[some], column[some], 0, 0, 0)
+        due = Due(rows[some], old.at(some), start[some], column[some], 0, 0, 0)
         if not _by_kernel(bank, due, keys, chunk):
             for which in _alike(bank, due, keys):
                 _encode(bank, due.part(which, keys), chunk, group, held)
@@ -150,8 +149,10 @@ def _by_kernel(bank: Tables, due: Due, keys: np.ndarray, chunk: Chunk | None) ->
     form, choice = first.codec.form, choose(bank.device)
     if form is None or len(bank.packed.pools) > 1 or bank.exact.pool.layout.holds or bank.device.type == "meta":
         return False
-    if chunk is not None and any(x.dtype != first.spec.dtype or x.device != bank.device for x in chunk):
-        return False
+    if chunk is not None:
+        chunk = chunk[0].contiguous(), chunk[1].contiguous()
+        if any(x.dtype != first.spec.dtype or x.device != bank.device or x.data_ptr() % 16 for x in chunk):
+            return False  # addresses are in units of 16 bytes
     if choice.path == "cpp" and cpu.supports(form, first.spec.dtype):
         pack_exact = cpu.pack_exact
     elif choice.triton and form.head_dim in (64, 128, 256):
@@ -163,7 +164,6 @@ def _by_kernel(bank: Tables, due: Due, keys: np.ndarray, chunk: Chunk | None) ->
     opened = slot > 0
     bank.packed.unshare(bank.change, due.rows[opened], due.column[opened])
     if chunk is not None:
-        chunk = chunk[0].contiguous(), chunk[1].contiguous()
         _complete(bank, due, int(stored[0]), int(count[0]), chunk)
     # All planes of 32 tokens, row by row: number n of row i goes to plane at[n] of the pages from due.column[i] on.
     planes, page = count // PAGE, bank.packing.page // PAGE

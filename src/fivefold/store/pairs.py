@@ -126,7 +126,7 @@ def _take_both(layer: PairedLayer, group: RowGroup, chunk: Pair, revocable: int)
     chunks = [first.waiting.pop(number).chunk, chunk]
     new = old.appended(chunk[0].shape[1]).advanced(layer.packing, revocable)
     rows = np.concatenate([group.flat - bank.rows, group.flat])
-    before, after = (Bounds(*(np.full(len(rows), x) for x in bounds)) for bounds in (old, new))
+    before, after = old.repeated(len(rows)), new.repeated(len(rows))
     bank.move(rows, before, after._replace(length=before.length), chunks=chunks)
     for one, part, tokens in zip((first, layer), (RowGroup(first, group.rows, old), group), chunks):
         one.write_exact(part, old, new, *tokens)
@@ -145,7 +145,7 @@ def pack_pairs(bank: Tables, rows: np.ndarray, old: Bounds, new: Bounds, chunks:
     if all(np.array_equal(a, b) for a, b in zip(old, new)):
         return  # tokens have come for one of the layers
     one, two = _sides(bank, rows, old)
-    first, second, old, new = rows[one], rows[two], _take(old, one), _take(new, one)
+    first, second, old, new = rows[one], rows[two], old.at(one), new.at(one)
     way = Way.between(old, new, packing)
     for wanted in np.unique(way.fresh[way.fresh > 0]).tolist():
         some = way.fresh == wanted
@@ -154,16 +154,12 @@ def pack_pairs(bank: Tables, rows: np.ndarray, old: Bounds, new: Bounds, chunks:
     for kind in np.unique(kinds[:, way.count > 0], axis=1).T.tolist():
         some = (kinds == np.array(kind)[:, None]).all(0)
         sides = [
-            Due(side[some], _take(old, some), way.start[some], way.column[some], kind[1], kind[2], kind[3])
+            Due(side[some], old.at(some), way.start[some], way.column[some], kind[1], kind[2], kind[3])
             for side in (first, second)
         ]
         _encode(bank, bank.layers[kind[0]], sides, chunks or (None, None))
     columns = way.columns + np.maximum(0, way.fresh)
     tier.drop(change, np.concatenate([first, second]), 0, *(np.concatenate([x, x]) for x in (way.gone, columns)))
-
-
-def _take(bounds: Bounds, rows: np.ndarray) -> Bounds:
-    return Bounds(*(x[rows] for x in bounds))
 
 
 def _sides(bank: Tables, rows: np.ndarray, old: Bounds) -> tuple[np.ndarray, np.ndarray]:

@@ -132,6 +132,14 @@ class Bounds(NamedTuple):
         fixed = extent.sink, recent, extent.late_sink, extent.late_recent, pinned, share, int(extent.compensate)
         return cls(*fixed, exact_base=pinned)
 
+    def at(self, which: np.ndarray | slice) -> Bounds:
+        """Of some of the rows."""
+        return Bounds(*(x[which] for x in self))
+
+    def repeated(self, rows: int) -> Bounds:
+        """Of one row, as arrays of so many."""
+        return Bounds(*(np.full(rows, x) for x in self))
+
     @property
     def extent(self) -> Extent:
         """Of one row."""

@@ -18,8 +18,8 @@ from fivefold.kernels.packed_decode import decode_values
 from fivefold.kernels.planar import PLANES, pack, planar_output, quantise
 from fivefold.kernels.rotated import rotated_columns, rotated_scores
 from fivefold.kernels.shared import shared
-from fivefold.methods import FLOAT16_MAX, Codec, Method, channels_of, check_finite, param, register
-from fivefold.methods.before_rope import BeforeRope
+from fivefold.methods import FLOAT16_MAX, Method, channels_of, check_finite, param, register
+from fivefold.methods.before_rope import BeforeRope, LearnedCodec
 from fivefold.store import Context, Field, LayerSpec, PageLayout
 
 
@@ -142,7 +142,7 @@ def massive(inputs: torch.Tensor, count: int) -> torch.Tensor:
     return out
 
 
-class RotateCodec(Codec):
+class RotateCodec(LearnedCodec):
     """Planar pages (see `kernels/planar`) of rotated keys and values.
 
     Fields, d = head_dim, P = planes: key_words, value_words int16 [32, d]; key_scale, key_zero, value_scale, value_zero
@@ -171,7 +171,7 @@ class RotateCodec(Codec):
         if method.sinks:
             fields.append(Field("sinks", (method.sinks,), torch.int16, "other"))
         self.layout = PageLayout(f"rotatekv{method.bits}", self.planes * 32, tuple(fields))
-        self._orders: dict[tuple[tuple[int, ...], ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.made = {}
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         # A rotation of n channels makes numbers at most sqrt(n) times as large.
@@ -194,29 +194,19 @@ class RotateCodec(Codec):
     def orders(self, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
         """The order of rotated channels, and where in it each of them is: int64 `[groups or 1, n]`."""
         groups, dim = tuple(context.groups), self.spec.head_dim
-        if groups not in self._orders:
+        if groups not in self.made:
             layer, heads = self.profile.settings["layers"].index(self.spec.layer), context.together
             mean, block, each = self.profile.tensors["key_mean"], self.block(heads), []
             for part in groups:
                 channels = (torch.tensor(part)[:, None] * dim + self.rope.order).flatten().tolist()
                 each.append(order_of(mean, layer, tuple(channels), heads, block))
             order = torch.stack(each).to(self.spec.device)
-            self._orders[groups] = order, order.argsort(1)
-        return self._orders[groups]
+            self.made[groups] = order, order.argsort(1)
+        order, places = self.made[groups]
+        return order, places
 
     def block(self, heads: int) -> int:
         return heads_together(heads, self.method.head_group, self.spec.head_dim)
-
-    @property
-    def fingerprint(self) -> str:
-        return self.profile.sha256
-
-    @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for made in self._orders.values() for x in made)
-
-    def forget(self) -> None:
-        self._orders.clear()
 
     def of(self, context: Context) -> _Bound:
         return _Bound(self, context)
