@@ -32,7 +32,7 @@ import fivefold
 VOCAB = 131
 
 
-def first(values: Iterable[Any], count: int) -> list[Any]:
+def quick(values: Iterable[Any], count: int) -> list[Any]:
     """Parameters of a test: so many for the README's command, and the others, which are like them, for CI too."""
     slow = pytest.mark.slow
     return [value if i < count else pytest.param(value, marks=slow) for i, value in enumerate(values)]

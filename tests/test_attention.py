@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import first
+from conftest import quick
 from fivefold.attention import attend_chunk, attend_step, decode, prefill
 from fivefold.attention import merge as merge_module
 from fivefold.attention.merge import MASKED, attend, attend_reference, attend_window, merge, takes_windows
@@ -179,7 +179,7 @@ def window_reference(
     return attend_reference(queries, keys, values, scaling, torch.where(seen, 0.0, MASKED).to(queries.device))
 
 
-@pytest.mark.parametrize("seed", first(range(16), 3))
+@pytest.mark.parametrize("seed", quick(range(16), 3))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_windows_of_all_queries_at_once(seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     # As on a GPU, but for the kernel of windows.
@@ -222,19 +222,19 @@ def test_the_kernel_of_windows(seed: int) -> None:
     torch.testing.assert_close(found[1], wanted[1], atol=1e-2, rtol=1e-3)
 
 
-@pytest.mark.parametrize("seed", first(range(60), 12))
+@pytest.mark.parametrize("seed", quick(range(60), 12))
 def test_attention_over_any_tiers(seed: int) -> None:
     Run(seed, torch.float32).go()
 
 
-@pytest.mark.parametrize("seed", first(range(10), 3))
+@pytest.mark.parametrize("seed", quick(range(10), 3))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_attention_in_half_precision(seed: int, dtype: torch.dtype) -> None:
     Run(100 + seed, dtype).go(6)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("seed", first(range(8), 2))
+@pytest.mark.parametrize("seed", quick(range(8), 2))
 def test_attention_in_small_blocks(seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "PACKED_BLOCK", 1)
     monkeypatch.setattr(prefill, "QUERY_BLOCK", 7)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fivefold
-from conftest import VOCAB, first
+from conftest import VOCAB, quick
 from fivefold.errors import NonFiniteError, ProfileError, RecipeError
 from fivefold.evaluate.demo import make_task
 from fivefold.methods.channels.cskv import attended
@@ -123,7 +123,7 @@ RESTS = ["",
 
 
 @pytest.mark.parametrize("recipe", NEARLY)
-@pytest.mark.parametrize("rest", first(RESTS, 2))
+@pytest.mark.parametrize("rest", quick(RESTS, 2))
 def test_combinations_stay_near_what_they_pack(learned: Any, recipe: str, rest: str) -> None:
     model, whole = learned(recipe, rest=rest, initializer_range=0.1)
     ids = prompt(3, 260)

@@ -577,6 +577,7 @@ def test_in_a_terminal(tiny: Path, tmp_path: Path, everything: bool):
 # -- with the embedded model ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_a_chat_with_the_embedded_model(tmp_path: Path):
     embedded.fetch()

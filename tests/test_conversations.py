@@ -49,6 +49,7 @@ def run(scheduler: Scheduler, requests: list[Request]) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", ["full", "kivi-residual", "duo+kivi", "snapkv", "h2o+kivi", "rotatekv", "mikv"])
+@pytest.mark.slow
 def test_answers_are_those_of_each_alone(tiny: Any, tmp_path: Path, name: str) -> None:
     """Nine conversations under a cap that holds about four, with little host memory."""
     model = tiny(**SHAPE)

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 import families
 import fivefold
-from conftest import first
+from conftest import quick
 from fivefold.errors import CacheStateError, FivefoldError, InputError
 from recipes import RECIPES, written
 
@@ -372,7 +372,7 @@ def test_training_is_said_in_a_sentence() -> None:
 # -- shapes -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dim", first([24, 80, 8, 72, 112, 248], 2))
+@pytest.mark.parametrize("dim", quick([24, 80, 8, 72, 112, 248], 2))
 @pytest.mark.parametrize(
     "recipe", ["full()", "kivi(bits=8)", "kivi(bits=2, group=64)", "gear(bits=4, rank=2)", "mikv()"]
 )

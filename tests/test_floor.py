@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fivefold
+from conftest import quick
 from conversations import Conversation, text
 from fivefold.errors import CacheStateError, RecipeError
 from fivefold.methods import find
@@ -109,7 +110,7 @@ def test_windows_and_sinks_stay_whatever_the_budget(tiny: Callable[..., Any]) ->
 # -- token by token ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize("keep", quick([0.25, 0.1, 0.5], 1))
 @pytest.mark.parametrize("name", CHOOSING)
 def test_what_comes_token_by_token_is_held_to_its_budget(name: str, keep: float, tiny: Callable[..., Any]) -> None:
     model, ids = tiny(**SHAPE), text(300)

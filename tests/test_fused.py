@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from conftest import DEVICES, KERNELS
+from conftest import DEVICES, KERNELS, quick
 from fivefold.attention import attend_chunk, attend_picked, attend_step
 from fivefold.attention.decode import exact_bias, packed_bias
 from fivefold.attention.fused import why_not
@@ -250,7 +250,7 @@ def test_a_group_that_cannot_be_packed_is_said_and_stays(device, monkeypatch) ->
 @pytest.mark.parametrize(("device", "asked"), PATHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "codec", [None, Kivi(bits=4, residual=32), Kivi(bits=2, group=64, residual=32), Kivi(bits=3, residual=32)]
+    "codec", quick([None, Kivi(bits=4, residual=32), Kivi(bits=2, group=64, residual=32), Kivi(bits=3, residual=32)], 2)
 )
 def test_picked_tokens_are_those_of_the_reference(device, asked, dtype, codec, monkeypatch) -> None:
     """With some that a row does not hold, and the newest among them or not; packed ones beside the whole exact tier."""

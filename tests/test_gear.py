@@ -108,6 +108,7 @@ def test_power_iteration_finds_what_is_there() -> None:
 # -- encode, decode, attend -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     options=st.fixed_dictionaries(

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import fivefold
-from conftest import DEVICES, KERNELS, VOCAB, build
+from conftest import DEVICES, KERNELS, VOCAB, build, quick
 from conversations import text
 from fivefold import Request, generate_many
 from fivefold.errors import CacheStateError, InputError
@@ -102,7 +102,7 @@ def test_each_request_gets_what_it_gets_alone(tiny: Any, name: str) -> None:
     check(model, recipe, results)
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "gpt_neox"])
+@pytest.mark.parametrize("family", quick(["gemma3_text", "gpt_neox", "mistral", "qwen2", "qwen3", "phi3"], 2))
 @pytest.mark.parametrize("name", ["full", "kivi4"])
 def test_families(tiny: Any, family: str, name: str) -> None:
     model = tiny(family)

@@ -1046,6 +1046,7 @@ def tables_of(*caches: Any) -> dict[int, int]:
         ("llama", "h2o(keep=0.9)"), ("llama", f"random(keep=0.9) + {KIVI8}"), ("llama", "d2o(keep=0.9)"),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_the_report_counts_what_torch_allocates(
     tiny: Any, request: pytest.FixtureRequest, family: str, recipe: str
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fivefold
+from conftest import quick
 from fivefold.errors import CacheStateError, RecipeError
 from fivefold.methods.bits.mikv import MiKV, TokenCodec
 from fivefold.store import Context
@@ -190,7 +191,7 @@ COMBINED = [
 ]
 
 
-@pytest.mark.parametrize("recipe", COMBINED)
+@pytest.mark.parametrize("recipe", quick(COMBINED, 3))
 def test_combinations_generate_the_same_again_and_in_batches(recipe: str, tiny: Callable[..., Any]) -> None:
     model, ids = tiny(), prompt(300, batch=2)
     cache = fivefold.compress(model, recipe)

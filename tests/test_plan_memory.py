@@ -113,6 +113,7 @@ def cases(draw: Any) -> dict[str, Any]:
 SETTINGS = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(case=cases())
 def test_any_combination(case: dict[str, Any], tmp_path_factory: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fivefold
-from conftest import DEVICES, KERNELS
+from conftest import DEVICES, KERNELS, quick
 from fivefold import Recipe
 from fivefold.attention.decode import attend_step
 from fivefold.attention.prefill import attend_chunk
@@ -268,7 +268,7 @@ def test_a_whole_prompt_is_read_exactly(tiny: Any, tmp_path: Path) -> None:
     assert cache.report().kept_tokens < 0.5
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize("family", quick(["llama", "qwen3", "gpt_neox"], 1))
 @pytest.mark.parametrize("codec", ["", " + kivi(bits=4, residual=32)"])
 def test_kernels_and_the_reference_agree(
     tiny: Any, tmp_path: Path, family: str, codec: str, monkeypatch: pytest.MonkeyPatch
@@ -366,7 +366,9 @@ def test_sliding_layers_stay_as_they_are(tiny: Any) -> None:
     assert RazorAttention().extents(spec) == [Extent()] * 2
 
 
-@pytest.mark.parametrize("other", ["kivi2", "gear", "mikv", "rotatekv", "cskv", "h2o", "d2o", "tidal", "mikv-high8"])
+@pytest.mark.parametrize(
+    "other", quick(["kivi2", "h2o", "rotatekv", "tidal", "gear", "mikv", "cskv", "d2o", "mikv-high8"], 4)
+)
 def test_beside_other_methods(tiny: Any, tmp_path: Path, other: str) -> None:
     """The means are those of what heads held, as it was read from their pages, when it left."""
     model = tiny(**SHAPE)

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from conftest import first
+from conftest import quick
 from fivefold.store.rows import ALL, FIXED, PAGE, Bounds, Extent, Packing, Span
 
 EXTENTS = [
@@ -130,7 +130,7 @@ def slots(span: Span) -> tuple[list[int], list[int]]:
     return list(range(int(span.packed_first), int(span.packed_stop))), exact
 
 
-@pytest.mark.parametrize("packing", first(PACKINGS, 3), ids=str)
+@pytest.mark.parametrize("packing", quick(PACKINGS, 3), ids=str)
 @pytest.mark.parametrize("extent", EXTENTS, ids=str)
 def test_bounds_are_what_a_simulation_of_every_token_says(extent: Extent, packing: Packing | None) -> None:
     rng = random.Random(f"{extent} {packing}")
@@ -180,7 +180,7 @@ def check_idle(bounds: Bounds, packing: Packing | None) -> None:
 
 
 @pytest.mark.parametrize("page", [32, 128])
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", quick(range(8), 3))
 def test_arrays_of_bounds_are_what_each_is_alone(seed: int, page: int) -> None:
     """Rows of any extents, lengths and residuals at once."""
     rng = random.Random(seed)
