@@ -18,7 +18,7 @@ from fivefold.cli.terminal import work_bar
 from fivefold.methods import registered
 from fivefold.models import embedded
 
-ASKED = {"budget": "budget(bytes=0.1, tries=4)", "duo": "duo(keep=0.15)"}
+ASKED = {"budget": "budget(bytes=[0.15, 0.1, 0.07], tries=5)", "duo": "duo(keep=0.15)"}
 """What is asked for where that is more than the defaults."""
 TEXT = {"anchors": 4_096, "duo": 32_768}
 """Tokens to read, where a long text teaches more than many short ones."""
