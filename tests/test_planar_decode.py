@@ -79,6 +79,6 @@ def test_parts_are_those_of_the_reference(device, case) -> None:
     found, lse = kernel.decode(queries.to(dtype), scaling, spans, packed, with_lse=True, programs=(3, 1))
     assert found.dtype == dtype and (found[2] == 0).all() and (lse[2] == -torch.inf).all()
     for row in range(2):
-        bound = max(3e-3, 4 * torch.finfo(dtype).eps)
+        bound = 5e-3  # keys of some channels are 20 times as large, and float16
         assert (found[row].double() - wanted[row]).norm() < bound * wanted[row].norm()
         assert torch.allclose(lse[row].double(), wanted_lse[row], 3e-4, 3e-2)
