@@ -113,12 +113,13 @@ def decode_planar(
     """Keys (as they are packed: balanced) and values of pages, `[pages, tokens, head_dim]`; their fields, `[pages,
     *shape]`, in the order of `Planar.parts`."""
     page = dict(zip(form.parts, fields, strict=True))
-    base = [[page[f"{side}_{part}"] for part in ("words", "scale", "zero")] for side in ("key", "value")]
+    words, scale, zero = (page[f"key_{part}"] for part in ("words", "scale", "zero"))
     if form.group:
-        keys = decode_keys(*base[0], form.key_bits, form.planes).to(dtype)
+        keys = decode_keys(words, scale, zero, form.key_bits, form.planes).to(dtype)
     else:
-        keys = decode_values(*base[0], form.key_bits).to(dtype)
-    values = decode_values(*base[1], form.value_bits).to(dtype)
+        keys = decode_values(words, scale, zero, form.key_bits).to(dtype)
+    words, scale, zero = (page[f"value_{part}"] for part in ("words", "scale", "zero"))
+    values = decode_values(words, scale, zero, form.value_bits).to(dtype)
     if form.rank:
         keys += page["key_left"].to(dtype) @ page["key_right"].to(dtype)
         values += page["value_left"].to(dtype) @ page["value_right"].to(dtype)

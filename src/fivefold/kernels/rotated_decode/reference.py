@@ -43,8 +43,8 @@ class Rotated(Reader):
 
     unit = 2
     positional = True
-    resident = 2  # type: ignore[assignment]
-    limit = 1000.0  # type: ignore[assignment]
+    resident = 2
+    limit = 1000.0
 
     @property
     def planes(self) -> int:
@@ -159,8 +159,8 @@ def attend_rotated(
     even, odd = keys[..., ::2], keys[..., 1::2]
     even, odd = even * angles.cos() - odd * angles.sin(), odd * angles.cos() + even * angles.sin()
     keys = torch.stack([even, odd], -1).flatten(2) if form.neighbours else torch.cat([even, odd], 2)
-    parts = (page[f"value_{part}"].flatten(0, 1) for part in ("words", "scale", "zero"))
-    values = decode_values(*parts, form.bits).to(dtype) @ hadamard(dim).to(device, dtype).T
+    words, scale, zero = (page[f"value_{part}"].flatten(0, 1) for part in ("words", "scale", "zero"))
+    values = decode_values(words, scale, zero, form.bits).to(dtype) @ hadamard(dim).to(device, dtype).T
     values = values.reshape(rows, tokens, dim)
     if form.sinks:
         row, column, sink = (page["sinks"] >= 0).nonzero().unbind(1)

@@ -181,7 +181,7 @@ class RotateCodec(LearnedCodec):
         self.peak = max(self.peak, check_finite(keys, values, limit))
 
     @cached_property
-    def reader(self) -> Rotated:  # type: ignore[override]
+    def reader(self) -> Rotated:
         spec, sinks = self.spec, self.method.sinks
         order = self.order_of(tuple(range(spec.kv_heads)), spec.kv_heads).to(spec.device)
         shape = self.method.bits, self.channels, spec.head_dim, spec.kv_heads, self.block(spec.kv_heads), sinks
