@@ -16,6 +16,7 @@ from fivefold.methods.method import Method
 from fivefold.store.spec import LayerSpec
 
 pytest.importorskip("triton", reason="needs Triton")
+from fivefold.kernels.planar_decode.triton import received
 from test_packed_decode import DEVICES, Tier, device, kernel, numbers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,9 +77,17 @@ def test_parts_are_those_of_the_reference(device, case) -> None:
     scaling = 1e-5 * head_dim**-0.5
     wanted, wanted_lse = attend_planar(form, queries.to(dtype), scaling, spans, fields, learned)
     packed = packed_of(tier, form, learned)
-    found, lse = kernel.decode(queries.to(dtype), scaling, spans, packed, with_lse=True, programs=(3, 1))
+    scores = torch.full((3, heads, 2 * page), torch.nan, device=device)
+    settings = {"with_lse": True, "programs": (3, 1), "packed_scores": scores}
+    found, lse = kernel.decode(queries.to(dtype), scaling, spans, packed, **settings)
     assert found.dtype == dtype and (found[2] == 0).all() and (lse[2] == -torch.inf).all()
     for row in range(2):
         bound = 5e-3  # keys of some channels are 20 times as large, and float16
         assert (found[row].double() - wanted[row]).norm() < bound * wanted[row].norm()
         assert torch.allclose(lse[row].double(), wanted_lse[row], 3e-4, 3e-2)
+    got = received(scores, lse, spans, 2 * page + 5)
+    assert torch.allclose(got.sum(1), torch.tensor([3.0, 3.0, 0.0], device=device), 1e-2)
+    low, high = spans[1, :2].tolist()
+    weights = torch.zeros_like(got[1])
+    weights[low:high] = (scores[1, :, low:high] * 0.6931471805599453 - lse[1, :, None]).exp().sum(0)
+    assert torch.allclose(got[1], weights, 1e-3, 1e-5)

@@ -507,6 +507,7 @@ def decode(
     starts: torch.Tensor | None = None,
     programs: tuple[int, int] | None = None,
     picks: torch.Tensor | None = None,
+    packed_scores: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one query per row and head over packed and exact pages: see `decode_reference`.
 
@@ -514,7 +515,7 @@ def decode(
     starts: int32 `[2, rows + 1]`, the work lists of packed and exact pages for at most `programs` programs (made here,
     waiting for the device, if not given). picks: int32 `[rows, n]`, the packed slots that are attended on if there
     are packed pages, else the exact ones, whose span must then be `0, 0, n`; negative ones are none. The first of
-    `starts` then shares out `PICKS` of them at a time.
+    `starts` then shares out `PICKS` of them at a time. packed_scores: see `Reader.attend`; not of KIVI's pages.
     Packed pages are attended on in float16, exact ones in their dtype, both with float32 sums.
     Returns the output in the dtype of the queries and, if asked for, the natural log-sum-exp, float32.
     """
@@ -564,7 +565,7 @@ def decode(
         elif packed is not None:
             team = packed.form.team
             _, packed_out, packed_lse = parts(programs[0], packed.table.shape[0] * packed.table.shape[1] // team, team)
-            packed.form.attend(packed, queries, scale, spans, starts[0], packed_out, packed_lse)
+            packed.form.attend(packed, queries, scale, spans, starts[0], packed_out, packed_lse, packed_scores)
         if exact is not None:
             wide = exact.dtype.itemsize == 4
             picked = picks if packed is None else None

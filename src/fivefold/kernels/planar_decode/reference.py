@@ -101,10 +101,11 @@ class Planar(Reader):
         starts: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
+        scores: torch.Tensor | None = None,
     ) -> None:
         from fivefold.kernels.planar_decode import triton
 
-        triton.attend(self, packed, queries, scale, spans, starts, out, lse)
+        triton.attend(self, packed, queries, scale, spans, starts, out, lse, scores)
 
 
 def decode_planar(

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fivefold.kernels.device import on
 from fivefold.kernels.packed_decode.reader import Packed
 from fivefold.kernels.packed_decode.schedule import SPAN
 from fivefold.kernels.packed_decode.triton import _SHIFTS, _code_planes, _leave, _queries, _row, _share
@@ -64,21 +65,21 @@ def _spread(x, J: tl.constexpr, G: tl.constexpr, C: tl.constexpr):
     return tl.reshape(tl.broadcast_to(x[:, None, :], [G, C, 32]), [G * C, 32])
 
 
-@triton.jit(do_not_specialize=("rows", "columns", "heads"))
+@triton.jit(do_not_specialize=("rows", "columns", "heads", "slots"))
 def _planar(
-    queries, balance, table, spans, starts, out, lse, scale, rows, columns, heads,
+    queries, balance, table, spans, starts, out, lse, found, scale, rows, columns, heads, slots,
     N: tl.constexpr, D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, PLANES: tl.constexpr,
     GROUP: tl.constexpr, CHANNELS: tl.constexpr, RANK: tl.constexpr, R16: tl.constexpr, KEY_OUT: tl.constexpr,
     VALUE_OUT: tl.constexpr, UNBIAS: tl.constexpr, BALANCED: tl.constexpr, FIELDS: tl.constexpr,
     KEY_SCALE: tl.constexpr, KEY_ZERO: tl.constexpr, VALUE_WORDS: tl.constexpr, VALUE_SCALE: tl.constexpr,
     VALUE_ZERO: tl.constexpr, KEY_LEFT: tl.constexpr, KEY_RIGHT: tl.constexpr, KEY_OUTLIERS: tl.constexpr,
     VALUE_LEFT: tl.constexpr, VALUE_RIGHT: tl.constexpr, VALUE_OUTLIERS: tl.constexpr, KEY_PLACES: tl.constexpr,
-    VALUE_PLACES: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, ASM: tl.constexpr,
+    VALUE_PLACES: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, ASM: tl.constexpr, FOUND: tl.constexpr,
 ):  # fmt: skip
     """One share of the packed pages of a row. Grid: (programs,).
 
     FIELDS: addresses of a page in the table, 1 where a page is a record, whose fields begin KEY_SCALE ... bytes behind
-    its beginning. R16: room for the rank.
+    its beginning. R16: room for the rank. FOUND: scores go to `found [rows, heads, slots]`, too.
     """
     row = _row(starts, rows, R)
     if row >= rows:
@@ -94,6 +95,7 @@ def _planar(
     d = tl.arange(0, D)
     g = tl.arange(0, G)
     i = tl.arange(0, R16)
+    h = tl.arange(0, N)
     word = r[:, None] * D + d[None, :]
     q = _queries(queries, row, heads, N, D).to(tl.float32)
     if BALANCED:
@@ -180,7 +182,11 @@ def _planar(
                 else:
                     s -= tl.sum((steps * steps)[:, :, None] * off[:, None, :], 0)
             token = page * TOKENS + j * 32 + r
-            scores = scores + (tl.where(((token >= low) & (token < high))[:, None], s, -1e30),)
+            seen = (token >= low) & (token < high)
+            if FOUND:
+                target = found + (row * heads + h[None, :]).to(tl.int64) * slots + token[:, None]
+                tl.store(target, s, mask=seen[:, None] & (h[None, :] < heads))
+            scores = scores + (tl.where(seen[:, None], s, -1e30),)
         top = scores[0]
         for j in tl.static_range(1, PLANES):
             top = tl.maximum(top, scores[j])
@@ -225,6 +231,7 @@ def attend(
     starts: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    scores: torch.Tensor | None = None,
     warps: int = 2,
 ) -> None:
     """See `Reader.attend`."""
@@ -234,10 +241,39 @@ def attend(
     at = form.offsets()
     balance = packed.learned[0] if form.balanced else queries
     _planar[(len(out),)](
-        queries, balance, packed.table, spans, starts, out, lse, scale, rows, packed.table.shape[1], heads,
+        queries, balance, packed.table, spans, starts, out, lse, out if scores is None else scores, scale, rows,
+        packed.table.shape[1], heads, 0 if scores is None else scores.shape[2],
         N=8 if heads <= 8 else 16, D=dim, KEY_BITS=form.key_bits, VALUE_BITS=form.value_bits, PLANES=form.planes,
         GROUP=form.group, CHANNELS=form.channels, RANK=form.rank, R16=max(16, triton.next_power_of_2(form.rank)),
         KEY_OUT=form.key_outliers, VALUE_OUT=form.value_outliers, UNBIAS=form.unbias, BALANCED=form.balanced,
         FIELDS=1 if form.record else len(form.fields), **{name.upper(): at.get(name, 0) for name in names}, SPAN=SPAN,
-        R=triton.next_power_of_2(rows), ASM=queries.device.type == "cuda", num_warps=warps, num_stages=1,
+        R=triton.next_power_of_2(rows), ASM=queries.device.type == "cuda", FOUND=scores is not None,
+        num_warps=warps, num_stages=1,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=("heads", "slots", "width"))
+def _received(scores, lse, spans, out, heads, slots, width, T: tl.constexpr, SPAN: tl.constexpr):
+    """The weights of a tile of packed slots, the query heads of a row together. Grid: (rows, tiles)."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.program_id(1) * T + tl.arange(0, T)
+    seen = (slot >= tl.load(spans + row * SPAN)) & (slot < tl.load(spans + row * SPAN + 1))
+    total = tl.zeros([T], tl.float32)
+    for head in range(heads):
+        s = tl.load(scores + (row * heads + head) * slots + slot, mask=seen, other=-1e30)
+        total += tl.where(seen, tl.exp2(s - tl.load(lse + row * heads + head) * 1.4426950408889634), 0.0)
+    tl.store(out + row * width + slot, total, mask=slot < width)
+
+
+def received(scores: torch.Tensor, lse: torch.Tensor, spans: torch.Tensor, width: int) -> torch.Tensor:
+    """What packed slots received in a step, the query heads of a row together: float32 `[rows, width]`, 0 where nothing
+    is seen.
+
+    scores: as `Reader.attend` leaves them, float32 `[rows, query_heads, slots]`; lse: natural, of the whole step,
+    float32 `[rows, query_heads]`; width: at least as many as slots are seen.
+    """
+    rows, heads, slots = scores.shape
+    out = torch.empty((rows, width), dtype=torch.float32, device=scores.device)
+    with on(scores.device):
+        _received[rows, triton.cdiv(width, 1024)](scores, lse, spans, out, heads, slots, width, T=1024, SPAN=SPAN)
+    return out

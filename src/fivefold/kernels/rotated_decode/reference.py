@@ -95,10 +95,11 @@ class Rotated(Reader):
         starts: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
+        scores: torch.Tensor | None = None,
     ) -> None:
         from fivefold.kernels.rotated_decode import triton
 
-        triton.attend(self, packed, queries, scale, spans, starts, out, lse)
+        triton.attend(self, packed, queries, scale, spans, starts, out, lse, scores)
 
 
 def splits(team: int, head_dim: int) -> bool:

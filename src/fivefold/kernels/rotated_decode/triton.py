@@ -276,13 +276,15 @@ def attend(
     starts: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    scores: torch.Tensor | None = None,
     warps: tuple[int, int] = (4, 2),
 ) -> None:
     """See `Reader.attend`."""
     rows, heads, dim = queries.shape
     columns, (places,), (turns, small, matrices, values) = packed.table.shape[1], form.constants, form.tables
     slots = columns * form.tokens
-    scores = torch.empty((rows, heads, slots), dtype=torch.float32, device=queries.device)
+    if scores is None:
+        scores = torch.empty((rows, heads, slots), dtype=torch.float32, device=queries.device)
     sink_keys, sink_values = packed.learned if form.sinks else (queries, queries)
     common = {
         "N": 8 if heads <= 8 else 16, "D": dim, "BITS": form.bits, "CHANNELS": form.channels, "TEAM": form.team,
