@@ -1,0 +1,196 @@
+"""One decoding step over pages of low-rank features and exact pages, in plain PyTorch: what the kernels are held against.
+
+A token's keys before RoPE and its values, of `heads` rows (kv heads) together, are products of few features and a fixed
+matrix. Each row's page holds an equal share of the features; keys are turned by RoPE once they are made again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from fivefold.kernels.planar import PLANES, dequantise, unpack_planes
+
+CHUNK = 128
+"""Features that are multiplied at a time, at most."""
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What a page of features looks like, and what keys and values are made of them with.
+
+    A record holds, for keys and then for values with their rank: numbers `dtype` `[128, rank]`; or with `bits`, planar
+    words int16 `[32, rank]`, scale and zero float16 `[planes, rank]`. Made with:
+
+    - key_up, value_up `[blocks, heads * rank, heads * head_dim]`: what features of keys (channels in the paired order
+      of `store.Rope`: those that are turned together side by side) and of values are multiplied with. A sequence's rows
+      are `blocks` times `heads`.
+    - inv_freq float64 `[pairs]`: by what angle a pair of channels is turned from one position to the next. Channels i
+      and i + pairs, or with `neighbours` 2i and 2i + 1, are a pair; those from 2 * pairs on are not turned.
+    """
+
+    ranks: tuple[int, int]
+    bits: int | None
+    head_dim: int
+    dtype: torch.dtype
+    key_up: torch.Tensor
+    value_up: torch.Tensor
+    inv_freq: torch.Tensor
+    neighbours: bool
+
+    @property
+    def blocks(self) -> int:
+        return self.key_up.shape[0]
+
+    @property
+    def heads(self) -> int:
+        """Rows that have features together."""
+        return self.key_up.shape[2] // self.head_dim
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a page."""
+        return 128 if self.bits is None else PLANES[self.bits] * 32
+
+    @property
+    def work(self) -> torch.dtype:
+        """In what is multiplied."""
+        return self.dtype if self.bits is None else torch.float16
+
+    def side(self, rank: int) -> int:
+        """Bytes of the keys or of the values of a page."""
+        if self.bits is None:
+            return self.tokens * rank * self.dtype.itemsize
+        return 64 * rank + PLANES[self.bits] * rank * 4
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a page."""
+        return sum(self.side(rank) for rank in self.ranks)
+
+    @property
+    def order(self) -> torch.Tensor:
+        """Which channel of a head each of the paired order is: int64 `[head_dim]`."""
+        pairs = len(self.inv_freq)
+        turned = torch.arange(2 * pairs)
+        if not self.neighbours:
+            turned = turned.view(2, -1).T.reshape(-1)
+        return torch.cat([turned, torch.arange(2 * pairs, self.head_dim)])
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """The same as kernels read it."""
+        return prepare(self)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What kernels read: in `Features.work`, the number of features a multiple of 16 (those behind are zero).
+
+    keys `[blocks, heads, 2, features, head_dim / 2]`, first and second channels of the pairs; values `[blocks, heads,
+    features, head_dim]`; angles float64 `[head_dim / 2]`, 0 for what is not turned; cosine, sine `[tokens, head_dim /
+    2]` of a page's slots.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    angles: torch.Tensor
+    cosine: torch.Tensor
+    sine: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (self.keys, self.values, self.angles, self.cosine, self.sine))
+
+
+def padded(features: int) -> int:
+    """Features as kernels multiply them: a multiple of 16."""
+    return -(-features // 16) * 16
+
+
+def prepare(form: Features) -> Prepared:
+    """See `Prepared`."""
+    device, dim = form.key_up.device, form.head_dim
+    keys, values = (
+        torch.nn.functional.pad(x, (0, 0, 0, padded(x.shape[1]) - x.shape[1])).unflatten(2, (form.heads, dim))
+        for x in (form.key_up, form.value_up)
+    )
+    keys = keys.unflatten(3, (-1, 2)).permute(0, 2, 4, 1, 3)
+    angles = torch.nn.functional.pad(form.inv_freq.double().to(device), (0, dim // 2 - len(form.inv_freq)))
+    turned = torch.arange(form.tokens, device=device)[:, None] * angles
+    made = (keys, values.transpose(1, 2), turned.cos(), turned.sin())
+    keys, values, cosine, sine = (x.to(form.work).contiguous() for x in made)
+    return Prepared(keys, values, angles, cosine, sine)
+
+
+def features_of(form: Features, fields: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Features of keys and values `[pages, tokens, rank]` of pages; their fields, `[pages, *shape]`, in the record's
+    order."""
+    if form.bits is None:
+        return tuple(x.to(dtype) for x in fields)
+    out = []
+    for words, scale, zero in (fields[:3], fields[3:]):
+        codes = unpack_planes(words, form.bits)
+        out.append(dequantise(codes, scale[..., None, :], zero[..., None, :]).flatten(-3, -2).to(dtype))
+    return tuple(out)
+
+
+def decode_features(
+    form: Features, fields: tuple[torch.Tensor, ...], positions: torch.Tensor, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys (after RoPE) and values `[rows, columns * tokens, head_dim]` of pages; fields: `[rows, columns, *shape]`;
+    positions: `[rows]`, those of the first tokens."""
+    rows, columns = fields[0].shape[:2]
+    out = []
+    parts = features_of(form, tuple(x.flatten(0, 1) for x in fields), dtype)
+    for x, up in zip(parts, (form.key_up, form.value_up)):
+        # [sequences, blocks, heads, columns * tokens, rank]: the features of a block's rows stand side by side.
+        x = x.reshape(-1, form.blocks, form.heads, columns * form.tokens, x.shape[-1]).transpose(2, 3).flatten(3)
+        made = x @ up.to(dtype)
+        out.append(made.unflatten(3, (form.heads, -1)).transpose(2, 3).reshape(rows, -1, form.head_dim))
+    pairs = len(form.inv_freq)
+    at = positions.to(x.device).double()[:, None] + torch.arange(columns * form.tokens, device=x.device)
+    angles = at[..., None] * form.inv_freq.to(x.device).double()
+    first, second = out[0][..., 0 : 2 * pairs : 2], out[0][..., 1 : 2 * pairs : 2]
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2)
+    keys = torch.cat([turned, out[0][..., 2 * pairs :]], -1)[..., form.order.argsort().to(x.device)]
+    return keys, out[1]
+
+
+def decode_reference(
+    queries: torch.Tensor,
+    scaling: float,
+    spans: torch.Tensor,
+    form: Features,
+    fields: tuple[torch.Tensor, ...],
+    keys: torch.Tensor | None = None,
+    values: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one query per row and head over packed and exact tokens together.
+
+    As `packed_decode.decode_reference`, for packed pages of features. spans: int `[rows, 8]`, whose last column is the
+    position of the first packed token.
+    """
+    rows, device = len(queries), queries.device
+    low, high, sink, start, stop, fading, faded, first = spans.to(device).long()[:, :, None].unbind(1)
+    parts = [decode_features(form, fields, first[:, 0], dtype)]
+    slot = torch.arange(parts[0][0].shape[1], device=device)
+    seen = [((slot >= low) & (slot < high)).expand(rows, -1)]
+    if keys is not None:
+        assert values is not None
+        parts.append((keys.to(dtype), values.to(dtype)))
+        slot = torch.arange(keys.shape[1], device=device)
+        shown = (slot < sink) | (slot >= start) | ((slot >= fading) & (slot < faded))
+        seen.append(shown & (slot < stop))
+    visible = torch.cat(seen, 1)[:, None]
+    key, value = (torch.cat(x, 1) for x in zip(*parts))
+    # What no query sees may be anything, also not a number.
+    key, value = (x.masked_fill(~visible.transpose(1, 2), 0) for x in (key, value))
+    scores = (queries.to(dtype) * scaling @ key.transpose(1, 2)).masked_fill(~visible, float("-inf"))
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp().masked_fill(~visible, 0)
+    return weights @ value, lse

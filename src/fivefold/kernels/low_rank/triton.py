@@ -1,0 +1,346 @@
+"""One decoding step over pages of low-rank features and exact pages, in Triton.
+
+`_features` attends over pages, `packed_decode`'s `_exact` over exact ones, `_finish` merges what they leave. Work is
+shared out as there (`schedule.py`): a team, the rows that have features together, has the programs of all its rows.
+
+- Keys are made again a page at a time, for all heads of a team: features `[T, n]` times `[n, head_dim]`, head by head;
+  the matrix comes from the L2 cache. Their products with queries go through a small buffer of the program's own, since
+  Triton cannot put the scores of one head after the other into one tile.
+- Queries are turned back by the angle of the page's first token, keys on by that of a slot in a page: so one small
+  table serves all pages, whatever their positions.
+- Values are never made: features are weighted, and `_finish` multiplies the sums.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fivefold.kernels.device import on
+from fivefold.kernels.low_rank.reference import CHUNK, Features, padded
+from fivefold.kernels.packed_decode.schedule import SPAN, TILE, Exact, Packed, pages_of, starts_of
+from fivefold.kernels.packed_decode.triton import _TYPES, _exact, _merge, _processors, _row
+from fivefold.kernels.packed_decode.triton import append as append
+
+RESIDENT = 1
+"""Programs that are planned for a processor."""
+
+
+@triton.constexpr_function
+def _chunks(features):
+    """(start, size) of pieces of that many features, sizes powers of two from 16 to CHUNK."""
+    left, start, out = -(-int(features) // 16) * 16, 0, []
+    while left:
+        size = min(CHUNK, 1 << (left.bit_length() - 1))
+        out.append((start, size))
+        start, left = start + size, left - size
+    return tuple(out)
+
+
+@triton.constexpr_function
+def _count(features):
+    return len(_chunks.fn(features))
+
+
+@triton.constexpr_function
+def _start(features, i):
+    return _chunks.fn(features)[int(i)][0]
+
+
+@triton.constexpr_function
+def _size(features, i):
+    return _chunks.fn(features)[int(i)][1]
+
+
+@triton.constexpr_function
+def _planes(bits):
+    return 16 // int(bits)
+
+
+@triton.jit
+def _tile(
+    table, columns, first, page, slot, OFFSET: tl.constexpr, RANK: tl.constexpr, HEADS: tl.constexpr,
+    BITS: tl.constexpr, DTYPE: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Features START.. of the slots of a page, `[T, SIZE]`, of the rows from `first` on; those that are not there 0."""
+    f = START + tl.arange(0, SIZE)
+    there = f < RANK * HEADS
+    record = tl.load(table + (first + f // RANK) * columns + page, mask=there, other=0) * 16 + OFFSET
+    own = f % RANK
+    if BITS == 0:
+        at = record.to(tl.pointer_type(DTYPE))[None, :] + (slot[:, None] * RANK + own[None, :])
+        x = tl.load(at, mask=there[None, :], other=0.0)
+    else:
+        PLANES: tl.constexpr = _planes(BITS)
+        plane = slot // 32
+        words = record.to(tl.pointer_type(tl.int16))[None, :] + ((slot % 32)[:, None] * RANK + own[None, :])
+        code = tl.load(words, mask=there[None, :], other=0).to(tl.int32)
+        code = (code >> (plane * BITS)[:, None]) & ((1 << BITS) - 1)
+        scales = (record + 64 * RANK).to(tl.pointer_type(tl.float16))[None, :] + (plane[:, None] * RANK + own[None, :])
+        scale = tl.load(scales, mask=there[None, :], other=0.0)
+        zero = tl.load(scales + PLANES * RANK, mask=there[None, :], other=0.0)
+        x = (code.to(tl.float32) * scale + zero).to(tl.float16)
+    return x
+
+
+@triton.jit
+def _products(x, up, i, NK: tl.constexpr, HALF: tl.constexpr, T: tl.constexpr, PB: tl.constexpr, F: tl.constexpr):
+    """x (a tuple of tiles of features) times columns `i [PB]` of `up [NK, HALF]`: float32 `[T, PB]`."""
+    out = tl.zeros([T, PB], tl.float32)
+    for c in tl.static_range(_count(F)):
+        k = _start(F, c) + tl.arange(0, _size(F, c))
+        out = tl.dot(x[c], tl.load(up + k[:, None] * HALF + i[None, :]).to(x[c].dtype), out, input_precision="ieee")
+    return out
+
+
+@triton.jit(do_not_specialize=("rows", "columns"))
+def _features(
+    queries, table, spans, starts, key_up, cosine, sine, angles, scratch, out, lse, scale, rows, columns,
+    M: tl.constexpr, N: tl.constexpr, NQ: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    RK: tl.constexpr, RV: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
+    TOKENS: tl.constexpr, T: tl.constexpr, PB: tl.constexpr, OFFSET: tl.constexpr, NEIGHBOURS: tl.constexpr,
+    PAIRS: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One share of the pages of a team. Grid: (programs,).
+
+    scratch: float32 `[programs, D / 2 / PB, T, NQ]`; out: float32 `[programs, HEADS * M, NV]`, lse: `[programs, HEADS *
+    M]`, the sums of features, divided. M query heads a row; N is at least M, NQ at least HEADS * M.
+    """
+    row = _row(starts, rows, R)
+    if row >= rows:
+        return
+    work = tl.float32 if WIDE else DTYPE
+    HALF: tl.constexpr = D // 2
+    PARTS: tl.constexpr = HALF // PB
+    TILES: tl.constexpr = TOKENS // T
+    team = row // HEADS
+    first_row = team * HEADS
+    begin = tl.load(starts + first_row)
+    programs = tl.load(starts + first_row + HEADS) - begin
+    share = tl.program_id(0) - begin
+    low = tl.load(spans + first_row * SPAN)
+    high = tl.load(spans + first_row * SPAN + 1)
+    position = tl.load(spans + first_row * SPAN + 7)
+    tiles = tl.cdiv(high, T) - low // T
+    first = low // T + share * tiles // programs
+    last = low // T + (share + 1) * tiles // programs
+
+    t = tl.arange(0, T)
+    n = tl.arange(0, N)
+    q = tl.arange(0, NQ)
+    pair = tl.arange(0, PB)
+    mine = scratch + tl.program_id(0) * (PARTS * T * NQ)
+    up = key_up + (team % BLOCKS) * (HEADS * 2 * NK * HALF)
+    m = tl.full([NQ], -1e30, tl.float32)
+    weight = tl.zeros([T, NQ], tl.float32)
+    acc = ()
+    for c in tl.static_range(_count(NV)):
+        acc = acc + (tl.zeros([_size(NV, c), NQ], tl.float32),)
+    for tile in range(first, last):
+        page = tile // TILES
+        slot = tile % TILES * T + t
+        x = ()
+        for c in tl.static_range(_count(NK)):
+            one = _tile(table, columns, first_row, page, slot, 0, RK, HEADS, BITS, DTYPE, _start(NK, c), _size(NK, c))
+            x = x + (one.to(work),)
+        base = (position + tile * T).to(tl.float64)
+        for step in tl.range(0, HEADS * PARTS, num_stages=STAGES):
+            head = step // PARTS
+            i = step % PARTS * PB + pair
+            k1 = _products(x, up + head * (2 * NK * HALF), i, NK, HALF, T, PB, NK)
+            k2 = _products(x, up + head * (2 * NK * HALF) + NK * HALF, i, NK, HALF, T, PB, NK)
+            c = tl.load(cosine + t[:, None] * HALF + i[None, :]).to(tl.float32)
+            s = tl.load(sine + t[:, None] * HALF + i[None, :]).to(tl.float32)
+            ka = (k1 * c - k2 * s).to(work)
+            kb = (k2 * c + k1 * s).to(work)
+            # The query, turned back to where the page begins.
+            angle = base * tl.load(angles + i)
+            angle = (angle - tl.floor(angle * 0.15915494309189535) * 6.283185307179586).to(tl.float32)
+            pc = tl.cos(angle)[:, None]
+            ps = tl.sin(angle)[:, None]
+            ia = i
+            ib = i
+            if NEIGHBOURS:
+                ia = 2 * i
+                ib = 2 * i + 1
+            else:
+                ia = tl.where(i < PAIRS, i, 2 * i)
+                ib = tl.where(i < PAIRS, i + PAIRS, 2 * i + 1)
+            at = queries + (first_row + head) * (M * D) + n[None, :] * D
+            qa = tl.load(at + ia[:, None], mask=n[None, :] < M, other=0.0).to(tl.float32) * scale
+            qb = tl.load(at + ib[:, None], mask=n[None, :] < M, other=0.0).to(tl.float32) * scale
+            score = tl.dot(ka, (qa * pc + qb * ps).to(work), input_precision="ieee")
+            score = tl.dot(kb, (qb * pc - qa * ps).to(work), score, input_precision="ieee")
+            to = mine + (step % PARTS * T + t[:, None]) * NQ + head * M + n[None, :]
+            tl.store(to, score, mask=n[None, :] < M)
+        tl.debug_barrier()
+        score = tl.zeros([T, NQ], tl.float32)
+        for part in tl.static_range(PARTS):
+            score += tl.load(mine + (part * T + t[:, None]) * NQ + q[None, :], mask=q[None, :] < HEADS * M, other=0.0)
+        tl.debug_barrier()
+        token = tile * T + t
+        seen = (token >= low) & (token < high)
+        score = tl.where(seen[:, None], score, -1e30)
+        above = tl.maximum(m, tl.max(score, 0))
+        shrink = tl.exp2(m - above)
+        m = above
+        p = tl.where(seen[:, None], tl.exp2(score - m[None, :]), 0.0)
+        weight = weight * shrink[None, :] + p
+        p = p.to(work)
+        new = ()
+        for c in tl.static_range(_count(NV)):
+            y = _tile(
+                table, columns, first_row, page, slot, OFFSET, RV, HEADS, BITS, DTYPE, _start(NV, c), _size(NV, c)
+            )
+            y = tl.where(seen[:, None], y, 0.0).to(work)  # what is not seen may be anything
+            new = new + (tl.dot(tl.trans(y), p, acc[c] * shrink[None, :], input_precision="ieee"),)
+        acc = new
+    total = tl.sum(weight, 0)
+    some = total > 0
+    safe = tl.where(some, total, 1.0)
+    place = tl.program_id(0) * (HEADS * M) + q
+    tl.store(lse + place, tl.where(some, m + tl.log2(safe), -1e30), mask=q < HEADS * M)
+    for c in tl.static_range(_count(NV)):
+        f = _start(NV, c) + tl.arange(0, _size(NV, c))
+        tl.store(out + place[None, :] * NV + f[:, None], acc[c] / safe[None, :], mask=q[None, :] < HEADS * M)
+
+
+@triton.jit(do_not_specialize=("rows",))
+def _finish(
+    packed_out, packed_lse, exact_out, exact_lse, starts, value_up, merged, merged_lse, rows,
+    BLOCKS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, NV: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
+    WITH_LSE: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Merge the parts of one head of a row. Grid: (rows, query heads of a row); W: at least NV."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
+    team = row // HEADS
+    d = tl.arange(0, D)
+    w = tl.arange(0, W)
+    m = -1e30
+    total = 0.0
+    sums = tl.zeros([W], tl.float32)
+    last = tl.load(starts + team * HEADS + HEADS)
+    for first in range(tl.load(starts + team * HEADS), last, P):
+        p = first + tl.arange(0, P)
+        at = p * (HEADS * heads) + row % HEADS * heads + head
+        part = tl.load(packed_lse + at, mask=p < last, other=-1e30)
+        held = part > -1e29
+        o = tl.load(packed_out + at[:, None] * NV + w[None, :], mask=held[:, None] & (w[None, :] < NV), other=0.0)
+        above = tl.maximum(m, tl.max(part, 0))
+        share = tl.where(held, tl.exp2(part - above), 0.0)
+        shrink = tl.exp2(m - above)
+        m = above
+        total = total * shrink + tl.sum(share, 0)
+        sums = sums * shrink + tl.sum(o * share[:, None], 0)
+    up = value_up + row % (BLOCKS * HEADS) * (NV * D)
+    made = tl.load(up + w[:, None] * D + d[None, :], mask=w[:, None] < NV, other=0.0).to(tl.float32)
+    acc = tl.sum(sums[:, None] * made, 0)
+    if EXACT:
+        m, total, acc = _merge(exact_out, exact_lse, starts + rows + 1, row, head, heads, m, total, acc, D, P)
+    at = row * heads + head
+    some = total > 0
+    acc = acc / tl.where(some, total, 1.0)
+    tl.store(merged + at * D + d, acc.to(merged.dtype.element_ty))
+    if WITH_LSE:
+        natural = (m + tl.log2(tl.where(some, total, 1.0))) * 0.6931471805599453
+        tl.store(merged_lse + at, tl.where(some, natural, float("-inf")))
+
+
+def supports(form: Features, heads: int, head_dim: int) -> str | None:
+    """Why these kernels cannot attend on these shapes, in a few words; None if they can."""
+    if head_dim not in (64, 128, 256):
+        return f"head_dim {head_dim} is none of 64, 128, 256"
+    if heads > 16:
+        return f"{heads} query heads share a kv head, more than 16"
+    if heads * form.heads > 128:
+        return f"{heads * form.heads} query heads have features together, more than 128"
+    if form.nbytes % 16:
+        return f"pages of {form.nbytes} bytes do not begin at multiples of 16"
+    return None
+
+
+def programs_for(rows: int, device: torch.device, form: Features | None = None, heads: int = 1) -> tuple[int, int]:
+    """How many programs work on the pages of features of that many rows, and on their exact ones."""
+    once = _processors(device)
+    exact = 4 * once if 2 * rows <= once else max(32 * once, 2 * rows)
+    return (once if 8 * rows <= once else max(8 * once, 2 * rows)), exact
+
+
+def settings_of(form: Features) -> dict[str, int]:
+    """How a form's pages are worked on: slots of a tile, pairs of channels at a time, warps, stages."""
+    wide = form.work.itemsize == 4
+    most = max(padded(form.heads * rank) for rank in form.ranks)
+    half = form.head_dim // 2
+    pairs = half
+    while pairs > 16 and most * pairs * (4 if wide else 2) * 2 > (1 << 16):
+        pairs //= 2
+    tokens = 32 if wide else min(form.tokens, 128 if most <= 256 else 64)
+    return {"T": tokens, "PB": pairs, "STAGES": 1 if wide or most > 256 else 2, "num_warps": 8 if tokens > 64 else 4}
+
+
+def decode(
+    queries: torch.Tensor,
+    scaling: float,
+    spans: torch.Tensor,
+    packed: Packed,
+    exact: Exact | None = None,
+    with_lse: bool = False,
+    asm: bool | None = None,
+    starts: torch.Tensor | None = None,
+    programs: tuple[int, int] | None = None,
+    settings: dict[str, int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of one query per row and head over pages of features and exact pages: see `decode_reference`.
+
+    As `packed_decode.triton.decode`; the form of `packed` is `Features`. Rows of a team have the same span. settings:
+    what `settings_of` gives, to try others.
+    """
+    rows, heads, dim = queries.shape
+    device, form = queries.device, packed.form
+    made = form.prepared
+    interpreted = device.type != "cuda"
+    scale = scaling * 1.4426950408889634
+    programs = programs or programs_for(rows, device, form, heads)
+    if starts is None:
+        starts = torch.from_numpy(starts_of(pages_of(spans.cpu().numpy(), form.tokens), programs)).to(device)
+    given = {**settings_of(form), **(settings or {})}
+    common = {"SPAN": SPAN, "R": triton.next_power_of_2(rows)}
+    n = 8 if heads <= 8 else 16
+    nq = max(16, triton.next_power_of_2(heads * form.heads))
+    nk, nv = (padded(form.heads * rank) for rank in form.ranks)
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    with on(device):
+        count = max(1, min(programs[0], packed.table.numel()))
+        scratch = empty(count, dim // 2 // given["PB"], given["T"], nq)
+        packed_out, packed_lse = empty(count, form.heads * heads, nv), empty(count, form.heads * heads)
+        _features[(count,)](
+            queries, packed.table, spans, starts[0], made.keys, made.cosine, made.sine, made.angles, scratch,
+            packed_out, packed_lse, scale, rows, packed.table.shape[1], M=heads, N=n, NQ=nq, BLOCKS=form.blocks,
+            HEADS=form.heads, D=dim, RK=form.ranks[0], RV=form.ranks[1], NK=nk, NV=nv, BITS=form.bits or 0,
+            DTYPE=_TYPES[form.work], TOKENS=form.tokens, OFFSET=form.side(form.ranks[0]), NEIGHBOURS=form.neighbours,
+            PAIRS=len(form.inv_freq), WIDE=interpreted, **given, **common,
+        )  # fmt: skip
+        exact_out, exact_lse = packed_out, packed_lse
+        if exact is not None:
+            wide = exact.dtype.itemsize == 4
+            parts = max(1, min(programs[1], -(-exact.table.shape[1] * 32 // TILE) * rows))
+            exact_out, exact_lse = empty(parts, heads, dim), empty(parts, heads)
+            _exact[(parts,)](
+                queries, exact.table, spans, starts[1], starts, exact_out, exact_lse, scale, rows,
+                exact.table.shape[1], heads, DTYPE=_TYPES[exact.dtype], N=n, D=dim, T=32 if wide else TILE, TILE=TILE,
+                WIDE=interpreted, PICKED=False, num_warps=2, num_stages=1 if wide else 3, **common,
+            )  # fmt: skip
+        merged = torch.empty_like(queries)
+        merged_lse = empty(rows, heads) if with_lse else None
+        _finish[(rows, heads)](
+            packed_out, packed_lse, exact_out, exact_lse, starts, made.values, merged,
+            merged_lse if with_lse else exact_lse, rows, BLOCKS=form.blocks, HEADS=form.heads, D=dim, NV=nv, P=32,
+            W=triton.next_power_of_2(nv), WITH_LSE=with_lse, EXACT=exact is not None, num_warps=8,
+        )  # fmt: skip
+    return merged, merged_lse
