@@ -13,7 +13,7 @@ import torch
 
 from fivefold.kernels.planar import PLANES, dequantise, unpack_planes
 
-CHUNK = 128
+CHUNK = 64
 """Features that are multiplied at a time, at most."""
 
 
@@ -89,8 +89,7 @@ class Features:
 class Prepared:
     """What kernels read: in `Features.work`, the number of features a multiple of 16 (those behind are zero).
 
-    keys `[blocks, heads, 2, features, head_dim / 2]`, first and second channels of the pairs; values `[blocks, heads,
-    features, head_dim]`; angles float64 `[head_dim / 2]`, 0 for what is not turned; cosine, sine `[tokens, head_dim /
+    keys, values `[blocks, heads, features, head_dim]`, channels of keys in the paired order; angles float64 `[head_dim / 2]`, 0 for what is not turned; cosine, sine `[tokens, head_dim /
     2]` of a page's slots.
     """
 
@@ -117,10 +116,9 @@ def prepare(form: Features) -> Prepared:
         torch.nn.functional.pad(x, (0, 0, 0, padded(x.shape[1]) - x.shape[1])).unflatten(2, (form.heads, dim))
         for x in (form.key_up, form.value_up)
     )
-    keys = keys.unflatten(3, (-1, 2)).permute(0, 2, 4, 1, 3)
     angles = torch.nn.functional.pad(form.inv_freq.double().to(device), (0, dim // 2 - len(form.inv_freq)))
     turned = torch.arange(form.tokens, device=device)[:, None] * angles
-    made = (keys, values.transpose(1, 2), turned.cos(), turned.sin())
+    made = (keys.transpose(1, 2), values.transpose(1, 2), turned.cos(), turned.sin())
     keys, values, cosine, sine = (x.to(form.work).contiguous() for x in made)
     return Prepared(keys, values, angles, cosine, sine)
 

@@ -40,17 +40,17 @@ def _chunks(features):
 
 @triton.constexpr_function
 def _count(features):
-    return len(_chunks.fn(features))
+    return len(_chunks(features))
 
 
 @triton.constexpr_function
 def _start(features, i):
-    return _chunks.fn(features)[int(i)][0]
+    return _chunks(features)[int(i)][0]
 
 
 @triton.constexpr_function
 def _size(features, i):
-    return _chunks.fn(features)[int(i)][1]
+    return _chunks(features)[int(i)][1]
 
 
 @triton.constexpr_function
@@ -85,13 +85,22 @@ def _tile(
 
 
 @triton.jit
-def _products(x, up, i, NK: tl.constexpr, HALF: tl.constexpr, T: tl.constexpr, PB: tl.constexpr, F: tl.constexpr):
-    """x (a tuple of tiles of features) times columns `i [PB]` of `up [NK, HALF]`: float32 `[T, PB]`."""
-    out = tl.zeros([T, PB], tl.float32)
+def _products(x, up, first, D: tl.constexpr, T: tl.constexpr, N: tl.constexpr, F: tl.constexpr):
+    """x (a tuple of tiles of features) times columns first.. of `up [F, D]`: float32 `[T, N]`."""
+    out = tl.zeros([T, N], tl.float32)
     for c in tl.static_range(_count(F)):
         k = _start(F, c) + tl.arange(0, _size(F, c))
-        out = tl.dot(x[c], tl.load(up + k[:, None] * HALF + i[None, :]).to(x[c].dtype), out, input_precision="ieee")
+        at = up + k[:, None] * D + (first + tl.arange(0, N))[None, :]
+        out = tl.dot(x[c], tl.load(at).to(x[c].dtype), out, input_precision="ieee")
     return out
+
+
+@triton.jit
+def _turn(angles, base, i):
+    """Cosine and sine of the angles `i` at a position, float32."""
+    angle = base * tl.load(angles + i)
+    angle = (angle - tl.floor(angle * 0.15915494309189535) * 6.283185307179586).to(tl.float32)
+    return tl.cos(angle), tl.sin(angle)
 
 
 @triton.jit(do_not_specialize=("rows", "columns"))
@@ -131,7 +140,7 @@ def _features(
     q = tl.arange(0, NQ)
     pair = tl.arange(0, PB)
     mine = scratch + tl.program_id(0) * (PARTS * T * NQ)
-    up = key_up + (team % BLOCKS) * (HEADS * 2 * NK * HALF)
+    up = key_up + (team % BLOCKS) * (HEADS * NK * D)
     m = tl.full([NQ], -1e30, tl.float32)
     weight = tl.zeros([T, NQ], tl.float32)
     acc = ()
@@ -139,26 +148,26 @@ def _features(
         acc = acc + (tl.zeros([_size(NV, c), NQ], tl.float32),)
     for tile in range(first, last):
         page = tile // TILES
-        slot = tile % TILES * T + t
+        # (The minimum is 0, which the compiler does not know: else it would keep all addresses, in registers.)
+        slot = tile % TILES * T + t + tl.minimum(tile, 0)
         x = ()
         for c in tl.static_range(_count(NK)):
             one = _tile(table, columns, first_row, page, slot, 0, RK, HEADS, BITS, DTYPE, _start(NK, c), _size(NK, c))
             x = x + (one.to(work),)
         base = (position + tile * T).to(tl.float64)
+        pc, ps = _turn(angles, base, pair)
         for step in tl.range(0, HEADS * PARTS, num_stages=STAGES):
             head = step // PARTS
             i = step % PARTS * PB + pair
-            k1 = _products(x, up + head * (2 * NK * HALF), i, NK, HALF, T, PB, NK)
-            k2 = _products(x, up + head * (2 * NK * HALF) + NK * HALF, i, NK, HALF, T, PB, NK)
-            c = tl.load(cosine + t[:, None] * HALF + i[None, :]).to(tl.float32)
-            s = tl.load(sine + t[:, None] * HALF + i[None, :]).to(tl.float32)
-            ka = (k1 * c - k2 * s).to(work)
-            kb = (k2 * c + k1 * s).to(work)
+            k = _products(x, up + head * (NK * D), step % PARTS * (2 * PB), D, T, 2 * PB, NK)
+            k1, k2 = tl.split(tl.reshape(k, [T, PB, 2]))
+            tc = tl.load(cosine + t[:, None] * HALF + i[None, :]).to(tl.float32)
+            ts = tl.load(sine + t[:, None] * HALF + i[None, :]).to(tl.float32)
+            ka = (k1 * tc - k2 * ts).to(work)
+            kb = (k2 * tc + k1 * ts).to(work)
             # The query, turned back to where the page begins.
-            angle = base * tl.load(angles + i)
-            angle = (angle - tl.floor(angle * 0.15915494309189535) * 6.283185307179586).to(tl.float32)
-            pc = tl.cos(angle)[:, None]
-            ps = tl.sin(angle)[:, None]
+            if PARTS > 1:
+                pc, ps = _turn(angles, base, i)
             ia = i
             ib = i
             if NEIGHBOURS:
@@ -170,8 +179,8 @@ def _features(
             at = queries + (first_row + head) * (M * D) + n[None, :] * D
             qa = tl.load(at + ia[:, None], mask=n[None, :] < M, other=0.0).to(tl.float32) * scale
             qb = tl.load(at + ib[:, None], mask=n[None, :] < M, other=0.0).to(tl.float32) * scale
-            score = tl.dot(ka, (qa * pc + qb * ps).to(work), input_precision="ieee")
-            score = tl.dot(kb, (qb * pc - qa * ps).to(work), score, input_precision="ieee")
+            score = tl.dot(ka, (qa * pc[:, None] + qb * ps[:, None]).to(work), input_precision="ieee")
+            score = tl.dot(kb, (qb * pc[:, None] - qa * ps[:, None]).to(work), score, input_precision="ieee")
             to = mine + (step % PARTS * T + t[:, None]) * NQ + head * M + n[None, :]
             tl.store(to, score, mask=n[None, :] < M)
         tl.debug_barrier()
@@ -188,6 +197,7 @@ def _features(
         p = tl.where(seen[:, None], tl.exp2(score - m[None, :]), 0.0)
         weight = weight * shrink[None, :] + p
         p = p.to(work)
+        slot = tile % TILES * T + t + tl.minimum(tile + 1, 0)
         new = ()
         for c in tl.static_range(_count(NV)):
             y = _tile(
