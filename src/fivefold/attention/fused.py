@@ -12,7 +12,7 @@ from fivefold.attention.merge import with_sinks
 from fivefold.attention.tables import kernels, tables_of
 from fivefold.errors import CacheStateError
 from fivefold.kernels.choice import choose
-from fivefold.kernels.packed_decode import cpu, schedule
+from fivefold.kernels.packed_decode import Form, cpu, schedule
 from fivefold.store.bank import Bank
 from fivefold.store.group import RowGroup
 from fivefold.store.layer_cache import LayerCache
@@ -33,7 +33,7 @@ def attend_fused(
     tables = tables_of(layer.bank)
     tables.sync()
     packed, exact = tables.pages(group)
-    span, starts = _work(layer, group.bounds.span(), len(group.rows), tables.page, tables.programs)
+    span, starts = _work(layer, group, group.bounds.span(), tables.page, tables.programs)
     with_lse = sinks is not None or left is not None
     settings = {"starts": starts, "programs": tables.programs, "with_lse": with_lse}
     out, lse = kernels(queries.device).decode(queries.contiguous(), scaling, span, packed, exact, **settings)
@@ -47,11 +47,11 @@ def attend_scored_fused(
     """`attend_step` with the weights of every slot, of rows without a window; None where no kernel gives them."""
     if why_not(layer, queries.device, queries.shape[1]) is not None or choose(queries.device).path != "cpp":
         return None
-    tables, rows = tables_of(layer.bank), len(group.rows)
+    tables = tables_of(layer.bank)
     tables.sync()
     packed, exact = tables.pages(group)
-    span, _ = _work(layer, group.bounds.span(), rows, tables.page, None)
-    scores = torch.empty((rows, queries.shape[1], int(group.bounds.length)), dtype=torch.float32)
+    span, _ = _work(layer, group, group.bounds.span(), tables.page, None)
+    scores = torch.empty((len(group.rows), queries.shape[1], int(group.bounds.length)), dtype=torch.float32)
     out, lse = cpu.decode(queries.contiguous(), scaling, span, packed, exact, with_lse=True, scores=scores)
     assert lse is not None
     weights = scores.sub_(lse[..., None]).exp_()
@@ -73,12 +73,14 @@ def attend_picked_fused(
     tables = tables_of(layer.bank)
     tables.sync()
     packed, exact = tables.pages(group)
+    if packed is not None and not isinstance(packed.form, Form):
+        return None
     rows, count = slots.shape
     # Picks of packed slots are shared out as pages of that many tokens would be.
     span = Span(0, 0, 0, 0, count, 0, 0) if packed is None else _picked_span(group.bounds, count)
     programs = kernels(queries.device).programs_for(rows, queries.device) if tables.listed else None
     page = schedule.TILE if packed is None else schedule.PICKS
-    table, starts = _work(layer, span, rows, page, programs)
+    table, starts = _work(layer, group, span, page, programs)
     picks = slots.to(torch.int32).contiguous()
     settings = {"starts": starts, "picks": picks, "with_lse": sinks is not None}
     out, lse = kernels(queries.device).decode(queries.contiguous(), scaling, table, packed, exact, **settings)
@@ -124,12 +126,17 @@ def why_not(layer: LayerCache, device: torch.device, heads: int) -> str | None:
         return "exact pages hold eight bits a number"
     codec = layer.codec
     if codec is not None:
-        if codec.form is None or len(layer.packed_pools) > 1:
+        reader = codec.reader
+        if reader is None:
             return "no kernel reads this codec's pages"
-        if choice.triton and codec.peak > schedule.LIMIT:
-            return f"keys or values reach {codec.peak:.0f}, more than the kernels' {schedule.LIMIT:.0f}"
+        if choice.triton and codec.peak > reader.limit:
+            return f"keys or values reach {codec.peak:.0f}, more than the kernels' {reader.limit:.0f}"
+        if reader.positional and layer.held:
+            return "packed pages do not say where in the text the tokens that were chosen stand"
+        if reader.team > 1 and len(set(layer.extents)) > 1:
+            return "heads that are packed together hold different tokens"
     supports = schedule.supports if choice.triton else cpu.supports
-    return supports(None if codec is None else codec.form, heads, layer.spec.head_dim)
+    return supports(None if codec is None else codec.reader, heads, layer.spec.head_dim)
 
 
 def why_not_each(layers: dict[int, LayerCache], roles: Mapping[int, str]) -> dict[int, str | None]:
@@ -143,7 +150,8 @@ def why_not_each(layers: dict[int, LayerCache], roles: Mapping[int, str]) -> dic
             out[index] = "the tokens that are held are chosen in every step"
         else:
             # Layers of a bank are alike, but for the largest number that they have seen.
-            kind = layer.bank, layer.codec is not None and layer.codec.peak > schedule.LIMIT
+            reader = None if layer.codec is None else layer.codec.reader
+            kind = layer.bank, reader is not None and layer.codec.peak > reader.limit  # type: ignore[union-attr]
             if kind not in kinds:
                 kinds[kind] = why_not(layer, layer.spec.device, layer.spec.query_heads // layer.spec.kv_heads)
             out[index] = kinds[kind]
@@ -151,18 +159,25 @@ def why_not_each(layers: dict[int, LayerCache], roles: Mapping[int, str]) -> dic
 
 
 def _work(
-    layer: LayerCache, span: Span, rows: int, page: int, programs: tuple[int, int] | None
+    layer: LayerCache, group: RowGroup, span: Span, page: int, programs: tuple[int, int] | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A table of the same span for all rows, int32 `[rows, SPAN]`, and the work lists (`schedule.starts_of`); the same
-    for all layers of a step."""
-    device = layer.spec.device
+    """A table of the same span for all rows of a group, int32 `[rows, SPAN]`, and the work lists
+    (`schedule.starts_of`); the same for all layers of a step."""
+    device, rows = layer.spec.device, len(group.rows)
+    reader, first, team = None if layer.codec is None else layer.codec.reader, None, 1
+    if reader is not None:
+        team = reader.team
+        if reader.positional:
+            first = (layer.offsets[group.rows] + group.bounds.packed_base).tolist()
 
     def make() -> tuple[torch.Tensor, torch.Tensor | None]:
         table = np.zeros((rows, schedule.SPAN), dtype=np.int32)
         table[:, : len(span)] = span
+        if first is not None:
+            table[:, len(span)] = first
         if programs is None:
             return torch.from_numpy(table), None
-        starts = schedule.starts_of(schedule.pages_of(table, page), programs)
+        starts = schedule.starts_of(schedule.pages_of(table, page, team), programs)
         return torch.from_numpy(table).to(device), torch.from_numpy(starts).to(device)
 
-    return layer.memo.get((span, rows, page, programs), make)
+    return layer.memo.get((span, rows, page, programs, tuple(first or ())), make)

@@ -48,9 +48,9 @@ class DeviceTables:
     sequences: for how many at least there is room; those that are not there hold one token, which is nobody's. tokens:
     how long these may become at least.
 
-    Addresses of exact pages int64 `[rows, columns, 2]` (keys, values) and of packed pages `[rows, columns]`, in units
-    of 16 bytes; spans int32 `[rows, SPAN]`, and of each layer the work lists int32 `[2, rows of a layer + 1]` (see
-    `kernels/packed_decode/schedule.py`).
+    Addresses of exact pages int64 `[rows, columns, 2]` (keys, values), in units of 16 bytes, and of packed pages
+    `[rows, columns]` or `[rows, columns, fields]`, as their `Reader` wants them; spans int32 `[rows, SPAN]`, and of
+    each layer the work lists int32 `[2, rows of a layer + 1]` (see `kernels/packed_decode/schedule.py`).
     """
 
     def __init__(self, bank: Bank, sequences: int = 0, tokens: int = 0) -> None:
@@ -70,7 +70,11 @@ class DeviceTables:
             self.exact_columns = max(self.exact_columns, waiting // PAGE + 2 + pinned)
             if packing is not None:
                 self.packed_columns = max(self.packed_columns, tokens // packing.page + 1)
-        form, heads = first.codec and first.codec.form, first.spec.query_heads // first.spec.kv_heads
+        self.readers = [layer.codec.reader if layer.codec else None for layer in bank.layers]
+        """What reads the packed pages of each layer. A captured graph needs them, and their tensors, as they are."""
+        reader, heads = self.readers[0], first.spec.query_heads // first.spec.kv_heads
+        self._learned: dict[str, torch.Tensor] = {}
+        self._copied: dict[tuple[int, str], torch.Tensor] = {}
         self.page = packing.page if packing else schedule.TILE
         self.listed = choose(self.device).triton
         """Whether kernels want work lists."""
@@ -78,7 +82,7 @@ class DeviceTables:
         if self.listed:
             planned = self.device.type == "meta"
             self.programs = (
-                (1, 1) if planned else kernels(self.device).programs_for(self.rows, self.device, form, heads)
+                (1, 1) if planned else kernels(self.device).programs_for(self.rows, self.device, reader, heads)
             )
         self._pages: np.ndarray | None = None
         self._ahead: np.ndarray | None = None
@@ -86,7 +90,9 @@ class DeviceTables:
         width = self.rows * schedule.SPAN + (2 * (self.rows + 1) if self.listed else 0)
         with torch.inference_mode(False):
             self._exact = torch.zeros((rows, self.exact_columns, 2), dtype=torch.int64, device=self.device)
-            self._packed = torch.zeros((rows, self.packed_columns), dtype=torch.int64, device=self.device)
+            several = (len(reader.fields),) if reader and len(reader.fields) > 1 else ()
+            shape = (rows, self.packed_columns, *several)
+            self._packed = torch.zeros(shape, dtype=torch.int64, device=self.device)
             # A layer's spans, then its work lists.
             self._numbers = torch.zeros((self.layers, width), dtype=torch.int32, device=self.device)
             # Two, because the device may still be reading the one of the step before.
@@ -131,6 +137,7 @@ class DeviceTables:
         if self.bank is not None:
             self.bank.mirror = None  # they show one bank at a time
         self.bank, bank.mirror, self._pages, self._ahead, self._synced = bank, self, None, None, None
+        self._copied = {}
         self._tiers = [tier for tier in (bank.exact, bank.packed) if tier is not None]
         if bank.batch < self.sequences:
             page = torch.tensor([x.data_ptr() >> 4 for x in self._padding], device=self.device)
@@ -140,7 +147,9 @@ class DeviceTables:
     def nbytes(self) -> int:
         """Bytes on the device and of what is sent there."""
         hosts = sum(host.nbytes for host in self._hosts) + (0 if self._ahead is None else self._ahead.nbytes)
-        return self._exact.nbytes + self._packed.nbytes + self._numbers.nbytes + hosts + self._padding.nbytes
+        learned = sum(x.nbytes for x in self._learned.values())
+        tables = self._exact.nbytes + self._packed.nbytes + self._numbers.nbytes + self._padding.nbytes
+        return tables + learned + hosts
 
     def fit(self) -> bool:
         """Whether these are the bank's rows, and there is still room for what they hold."""
@@ -162,10 +171,25 @@ class DeviceTables:
 
     def sync(self) -> None:
         """Make the page tables those of the bank."""
-        bank = self.bank
-        self._send(bank.exact, KV, self._exact)
-        if bank.packed is not None:
-            self._send(bank.packed, (bank.packed.pool.layout.fields[0].name,), self._packed[:, :, None])
+        bank, reader = self.bank, self.readers[0]
+        self._send(bank.exact, KV, self._exact, 16)
+        if bank.packed is not None and reader is not None:
+            self._send(bank.packed, reader.fields, self._packed, reader.unit)
+            for layer in bank.layers if reader.learned else ():
+                self._copy(layer, reader.learned)
+
+    def _copy(self, layer: LayerCache, names: tuple[str, ...]) -> None:
+        """What a codec remembers of a layer's rows, to where kernels look for it."""
+        for name in names:
+            new = layer.learned.get(name)
+            if new is None or self._copied.get((layer.index, name)) is new:
+                continue
+            if name not in self._learned:
+                with torch.inference_mode(False):
+                    shape = (self.layers, self.rows, *new.shape[1:])
+                    self._learned[name] = torch.zeros(shape, dtype=new.dtype, device=self.device)
+            self._learned[name][layer.index, : len(new)].copy_(new)
+            self._copied[layer.index, name] = new
 
     def sync_once(self) -> None:
         """The same, but once in a forward: for rows that attend to what was there before they take their chunk."""
@@ -173,7 +197,7 @@ class DeviceTables:
             self.sync()
             self._synced = self.bank.change
 
-    def _send(self, tier: Tier, names: tuple[str, ...], table: torch.Tensor) -> None:
+    def _send(self, tier: Tier, names: tuple[str, ...], table: torch.Tensor, unit: int) -> None:
         if not tier.changed:
             return
         bank, places = self.bank, []
@@ -183,12 +207,13 @@ class DeviceTables:
             there = columns < count  # what stands behind is nobody's
             places.append([x[there] for x in np.broadcast_arrays(rows, columns)])
         rows, columns = (np.concatenate(parts) for parts in zip(*places))
-        ids = tier.table[rows, columns]
+        where = {name: (pool, tier.tables[i]) for pool, name, i in tier.fields()}
+        pages = [(where[name][0], name, where[name][1][rows, columns]) for name in names]
         if bank.rows < self.rows:
             rows = rows // bank.rows * self.rows + rows % bank.rows
         at = rows * table.shape[1] + columns
         if len(at) and self.device.type != "meta":
-            new = np.stack([tier.pool.addresses(name, ids) for name in names], 1) >> 4
+            new = np.stack([pool.addresses(name, ids) for pool, name, ids in pages], 1) // unit
             target = table.view(-1, len(names))
             if self.device.type == "cpu":
                 target.numpy()[at] = new
@@ -219,14 +244,18 @@ class DeviceTables:
         event, numbers = self._events[1 - self._turn], self._hosts[1 - self._turn].numpy()
         if event is not None:
             event.synchronize()
-        width, span = self.rows * schedule.SPAN, self.bank.of_layers(data).span()
+        width, bounds, reader = self.rows * schedule.SPAN, self.bank.of_layers(data), self.readers[0]
+        span = bounds.span()
         seen = np.zeros((len(span.stop), self.rows, schedule.SPAN), dtype=np.int32)  # of one layer if all are alike
         seen[:, self.bank.rows :, Span._fields.index("stop")] = 1
         for number, x in enumerate(span):
             seen[:, : self.bank.rows, number] = x
+        if reader is not None and reader.positional:
+            offset = self.bank.offset.reshape(self.layers, -1)[: len(seen)]
+            seen[:, : self.bank.rows, len(span)] = bounds.packed_base + offset
         numbers[:, :width] = seen.reshape(len(seen), -1)
         if self.listed:
-            pages = schedule.pages_of(seen, self.page)
+            pages = schedule.pages_of(seen, self.page, reader.team if reader else 1)
             if self._pages is None or not np.array_equal(pages, self._pages):
                 assert self.programs is not None
                 self._pages, self._starts = pages, schedule.starts_of(pages, self.programs)
@@ -240,9 +269,15 @@ class DeviceTables:
         whole = len(rows) == rows[-1] - rows[0] + 1
         index = slice(int(rows[0]), int(rows[-1]) + 1) if whole else torch.from_numpy(rows).to(self.device)
         exact = schedule.Exact(self._exact[index], layer.spec.dtype)
-        if layer.codec is None or layer.codec.form is None or not group.bounds.packed_tokens:
-            return None, exact
-        return schedule.Packed(self._packed[index], layer.codec.form), exact
+        return self._pages_of(layer.index, index) if group.bounds.packed_tokens else None, exact
+
+    def _pages_of(self, layer: int, index: slice | torch.Tensor) -> schedule.Packed | None:
+        """The packed pages of some rows of a layer."""
+        reader = self.readers[layer]
+        if reader is None:
+            return None
+        learned = (self._learned[name].flatten(0, 1)[index] for name in reader.learned)
+        return schedule.Packed(self._packed[index], reader, tuple(learned))
 
     def attend(
         self,
@@ -261,11 +296,9 @@ class DeviceTables:
         """
         if keys is not None and values is not None:
             self.append(layer, keys, values)
-        kernel, (rows, span, exact), packed = kernels(self.device), self._place(layer), None
+        kernel, (rows, span, exact) = kernels(self.device), self._place(layer)
         starts = self._numbers[layer.index][self.rows * schedule.SPAN :].view(2, -1) if self.listed else None
-        if layer.codec is not None:
-            assert layer.codec.form is not None
-            packed = schedule.Packed(self._packed[rows], layer.codec.form)
+        packed = self._pages_of(layer.index, rows)
         left = left_of_all(layer, queries, scaling)
         with_lse = sinks is not None or left is not None
         settings = {"starts": starts, "programs": self.programs, "with_lse": with_lse}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fivefold.errors import NonFiniteError
-from fivefold.kernels.packed_decode import Form
+from fivefold.kernels.packed_decode import Form, Reader
 from fivefold.store.context import Context
 from fivefold.store.pages import PageLayout
 
@@ -41,7 +41,7 @@ class Codec:
     layout: PageLayout
     group: int
     form: Form | None = None
-    """What its pages look like to the decoding kernels; None if those cannot read them."""
+    """What its pages look like to the kernels that pack, unpack and pick KIVI's; None if they are others."""
     peak: float = 0.0
     """The largest absolute number that was checked so far, for kernels with a narrower range than the pages."""
     compiled: bool = False
@@ -51,6 +51,12 @@ class Codec:
     positional: bool = False
     """If `contextual`: whether it looks at positions, which are then those that the model used; else they say
     nothing."""
+
+    @property
+    def reader(self) -> Reader | None:
+        """The kernel of a GPU that attends over its pages in a decoding step; None if there is none. Of a `contextual`
+        codec: over those of rows in which no head holds other tokens than another."""
+        return self.form
 
     @property
     def fingerprint(self) -> str:

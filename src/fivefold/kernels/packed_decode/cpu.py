@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fivefold.kernels.compiled import library
+from fivefold.kernels.packed_decode.reader import Reader
 from fivefold.kernels.packed_decode.reference import Form
 from fivefold.kernels.packed_decode.schedule import PICKS, SPAN, TILE, Exact, Packed, lacks, pages_of, starts_of
 
@@ -39,14 +40,16 @@ _SOURCE, _APPEND = (Path(__file__).with_name(name) for name in ("decode.cpp", "a
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def supports(form: Form | None, heads: int, head_dim: int) -> str | None:
+def supports(form: Reader | None, heads: int, head_dim: int) -> str | None:
     """Why these shapes cannot be attended on, in a few words; None if they can."""
+    if not isinstance(form, Form | None):
+        return "no C++ kernel reads this codec's pages at once"
     if head_dim not in range(8, 257, 8):
         return f"head_dim {head_dim} is not a multiple of 8 up to 256"
     return lacks(form, heads)
 
 
-def programs_for(rows: int, device: torch.device, form: Form | None = None, heads: int = 1) -> tuple[int, int]:
+def programs_for(rows: int, device: torch.device, form: Reader | None = None, heads: int = 1) -> tuple[int, int]:
     """As many as `starts_of` takes; the kernel shares out its work by itself."""
     return max(1, rows), max(1, rows)
 
@@ -86,6 +89,7 @@ def decode(
     form, packed_at, packed_columns, exact_at, exact_columns, picks_at, count = None, None, 0, None, 0, None, 0
     dtype = torch.float32
     if packed is not None:
+        assert isinstance(packed.form, Form)
         form, table = packed.form, packed.table
         packed_at, packed_columns = table.data_ptr(), table.shape[1]
     if exact is not None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
+from fivefold.kernels.packed_decode.reader import Reader
 from fivefold.kernels.planar import PLANES, dequantise, unpack
 
 
 @dataclass(frozen=True)
-class Form:
+class Form(Reader):
     """What a packed page looks like: a record of
 
     key words int16 [32, d], key scale and zero float16 [planes * 32 / group, d],
@@ -24,6 +26,9 @@ class Form:
     group: int
     channels: int
     head_dim: int
+
+    fields: ClassVar[tuple[str, ...]] = ("key_words",)
+    limit: ClassVar[float] = 750.0  # type: ignore[misc]
 
     @property
     def tokens(self) -> int:

@@ -10,8 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fivefold.kernels.packed_decode.reader import Packed, Reader
 from fivefold.kernels.packed_decode.reference import Form
 
+__all__ = [
+    "HEADS", "LIMIT", "PAGE", "PICKS", "SPAN", "TILE", "Exact", "Packed", "lacks", "pages_of", "starts_of", "supports",
+]  # fmt: skip
 SPAN = 8
 """Columns of a table of spans; the first seven are used (see `decode_reference`)."""
 PAGE = 32
@@ -20,18 +24,10 @@ TILE = 64
 """Exact slots that are one piece of work."""
 PICKS = 32
 """Picked packed slots that are one piece of work."""
-LIMIT = 750.0
-"""Keys and values up to this absolute value can be attended on packed by the kernels of a GPU."""
+LIMIT = Form.limit
+"""KIVI's keys and values up to this absolute value can be attended on packed by the kernels of a GPU."""
 HEADS = 16
 """Query heads of a row, at most."""
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Packed pages: table int64 `[rows, columns]` of their addresses in units of 16 bytes, and what they look like."""
-
-    table: torch.Tensor
-    form: Form
 
 
 @dataclass(frozen=True)
@@ -43,31 +39,36 @@ class Exact:
     dtype: torch.dtype
 
 
-def lacks(form: Form | None, heads: int) -> str | None:
+def lacks(form: Reader | None, heads: int) -> str | None:
     """Why no kernel attends on these shapes, in a few words; None if one may."""
     if heads > HEADS:
         return f"{heads} query heads share a kv head, more than {HEADS}"
-    if form is not None and (form.group % 32 or form.tokens % form.group or form.head_dim % form.channels):
+    if not isinstance(form, Form):
+        return None if form is None else form.lacks(heads)
+    if form.group % 32 or form.tokens % form.group or form.head_dim % form.channels:
         return f"groups of {form.group} tokens and {form.channels} channels"
     return None
 
 
-def supports(form: Form | None, heads: int, head_dim: int) -> str | None:
+def supports(form: Reader | None, heads: int, head_dim: int) -> str | None:
     """Why a GPU's kernels cannot attend on these shapes, in a few words; None if they can."""
     if head_dim not in (64, 128, 256):
         return f"head_dim {head_dim} is none of 64, 128, 256"
-    if form is not None and form.channels & (form.channels - 1):
+    if isinstance(form, Form) and form.channels & (form.channels - 1):
         return f"groups of {form.channels} channels"
     return lacks(form, heads)
 
 
-def pages_of(spans: np.ndarray, page: int) -> np.ndarray:
+def pages_of(spans: np.ndarray, page: int, team: int = 1) -> np.ndarray:
     """How many packed pages of `page` tokens, and how many `TILE`s of exact slots, the rows see part of.
 
-    spans: `[..., rows, >= 5]`. Returns `[..., 2, rows]`.
+    spans: `[..., rows, >= 5]`; team: see `Reader`. Returns `[..., 2, rows]`.
     """
     low, high, stop = spans[..., 0], spans[..., 1], spans[..., 4]
-    return np.stack([np.where(high > low, -(-high // page) - low // page, 0), -(-stop // TILE)], -2)
+    packed = np.where(high > low, -(-high // page) - low // page, 0)
+    if team > 1:
+        packed = np.where(np.arange(packed.shape[-1]) % team == 0, packed, 0)
+    return np.stack([packed, -(-stop // TILE)], -2)
 
 
 def starts_of(pages: np.ndarray, programs: tuple[int, int]) -> np.ndarray:

@@ -29,6 +29,7 @@ import triton.language as tl
 from fivefold.kernels.choice import choose
 from fivefold.kernels.device import numbered, on
 from fivefold.kernels.packed_decode import cuda
+from fivefold.kernels.packed_decode.reader import Reader
 from fivefold.kernels.packed_decode.reference import Form
 from fivefold.kernels.packed_decode.schedule import (
     LIMIT,
@@ -402,8 +403,12 @@ def _append(keys, values, table, spans, columns, DTYPE: tl.constexpr, D: tl.cons
 
 
 @triton.jit
-def _merge(out, lse, starts, row, head, heads, m, total, acc, D: tl.constexpr, P: tl.constexpr):
+def _merge(out, lse, starts, row, head, heads, m, total, acc, D: tl.constexpr, P: tl.constexpr, TEAM: tl.constexpr):
     """Merge the parts that the programs of one kernel left of one head of a row into (m, total, acc)."""
+    if TEAM > 1:
+        head += row % TEAM * heads
+        heads *= TEAM
+        row = row // TEAM * TEAM
     d = tl.arange(0, D)
     last = tl.load(starts + row + 1)
     for first in range(tl.load(starts + row), last, P):
@@ -425,8 +430,9 @@ def _merge(out, lse, starts, row, head, heads, m, total, acc, D: tl.constexpr, P
 def _combine(
     packed_out, packed_lse, exact_out, exact_lse, starts, merged, merged_lse, rows,
     D: tl.constexpr, P: tl.constexpr, WITH_LSE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
+    TEAM: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts of one head of a row. Grid: (rows, heads)."""
+    """Merge the parts of one head of a row. Grid: (rows, heads). TEAM: see `Reader`."""
     row = tl.program_id(0)
     head = tl.program_id(1)
     heads = tl.num_programs(1)
@@ -435,9 +441,9 @@ def _combine(
     total = 0.0
     acc = tl.zeros([D], tl.float32)
     if PACKED:
-        m, total, acc = _merge(packed_out, packed_lse, starts, row, head, heads, m, total, acc, D, P)
+        m, total, acc = _merge(packed_out, packed_lse, starts, row, head, heads, m, total, acc, D, P, TEAM)
     if EXACT:
-        m, total, acc = _merge(exact_out, exact_lse, starts + rows + 1, row, head, heads, m, total, acc, D, P)
+        m, total, acc = _merge(exact_out, exact_lse, starts + rows + 1, row, head, heads, m, total, acc, D, P, 1)
     at = row * heads + head
     some = total > 0
     acc = acc / tl.where(some, total, 1.0)
@@ -456,21 +462,25 @@ def _processors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def by_cuda(form: Form, heads: int, device: torch.device) -> bool:
+def by_cuda(form: Reader, heads: int, device: torch.device) -> bool:
     """Whether `cuda.py` attends over packed pages of this form."""
-    return device.type == "cuda" and choose(device).path == "cuda" and cuda.supports(form, heads)
+    if device.type != "cuda" or not isinstance(form, Form):
+        return False
+    return choose(device).path == "cuda" and cuda.supports(form, heads)
 
 
-def programs_for(rows: int, device: torch.device, form: Form | None = None, heads: int = 1) -> tuple[int, int]:
+def programs_for(rows: int, device: torch.device, form: Reader | None = None, heads: int = 1) -> tuple[int, int]:
     """How many programs work on the packed pages of that many rows, and on their exact ones.
 
     Few rows are cut so that the device is filled once, many so that it is filled several times over and none waits long
     for the last.
     """
-    resident = cuda.resident(form, device) if form is not None and by_cuda(form, heads, device) else RESIDENT
+    resident, team = (RESIDENT, 1) if form is None else (form.resident, form.team)
+    if isinstance(form, Form) and by_cuda(form, heads, device):
+        resident = cuda.resident(form, device)
     packed, exact = (
         once if 8 * rows <= once else max(8 * once, 2 * rows)
-        for once in (resident * _processors(device), RESIDENT * _processors(device))
+        for rows, once in ((rows // team, resident * _processors(device)), (rows, RESIDENT * _processors(device)))
     )
     return packed, exact
 
@@ -516,20 +526,22 @@ def decode(
     form = packed.form if packed is not None and picks is None else None
     programs = programs or programs_for(rows, device, form, heads)
     if starts is None:
-        pages = pages_of(spans.cpu().numpy(), packed.form.tokens if packed is not None else TILE)
+        page, team = (TILE, 1) if packed is None else (packed.form.tokens, packed.form.team)
+        pages = pages_of(spans.cpu().numpy(), page, team)
         if picks is not None and packed is not None:
             pages[0] = -(-picks.shape[1] // PICKS)
         starts = torch.from_numpy(starts_of(pages, programs)).to(device)
     common = {"N": n, "D": dim, "SPAN": SPAN, "R": triton.next_power_of_2(rows)}
 
-    def parts(programs: int, most: int) -> tuple[int, torch.Tensor, torch.Tensor]:
+    def parts(programs: int, most: int, team: int = 1) -> tuple[int, torch.Tensor, torch.Tensor]:
         count = max(1, min(programs, most))
-        out = torch.empty((count, heads, dim), dtype=torch.float32, device=device)
-        return count, out, torch.empty((count, heads), dtype=torch.float32, device=device)
+        out = torch.empty((count, heads * team, dim), dtype=torch.float32, device=device)
+        return count, out, torch.empty((count, heads * team), dtype=torch.float32, device=device)
 
     with on(device):
         packed_out, packed_lse = exact_out, exact_lse = queries, queries
-        if packed is not None:
+        team = 1
+        if packed is not None and isinstance(packed.form, Form):
             form = packed.form
             tiles = packed.table.numel() if picks is None else -(-picks.shape[1] // PICKS) * rows
             count, packed_out, packed_lse = parts(programs[0], tiles)
@@ -549,6 +561,10 @@ def decode(
                     heads, BITS=form.bits, GROUP=form.group, CHANNELS=form.channels, ASM=asm,
                     STAGES=_STAGES[form.bits], num_warps=2, num_stages=_STAGES[form.bits], **common,
                 )  # fmt: skip
+        elif packed is not None:
+            team = packed.form.team
+            _, packed_out, packed_lse = parts(programs[0], packed.table.shape[0] * packed.table.shape[1] // team, team)
+            packed.form.attend(packed, queries, scale, spans, starts[0], packed_out, packed_lse)
         if exact is not None:
             wide = exact.dtype.itemsize == 4
             picked = picks if packed is None else None
@@ -563,6 +579,6 @@ def decode(
         merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
         _combine[(rows, heads)](
             packed_out, packed_lse, exact_out, exact_lse, starts, merged, merged_lse if with_lse else exact_lse, rows,
-            D=dim, P=64, WITH_LSE=with_lse, PACKED=packed is not None, EXACT=exact is not None, num_warps=8,
+            D=dim, P=64, WITH_LSE=with_lse, PACKED=packed is not None, EXACT=exact is not None, TEAM=team, num_warps=8,
         )  # fmt: skip
     return merged, merged_lse

@@ -1,0 +1,72 @@
+"""What a codec says of the kernel that reads its packed pages in a decoding step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+
+class Reader:
+    """A kernel for pages of one kind, and what tables must hold for it. `Form` is that of KIVI's planar pages.
+
+    Readers are compared, and kept, by value; those that have tensors (`constants`) by identity.
+    """
+
+    head_dim: int
+    fields: ClassVar[tuple[str, ...]]
+    """The fields of a page whose addresses it wants, in this order; of a record the first alone."""
+    unit: ClassVar[int] = 16
+    """Addresses are counted in so many bytes."""
+    learned: tuple[str, ...] = ()
+    """Which of the tensors that a codec remembers of its rows (`Codec.learn`) it reads."""
+    constants: tuple[torch.Tensor, ...] = ()
+    """Tensors of the codec's own that it reads. They must stay where they are as long as somebody holds the reader."""
+    positional: ClassVar[bool] = False
+    """Whether it wants to know positions: column 7 of the spans then has that of the first packed slot, as the model
+    counts them, and slots count on from there."""
+    team: int = 1
+    """So many rows in succession are read together: they see the same slots, and the work lists name the first."""
+    resident: int = 4
+    """Programs that fit on a processor at a time."""
+    limit: float = 30000.0
+    """Keys and values up to this absolute value can be attended on."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a page."""
+        raise NotImplementedError
+
+    def lacks(self, heads: int) -> str | None:
+        """Why it cannot read such pages for so many query heads a row, in a few words; None if it can."""
+        return None
+
+    def attend(
+        self,
+        packed: Packed,
+        queries: torch.Tensor,
+        scale: float,
+        spans: torch.Tensor,
+        starts: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """Leave a part of each program in out, float32 `[programs, team * query_heads, head_dim]`, and lse, to the base
+        2, float32 `[programs, team * query_heads]`: of the rows that a program is for, one after the other.
+
+        queries: contiguous `[rows, query_heads, head_dim]`; scale: what scores are multiplied with before a power of 2;
+        spans: int32 `[rows, SPAN]`; starts: int32 `[rows + 1]`, the work list (see `schedule.starts_of`).
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Packed pages: what reads them, and table int64 `[rows, columns]` of their addresses in units of `form.unit`
+    bytes, `[rows, columns, fields]` where it wants those of several fields. learned: tensors `[rows, ...]` that it
+    reads besides (`Reader.learned`)."""
+
+    table: torch.Tensor
+    form: Reader
+    learned: tuple[torch.Tensor, ...] = ()
