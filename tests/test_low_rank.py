@@ -3,18 +3,24 @@ thing with `-m gpu`."""
 
 from __future__ import annotations
 
+import copy
 import importlib
 
 import pytest
 import torch
 
+import fivefold
+from conftest import VOCAB
 from fivefold.kernels.low_rank import Features, decode_reference
 from fivefold.kernels.packed_decode.schedule import SPAN, Exact, Packed
 from fivefold.kernels.planar import PLANES, pack, quantise
+from learned import learn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="needs Triton")
-kernel = importlib.import_module("fivefold.kernels.low_rank.triton")
+kernel = importlib.import_module("fivefold.kernels.packed_decode.triton")
+own = importlib.import_module("fivefold.kernels.low_rank.triton")
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(GPU, reason="the kernels are compiled for the GPU here")),
@@ -31,7 +37,10 @@ def form_of(
         torch.randn(blocks, heads * rank, heads * head_dim, device=device) * (heads * rank) ** -0.5 for rank in ranks
     ]
     inv_freq = 10000.0 ** -(torch.arange(pairs).double() / max(1, pairs))
-    return Features(ranks, bits, head_dim, dtype, up[0], up[1], inv_freq, neighbours)
+    return Features(
+        ranks=ranks, bits=bits, head_dim=head_dim, dtype=dtype, team=heads, blocks=blocks, inv_freq=inv_freq,
+        neighbours=neighbours, ups=lambda: (up[0], up[1]),
+    )  # fmt: skip
 
 
 def records(fields: tuple[torch.Tensor, ...], spare: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,25 +83,23 @@ def check(
     dtype: torch.dtype = torch.float16,
     bound: float = 3e-3,
     programs: tuple[int, int] | None = (9, 9),
-    **settings: int,
 ) -> None:
     """spans: of each team of rows."""
-    rows = len(spans) * form.heads
+    rows = len(spans) * form.team
     fields = pages(form, rows, columns, device)
     memory, table = records(fields)
     span = torch.zeros(rows, SPAN, dtype=torch.int32, device=device)
-    span[:] = torch.tensor(spans, dtype=torch.int32, device=device).repeat_interleave(form.heads, 0)
+    span[:] = torch.tensor(spans, dtype=torch.int32, device=device).repeat_interleave(form.team, 0)
     queries = (torch.randn(rows, heads, form.head_dim, device=device) * 2).to(dtype)
     slots = keys = values = None
     if exact:
         keys, values = torch.randn(2, rows, exact, 32, form.head_dim, device=device).to(dtype)
-        own, one = records((keys, values))
+        there, one = records((keys, values))
         step = 32 * form.head_dim * dtype.itemsize >> 4
         slots = Exact(torch.stack([one, one + step], 2), dtype)
         keys, values = keys.flatten(1, 2), values.flatten(1, 2)
-    given = {"with_lse": True, "programs": programs, "settings": settings}
     scaling = form.head_dim**-0.5
-    found, lse = kernel.decode(queries, scaling, span, Packed(table, form), slots, **given)
+    found, lse = kernel.decode(queries, scaling, span, Packed(table, form), slots, with_lse=True, programs=programs)
     wanted, wanted_lse = decode_reference(queries, scaling, span, form, fields, keys, values)
     assert found.dtype == queries.dtype and found.shape == queries.shape
     some = wanted_lse.isfinite().all(1)
@@ -128,7 +135,39 @@ def test_pages_of_features_and_exact_pages(device, shape, heads, dtype):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_tiles_smaller_than_a_page(device):
+def test_tiles_smaller_than_a_page(device, monkeypatch):
     torch.manual_seed(0)
+    small = {"T": 32, "PB": 16, "STAGES": 1, "num_warps": 4}
+    monkeypatch.setattr(own, "settings_of", lambda form: small)
     spans = [(3, 200, 0, 0, 0, 0, 0, 1000)]
-    check(form_of(device, heads=3, ranks=(13, 20)), spans, device, exact=0, T=32, PB=16, programs=(9, 9))
+    check(form_of(device, heads=3, ranks=(13, 20)), spans, device, exact=0)
+
+
+METHODS = ["cskv(keep=0.3)", "kv_heads(keep=0.3, group=1, bits=8)"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recipe", METHODS)
+@pytest.mark.parametrize("rest", ["", " + streaming(sink=8, recent=70)"], ids=["whole", "window"])
+def test_steps_of_a_model_are_those_without_kernels(device, recipe, rest, tiny, tmp_path, monkeypatch):
+    """From fixed tables, of sequences of different lengths, while groups are packed and windows slide."""
+    model = copy.deepcopy(tiny("llama", num_hidden_layers=2)).to(device)
+    whole = f'{recipe[:-1]}, profile="{learn(model, recipe, tmp_path / "profile", chunks=1)}"){rest}'
+    monkeypatch.setenv("FIVEFOLD_KERNELS", "triton")
+    ids = torch.randint(1, VOCAB, (2, 260), generator=torch.Generator().manual_seed(0)).to(device)
+    mask = torch.ones_like(ids)
+    mask[0, :37] = 0
+    outs, count = [], 36 if device == "cuda" else 3
+    for path in ("reference", "triton"):
+        monkeypatch.setenv("FIVEFOLD_KERNELS", path)
+        cache = fivefold.compress(model, whole, cuda_graph=path == "triton")
+        with torch.inference_mode():
+            model(ids[:, : 260 - count], past_key_values=cache, attention_mask=mask[:, : 260 - count])
+            steps = [
+                model(ids[:, i : i + 1], past_key_values=cache, attention_mask=mask[:, : i + 1]).logits
+                for i in range(260 - count, 260)
+            ]
+        outs.append(torch.cat(steps, 1))
+        assert cache.report().codes > 0
+    assert cache.step.replays == count and cache.step.failed is None
+    assert (outs[0] - outs[1]).norm() < 0.01 * outs[0].norm()

@@ -14,6 +14,7 @@ import torch
 
 from fivefold.calibrate.profile import Profile
 from fivefold.errors import ProfileError, RecipeError
+from fivefold.kernels.low_rank import Features
 from fivefold.kernels.pack import fill_rows
 from fivefold.kernels.planar import PLANES, dequantise, pack, quantise, unpack_planes
 from fivefold.kernels.shared import shared
@@ -108,35 +109,74 @@ class LowRankCodec(LearnedCodec):
                     Field(f"{kind}_scale", (tokens // 32, rank), half, "scales"),
                     Field(f"{kind}_zero", (tokens // 32, rank), half, "scales"),
                 ]
-        self.layout = PageLayout(f"{name}-{ranks[0]}-{ranks[1]}", tokens, tuple(fields))
+        self.layout = PageLayout(f"{name}-{ranks[0]}-{ranks[1]}", tokens, tuple(fields), record=True)
         self.limit = FLOAT16_MAX
         if bits is None and dtype != torch.float16:
             self.limit = torch.finfo(dtype).max
         self.orthonormal = "key_weight" not in profile.tensors  # B is A turned round then, and not held beside it
         self.made = {}
+        self._reader: Features | None = None
+
+    @property
+    def reader(self) -> Features:
+        if self._reader is None:
+            team = self.share or self.spec.kv_heads
+            self._reader = Features(
+                ranks=self.ranks,
+                bits=self.bits,
+                head_dim=self.spec.head_dim,
+                dtype=self.dtype,
+                team=team,
+                blocks=self.spec.kv_heads // team,
+                inv_freq=self.rope.inv_freq,
+                neighbours=self.rope.neighbours,
+                ups=self._ups,
+            )
+        return self._reader
+
+    def _ups(self) -> Bases:
+        """B of keys and of values of all heads, those that share features in one: `[blocks, rank, channels]`."""
+        heads, split = tuple(range(self.spec.kv_heads)), self.share or self.spec.kv_heads
+        teams = [heads[first : first + split] for first in range(0, len(heads), split)]
+        keys, values = (torch.stack([self._blocks(*side, team)[1] for team in teams]) for side in self._sides())
+        return keys.to(self.spec.device), values.to(self.spec.device)
+
+    @property
+    def nbytes(self) -> int:
+        read = () if self._reader is None or not self._reader.ready else self._reader.constants
+        return super().nbytes + sum(x.nbytes for x in read)
+
+    def forget(self) -> None:
+        super().forget()
+        self._reader = None
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        check_finite(keys, values, self.limit)
+        self.peak = max(self.peak, check_finite(keys, values, self.limit))
 
     def bases(self, context: Context) -> Sequence[torch.Tensor]:
         """A and B of keys (channels in the paired order) and of values: `[groups or 1, n, rank]`, `[.., rank, n]`."""
         groups = tuple(context.groups)
         if groups not in self.made:
-            tensors, plain = self.profile.tensors, torch.arange(self.spec.head_dim)
             parts: list[list[torch.Tensor]] = []
-            for name, weight, order, rank in (
-                ("key_factor", tensors.get("key_weight"), self.rope.order, self.ranks[0]),
-                ("value_factor", None, plain, self.ranks[1]),
-            ):
-                each = [self._blocks(tensors[name], weight, heads, order, rank) for heads in groups]
+            for side in self._sides():
+                each = [self._blocks(*side, heads) for heads in groups]
                 downs, ups = torch.stack([down for down, _ in each]), torch.stack([up for _, up in each])
                 parts.append([downs] if self.orthonormal else [downs, ups])
             self.made[groups] = [x.to(self.spec.device) for some in parts for x in some]
         held = self.made[groups]
         return [x for down in held for x in (down, down.transpose(1, 2))] if self.orthonormal else held
 
+    def _sides(self) -> list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, int]]:
+        """Factor, weight, order of a head's channels, and rank of keys and of values."""
+        tensors, plain = self.profile.tensors, torch.arange(self.spec.head_dim)
+        key, value = tensors["key_factor"], tensors["value_factor"]
+        return [
+            (key, tensors.get("key_weight"), self.rope.order, self.ranks[0]),
+            (value, None, plain, self.ranks[1]),
+        ]
+
     def _blocks(
-        self, factor: torch.Tensor, weight: torch.Tensor | None, heads: tuple[int, ...], order: torch.Tensor, rank: int
+        self, factor: torch.Tensor, weight: torch.Tensor | None, order: torch.Tensor, rank: int, heads: tuple[int, ...]
     ) -> Bases:
         """A and B of these heads: a block for those that share features."""
         layer, split = self.profile.settings["layers"].index(self.spec.layer), self.share or self.spec.kv_heads

@@ -6,27 +6,30 @@ matrix. Each row's page holds an equal share of the features; keys are turned by
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 
+from fivefold.kernels.packed_decode.reader import Packed, Reader
 from fivefold.kernels.planar import PLANES, dequantise, unpack_planes
 
 CHUNK = 64
 """Features that are multiplied at a time, at most."""
 
 
-@dataclass(frozen=True, eq=False)
-class Features:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Features(Reader):
     """What a page of features looks like, and what keys and values are made of them with.
 
     A record holds, for keys and then for values with their rank: numbers `dtype` `[128, rank]`; or with `bits`, planar
     words int16 `[32, rank]`, scale and zero float16 `[planes, rank]`. Made with:
 
-    - key_up, value_up `[blocks, heads * rank, heads * head_dim]`: what features of keys (channels in the paired order
-      of `store.Rope`: those that are turned together side by side) and of values are multiplied with. A sequence's rows
-      are `blocks` times `heads`.
+    - ups: what gives, when it is asked for, key_up and value_up `[blocks, team * rank, team * head_dim]`: what features
+      of keys (channels in the paired order of `store.Rope`: those that are turned together side by side) and of values
+      are multiplied with. A sequence's rows are `blocks` times `team`.
     - inv_freq float64 `[pairs]`: by what angle a pair of channels is turned from one position to the next. Channels i
       and i + pairs, or with `neighbours` 2i and 2i + 1, are a pair; those from 2 * pairs on are not turned.
     """
@@ -35,24 +38,30 @@ class Features:
     bits: int | None
     head_dim: int
     dtype: torch.dtype
-    key_up: torch.Tensor
-    value_up: torch.Tensor
+    team: int
+    blocks: int
     inv_freq: torch.Tensor
     neighbours: bool
+    ups: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+
+    positional: ClassVar[bool] = True
 
     @property
-    def blocks(self) -> int:
-        return self.key_up.shape[0]
+    def fields(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("keys" if self.bits is None else "key_words",)
 
     @property
-    def heads(self) -> int:
-        """Rows that have features together."""
-        return self.key_up.shape[2] // self.head_dim
+    def resident(self) -> int:  # type: ignore[override]
+        return 1 if max(self.ranks) * self.team > 128 else 2
 
     @property
     def tokens(self) -> int:
-        """Tokens of a page."""
         return 128 if self.bits is None else PLANES[self.bits] * 32
+
+    @property
+    def pairs(self) -> int:
+        """Of channels of a head that are turned."""
+        return len(self.inv_freq)
 
     @property
     def work(self) -> torch.dtype:
@@ -73,23 +82,53 @@ class Features:
     @property
     def order(self) -> torch.Tensor:
         """Which channel of a head each of the paired order is: int64 `[head_dim]`."""
-        pairs = len(self.inv_freq)
-        turned = torch.arange(2 * pairs)
+        turned = torch.arange(2 * self.pairs)
         if not self.neighbours:
             turned = turned.view(2, -1).T.reshape(-1)
-        return torch.cat([turned, torch.arange(2 * pairs, self.head_dim)])
+        return torch.cat([turned, torch.arange(2 * self.pairs, self.head_dim)])
 
     @cached_property
     def prepared(self) -> Prepared:
-        """The same as kernels read it."""
-        return prepare(self)
+        """What the kernels read, made when it is first asked for."""
+        with torch.inference_mode(False):
+            return prepare(self)
+
+    @property
+    def ready(self) -> bool:
+        """Whether `prepared` has been asked for."""
+        return "prepared" in vars(self)
+
+    @property
+    def constants(self) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        return self.prepared.tensors
+
+    def lacks(self, heads: int) -> str | None:
+        if heads * self.team > 128:
+            return f"{heads * self.team} query heads have features together, more than 128"
+        if self.nbytes % self.unit:
+            return f"pages of {self.nbytes} bytes do not begin at multiples of {self.unit}"
+        return None
+
+    def attend(
+        self,
+        packed: Packed,
+        queries: torch.Tensor,
+        scale: float,
+        spans: torch.Tensor,
+        starts: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        from fivefold.kernels.low_rank.triton import attend
+
+        attend(self, packed, queries, scale, spans, starts, out, lse)
 
 
 @dataclass(frozen=True)
 class Prepared:
     """What kernels read: in `Features.work`, the number of features a multiple of 16 (those behind are zero).
 
-    keys, values `[blocks, heads, features, head_dim]`, channels of keys in the paired order; angles float64 `[head_dim / 2]`, 0 for what is not turned; cosine, sine `[tokens, head_dim /
+    keys, values `[blocks, team, features, head_dim]`, channels of keys in the paired order; angles float64 `[head_dim / 2]`, 0 for what is not turned; cosine, sine `[tokens, head_dim /
     2]` of a page's slots.
     """
 
@@ -100,8 +139,8 @@ class Prepared:
     sine: torch.Tensor
 
     @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for x in (self.keys, self.values, self.angles, self.cosine, self.sine))
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.keys, self.values, self.angles, self.cosine, self.sine
 
 
 def padded(features: int) -> int:
@@ -111,12 +150,13 @@ def padded(features: int) -> int:
 
 def prepare(form: Features) -> Prepared:
     """See `Prepared`."""
-    device, dim = form.key_up.device, form.head_dim
+    ups, dim = form.ups(), form.head_dim
+    device = ups[0].device
     keys, values = (
-        torch.nn.functional.pad(x, (0, 0, 0, padded(x.shape[1]) - x.shape[1])).unflatten(2, (form.heads, dim))
-        for x in (form.key_up, form.value_up)
+        torch.nn.functional.pad(x, (0, 0, 0, padded(x.shape[1]) - x.shape[1])).unflatten(2, (form.team, dim))
+        for x in ups
     )
-    angles = torch.nn.functional.pad(form.inv_freq.double().to(device), (0, dim // 2 - len(form.inv_freq)))
+    angles = torch.nn.functional.pad(form.inv_freq.double().to(device), (0, dim // 2 - form.pairs))
     turned = torch.arange(form.tokens, device=device)[:, None] * angles
     made = (keys.transpose(1, 2), values.transpose(1, 2), turned.cos(), turned.sin())
     keys, values, cosine, sine = (x.to(form.work).contiguous() for x in made)
@@ -143,12 +183,12 @@ def decode_features(
     rows, columns = fields[0].shape[:2]
     out = []
     parts = features_of(form, tuple(x.flatten(0, 1) for x in fields), dtype)
-    for x, up in zip(parts, (form.key_up, form.value_up)):
+    for x, up in zip(parts, form.ups()):
         # [sequences, blocks, heads, columns * tokens, rank]: the features of a block's rows stand side by side.
-        x = x.reshape(-1, form.blocks, form.heads, columns * form.tokens, x.shape[-1]).transpose(2, 3).flatten(3)
+        x = x.reshape(-1, form.blocks, form.team, columns * form.tokens, x.shape[-1]).transpose(2, 3).flatten(3)
         made = x @ up.to(dtype)
-        out.append(made.unflatten(3, (form.heads, -1)).transpose(2, 3).reshape(rows, -1, form.head_dim))
-    pairs = len(form.inv_freq)
+        out.append(made.unflatten(3, (form.team, -1)).transpose(2, 3).reshape(rows, -1, form.head_dim))
+    pairs = form.pairs
     at = positions.to(x.device).double()[:, None] + torch.arange(columns * form.tokens, device=x.device)
     angles = at[..., None] * form.inv_freq.to(x.device).double()
     first, second = out[0][..., 0 : 2 * pairs : 2], out[0][..., 1 : 2 * pairs : 2]

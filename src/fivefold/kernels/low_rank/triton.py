@@ -1,14 +1,14 @@
-"""One decoding step over pages of low-rank features and exact pages, in Triton.
+"""One decoding step over pages of low-rank features, in Triton: `Features.attend`.
 
-`_features` attends over pages, `packed_decode`'s `_exact` over exact ones, `_finish` merges what they leave. Work is
-shared out as there (`schedule.py`): a team, the rows that have features together, has the programs of all its rows.
+A team, the rows that have features together, is shared out over programs that take whole tiles of tokens (`_features`);
+what they leave is merged and made into values by `_expand`.
 
-- Keys are made again a page at a time, for all heads of a team: features `[T, n]` times `[n, head_dim]`, head by head;
+- Keys are made again a tile at a time, for all heads of a team: features `[T, n]` times `[n, head_dim]`, head by head;
   the matrix comes from the L2 cache. Their products with queries go through a small buffer of the program's own, since
   Triton cannot put the scores of one head after the other into one tile.
-- Queries are turned back by the angle of the page's first token, keys on by that of a slot in a page: so one small
+- Queries are turned back by the angle of the tile's first token, keys on by that of a slot in a tile: so one small
   table serves all pages, whatever their positions.
-- Values are never made: features are weighted, and `_finish` multiplies the sums.
+- Values are never made: features are weighted, and only the sums are multiplied.
 """
 
 from __future__ import annotations
@@ -19,12 +19,9 @@ import triton.language as tl
 
 from fivefold.kernels.device import on
 from fivefold.kernels.low_rank.reference import CHUNK, Features, padded
-from fivefold.kernels.packed_decode.schedule import SPAN, TILE, Exact, Packed, pages_of, starts_of
-from fivefold.kernels.packed_decode.triton import _TYPES, _exact, _merge, _processors, _row
-from fivefold.kernels.packed_decode.triton import append as append
-
-RESIDENT = 1
-"""Programs that are planned for a processor."""
+from fivefold.kernels.packed_decode.reader import Packed
+from fivefold.kernels.packed_decode.schedule import SPAN
+from fivefold.kernels.packed_decode.triton import _TYPES, _row
 
 
 @triton.constexpr_function
@@ -105,7 +102,7 @@ def _turn(angles, base, i):
 
 @triton.jit(do_not_specialize=("rows", "columns"))
 def _features(
-    queries, table, spans, starts, key_up, cosine, sine, angles, scratch, out, lse, scale, rows, columns,
+    queries, table, spans, starts, key_up, cosine, sine, angles, scratch, sums, sums_lse, out, lse, scale, rows, columns,
     M: tl.constexpr, N: tl.constexpr, NQ: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     RK: tl.constexpr, RV: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
     TOKENS: tl.constexpr, T: tl.constexpr, PB: tl.constexpr, OFFSET: tl.constexpr, NEIGHBOURS: tl.constexpr,
@@ -113,8 +110,9 @@ def _features(
 ):  # fmt: skip
     """One share of the pages of a team. Grid: (programs,).
 
-    scratch: float32 `[programs, D / 2 / PB, T, NQ]`; out: float32 `[programs, HEADS * M, NV]`, lse: `[programs, HEADS *
-    M]`, the sums of features, divided. M query heads a row; N is at least M, NQ at least HEADS * M.
+    scratch: float32 `[programs, D / 2 / PB, T, NQ]`; sums: float32 `[programs, HEADS * M, NV]`, sums_lse: `[programs,
+    HEADS * M]`, weighted features, divided; out, lse: see `Reader`: set to nothing but for a team's first program. M
+    query heads a row; N is at least M, NQ at least HEADS * M.
     """
     row = _row(starts, rows, R)
     if row >= rows:
@@ -123,8 +121,7 @@ def _features(
     HALF: tl.constexpr = D // 2
     PARTS: tl.constexpr = HALF // PB
     TILES: tl.constexpr = TOKENS // T
-    team = row // HEADS
-    first_row = team * HEADS
+    first_row = row // HEADS * HEADS
     begin = tl.load(starts + first_row)
     programs = tl.load(starts + first_row + HEADS) - begin
     share = tl.program_id(0) - begin
@@ -140,7 +137,7 @@ def _features(
     q = tl.arange(0, NQ)
     pair = tl.arange(0, PB)
     mine = scratch + tl.program_id(0) * (PARTS * T * NQ)
-    up = key_up + (team % BLOCKS) * (HEADS * NK * D)
+    up = key_up + (row // HEADS % BLOCKS) * (HEADS * NK * D)
     m = tl.full([NQ], -1e30, tl.float32)
     weight = tl.zeros([T, NQ], tl.float32)
     acc = ()
@@ -210,79 +207,61 @@ def _features(
     some = total > 0
     safe = tl.where(some, total, 1.0)
     place = tl.program_id(0) * (HEADS * M) + q
-    tl.store(lse + place, tl.where(some, m + tl.log2(safe), -1e30), mask=q < HEADS * M)
+    tl.store(sums_lse + place, tl.where(some, m + tl.log2(safe), -1e30), mask=q < HEADS * M)
     for c in tl.static_range(_count(NV)):
         f = _start(NV, c) + tl.arange(0, _size(NV, c))
-        tl.store(out + place[None, :] * NV + f[:, None], acc[c] / safe[None, :], mask=q[None, :] < HEADS * M)
+        tl.store(sums + place[None, :] * NV + f[:, None], acc[c] / safe[None, :], mask=q[None, :] < HEADS * M)
+    if share > 0:
+        d = tl.arange(0, D)
+        tl.store(lse + place, tl.full([NQ], -1e30, tl.float32), mask=q < HEADS * M)
+        to = out + place[:, None] * D + d[None, :]
+        tl.store(to, tl.zeros([NQ, D], tl.float32), mask=q[:, None] < HEADS * M)
 
 
-@triton.jit(do_not_specialize=("rows",))
-def _finish(
-    packed_out, packed_lse, exact_out, exact_lse, starts, value_up, merged, merged_lse, rows,
-    BLOCKS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, NV: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
-    WITH_LSE: tl.constexpr, EXACT: tl.constexpr,
+@triton.jit
+def _expand(
+    sums, sums_lse, starts, value_up, out, lse, BLOCKS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    NV: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts of one head of a row. Grid: (rows, query heads of a row); W: at least NV."""
+    """Merge the weighted features of one head of a row, and make a value of them: the part of the team's first program.
+    Grid: (rows, query heads of a row); W: at least NV."""
     row = tl.program_id(0)
-    head = tl.program_id(1)
     heads = tl.num_programs(1)
-    team = row // HEADS
+    mine = row % HEADS * heads + tl.program_id(1)
     d = tl.arange(0, D)
     w = tl.arange(0, W)
     m = -1e30
     total = 0.0
-    sums = tl.zeros([W], tl.float32)
-    last = tl.load(starts + team * HEADS + HEADS)
-    for first in range(tl.load(starts + team * HEADS), last, P):
+    acc = tl.zeros([W], tl.float32)
+    begin = tl.load(starts + row // HEADS * HEADS)
+    last = tl.load(starts + row // HEADS * HEADS + HEADS)
+    if begin >= last:
+        return
+    for first in range(begin, last, P):
         p = first + tl.arange(0, P)
-        at = p * (HEADS * heads) + row % HEADS * heads + head
-        part = tl.load(packed_lse + at, mask=p < last, other=-1e30)
+        at = p * (HEADS * heads) + mine
+        part = tl.load(sums_lse + at, mask=p < last, other=-1e30)
         held = part > -1e29
-        o = tl.load(packed_out + at[:, None] * NV + w[None, :], mask=held[:, None] & (w[None, :] < NV), other=0.0)
+        x = tl.load(sums + at[:, None] * NV + w[None, :], mask=held[:, None] & (w[None, :] < NV), other=0.0)
         above = tl.maximum(m, tl.max(part, 0))
         share = tl.where(held, tl.exp2(part - above), 0.0)
         shrink = tl.exp2(m - above)
         m = above
         total = total * shrink + tl.sum(share, 0)
-        sums = sums * shrink + tl.sum(o * share[:, None], 0)
+        acc = acc * shrink + tl.sum(x * share[:, None], 0)
+    some = total > 0
+    safe = tl.where(some, total, 1.0)
     up = value_up + row % (BLOCKS * HEADS) * (NV * D)
     made = tl.load(up + w[:, None] * D + d[None, :], mask=w[:, None] < NV, other=0.0).to(tl.float32)
-    acc = tl.sum(sums[:, None] * made, 0)
-    if EXACT:
-        m, total, acc = _merge(exact_out, exact_lse, starts + rows + 1, row, head, heads, m, total, acc, D, P)
-    at = row * heads + head
-    some = total > 0
-    acc = acc / tl.where(some, total, 1.0)
-    tl.store(merged + at * D + d, acc.to(merged.dtype.element_ty))
-    if WITH_LSE:
-        natural = (m + tl.log2(tl.where(some, total, 1.0))) * 0.6931471805599453
-        tl.store(merged_lse + at, tl.where(some, natural, float("-inf")))
-
-
-def supports(form: Features, heads: int, head_dim: int) -> str | None:
-    """Why these kernels cannot attend on these shapes, in a few words; None if they can."""
-    if head_dim not in (64, 128, 256):
-        return f"head_dim {head_dim} is none of 64, 128, 256"
-    if heads > 16:
-        return f"{heads} query heads share a kv head, more than 16"
-    if heads * form.heads > 128:
-        return f"{heads * form.heads} query heads have features together, more than 128"
-    if form.nbytes % 16:
-        return f"pages of {form.nbytes} bytes do not begin at multiples of 16"
-    return None
-
-
-def programs_for(rows: int, device: torch.device, form: Features | None = None, heads: int = 1) -> tuple[int, int]:
-    """How many programs work on the pages of features of that many rows, and on their exact ones."""
-    once = _processors(device)
-    exact = 4 * once if 2 * rows <= once else max(32 * once, 2 * rows)
-    return (once if 8 * rows <= once else max(8 * once, 2 * rows)), exact
+    at = begin * (HEADS * heads) + mine
+    tl.store(out + at * D + d, tl.sum(acc[:, None] * made, 0) / safe)
+    tl.store(lse + at, tl.where(some, m + tl.log2(safe), -1e30))
 
 
 def settings_of(form: Features) -> dict[str, int]:
     """How a form's pages are worked on: slots of a tile, pairs of channels at a time, warps, stages."""
     wide = form.work.itemsize == 4
-    most = max(padded(form.heads * rank) for rank in form.ranks)
+    most = max(padded(form.team * rank) for rank in form.ranks)
     half = form.head_dim // 2
     pairs = half
     while pairs > 16 and most * pairs * (4 if wide else 2) * 2 > (1 << 16):
@@ -291,66 +270,39 @@ def settings_of(form: Features) -> dict[str, int]:
     return {"T": tokens, "PB": pairs, "STAGES": 1 if wide or most > 256 else 2, "num_warps": 8 if tokens > 64 else 4}
 
 
-def decode(
-    queries: torch.Tensor,
-    scaling: float,
-    spans: torch.Tensor,
+def attend(
+    form: Features,
     packed: Packed,
-    exact: Exact | None = None,
-    with_lse: bool = False,
-    asm: bool | None = None,
-    starts: torch.Tensor | None = None,
-    programs: tuple[int, int] | None = None,
+    queries: torch.Tensor,
+    scale: float,
+    spans: torch.Tensor,
+    starts: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
     settings: dict[str, int] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of one query per row and head over pages of features and exact pages: see `decode_reference`.
-
-    As `packed_decode.triton.decode`; the form of `packed` is `Features`. Rows of a team have the same span. settings:
-    what `settings_of` gives, to try others.
-    """
+) -> None:
+    """`Reader.attend` of `Features`. settings: what `settings_of` gives, to try others."""
     rows, heads, dim = queries.shape
-    device, form = queries.device, packed.form
-    made = form.prepared
-    interpreted = device.type != "cuda"
-    scale = scaling * 1.4426950408889634
-    programs = programs or programs_for(rows, device, form, heads)
-    if starts is None:
-        starts = torch.from_numpy(starts_of(pages_of(spans.cpu().numpy(), form.tokens), programs)).to(device)
+    device, made, programs = queries.device, form.prepared, len(out)
     given = {**settings_of(form), **(settings or {})}
-    common = {"SPAN": SPAN, "R": triton.next_power_of_2(rows)}
-    n = 8 if heads <= 8 else 16
-    nq = max(16, triton.next_power_of_2(heads * form.heads))
-    nk, nv = (padded(form.heads * rank) for rank in form.ranks)
+    nq = max(16, triton.next_power_of_2(heads * form.team))
+    nk, nv = (padded(form.team * rank) for rank in form.ranks)
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
+    scratch = empty(programs, dim // 2 // given["PB"], given["T"], nq)
+    sums, sums_lse = empty(programs, form.team * heads, nv), empty(programs, form.team * heads)
     with on(device):
-        count = max(1, min(programs[0], packed.table.numel()))
-        scratch = empty(count, dim // 2 // given["PB"], given["T"], nq)
-        packed_out, packed_lse = empty(count, form.heads * heads, nv), empty(count, form.heads * heads)
-        _features[(count,)](
-            queries, packed.table, spans, starts[0], made.keys, made.cosine, made.sine, made.angles, scratch,
-            packed_out, packed_lse, scale, rows, packed.table.shape[1], M=heads, N=n, NQ=nq, BLOCKS=form.blocks,
-            HEADS=form.heads, D=dim, RK=form.ranks[0], RV=form.ranks[1], NK=nk, NV=nv, BITS=form.bits or 0,
-            DTYPE=_TYPES[form.work], TOKENS=form.tokens, OFFSET=form.side(form.ranks[0]), NEIGHBOURS=form.neighbours,
-            PAIRS=len(form.inv_freq), WIDE=interpreted, **given, **common,
+        _features[(programs,)](
+            queries, packed.table, spans, starts, made.keys, made.cosine, made.sine, made.angles, scratch, sums,
+            sums_lse, out, lse, scale, rows, packed.table.shape[1], M=heads, N=8 if heads <= 8 else 16, NQ=nq,
+            BLOCKS=form.blocks, HEADS=form.team, D=dim, RK=form.ranks[0], RV=form.ranks[1], NK=nk, NV=nv,
+            BITS=form.bits or 0, DTYPE=_TYPES[form.work], TOKENS=form.tokens, OFFSET=form.side(form.ranks[0]),
+            NEIGHBOURS=form.neighbours, PAIRS=form.pairs, SPAN=SPAN, R=triton.next_power_of_2(rows),
+            WIDE=device.type != "cuda", **given,
         )  # fmt: skip
-        exact_out, exact_lse = packed_out, packed_lse
-        if exact is not None:
-            wide = exact.dtype.itemsize == 4
-            parts = max(1, min(programs[1], -(-exact.table.shape[1] * 32 // TILE) * rows))
-            exact_out, exact_lse = empty(parts, heads, dim), empty(parts, heads)
-            _exact[(parts,)](
-                queries, exact.table, spans, starts[1], starts, exact_out, exact_lse, scale, rows,
-                exact.table.shape[1], heads, DTYPE=_TYPES[exact.dtype], N=n, D=dim, T=32 if wide else TILE, TILE=TILE,
-                WIDE=interpreted, PICKED=False, num_warps=2, num_stages=1 if wide else 3, **common,
-            )  # fmt: skip
-        merged = torch.empty_like(queries)
-        merged_lse = empty(rows, heads) if with_lse else None
-        _finish[(rows, heads)](
-            packed_out, packed_lse, exact_out, exact_lse, starts, made.values, merged,
-            merged_lse if with_lse else exact_lse, rows, BLOCKS=form.blocks, HEADS=form.heads, D=dim, NV=nv, P=32,
-            W=triton.next_power_of_2(nv), WITH_LSE=with_lse, EXACT=exact is not None, num_warps=8,
+        _expand[(rows, heads)](
+            sums, sums_lse, starts, made.values, out, lse, BLOCKS=form.blocks, HEADS=form.team, D=dim, NV=nv, P=32,
+            W=triton.next_power_of_2(nv), num_warps=8,
         )  # fmt: skip
-    return merged, merged_lse
