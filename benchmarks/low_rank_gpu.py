@@ -31,11 +31,17 @@ SMALL = ("full()", "cskv()", "cskv(bits=4)", "kv_heads()", "minicache()", "minic
 LARGE = ("full()", "cskv()", "cskv(bits=4)", "kv_heads(group=2)", "kv_heads()", "minicache()",
          "minicache() + kivi(bits=4)")  # fmt: skip
 
+VARIANTS: tuple[dict[str, int], ...] = (
+    {}, {"STAGES": 1}, {"STAGES": 3}, {"PB": 0}, {"num_warps": 4}, {"T": 64, "num_warps": 4},
+    {"T": 64, "num_warps": 4, "STAGES": 1}, {"T": 64, "num_warps": 4, "STAGES": 1, "PB": 0}, {"T": 64, "num_warps": 8},
+)  # fmt: skip
+"""PB 0: half of the channels at a time."""
+
 
 def with_profile(recipe: str, config: Any, folder: str) -> str:
     """The recipe with a profile of random numbers, which a model of random weights has none of."""
     method = Recipe.parse(recipe).methods[0]
-    if method.name not in ("cskv", "kv_heads"):
+    if not folder or method.name not in ("cskv", "kv_heads"):
         return recipe
     where = Path(folder) / f"{method.name}-{config_hash(config)[:8]}"
     if not where.exists():
@@ -114,7 +120,7 @@ def agreement(recipe: str, folder: str) -> None:
     """How far steps by kernels are from those by the reference, of a small model of random weights."""
     import os
 
-    model = bench.build({**bench.SHAPES["small"], "num_hidden_layers": 2}, DEVICE)
+    model = bench.build({**bench.SHAPES["small"], "num_hidden_layers": 4}, DEVICE)
     written, outs = with_profile(recipe, model.config, folder), []
     ids = torch.randint(1, 1000, (1, 700), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     for path in ("reference", "auto"):
@@ -146,9 +152,8 @@ def main(
     if variants:
         for where, shape in {"8b": (131072, 8, 4, 128, 26), "smollm2": (7000, 3, 3, 64, 13)}.items():
             half = shape[3] // 2
-            for given in ({}, {"STAGES": 1}, {"STAGES": 3}, {"PB": half // 2}, {"num_warps": 4}, {"T": 64, "num_warps": 4},
-                          {"T": 64, "num_warps": 4, "STAGES": 1}, {"T": 64, "num_warps": 4, "STAGES": 1, "PB": half // 2},
-                          {"T": 64, "num_warps": 8}):  # fmt: skip
+            for given in VARIANTS:
+                given = {name: half // 2 if name == "PB" else value for name, value in given.items()}
                 try:
                     print(f"  {where} {given}: {alone(*shape, **given) * 1e3:.1f} us a layer", flush=True)
                 except Exception as error:
@@ -160,7 +165,7 @@ def main(
         model = embedded.load(torch.bfloat16)[0].to(DEVICE)
         for name in (bench.BASELINE, *small.split(";")):
             if time.perf_counter() - begin < seconds:
-                rows.append({"shape": "SmolLM2-135M", **step(model, name, 7000, 40, folder)})
+                rows.append({"shape": "SmolLM2-135M", **step(model, name, 7000, 40, "")})
     if large:
         model = bench.build("llama-3-8b", DEVICE)
         for context in map(int, contexts.split(",")):
