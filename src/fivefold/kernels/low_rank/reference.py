@@ -213,9 +213,23 @@ def decode_reference(
     As `packed_decode.decode_reference`, for packed pages of features. spans: int `[rows, 8]`, whose last column is the
     position of the first packed token.
     """
+    first = spans[:, 7].to(queries.device)
+    return attention_reference(queries, scaling, spans, decode_features(form, fields, first, dtype), keys, values, dtype)
+
+
+def attention_reference(
+    queries: torch.Tensor,
+    scaling: float,
+    spans: torch.Tensor,
+    packed: tuple[torch.Tensor, torch.Tensor],
+    keys: torch.Tensor | None,
+    values: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for packed tokens as they are decoded, keys and values `[rows, slots, head_dim]`."""
     rows, device = len(queries), queries.device
-    low, high, sink, start, stop, fading, faded, first = spans.to(device).long()[:, :, None].unbind(1)
-    parts = [decode_features(form, fields, first[:, 0], dtype)]
+    low, high, sink, start, stop, fading, faded, _ = spans.to(device).long()[:, :, None].unbind(1)
+    parts = [packed]
     slot = torch.arange(parts[0][0].shape[1], device=device)
     seen = [((slot >= low) & (slot < high)).expand(rows, -1)]
     if keys is not None:
