@@ -69,7 +69,7 @@ def test_pages_of_directions_and_exact_pages(device, inner, dim, dtype):
         memory += pages_of
         addresses.append((pages_of[0].data_ptr() + at).view(rows, 2) // form.unit)
     keys, values = torch.randn(2, rows, 2, 32, dim, device=device).to(dtype)
-    there, one = records((keys, values))
+    _there, one = records((keys, values))
     slots = Exact(torch.stack([one, one + (32 * dim * dtype.itemsize >> 4)], 2), dtype)
     queries = torch.randn(rows, heads, dim, device=device).to(dtype)
     table = Packed(torch.stack(addresses, 2), form)

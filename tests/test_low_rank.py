@@ -33,9 +33,7 @@ def form_of(
     dtype: torch.dtype = torch.float16, blocks: int = 1, pairs: int | None = None, neighbours: bool = False,
 ) -> Features:  # fmt: skip
     pairs = head_dim // 2 if pairs is None else pairs
-    up = [
-        torch.randn(blocks, heads * rank, heads * head_dim, device=device) * (heads * rank) ** -0.5 for rank in ranks
-    ]
+    up = [torch.randn(blocks, heads * rank, heads * head_dim, device=device) * (heads * rank) ** -0.5 for rank in ranks]
     inv_freq = 10000.0 ** -(torch.arange(pairs).double() / max(1, pairs))
     return Features(
         ranks=ranks, bits=bits, head_dim=head_dim, dtype=dtype, team=heads, blocks=blocks, inv_freq=inv_freq,
@@ -87,14 +85,14 @@ def check(
     """spans: of each team of rows."""
     rows = len(spans) * form.team
     fields = pages(form, rows, columns, device)
-    memory, table = records(fields)
+    _memory, table = records(fields)
     span = torch.zeros(rows, SPAN, dtype=torch.int32, device=device)
     span[:] = torch.tensor(spans, dtype=torch.int32, device=device).repeat_interleave(form.team, 0)
     queries = (torch.randn(rows, heads, form.head_dim, device=device) * 2).to(dtype)
     slots = keys = values = None
     if exact:
         keys, values = torch.randn(2, rows, exact, 32, form.head_dim, device=device).to(dtype)
-        there, one = records((keys, values))
+        _there, one = records((keys, values))
         step = 32 * form.head_dim * dtype.itemsize >> 4
         slots = Exact(torch.stack([one, one + step], 2), dtype)
         keys, values = keys.flatten(1, 2), values.flatten(1, 2)

@@ -1,4 +1,4 @@
-"""One decoding step over pages of shared directions and exact pages, in plain PyTorch: what the kernels are held against.
+"""One decoding step over pages of shared directions and exact pages, in plain PyTorch: what kernels are held against.
 
 A page holds the directions of keys and values of two layers, as they are or packed, and of each layer the norms; a few
 tokens are kept as they are besides (`methods/layers/minicache.py`).
@@ -22,8 +22,8 @@ class Directions(Reader):
     """What a page of directions looks like, of P tokens.
 
     inner: KIVI's page of the directions times `scale`; None for keys and values `dtype` `[128, head_dim]`. For keys and
-    for values besides: slots int16 `[places]` of the tokens that are kept, -1 for none; norms `[P]`, float32 where dtype
-    is, else float16; and what is kept, `dtype` `[places, head_dim]`.
+    for values besides: slots int16 `[places]` of the tokens that are kept, -1 for none; norms `[P]`, float32 where
+    dtype is, else float16; and what is kept, `dtype` `[places, head_dim]`.
     """
 
     inner: Form | None

@@ -16,7 +16,18 @@ from fivefold.kernels.directions.reference import Directions
 from fivefold.kernels.packed_decode.reader import Packed
 from fivefold.kernels.packed_decode.schedule import SPAN
 from fivefold.kernels.packed_decode.triton import (
-    _TYPES, _code_planes, _factor, _fold, _leave, _log2_factor, _log2_unfold, _plane, _queries, _row, _share, _times,
+    _TYPES,
+    _code_planes,
+    _factor,
+    _fold,
+    _leave,
+    _log2_factor,
+    _log2_unfold,
+    _plane,
+    _queries,
+    _row,
+    _share,
+    _times,
 )  # fmt: skip
 
 
@@ -27,26 +38,59 @@ def _field(table, at, FIELD: tl.constexpr, DTYPE: tl.constexpr, UNIT: tl.constex
 
 
 @triton.jit
-def _kept_scores(s, q, slots, kept, token, PLACES: tl.constexpr, D: tl.constexpr):
-    """Scores `s [T, N]` of tokens (slots of a page, `[T]`), those of what is kept put into their places."""
-    d = tl.arange(0, D)
+def _slots(slots, PLACES: tl.constexpr):
+    """Which slots of a page are kept: a tuple."""
+    out = ()
     for place in tl.static_range(PLACES):
-        slot = tl.load(slots + place).to(tl.int32)
+        out = out + (tl.load(slots + place).to(tl.int32),)
+    return out
+
+
+@triton.jit
+def _kept_scores(q, kept, PLACES: tl.constexpr, D: tl.constexpr):
+    """Products of queries float32 `[D, N]` with what is kept: a tuple of `[N]`."""
+    d = tl.arange(0, D)
+    out = ()
+    for place in tl.static_range(PLACES):
         key = tl.load(kept + place * D + d).to(tl.float32)
-        s = tl.where((token == slot)[:, None], tl.sum(q * key[:, None], 0)[None, :], s)
+        out = out + (tl.sum(q * key[:, None], 0),)
+    return out
+
+
+@triton.jit
+def _put(s, scores, slots, token, PLACES: tl.constexpr):
+    """Scores `s [T, N]` of tokens (slots of a page, `[T]`), those of what is kept put into their places."""
+    for place in tl.static_range(PLACES):
+        s = tl.where((token == slots[place])[:, None], scores[place][None, :], s)
     return s
 
 
 @triton.jit
-def _kept_values(acc, p, slots, kept, token, PLACES: tl.constexpr, D: tl.constexpr):
-    """(acc `[D, N]` and what is kept, weighted; `p [T, N]` without these weights)"""
+def _take(p, sums, slots, token, PLACES: tl.constexpr):
+    """(`p [T, N]` without the weights of what is kept, `sums` and these)"""
+    out = ()
+    for place in tl.static_range(PLACES):
+        mine = (token == slots[place])[:, None]
+        out = out + (sums[place] + tl.sum(tl.where(mine, p, 0.0), 0),)
+        p = tl.where(mine, 0.0, p)
+    return p, out
+
+
+@triton.jit
+def _nothing(PLACES: tl.constexpr, N: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(PLACES):
+        out = out + (tl.zeros([N], tl.float32),)
+    return out
+
+
+@triton.jit
+def _kept_values(acc, sums, kept, PLACES: tl.constexpr, D: tl.constexpr):
+    """acc `[D, N]` and what is kept, weighted."""
     d = tl.arange(0, D)
     for place in tl.static_range(PLACES):
-        mine = token == tl.load(slots + place).to(tl.int32)
-        value = tl.load(kept + place * D + d).to(tl.float32)
-        acc += value[:, None] * tl.sum(tl.where(mine[:, None], p, 0.0), 0)[None, :]
-        p = tl.where(mine[:, None], 0.0, p)
-    return acc, p
+        acc += tl.load(kept + place * D + d).to(tl.float32)[:, None] * sums[place][None, :]
+    return acc
 
 
 @triton.jit(do_not_specialize=("rows", "columns", "heads"))
@@ -81,19 +125,17 @@ def _plain(
         key_norm = tl.load(_field(table, at, 3, NORMS, 16) + token, mask=seen, other=0.0).to(tl.float32)
         value_norm = tl.load(_field(table, at, 6, NORMS, 16) + token, mask=seen, other=0.0).to(tl.float32)
         s = tl.dot(k, q, input_precision="ieee") * key_norm[:, None]
-        s = _kept_scores(
-            s, wide, _field(table, at, 2, tl.int16, 2), _field(table, at, 4, DTYPE, 16), token, PLACES, D
-        )
+        own = _kept_scores(wide, _field(table, at, 4, DTYPE, 16), PLACES, D)
+        s = _put(s, own, _slots(_field(table, at, 2, tl.int16, 2), PLACES), token, PLACES)
         s = tl.where(seen[:, None], s, -1e30)
         above = tl.maximum(m, tl.max(s, 0))
         shrink = tl.exp2(m - above)
         m = above
         p = tl.where(seen[:, None], tl.exp2(s - m[None, :]), 0.0)
         weight = weight * shrink[None, :] + p
-        acc, p = _kept_values(
-            acc * shrink[None, :], p, _field(table, at, 5, tl.int16, 2), _field(table, at, 7, DTYPE, 16), token,
-            PLACES, D,
-        )  # fmt: skip
+        slots = _slots(_field(table, at, 5, tl.int16, 2), PLACES)
+        p, sums = _take(p, _nothing(PLACES, N), slots, token, PLACES)
+        acc = _kept_values(acc * shrink[None, :], sums, _field(table, at, 7, DTYPE, 16), PLACES, D)
         acc = tl.dot(tl.trans(v), (p * value_norm[:, None]).to(work), acc, input_precision="ieee")
     _leave(out, lse, tl.program_id(0), acc, m, tl.sum(weight, 0), heads, N, D)
 
@@ -137,6 +179,8 @@ def _planar(
         value_zero = _field(table, at, 5, tl.float16, 16)
         key_norm = _field(table, at, 7, NORMS, 16)
         value_norm = _field(table, at, 10, NORMS, 16)
+        slots = _slots(_field(table, at, 6, tl.int16, 2), PLACES)
+        own = _kept_scores(wide, _field(table, at, 8, DTYPE, 16), PLACES, D)
         scores = ()
         for j in tl.static_range(PLANES):
             place = j * 32 // GROUP * D + d
@@ -145,9 +189,7 @@ def _planar(
             k = _plane(words, BITS, j, ASM) * scales[None, :] + zeros[None, :]
             norm = tl.load(key_norm + j * 32 + r).to(tl.float32) * (unscale * _fold(BITS))
             s = tl.dot(k, q) * norm[:, None]
-            s = _kept_scores(
-                s, wide, _field(table, at, 6, tl.int16, 2), _field(table, at, 8, DTYPE, 16), j * 32 + r, PLACES, D
-            )
+            s = _put(s, own, slots, j * 32 + r, PLACES)
             token = page * TOKENS + j * 32 + r
             scores = scores + (tl.where(((token >= low) & (token < high))[:, None], s, -1e30),)
         top = scores[0]
@@ -159,20 +201,20 @@ def _planar(
         weight = weight * shrink[None, :]
         offset = offset * shrink[None, :]
         acc = acc * shrink[None, :]
-        kept = kept * shrink[None, :]
+        slots = _slots(_field(table, at, 9, tl.int16, 2), PLACES)
+        sums = _nothing(PLACES, N)
         for j in tl.static_range(PLANES):
             token = page * TOKENS + j * 32 + r
             seen = (token >= low) & (token < high)
             p = tl.where(seen[:, None], tl.exp2(scores[j] - m[None, :]), 0.0)
             weight += p
-            kept, p = _kept_values(
-                kept, p, _field(table, at, 9, tl.int16, 2), _field(table, at, 11, DTYPE, 16), j * 32 + r, PLACES, D
-            )
+            p, sums = _take(p, sums, slots, j * 32 + r, PLACES)
             p = p * (tl.load(value_norm + j * 32 + r, mask=seen, other=0.0).to(tl.float32) * unscale)[:, None]
             v = tl.trans(_plane(value_words, BITS, j, ASM))
             if VALUE_GROUPS == 1:
                 offset += p * tl.load(value_zero + j * 32 + r, mask=seen, other=0.0).to(tl.float32)[:, None]
-                p = p * (tl.load(value_scale + j * 32 + r, mask=seen, other=0.0).to(tl.float32) * _factor(BITS, j))[:, None]
+                scales = tl.load(value_scale + j * 32 + r, mask=seen, other=0.0).to(tl.float32)
+                p = p * (scales * _factor(BITS, j))[:, None]
             else:
                 place = j * 32 * VALUE_GROUPS + g[:, None] * 32 + r[None, :]
                 scales = _times(tl.load(value_scale + place), _log2_factor(BITS, j), ASM)
@@ -181,6 +223,7 @@ def _planar(
                 shift = tl.reshape(tl.broadcast_to(zeros[:, None, :], [VALUE_GROUPS, CHANNELS, 32]), [D, 32])
                 v = v * spread + shift
             acc = tl.dot(v, p.to(tl.float16), acc)
+        kept = _kept_values(kept * shrink[None, :], sums, _field(table, at, 11, DTYPE, 16), PLACES, D)
     acc = acc * _fold(BITS) + kept
     if VALUE_GROUPS == 1:
         acc += tl.sum(offset, 0)[None, :]

@@ -1,4 +1,4 @@
-"""One decoding step over pages of low-rank features and exact pages, in plain PyTorch: what the kernels are held against.
+"""One decoding step over pages of low-rank features and exact pages, in plain PyTorch: what kernels are held against.
 
 A token's keys before RoPE and its values, of `heads` rows (kv heads) together, are products of few features and a fixed
 matrix. Each row's page holds an equal share of the features; keys are turned by RoPE once they are made again.
@@ -128,8 +128,8 @@ class Features(Reader):
 class Prepared:
     """What kernels read: in `Features.work`, the number of features a multiple of 16 (those behind are zero).
 
-    keys, values `[blocks, team, features, head_dim]`, channels of keys in the paired order; angles float64 `[head_dim / 2]`, 0 for what is not turned; cosine, sine `[tokens, head_dim /
-    2]` of a page's slots.
+    keys, values `[blocks, team, features, head_dim]`, channels of keys in the paired order; angles float64 `[head_dim /
+    2]`, 0 for what is not turned; cosine, sine `[tokens, head_dim / 2]` of a page's slots.
     """
 
     keys: torch.Tensor
@@ -214,7 +214,8 @@ def decode_reference(
     position of the first packed token.
     """
     first = spans[:, 7].to(queries.device)
-    return attention_reference(queries, scaling, spans, decode_features(form, fields, first, dtype), keys, values, dtype)
+    packed = decode_features(form, fields, first, dtype)
+    return attention_reference(queries, scaling, spans, packed, keys, values, dtype)
 
 
 def attention_reference(

@@ -102,7 +102,8 @@ def _turn(angles, base, i):
 
 @triton.jit(do_not_specialize=("rows", "columns"))
 def _features(
-    queries, table, spans, starts, key_up, cosine, sine, angles, scratch, sums, sums_lse, out, lse, scale, rows, columns,
+    queries, table, spans, starts, key_up, cosine, sine, angles, scratch, sums, sums_lse, out, lse, scale, rows,
+    columns,
     M: tl.constexpr, N: tl.constexpr, NQ: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     RK: tl.constexpr, RV: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
     TOKENS: tl.constexpr, T: tl.constexpr, PB: tl.constexpr, OFFSET: tl.constexpr, NEIGHBOURS: tl.constexpr,
