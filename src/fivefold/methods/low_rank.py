@@ -14,7 +14,9 @@ import torch
 
 from fivefold.calibrate.profile import Profile
 from fivefold.errors import ProfileError, RecipeError
+from fivefold.kernels.choice import takes_cpp
 from fivefold.kernels.low_rank import Features
+from fivefold.kernels.low_rank.cpu import Side, feature_scores, feature_sums
 from fivefold.kernels.pack import fill_rows
 from fivefold.kernels.planar import PLANES, dequantise, pack, quantise, unpack_planes
 from fivefold.kernels.shared import shared
@@ -82,7 +84,7 @@ class LowRankCodec(LearnedCodec):
     float16 [planes, r], and the same for values.
     """
 
-    contextual = positional = True
+    contextual = positional = compiled = True
     group = 32
 
     def __init__(
@@ -161,6 +163,7 @@ class LowRankCodec(LearnedCodec):
             for side in self._sides():
                 each = [self._blocks(*side, heads) for heads in groups]
                 downs, ups = torch.stack([down for down, _ in each]), torch.stack([up for _, up in each])
+                ups = ups.transpose(1, 2).contiguous().transpose(1, 2)  # a channel's features side by side
                 parts.append([downs] if self.orthonormal else [downs, ups])
             self.made[groups] = [x.to(self.spec.device) for some in parts for x in some]
         held = self.made[groups]
@@ -259,14 +262,31 @@ class Bound(BeforeRope):
         columns = torch.matmul(self.key_up.transpose(1, 2), features.flatten(1, 3).transpose(1, 2))
         return columns.unflatten(2, features.shape[1:4]), None
 
+    def _side(self, name: str, fields: dict[str, torch.Tensor]) -> Side:
+        """As the C++ kernels take it."""
+        if self.codec.bits is None:
+            return (fields[f"{name}s"],)
+        return tuple(fields[f"{name}_{part}"] for part in ("words", "scale", "zero"))
+
+    def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
+        if not takes_cpp(queries):
+            return super().scores(queries, fields)
+        side, paired = self._side("key", fields), self.rope.pair(queries.float())
+        cos_sin = self.rope.cos_sin_of(self.context, side[0].shape[1], self.planes)
+        up = self.key_up.transpose(1, 2)
+        return feature_scores(paired, side, self.codec.bits or 0, up, cos_sin, self.context.together)
+
     def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         values = torch.matmul(self._features("value", fields), self.value_up).unflatten(2, (self.context.together, -1))
         return self.keys(fields), self.context.part(values, self.layout.tokens)
 
     def output(self, weights: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         # The features are weighted, and only the sum is made into a value.
-        features, together = self._features("value", fields), self.context.together
-        rows, query, tokens = weights.shape
-        summed = torch.bmm(weights.reshape(-1, together * query, tokens), features).unflatten(1, (together, query))
+        (rows, query, tokens), together = weights.shape, self.context.together
+        if takes_cpp(weights):
+            summed = feature_sums(weights, self._side("value", fields), self.codec.bits or 0, together)
+        else:
+            summed = torch.bmm(weights.reshape(-1, together * query, tokens), self._features("value", fields))
+        summed = summed.unflatten(1, (together, query))
         up = self.value_up.unflatten(2, (together, -1)).transpose(1, 2)  # [groups or 1, together, rank, head_dim]
         return torch.matmul(summed, up).reshape(rows, query, -1)
