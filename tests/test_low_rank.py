@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fivefold
-from conftest import VOCAB
+from conftest import VOCAB, quick
 from fivefold.kernels.low_rank import Features, decode_reference
 from fivefold.kernels.packed_decode.schedule import SPAN, Exact, Packed
 from fivefold.kernels.planar import PLANES, pack, quantise
@@ -141,29 +141,32 @@ def test_tiles_smaller_than_a_page(device, monkeypatch):
     check(form_of(device, heads=3, ranks=(13, 20)), spans, device, exact=0)
 
 
-METHODS = ["cskv(keep=0.3)", "kv_heads(keep=0.3, group=1, bits=8)"]
+STEPPED = [
+    ("cskv(keep=0.3)", " + streaming(sink=8, recent=70)"), ("kv_heads(keep=0.3, group=1, bits=8)", ""),
+    ("cskv(keep=0.3, bits=4)", ""),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("recipe", METHODS)
-@pytest.mark.parametrize("rest", ["", " + streaming(sink=8, recent=70)"], ids=["whole", "window"])
-def test_steps_of_a_model_are_those_without_kernels(device, recipe, rest, tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("recipe", quick(STEPPED, 1), ids=str)
+def test_steps_of_a_model_are_those_without_kernels(device, recipe, tiny, tmp_path, monkeypatch):
     """From fixed tables, of sequences of different lengths, while groups are packed and windows slide."""
-    model = copy.deepcopy(tiny("llama", num_hidden_layers=2)).to(device)
+    recipe, rest = recipe
+    model = copy.deepcopy(tiny("llama", num_hidden_layers=1)).to(device)
     whole = f'{recipe[:-1]}, profile="{learn(model, recipe, tmp_path / "profile", chunks=1)}"){rest}'
     monkeypatch.setenv("FIVEFOLD_KERNELS", "triton")
-    ids = torch.randint(1, VOCAB, (2, 260), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(1, VOCAB, (2, 180), generator=torch.Generator().manual_seed(0)).to(device)
     mask = torch.ones_like(ids)
     mask[0, :37] = 0
-    outs, count = [], 36 if device == "cuda" else 3
+    outs, count = [], 36 if device == "cuda" else 2
     for path in ("reference", "triton"):
         monkeypatch.setenv("FIVEFOLD_KERNELS", path)
         cache = fivefold.compress(model, whole, cuda_graph=path == "triton")
         with torch.inference_mode():
-            model(ids[:, : 260 - count], past_key_values=cache, attention_mask=mask[:, : 260 - count])
+            model(ids[:, : 180 - count], past_key_values=cache, attention_mask=mask[:, : 180 - count])
             steps = [
                 model(ids[:, i : i + 1], past_key_values=cache, attention_mask=mask[:, : i + 1]).logits
-                for i in range(260 - count, 260)
+                for i in range(180 - count, 180)
             ]
         outs.append(torch.cat(steps, 1))
         assert cache.report().codes > 0
