@@ -12,6 +12,7 @@ constexpr int WIDE = 16;
 constexpr int WIDE = 8;
 #endif
 typedef float Lanes __attribute__((vector_size(4 * WIDE), may_alias));
+constexpr int PADDED = (FEATURES + WIDE - 1) / WIDE * WIDE;
 
 static inline float number(const uint16_t* at, int i) {
 #if KIND == 0
@@ -103,21 +104,23 @@ extern "C" void sums(const float* weights, int64_t row_stride, int64_t query_str
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int unit = 0; unit < rows / HEADS * pages; unit++) {
     const int team = unit / pages, page = unit % pages;
-    float token[ROWS][RANK], total[HEADS * QUERIES][FEATURES] = {};
-    for (int step = 0; step < STEPS; step++)
+    alignas(64) float token[ROWS][PADDED] = {}, total[HEADS * QUERIES][PADDED] = {};
+    float own[ROWS][RANK];
+    for (int step = 0; step < STEPS; step++) {
       for (int source = 0; source < HEADS; source++) {
-        unpacked(side, team * HEADS + source, page, step, token);
-        for (int head = 0; head < HEADS; head++)
-          for (int q = 0; q < QUERIES; q++) {
-            const float* weight = weights + (team * HEADS + head) * row_stride + q * query_stride;
-            weight += (int64_t)page * TOKENS + step * ROWS;
-            float part[RANK] = {};
-            for (int t = 0; t < ROWS; t++)
-              for (int f = 0; f < RANK; f++) part[f] += weight[t] * token[t][f];
-            float* to = total[head * QUERIES + q] + source * RANK;
-            for (int f = 0; f < RANK; f++) to[f] += part[f];
-          }
+        unpacked(side, team * HEADS + source, page, step, own);
+        for (int t = 0; t < ROWS; t++) memcpy(token[t] + source * RANK, own[t], sizeof own[t]);
       }
-    memcpy(out + (int64_t)unit * HEADS * QUERIES * FEATURES, total, sizeof total);
+      for (int head = 0; head < HEADS; head++)
+        for (int q = 0; q < QUERIES; q++) {
+          const float* weight = weights + (team * HEADS + head) * row_stride + q * query_stride;
+          weight += (int64_t)page * TOKENS + step * ROWS;
+          Lanes* sums = (Lanes*)total[head * QUERIES + q];
+          for (int t = 0; t < ROWS; t++)
+            for (int i = 0; i < PADDED / WIDE; i++) sums[i] += weight[t] * ((const Lanes*)token[t])[i];
+        }
+    }
+    for (int i = 0; i < HEADS * QUERIES; i++)
+      memcpy(out + ((int64_t)unit * HEADS * QUERIES + i) * FEATURES, total[i], FEATURES * sizeof(float));
   }
 }
