@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 import fivefold
 from fivefold.errors import NonFiniteError, RecipeError
+from fivefold.kernels.choice import choose
+from fivefold.kernels.gear import add_scores, extra_output, reference
 from fivefold.methods.bits.gear import Gear, GearCodec, low_rank, start
 from fivefold.methods.method import Codec
 from fivefold.store.layer_cache import LayerCache
@@ -167,6 +169,7 @@ def test_attention_never_builds_the_low_rank_product(monkeypatch: pytest.MonkeyP
     codec = Gear().codec(spec())
     fields = {name: x[None] for name, x in codec.encode(*pages(codec, 4), 0, None).items()}
     monkeypatch.setattr(GearCodec, "decode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
     largest = 0
     real = torch.matmul
 
@@ -180,6 +183,26 @@ def test_attention_never_builds_the_low_rank_product(monkeypatch: pytest.MonkeyP
     codec.scores(torch.randn(1, 3, 64), fields)
     codec.output(torch.rand(1, 3, 1024), fields)
     assert 0 < largest <= 3 * 1024  # a number for each query and token, and not one for each channel too
+
+
+@pytest.mark.skipif(choose(torch.device("cpu")).path != "cpp", reason="no C++ compiler")
+@pytest.mark.parametrize("options", [{}, {"bits": 4, "rank": 2}, {"rank": 0}, {"sparsity": 0.0}], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 72])
+def test_the_kernel_is_the_reference(options: dict[str, Any], head_dim: int) -> None:
+    """Of pages that lie apart, in rows that lie apart, with weights of queries that lie apart."""
+    codec = Gear(**options).codec(spec(head_dim))
+    made = codec.encode(*pages(codec, 6, head_dim), 0, None)
+    fields = {name: x.unflatten(0, (2, 3)).repeat_interleave(2, 1)[:, ::2] for name, x in made.items()}
+    queries, tokens = torch.randn(2, 3, head_dim), 3 * codec.layout.tokens
+    weights = torch.rand(2, 3, tokens + 7)[:, :, :tokens]
+    extras = codec._extras("key", fields), codec._extras("value", fields)
+    scores = torch.randn(2, 3, tokens)
+    wanted = scores.clone()
+    reference.add_scores(wanted, queries, extras[0])
+    add_scores(scores, queries, extras[0])
+    assert (scores - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    wanted = reference.extra_output(weights, extras[1], head_dim)
+    assert (extra_output(weights, extras[1], head_dim) - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), 33000.0, -65519.0])

@@ -72,6 +72,7 @@ class DeviceTables:
                 self.packed_columns = max(self.packed_columns, tokens // packing.page + 1)
         self.readers = [layer.codec.reader if layer.codec else None for layer in bank.layers]
         """What reads the packed pages of each layer. A captured graph needs them, and their tensors, as they are."""
+        self.constants = [reader.constants for reader in self.readers if reader and choose(self.device).triton]
         reader, heads = self.readers[0], first.spec.query_heads // first.spec.kv_heads
         self._learned: dict[str, torch.Tensor] = {}
         self._copied: dict[tuple[int, str], torch.Tensor] = {}

@@ -14,6 +14,9 @@ import torch
 
 from fivefold.calibrate.profile import Profile
 from fivefold.errors import ProfileError, RecipeError
+from fivefold.kernels.choice import takes_cpp
+from fivefold.kernels.low_rank import Features
+from fivefold.kernels.low_rank.cpu import Side, feature_scores, feature_sums
 from fivefold.kernels.pack import fill_rows
 from fivefold.kernels.planar import PLANES, dequantise, pack, quantise, unpack_planes
 from fivefold.kernels.shared import shared
@@ -81,7 +84,7 @@ class LowRankCodec(LearnedCodec):
     float16 [planes, r], and the same for values.
     """
 
-    contextual = positional = True
+    contextual = positional = compiled = True
     group = 32
 
     def __init__(
@@ -108,35 +111,75 @@ class LowRankCodec(LearnedCodec):
                     Field(f"{kind}_scale", (tokens // 32, rank), half, "scales"),
                     Field(f"{kind}_zero", (tokens // 32, rank), half, "scales"),
                 ]
-        self.layout = PageLayout(f"{name}-{ranks[0]}-{ranks[1]}", tokens, tuple(fields))
+        self.layout = PageLayout(f"{name}-{ranks[0]}-{ranks[1]}", tokens, tuple(fields), record=True)
         self.limit = FLOAT16_MAX
         if bits is None and dtype != torch.float16:
             self.limit = torch.finfo(dtype).max
         self.orthonormal = "key_weight" not in profile.tensors  # B is A turned round then, and not held beside it
         self.made = {}
+        self._reader: Features | None = None
+
+    @property
+    def reader(self) -> Features:
+        if self._reader is None:
+            team = self.share or self.spec.kv_heads
+            self._reader = Features(
+                ranks=self.ranks,
+                bits=self.bits,
+                head_dim=self.spec.head_dim,
+                dtype=self.dtype,
+                team=team,
+                blocks=self.spec.kv_heads // team,
+                inv_freq=self.rope.inv_freq,
+                neighbours=self.rope.neighbours,
+                ups=self._ups,
+            )
+        return self._reader
+
+    def _ups(self) -> Bases:
+        """B of keys and of values of all heads, those that share features in one: `[blocks, rank, channels]`."""
+        heads, split = tuple(range(self.spec.kv_heads)), self.share or self.spec.kv_heads
+        teams = [heads[first : first + split] for first in range(0, len(heads), split)]
+        keys, values = (torch.stack([self._blocks(*side, team)[1] for team in teams]) for side in self._sides())
+        return keys.to(self.spec.device), values.to(self.spec.device)
+
+    @property
+    def nbytes(self) -> int:
+        read = () if self._reader is None or not self._reader.ready else self._reader.constants
+        return super().nbytes + sum(x.nbytes for x in read)
+
+    def forget(self) -> None:
+        super().forget()
+        self._reader = None
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        check_finite(keys, values, self.limit)
+        self.peak = max(self.peak, check_finite(keys, values, self.limit))
 
     def bases(self, context: Context) -> Sequence[torch.Tensor]:
         """A and B of keys (channels in the paired order) and of values: `[groups or 1, n, rank]`, `[.., rank, n]`."""
         groups = tuple(context.groups)
         if groups not in self.made:
-            tensors, plain = self.profile.tensors, torch.arange(self.spec.head_dim)
             parts: list[list[torch.Tensor]] = []
-            for name, weight, order, rank in (
-                ("key_factor", tensors.get("key_weight"), self.rope.order, self.ranks[0]),
-                ("value_factor", None, plain, self.ranks[1]),
-            ):
-                each = [self._blocks(tensors[name], weight, heads, order, rank) for heads in groups]
+            for side in self._sides():
+                each = [self._blocks(*side, heads) for heads in groups]
                 downs, ups = torch.stack([down for down, _ in each]), torch.stack([up for _, up in each])
+                ups = ups.transpose(1, 2).contiguous().transpose(1, 2)  # a channel's features side by side
                 parts.append([downs] if self.orthonormal else [downs, ups])
             self.made[groups] = [x.to(self.spec.device) for some in parts for x in some]
         held = self.made[groups]
         return [x for down in held for x in (down, down.transpose(1, 2))] if self.orthonormal else held
 
+    def _sides(self) -> list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, int]]:
+        """Factor, weight, order of a head's channels, and rank of keys and of values."""
+        tensors, plain = self.profile.tensors, torch.arange(self.spec.head_dim)
+        key, value = tensors["key_factor"], tensors["value_factor"]
+        return [
+            (key, tensors.get("key_weight"), self.rope.order, self.ranks[0]),
+            (value, None, plain, self.ranks[1]),
+        ]
+
     def _blocks(
-        self, factor: torch.Tensor, weight: torch.Tensor | None, heads: tuple[int, ...], order: torch.Tensor, rank: int
+        self, factor: torch.Tensor, weight: torch.Tensor | None, order: torch.Tensor, rank: int, heads: tuple[int, ...]
     ) -> Bases:
         """A and B of these heads: a block for those that share features."""
         layer, split = self.profile.settings["layers"].index(self.spec.layer), self.share or self.spec.kv_heads
@@ -219,14 +262,31 @@ class Bound(BeforeRope):
         columns = torch.matmul(self.key_up.transpose(1, 2), features.flatten(1, 3).transpose(1, 2))
         return columns.unflatten(2, features.shape[1:4]), None
 
+    def _side(self, name: str, fields: dict[str, torch.Tensor]) -> Side:
+        """As the C++ kernels take it."""
+        if self.codec.bits is None:
+            return (fields[f"{name}s"],)
+        return tuple(fields[f"{name}_{part}"] for part in ("words", "scale", "zero"))
+
+    def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
+        if not takes_cpp(queries):
+            return super().scores(queries, fields)
+        side, paired = self._side("key", fields), self.rope.pair(queries.float())
+        cos_sin = self.rope.cos_sin_of(self.context, side[0].shape[1], self.planes)
+        up = self.key_up.transpose(1, 2)
+        return feature_scores(paired, side, self.codec.bits or 0, up, cos_sin, self.context.together)
+
     def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         values = torch.matmul(self._features("value", fields), self.value_up).unflatten(2, (self.context.together, -1))
         return self.keys(fields), self.context.part(values, self.layout.tokens)
 
     def output(self, weights: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         # The features are weighted, and only the sum is made into a value.
-        features, together = self._features("value", fields), self.context.together
-        rows, query, tokens = weights.shape
-        summed = torch.bmm(weights.reshape(-1, together * query, tokens), features).unflatten(1, (together, query))
+        (rows, query, tokens), together = weights.shape, self.context.together
+        if takes_cpp(weights):
+            summed = feature_sums(weights, self._side("value", fields), self.codec.bits or 0, together)
+        else:
+            summed = torch.bmm(weights.reshape(-1, together * query, tokens), self._features("value", fields))
+        summed = summed.unflatten(1, (together, query))
         up = self.value_up.unflatten(2, (together, -1)).transpose(1, 2)  # [groups or 1, together, rank, head_dim]
         return torch.matmul(summed, up).reshape(rows, query, -1)

@@ -186,6 +186,8 @@ def _widen(tier: Tier, change: Transaction, first: np.ndarray, second: np.ndarra
             pool.retain(pages)
             change.undo(partial(pool.release, pages))
         table[second[:, None], columns] = pages.reshape(columns.shape)
+    for side in (first, second):
+        tier.change(side[:, None], columns)
 
 
 def _unshare(tier: Tier, change: Transaction, first: np.ndarray, second: np.ndarray, columns: np.ndarray) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fivefold.errors import RecipeError
+from fivefold.kernels.gear import Extras, add_scores, extra_output
 from fivefold.kernels.planar import PLANES
 from fivefold.kernels.planar_decode import Planar
 from fivefold.kernels.shared import shared
@@ -80,6 +81,8 @@ class GearCodec(Codec):
     key_left float16 [T, r], key_right float16 [r, d], key_outliers float16 [d, 2n], key_places uint8 [d, 2n] (tokens);
     for values (of a token) value_outliers, value_places [T, 2n] (channels), and the same factors.
     """
+
+    compiled = True
 
     def __init__(self, base: KiviCodec, rank: int, key_outliers: int, value_outliers: int) -> None:
         self.base, self.rank = base, rank
@@ -162,39 +165,20 @@ class GearCodec(Codec):
             values.scatter_add_(1, places, fields["value_outliers"][pages, slots].float())
         return keys, values
 
+    def _extras(self, side: str, fields: dict[str, torch.Tensor]) -> Extras:
+        return Extras(*(fields.get(f"{side}_{part}") for part in ("left", "right", "outliers", "places")))
+
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         queries = queries.float()
         out = self.base.scores(queries, fields)
-        rows, query, _ = queries.shape
-        pages, tokens = fields["key_words"].shape[1], self.layout.tokens
-        by_page = out.view(rows, query, pages, tokens)
-        if self.rank:
-            right = fields["key_right"].float().flatten(1, 2)  # [rows, pages * rank, head_dim]
-            turned = torch.bmm(queries, right.transpose(1, 2)).view(rows, query, pages, self.rank).transpose(1, 2)
-            by_page += torch.matmul(turned, fields["key_left"].float().transpose(2, 3)).transpose(1, 2)
-        if self.key_outliers:
-            # Every outlier adds to the score of its token.
-            at = torch.arange(rows * pages, device=out.device).view(rows, pages, 1, 1) * tokens + fields["key_places"]
-            spread = queries.transpose(0, 1)[:, :, None, :, None]  # [query, rows, 1, head_dim, 1]
-            found = _sums(fields["key_outliers"].float() * spread, at, rows * pages * tokens)
-            by_page += found.view(query, rows, pages, tokens).transpose(0, 1)
+        if self.rank or self.key_outliers:
+            add_scores(out, queries, self._extras("key", fields))
         return out
 
     def output(self, weights: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         out = self.base.output(weights, fields)
-        rows, query, dim = out.shape
-        pages, tokens = fields["value_words"].shape[1], self.layout.tokens
-        by_page = weights.view(rows, query, pages, tokens).transpose(1, 2)
-        if self.rank:
-            left = torch.matmul(by_page, fields["value_left"].float())  # [rows, pages, query, rank]
-            left = left.transpose(1, 2).reshape(rows, query, pages * self.rank)
-            out += torch.bmm(left, fields["value_right"].float().flatten(1, 2))
-        if self.value_outliers:
-            # Every outlier adds to its channel, as its token is weighted.
-            at = torch.arange(rows, device=out.device).view(rows, 1, 1, 1) * dim + fields["value_places"]
-            spread = by_page.permute(2, 0, 1, 3)[..., None]  # [query, rows, pages, tokens, 1]
-            found = _sums(fields["value_outliers"].float() * spread, at, rows * dim)
-            out += found.view(query, rows, dim).transpose(0, 1)
+        if self.rank or self.value_outliers:
+            out += extra_output(weights, self._extras("value", fields), out.shape[2])
         return out
 
 
@@ -203,12 +187,6 @@ def _extremes(x: torch.Tensor, count: int) -> torch.Tensor:
     `[..., 2 * count]`."""
     low = x.topk(count, -1, largest=False).indices
     return torch.cat([low, x.scatter(-1, low, float("-inf")).topk(count, -1).indices], -1)
-
-
-def _sums(parts: torch.Tensor, at: torch.Tensor, size: int) -> torch.Tensor:
-    """float32 `[query, size]`: the sums of `parts [query, ...]` that go to each place `at [...]`."""
-    parts = parts.flatten(1)
-    return parts.new_zeros((len(parts), size)).scatter_add_(1, at.reshape(1, -1).expand_as(parts), parts)
 
 
 @shared(16)

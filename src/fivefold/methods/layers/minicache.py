@@ -12,6 +12,7 @@ import torch
 
 from fivefold.calibrate.learner import Capture, Learner, Progress
 from fivefold.errors import ProfileError, RecipeError
+from fivefold.kernels import directions as kernel
 from fivefold.kernels.pack import fill_rows
 from fivefold.methods import FLOAT16_MAX, Codec, Method, PairMethod, TokenPolicy, check_finite, param, register
 from fivefold.store import Field, LayerSpec, PageLayout
@@ -298,6 +299,13 @@ class MiniCacheCodec(PairCodec):
                 Field(f"{side}_kept", (self.places, spec.head_dim), spec.dtype, "retained", own=True),
             ]
         self.layout = PageLayout(f"minicache.{inner.layout.name}", tokens, tuple(fields))
+        self._reader = None
+        if isinstance(inner, Directions) or inner.form is not None:
+            self._reader = kernel.Directions(inner.form, spec.head_dim, spec.dtype, self.places, self.scale)
+
+    @property
+    def reader(self) -> kernel.Directions | None:
+        return self._reader
 
     @property
     def fingerprint(self) -> str:

@@ -1,0 +1,182 @@
+"""Decoding steps of recipes whose pages hold low-rank features or shared directions, as a graph, beside those of
+transformers' DynamicCache and of full(), in one run on a GPU; and the kernels over features alone.
+
+    python benchmarks/low_rank_gpu.py --out benchmarks/results/low_rank_gpu.json
+"""
+
+import gc
+import json
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+
+import fivefold
+from fivefold.benchmark import decode as bench
+from fivefold.calibrate.profile import Profile, config_hash, save_profile, signature
+from fivefold.kernels.low_rank import Features
+from fivefold.kernels.low_rank import triton as kernel
+from fivefold.kernels.packed_decode.reader import Packed
+from fivefold.kernels.packed_decode.schedule import SPAN, pages_of, starts_of
+from fivefold.kernels.packed_decode.triton import programs_for
+from fivefold.recipe import Recipe
+
+DEVICE = torch.device("cuda")
+SMALL = ("full()", "cskv()", "cskv(bits=4)", "kv_heads()", "minicache()", "minicache() + kivi(bits=4)")
+LARGE = ("full()", "cskv()", "cskv(bits=4)", "kv_heads(group=2)", "kv_heads()", "minicache()",
+         "minicache() + kivi(bits=4)")  # fmt: skip
+
+VARIANTS: tuple[dict[str, int], ...] = (
+    {}, {"STAGES": 1}, {"STAGES": 3}, {"PB": 0}, {"num_warps": 4}, {"T": 64, "num_warps": 4},
+    {"T": 64, "num_warps": 4, "STAGES": 1}, {"T": 64, "num_warps": 4, "STAGES": 1, "PB": 0}, {"T": 64, "num_warps": 8},
+)  # fmt: skip
+"""PB 0: half of the channels at a time."""
+
+
+def with_profile(recipe: str, config: Any, folder: str) -> str:
+    """The recipe with a profile of random numbers, which a model of random weights has none of."""
+    method = Recipe.parse(recipe).methods[0]
+    if not folder or method.name not in ("cskv", "kv_heads"):
+        return recipe
+    where = Path(folder) / f"{method.name}-{config_hash(config)[:8]}"
+    if not where.exists():
+        layers, heads, dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        rank, channels = round(0.5 * dim) * heads, heads * dim
+        tensors = {f"{kind}_factor": torch.randn(layers, channels, rank).half() for kind in ("key", "value")}
+        if method.name == "cskv":
+            tensors["key_weight"] = torch.ones(layers, channels)
+        settings = {"layers": list(range(layers)), "rank": rank}
+        save_profile(where, Profile(method.name, signature(config), settings, tensors, config_hash(config)))
+    return recipe[:-1] + (", " if recipe[-2] != "(" else "") + f'profile="{where}")'
+
+
+def alone(context: int, heads: int, query: int, dim: int, rank: int, layers: int = 4, **settings: int) -> float:
+    """Milliseconds of the kernels over the features of a layer, cycling over `layers` of them."""
+    form = Features(
+        ranks=(rank, rank), bits=None, head_dim=dim, dtype=torch.float16, team=heads, blocks=1,
+        inv_freq=500000.0 ** -(torch.arange(dim // 2).double() / (dim // 2)), neighbours=False,
+        ups=lambda: tuple(torch.randn(1, heads * rank, heads * dim, device=DEVICE) * 0.05 for _ in range(2)),
+    )  # fmt: skip
+    columns, bytes_ = -(-context // form.tokens), form.nbytes
+    tables, memory = [], []
+    for _ in range(layers):
+        memory.append(torch.randn(heads * columns, bytes_ // 2, device=DEVICE, dtype=torch.float16))
+        at = torch.randperm(heads * columns, device=DEVICE) * bytes_
+        tables.append(((memory[-1].data_ptr() + at) >> 4).view(heads, columns))
+    spans = torch.zeros(heads, SPAN, dtype=torch.int32)
+    spans[:, 1] = context
+    programs = programs_for(heads, DEVICE, form, query)
+    starts = torch.from_numpy(starts_of(pages_of(spans.numpy(), form.tokens, heads), programs)).to(DEVICE)
+    spans = spans.to(DEVICE)
+    queries = torch.randn(heads, query, dim, device=DEVICE, dtype=torch.bfloat16)
+    out = torch.empty(min(programs[0], columns), heads * query, dim, device=DEVICE)
+    lse = torch.empty(len(out), heads * query, device=DEVICE)
+
+    def run() -> None:
+        for table in tables:
+            kernel.attend(form, Packed(table, form), queries, 0.1, spans, starts[0], out, lse, settings)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for _ in range(15):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        graph.replay()
+        last.record()
+        last.synchronize()
+        times.append(first.elapsed_time(last) / layers)
+    return sorted(times)[len(times) // 2]
+
+
+def step(model: Any, name: str, context: int, steps: int, folder: str) -> dict[str, Any]:
+    """A row: a step of a recipe as a graph, of a cache of transformers' launch by launch."""
+    written = name if name == bench.BASELINE else with_profile(name, model.config, folder)
+    row: dict[str, Any] = {"recipe": name, "context": context}
+    start = time.perf_counter()
+    try:
+        row |= bench._steps(model, written, context, 1, steps, name != bench.BASELINE)
+        print(f"  {name} @ {context}: {row['ms']:.2f} ms (mean {row['mean_ms']:.2f}), "
+              f"{row['cache_bytes'] / 1e6:.0f} MB, {row.get('no_graph', '')} [{time.perf_counter() - start:.0f} s]",
+              flush=True)  # fmt: skip
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {error}"[:300]
+        print(f"  {name} @ {context}: {row['error']}", flush=True)
+        traceback.print_exc(limit=-2)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return row
+
+
+def agreement(recipe: str, folder: str) -> None:
+    """How far steps by kernels are from those by the reference, of a small model of random weights."""
+    import os
+
+    model = bench.build({**bench.SHAPES["small"], "num_hidden_layers": 4}, DEVICE)
+    written, outs = with_profile(recipe, model.config, folder), []
+    ids = torch.randint(1, 1000, (1, 700), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for path in ("reference", "auto"):
+        os.environ["FIVEFOLD_KERNELS"] = path
+        cache = fivefold.compress(model, written, cuda_graph=path == "auto")
+        with torch.inference_mode():
+            model(ids[:, :660], past_key_values=cache)
+            outs.append(torch.cat([model(x, past_key_values=cache).logits for x in ids[:, 660:].split(1, 1)], 1))
+    error = (outs[0] - outs[1]).float().norm() / outs[0].float().norm()
+    print(f"  {recipe}: {error:.1e} from the reference, {cache.step.failed or 'as a graph'}", flush=True)
+
+
+def main(
+    out: Path | None = None,
+    variants: bool = False,
+    small: Annotated[str, typer.Option(help="recipes, separated by ;")] = ";".join(SMALL),
+    large: str = ";".join(LARGE),
+    contexts: str = "32768,131072",
+    steps: int = 12,
+    seconds: float = 1e9,
+) -> None:
+    begin, rows, folder = time.perf_counter(), [], tempfile.mkdtemp()
+    print(torch.cuda.get_device_name(), torch.__version__, transformers.__version__, flush=True)
+    for recipe in small.split(";")[1:]:
+        try:
+            agreement(recipe, folder)
+        except Exception:
+            traceback.print_exc(limit=-3)
+    if variants:
+        for where, shape in {"8b": (131072, 8, 4, 128, 26), "smollm2": (7000, 3, 3, 64, 13)}.items():
+            half = shape[3] // 2
+            for given in VARIANTS:
+                given = {name: half // 2 if name == "PB" else value for name, value in given.items()}
+                try:
+                    print(f"  {where} {given}: {alone(*shape, **given) * 1e3:.1f} us a layer", flush=True)
+                except Exception as error:
+                    print(f"  {where} {given}: {type(error).__name__} {str(error)[:150]}", flush=True)
+    if small:
+        from fivefold.models import embedded
+
+        embedded.fetch()
+        model = embedded.load(torch.bfloat16)[0].to(DEVICE)
+        for name in (bench.BASELINE, *small.split(";")):
+            if time.perf_counter() - begin < seconds:
+                rows.append({"shape": "SmolLM2-135M", **step(model, name, 7000, 40, "")})
+    if large:
+        model = bench.build("llama-3-8b", DEVICE)
+        for context in map(int, contexts.split(",")):
+            for name in large.split(";"):
+                if time.perf_counter() - begin < seconds:
+                    rows.append({"shape": "llama-3-8b", **step(model, name, context, steps, folder)})
+    if out is not None:
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        text = {"device": torch.cuda.get_device_name(), "versions": versions, "rows": rows}
+        out.write_text(json.dumps(text, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

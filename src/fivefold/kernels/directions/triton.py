@@ -1,0 +1,264 @@
+"""One decoding step over pages of shared directions, in Triton: `Directions.attend`.
+
+A token's norm is a factor of its score, and of its weight; where a token is kept as it is, its own score takes the
+place of that, and its weight goes to what is kept. Packed directions are read as `packed_decode/triton.py` reads KIVI's
+pages.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fivefold.kernels.device import on
+from fivefold.kernels.directions.reference import Directions
+from fivefold.kernels.packed_decode.reader import Packed
+from fivefold.kernels.packed_decode.schedule import SPAN
+from fivefold.kernels.packed_decode.triton import (
+    _TYPES,
+    _code_planes,
+    _factor,
+    _fold,
+    _leave,
+    _log2_factor,
+    _log2_unfold,
+    _plane,
+    _queries,
+    _row,
+    _share,
+    _times,
+)  # fmt: skip
+
+
+@triton.jit
+def _field(table, at, FIELD: tl.constexpr, DTYPE: tl.constexpr, UNIT: tl.constexpr):
+    """Where a field of a page begins; at: of the page's line of the table."""
+    return tl.multiple_of((tl.load(table + at + FIELD) * 2).to(tl.pointer_type(DTYPE)), UNIT)
+
+
+@triton.jit
+def _slots(slots, PLACES: tl.constexpr):
+    """Which slots of a page are kept: a tuple."""
+    out = ()
+    for place in tl.static_range(PLACES):
+        out = out + (tl.load(slots + place).to(tl.int32),)
+    return out
+
+
+@triton.jit
+def _kept_scores(q, kept, PLACES: tl.constexpr, D: tl.constexpr):
+    """Products of queries float32 `[D, N]` with what is kept: a tuple of `[N]`."""
+    d = tl.arange(0, D)
+    out = ()
+    for place in tl.static_range(PLACES):
+        key = tl.load(kept + place * D + d).to(tl.float32)
+        out = out + (tl.sum(q * key[:, None], 0),)
+    return out
+
+
+@triton.jit
+def _put(s, scores, slots, token, PLACES: tl.constexpr):
+    """Scores `s [T, N]` of tokens (slots of a page, `[T]`), those of what is kept put into their places."""
+    for place in tl.static_range(PLACES):
+        s = tl.where((token == slots[place])[:, None], scores[place][None, :], s)
+    return s
+
+
+@triton.jit
+def _take(p, sums, slots, token, PLACES: tl.constexpr):
+    """(`p [T, N]` without the weights of what is kept, `sums` and these)"""
+    out = ()
+    for place in tl.static_range(PLACES):
+        mine = (token == slots[place])[:, None]
+        out = out + (sums[place] + tl.sum(tl.where(mine, p, 0.0), 0),)
+        p = tl.where(mine, 0.0, p)
+    return p, out
+
+
+@triton.jit
+def _nothing(PLACES: tl.constexpr, N: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(PLACES):
+        out = out + (tl.zeros([N], tl.float32),)
+    return out
+
+
+@triton.jit
+def _kept_values(acc, sums, kept, PLACES: tl.constexpr, D: tl.constexpr):
+    """acc `[D, N]` and what is kept, weighted."""
+    d = tl.arange(0, D)
+    for place in tl.static_range(PLACES):
+        acc += tl.load(kept + place * D + d).to(tl.float32)[:, None] * sums[place][None, :]
+    return acc
+
+
+@triton.jit(do_not_specialize=("rows", "columns", "heads"))
+def _plain(
+    queries, table, spans, starts, out, lse, scale, rows, columns, heads,
+    N: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr, NORMS: tl.constexpr, TOKENS: tl.constexpr, T: tl.constexpr,
+    PLACES: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One share of a row's pages of directions as they are. Grid: (programs,)."""
+    row = _row(starts, rows, R)
+    if row >= rows:
+        return
+    work = tl.float32 if WIDE else DTYPE
+    t = tl.arange(0, T)
+    d = tl.arange(0, D)
+    wide = _queries(queries, row, heads, N, D).to(tl.float32) * scale
+    q = wide.to(work)
+    low = tl.load(spans + row * SPAN)
+    high = tl.load(spans + row * SPAN + 1)
+    first, last = _share(starts, row, tl.cdiv(high, TOKENS) - low // TOKENS)
+    TILES: tl.constexpr = TOKENS // T
+    m = tl.full([N], -1e30, tl.float32)
+    weight = tl.zeros([T, N], tl.float32)
+    acc = tl.zeros([D, N], tl.float32)
+    for tile in tl.range((first + low // TOKENS) * TILES, (last + low // TOKENS) * TILES, num_stages=STAGES):
+        at = (row * columns + tile // TILES) * 8
+        token = tile % TILES * T + t
+        inside = token[:, None] * D + d[None, :]
+        seen = (tile * T + t >= low) & (tile * T + t < high)
+        k = tl.load(_field(table, at, 0, DTYPE, 16) + inside, mask=seen[:, None], other=0.0).to(work)
+        v = tl.load(_field(table, at, 1, DTYPE, 16) + inside, mask=seen[:, None], other=0.0).to(work)
+        key_norm = tl.load(_field(table, at, 3, NORMS, 16) + token, mask=seen, other=0.0).to(tl.float32)
+        value_norm = tl.load(_field(table, at, 6, NORMS, 16) + token, mask=seen, other=0.0).to(tl.float32)
+        s = tl.dot(k, q, input_precision="ieee") * key_norm[:, None]
+        own = _kept_scores(wide, _field(table, at, 4, DTYPE, 16), PLACES, D)
+        s = _put(s, own, _slots(_field(table, at, 2, tl.int16, 2), PLACES), token, PLACES)
+        s = tl.where(seen[:, None], s, -1e30)
+        above = tl.maximum(m, tl.max(s, 0))
+        shrink = tl.exp2(m - above)
+        m = above
+        p = tl.where(seen[:, None], tl.exp2(s - m[None, :]), 0.0)
+        weight = weight * shrink[None, :] + p
+        slots = _slots(_field(table, at, 5, tl.int16, 2), PLACES)
+        p, sums = _take(p, _nothing(PLACES, N), slots, token, PLACES)
+        acc = _kept_values(acc * shrink[None, :], sums, _field(table, at, 7, DTYPE, 16), PLACES, D)
+        acc = tl.dot(tl.trans(v), (p * value_norm[:, None]).to(work), acc, input_precision="ieee")
+    _leave(out, lse, tl.program_id(0), acc, m, tl.sum(weight, 0), heads, N, D)
+
+
+@triton.jit(do_not_specialize=("rows", "columns", "heads"))
+def _planar(
+    queries, table, spans, starts, out, lse, scale, unscale, rows, columns, heads,
+    N: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr, NORMS: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, CHANNELS: tl.constexpr, PLACES: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """One share of a row's pages of packed directions, which are to be multiplied by `unscale`. Grid: (programs,)."""
+    row = _row(starts, rows, R)
+    if row >= rows:
+        return
+    PLANES: tl.constexpr = _code_planes(BITS)
+    TOKENS: tl.constexpr = PLANES * 32
+    VALUE_GROUPS: tl.constexpr = D // CHANNELS
+    UNFOLD: tl.constexpr = _log2_unfold(BITS)
+    r = tl.arange(0, 32)
+    d = tl.arange(0, D)
+    g = tl.arange(0, VALUE_GROUPS)
+    word = r[:, None] * D + d[None, :]
+    wide = _queries(queries, row, heads, N, D).to(tl.float32) * scale
+    q = wide.to(tl.float16)
+    low = tl.load(spans + row * SPAN)
+    high = tl.load(spans + row * SPAN + 1)
+    first, last = _share(starts, row, tl.cdiv(high, TOKENS) - low // TOKENS)
+    m = tl.full([N], -1e30, tl.float32)
+    weight = tl.zeros([32, N], tl.float32)
+    offset = tl.zeros([32, N], tl.float32)
+    acc = tl.zeros([D, N], tl.float32)  # times 2**-FOLD
+    kept = tl.zeros([D, N], tl.float32)
+    for page in range(first + low // TOKENS, last + low // TOKENS):
+        at = (row * columns + page) * 12
+        words = tl.load(_field(table, at, 0, tl.int16, 16) + word)
+        value_words = tl.load(_field(table, at, 3, tl.int16, 16) + word)
+        key_scale = _field(table, at, 1, tl.float16, 16)
+        key_zero = _field(table, at, 2, tl.float16, 16)
+        value_scale = _field(table, at, 4, tl.float16, 16)
+        value_zero = _field(table, at, 5, tl.float16, 16)
+        key_norm = _field(table, at, 7, NORMS, 16)
+        value_norm = _field(table, at, 10, NORMS, 16)
+        slots = _slots(_field(table, at, 6, tl.int16, 2), PLACES)
+        own = _kept_scores(wide, _field(table, at, 8, DTYPE, 16), PLACES, D)
+        scores = ()
+        for j in tl.static_range(PLANES):
+            place = j * 32 // GROUP * D + d
+            scales = _times(tl.load(key_scale + place), _log2_factor(BITS, j), ASM)
+            zeros = _times(tl.load(key_zero + place), UNFOLD, ASM)
+            k = _plane(words, BITS, j, ASM) * scales[None, :] + zeros[None, :]
+            norm = tl.load(key_norm + j * 32 + r).to(tl.float32) * (unscale * _fold(BITS))
+            s = tl.dot(k, q) * norm[:, None]
+            s = _put(s, own, slots, j * 32 + r, PLACES)
+            token = page * TOKENS + j * 32 + r
+            scores = scores + (tl.where(((token >= low) & (token < high))[:, None], s, -1e30),)
+        top = scores[0]
+        for j in tl.static_range(1, PLANES):
+            top = tl.maximum(top, scores[j])
+        above = tl.maximum(m, tl.max(top, 0))
+        shrink = tl.exp2(m - above)
+        m = above
+        weight = weight * shrink[None, :]
+        offset = offset * shrink[None, :]
+        acc = acc * shrink[None, :]
+        slots = _slots(_field(table, at, 9, tl.int16, 2), PLACES)
+        sums = _nothing(PLACES, N)
+        for j in tl.static_range(PLANES):
+            token = page * TOKENS + j * 32 + r
+            seen = (token >= low) & (token < high)
+            p = tl.where(seen[:, None], tl.exp2(scores[j] - m[None, :]), 0.0)
+            weight += p
+            p, sums = _take(p, sums, slots, j * 32 + r, PLACES)
+            p = p * (tl.load(value_norm + j * 32 + r, mask=seen, other=0.0).to(tl.float32) * unscale)[:, None]
+            v = tl.trans(_plane(value_words, BITS, j, ASM))
+            if VALUE_GROUPS == 1:
+                offset += p * tl.load(value_zero + j * 32 + r, mask=seen, other=0.0).to(tl.float32)[:, None]
+                scales = tl.load(value_scale + j * 32 + r, mask=seen, other=0.0).to(tl.float32)
+                p = p * (scales * _factor(BITS, j))[:, None]
+            else:
+                place = j * 32 * VALUE_GROUPS + g[:, None] * 32 + r[None, :]
+                scales = _times(tl.load(value_scale + place), _log2_factor(BITS, j), ASM)
+                zeros = _times(tl.load(value_zero + place), UNFOLD, ASM)
+                spread = tl.reshape(tl.broadcast_to(scales[:, None, :], [VALUE_GROUPS, CHANNELS, 32]), [D, 32])
+                shift = tl.reshape(tl.broadcast_to(zeros[:, None, :], [VALUE_GROUPS, CHANNELS, 32]), [D, 32])
+                v = v * spread + shift
+            acc = tl.dot(v, p.to(tl.float16), acc)
+        kept = _kept_values(kept * shrink[None, :], sums, _field(table, at, 11, DTYPE, 16), PLACES, D)
+    acc = acc * _fold(BITS) + kept
+    if VALUE_GROUPS == 1:
+        acc += tl.sum(offset, 0)[None, :]
+    _leave(out, lse, tl.program_id(0), acc, m, tl.sum(weight, 0), heads, N, D)
+
+
+def attend(
+    form: Directions,
+    packed: Packed,
+    queries: torch.Tensor,
+    scale: float,
+    spans: torch.Tensor,
+    starts: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """`Reader.attend` of `Directions`."""
+    rows, heads, dim = queries.shape
+    device, inner = queries.device, form.inner
+    interpreted = device.type != "cuda"
+    norms = tl.float32 if form.dtype is torch.float32 else tl.float16
+    common = {
+        "N": 8 if heads <= 8 else 16, "D": dim, "DTYPE": _TYPES[form.dtype], "NORMS": norms, "PLACES": form.places,
+        "SPAN": SPAN, "R": triton.next_power_of_2(rows),
+    }  # fmt: skip
+    given = rows, packed.table.shape[1], heads
+    with on(device):
+        if inner is None:
+            wide = form.dtype is torch.float32
+            _plain[(len(out),)](
+                queries, packed.table, spans, starts, out, lse, scale, *given, TOKENS=form.tokens, T=32 if wide else 64,
+                WIDE=interpreted, STAGES=1 if wide else 2, num_warps=2, num_stages=1, **common,
+            )  # fmt: skip
+        else:
+            _planar[(len(out),)](
+                queries, packed.table, spans, starts, out, lse, scale, 1.0 / form.scale, *given, BITS=inner.bits,
+                GROUP=inner.group, CHANNELS=inner.channels, ASM=not interpreted, num_warps=2, num_stages=1, **common,
+            )  # fmt: skip

@@ -1,0 +1,249 @@
+"""One decoding step over pages of low-rank features and exact pages, in plain PyTorch: what kernels are held against.
+
+A token's keys before RoPE and its values, of `heads` rows (kv heads) together, are products of few features and a fixed
+matrix. Each row's page holds an equal share of the features; keys are turned by RoPE once they are made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+
+from fivefold.kernels.packed_decode.reader import Packed, Reader
+from fivefold.kernels.planar import PLANES, dequantise, unpack_planes
+
+CHUNK = 64
+"""Features that are multiplied at a time, at most."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Features(Reader):
+    """What a page of features looks like, and what keys and values are made of them with.
+
+    A record holds, for keys and then for values with their rank: numbers `dtype` `[128, rank]`; or with `bits`, planar
+    words int16 `[32, rank]`, scale and zero float16 `[planes, rank]`. Made with:
+
+    - ups: what gives, when it is asked for, key_up and value_up `[blocks, team * rank, team * head_dim]`: what features
+      of keys (channels in the paired order of `store.Rope`: those that are turned together side by side) and of values
+      are multiplied with. A sequence's rows are `blocks` times `team`.
+    - inv_freq float64 `[pairs]`: by what angle a pair of channels is turned from one position to the next. Channels i
+      and i + pairs, or with `neighbours` 2i and 2i + 1, are a pair; those from 2 * pairs on are not turned.
+    """
+
+    ranks: tuple[int, int]
+    bits: int | None
+    head_dim: int
+    dtype: torch.dtype
+    team: int
+    blocks: int
+    inv_freq: torch.Tensor
+    neighbours: bool
+    ups: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+
+    positional: ClassVar[bool] = True
+
+    @property
+    def fields(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("keys" if self.bits is None else "key_words",)
+
+    @property
+    def resident(self) -> int:  # type: ignore[override]
+        return 1 if max(self.ranks) * self.team > 128 else 2
+
+    @property
+    def tokens(self) -> int:
+        return 128 if self.bits is None else PLANES[self.bits] * 32
+
+    @property
+    def pairs(self) -> int:
+        """Of channels of a head that are turned."""
+        return len(self.inv_freq)
+
+    @property
+    def work(self) -> torch.dtype:
+        """In what is multiplied."""
+        return self.dtype if self.bits is None else torch.float16
+
+    def side(self, rank: int) -> int:
+        """Bytes of the keys or of the values of a page."""
+        if self.bits is None:
+            return self.tokens * rank * self.dtype.itemsize
+        return 64 * rank + PLANES[self.bits] * rank * 4
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a page."""
+        return sum(self.side(rank) for rank in self.ranks)
+
+    @property
+    def order(self) -> torch.Tensor:
+        """Which channel of a head each of the paired order is: int64 `[head_dim]`."""
+        turned = torch.arange(2 * self.pairs)
+        if not self.neighbours:
+            turned = turned.view(2, -1).T.reshape(-1)
+        return torch.cat([turned, torch.arange(2 * self.pairs, self.head_dim)])
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """What the kernels read, made when it is first asked for."""
+        with torch.inference_mode(False):
+            return prepare(self)
+
+    @property
+    def ready(self) -> bool:
+        """Whether `prepared` has been asked for."""
+        return "prepared" in vars(self)
+
+    @property
+    def constants(self) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        return self.prepared.tensors
+
+    def lacks(self, heads: int) -> str | None:
+        if heads * self.team > 128:
+            return f"{heads * self.team} query heads have features together, more than 128"
+        if self.nbytes % self.unit:
+            return f"pages of {self.nbytes} bytes do not begin at multiples of {self.unit}"
+        return None
+
+    def attend(
+        self,
+        packed: Packed,
+        queries: torch.Tensor,
+        scale: float,
+        spans: torch.Tensor,
+        starts: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        from fivefold.kernels.low_rank.triton import attend
+
+        attend(self, packed, queries, scale, spans, starts, out, lse)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What kernels read: in `Features.work`, the number of features a multiple of 16 (those behind are zero).
+
+    keys, values `[blocks, team, features, head_dim]`, channels of keys in the paired order; angles float64 `[head_dim /
+    2]`, 0 for what is not turned; cosine, sine `[tokens, head_dim / 2]` of a page's slots.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    angles: torch.Tensor
+    cosine: torch.Tensor
+    sine: torch.Tensor
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.keys, self.values, self.angles, self.cosine, self.sine
+
+
+def padded(features: int) -> int:
+    """Features as kernels multiply them: a multiple of 16."""
+    return -(-features // 16) * 16
+
+
+def prepare(form: Features) -> Prepared:
+    """See `Prepared`."""
+    ups, dim = form.ups(), form.head_dim
+    device = ups[0].device
+    keys, values = (
+        torch.nn.functional.pad(x, (0, 0, 0, padded(x.shape[1]) - x.shape[1])).unflatten(2, (form.team, dim))
+        for x in ups
+    )
+    angles = torch.nn.functional.pad(form.inv_freq.double().to(device), (0, dim // 2 - form.pairs))
+    turned = torch.arange(form.tokens, device=device)[:, None] * angles
+    made = (keys.transpose(1, 2), values.transpose(1, 2), turned.cos(), turned.sin())
+    keys, values, cosine, sine = (x.to(form.work).contiguous() for x in made)
+    return Prepared(keys, values, angles, cosine, sine)
+
+
+def features_of(form: Features, fields: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Features of keys and values `[pages, tokens, rank]` of pages; their fields, `[pages, *shape]`, in the record's
+    order."""
+    if form.bits is None:
+        return tuple(x.to(dtype) for x in fields)
+    out = []
+    for words, scale, zero in (fields[:3], fields[3:]):
+        codes = unpack_planes(words, form.bits)
+        out.append(dequantise(codes, scale[..., None, :], zero[..., None, :]).flatten(-3, -2).to(dtype))
+    return tuple(out)
+
+
+def decode_features(
+    form: Features, fields: tuple[torch.Tensor, ...], positions: torch.Tensor, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys (after RoPE) and values `[rows, columns * tokens, head_dim]` of pages; fields: `[rows, columns, *shape]`;
+    positions: `[rows]`, those of the first tokens."""
+    rows, columns = fields[0].shape[:2]
+    out = []
+    parts = features_of(form, tuple(x.flatten(0, 1) for x in fields), dtype)
+    for x, up in zip(parts, form.ups()):
+        # [sequences, blocks, heads, columns * tokens, rank]: the features of a block's rows stand side by side.
+        x = x.reshape(-1, form.blocks, form.team, columns * form.tokens, x.shape[-1]).transpose(2, 3).flatten(3)
+        made = x @ up.to(dtype)
+        out.append(made.unflatten(3, (form.team, -1)).transpose(2, 3).reshape(rows, -1, form.head_dim))
+    pairs = form.pairs
+    at = positions.to(x.device).double()[:, None] + torch.arange(columns * form.tokens, device=x.device)
+    angles = at[..., None] * form.inv_freq.to(x.device).double()
+    first, second = out[0][..., 0 : 2 * pairs : 2], out[0][..., 1 : 2 * pairs : 2]
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2)
+    keys = torch.cat([turned, out[0][..., 2 * pairs :]], -1)[..., form.order.argsort().to(x.device)]
+    return keys, out[1]
+
+
+def decode_reference(
+    queries: torch.Tensor,
+    scaling: float,
+    spans: torch.Tensor,
+    form: Features,
+    fields: tuple[torch.Tensor, ...],
+    keys: torch.Tensor | None = None,
+    values: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one query per row and head over packed and exact tokens together.
+
+    As `packed_decode.decode_reference`, for packed pages of features. spans: int `[rows, 8]`, whose last column is the
+    position of the first packed token.
+    """
+    first = spans[:, 7].to(queries.device)
+    packed = decode_features(form, fields, first, dtype)
+    return attention_reference(queries, scaling, spans, packed, keys, values, dtype)
+
+
+def attention_reference(
+    queries: torch.Tensor,
+    scaling: float,
+    spans: torch.Tensor,
+    packed: tuple[torch.Tensor, torch.Tensor],
+    keys: torch.Tensor | None,
+    values: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for packed tokens as they are decoded, keys and values `[rows, slots, head_dim]`."""
+    rows, device = len(queries), queries.device
+    low, high, sink, start, stop, fading, faded, _ = spans.to(device).long()[:, :, None].unbind(1)
+    parts = [packed]
+    slot = torch.arange(parts[0][0].shape[1], device=device)
+    seen = [((slot >= low) & (slot < high)).expand(rows, -1)]
+    if keys is not None:
+        assert values is not None
+        parts.append((keys.to(dtype), values.to(dtype)))
+        slot = torch.arange(keys.shape[1], device=device)
+        shown = (slot < sink) | (slot >= start) | ((slot >= fading) & (slot < faded))
+        seen.append(shown & (slot < stop))
+    visible = torch.cat(seen, 1)[:, None]
+    key, value = (torch.cat(x, 1) for x in zip(*parts))
+    # What no query sees may be anything, also not a number.
+    key, value = (x.masked_fill(~visible.transpose(1, 2), 0) for x in (key, value))
+    scores = (queries.to(dtype) * scaling @ key.transpose(1, 2)).masked_fill(~visible, float("-inf"))
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp().masked_fill(~visible, 0)
+    return weights @ value, lse

@@ -1,0 +1,309 @@
+"""One decoding step over pages of low-rank features, in Triton: `Features.attend`.
+
+A team, the rows that have features together, is shared out over programs that take whole tiles of tokens (`_features`);
+what they leave is merged and made into values by `_expand`.
+
+- Keys are made again a tile at a time, for all heads of a team: features `[T, n]` times `[n, head_dim]`, head by head;
+  the matrix comes from the L2 cache. Their products with queries go through a small buffer of the program's own, since
+  Triton cannot put the scores of one head after the other into one tile.
+- Queries are turned back by the angle of the tile's first token, keys on by that of a slot in a tile: so one small
+  table serves all pages, whatever their positions.
+- Values are never made: features are weighted, and only the sums are multiplied.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fivefold.kernels.device import on
+from fivefold.kernels.low_rank.reference import CHUNK, Features, padded
+from fivefold.kernels.packed_decode.reader import Packed
+from fivefold.kernels.packed_decode.schedule import SPAN
+from fivefold.kernels.packed_decode.triton import _TYPES, _row
+
+
+@triton.constexpr_function
+def _chunks(features):
+    """(start, size) of pieces of that many features, sizes powers of two from 16 to CHUNK."""
+    left, start, out = -(-int(features) // 16) * 16, 0, []
+    while left:
+        size = min(CHUNK, 1 << (left.bit_length() - 1))
+        out.append((start, size))
+        start, left = start + size, left - size
+    return tuple(out)
+
+
+@triton.constexpr_function
+def _count(features):
+    return len(_chunks(features))
+
+
+@triton.constexpr_function
+def _start(features, i):
+    return _chunks(features)[int(i)][0]
+
+
+@triton.constexpr_function
+def _size(features, i):
+    return _chunks(features)[int(i)][1]
+
+
+@triton.constexpr_function
+def _planes(bits):
+    return 16 // int(bits)
+
+
+@triton.jit
+def _tile(
+    table, columns, first, page, slot, OFFSET: tl.constexpr, RANK: tl.constexpr, HEADS: tl.constexpr,
+    BITS: tl.constexpr, DTYPE: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Features START.. of the slots of a page, `[T, SIZE]`, of the rows from `first` on; those that are not there 0."""
+    f = START + tl.arange(0, SIZE)
+    there = f < RANK * HEADS
+    record = tl.load(table + (first + f // RANK) * columns + page, mask=there, other=0) * 16 + OFFSET
+    own = f % RANK
+    if BITS == 0:
+        at = record.to(tl.pointer_type(DTYPE))[None, :] + (slot[:, None] * RANK + own[None, :])
+        x = tl.load(at, mask=there[None, :], other=0.0)
+    else:
+        PLANES: tl.constexpr = _planes(BITS)
+        plane = slot // 32
+        words = record.to(tl.pointer_type(tl.int16))[None, :] + ((slot % 32)[:, None] * RANK + own[None, :])
+        code = tl.load(words, mask=there[None, :], other=0).to(tl.int32)
+        code = (code >> (plane * BITS)[:, None]) & ((1 << BITS) - 1)
+        scales = (record + 64 * RANK).to(tl.pointer_type(tl.float16))[None, :] + (plane[:, None] * RANK + own[None, :])
+        scale = tl.load(scales, mask=there[None, :], other=0.0)
+        zero = tl.load(scales + PLANES * RANK, mask=there[None, :], other=0.0)
+        x = (code.to(tl.float32) * scale + zero).to(tl.float16)
+    return x
+
+
+@triton.jit
+def _products(x, up, first, D: tl.constexpr, T: tl.constexpr, N: tl.constexpr, F: tl.constexpr):
+    """x (a tuple of tiles of features) times columns first.. of `up [F, D]`: float32 `[T, N]`."""
+    out = tl.zeros([T, N], tl.float32)
+    for c in tl.static_range(_count(F)):
+        k = _start(F, c) + tl.arange(0, _size(F, c))
+        at = up + k[:, None] * D + (first + tl.arange(0, N))[None, :]
+        out = tl.dot(x[c], tl.load(at).to(x[c].dtype), out, input_precision="ieee")
+    return out
+
+
+@triton.jit
+def _turn(angles, base, i):
+    """Cosine and sine of the angles `i` at a position, float32."""
+    angle = base * tl.load(angles + i)
+    angle = (angle - tl.floor(angle * 0.15915494309189535) * 6.283185307179586).to(tl.float32)
+    return tl.cos(angle), tl.sin(angle)
+
+
+@triton.jit(do_not_specialize=("rows", "columns"))
+def _features(
+    queries, table, spans, starts, key_up, cosine, sine, angles, scratch, sums, sums_lse, out, lse, scale, rows,
+    columns,
+    M: tl.constexpr, N: tl.constexpr, NQ: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    RK: tl.constexpr, RV: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
+    TOKENS: tl.constexpr, T: tl.constexpr, PB: tl.constexpr, OFFSET: tl.constexpr, NEIGHBOURS: tl.constexpr,
+    PAIRS: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One share of the pages of a team. Grid: (programs,).
+
+    scratch: float32 `[programs, D / 2 / PB, T, NQ]`; sums: float32 `[programs, HEADS * M, NV]`, sums_lse: `[programs,
+    HEADS * M]`, weighted features, divided; out, lse: see `Reader`: set to nothing but for a team's first program. M
+    query heads a row; N is at least M, NQ at least HEADS * M.
+    """
+    row = _row(starts, rows, R)
+    if row >= rows:
+        return
+    work = tl.float32 if WIDE else DTYPE
+    HALF: tl.constexpr = D // 2
+    PARTS: tl.constexpr = HALF // PB
+    TILES: tl.constexpr = TOKENS // T
+    first_row = row // HEADS * HEADS
+    begin = tl.load(starts + first_row)
+    programs = tl.load(starts + first_row + HEADS) - begin
+    share = tl.program_id(0) - begin
+    low = tl.load(spans + first_row * SPAN)
+    high = tl.load(spans + first_row * SPAN + 1)
+    position = tl.load(spans + first_row * SPAN + 7)
+    tiles = tl.cdiv(high, T) - low // T
+    first = low // T + share * tiles // programs
+    last = low // T + (share + 1) * tiles // programs
+
+    t = tl.arange(0, T)
+    n = tl.arange(0, N)
+    q = tl.arange(0, NQ)
+    pair = tl.arange(0, PB)
+    mine = scratch + tl.program_id(0) * (PARTS * T * NQ)
+    up = key_up + (row // HEADS % BLOCKS) * (HEADS * NK * D)
+    m = tl.full([NQ], -1e30, tl.float32)
+    weight = tl.zeros([T, NQ], tl.float32)
+    acc = ()
+    for c in tl.static_range(_count(NV)):
+        acc = acc + (tl.zeros([_size(NV, c), NQ], tl.float32),)
+    for tile in range(first, last):
+        page = tile // TILES
+        # (The minimum is 0, which the compiler does not know: else it would keep all addresses, in registers.)
+        slot = tile % TILES * T + t + tl.minimum(tile, 0)
+        x = ()
+        for c in tl.static_range(_count(NK)):
+            one = _tile(table, columns, first_row, page, slot, 0, RK, HEADS, BITS, DTYPE, _start(NK, c), _size(NK, c))
+            x = x + (one.to(work),)
+        base = (position + tile * T).to(tl.float64)
+        pc, ps = _turn(angles, base, pair)
+        for step in tl.range(0, HEADS * PARTS, num_stages=STAGES):
+            head = step // PARTS
+            i = step % PARTS * PB + pair
+            k = _products(x, up + head * (NK * D), step % PARTS * (2 * PB), D, T, 2 * PB, NK)
+            k1, k2 = tl.split(tl.reshape(k, [T, PB, 2]))
+            tc = tl.load(cosine + t[:, None] * HALF + i[None, :]).to(tl.float32)
+            ts = tl.load(sine + t[:, None] * HALF + i[None, :]).to(tl.float32)
+            ka = (k1 * tc - k2 * ts).to(work)
+            kb = (k2 * tc + k1 * ts).to(work)
+            # The query, turned back to where the page begins.
+            if PARTS > 1:
+                pc, ps = _turn(angles, base, i)
+            ia = i
+            ib = i
+            if NEIGHBOURS:
+                ia = 2 * i
+                ib = 2 * i + 1
+            else:
+                ia = tl.where(i < PAIRS, i, 2 * i)
+                ib = tl.where(i < PAIRS, i + PAIRS, 2 * i + 1)
+            at = queries + (first_row + head) * (M * D) + n[None, :] * D
+            qa = tl.load(at + ia[:, None], mask=n[None, :] < M, other=0.0).to(tl.float32) * scale
+            qb = tl.load(at + ib[:, None], mask=n[None, :] < M, other=0.0).to(tl.float32) * scale
+            score = tl.dot(ka, (qa * pc[:, None] + qb * ps[:, None]).to(work), input_precision="ieee")
+            score = tl.dot(kb, (qb * pc[:, None] - qa * ps[:, None]).to(work), score, input_precision="ieee")
+            to = mine + (step % PARTS * T + t[:, None]) * NQ + head * M + n[None, :]
+            tl.store(to, score, mask=n[None, :] < M)
+        tl.debug_barrier()
+        score = tl.zeros([T, NQ], tl.float32)
+        for part in tl.static_range(PARTS):
+            score += tl.load(mine + (part * T + t[:, None]) * NQ + q[None, :], mask=q[None, :] < HEADS * M, other=0.0)
+        tl.debug_barrier()
+        token = tile * T + t
+        seen = (token >= low) & (token < high)
+        score = tl.where(seen[:, None], score, -1e30)
+        above = tl.maximum(m, tl.max(score, 0))
+        shrink = tl.exp2(m - above)
+        m = above
+        p = tl.where(seen[:, None], tl.exp2(score - m[None, :]), 0.0)
+        weight = weight * shrink[None, :] + p
+        p = p.to(work)
+        slot = tile % TILES * T + t + tl.minimum(tile + 1, 0)
+        new = ()
+        for c in tl.static_range(_count(NV)):
+            y = _tile(
+                table, columns, first_row, page, slot, OFFSET, RV, HEADS, BITS, DTYPE, _start(NV, c), _size(NV, c)
+            )
+            y = tl.where(seen[:, None], y, 0.0).to(work)  # what is not seen may be anything
+            new = new + (tl.dot(tl.trans(y), p, acc[c] * shrink[None, :], input_precision="ieee"),)
+        acc = new
+    total = tl.sum(weight, 0)
+    some = total > 0
+    safe = tl.where(some, total, 1.0)
+    place = tl.program_id(0) * (HEADS * M) + q
+    tl.store(sums_lse + place, tl.where(some, m + tl.log2(safe), -1e30), mask=q < HEADS * M)
+    for c in tl.static_range(_count(NV)):
+        f = _start(NV, c) + tl.arange(0, _size(NV, c))
+        tl.store(sums + place[None, :] * NV + f[:, None], acc[c] / safe[None, :], mask=q[None, :] < HEADS * M)
+    if share > 0:
+        d = tl.arange(0, D)
+        tl.store(lse + place, tl.full([NQ], -1e30, tl.float32), mask=q < HEADS * M)
+        to = out + place[:, None] * D + d[None, :]
+        tl.store(to, tl.zeros([NQ, D], tl.float32), mask=q[:, None] < HEADS * M)
+
+
+@triton.jit
+def _expand(
+    sums, sums_lse, starts, value_up, out, lse, BLOCKS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    NV: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Merge the weighted features of one head of a row, and make a value of them: the part of the team's first program.
+    Grid: (rows, query heads of a row); W: at least NV."""
+    row = tl.program_id(0)
+    heads = tl.num_programs(1)
+    mine = row % HEADS * heads + tl.program_id(1)
+    d = tl.arange(0, D)
+    w = tl.arange(0, W)
+    m = -1e30
+    total = 0.0
+    acc = tl.zeros([W], tl.float32)
+    begin = tl.load(starts + row // HEADS * HEADS)
+    last = tl.load(starts + row // HEADS * HEADS + HEADS)
+    if begin >= last:
+        return
+    for first in range(begin, last, P):
+        p = first + tl.arange(0, P)
+        at = p * (HEADS * heads) + mine
+        part = tl.load(sums_lse + at, mask=p < last, other=-1e30)
+        held = part > -1e29
+        x = tl.load(sums + at[:, None] * NV + w[None, :], mask=held[:, None] & (w[None, :] < NV), other=0.0)
+        above = tl.maximum(m, tl.max(part, 0))
+        share = tl.where(held, tl.exp2(part - above), 0.0)
+        shrink = tl.exp2(m - above)
+        m = above
+        total = total * shrink + tl.sum(share, 0)
+        acc = acc * shrink + tl.sum(x * share[:, None], 0)
+    some = total > 0
+    safe = tl.where(some, total, 1.0)
+    up = value_up + row % (BLOCKS * HEADS) * (NV * D)
+    made = tl.load(up + w[:, None] * D + d[None, :], mask=w[:, None] < NV, other=0.0).to(tl.float32)
+    at = begin * (HEADS * heads) + mine
+    tl.store(out + at * D + d, tl.sum(acc[:, None] * made, 0) / safe)
+    tl.store(lse + at, tl.where(some, m + tl.log2(safe), -1e30))
+
+
+def settings_of(form: Features) -> dict[str, int]:
+    """How a form's pages are worked on: slots of a tile, pairs of channels at a time, warps, stages."""
+    wide = form.work.itemsize == 4
+    most = max(padded(form.team * rank) for rank in form.ranks)
+    half = form.head_dim // 2
+    pairs = half
+    while pairs > 16 and most * pairs * (4 if wide else 2) * 2 > (1 << 16):
+        pairs //= 2
+    tokens = 32 if wide else min(form.tokens, 128 if most <= 256 else 64)
+    return {"T": tokens, "PB": pairs, "STAGES": 1 if wide or most > 256 else 2, "num_warps": 8 if tokens > 64 else 4}
+
+
+def attend(
+    form: Features,
+    packed: Packed,
+    queries: torch.Tensor,
+    scale: float,
+    spans: torch.Tensor,
+    starts: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    settings: dict[str, int] | None = None,
+) -> None:
+    """`Reader.attend` of `Features`. settings: what `settings_of` gives, to try others."""
+    rows, heads, dim = queries.shape
+    device, made, programs = queries.device, form.prepared, len(out)
+    given = {**settings_of(form), **(settings or {})}
+    nq = max(16, triton.next_power_of_2(heads * form.team))
+    nk, nv = (padded(form.team * rank) for rank in form.ranks)
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    scratch = empty(programs, dim // 2 // given["PB"], given["T"], nq)
+    sums, sums_lse = empty(programs, form.team * heads, nv), empty(programs, form.team * heads)
+    with on(device):
+        _features[(programs,)](
+            queries, packed.table, spans, starts, made.keys, made.cosine, made.sine, made.angles, scratch, sums,
+            sums_lse, out, lse, scale, rows, packed.table.shape[1], M=heads, N=8 if heads <= 8 else 16, NQ=nq,
+            BLOCKS=form.blocks, HEADS=form.team, D=dim, RK=form.ranks[0], RV=form.ranks[1], NK=nk, NV=nv,
+            BITS=form.bits or 0, DTYPE=_TYPES[form.work], TOKENS=form.tokens, OFFSET=form.side(form.ranks[0]),
+            NEIGHBOURS=form.neighbours, PAIRS=form.pairs, SPAN=SPAN, R=triton.next_power_of_2(rows),
+            WIDE=device.type != "cuda", **given,
+        )  # fmt: skip
+        _expand[(rows, heads)](
+            sums, sums_lse, starts, made.values, out, lse, BLOCKS=form.blocks, HEADS=form.team, D=dim, NV=nv, P=32,
+            W=triton.next_power_of_2(nv), num_warps=8,
+        )  # fmt: skip
