@@ -19,7 +19,8 @@ from fivefold.kernels.device import numbered, on
 from fivefold.kernels.packed_decode.reference import Form
 
 SOURCE = Path(__file__).with_name("packed.cu")
-THREADS = 64
+PAIRS = 1
+"""Pairs of warps of a program, each at pages of its own."""
 UNITS = 3
 """Sides of pages (keys or values) in shared memory: one that is read, the others on their way."""
 RESIDENT = {64: 6, 128: 4}
@@ -54,7 +55,7 @@ class Kernel:
         types = (*[ctypes.c_void_p] * 6, ctypes.c_float, *[ctypes.c_int] * 3)
         values = (*pointers, scale, rows, table.shape[1], heads)
         stream = torch.cuda.current_stream(queries.device).cuda_stream
-        grid, block = (programs, 1, 1), (THREADS, 1, 1)
+        grid, block = (programs, 1, 1), (64 * PAIRS, 1, 1)
         with on(queries.device):
             _done(driver.cuLaunchKernel(self.function, *grid, *block, self.shared, stream, (values, types), 0))
 
@@ -62,7 +63,7 @@ class Kernel:
 def shared_bytes(form: Form) -> int:
     """Of a program: sides of pages, each with room for the larger of the two."""
     words, dim = 64 * form.head_dim, form.head_dim
-    return UNITS * (words + 4 * max(form.tokens // form.group * dim, form.tokens * (dim // form.channels)))
+    return PAIRS * UNITS * (words + 4 * max(form.tokens // form.group * dim, form.tokens * (dim // form.channels)))
 
 
 def resident(form: Form, device: torch.device) -> int:
@@ -80,7 +81,7 @@ def _resident(form: Form, device: torch.device) -> int:
 def definitions(form: Form, dtype: torch.dtype, span: int, resident: int) -> dict[str, int]:
     """What `packed.cu` is compiled with. span: columns of a table of spans."""
     return {
-        "BITS": form.bits, "GROUP": form.group, "CHANNELS": form.channels, "D": form.head_dim, "UNITS": UNITS,
+        "BITS": form.bits, "GROUP": form.group, "CHANNELS": form.channels, "D": form.head_dim, "UNITS": UNITS, "PAIRS": PAIRS,
         "QUERIES": _QUERIES[dtype], "SPAN": span, "RESIDENT": resident,
     }  # fmt: skip
 
