@@ -73,7 +73,7 @@ def pages_of(spans: np.ndarray, page: int) -> np.ndarray:
 def starts_of(pages: np.ndarray, programs: tuple[int, int]) -> np.ndarray:
     """The work lists: the first program of each row, and how many programs there are, int32 `[..., 2, rows + 1]`.
 
-    pages: `[..., 2, rows]`, at most `programs` of which may have any. No program gets more pages than it must.
+    pages: `[..., 2, rows]`, at most `programs` of which may have any. No program gets more pages than it must, and few are left without any.
     """
     most = np.array(programs)[:, None]
     each = np.maximum(1, -(-pages.sum(-1, keepdims=True) // most))
@@ -83,6 +83,10 @@ def starts_of(pages: np.ndarray, programs: tuple[int, int]) -> np.ndarray:
         if not over.any():
             break
         each += np.where(over, np.maximum(1, each // 32), 0)
+    # Programs that are left go to the rows by their pages, where that makes no share larger.
+    even = np.minimum(pages, np.maximum(1, pages * most // np.maximum(1, pages.sum(-1, keepdims=True))))
+    worse = (-(-pages // np.maximum(1, even)) > each).any(-1, keepdims=True) | (even.sum(-1, keepdims=True) > most)
+    shares = np.where(worse, shares, even)
     out = np.zeros((*pages.shape[:-1], pages.shape[-1] + 1), dtype=np.int32)
     np.cumsum(shares, -1, out=out[..., 1:])
     return out
