@@ -109,7 +109,22 @@ static void load_transposed(uint32_t (&a)[4], const char* p) {
 }
 template <typename T>
 static void keep(T&) {}
-static void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+#if EXACT == 2
+static float brain(uint32_t x) { return __uint_as_float(x << 16); }
+static uint32_t exact_pair(float a, float b) {
+  const auto rounded = [](float x) {
+    const uint32_t bits = (uint32_t)__float_as_int(x);
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  };
+  return rounded(a) | rounded(b) << 16;
+}
+static float exact_number(uint16_t x) { return brain(x); }
+#else
+static uint32_t exact_pair(float a, float b) { return pair(a, b); }
+static float exact_number(uint16_t x) { return half_to_float(x); }
+#endif
+template <typename Number>
+static void product(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, Number number) {
   const int place = meet({a0, a1, a2, a3, b0, b1}), lane = current % 32, g = lane / 4, t = lane % 4;
   for (int i = 0; i < 4; i++) {
     const int column = 2 * t + i % 2;
@@ -118,11 +133,17 @@ static void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
       const uint32_t *a = of(place, 4 * g + k), *b = of(place, 4 * column + k);
       for (int part = 0; part < 2; part++) {
         const uint32_t x = a[2 * part + i / 2], y = b[4 + part];
-        sum += (double)low(x) * low(y) + (double)high(x) * high(y);
+        sum += (double)number(x & 0xffff) * number(y & 0xffff) + (double)number(x >> 16) * number(y >> 16);
       }
     }
     c[i] = sum;
   }
+}
+static void exact_mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  product(c, a0, a1, a2, a3, b0, b1, exact_number);
+}
+static void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  product(c, a0, a1, a2, a3, b0, b1, half_to_float);
 }
 
 static bool late;
@@ -134,6 +155,10 @@ static void copy16(uint32_t where, const char* from) {
   char* const to = memory + where;
   if (late) issued[current].emplace_back(to, from);
   else memcpy(to, from, 16);
+}
+static void copy16(uint32_t where, const char* from, bool seen) {
+  static const char zeros[16] __attribute__((aligned(16))) = {};
+  copy16(where, seen ? from : zeros);
 }
 static void commit() {
   groups[current].push_back(std::move(issued[current]));

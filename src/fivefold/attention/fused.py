@@ -32,7 +32,7 @@ def attend_fused(
         return None
     tables = tables_of(layer.bank)
     tables.sync()
-    packed, exact = tables.pages(group)
+    packed, exact = tables.pages(group, tables.joined)
     span, starts = _work(layer, group.bounds.span(), len(group.rows), tables.page, tables.programs)
     with_lse = sinks is not None or left is not None
     settings = {"starts": starts, "programs": tables.programs, "with_lse": with_lse}
@@ -162,7 +162,7 @@ def _work(
         table[:, : len(span)] = span
         if programs is None:
             return torch.from_numpy(table), None
-        starts = schedule.starts_of(schedule.pages_of(table, page), programs)
+        starts = schedule.starts_of(schedule.pages_of(table, page, programs[1] == 0), programs)
         return torch.from_numpy(table).to(device), torch.from_numpy(starts).to(device)
 
     return layer.memo.get((span, rows, page, programs), make)

@@ -78,8 +78,12 @@ class DeviceTables:
         if self.listed:
             planned = self.device.type == "meta"
             self.programs = (
-                (1, 1) if planned else kernels(self.device).programs_for(self.rows, self.device, form, heads)
+                (1, 1)
+                if planned
+                else kernels(self.device).programs_for(self.rows, self.device, form, heads, first.spec.dtype)
             )
+        self.joined = self.programs is not None and self.programs[1] == 0
+        """Whether one kernel attends over packed and exact pages."""
         self._pages: np.ndarray | None = None
         self._ahead: np.ndarray | None = None
         """The bounds for which spans are written already."""
@@ -226,7 +230,7 @@ class DeviceTables:
             seen[:, : self.bank.rows, number] = x
         numbers[:, :width] = seen.reshape(len(seen), -1)
         if self.listed:
-            pages = schedule.pages_of(seen, self.page)
+            pages = schedule.pages_of(seen, self.page, self.joined)
             if self._pages is None or not np.array_equal(pages, self._pages):
                 assert self.programs is not None
                 self._pages, self._starts = pages, schedule.starts_of(pages, self.programs)
@@ -234,13 +238,13 @@ class DeviceTables:
 
     # -- reading ------------------------------------------------------------------------------------------
 
-    def pages(self, group: RowGroup) -> tuple[Any, Any]:
-        """Packed pages (None if there are none) and exact pages of a group's rows, for the kernels."""
+    def pages(self, group: RowGroup, always: bool = False) -> tuple[Any, Any]:
+        """Packed pages (None if there are none, unless `always`) and exact pages of a group's rows, for the kernels."""
         layer, rows = group.layer, group.flat + group.layer.index * (self.rows - self.bank.rows)
         whole = len(rows) == rows[-1] - rows[0] + 1
         index = slice(int(rows[0]), int(rows[-1]) + 1) if whole else torch.from_numpy(rows).to(self.device)
         exact = schedule.Exact(self._exact[index], layer.spec.dtype)
-        if layer.codec is None or layer.codec.form is None or not group.bounds.packed_tokens:
+        if layer.codec is None or layer.codec.form is None or not (always or group.bounds.packed_tokens):
             return None, exact
         return schedule.Packed(self._packed[index], layer.codec.form), exact
 

@@ -83,6 +83,23 @@ __device__ __forceinline__ void sync_pair(int pair) { asm volatile("bar.sync %0,
 // Keep a number in a register: the compiler would work it out again for every page.
 __device__ __forceinline__ void keep(u32& x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void keep(const char*& x) { asm volatile("" : "+l"(x)); }
+#if EXACT == 2  // exact pages of bfloat16
+__device__ __forceinline__ u32 exact_pair(float low, float high) {
+  u32 c;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(c) : "f"(high), "f"(low));
+  return c;
+}
+__device__ __forceinline__ void exact_mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+#else
+__device__ __forceinline__ u32 exact_pair(float low, float high) { return pair(low, high); }
+__device__ __forceinline__ void exact_mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  mma(c, a0, a1, a2, a3, b0, b1);
+}
+#endif
 __device__ __forceinline__ float half_to_float(unsigned short x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
@@ -91,6 +108,10 @@ __device__ __forceinline__ float half_to_float(unsigned short x) {
 __device__ __forceinline__ u32 shared(const char* p) { return (u32)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ void copy16(u32 to, const char* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+}
+// Where it is not seen nothing is read, and zeros are written.
+__device__ __forceinline__ void copy16(u32 to, const char* from, bool seen) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(seen ? 16 : 0));
 }
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
 template <int PENDING>
@@ -134,10 +155,20 @@ __device__ __forceinline__ void copy(u32 to, const char* from, int thread) {
   }
 }
 
+// A side of an exact page: rows of 16-bit numbers, those that `seen(row)` says.
+template <bool KEYS, typename Seen>
+__device__ __forceinline__ void copy_exact(u32 to, const char* from, int thread, Seen seen) {
+  constexpr int BLOCK = ROW / 16;
+  for (int at = thread; at < WORDS / 16; at += PAIR) {
+    const int row = at / BLOCK;
+    copy16(to + (at ^ (KEYS ? key_swap(row) : value_swap(row))) * 16, from + at * 16, seen(row));
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-    packed(const Query* __restrict__ queries, const long long* __restrict__ table, const int* __restrict__ spans,
-           const int* __restrict__ starts, float* __restrict__ out, float* __restrict__ lse, float scale, int rows,
-           int columns, int heads) {
+    packed(const Query* __restrict__ queries, const long long* __restrict__ table, const long long* __restrict__ exact,
+           const int* __restrict__ spans, const int* __restrict__ starts, float* __restrict__ out,
+           float* __restrict__ lse, float scale, int rows, int columns, int exact_columns, int heads) {
   extern __shared__ __align__(128) char memory[];
   const int lane = threadIdx.x & 31, half = threadIdx.x >> 5 & 1, g = lane >> 2, t = lane & 3;
   const int pair_ = threadIdx.x / PAIR, thread = threadIdx.x % PAIR;
@@ -148,19 +179,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     row += __popc(__ballot_sync(~0u, first + lane < rows && starts[1 + first + lane] <= part));
   if (row >= rows) return;
   const int begin = starts[row], programs = starts[row + 1] - begin;
-  const int low = spans[row * SPAN], high = spans[row * SPAN + 1];
-  const int pages = (high + TOKENS - 1) / TOKENS - low / TOKENS;
-  const int first = low / TOKENS + int((long long)(part - begin) * pages / programs);
-  const int last = low / TOKENS + int((long long)(part - begin + 1) * pages / programs);
-  table += (long long)row * columns;
+  const int* const span = spans + row * SPAN;
+  const int low = span[0], high = span[1];
+  // Work is numbered: packed pages, then exact ones.
+  const int pages = high > low ? (high + TOKENS - 1) / TOKENS - low / TOKENS : 0;
+  const int stop = EXACT ? span[4] : 0, all = pages + (stop + 31) / 32;
+  const int first = int((long long)(part - begin) * all / programs);
+  const int last = int((long long)(part - begin + 1) * all / programs), last_packed = min(last, pages);
+  table += (long long)row * columns + low / TOKENS;
+#if EXACT
+  exact += (long long)row * exact_columns * 2;
+  const int sink = span[2], start = span[3], fading = span[5], faded = span[6];
+  auto seen = [&](int slot) {
+    return slot < stop & (slot < sink | slot >= start | (slot >= fading & slot < faded));
+  };
+#endif
 
   char* const own = memory + pair_ * UNITS * UNIT;
   const u32 ring = shared(own);
   // What is copied next: a side of a page.
   int ahead = first + pair_;
-  long long address = ahead < last ? table[ahead] * 16 : 0, next = ahead + PAIRS < last ? table[ahead + PAIRS] * 16 : 0;
+  long long address = ahead < last_packed ? table[ahead] * 16 : 0;
+  long long next = ahead + PAIRS < last_packed ? table[ahead + PAIRS] * 16 : 0;
   auto fetch = [&](bool keys, u32 unit) {
-    if (ahead < last) {
+    if (ahead < last_packed) {
       const char* record = reinterpret_cast<const char*>(address) + thread * 16;
       keep(record);
       if (keys)
@@ -168,11 +210,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       else
         copy<VALUE_SIDE, false>(ring + unit, record + KEY_SIDE, thread);
     }
+#if EXACT
+    else if (ahead < last) {
+      const int page = ahead - pages;
+      const char* from = reinterpret_cast<const char*>(exact[2 * page + (keys ? 0 : 1)] * 16);
+      if (keys)
+        copy_exact<true>(ring + unit, from, thread, [&](int r) { return seen(page * 32 + r); });
+      else
+        copy_exact<false>(ring + unit, from, thread, [&](int r) { return seen(page * 32 + r); });
+    }
+#endif
     commit();
     if (!keys) {
       ahead += PAIRS;
       address = next;
-      next = ahead + PAIRS < last ? table[ahead + PAIRS] * 16 : 0;
+      next = ahead + PAIRS < last_packed ? table[ahead + PAIRS] * 16 : 0;
     }
   };
 #pragma unroll
@@ -230,7 +282,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     here = here == (UNITS - 1) * UNIT ? 0 : here + UNIT;
   };
 
-  for (int page = first + pair_; page < last; page += PAIRS) {
+  // Where the largest weights of rows, log2, are above what they are scaled by: scale down what was summed. Returns by
+  // how much.
+  float grown[2];
+  auto rise = [&](float (&most)[2]) {
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2)
+#pragma unroll
+      for (int k = 0; k < 2; k++) most[k] = fmaxf(most[k], __shfl_xor_sync(~0u, most[k], step));
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      grown[k] = fresh ? (most[k] > -1e29f ? most[k] : 0.f) : fmaxf(most[k], 0.f);
+      const float shrink = fresh ? 0.f : exp2_(-grown[k]);
+      m[k] += grown[k];
+#pragma unroll
+      for (int c = 0; c < CLASSES; c++) sums[c][k] *= shrink, sums[c][k + 2] *= shrink;
+#pragma unroll
+      for (int i = 0; i < 2 * BLOCKS; i++) acc[i][k] *= shrink, acc[i][k + 2] *= shrink;
+    }
+    fresh = fresh & !__any_sync(~0u, most[0] > -1e29f);
+  };
+
+  int number = first + pair_;
+  for (; number < last_packed; number += PAIRS) {
+    const int page = low / TOKENS + number;
     // Keys.
     const char* side = turn();
     fetch(UNITS % 2 == 0 ? false : true, behind);
@@ -307,23 +382,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
           if (token < low || token >= high) s[j][k] = -__int_as_float(0x7f800000);
           most[k & 1] = fmaxf(most[k & 1], s[j][k] - (FOLD + TOP - value_bit(j)));
         }
+      rise(most);
 #pragma unroll
-      for (int step = 4; step < 32; step *= 2)
+      for (int j = 0; j < PLANES; j++)
 #pragma unroll
-        for (int k = 0; k < 2; k++) most[k] = fmaxf(most[k], __shfl_xor_sync(~0u, most[k], step));
-#pragma unroll
-      for (int k = 0; k < 2; k++) {
-        const float grown = fresh ? (most[k] > -1e29f ? most[k] : 0.f) : fmaxf(most[k], 0.f);
-        const float shrink = fresh ? 0.f : exp2_(-grown);
-        m[k] += grown;
-#pragma unroll
-        for (int j = 0; j < PLANES; j++) s[j][k] -= grown, s[j][k + 2] -= grown;
-#pragma unroll
-        for (int c = 0; c < CLASSES; c++) sums[c][k] *= shrink, sums[c][k + 2] *= shrink;
-#pragma unroll
-        for (int i = 0; i < 2 * BLOCKS; i++) acc[i][k] *= shrink, acc[i][k + 2] *= shrink;
-      }
-      fresh = fresh & !__any_sync(~0u, most[0] > -1e29f);
+        for (int k = 0; k < 4; k++) s[j][k] -= grown[k & 1];
     }
     u32 p[PLANES][2];  // tokens 4t .. 4t + 3 of head g
 #pragma unroll
@@ -377,6 +440,70 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     }
     done();
   }
+
+  // Values as they are, but times 2^FOLD, and weights too.
+  float weight[2];
+#pragma unroll
+  for (int k = 0; k < 2; k++) {
+    float shift = 0.f;
+    weight[k] = 0.f;
+#pragma unroll
+    for (int c = 0; c < CLASSES; c++) {
+      weight[k] = fmaf(sums[c][k + 2], pow2(class_bit(c) - TOP), weight[k]);
+      shift = fmaf(sums[c][k], pow2(class_bit(c) - TOP), shift);
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * BLOCKS; i++) {
+      const float zero = __shfl_sync(~0u, shift, i * 16 / CHANNELS * 4 + t);  // of the group to its channels
+      acc[i][k] = fmaf(acc[i][k], pow2(24 - TOP), zero), acc[i][k + 2] = fmaf(acc[i][k + 2], pow2(24 - TOP), zero);
+    }
+  }
+#if EXACT
+#pragma unroll
+  for (int k = 0; k < 2; k++) sums[0][k + 2] = weight[k];
+  for (; number < last; number += PAIRS) {
+    const char* side = turn();
+    fetch(UNITS % 2 == 0 ? false : true, behind);
+    float s[4] = {};
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++) {
+      const char* at = side + key_at[i % 2] + i / 2 * 128;
+      const uint4 w0 = load16(at), w1 = load16(at + 2 * ROW);
+      u32 b[4];
+#pragma unroll
+      for (int k = 0; k < 4; k++)
+        b[k] = EXACT == 1 ? q[i][k] : exact_pair(half_to_float(q[i][k] & 0xffff), half_to_float(q[i][k] >> 16));
+      exact_mma(s, w0.x, w1.x, w0.y, w1.y, b[0], b[1]);
+      exact_mma(s, w0.z, w1.z, w0.w, w1.w, b[2], b[3]);
+    }
+    done();
+    float most[2] = {-1e30f, -1e30f};
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const bool held = seen((number - pages) * 32 + mine + k / 2 * 2);
+      s[k] = held ? fmaf(s[k], scale, -m[k & 1]) : -__int_as_float(0x7f800000);
+      most[k & 1] = fmaxf(most[k & 1], s[k]);
+    }
+    rise(most);
+#pragma unroll
+    for (int k = 0; k < 4; k++) s[k] = exp2_(s[k] - grown[k & 1] + FOLD);
+    const u32 p0 = transposed(exact_pair(s[0], s[1])), p1 = transposed(exact_pair(s[2], s[3]));
+
+    side = turn();
+    fetch(UNITS % 2 == 0 ? true : false, behind);
+    constexpr u32 ONE = EXACT == 1 ? 0x3c003c00u : 0x3f803f80u;
+    exact_mma(sums[0], ONE, ONE, ONE, ONE, p0, p1);
+#pragma unroll
+    for (int i = 0; i < 2 * BLOCKS; i++) {
+      u32 w[4];
+      load_transposed(w, side + value_at[i % 4] + i / 4 * 128);
+      exact_mma(acc[i], w[0], w[1], w[2], w[3], p0, p1);
+    }
+    done();
+  }
+#pragma unroll
+  for (int k = 0; k < 2; k++) weight[k] = sums[0][k + 2];
+#endif
   wait<0>();
   __syncthreads();
 
@@ -390,18 +517,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     float* const to = parts + warp * 8 * WIDE;
 #pragma unroll
     for (int k = 0; k < 2; k++) {
-      float weight = 0.f, shift = 0.f;
-#pragma unroll
-      for (int c = 0; c < CLASSES; c++) {
-        weight = fmaf(sums[c][k + 2], pow2(class_bit(c) - TOP), weight);  // times 2^FOLD
-        shift = fmaf(sums[c][k], pow2(class_bit(c) - TOP), shift);
-      }
-      if (g == 0) ends[warp * 16 + 2 * t + k] = fresh ? -1e30f : m[k], ends[warp * 16 + 8 + 2 * t + k] = weight;
+      if (g == 0) ends[warp * 16 + 2 * t + k] = fresh ? -1e30f : m[k], ends[warp * 16 + 8 + 2 * t + k] = weight[k];
 #pragma unroll
       for (int i = 0; i < 2 * BLOCKS; i++) {
-        const float zero = __shfl_sync(~0u, shift, i * 16 / CHANNELS * 4 + t);  // to its channels
-        to[(2 * t + k) * WIDE + 16 * i + g] = fmaf(acc[i][k], pow2(24 - TOP), zero);
-        to[(2 * t + k) * WIDE + 16 * i + 8 + g] = fmaf(acc[i][k + 2], pow2(24 - TOP), zero);
+        to[(2 * t + k) * WIDE + 16 * i + g] = acc[i][k];
+        to[(2 * t + k) * WIDE + 16 * i + 8 + g] = acc[i][k + 2];
       }
     }
   }

@@ -61,22 +61,26 @@ def supports(form: Form | None, heads: int, head_dim: int) -> str | None:
     return lacks(form, heads)
 
 
-def pages_of(spans: np.ndarray, page: int) -> np.ndarray:
+def pages_of(spans: np.ndarray, page: int, joined: bool = False) -> np.ndarray:
     """How many packed pages of `page` tokens, and how many `TILE`s of exact slots, the rows see part of.
 
-    spans: `[..., rows, >= 5]`. Returns `[..., 2, rows]`.
+    spans: `[..., rows, >= 5]`; joined: one kernel does both, and an exact page is a piece of work as a packed one is.
+    Returns `[..., 2, rows]`.
     """
     low, high, stop = spans[..., 0], spans[..., 1], spans[..., 4]
-    return np.stack([np.where(high > low, -(-high // page) - low // page, 0), -(-stop // TILE)], -2)
+    packed = np.where(high > low, -(-high // page) - low // page, 0)
+    if joined:
+        return np.stack([packed + -(-stop // PAGE), np.zeros_like(packed)], -2)
+    return np.stack([packed, -(-stop // TILE)], -2)
 
 
 def starts_of(pages: np.ndarray, programs: tuple[int, int]) -> np.ndarray:
     """The work lists: the first program of each row, and how many programs there are, int32 `[..., 2, rows + 1]`.
 
-    pages: `[..., 2, rows]`, at most `programs` of which may have any. No program gets more pages than it must, and few are left without any.
+    pages: `[..., 2, rows]`, at most `programs` of which may have any (none of a kind of which there are no programs). No program gets more pages than it must, and few are left without any.
     """
     most = np.array(programs)[:, None]
-    each = np.maximum(1, -(-pages.sum(-1, keepdims=True) // most))
+    each = np.maximum(1, -(-pages.sum(-1, keepdims=True) // np.maximum(1, most)))
     while True:
         shares = -(-pages // each)
         over = shares.sum(-1, keepdims=True) > most

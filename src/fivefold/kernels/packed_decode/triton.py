@@ -461,8 +461,11 @@ def by_cuda(form: Form, heads: int, device: torch.device) -> bool:
     return device.type == "cuda" and choose(device).path == "cuda" and cuda.supports(form, heads)
 
 
-def programs_for(rows: int, device: torch.device, form: Form | None = None, heads: int = 1) -> tuple[int, int]:
-    """How many programs work on the packed pages of that many rows, and on their exact ones.
+def programs_for(
+    rows: int, device: torch.device, form: Form | None = None, heads: int = 1, dtype: torch.dtype | None = None
+) -> tuple[int, int]:
+    """How many programs work on the packed pages of that many rows, and on their exact ones, whose dtype may be given:
+    none where the first do both (`pages_of(joined=True)`).
 
     Few rows are cut so that the device is filled once, many so that it is filled several times over and none waits long
     for the last.
@@ -472,6 +475,8 @@ def programs_for(rows: int, device: torch.device, form: Form | None = None, head
         once if 8 * rows <= once else max(8 * once, 2 * rows)
         for once in (resident * _processors(device), RESIDENT * _processors(device))
     )
+    if form is not None and by_cuda(form, heads, device) and cuda.joins(dtype):
+        return packed, 0
     return packed, exact
 
 
@@ -514,9 +519,12 @@ def decode(
     scale = scaling * 1.4426950408889634
     n = 8 if heads <= 8 else 16
     form = packed.form if packed is not None and picks is None else None
-    programs = programs or programs_for(rows, device, form, heads)
+    programs = programs or programs_for(rows, device, form, heads, None if exact is None else exact.dtype)
+    joined = exact if programs[1] == 0 else None
+    """Exact pages that the kernel of the packed ones attends over."""
     if starts is None:
-        pages = pages_of(spans.cpu().numpy(), packed.form.tokens if packed is not None else TILE)
+        tokens = packed.form.tokens if packed is not None else TILE
+        pages = pages_of(spans.cpu().numpy(), tokens, joined is not None)
         if picks is not None and packed is not None:
             pages[0] = -(-picks.shape[1] // PICKS)
         starts = torch.from_numpy(starts_of(pages, programs)).to(device)
@@ -532,6 +540,7 @@ def decode(
         if packed is not None:
             form = packed.form
             tiles = packed.table.numel() if picks is None else -(-picks.shape[1] // PICKS) * rows
+            tiles += 0 if joined is None else joined.table.numel() // 2
             count, packed_out, packed_lse = parts(programs[0], tiles)
             if picks is not None:
                 _picked[(count,)](
@@ -540,8 +549,8 @@ def decode(
                     num_warps=2, **common,
                 )  # fmt: skip
             elif by_cuda(form, heads, device):
-                cuda.kernel(form, queries.dtype, device, SPAN)(
-                    count, queries, packed.table, spans, starts[0], packed_out, packed_lse, scale
+                cuda.kernel(form, queries.dtype, None if joined is None else joined.dtype, device, SPAN)(
+                    count, queries, packed.table, joined, spans, starts[0], packed_out, packed_lse, scale
                 )
             else:
                 _packed[(count,)](
@@ -549,7 +558,7 @@ def decode(
                     heads, BITS=form.bits, GROUP=form.group, CHANNELS=form.channels, ASM=asm,
                     STAGES=_STAGES[form.bits], num_warps=2, num_stages=_STAGES[form.bits], **common,
                 )  # fmt: skip
-        if exact is not None:
+        if exact is not None and joined is None:
             wide = exact.dtype.itemsize == 4
             picked = picks if packed is None else None
             slots = exact.table.shape[1] * 32 if picked is None else picked.shape[1]
@@ -563,6 +572,6 @@ def decode(
         merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
         _combine[(rows, heads)](
             packed_out, packed_lse, exact_out, exact_lse, starts, merged, merged_lse if with_lse else exact_lse, rows,
-            D=dim, P=64, WITH_LSE=with_lse, PACKED=packed is not None, EXACT=exact is not None, num_warps=8,
+            D=dim, P=64, WITH_LSE=with_lse, PACKED=packed is not None, EXACT=exact is not joined, num_warps=8,
         )  # fmt: skip
     return merged, merged_lse
