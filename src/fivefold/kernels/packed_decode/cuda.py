@@ -91,8 +91,8 @@ def definitions(form: Form, dtype: torch.dtype, exact: torch.dtype | None, span:
     """What `packed.cu` is compiled with. exact: of exact pages, None to leave them out; span: columns of a table of
     spans."""
     return {
-        "BITS": form.bits, "GROUP": form.group, "CHANNELS": form.channels, "D": form.head_dim, "UNITS": UNITS, "PAIRS": PAIRS,
-        "QUERIES": _QUERIES[dtype], "EXACT": _EXACT[exact], "SPAN": span, "RESIDENT": resident,
+        "BITS": form.bits, "GROUP": form.group, "CHANNELS": form.channels, "D": form.head_dim, "UNITS": UNITS,
+        "PAIRS": PAIRS, "QUERIES": _QUERIES[dtype], "EXACT": _EXACT[exact], "SPAN": span, "RESIDENT": resident,
     }  # fmt: skip
 
 

@@ -113,6 +113,12 @@ __device__ __forceinline__ void copy16(u32 to, const char* from) {
 __device__ __forceinline__ void copy16(u32 to, const char* from, bool seen) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(seen ? 16 : 0));
 }
+// The kernel behind this one may be made ready; it waits until all of this one is done.
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
 template <int PENDING>
 __device__ __forceinline__ void wait() {
@@ -173,6 +179,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const int lane = threadIdx.x & 31, half = threadIdx.x >> 5 & 1, g = lane >> 2, t = lane & 3;
   const int pair_ = threadIdx.x / PAIR, thread = threadIdx.x % PAIR;
   const int part = blockIdx.x;
+  launch_dependents();
 
   int row = 0;
   for (int first = 0; first < rows; first += 32)

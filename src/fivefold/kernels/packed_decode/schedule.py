@@ -77,7 +77,8 @@ def pages_of(spans: np.ndarray, page: int, joined: bool = False) -> np.ndarray:
 def starts_of(pages: np.ndarray, programs: tuple[int, int]) -> np.ndarray:
     """The work lists: the first program of each row, and how many programs there are, int32 `[..., 2, rows + 1]`.
 
-    pages: `[..., 2, rows]`, at most `programs` of which may have any (none of a kind of which there are no programs). No program gets more pages than it must, and few are left without any.
+    pages: `[..., 2, rows]`, at most `programs` of which may have any (none of a kind that has no programs). No
+    program gets more pages than it must, and few are left without any.
     """
     most = np.array(programs)[:, None]
     each = np.maximum(1, -(-pages.sum(-1, keepdims=True) // np.maximum(1, most)))

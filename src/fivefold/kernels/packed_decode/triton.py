@@ -72,6 +72,9 @@ _STAGES = {2: 1, 3: 1, 4: 2, 8: 2}
 RESIDENT = 4
 """Programs of two warps that fit on a processor at a time."""
 
+PDL = True
+"""Launch what merges the parts before the kernel that leaves them is done (programmatic dependent launch)."""
+
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -425,8 +428,14 @@ def _merge(out, lse, starts, row, head, heads, m, total, acc, D: tl.constexpr, P
 def _combine(
     packed_out, packed_lse, exact_out, exact_lse, starts, merged, merged_lse, rows,
     D: tl.constexpr, P: tl.constexpr, WITH_LSE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
+    WAITS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts of one head of a row. Grid: (rows, heads)."""
+    """Merge the parts of one head of a row. Grid: (rows, heads).
+
+    WAITS: it was launched before the kernel in front of it was done.
+    """
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
     head = tl.program_id(1)
     heads = tl.num_programs(1)
@@ -454,6 +463,11 @@ def _processors(device: torch.device) -> int:
 @cache
 def _processors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 def by_cuda(form: Form, heads: int, device: torch.device) -> bool:
@@ -570,8 +584,10 @@ def decode(
             )  # fmt: skip
         merged = torch.empty_like(queries)
         merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
+        waits = PDL and packed is not None and joined is exact and _capability(device) >= 9
         _combine[(rows, heads)](
             packed_out, packed_lse, exact_out, exact_lse, starts, merged, merged_lse if with_lse else exact_lse, rows,
-            D=dim, P=64, WITH_LSE=with_lse, PACKED=packed is not None, EXACT=exact is not joined, num_warps=8,
+            D=dim, P=64, WITH_LSE=with_lse, PACKED=packed is not None, EXACT=exact is not joined, WAITS=waits,
+            num_warps=8, **({"launch_pdl": True} if waits else {}),
         )  # fmt: skip
     return merged, merged_lse
