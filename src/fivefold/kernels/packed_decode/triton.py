@@ -159,6 +159,16 @@ def _queries(queries, row, heads, N: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def _scaled(q):
+    """q `[D, N]` as float16, each column scaled by a power of two to be below 64, and these powers' inverses `[N]`."""
+    most = tl.max(tl.abs(q.to(tl.float32)), 0)
+    # The exponent of a float32, so that nothing is rounded.
+    e = tl.minimum(tl.maximum(((most.to(tl.int32, bitcast=True) >> 23) & 255) - 127, -30), 100) - 5
+    f = ((127 - e) << 23).to(tl.float32, bitcast=True)
+    return (q.to(tl.float32) * f[None, :]).to(tl.float16), ((127 + e) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _row(starts, rows, R: tl.constexpr):
     """The row that this program works for, `rows` if none; starts: the first program of each, and how many in all."""
     i = tl.arange(0, R)
@@ -211,14 +221,14 @@ def _packed(
     d = tl.arange(0, D)
     g = tl.arange(0, VALUE_GROUPS)
     word = r[:, None] * D + d[None, :]
-    q = _queries(queries, row, heads, N, D).to(tl.float16)
+    q, unscale = _scaled(_queries(queries, row, heads, N, D))
     low = tl.load(spans + row * SPAN)
     high = tl.load(spans + row * SPAN + 1)
     first, last = _share(starts, row, tl.cdiv(high, TOKENS) - low // TOKENS)
     first += low // TOKENS
     last += low // TOKENS
 
-    scale = scale * _fold(BITS)
+    scale = scale * _fold(BITS) * unscale
     m = tl.full([N], -1e30, tl.float32)
     weight = tl.zeros([32, N], tl.float32)
     offset = tl.zeros([32, N], tl.float32)
@@ -263,7 +273,7 @@ def _packed(
         offset = offset * shrink[None, :]
         acc = acc * shrink[None, :]
         for j in tl.static_range(PLANES):
-            p = tl.exp2(scores[j] * scale - m[None, :])
+            p = tl.exp2(scores[j] * scale[None, :] - m[None, :])
             weight += p
             v = tl.trans(_plane(value_words, BITS, j, ASM))
             if VALUE_GROUPS == 1:
@@ -298,7 +308,12 @@ def _exact(
     work = tl.float32 if WIDE else DTYPE
     t = tl.arange(0, T)
     d = tl.arange(0, D)
-    q = _queries(queries, row, heads, N, D).to(work)
+    q = _queries(queries, row, heads, N, D)
+    if work == tl.float16:
+        q, unscale = _scaled(q)
+        scale = scale * unscale[None, :]
+    else:
+        q = q.to(work)
     sink = tl.load(spans + row * SPAN + 2)
     start = tl.load(spans + row * SPAN + 3)
     stop = tl.load(spans + row * SPAN + 4)
@@ -354,7 +369,8 @@ def _picked(
     VALUE_ZERO: tl.constexpr = VALUE_SCALE + TOKENS * (D // CHANNELS)
     t = tl.arange(0, TILE)
     d = tl.arange(0, D)
-    q = _queries(queries, row, heads, N, D).to(tl.float16)
+    q, unscale = _scaled(_queries(queries, row, heads, N, D))
+    scale = scale * unscale[None, :]
     first, last = _share(starts, row, tl.cdiv(count, TILE))
     m = tl.full([N], -1e30, tl.float32)
     weight = tl.zeros([TILE, N], tl.float32)
