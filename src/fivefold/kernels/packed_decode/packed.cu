@@ -181,9 +181,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const int part = blockIdx.x;
   launch_dependents();
 
+  // The row that this program works for. Loads go together: memory is far away.
   int row = 0;
-  for (int first = 0; first < rows; first += 32)
-    row += __popc(__ballot_sync(~0u, first + lane < rows && starts[1 + first + lane] <= part));
+  for (int first = 0; first < rows; first += 128) {
+    int begins[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const int at = first + 32 * k + lane;
+      begins[k] = at < rows ? starts[1 + at] : 0x7fffffff;
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++) row += __popc(__ballot_sync(~0u, begins[k] <= part));
+  }
   if (row >= rows) return;
   const int begin = starts[row], programs = starts[row + 1] - begin;
   const int* const span = spans + row * SPAN;
@@ -204,23 +213,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 
   char* const own = memory + pair_ * UNITS * UNIT;
   const u32 ring = shared(own);
-  // What is copied next: a side of a page.
+  // What is copied next: a side of a page. Addresses are loaded a page before they are wanted.
   int ahead = first + pair_;
-  long long address = ahead < last_packed ? table[ahead] * 16 : 0;
-  long long next = ahead + PAIRS < last_packed ? table[ahead + PAIRS] * 16 : 0;
+  auto address_of = [&](int number, bool keys) {
+#if EXACT
+    if (number >= pages) return number < last ? exact[2 * (number - pages) + !keys] * 16 : 0;
+#endif
+    return number < last_packed ? table[number] * 16 + (keys ? 0 : KEY_SIDE) : 0;
+  };
+  long long address[2] = {address_of(ahead, false), address_of(ahead, true)};
+  long long next[2] = {address_of(ahead + PAIRS, false), address_of(ahead + PAIRS, true)};
   auto fetch = [&](bool keys, u32 unit) {
+    const char* from = reinterpret_cast<const char*>(address[keys]);
     if (ahead < last_packed) {
-      const char* record = reinterpret_cast<const char*>(address) + thread * 16;
-      keep(record);
+      from += thread * 16;
+      keep(from);
       if (keys)
-        copy<KEY_SIDE, true>(ring + unit, record, thread);
+        copy<KEY_SIDE, true>(ring + unit, from, thread);
       else
-        copy<VALUE_SIDE, false>(ring + unit, record + KEY_SIDE, thread);
+        copy<VALUE_SIDE, false>(ring + unit, from, thread);
     }
 #if EXACT
     else if (ahead < last) {
       const int page = ahead - pages;
-      const char* from = reinterpret_cast<const char*>(exact[2 * page + (keys ? 0 : 1)] * 16);
       if (keys)
         copy_exact<true>(ring + unit, from, thread, [&](int r) { return seen(page * 32 + r); });
       else
@@ -230,8 +245,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     commit();
     if (!keys) {
       ahead += PAIRS;
-      address = next;
-      next = ahead + PAIRS < last_packed ? table[ahead + PAIRS] * 16 : 0;
+      address[0] = next[0], address[1] = next[1];
+      next[0] = address_of(ahead + PAIRS, false), next[1] = address_of(ahead + PAIRS, true);
     }
   };
 #pragma unroll
