@@ -137,8 +137,11 @@ def _kernel(form: Form, dtype: torch.dtype, exact: torch.dtype | None, device: t
         module = _done(driver.cuModuleLoadData(code))
         function = _done(driver.cuModuleGetFunction(module, b"packed"))
         shared = shared_bytes(form)
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _done(driver.cuFuncSetAttribute(function, attribute, shared))
+        attributes = driver.CUfunction_attribute
+        _done(driver.cuFuncSetAttribute(function, attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
+        # Left to itself the driver gives shared memory to fewer programs than fit.
+        carveout = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        _done(driver.cuFuncSetAttribute(function, carveout, 100))
     return Kernel(function, shared)
 
 
