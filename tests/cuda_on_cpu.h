@@ -1,4 +1,4 @@
-// Enough of CUDA to run one kernel of 64 threads on a CPU: threads are fibers that take turns, and what a warp does
+// Enough of CUDA to run one kernel of PAIRS * 64 threads on a CPU: threads are fibers that take turns, and what a warp does
 // together waits until all 32 have come. LATE says when a cp.async happens: at once, or only when it is waited for; a
 // kernel must be right either way.
 
@@ -23,15 +23,17 @@
 struct Dim { unsigned x; };
 struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static Dim threadIdx, blockIdx;
-alignas(128) char memory[1 << 17];
+alignas(128) char memory[1 << 18];
 
-constexpr int FIBERS = 64;
+constexpr int FIBERS = 64 * PAIRS;
 static ucontext_t fibers[FIBERS], scheduler;
 static bool finished[FIBERS];
 static int current;
-static long met[2], meeting[FIBERS], synced, syncing[FIBERS];
+static long met[2 * PAIRS], meeting[FIBERS], synced, syncing[FIBERS], pairs_synced[PAIRS], pair_syncing[FIBERS];
 static uint32_t seen[2][FIBERS][6];
 
 static void turn_over() {
@@ -52,6 +54,12 @@ static void __syncthreads() {
   const int me = current;
   syncing[me]++, synced++;
   while (synced < FIBERS * syncing[me]) turn_over();
+}
+
+static void sync_pair(int pair) {
+  const int me = current;
+  pair_syncing[me]++, pairs_synced[pair]++;
+  while (pairs_synced[pair] < 64 * pair_syncing[me]) turn_over();
 }
 
 static float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y; }
@@ -90,7 +98,33 @@ static uint32_t transposed(uint32_t a) {
   const uint32_t x = of(place, 8 * t + g / 2)[0], y = of(place, 8 * t + 4 + g / 2)[0];
   return g % 2 ? x >> 16 | (y & 0xffff0000u) : (x & 0xffffu) | y << 16;
 }
-static void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+static void load_transposed(uint32_t (&a)[4], const char* p) {
+  if (p < memory || p + 16 > memory + sizeof memory || (p - memory) % 16) abort();
+  const int place = meet({(uint32_t)(p - memory)}), lane = current % 32, g = lane / 4, t = lane % 4;
+  for (int i = 0; i < 4; i++) {
+    uint16_t x[2];
+    for (int k = 0; k < 2; k++) memcpy(x + k, memory + of(place, 8 * i + 2 * t + k)[0] + 2 * g, 2);
+    a[i] = x[0] | (uint32_t)x[1] << 16;
+  }
+}
+template <typename T>
+static void keep(T&) {}
+#if EXACT == 2
+static float brain(uint32_t x) { return __uint_as_float(x << 16); }
+static uint32_t exact_pair(float a, float b) {
+  const auto rounded = [](float x) {
+    const uint32_t bits = (uint32_t)__float_as_int(x);
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  };
+  return rounded(a) | rounded(b) << 16;
+}
+static float exact_number(uint16_t x) { return brain(x); }
+#else
+static uint32_t exact_pair(float a, float b) { return pair(a, b); }
+static float exact_number(uint16_t x) { return half_to_float(x); }
+#endif
+template <typename Number>
+static void product(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, Number number) {
   const int place = meet({a0, a1, a2, a3, b0, b1}), lane = current % 32, g = lane / 4, t = lane % 4;
   for (int i = 0; i < 4; i++) {
     const int column = 2 * t + i % 2;
@@ -99,11 +133,17 @@ static void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
       const uint32_t *a = of(place, 4 * g + k), *b = of(place, 4 * column + k);
       for (int part = 0; part < 2; part++) {
         const uint32_t x = a[2 * part + i / 2], y = b[4 + part];
-        sum += (double)low(x) * low(y) + (double)high(x) * high(y);
+        sum += (double)number(x & 0xffff) * number(y & 0xffff) + (double)number(x >> 16) * number(y >> 16);
       }
     }
     c[i] = sum;
   }
+}
+static void exact_mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  product(c, a0, a1, a2, a3, b0, b1, exact_number);
+}
+static void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  product(c, a0, a1, a2, a3, b0, b1, half_to_float);
 }
 
 static bool late;
@@ -116,6 +156,11 @@ static void copy16(uint32_t where, const char* from) {
   if (late) issued[current].emplace_back(to, from);
   else memcpy(to, from, 16);
 }
+static void copy16(uint32_t where, const char* from, bool seen) {
+  static const char zeros[16] __attribute__((aligned(16))) = {};
+  copy16(where, seen ? from : zeros);
+}
+static void launch_dependents() {}
 static void commit() {
   groups[current].push_back(std::move(issued[current]));
   issued[current].clear();
@@ -136,10 +181,11 @@ static void run(int blocks, bool copy_late, Call call) {
   static std::vector<std::vector<char>> stacks(FIBERS, std::vector<char>(1 << 17));
   for (int block = 0; block < blocks; block++) {
     blockIdx.x = block;
-    met[0] = met[1] = synced = 0;
+    synced = 0;
+    memset(met, 0, sizeof met), memset(pairs_synced, 0, sizeof pairs_synced);
     for (int i = 0; i < (int)sizeof memory; i++) memory[i] = (char)0xff;  // not a number
     for (int i = 0; i < FIBERS; i++) {
-      meeting[i] = syncing[i] = 0, finished[i] = false, groups[i].clear(), issued[i].clear();
+      meeting[i] = syncing[i] = pair_syncing[i] = 0, finished[i] = false, groups[i].clear(), issued[i].clear();
       getcontext(&fibers[i]);
       fibers[i].uc_stack.ss_sp = stacks[i].data(), fibers[i].uc_stack.ss_size = stacks[i].size();
       fibers[i].uc_link = nullptr;

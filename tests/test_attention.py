@@ -183,9 +183,27 @@ def window_reference(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_windows_of_all_queries_at_once(seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     # As on a GPU, but for the kernel of windows.
+    if seed % 2:  # with blocks of every size that is worth a plan of cuDNN: all are
+        monkeypatch.setattr(prefill, "CHUNK_STEP", 1)
+        monkeypatch.setattr(merge_module, "RECURRING_OPERATIONS", 0)
     monkeypatch.setattr(prefill, "takes_windows", lambda _: True)
     monkeypatch.setattr(prefill, "attend_window", window_reference)
     Run(seed, dtype).go()
+
+
+def test_blocks_of_packed_pages_are_regular_while_pages_are_full() -> None:
+    for columns, whole, page, sizes in [
+        (120, 120, 256, (32768, 16384, 8192)),
+        (65, 64, 256, (16384, 8192)),
+        (9, 8, 64, (256,)),
+    ]:
+        blocks = list(prefill._blocks(columns, whole, page, sizes))
+        assert [last for _, last in blocks[:-1]] == [first for first, _ in blocks[1:]]
+        assert blocks[0][0] == 0 and blocks[-1][1] == columns
+        assert all((last - first) * page in sizes and last <= whole for first, last in blocks[:-1])
+    assert list(prefill._blocks(121, 120, 256, (32768, 16384, 8192))) == [(0, 64), (64, 96), (96, 121)]
+    queries = torch.empty((8, 4, 2048, 128), device="meta")
+    assert prefill._block_sizes(queries, 256) == [2048]  # not on a GPU
 
 
 @needs_cuda

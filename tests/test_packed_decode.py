@@ -98,13 +98,15 @@ def check(
     dtype: torch.dtype = torch.float16,
     bound: float = 3e-3,
     programs: tuple[int, int] | None = None,
+    size: float = 1.0,
 ) -> None:
+    """size: of the queries; their scores are as large as ever."""
     packed = packed_tier(rows, columns, form, device) if columns else None
     exact = exact_tier(rows, exact_columns, form.head_dim, dtype, device) if exact_columns else None
-    queries = torch.randn(rows, heads, form.head_dim, device=device).to(dtype)
+    queries = (torch.randn(rows, heads, form.head_dim, device=device) * size).to(dtype if size == 1 else torch.float32)
     span = torch.zeros(rows, kernel.SPAN, dtype=torch.int32, device=device)
     span[:, : len(spans[0])] = torch.tensor(spans, dtype=torch.int32, device=device)
-    scaling = form.head_dim**-0.5
+    scaling = form.head_dim**-0.5 / size
     pages, fields, slots, keys, values = None, None, None, None, None
     if packed is not None:
         pages = kernel.Packed(packed.addresses("key_words"), form)
@@ -154,6 +156,13 @@ def test_heads_and_dtypes(device: str, heads: int, dtype: torch.dtype) -> None:
 def test_wide_heads(device: str) -> None:
     torch.manual_seed(0)
     check(device, 1, 2, Form(2, 32, 32, 256), 1, 1, [(0, 224, 0, 0, 9)])
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize("size", [1e-6, 1e6])
+def test_queries_that_float16_does_not_hold(device: str, size: float) -> None:
+    torch.manual_seed(3)
+    check(device, 2, 3, Form(4, 32, 32, 64), 1, 1, [(0, 96, 0, 0, 17), (5, 9, 0, 0, 0)], size=size)
 
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)

@@ -32,7 +32,7 @@ def attend_fused(
         return None
     tables = tables_of(layer.bank)
     tables.sync()
-    packed, exact = tables.pages(group)
+    packed, exact = tables.pages(group, tables.joined)
     span, starts = _work(layer, group, group.bounds.span(), tables.page, tables.programs)
     with_lse = sinks is not None or left is not None
     settings = {"starts": starts, "programs": tables.programs, "with_lse": with_lse}
@@ -177,7 +177,8 @@ def _work(
             table[:, len(span)] = first
         if programs is None:
             return torch.from_numpy(table), None
-        starts = schedule.starts_of(schedule.pages_of(table, page, team), programs)
+        joined = programs[1] == 0
+        starts = schedule.starts_of(schedule.pages_of(table, page, team, joined), programs)
         return torch.from_numpy(table).to(device), torch.from_numpy(starts).to(device)
 
     return layer.memo.get((span, rows, page, programs, tuple(first or ())), make)

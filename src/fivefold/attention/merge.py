@@ -12,6 +12,8 @@ from torch.nn.attention import SDPBackend
 # cuDNN plans 45 to 70 ms for a new shape, on an H100, and then takes about half of FlashAttention 2's time: a model of
 # 32 layers has that back from its first prompt if an attention is of so many operations.
 CUDNN_OPERATIONS = 1 << 40
+# ... and from so many on, if attention of that shape comes again with nearly every chunk.
+RECURRING_OPERATIONS = 1 << 38
 
 CAPPED_NUMBERS = 1 << 24
 """Scores that are made at a time where they are capped, which no fused call does."""
@@ -28,12 +30,14 @@ def attend(
     bias: torch.Tensor | None = None,
     causal: bool = False,
     cap: float | None = None,
+    recurs: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over dense keys.
 
     queries: `[rows, head, query, head_dim]`; keys, values: `[rows, head, key, head_dim]` (expanded views are
     fine); bias: float32 `[query, key]`, added to the scores. `causal` needs as many queries as keys. cap: as in
-    `capped`. Returns the output (dtype and shape of the queries) and the log-sum-exp, float32 `[rows, head, query]`.
+    `capped`; recurs: as in `is_large`. Returns the output (dtype and shape of the queries) and the log-sum-exp, float32
+    `[rows, head, query]`.
     """
     if cap is not None:
         return _attend_capped(queries, keys, values, scaling, bias, causal, cap)
@@ -49,7 +53,7 @@ def attend(
         )
         return out[0], out[1]
     if queries.device.type == "cuda" and bias is None and queries.dtype in (torch.float16, torch.bfloat16):
-        if _takes_cudnn(queries, keys, values, causal):
+        if _takes_cudnn(queries, keys, values, causal, recurs):
             out = torch.ops.aten._scaled_dot_product_cudnn_attention(
                 queries, keys, values, None, True, 0.0, causal, scale=scaling
             )
@@ -108,14 +112,17 @@ def _attend_capped(
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 
-def is_large(queries: torch.Tensor, keys: int) -> bool:
-    """Whether attention of these queries over so many keys is worth a plan of cuDNN."""
-    return 4 * queries.numel() * keys >= CUDNN_OPERATIONS
+def is_large(queries: torch.Tensor, keys: int, recurs: bool = False) -> bool:
+    """Whether attention of these queries over so many keys is worth a plan of cuDNN. recurs: the same shape comes again
+    and again."""
+    return 4 * queries.numel() * keys >= (RECURRING_OPERATIONS if recurs else CUDNN_OPERATIONS)
 
 
-def _takes_cudnn(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, causal: bool) -> bool:
+def _takes_cudnn(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, causal: bool, recurs: bool = False
+) -> bool:
     """Whether torch would take cuDNN for this attention, and it is large enough to be worth a plan."""
-    if not is_large(queries, keys.shape[2] // (1 + causal)):
+    if not is_large(queries, keys.shape[2] // (1 + causal), recurs):
         return False
     chosen = torch.ops.aten._fused_sdp_choice(queries, keys, values, None, 0.0, causal)
     return bool(chosen == SDPBackend.CUDNN_ATTENTION.value)

@@ -23,6 +23,8 @@ QUERY_BLOCK = 512
 # Tokens of the packed tier that are decoded at a time; on a GPU as many as make so many numbers.
 KEY_BLOCK = 2048
 KEY_NUMBERS = 1 << 25
+CHUNK_STEP = 256
+"""Chunks of a multiple of so many tokens are taken to come again."""
 
 Piece = tuple[np.ndarray, torch.Tensor, torch.Tensor]
 """Tokens of some rows that stand alike: their positions `[tokens]`, keys and values `[rows, tokens, head_dim]`."""
@@ -68,18 +70,27 @@ def _attend_joined(
     values: torch.Tensor,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attend_chunk` where `takes_windows`, over what is stored without a window: the newest exact tokens are copied
-    together with the chunk. A GPU copies sooner than it attends once more and merges what comes out."""
-    blocks, chunk = list(_exact(group, True)), keys.shape[1]
+    """`attend_chunk` where `takes_windows`, over what is stored without a window: the newest exact tokens, and the last
+    packed ones where they are few, are copied together with the chunk. A GPU copies sooner than it attends once more
+    and merges what comes out."""
+    blocks, chunk, parts = list(_exact(group, True)), keys.shape[1], []
     # What is large is better off alone, where another kernel takes it.
-    last = [blocks.pop()] if blocks and not is_large(queries, blocks[-1][1].shape[1]) else []
-    _, k, v = _join([*last, (np.arange(chunk), keys, values)])
+    joined = [blocks.pop()] if blocks and not is_large(queries, blocks[-1][1].shape[1]) else []
+    parts += [_over_all(queries, k, v, scaling, None) for _, k, v in blocks]
+    sizes = _block_sizes(queries, layer.packing.page) if layer.packing is not None else []
+    regular = chunk % CHUNK_STEP == 0
+    for piece in _packed(layer, group, queries):
+        _, k, v = piece
+        if k.shape[1] in sizes or k.shape[1] > 4 * chunk:
+            parts.append(_over_all(queries, k, v, scaling, None, regular and k.shape[1] in sizes))
+        else:
+            joined.append(piece)
+    _, k, v = _join([*joined, (np.arange(chunk), keys, values)])
     before, k, v = k.shape[1] - chunk, _spread(k, queries), _spread(v, queries)
-    if last:
-        parts = [attend_window(queries, k, v, scaling, before, before + chunk)]
+    if joined:
+        parts.append(attend_window(queries, k, v, scaling, before, before + chunk))
     else:
-        parts = [attend(queries, k, v, scaling, causal=True)]
-    parts += [_over_all(queries, k, v, scaling, None) for _, k, v in (*blocks, *_packed(layer, group, queries))]
+        parts.append(attend(queries, k, v, scaling, causal=True))
     out, lse = merge(parts)
     return out.to(queries.dtype), lse
 
@@ -245,13 +256,41 @@ def _join(parts: Sequence[Piece]) -> Piece:
 
 
 def _over_all(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, cap: float | None
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    cap: float | None,
+    recurs: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Where every query sees every key: the group's heads and the chunk are rows of one product."""
     rows, heads, chunk, dim = queries.shape
     flat = queries.reshape(rows, 1, heads * chunk, dim)
-    out, lse = attend(flat, keys[:, None], values[:, None], scaling, cap=cap)
+    out, lse = attend(flat, keys[:, None], values[:, None], scaling, cap=cap, recurs=recurs)
     return out.view(queries.shape), lse.view(rows, heads, chunk)
+
+
+def _block_sizes(queries: torch.Tensor, page: int) -> list[int]:
+    """Tokens of the blocks of packed pages that are decoded at a time, the largest first: as many as make
+    `KEY_NUMBERS`, and halves of that while they are worth a plan of cuDNN. (Chunks of a prompt that is cut up are
+    alike, so these shapes come again; what remains of a prompt is of any length.)"""
+    rows, _, chunk, dim = queries.shape
+    sizes = [max(1, (KEY_NUMBERS // (rows * dim) if queries.is_cuda else KEY_BLOCK) // page)]
+    if takes_windows(queries) and chunk % CHUNK_STEP == 0:
+        while sizes[-1] > 1 and is_large(queries, sizes[-1] // 2 * page, True):
+            sizes.append(sizes[-1] // 2)
+    return [size * page for size in sizes]
+
+
+def _blocks(columns: int, whole: int, page: int, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """First and last column of the blocks of `columns` pages, the first `whole` of which are full: of these sizes while
+    they fit, then what is left."""
+    first = 0
+    while first < columns:
+        size = next((size // page for size in sizes if first + size // page <= whole), sizes[0] // page)
+        last = min(first + size, columns)
+        yield first, last
+        first = last
 
 
 def _packed(layer: LayerCache, group: RowGroup, queries: torch.Tensor) -> Iterator[Piece]:
@@ -260,9 +299,8 @@ def _packed(layer: LayerCache, group: RowGroup, queries: torch.Tensor) -> Iterat
         return
     assert layer.codec is not None and layer.packing is not None
     bounds, page, (rows, _, _, dim) = group.bounds, layer.packing.page, queries.shape
-    step = max(1, (KEY_NUMBERS // (rows * dim) if queries.is_cuda else KEY_BLOCK) // page)
-    for first in range(0, group.packed.shape[1], step):
-        last = min(first + step, group.packed.shape[1])
+    columns, whole = group.packed.shape[1], (int(bounds.packed_stop) - int(bounds.packed_base)) // page
+    for first, last in _blocks(columns, whole, page, _block_sizes(queries, page)):
         begin = int(bounds.packed_base) + first * page
         stop = min(int(bounds.packed_stop), int(bounds.packed_base) + last * page)
         pair = unpack_fused(layer, group, first, last, queries.dtype)

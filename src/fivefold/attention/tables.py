@@ -83,8 +83,12 @@ class DeviceTables:
         if self.listed:
             planned = self.device.type == "meta"
             self.programs = (
-                (1, 1) if planned else kernels(self.device).programs_for(self.rows, self.device, reader, heads)
+                (1, 1)
+                if planned
+                else kernels(self.device).programs_for(self.rows, self.device, reader, heads, first.spec.dtype)
             )
+        self.joined = self.programs is not None and self.programs[1] == 0
+        """Whether one kernel attends over packed and exact pages."""
         self._pages: np.ndarray | None = None
         self._ahead: np.ndarray | None = None
         """The bounds for which spans are written already."""
@@ -256,7 +260,7 @@ class DeviceTables:
             seen[:, : self.bank.rows, len(span)] = bounds.packed_base + offset
         numbers[:, :width] = seen.reshape(len(seen), -1)
         if self.listed:
-            pages = schedule.pages_of(seen, self.page, reader.team if reader else 1)
+            pages = schedule.pages_of(seen, self.page, reader.team if reader else 1, self.joined)
             if self._pages is None or not np.array_equal(pages, self._pages):
                 assert self.programs is not None
                 self._pages, self._starts = pages, schedule.starts_of(pages, self.programs)
@@ -264,13 +268,13 @@ class DeviceTables:
 
     # -- reading ------------------------------------------------------------------------------------------
 
-    def pages(self, group: RowGroup) -> tuple[Any, Any]:
-        """Packed pages (None if there are none) and exact pages of a group's rows, for the kernels."""
+    def pages(self, group: RowGroup, always: bool = False) -> tuple[Any, Any]:
+        """Packed pages (None if there are none, unless `always`) and exact pages of a group's rows, for the kernels."""
         layer, rows = group.layer, group.flat + group.layer.index * (self.rows - self.bank.rows)
         whole = len(rows) == rows[-1] - rows[0] + 1
         index = slice(int(rows[0]), int(rows[-1]) + 1) if whole else torch.from_numpy(rows).to(self.device)
         exact = schedule.Exact(self._exact[index], layer.spec.dtype)
-        return self._pages_of(layer.index, index) if group.bounds.packed_tokens else None, exact
+        return self._pages_of(layer.index, index) if always or group.bounds.packed_tokens else None, exact
 
     def _pages_of(self, layer: int, index: slice | torch.Tensor) -> schedule.Packed | None:
         """The packed pages of some rows of a layer."""

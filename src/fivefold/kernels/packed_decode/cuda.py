@@ -17,14 +17,18 @@ import torch
 
 from fivefold.kernels.device import numbered, on
 from fivefold.kernels.packed_decode.reference import Form
+from fivefold.kernels.packed_decode.schedule import Exact
 
 SOURCE = Path(__file__).with_name("packed.cu")
-THREADS = 64
+PAIRS = 2
+"""Pairs of warps of a program, each at pages of its own."""
 UNITS = 3
 """Sides of pages (keys or values) in shared memory: one that is read, the others on their way."""
-RESIDENT = {64: 6, 128: 4}
+RESIDENT = {64: 3, 128: 2}
 """Programs on a processor at a time, by head_dim. More keep no more bytes on their way, and leave more to merge."""
 _QUERIES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_EXACT = {None: 0, torch.float16: 1, torch.bfloat16: 2}
+"""Of the exact pages that it attends over too."""
 
 
 def supports(form: Form, heads: int) -> bool:
@@ -32,9 +36,14 @@ def supports(form: Form, heads: int) -> bool:
     return form.head_dim in RESIDENT and heads <= 8
 
 
+def joins(dtype: torch.dtype | None) -> bool:
+    """Whether it attends over exact pages of this dtype too."""
+    return dtype is not None and dtype in _EXACT
+
+
 @dataclass(frozen=True)
 class Kernel:
-    """The kernel for one form of pages and one dtype of queries, loaded on a device.
+    """The kernel for one form of packed pages and dtypes of queries and exact pages, loaded on a device.
 
     shared: bytes of shared memory a program takes.
     """
@@ -43,18 +52,19 @@ class Kernel:
     shared: int
 
     def __call__(
-        self, programs: int, queries: torch.Tensor, table: torch.Tensor, spans: torch.Tensor, starts: torch.Tensor,
-        out: torch.Tensor, lse: torch.Tensor, scale: float,
+        self, programs: int, queries: torch.Tensor, table: torch.Tensor, exact: Exact | None, spans: torch.Tensor,
+        starts: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, scale: float,
     ) -> None:  # fmt: skip
         """Leave the parts of `programs` programs in out `[programs, heads, head_dim]` and lse `[programs, heads]`."""
         from cuda.bindings import driver
 
         rows, heads = queries.shape[:2]
-        pointers = [x.data_ptr() for x in (queries, table, spans, starts, out, lse)]
-        types = (*[ctypes.c_void_p] * 6, ctypes.c_float, *[ctypes.c_int] * 3)
-        values = (*pointers, scale, rows, table.shape[1], heads)
+        slots = table if exact is None else exact.table
+        pointers = [x.data_ptr() for x in (queries, table, slots, spans, starts, out, lse)]
+        types = (*[ctypes.c_void_p] * 7, ctypes.c_float, *[ctypes.c_int] * 4)
+        values = (*pointers, scale, rows, table.shape[1], slots.shape[1], heads)
         stream = torch.cuda.current_stream(queries.device).cuda_stream
-        grid, block = (programs, 1, 1), (THREADS, 1, 1)
+        grid, block = (programs, 1, 1), (64 * PAIRS, 1, 1)
         with on(queries.device):
             _done(driver.cuLaunchKernel(self.function, *grid, *block, self.shared, stream, (values, types), 0))
 
@@ -62,7 +72,7 @@ class Kernel:
 def shared_bytes(form: Form) -> int:
     """Of a program: sides of pages, each with room for the larger of the two."""
     words, dim = 64 * form.head_dim, form.head_dim
-    return UNITS * (words + 4 * max(form.tokens // form.group * dim, form.tokens * (dim // form.channels)))
+    return PAIRS * UNITS * (words + 4 * max(form.tokens // form.group * dim, form.tokens * (dim // form.channels)))
 
 
 def resident(form: Form, device: torch.device) -> int:
@@ -77,16 +87,19 @@ def _resident(form: Form, device: torch.device) -> int:
     return min(RESIDENT[form.head_dim], there // (shared_bytes(form) + 1024))
 
 
-def definitions(form: Form, dtype: torch.dtype, span: int, resident: int) -> dict[str, int]:
-    """What `packed.cu` is compiled with. span: columns of a table of spans."""
+def definitions(form: Form, dtype: torch.dtype, exact: torch.dtype | None, span: int, resident: int) -> dict[str, int]:
+    """What `packed.cu` is compiled with. exact: of exact pages, None to leave them out; span: columns of a table of
+    spans."""
     return {
         "BITS": form.bits, "GROUP": form.group, "CHANNELS": form.channels, "D": form.head_dim, "UNITS": UNITS,
-        "QUERIES": _QUERIES[dtype], "SPAN": span, "RESIDENT": resident,
+        "PAIRS": PAIRS, "QUERIES": _QUERIES[dtype], "EXACT": _EXACT[exact], "SPAN": span, "RESIDENT": resident,
     }  # fmt: skip
 
 
 @cache
-def compiled(form: Form, dtype: torch.dtype, capability: tuple[int, int], span: int, resident: int) -> bytes:
+def compiled(
+    form: Form, dtype: torch.dtype, exact: torch.dtype | None, capability: tuple[int, int], span: int, resident: int
+) -> bytes:
     """The machine code for one form of pages.
 
     Raises RuntimeError with the compiler's words if it cannot be compiled.
@@ -95,7 +108,7 @@ def compiled(form: Form, dtype: torch.dtype, capability: tuple[int, int], span: 
 
     major, minor = capability
     options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
-    options += [f"-D{name}={value}" for name, value in definitions(form, dtype, span, resident).items()]
+    options += [f"-D{name}={value}" for name, value in definitions(form, dtype, exact, span, resident).items()]
     program = _done(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), b"packed.cu", 0, [], []))
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
@@ -108,23 +121,27 @@ def compiled(form: Form, dtype: torch.dtype, capability: tuple[int, int], span: 
     return code
 
 
-def kernel(form: Form, dtype: torch.dtype, device: torch.device, span: int) -> Kernel:
-    """The kernel for pages, queries of a dtype, and a device, on which it is compiled and loaded once."""
-    return _kernel(form, dtype, numbered(device), span)
+def kernel(form: Form, dtype: torch.dtype, exact: torch.dtype | None, device: torch.device, span: int) -> Kernel:
+    """The kernel for packed pages, dtypes of queries and exact pages (None: without them), and a device, on which it is
+    compiled and loaded once."""
+    return _kernel(form, dtype, exact, numbered(device), span)
 
 
 @cache
-def _kernel(form: Form, dtype: torch.dtype, device: torch.device, span: int) -> Kernel:
+def _kernel(form: Form, dtype: torch.dtype, exact: torch.dtype | None, device: torch.device, span: int) -> Kernel:
     from cuda.bindings import driver
 
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # makes the context
-        code = compiled(form, dtype, torch.cuda.get_device_capability(device), span, resident(form, device))
+        code = compiled(form, dtype, exact, torch.cuda.get_device_capability(device), span, resident(form, device))
         module = _done(driver.cuModuleLoadData(code))
         function = _done(driver.cuModuleGetFunction(module, b"packed"))
         shared = shared_bytes(form)
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _done(driver.cuFuncSetAttribute(function, attribute, shared))
+        attributes = driver.CUfunction_attribute
+        _done(driver.cuFuncSetAttribute(function, attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
+        # Left to itself the driver gives shared memory to fewer programs than fit.
+        carveout = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        _done(driver.cuFuncSetAttribute(function, carveout, 100))
     return Kernel(function, shared)
 
 

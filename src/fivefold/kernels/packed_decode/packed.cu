@@ -2,13 +2,18 @@
 //
 // Compiled for one form of pages: BITS, GROUP, CHANNELS, D (head_dim); UNITS of shared memory, the dtype of the QUERIES,
 // SPAN columns of a table of spans, RESIDENT programs on a processor.
-// Two warps; each takes 16 of the 32 rows of every page and keeps a softmax of its own until the end. The sides of a
-// page, keys and values, are copied into a ring of units ahead of their use.
+// Two warps, a pair, work on a page; each takes 16 of its 32 rows and keeps a softmax of its own until the end. A program
+// has PAIRS of them, which take turns with its pages. The sides of a page, keys and values, are copied into a ring of
+// units ahead of their use.
 //
 // Products are mma.m16n8k16 with the codes on the left: a bit-field of a word, masked where it lies and read as
 // float16, is the subnormal code * 2^(bit - 24). The order of channels within a product is free, so a thread takes the
 // eight channels of 16 bytes as they lie. Scales go to the other side: of keys into the query, of values into the
-// weights; zero points are products of their own. The powers of two are undone in float32.
+// weights; zero points are products of their own, and so is the sum of weights: rows of ones beside the zero points. The
+// powers of two are undone in float32. Rows of an operand that nobody reads the product of hold anything.
+//
+// The maximum of the softmax is that of the page before: only where a page has a larger one (seldom) is what was summed
+// scaled down, and only there are pages masked.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -19,7 +24,8 @@ constexpr int BLOCKS = D / 32;           // of 32 channels
 constexpr int ROW = D * 2, WORDS = 32 * ROW;
 constexpr int KEY_SIDE = WORDS + 2 * KEY_GROUPS * ROW, VALUE_SIDE = WORDS + 4 * TOKENS * VALUE_GROUPS;
 constexpr int UNIT = KEY_SIDE > VALUE_SIDE ? KEY_SIDE : VALUE_SIDE;
-constexpr int THREADS = 64;
+constexpr int PAIR = 64, THREADS = PAIR * PAIRS;
+static_assert(VALUE_GROUPS <= 8 && KEY_GROUPS <= 8, "groups are rows of an operand");
 
 // Where the field of a plane lies after a shift to the right (negative: left). Of keys any bit will do; the bits of
 // values are near each other, because the weights must make up for them in float16.
@@ -31,6 +37,12 @@ __device__ constexpr int value_shift(int j) {
 }
 __device__ constexpr int key_bit(int j) { return BITS * j - key_shift(j); }
 __device__ constexpr int value_bit(int j) { return BITS * j - value_shift(j); }
+// Planes whose values lie at the same bit are a class; their sums of weights and of zero points are kept apart.
+constexpr int CLASSES = BITS == 2 ? 3 : BITS == 8 ? 1 : 2;
+__device__ constexpr int class_bit(int c) { return BITS == 2 ? 4 + 2 * c : BITS == 3 ? 3 + 3 * c : 4 * c; }
+__device__ constexpr int value_class(int j) {
+  return BITS == 2 ? value_bit(j) / 2 - 2 : BITS == 3 ? value_bit(j) / 3 - 1 : value_bit(j) / 4;
+}
 constexpr int TOP = BITS == 2 ? 8 : BITS == 3 ? 6 : BITS == 4 ? 4 : 0;      // the highest of value_bit
 constexpr int FOLD = BITS == 2 ? 3 : BITS == 3 ? 5 : BITS == 4 ? 5 : 13;    // weights are times 2^FOLD
 
@@ -61,6 +73,33 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+// Four 8x8 matrices of 16-bit numbers, transposed; a lane names row lane % 8 of matrix lane / 8.
+__device__ __forceinline__ void load_transposed(u32 (&a)[4], const char* p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"((u32)__cvta_generic_to_shared(p)));
+}
+__device__ __forceinline__ void sync_pair(int pair) { asm volatile("bar.sync %0, 64;" ::"r"(pair + 1) : "memory"); }
+// Keep a number in a register: the compiler would work it out again for every page.
+__device__ __forceinline__ void keep(u32& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void keep(const char*& x) { asm volatile("" : "+l"(x)); }
+#if EXACT == 2  // exact pages of bfloat16
+__device__ __forceinline__ u32 exact_pair(float low, float high) {
+  u32 c;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(c) : "f"(high), "f"(low));
+  return c;
+}
+__device__ __forceinline__ void exact_mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+#else
+__device__ __forceinline__ u32 exact_pair(float low, float high) { return pair(low, high); }
+__device__ __forceinline__ void exact_mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  mma(c, a0, a1, a2, a3, b0, b1);
+}
+#endif
 __device__ __forceinline__ float half_to_float(unsigned short x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
@@ -69,6 +108,16 @@ __device__ __forceinline__ float half_to_float(unsigned short x) {
 __device__ __forceinline__ u32 shared(const char* p) { return (u32)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ void copy16(u32 to, const char* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+}
+// Where it is not seen nothing is read, and zeros are written.
+__device__ __forceinline__ void copy16(u32 to, const char* from, bool seen) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(seen ? 16 : 0));
+}
+// The kernel behind this one may be made ready; it waits until all of this one is done.
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
 }
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
 template <int PENDING>
@@ -92,63 +141,116 @@ __device__ __forceinline__ float pow2(int e) { return __int_as_float((e + 127) <
 __device__ __forceinline__ u32 half2_pow2(int e) { return u32((e + 15) << 10) * 0x10001u; }
 
 __device__ __forceinline__ uint4 load16(const char* p) { return *reinterpret_cast<const uint4*>(p); }
+__device__ __forceinline__ uint2 load8(const char* p) { return *reinterpret_cast<const uint2*>(p); }
 
-// Blocks of 16 bytes of a side's words are swapped so that no two threads of a load meet in a bank.
-__device__ __forceinline__ int key_swap(int row) { return (row & 1) << 2; }
-__device__ __forceinline__ int value_swap(int row) { return row & 6; }
+// Blocks of 16 bytes of a side's words are swapped so that no two threads of a load meet in a bank. (Exclusive or of
+// bits of the row, so that the swap of a sum without carries is that of its parts together.)
+__device__ constexpr int key_swap(int row) { return (row & 1) << 2; }
+__device__ constexpr int value_swap(int row) { return (row & 1) | (row >> 1 & 6); }
 
 template <int BYTES, bool KEYS>
-__device__ __forceinline__ void copy(u32 to, const char* from) {
+__device__ __forceinline__ void copy(u32 to, const char* from, int thread) {
+  constexpr int BLOCK = ROW / 16;  // 16 bytes of a row
+  const u32 mine = to + (thread ^ (KEYS ? key_swap(thread / BLOCK) : value_swap(thread / BLOCK))) * 16;
 #pragma unroll
-  for (int first = 0; first < BYTES / 16; first += THREADS) {
-    int at = first + threadIdx.x;
-    if (BYTES / 16 % THREADS && first + THREADS > BYTES / 16 && at >= BYTES / 16) break;
-    int row = at / (ROW / 16), place = at;
-    if (first < WORDS / 16) place = at ^ (KEYS ? key_swap(row) : value_swap(row));
-    copy16(to + place * 16, from + at * 16);
+  for (int first = 0; first < BYTES / 16; first += PAIR) {
+    if (BYTES / 16 % PAIR && first + PAIR > BYTES / 16 && first + thread >= BYTES / 16) break;
+    u32 at = to + thread * 16;
+    if (first < WORDS / 16) at = mine ^ (KEYS ? key_swap(first / BLOCK) : value_swap(first / BLOCK)) * 16;
+    copy16(at + first * 16, from + first * 16);
+  }
+}
+
+// A side of an exact page: rows of 16-bit numbers, those that `seen(row)` says.
+template <bool KEYS, typename Seen>
+__device__ __forceinline__ void copy_exact(u32 to, const char* from, int thread, Seen seen) {
+  constexpr int BLOCK = ROW / 16;
+  for (int at = thread; at < WORDS / 16; at += PAIR) {
+    const int row = at / BLOCK;
+    copy16(to + (at ^ (KEYS ? key_swap(row) : value_swap(row))) * 16, from + at * 16, seen(row));
   }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-    packed(const Query* __restrict__ queries, const long long* __restrict__ table, const int* __restrict__ spans,
-           const int* __restrict__ starts, float* __restrict__ out, float* __restrict__ lse, float scale, int rows,
-           int columns, int heads) {
+    packed(const Query* __restrict__ queries, const long long* __restrict__ table, const long long* __restrict__ exact,
+           const int* __restrict__ spans, const int* __restrict__ starts, float* __restrict__ out,
+           float* __restrict__ lse, float scale, int rows, int columns, int exact_columns, int heads) {
   extern __shared__ __align__(128) char memory[];
-  const int lane = threadIdx.x & 31, half = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const int lane = threadIdx.x & 31, half = threadIdx.x >> 5 & 1, g = lane >> 2, t = lane & 3;
+  const int pair_ = threadIdx.x / PAIR, thread = threadIdx.x % PAIR;
   const int part = blockIdx.x;
+  launch_dependents();
 
+  // The row that this program works for. Loads go together: memory is far away.
   int row = 0;
-  for (int first = 0; first < rows; first += 32)
-    row += __popc(__ballot_sync(~0u, first + lane < rows && starts[1 + first + lane] <= part));
+  for (int first = 0; first < rows; first += 128) {
+    int begins[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const int at = first + 32 * k + lane;
+      begins[k] = at < rows ? starts[1 + at] : 0x7fffffff;
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++) row += __popc(__ballot_sync(~0u, begins[k] <= part));
+  }
   if (row >= rows) return;
   const int begin = starts[row], programs = starts[row + 1] - begin;
-  const int low = spans[row * SPAN], high = spans[row * SPAN + 1];
-  const int pages = (high + TOKENS - 1) / TOKENS - low / TOKENS;
-  const int first = low / TOKENS + int((long long)(part - begin) * pages / programs);
-  const int last = low / TOKENS + int((long long)(part - begin + 1) * pages / programs);
-  table += (long long)row * columns;
+  const int* const span = spans + row * SPAN;
+  const int low = span[0], high = span[1];
+  // Work is numbered: packed pages, then exact ones.
+  const int pages = high > low ? (high + TOKENS - 1) / TOKENS - low / TOKENS : 0;
+  const int stop = EXACT ? span[4] : 0, all = pages + (stop + 31) / 32;
+  const int first = int((long long)(part - begin) * all / programs);
+  const int last = int((long long)(part - begin + 1) * all / programs), last_packed = min(last, pages);
+  table += (long long)row * columns + low / TOKENS;
+#if EXACT
+  exact += (long long)row * exact_columns * 2;
+  const int sink = span[2], start = span[3], fading = span[5], faded = span[6];
+  auto seen = [&](int slot) {
+    return slot < stop & (slot < sink | slot >= start | (slot >= fading & slot < faded));
+  };
+#endif
 
-  const u32 ring = shared(memory);
-  // What is copied next: a side of a page.
-  int ahead = first;
-  long long address = first < last ? table[first] * 16 : 0, next = first + 1 < last ? table[first + 1] * 16 : 0;
-  auto fetch = [&](bool keys, int unit) {
-    if (ahead < last) {
-      const char* record = reinterpret_cast<const char*>(address);
+  char* const own = memory + pair_ * UNITS * UNIT;
+  const u32 ring = shared(own);
+  // What is copied next: a side of a page. Addresses are loaded a page before they are wanted.
+  int ahead = first + pair_;
+  auto address_of = [&](int number, bool keys) {
+#if EXACT
+    if (number >= pages) return number < last ? exact[2 * (number - pages) + !keys] * 16 : 0;
+#endif
+    return number < last_packed ? table[number] * 16 + (keys ? 0 : KEY_SIDE) : 0;
+  };
+  long long address[2] = {address_of(ahead, false), address_of(ahead, true)};
+  long long next[2] = {address_of(ahead + PAIRS, false), address_of(ahead + PAIRS, true)};
+  auto fetch = [&](bool keys, u32 unit) {
+    const char* from = reinterpret_cast<const char*>(address[keys]);
+    if (ahead < last_packed) {
+      from += thread * 16;
+      keep(from);
       if (keys)
-        copy<KEY_SIDE, true>(ring + unit * UNIT, record);
+        copy<KEY_SIDE, true>(ring + unit, from, thread);
       else
-        copy<VALUE_SIDE, false>(ring + unit * UNIT, record + KEY_SIDE);
+        copy<VALUE_SIDE, false>(ring + unit, from, thread);
     }
+#if EXACT
+    else if (ahead < last) {
+      const int page = ahead - pages;
+      if (keys)
+        copy_exact<true>(ring + unit, from, thread, [&](int r) { return seen(page * 32 + r); });
+      else
+        copy_exact<false>(ring + unit, from, thread, [&](int r) { return seen(page * 32 + r); });
+    }
+#endif
     commit();
     if (!keys) {
-      ahead += 1;
-      address = next;
-      next = ahead + 1 < last ? table[ahead + 1] * 16 : 0;
+      ahead += PAIRS;
+      address[0] = next[0], address[1] = next[1];
+      next[0] = address_of(ahead + PAIRS, false), next[1] = address_of(ahead + PAIRS, true);
     }
   };
 #pragma unroll
-  for (int unit = 0; unit < UNITS - 1; unit++) fetch(unit % 2 == 0, unit);
+  for (int unit = 0; unit < UNITS - 1; unit++) fetch(unit % 2 == 0, unit * UNIT);
 
   // The queries of head g, scaled by a power of two to be below 64, and for channels 8t .. 8t + 7 of every block.
   u32 q[BLOCKS][4];
@@ -173,38 +275,77 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     scale *= pow2(e);
   }
 
-  float acc[2 * BLOCKS][4] = {}, shift[4] = {};  // [channels g and g + 8 of a block's half] x [heads 2t, 2t + 1]
-  float m[2] = {-1e30f, -1e30f}, weight[2] = {0.f, 0.f};
+  // [channels g and g + 8 of 16] x [heads 2t, 2t + 1]; [zero points of value group g, sum of weights] x the same heads.
+  float acc[2 * BLOCKS][4] = {}, sums[CLASSES][4] = {};
+  float m[2] = {0.f, 0.f};
+  bool fresh = true;  // nothing was seen yet, and m is none
 
-  int unit = 0;
+  // Row g of a product is this row of a page, row g + 8 the one two behind it: so tokens that a thread holds the weights
+  // of are four in a row.
+  const int mine = half * 16 + (g >> 1) * 4 + (g & 1);
+  const int read = half * 16 + (lane >> 1 & 3) * 4 + (lane & 1) + (lane >> 4) * 2;  // this lane's row of load_transposed
+  u32 key_at[2], value_at[4];  // of even and odd blocks; of 16 channels
+#pragma unroll
+  for (int i = 0; i < 2; i++) key_at[i] = mine * ROW + ((4 * i + t) ^ key_swap(mine)) * 16;
+#pragma unroll
+  for (int i = 0; i < 4; i++) value_at[i] = read * ROW + ((2 * i + (lane >> 3 & 1)) ^ value_swap(read)) * 16;
+  keep(key_at[0]), keep(key_at[1]), keep(value_at[0]), keep(value_at[1]), keep(value_at[2]), keep(value_at[3]);
+  u32 key_zero = WORDS + 16 * t + (KEY_GROUPS + g % KEY_GROUPS) * ROW, by_token = WORDS + 2 * (half * 16 + 4 * t);
+  keep(key_zero), keep(by_token);
+
+  u32 here = 0, behind = (UNITS - 1) * UNIT;  // the unit that is read, and the one before
   auto turn = [&]() {
     wait<UNITS - 2>();
-    __syncthreads();
-    return (const char*)memory + unit * UNIT;
+    sync_pair(pair_);
+    return (const char*)own + here;
   };
-  auto done = [&]() { unit = unit + 1 == UNITS ? 0 : unit + 1; };
-  auto behind = [&]() { return unit == 0 ? UNITS - 1 : unit - 1; };
+  auto done = [&]() {
+    behind = here;
+    here = here == (UNITS - 1) * UNIT ? 0 : here + UNIT;
+  };
 
-  for (int page = first; page < last; page++) {
+  // Where the largest weights of rows, log2, are above what they are scaled by: scale down what was summed. Returns by
+  // how much.
+  float grown[2];
+  auto rise = [&](float (&most)[2]) {
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2)
+#pragma unroll
+      for (int k = 0; k < 2; k++) most[k] = fmaxf(most[k], __shfl_xor_sync(~0u, most[k], step));
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      grown[k] = fresh ? (most[k] > -1e29f ? most[k] : 0.f) : fmaxf(most[k], 0.f);
+      const float shrink = fresh ? 0.f : exp2_(-grown[k]);
+      m[k] += grown[k];
+#pragma unroll
+      for (int c = 0; c < CLASSES; c++) sums[c][k] *= shrink, sums[c][k + 2] *= shrink;
+#pragma unroll
+      for (int i = 0; i < 2 * BLOCKS; i++) acc[i][k] *= shrink, acc[i][k + 2] *= shrink;
+    }
+    fresh = fresh & !__any_sync(~0u, most[0] > -1e29f);
+  };
+
+  int number = first + pair_;
+  for (; number < last_packed; number += PAIRS) {
+    const int page = low / TOKENS + number;
     // Keys.
     const char* side = turn();
-    fetch(UNITS % 2 == 0 ? false : true, behind());
+    fetch(UNITS % 2 == 0 ? false : true, behind);
     float s[PLANES][4];
-    float z[4] = {};
+    float z[2][4] = {};
 #pragma unroll
     for (int j = 0; j < PLANES; j++) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.f;
-    const int mine = half * 16 + g;
     const char* scales = side + WORDS + 16 * t;
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++) {
-      const int at = (4 * i + t) ^ key_swap(mine);
-      const uint4 w0 = load16(side + mine * ROW + at * 16), w1 = load16(side + (mine + 8) * ROW + at * 16);
+      const char* at = side + key_at[i % 2] + i / 2 * 128;
+      const uint4 w0 = load16(at), w1 = load16(at + 2 * ROW);
       const u32 w[2][4] = {{w0.x, w0.y, w0.z, w0.w}, {w1.x, w1.y, w1.z, w1.w}};
       {
-        uint4 zero = make_uint4(0, 0, 0, 0);
-        if (g < KEY_GROUPS) zero = load16(scales + KEY_GROUPS * ROW + g * ROW + 64 * i);
-        mma(z, zero.x, 0, zero.y, 0, q[i][0], q[i][1]);
-        mma(z, zero.z, 0, zero.w, 0, q[i][2], q[i][3]);
+        // Of the first product rows g, of the second rows g + 8: so the four words stay in the registers they came to.
+        const uint4 zero = load16(side + key_zero + 64 * i);
+        mma(z[0], zero.x, zero.y, zero.z, zero.w, q[i][0], q[i][2]);
+        mma(z[1], zero.x, zero.y, zero.z, zero.w, q[i][1], q[i][3]);
       }
       u32 v[2][4], b[4];
 #pragma unroll
@@ -225,100 +366,85 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     }
     done();
 
-    // Softmax: rows g and g + 8 of every plane, heads 2t and 2t + 1.
-    float top[2] = {-1e30f, -1e30f};
-    z[0] *= scale, z[1] *= scale;
-    float zero[2];
+    // Softmax: log2 of the weights of rows g and g + 8 of every plane, heads 2t and 2t + 1, as they will be multiplied.
+    float top[CLASSES][2];
+#pragma unroll
+    for (int c = 0; c < CLASSES; c++) top[c][0] = top[c][1] = -1e30f;
+    float zero[CLASSES][2];
 #pragma unroll
     for (int j = 0; j < PLANES; j++) {
       if (j * 32 % GROUP == 0) {
-        zero[0] = __shfl_sync(~0u, z[0], j * 32 / GROUP * 4 + t);
-        zero[1] = __shfl_sync(~0u, z[1], j * 32 / GROUP * 4 + t);
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          const float x = fmaf(__shfl_sync(~0u, z[0][k] + z[1][k + 2], j * 32 / GROUP * 4 + t), scale, -m[k]);
+#pragma unroll
+          for (int c = 0; c < CLASSES; c++) zero[c][k] = x + (FOLD + TOP - class_bit(c));
+        }
       }
       const float f = scale * pow2(24 - key_bit(j));
+      const int c = value_class(j);
 #pragma unroll
-      for (int k = 0; k < 4; k++) s[j][k] = fmaf(s[j][k], f, zero[k & 1]);
+      for (int k = 0; k < 4; k++) {
+        s[j][k] = fmaf(s[j][k], f, zero[c][k & 1]);
+        top[c][k & 1] = fmaxf(top[c][k & 1], s[j][k]);
+      }
     }
-    if (page * TOKENS < low || page * TOKENS + TOKENS > high) {
+    bool above = fresh | (page * TOKENS < low) | (page * TOKENS + TOKENS > high);
+#pragma unroll
+    for (int c = 0; c < CLASSES; c++)
+#pragma unroll
+      for (int k = 0; k < 2; k++) above |= top[c][k] > float(FOLD + TOP - class_bit(c));
+    if (__any_sync(~0u, above)) {
+      float most[2] = {-1e30f, -1e30f};
 #pragma unroll
       for (int j = 0; j < PLANES; j++)
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-          const int token = page * TOKENS + j * 32 + mine + k / 2 * 8;
+          const int token = page * TOKENS + j * 32 + mine + k / 2 * 2;
           if (token < low || token >= high) s[j][k] = -__int_as_float(0x7f800000);
+          most[k & 1] = fmaxf(most[k & 1], s[j][k] - (FOLD + TOP - value_bit(j)));
         }
+      rise(most);
+#pragma unroll
+      for (int j = 0; j < PLANES; j++)
+#pragma unroll
+        for (int k = 0; k < 4; k++) s[j][k] -= grown[k & 1];
     }
-#pragma unroll
-    for (int j = 0; j < PLANES; j++)
-#pragma unroll
-      for (int k = 0; k < 4; k++) top[k & 1] = fmaxf(top[k & 1], s[j][k]);
-#pragma unroll
-    for (int step = 4; step < 32; step *= 2)
-#pragma unroll
-      for (int k = 0; k < 2; k++) top[k] = fmaxf(top[k], __shfl_xor_sync(~0u, top[k], step));
-    if (__any_sync(~0u, top[0] > m[0] || top[1] > m[1])) {
-#pragma unroll
-      for (int k = 0; k < 2; k++) {
-        const float above = fmaxf(m[k], top[k]), shrink = exp2_(m[k] - above);
-        m[k] = above;
-        weight[k] *= shrink, shift[k] *= shrink;
-#pragma unroll
-        for (int i = 0; i < 2 * BLOCKS; i++) acc[i][k] *= shrink, acc[i][k + 2] *= shrink;
-      }
-    }
-    u32 p[PLANES][2];  // tokens 2t, 2t + 1 and 2t + 8, 2t + 9 of head g
+    u32 p[PLANES][2];  // tokens 4t .. 4t + 3 of head g
 #pragma unroll
     for (int j = 0; j < PLANES; j++) {
-      const int e = FOLD + TOP - value_bit(j);
-#pragma unroll
-      for (int k = 0; k < 4; k++) {
-        s[j][k] = exp2_(s[j][k] - (m[k & 1] - e));
-        weight[k & 1] = fmaf(s[j][k], pow2(value_bit(j) - TOP), weight[k & 1]);  // times 2^FOLD
-      }
-      p[j][0] = transposed(pair(s[j][0], s[j][1]));
-      p[j][1] = transposed(pair(s[j][2], s[j][3]));
+      p[j][0] = transposed(pair(exp2_(s[j][0]), exp2_(s[j][1])));
+      p[j][1] = transposed(pair(exp2_(s[j][2]), exp2_(s[j][3])));
     }
 
     // Values.
     side = turn();
-    fetch(UNITS % 2 == 0 ? true : false, behind());
-    const int token = half * 16 + 2 * t;
-    const char* by_token = side + WORDS + 2 * token;
+    fetch(UNITS % 2 == 0 ? true : false, behind);
     constexpr int PLANE = VALUE_GROUPS * 64;
+    const char* value_scales = side + by_token;
+    const char* zeros = value_scales + 2 * TOKENS * VALUE_GROUPS + g % VALUE_GROUPS * 64;
 #pragma unroll
     for (int j = 0; j < PLANES; j++) {
-      // Zero points: groups are the rows.
-      u32 a0 = 0, a2 = 0;
-      if (g < VALUE_GROUPS) {
-        const char* at = by_token + 2 * TOKENS * VALUE_GROUPS + j * PLANE + g * 64;
-        const u32 f = half2_pow2(value_bit(j) - TOP);
-        a0 = mul2(*reinterpret_cast<const u32*>(at), f), a2 = mul2(*reinterpret_cast<const u32*>(at + 16), f);
-      }
-      mma(shift, a0, 0, a2, 0, p[j][0], p[j][1]);
+      constexpr u32 ONE = 0x3c003c00u;
+      const u32* a = reinterpret_cast<const u32*>(zeros + j * PLANE);
+      mma(sums[value_class(j)], a[0], ONE, a[1], ONE, p[j][0], p[j][1]);
       if (VALUE_GROUPS == 1) {
-        const char* at = by_token + j * PLANE;
-        p[j][0] = mul2(p[j][0], *reinterpret_cast<const u32*>(at));
-        p[j][1] = mul2(p[j][1], *reinterpret_cast<const u32*>(at + 16));
+        const uint2 x = load8(value_scales + j * PLANE);
+        p[j][0] = mul2(p[j][0], x.x), p[j][1] = mul2(p[j][1], x.y);
       }
     }
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++) {
-      u32 w[2][4];  // of the two halves of a block: channels 4g + 2n, 4g + 2n + 1, two pairs of tokens
-#pragma unroll
-      for (int k = 0; k < 2; k++) {
-        const int r = token + 8 * k, at = ((4 * i + g / 2) ^ value_swap(r)) * 16 + g % 2 * 8;
-        const uint2 a = *reinterpret_cast<const uint2*>(side + r * ROW + at);
-        const uint2 b = *reinterpret_cast<const uint2*>(side + (r + 1) * ROW + at);
-        w[0][2 * k] = __byte_perm(a.x, b.x, 0x5410), w[0][2 * k + 1] = __byte_perm(a.x, b.x, 0x7632);
-        w[1][2 * k] = __byte_perm(a.y, b.y, 0x5410), w[1][2 * k + 1] = __byte_perm(a.y, b.y, 0x7632);
-      }
+      u32 w[2][4];  // channels g and g + 8 of 16, tokens 4t .. 4t + 3
+      load_transposed(w[0], side + value_at[i * 2 % 4] + i / 2 * 128);
+      load_transposed(w[1], side + value_at[i * 2 % 4 + 1] + i / 2 * 128);
       u32 v[2][4];
 #pragma unroll
       for (int j = 0; j < PLANES; j++) {
         u32 b0 = p[j][0], b1 = p[j][1];
         if (VALUE_GROUPS > 1) {
-          const char* at = by_token + j * PLANE + i * 32 / CHANNELS * 64;
-          b0 = mul2(b0, *reinterpret_cast<const u32*>(at)), b1 = mul2(b1, *reinterpret_cast<const u32*>(at + 16));
+          const uint2 x = load8(value_scales + j * PLANE + i * 32 / CHANNELS * 64);
+          b0 = mul2(b0, x.x), b1 = mul2(b1, x.y);
         }
         constexpr u32 ONES = (1u << BITS) - 1;
         const u32 mask = (ONES << value_bit(j)) * 0x10001u;
@@ -336,57 +462,108 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     }
     done();
   }
+
+  // Values as they are, but times 2^FOLD, and weights too.
+  float weight[2];
+#pragma unroll
+  for (int k = 0; k < 2; k++) {
+    float shift = 0.f;
+    weight[k] = 0.f;
+#pragma unroll
+    for (int c = 0; c < CLASSES; c++) {
+      weight[k] = fmaf(sums[c][k + 2], pow2(class_bit(c) - TOP), weight[k]);
+      shift = fmaf(sums[c][k], pow2(class_bit(c) - TOP), shift);
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * BLOCKS; i++) {
+      const float zero = __shfl_sync(~0u, shift, i * 16 / CHANNELS * 4 + t);  // of the group to its channels
+      acc[i][k] = fmaf(acc[i][k], pow2(24 - TOP), zero), acc[i][k + 2] = fmaf(acc[i][k + 2], pow2(24 - TOP), zero);
+    }
+  }
+#if EXACT
+#pragma unroll
+  for (int k = 0; k < 2; k++) sums[0][k + 2] = weight[k];
+  for (; number < last; number += PAIRS) {
+    const char* side = turn();
+    fetch(UNITS % 2 == 0 ? false : true, behind);
+    float s[4] = {};
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++) {
+      const char* at = side + key_at[i % 2] + i / 2 * 128;
+      const uint4 w0 = load16(at), w1 = load16(at + 2 * ROW);
+      u32 b[4];
+#pragma unroll
+      for (int k = 0; k < 4; k++)
+        b[k] = EXACT == 1 ? q[i][k] : exact_pair(half_to_float(q[i][k] & 0xffff), half_to_float(q[i][k] >> 16));
+      exact_mma(s, w0.x, w1.x, w0.y, w1.y, b[0], b[1]);
+      exact_mma(s, w0.z, w1.z, w0.w, w1.w, b[2], b[3]);
+    }
+    done();
+    float most[2] = {-1e30f, -1e30f};
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const bool held = seen((number - pages) * 32 + mine + k / 2 * 2);
+      s[k] = held ? fmaf(s[k], scale, -m[k & 1]) : -__int_as_float(0x7f800000);
+      most[k & 1] = fmaxf(most[k & 1], s[k]);
+    }
+    rise(most);
+#pragma unroll
+    for (int k = 0; k < 4; k++) s[k] = exp2_(s[k] - grown[k & 1] + FOLD);
+    const u32 p0 = transposed(exact_pair(s[0], s[1])), p1 = transposed(exact_pair(s[2], s[3]));
+
+    side = turn();
+    fetch(UNITS % 2 == 0 ? true : false, behind);
+    constexpr u32 ONE = EXACT == 1 ? 0x3c003c00u : 0x3f803f80u;
+    exact_mma(sums[0], ONE, ONE, ONE, ONE, p0, p1);
+#pragma unroll
+    for (int i = 0; i < 2 * BLOCKS; i++) {
+      u32 w[4];
+      load_transposed(w, side + value_at[i % 4] + i / 4 * 128);
+      exact_mma(acc[i], w[0], w[1], w[2], w[3], p0, p1);
+    }
+    done();
+  }
+#pragma unroll
+  for (int k = 0; k < 2; k++) weight[k] = sums[0][k + 2];
+#endif
   wait<0>();
   __syncthreads();
 
-  // The two warps' parts together. float [D][8], then maxima and sums [2][8].
-  float* const sum = reinterpret_cast<float*>(memory);
-  float* const ends = sum + D * 8;
-#pragma unroll
-  for (int k = 0; k < 2; k++)
-#pragma unroll
-    for (int step = 4; step < 32; step *= 2) weight[k] += __shfl_xor_sync(~0u, weight[k], step);
-  // Zero points go to their channels.
-#pragma unroll
-  for (int i = 0; i < BLOCKS; i++)
+  // The warps' parts together. float [warps][8 heads][WIDE], then maxima and sums [warps][2][8].
+  constexpr int WARPS = 2 * PAIRS, WIDE = D + 4;
+  float* const parts = reinterpret_cast<float*>(memory);
+  float* const ends = parts + WARPS * 8 * WIDE;
+  static_assert(4 * WARPS * (8 * WIDE + 16) <= PAIRS * UNITS * UNIT, "they fit into the rings");
+  {
+    const int warp = threadIdx.x >> 5;
+    float* const to = parts + warp * 8 * WIDE;
 #pragma unroll
     for (int k = 0; k < 2; k++) {
-      const float zero = __shfl_sync(~0u, shift[k], i * 32 / CHANNELS * 4 + t);
+      if (g == 0) ends[warp * 16 + 2 * t + k] = fresh ? -1e30f : m[k], ends[warp * 16 + 8 + 2 * t + k] = weight[k];
 #pragma unroll
-      for (int n = 0; n < 2; n++) {
-        acc[2 * i + n][k] = fmaf(acc[2 * i + n][k], pow2(24 - TOP), zero);
-        acc[2 * i + n][k + 2] = fmaf(acc[2 * i + n][k + 2], pow2(24 - TOP), zero);
+      for (int i = 0; i < 2 * BLOCKS; i++) {
+        to[(2 * t + k) * WIDE + 16 * i + g] = acc[i][k];
+        to[(2 * t + k) * WIDE + 16 * i + 8 + g] = acc[i][k + 2];
       }
     }
-  auto channel = [&](int i, int k) { return 32 * (i / 2) + 4 * g + 2 * (i % 2) + k / 2; };
-  if (half == 1) {
-#pragma unroll
-    for (int i = 0; i < 2 * BLOCKS; i++)
-#pragma unroll
-      for (int k = 0; k < 4; k++) sum[channel(i, k) * 8 + 2 * t + (k & 1)] = acc[i][k];
-    if (g == 0)
-#pragma unroll
-      for (int k = 0; k < 2; k++) ends[2 * t + k] = m[k], ends[8 + 2 * t + k] = weight[k];
   }
   __syncthreads();
-  if (half == 1) return;
-  float mine_[2], other[2];
+  for (int at = threadIdx.x * 4; at < heads * D; at += THREADS * 4) {
+    const int head = at / D, c = at % D;
+    float above = -1e30f, total = 0.f, o[4] = {};
 #pragma unroll
-  for (int k = 0; k < 2; k++) {
-    const float m1 = ends[2 * t + k], above = fmaxf(m[k], m1);
-    const float f0 = exp2_(m[k] - above), f1 = exp2_(m1 - above);
-    const float total = weight[k] * f0 + ends[8 + 2 * t + k] * f1;
-    const float inverse = total > 0.f ? 1.f / total : 0.f;
-    mine_[k] = f0 * inverse, other[k] = f1 * inverse;
-    if (g == 0 && 2 * t + k < heads)
-      lse[(long long)part * heads + 2 * t + k] = total > 0.f ? above + log2f(total) - FOLD : -1e30f;
-  }
+    for (int warp = 0; warp < WARPS; warp++) above = fmaxf(above, ends[warp * 16 + head]);
 #pragma unroll
-  for (int i = 0; i < 2 * BLOCKS; i++)
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-      const int head = 2 * t + (k & 1), c = channel(i, k);
-      if (head < heads)
-        out[((long long)part * heads + head) * D + c] = acc[i][k] * mine_[k & 1] + sum[c * 8 + head] * other[k & 1];
+    for (int warp = 0; warp < WARPS; warp++) {
+      const float f = exp2_(ends[warp * 16 + head] - above);
+      total = fmaf(ends[warp * 16 + 8 + head], f, total);
+      const float4 x = *reinterpret_cast<const float4*>(parts + (warp * 8 + head) * WIDE + c);
+      o[0] = fmaf(x.x, f, o[0]), o[1] = fmaf(x.y, f, o[1]), o[2] = fmaf(x.z, f, o[2]), o[3] = fmaf(x.w, f, o[3]);
     }
+    const float inverse = total > 0.f ? 1.f / total : 0.f;
+    const long long place = (long long)part * heads + head;
+    *reinterpret_cast<float4*>(out + place * D + c) =
+        make_float4(o[0] * inverse, o[1] * inverse, o[2] * inverse, o[3] * inverse);
+    if (c == 0) lse[place] = total > 0.f ? above + log2f(total) - FOLD : -1e30f;
+  }
 }

@@ -59,13 +59,16 @@ def supports(form: Reader | None, heads: int, head_dim: int) -> str | None:
     return lacks(form, heads)
 
 
-def pages_of(spans: np.ndarray, page: int, team: int = 1) -> np.ndarray:
+def pages_of(spans: np.ndarray, page: int, team: int = 1, joined: bool = False) -> np.ndarray:
     """How many packed pages of `page` tokens, and how many `TILE`s of exact slots, the rows see part of.
 
-    spans: `[..., rows, >= 5]`; team: see `Reader`. Returns `[..., 2, rows]`.
+    spans: `[..., rows, >= 5]`; team: see `Reader`; joined: one kernel does both, and an exact page is a piece of work as
+    a packed one is. Returns `[..., 2, rows]`.
     """
     low, high, stop = spans[..., 0], spans[..., 1], spans[..., 4]
     packed = np.where(high > low, -(-high // page) - low // page, 0)
+    if joined:
+        return np.stack([packed + -(-stop // PAGE), np.zeros_like(packed)], -2)
     if team > 1:
         packed = np.where(np.arange(packed.shape[-1]) % team == 0, packed, 0)
     return np.stack([packed, -(-stop // TILE)], -2)
@@ -74,16 +77,21 @@ def pages_of(spans: np.ndarray, page: int, team: int = 1) -> np.ndarray:
 def starts_of(pages: np.ndarray, programs: tuple[int, int]) -> np.ndarray:
     """The work lists: the first program of each row, and how many programs there are, int32 `[..., 2, rows + 1]`.
 
-    pages: `[..., 2, rows]`, at most `programs` of which may have any. No program gets more pages than it must.
+    pages: `[..., 2, rows]`, at most `programs` of which may have any (none of a kind that has no programs). No
+    program gets more pages than it must, and few are left without any.
     """
     most = np.array(programs)[:, None]
-    each = np.maximum(1, -(-pages.sum(-1, keepdims=True) // most))
+    each = np.maximum(1, -(-pages.sum(-1, keepdims=True) // np.maximum(1, most)))
     while True:
         shares = -(-pages // each)
         over = shares.sum(-1, keepdims=True) > most
         if not over.any():
             break
         each += np.where(over, np.maximum(1, each // 32), 0)
+    # Programs that are left go to the rows by their pages, where that makes no share larger.
+    even = np.minimum(pages, np.maximum(1, pages * most // np.maximum(1, pages.sum(-1, keepdims=True))))
+    worse = (-(-pages // np.maximum(1, even)) > each).any(-1, keepdims=True) | (even.sum(-1, keepdims=True) > most)
+    shares = np.where(worse, shares, even)
     out = np.zeros((*pages.shape[:-1], pages.shape[-1] + 1), dtype=np.int32)
     np.cumsum(shares, -1, out=out[..., 1:])
     return out

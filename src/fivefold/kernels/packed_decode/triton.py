@@ -73,6 +73,9 @@ _STAGES = {2: 1, 3: 1, 4: 2, 8: 2}
 RESIDENT = 4
 """Programs of two warps that fit on a processor at a time."""
 
+PDL = True
+"""Launch what merges the parts before the kernel that leaves them is done (programmatic dependent launch)."""
+
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -157,6 +160,16 @@ def _queries(queries, row, heads, N: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def _scaled(q):
+    """q `[D, N]` as float16, each column scaled by a power of two to be below 64, and these powers' inverses `[N]`."""
+    most = tl.max(tl.abs(q.to(tl.float32)), 0)
+    # The exponent of a float32, so that nothing is rounded.
+    e = tl.minimum(tl.maximum(((most.to(tl.int32, bitcast=True) >> 23) & 255) - 127, -30), 100) - 5
+    f = ((127 - e) << 23).to(tl.float32, bitcast=True)
+    return (q.to(tl.float32) * f[None, :]).to(tl.float16), ((127 + e) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _row(starts, rows, R: tl.constexpr):
     """The row that this program works for, `rows` if none; starts: the first program of each, and how many in all."""
     i = tl.arange(0, R)
@@ -209,14 +222,14 @@ def _packed(
     d = tl.arange(0, D)
     g = tl.arange(0, VALUE_GROUPS)
     word = r[:, None] * D + d[None, :]
-    q = _queries(queries, row, heads, N, D).to(tl.float16)
+    q, unscale = _scaled(_queries(queries, row, heads, N, D))
     low = tl.load(spans + row * SPAN)
     high = tl.load(spans + row * SPAN + 1)
     first, last = _share(starts, row, tl.cdiv(high, TOKENS) - low // TOKENS)
     first += low // TOKENS
     last += low // TOKENS
 
-    scale = scale * _fold(BITS)
+    scale = scale * _fold(BITS) * unscale
     m = tl.full([N], -1e30, tl.float32)
     weight = tl.zeros([32, N], tl.float32)
     offset = tl.zeros([32, N], tl.float32)
@@ -261,7 +274,7 @@ def _packed(
         offset = offset * shrink[None, :]
         acc = acc * shrink[None, :]
         for j in tl.static_range(PLANES):
-            p = tl.exp2(scores[j] * scale - m[None, :])
+            p = tl.exp2(scores[j] * scale[None, :] - m[None, :])
             weight += p
             v = tl.trans(_plane(value_words, BITS, j, ASM))
             if VALUE_GROUPS == 1:
@@ -296,7 +309,12 @@ def _exact(
     work = tl.float32 if WIDE else DTYPE
     t = tl.arange(0, T)
     d = tl.arange(0, D)
-    q = _queries(queries, row, heads, N, D).to(work)
+    q = _queries(queries, row, heads, N, D)
+    if work == tl.float16:
+        q, unscale = _scaled(q)
+        scale = scale * unscale[None, :]
+    else:
+        q = q.to(work)
     sink = tl.load(spans + row * SPAN + 2)
     start = tl.load(spans + row * SPAN + 3)
     stop = tl.load(spans + row * SPAN + 4)
@@ -352,7 +370,8 @@ def _picked(
     VALUE_ZERO: tl.constexpr = VALUE_SCALE + TOKENS * (D // CHANNELS)
     t = tl.arange(0, TILE)
     d = tl.arange(0, D)
-    q = _queries(queries, row, heads, N, D).to(tl.float16)
+    q, unscale = _scaled(_queries(queries, row, heads, N, D))
+    scale = scale * unscale[None, :]
     first, last = _share(starts, row, tl.cdiv(count, TILE))
     m = tl.full([N], -1e30, tl.float32)
     weight = tl.zeros([TILE, N], tl.float32)
@@ -430,9 +449,14 @@ def _merge(out, lse, starts, row, head, heads, m, total, acc, D: tl.constexpr, P
 def _combine(
     packed_out, packed_lse, exact_out, exact_lse, starts, merged, merged_lse, rows,
     D: tl.constexpr, P: tl.constexpr, WITH_LSE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
-    TEAM: tl.constexpr,
+    TEAM: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts of one head of a row. Grid: (rows, heads). TEAM: see `Reader`."""
+    """Merge the parts of one head of a row. Grid: (rows, heads).
+
+    TEAM: see `Reader`. WAITS: it was launched before the kernel in front of it was done.
+    """
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
     head = tl.program_id(1)
     heads = tl.num_programs(1)
@@ -462,6 +486,11 @@ def _processors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
 def by_cuda(form: Reader, heads: int, device: torch.device) -> bool:
     """Whether `cuda.py` attends over packed pages of this form."""
     if device.type != "cuda" or not isinstance(form, Form):
@@ -469,8 +498,11 @@ def by_cuda(form: Reader, heads: int, device: torch.device) -> bool:
     return choose(device).path == "cuda" and cuda.supports(form, heads)
 
 
-def programs_for(rows: int, device: torch.device, form: Reader | None = None, heads: int = 1) -> tuple[int, int]:
-    """How many programs work on the packed pages of that many rows, and on their exact ones.
+def programs_for(
+    rows: int, device: torch.device, form: Reader | None = None, heads: int = 1, dtype: torch.dtype | None = None
+) -> tuple[int, int]:
+    """How many programs work on the packed pages of that many rows, and on their exact ones, whose dtype may be given:
+    none where the first do both (`pages_of(joined=True)`).
 
     Few rows are cut so that the device is filled once, many so that it is filled several times over and none waits long
     for the last.
@@ -482,6 +514,8 @@ def programs_for(rows: int, device: torch.device, form: Reader | None = None, he
         once if 8 * rows <= once else max(8 * once, 2 * rows)
         for rows, once in ((rows // team, resident * _processors(device)), (rows, RESIDENT * _processors(device)))
     )
+    if form is not None and by_cuda(form, heads, device) and cuda.joins(dtype):
+        return packed, 0
     return packed, exact
 
 
@@ -525,10 +559,12 @@ def decode(
     scale = scaling * 1.4426950408889634
     n = 8 if heads <= 8 else 16
     form = packed.form if packed is not None and picks is None else None
-    programs = programs or programs_for(rows, device, form, heads)
+    programs = programs or programs_for(rows, device, form, heads, None if exact is None else exact.dtype)
+    joined = exact if programs[1] == 0 else None
+    """Exact pages that the kernel of the packed ones attends over."""
     if starts is None:
         page, team = (TILE, 1) if packed is None else (packed.form.tokens, packed.form.team)
-        pages = pages_of(spans.cpu().numpy(), page, team)
+        pages = pages_of(spans.cpu().numpy(), page, team, joined is not None)
         if picks is not None and packed is not None:
             pages[0] = -(-picks.shape[1] // PICKS)
         starts = torch.from_numpy(starts_of(pages, programs)).to(device)
@@ -545,6 +581,7 @@ def decode(
         if packed is not None and isinstance(packed.form, Form):
             form = packed.form
             tiles = packed.table.numel() if picks is None else -(-picks.shape[1] // PICKS) * rows
+            tiles += 0 if joined is None else joined.table.numel() // 2
             count, packed_out, packed_lse = parts(programs[0], tiles)
             if picks is not None:
                 _picked[(count,)](
@@ -553,8 +590,8 @@ def decode(
                     num_warps=2, **common,
                 )  # fmt: skip
             elif by_cuda(form, heads, device):
-                cuda.kernel(form, queries.dtype, device, SPAN)(
-                    count, queries, packed.table, spans, starts[0], packed_out, packed_lse, scale
+                cuda.kernel(form, queries.dtype, None if joined is None else joined.dtype, device, SPAN)(
+                    count, queries, packed.table, joined, spans, starts[0], packed_out, packed_lse, scale
                 )
             else:
                 _packed[(count,)](
@@ -566,7 +603,7 @@ def decode(
             team = packed.form.team
             _, packed_out, packed_lse = parts(programs[0], packed.table.shape[0] * packed.table.shape[1] // team, team)
             packed.form.attend(packed, queries, scale, spans, starts[0], packed_out, packed_lse, packed_scores)
-        if exact is not None:
+        if exact is not None and joined is None:
             wide = exact.dtype.itemsize == 4
             picked = picks if packed is None else None
             slots = exact.table.shape[1] * 32 if picked is None else picked.shape[1]
@@ -578,8 +615,10 @@ def decode(
             )  # fmt: skip
         merged = torch.empty_like(queries)
         merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
+        waits = PDL and packed is not None and joined is exact and _capability(device) >= 9
         _combine[(rows, heads)](
             packed_out, packed_lse, exact_out, exact_lse, starts, merged, merged_lse if with_lse else exact_lse, rows,
-            D=dim, P=64, WITH_LSE=with_lse, PACKED=packed is not None, EXACT=exact is not None, TEAM=team, num_warps=8,
+            D=dim, P=64, WITH_LSE=with_lse, PACKED=packed is not None, EXACT=exact is not joined, TEAM=team, WAITS=waits,
+            num_warps=8, **({"launch_pdl": True} if waits else {}),
         )  # fmt: skip
     return merged, merged_lse
