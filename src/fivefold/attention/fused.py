@@ -10,6 +10,7 @@ import torch
 from fivefold.attention.compensate import Part, beside
 from fivefold.attention.merge import with_sinks
 from fivefold.attention.tables import kernels, tables_of
+from fivefold.attention.watch import why_not_watched
 from fivefold.errors import CacheStateError
 from fivefold.kernels.choice import choose
 from fivefold.kernels.packed_decode import cpu, schedule
@@ -137,10 +138,13 @@ def why_not_each(layers: dict[int, LayerCache], roles: Mapping[int, str]) -> dic
     kinds: dict[tuple[Bank, bool], str | None] = {}
     out: dict[int, str | None] = {}
     for index, layer in layers.items():
-        if roles.get(index, "full") != "full" and choose(layer.spec.device).path != "cpp":
+        role, path = roles.get(index, "full"), choose(layer.spec.device).path
+        if role != "full" and path == "reference":
             out[index] = "what is read is picked anew in every step"
-        elif layer.held:
+        elif layer.known and path in ("cpp", "reference"):
             out[index] = "the tokens that are held are chosen in every step"
+        elif path != "cpp" and (why := why_not_watched(layer, role)) is not None:
+            out[index] = why
         else:
             # Layers of a bank are alike, but for the largest number that they have seen.
             kind = layer.bank, layer.codec is not None and layer.codec.peak > schedule.LIMIT

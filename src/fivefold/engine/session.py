@@ -19,6 +19,7 @@ import torch
 
 from fivefold.attention.fused import why_not_each
 from fivefold.attention.tables import tables_of
+from fivefold.attention.watch import Picked, unsteady
 from fivefold.engine import admission
 from fivefold.engine.companions import Companions
 from fivefold.engine.picks import Picks, Reads
@@ -319,12 +320,24 @@ class Session:
     def _open(self) -> None:
         """A slot for the newest token in all layers whose steps are a kernel's, and tables that say so."""
         fused = {index for index, why in self.why_not_fused().items() if why is None}
+        if not (steady := self.steady):
+            fused -= {index for index, store in self.stores.items() if store.known}
+            for bank in self.banks:
+                bank.settle()
+        picked = Picked(self.reads) if self.reads.roles else None
         for bank in self.banks:
             layers = [store for index, store in self.stores.items() if index in fused and store.bank is bank]
             if layers:
                 bank.open(bank.rows_of(layers))
-                tables_of(bank).update()
+                tables = tables_of(bank)
+                tables.follow_step(picked, steady)
+                tables.update()
         self.stepping = frozenset(fused)
+
+    @property
+    def steady(self) -> bool:
+        """Whether the next step of tokens that a policy chooses may be a kernel's, as they stand just now."""
+        return not unsteady(self.stores, self.revocable)
 
     def why_not_fused(self) -> dict[int, str | None]:
         """Why a layer's decoding step is not one call of a kernel, in a few words, of each layer; None if it is."""
@@ -359,10 +372,12 @@ class Session:
             rows = np.flatnonzero(~bank.chosen)
             if len(rows):
                 bank.advance(rows, revocable)
+            if bank.live is not None and not bank.live.watch.advance(bank):
+                bank.settle(stepped=True)
             if bank.mirror is not None:
                 bank.mirror.prepare()
         for store in self.stores.values():
-            if store.held:
+            if store.known and store.bank.live is None:
                 for group in store.groups:
                     if group.held is not None:
                         store.append(group, None, None, revocable=revocable)

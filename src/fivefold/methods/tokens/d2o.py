@@ -80,8 +80,16 @@ class D2O(TokenPolicy):
     def always(self) -> int:
         return self.sink + 1
 
+    loses = "least"
+
+    def guards(self, held: Held) -> tuple[torch.Tensor | int, int]:
+        return self.sink - 1, self._newest(self.budget(held))
+
+    def _newest(self, budget: int) -> int:
+        return max(0, min(int(self.recent * budget), budget - self.sink))
+
     def priority(self, held: Held, budget: int) -> torch.Tensor:
-        recent = max(0, min(int(self.recent * budget), budget - self.sink))
+        recent = self._newest(budget)
         stays = held.newest(recent) | (held.positions < self.sink)
         return held.scores.masked_fill(stays, float("inf"))
 
