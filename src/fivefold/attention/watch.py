@@ -1,10 +1,10 @@
 """What a decoding step does on the device where a policy chooses tokens, or layers read what others picked.
 
-**Tokens that are held.** While steps are a kernel's, what a policy knows of the tokens is the device's (`Watch`): a step
-reads positions and scores, writes new scores, the slot of the token that goes, and the newest token's key and value
-elsewhere, and so changes nothing that is committed. What it chose becomes so once it is committed, before anything is
-read (`Bank.flush`). The host knows counts alone, which are the same whatever goes. Whoever else asks for a layer's
-`held` gets it as ever (`Bank.settle`).
+**Tokens that are held.** While steps are a kernel's, what a policy knows of the tokens is the device's (`Watch`): a
+step reads positions and scores, and writes new scores, the slot of the token that goes, and the newest token's key and
+value elsewhere, so that nothing is changed that is committed. What it chose becomes so once it is committed, before
+anything is read (`Bank.flush`). The host knows counts alone, which are the same whatever goes. Whoever else asks for a
+layer's `held` gets it as ever (`Bank.settle`).
 
 **Picks.** A layer that picks ranks its slots by what they received, and its `topk` is what later layers read.
 """
@@ -64,8 +64,8 @@ Known = tuple[tuple[Held, np.ndarray], ...]
 @dataclass(frozen=True)
 class Live:
     """What a policy knows of the tokens of a bank's rows is in `watch`: of each layer the `Held`s without it, and their
-    rows. opened: whether `Bank.open` has made room for a token that is not known yet. pending: the last step's choice has
-    yet to become so."""
+    rows. opened: whether `Bank.open` has made room for a token that is not known yet. pending: the last step's choice
+    has yet to become so."""
 
     watch: Watch
     known: tuple[Known, ...]
@@ -133,7 +133,8 @@ class Watch:
             mine = []
             for held, rows in known:
                 bounds = Bounds(*bank.data[:, layer.base + rows[0]].tolist())
-                at, slots, seen = _index(rows, self.positions.device), int(bounds.length) - more, int(bounds.seen) - more
+                slots, seen = int(bounds.length) - more, int(bounds.seen) - more
+                at = _index(rows, self.positions.device)
                 scores = (self.new if stepped else self.scores)[index, at, :slots].clone()
                 positions = self.positions[index, at, :slots].clone()
                 if stepped:

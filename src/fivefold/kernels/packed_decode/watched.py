@@ -346,8 +346,8 @@ def beside(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """Merge one more part into `out [rows, heads, head_dim]` and `lse [rows, heads]`: a token of each row, key and value
-    float32 `[rows, head_dim]`, that counts as `exp(logs [rows])` of them; -1e30 is none."""
+    """Merge one more part into `out [rows, heads, head_dim]` and `lse [rows, heads]`: a token of each row, key and
+    value float32 `[rows, head_dim]`, that counts as `exp(logs [rows])` of them; -1e30 is none."""
     rows, heads, dim = queries.shape
     with on(queries.device):
         _beside[(rows, heads)](queries, keys, values, logs, out, lse, scaling, heads, D=dim, num_warps=1)
