@@ -26,8 +26,7 @@ from fivefold.store.layer_cache import LayerCache
 from fivefold.store.rows import PAGE, Bounds
 
 NUMBERS = 4
-"""Of each row and step (see `tally`): what becomes of its newest token, that token's position, how many of the newest
-never go, and how many were generated."""
+"""Of each row and step, see `kernels/packed_decode/watched.py`."""
 GROWS, GIVES = 1, 2
 
 
@@ -92,13 +91,17 @@ class Watch:
             self.scores, self.new = (torch.zeros((*shape, self.slots), device=device) for _ in range(2))
             self.low, self.goes = (torch.full(shape, -1, dtype=torch.int32, device=device) for _ in range(2))
             self.stash = torch.zeros((*shape, 2, spec.head_dim), dtype=spec.dtype, device=device)
+            self.merges: tuple[torch.Tensor, ...] | None = None
+            if any(layer.policy is not None and layer.policy.absorbs for layer in bank.layers):
+                into, (old, new) = torch.full_like(self.goes, -1), torch.full((2, *shape), torch.nan, device=device)
+                self.merges = into, torch.zeros_like(self.stash), old, new
             # sequence * kv_heads + kv_head of each row.
             self.places = torch.arange(tables.rows, device=device)
 
     @property
     def nbytes(self) -> int:
         tensors = self.positions, self.scores, self.new, self.low, self.goes, self.stash, self.places
-        return sum(x.nbytes for x in tensors)
+        return sum(x.nbytes for x in (*tensors, *(self.merges or ())))
 
     # -- whose it is --------------------------------------------------------------------------------------
 
@@ -115,8 +118,10 @@ class Watch:
                 self.positions[index, at, : held.slots] = held.positions
                 self.scores[index, at, : held.slots] = held.scores
                 self.low[index, at] = layer.policy.guards(held)[0]
+                if self.merges is not None:
+                    self.merges[2][index, at] = held.extra.get("threshold", torch.nan)
                 none = held.positions.new_empty((held.rows, 0))
-                bare = replace(held, positions=none, scores=none.float(), extra=dict(held.extra))
+                bare = replace(held, positions=none, scores=none.float())
                 mine.append((bare, rows))
             known.append(tuple(mine))
         for layer, some in zip(bank.layers, known):
@@ -141,7 +146,12 @@ class Watch:
                     positions[:, -1] = seen - 1
                 went = layer.policy.commits and seen - stepped > held.seen
                 final = seen - stepped if went else held.final
-                mine.append(replace(held, positions=positions, scores=scores, seen=seen, final=final))
+                extra = held.extra
+                if self.merges is not None:
+                    threshold = self.merges[2][index, at].clone()
+                    if "threshold" in extra or not (threshold.is_meta or bool(threshold.isnan().any())):
+                        extra = {**extra, "threshold": threshold}
+                mine.append(replace(held, positions=positions, scores=scores, extra=extra, seen=seen, final=final))
             out.append(mine)
         return out
 
@@ -191,6 +201,10 @@ class Watch:
             scores, lse, given, order, policy.loses == "oldest", self.scores[index], self.positions[index],
             self.low[index], numbers, spans, self.new[index], self.goes[index], self.stash[index], exact,
         )  # fmt: skip
+        if self.merges is not None and policy.absorbs:
+            into, merged, old, new = (x[index] for x in self.merges)
+            stash = self.stash[index]
+            _kernels().absorb(self.goes[index], numbers, spans, exact, old, *policy.absorbs, new, stash, into, merged)
 
     def advance(self, bank: Bank) -> bool:
         """After a step: what the host knows of it becomes so; False where it has to plan what follows."""
@@ -217,14 +231,16 @@ class Watch:
         if self.goes.is_meta:
             return
         bounds = bank.at(rows)
-        slots = self.goes.cpu().numpy()[:, : bank.rows].reshape(-1)[rows] - bounds.packed_tokens
-        some = (slots >= 0) & (slots < bounds.exact_tokens - 1)
-        exact.unshare(bank.change, rows[some], slots[some] // PAGE)
+        for which in (self.goes, *(self.merges or ())[:1]):
+            slots = which.cpu().numpy()[:, : bank.rows].reshape(-1)[rows] - bounds.packed_tokens
+            some = (slots >= 0) & (slots < bounds.exact_tokens - 1)
+            exact.unshare(bank.change, rows[some], slots[some] // PAGE)
 
     def overwrite(self, spans: torch.Tensor, numbers: torch.Tensor, exact: schedule.Exact) -> None:
         """The last step's choice becomes so, on the device: spans and numbers of all layers, as they were then."""
         if not self.goes.is_meta:
-            _kernels().overwrite(self.goes, self.stash, self.new, numbers, spans, self.positions, self.scores, exact)
+            given = self.goes, self.stash, self.new, self.merges, numbers, spans
+            _kernels().overwrite(*given, self.positions, self.scores, exact)
 
 
 def _kernels() -> Any:

@@ -231,7 +231,7 @@ class TokenPolicy(Method):
             return f"what {self.name} makes of a step's attention is not summed by a kernel"
         if self.evicts and self.trims and self.loses is None:
             return f"which token goes only {self.name} itself knows, in every step"
-        if self.evicts and self.trims and self.merges_steps:
+        if self.evicts and self.trims and self.merges_steps and self.absorbs is None:
             return "what goes is merged into what stays, in every step"
         return None
 
@@ -252,7 +252,14 @@ class TokenPolicy(Method):
             return False if held.seen % self._pace else None
         if int(bounds.packed_stop):
             return False
-        return True if excess == 1 and self.loses is not None and not self.merges_steps else None
+        known = self.loses is not None and (not self.merges_steps or self.absorbs is not None)
+        return True if excess == 1 and known else None
+
+    @property
+    def absorbs(self) -> tuple[float, float] | None:
+        """With `merges_steps`: what the threshold of the token that goes is made of, where it is merged as in D2O (see
+        `absorb` of the kernels): the weights of the one before, `extra["threshold"]`, and of its own similarity."""
+        return None
 
     # -- plans: what the declarations above come to -------------------------------------------------------
 

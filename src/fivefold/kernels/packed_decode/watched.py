@@ -17,11 +17,11 @@ from fivefold.kernels.packed_decode.triton import _TYPES, _code_planes, _queries
 
 TILE = 1024
 """Slots that are one piece of work."""
+KEYS = 64
+"""Keys that are one piece of work."""
 NUMBERS = 4
-"""Of each row: `KEEP`, `GROWS` or `GIVES`; the newest token's position; how many of the newest tokens never go; and
-how many tokens were generated."""
-KEEP, GROWS, GIVES = range(3)
-"""No token of this row is watched; the newest one stays in its slot; one goes, and the newest takes its slot."""
+"""Of each row: 0 where no token is watched, 1 where the newest one stays in its slot, 2 where one goes and the newest
+takes its slot; the newest token's position; how many of the newest tokens never go; and how many were generated."""
 
 
 @triton.jit
@@ -173,10 +173,82 @@ def _choose(
         tl.store(stash + (row * 2 + side) * D + d, tl.load(page + ((stop - 1) % 32) * D + d))
 
 
+@triton.jit(do_not_specialize=("columns",))
+def _alike(
+    goes, numbers, spans, table, best, place, columns,
+    DTYPE: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, NUMBERS: tl.constexpr,
+):  # fmt: skip
+    """Which of a tile of a row's exact keys is most like the key of the token that goes. Grid: (rows, tiles)."""
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    at = row * tl.num_programs(1) + tile
+    stop = tl.load(spans + row * SPAN + 4)
+    if (tile * T >= stop) | (tl.load(numbers + row * NUMBERS) != 2):
+        tl.store(best + at, float("-inf"))
+        tl.store(place + at, 0)
+        return
+    d = tl.arange(0, D)
+    slot = tile * T + tl.arange(0, T)
+    slot_gone = tl.load(goes + row)
+    address = tl.load(table + (row * columns + slot_gone // 32) * 2)
+    page = tl.multiple_of((address * 16).to(tl.pointer_type(DTYPE)), 16)
+    gone = tl.load(page + (slot_gone % 32) * D + d).to(tl.float32)
+    unit = gone / tl.maximum(tl.sqrt(tl.sum(gone * gone, 0)), 1e-12)
+    address = tl.load(table + (row * columns + slot // 32) * 2, mask=slot < stop, other=0)
+    pages = tl.multiple_of((address * 16).to(tl.pointer_type(DTYPE)), 16)
+    inside = (slot % 32)[:, None] * D + d[None, :]
+    keys = tl.load(pages[:, None] + inside, mask=(slot < stop)[:, None], other=0.0).to(tl.float32)
+    like = tl.sum(keys * unit[None, :], 1) / tl.maximum(tl.sqrt(tl.sum(keys * keys, 1)), 1e-12)
+    like = tl.where((slot < stop) & (slot != slot_gone), like, float("-inf"))
+    value, index = tl.max(like, 0, return_indices=True)
+    tl.store(best + at, value)
+    tl.store(place + at, tile * T + index)
+
+
+@triton.jit(do_not_specialize=("columns", "tiles"))
+def _absorb(
+    best, place, goes, numbers, spans, table, threshold, new_threshold, stash, into, merged, alpha, beta, columns,
+    tiles, DTYPE: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, NUMBERS: tl.constexpr,
+):  # fmt: skip
+    """What the token of each row becomes that the one that goes is merged into. Grid: (rows,)."""
+    row = tl.program_id(0).to(tl.int64)
+    before = tl.load(threshold + row)
+    if tl.load(numbers + row * NUMBERS) != 2:
+        tl.store(new_threshold + row, before)
+        tl.store(into + row, -1)
+        return
+    t = tl.arange(0, T)
+    d = tl.arange(0, D)
+    value = tl.load(best + row * tiles + t, mask=t < tiles, other=float("-inf"))
+    like, index = tl.max(value, 0, return_indices=True)
+    slot = tl.load(place + row * tiles + index)
+    slot_gone = tl.load(goes + row)
+    last = tl.load(spans + row * SPAN + 4) - 1
+    least = tl.where(before == before, alpha * before + beta * like, like)
+    joins = like >= least
+    own = tl.where(joins, 0.5, 1.0)
+    other = tl.where(joins, like * 0.5, 0.0)
+    tl.store(new_threshold + row, least)
+    tl.store(into + row, tl.where(joins & (slot != last), slot, -1))
+    for side in tl.static_range(2):
+        address = tl.load(table + (row * columns + slot // 32) * 2 + side)
+        page = tl.multiple_of((address * 16).to(tl.pointer_type(DTYPE)), 16)
+        stays = tl.load(page + (slot % 32) * D + d).to(tl.float32)
+        address = tl.load(table + (row * columns + slot_gone // 32) * 2 + side)
+        page = tl.multiple_of((address * 16).to(tl.pointer_type(DTYPE)), 16)
+        gone = tl.load(page + (slot_gone % 32) * D + d).to(tl.float32)
+        x = (own * stays + other * gone).to(DTYPE)
+        tl.store(merged + (row * 2 + side) * D + d, x)
+        if slot == last:  # what takes the place of the one that goes is what it has just become
+            tl.store(stash + (row * 2 + side) * D + d, x)
+
+
 @triton.jit(do_not_specialize=("columns", "slots", "rows", "row_spans", "row_numbers"))
 def _overwrite(
-    goes, stash, new, numbers, spans, table, positions, scores, columns, slots, rows, row_spans, row_numbers,
+    goes, stash, new, into, merged, threshold, new_threshold, numbers, spans, table, positions, scores,
+    columns, slots, rows, row_spans, row_numbers,
     DTYPE: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, NUMBERS: tl.constexpr,
+    MERGES: tl.constexpr,
 ):  # fmt: skip
     """What a step has chosen becomes so: of a tile of a row's slots. Grid: (layers * rows, tiles)."""
     row = tl.program_id(0).to(tl.int64)
@@ -197,8 +269,16 @@ def _overwrite(
         tl.store(scores + row * slots + t, tl.where(t == slot, last, sum), mask=t < total)
     if tile == 0:
         tl.store(positions + row * slots + slot, newest)
+        d = tl.arange(0, D)
+        if MERGES:
+            tl.store(threshold + row, tl.load(new_threshold + row))
+            inside = tl.load(into + row)
+            if inside >= 0:
+                for side in tl.static_range(2):
+                    address = tl.load(table + (row * columns + inside // 32) * 2 + side)
+                    page = tl.multiple_of((address * 16).to(tl.pointer_type(DTYPE)), 16)
+                    tl.store(page + (inside % 32) * D + d, tl.load(merged + (row * 2 + side) * D + d))
         if slot >= high and slot < total - 1:
-            d = tl.arange(0, D)
             inside = slot - high
             for side in tl.static_range(2):
                 address = tl.load(table + (row * columns + inside // 32) * 2 + side)
@@ -316,10 +396,44 @@ def tally(
         )  # fmt: skip
 
 
+def absorb(
+    goes: torch.Tensor,
+    numbers: torch.Tensor,
+    spans: torch.Tensor,
+    exact: Exact,
+    threshold: torch.Tensor,
+    alpha: float,
+    beta: float,
+    new_threshold: torch.Tensor,
+    stash: torch.Tensor,
+    into: torch.Tensor,
+    merged: torch.Tensor,
+) -> None:
+    """D2O's merge of the token that goes (see `tally`; nothing is packed) into the one whose key is most like its own,
+    by cosine similarity u; of equal ones the first. Its key and value become `(own + u * gone) / 2` where u is at least
+    the threshold, `alpha * threshold + beta * u` of the one before (nan: there is none, and it is u), float32 `[rows]`.
+
+    into int32 `[rows]`: the slot that changes, -1 of none, or where the newest token does, which is then changed in
+    `stash`; merged `[rows, 2, head_dim]`: what it becomes.
+    """
+    rows, columns = exact.table.shape[:2]
+    tiles = triton.cdiv(columns * 32, KEYS)
+    best = torch.empty((rows, tiles), dtype=torch.float32, device=goes.device)
+    place = torch.empty((rows, tiles), dtype=torch.int32, device=goes.device)
+    settings = {"DTYPE": _TYPES[exact.dtype], "D": stash.shape[2], "SPAN": SPAN, "NUMBERS": NUMBERS}
+    with on(goes.device):
+        _alike[(rows, tiles)](goes, numbers, spans, exact.table, best, place, columns, T=KEYS, **settings)
+        _absorb[(rows,)](
+            best, place, goes, numbers, spans, exact.table, threshold, new_threshold, stash, into, merged, alpha, beta,
+            columns, tiles, T=triton.next_power_of_2(tiles), num_warps=4, **settings,
+        )  # fmt: skip
+
+
 def overwrite(
     goes: torch.Tensor,
     stash: torch.Tensor,
     new: torch.Tensor,
+    merges: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None,
     numbers: torch.Tensor,
     spans: torch.Tensor,
     positions: torch.Tensor,
@@ -327,13 +441,14 @@ def overwrite(
     exact: Exact,
 ) -> None:
     """What `tally` chose becomes so, of all layers: `[layers, rows, ...]` each, table `[layers * rows, columns, 2]`.
-    Doing so twice does no harm."""
+    Doing so twice does no harm. merges: `into`, `merged`, `threshold`, `new_threshold` of `absorb`."""
     layers, rows, slots = scores.shape
+    into, merged, threshold, new_threshold = merges or (goes, stash, scores, new)
     with on(scores.device):
         _overwrite[(layers * rows, triton.cdiv(slots, TILE))](
-            goes, stash, new, numbers, spans, exact.table, positions, scores, exact.table.shape[1], slots, rows,
-            spans.stride(0), numbers.stride(0),
-            DTYPE=_TYPES[exact.dtype], D=stash.shape[3], T=TILE, SPAN=SPAN, NUMBERS=NUMBERS,
+            goes, stash, new, into, merged, threshold, new_threshold, numbers, spans, exact.table, positions, scores,
+            exact.table.shape[1], slots, rows, spans.stride(0), numbers.stride(0),
+            DTYPE=_TYPES[exact.dtype], D=stash.shape[3], T=TILE, SPAN=SPAN, NUMBERS=NUMBERS, MERGES=merges is not None,
         )  # fmt: skip
 
 

@@ -62,6 +62,10 @@ class D2O(TokenPolicy):
         return self.merging
 
     @property
+    def absorbs(self) -> tuple[float, float] | None:
+        return (self.alpha, self.beta) if self.merging else None
+
+    @property
     def waits(self) -> bool:  # type: ignore[override]
         return self.layers
 
