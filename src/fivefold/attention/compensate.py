@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fivefold.attention.merge import MASKED, capped, merge
-from fivefold.store.bank import Bank
+from fivefold.store.bank import Bank, BankLayer
 from fivefold.store.compensation import MEANS
 from fivefold.store.group import RowGroup
 from fivefold.store.layer_cache import LayerCache
@@ -93,11 +93,11 @@ class Left:
         self, layer: LayerCache, queries: torch.Tensor, scaling: float, out: torch.Tensor, lse: torch.Tensor | None
     ) -> None:
         """Into a layer's output and log-sum-exp, by a kernel."""
-        from fivefold.kernels.packed_decode import watched
+        from fivefold.kernels.watched import triton
 
         assert lse is not None
         at = layer.index
-        watched.beside(queries, scaling, self.keys[at], self.values[at], self.logs[at], out, lse)
+        triton.beside(queries, scaling, self.keys[at], self.values[at], self.logs[at], out, lse)
 
 
 def _logs(counts: np.ndarray) -> np.ndarray:
@@ -129,6 +129,6 @@ def beside(out: torch.Tensor, lse: torch.Tensor | None, left: Part | None) -> tu
     return whole.to(out.dtype), total
 
 
-def compensates(layer: LayerCache) -> bool:
+def compensates(layer: BankLayer) -> bool:
     """Whether some of its rows keep a compensation token."""
     return any(extent.compensate for extent in layer.extents)

@@ -320,18 +320,17 @@ class DeviceTables:
         packed: schedule.Packed | None,
     ) -> None:
         """What a step's attention means for the tokens that are held, or picked."""
-        from fivefold.kernels.packed_decode import watched
+        from fivefold.kernels.watched import triton
 
-        total, spans, given = lse, self.spans(layer), None
-        if sinks is not None and lse is not None:
-            total = torch.logaddexp(lse, sinks)
+        total: Any = lse if sinks is None or lse is None else torch.logaddexp(lse, sinks)
+        spans, given = self.spans(layer), None
         width = self.exact_columns * PAGE + (0 if packed is None else self.packed_columns * self.page)
         if scores is not None and packed is not None:
-            given = watched.packed_received(queries, scaling, total, spans, packed, width)
+            given = triton.packed_received(queries, scaling, total, spans, packed, width)
         if role == "select":
             assert self.picked is not None and scores is not None
             reads = self.picked.reads
-            self.picked.put(watched.rank(scores, total, given, spans, width, reads.sink, reads.recent), spans)
+            self.picked.put(triton.rank(scores, total, given, spans, width, reads.sink, reads.recent), spans)
         else:
             assert self.watch is not None
             self.watch.observe(layer, self.watched(layer), spans, self._place(layer)[2], scores, total, given)

@@ -26,7 +26,7 @@ from fivefold.store.layer_cache import LayerCache
 from fivefold.store.rows import PAGE, Bounds
 
 NUMBERS = 4
-"""Of each row and step, see `kernels/packed_decode/watched.py`."""
+"""Of each row and step, see `kernels/watched/triton.py`."""
 GROWS, GIVES = 1, 2
 
 
@@ -41,7 +41,8 @@ def why_not_watched(layer: LayerCache, role: str) -> str | None:
         return "no kernel says what this codec's tokens receive"
     if layer.known:
         policy: Any = layer.policy
-        return policy.why_not_step(layer.codec is not None)  # type: ignore[no-any-return]
+        why: str | None = policy.why_not_step(layer.codec is not None)
+        return why
     return None
 
 
@@ -192,7 +193,8 @@ class Watch:
         given: torch.Tensor | None,
     ) -> None:
         """A step's attention has come: the statistic and the choice, all on the device (see `tally`)."""
-        policy, spec, index = layer.policy, layer.spec, layer.index
+        policy: Any = layer.policy
+        spec, index = layer.spec, layer.index
         about = self.positions[index], numbers, spans, spec.layer, spec.kv_heads, self.places
         if scores is not None and not policy.sums:
             given, scores = policy.received_step(scores, lse, *about), None
@@ -244,9 +246,9 @@ class Watch:
 
 
 def _kernels() -> Any:
-    from fivefold.kernels.packed_decode import watched
+    from fivefold.kernels.watched import triton
 
-    return watched
+    return triton
 
 
 def _index(rows: np.ndarray, device: torch.device) -> slice | torch.Tensor:

@@ -21,7 +21,7 @@ from fivefold.store.context import Memo
 from fivefold.store.held import Held, joined
 from fivefold.store.pack import PackedLayer, pack
 from fivefold.store.pairs import pack_pairs
-from fivefold.store.rows import FIELDS, FIXED, Bounds, Extent
+from fivefold.store.rows import FIELDS, FIXED, Bounds, Extent, Packing
 from fivefold.store.tier import Tier
 from fivefold.store.transaction import Transaction
 
@@ -34,6 +34,8 @@ class BankLayer(PackedLayer, Protocol):
     extents: tuple[Extent, ...]
     policy: Any
     known: list[Held]
+
+    def packing_of(self, held: Held) -> Packing | None: ...
 
     @property
     def format(self) -> tuple[object, ...]: ...

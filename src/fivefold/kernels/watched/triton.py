@@ -2,7 +2,7 @@
 
 Lengths, counts and choices are on the device, and every shape is fixed while a text grows, so that a captured graph
 stays right. Slots are a row's packed tokens, then its exact ones. Beside each there is the same in plain PyTorch
-(`watched_reference.py`).
+(`reference.py`).
 """
 
 from __future__ import annotations

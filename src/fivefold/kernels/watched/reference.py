@@ -1,4 +1,4 @@
-"""What `watched.py` does, in plain PyTorch, with the same arguments. Pages are given as tensors instead of addresses:
+"""What `triton.py` does, in plain PyTorch, with the same arguments. Pages are given as tensors instead of addresses:
 keys and values `[rows, slots, head_dim]` of exact slots."""
 
 from __future__ import annotations
