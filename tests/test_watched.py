@@ -1,5 +1,5 @@
 """Decoding steps that watch, choose and pick on the device: the kernels against their reference, and whole steps
-against those in plain PyTorch, whatever happens to the cache between them. In Triton's interpreter, or with `-m gpu`."""
+against those in plain PyTorch, whatever happens to the cache between them. In Triton's interpreter, or `-m gpu`."""
 
 from __future__ import annotations
 

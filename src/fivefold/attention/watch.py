@@ -64,11 +64,12 @@ Known = tuple[tuple[Held, np.ndarray], ...]
 @dataclass(frozen=True)
 class Live:
     """What a policy knows of the tokens of a bank's rows is in `watch`: of each layer the `Held`s without it, and their
-    rows. opened: whether `Bank.open` has made room for a token that is not known yet. pending: the last step's choice
-    has yet to become so."""
+    rows. final int64 `[layers * rows]`: how many tokens had been seen when one last went. opened: whether `Bank.open`
+    has made room for a token that is not known yet. pending: the last step's choice has yet to become so."""
 
     watch: Watch
     known: tuple[Known, ...]
+    final: np.ndarray
     opened: bool = False
     pending: bool = False
 
@@ -127,7 +128,7 @@ class Watch:
             known.append(tuple(mine))
         for layer, some in zip(bank.layers, known):
             layer.known = [held for held, _ in some]
-        bank.live = Live(self, tuple(known))
+        bank.live = Live(self, tuple(known), np.zeros(bank.data.shape[1], dtype=np.int64))
 
     def held(self, bank: Bank, stepped: bool = False) -> list[list[Held]]:
         """What the policy knows, of each layer. stepped: after a step that the host is yet to plan, as if its attention
@@ -145,8 +146,7 @@ class Watch:
                 positions = self.positions[index, at, :slots].clone()
                 if stepped:
                     positions[:, -1] = seen - 1
-                went = layer.policy.commits and seen - stepped > held.seen
-                final = seen - stepped if went else held.final
+                final = max(held.final, int(live.final[layer.base + rows[0]]))
                 extra = held.extra
                 if self.merges is not None:
                     threshold = self.merges[2][index, at].clone()
@@ -220,7 +220,9 @@ class Watch:
             if bank.exact.shared:
                 self._unshare(bank, rows)
             bank.give(rows)
-        bank.live = replace(live, opened=False, pending=True)
+        final = live.final.copy()
+        final[rows] = bank.at(rows).seen
+        bank.live = replace(live, final=final, opened=False, pending=True)
         return True
 
     def _unshare(self, bank: Bank, rows: np.ndarray) -> None:
