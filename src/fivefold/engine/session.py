@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from fivefold.attention.fused import why_not_each
-from fivefold.attention.tables import tables_of
-from fivefold.attention.watch import Picked, unsteady
+from fivefold.attention.watch import unsteady
 from fivefold.engine import admission
 from fivefold.engine.companions import Companions
 from fivefold.engine.picks import Picks, Reads
+from fivefold.engine.stepping import opened
 from fivefold.errors import CacheFullError, CacheStateError, UnsupportedModelError
 from fivefold.store import compact, context, pairs
 from fivefold.store.bank import Bank
@@ -315,24 +315,7 @@ class Session:
             self.offsets = admission.offsets(placed, held, self.tokens, known)
         self.chunk = chunk
         if chunk == 1 and self.batch and (self.tokens == 1).all():
-            self._open()
-
-    def _open(self) -> None:
-        """A slot for the newest token in all layers whose steps are a kernel's, and tables that say so."""
-        fused = {index for index, why in self.why_not_fused().items() if why is None}
-        if not (steady := self.steady):
-            fused -= {index for index, store in self.stores.items() if store.known}
-            for bank in self.banks:
-                bank.settle()
-        picked = Picked(self.reads) if self.reads.roles else None
-        for bank in self.banks:
-            layers = [store for index, store in self.stores.items() if index in fused and store.bank is bank]
-            if layers:
-                bank.open(bank.rows_of(layers))
-                tables = tables_of(bank)
-                tables.follow_step(picked, steady)
-                tables.update()
-        self.stepping = frozenset(fused)
+            self.stepping = opened(self.stores, self.banks, self.reads, self.revocable)
 
     @property
     def steady(self) -> bool:

@@ -121,6 +121,7 @@ class Holds:
     bank: Any
     known: list[Held]
     """The same, without bringing back what a device has: positions and scores are missing then."""
+    learned: dict[str, torch.Tensor]
 
     @property
     def held(self) -> list[Held]:
@@ -132,8 +133,9 @@ class Holds:
         self.known = held
 
     @property
-    def held_bytes(self) -> int:
-        return sum(held.nbytes for held in self.known)
+    def statistics_bytes(self) -> int:
+        """Bytes of what a policy knows about the tokens, and a codec about the rows; of what a device has, tables do."""
+        return sum(held.nbytes for held in self.known) + sum(x.nbytes for x in self.learned.values())
 
 
 Known = tuple[list[Held], dict[str, torch.Tensor]]

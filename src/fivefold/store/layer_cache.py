@@ -496,8 +496,3 @@ class LayerCache(Holds):
         for name, x in self.codec.learn(queries, keys, values, inputs).items():
             whole = self.learned.get(name, x.new_zeros((self.rows, *x.shape[1:])))
             self.learned[name] = whole.index_copy(0, rows, x)
-
-    @property
-    def statistics_bytes(self) -> int:
-        """Bytes of what a policy knows about the tokens, and a codec about the rows."""
-        return self.held_bytes + sum(x.nbytes for x in self.learned.values())
