@@ -134,7 +134,7 @@ class Holds:
 
     @property
     def statistics_bytes(self) -> int:
-        """Bytes of what a policy knows about the tokens, and a codec about the rows; of what a device has, tables do."""
+        """Bytes of what a policy knows about the tokens, where no device does, and a codec about the rows."""
         return sum(held.nbytes for held in self.known) + sum(x.nbytes for x in self.learned.values())
 
 
