@@ -13,10 +13,14 @@ import torch
 
 import fivefold
 from conftest import DEVICES, KERNELS
+from fivefold.kernels.choice import choose
 from fivefold.kernels.packed_decode import Form, decode_page
 from fivefold.kernels.watched import reference
+from fivefold.plan import memory
+from fivefold.recipe import Recipe
 from recipes import SHAPE, written
 from test_packed_decode import exact_tier, packed_tier
+from test_plan_memory import held, shape_of, told
 
 pytest.importorskip("triton", reason="needs Triton")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -360,3 +364,21 @@ def test_what_cannot_be_replayed_says_why_and_runs(model, recipe: str, why: str 
         both.alike()
         assert both.caches[1].step.replays == 0
     assert os.environ["FIVEFOLD_KERNELS"] == KERNELS
+
+
+PLANNED = ["h2o", *(pytest.param(name, marks=pytest.mark.slow) for name in ("d2o", "tidal", "razor", "elastic+kivi"))]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is planned for a GPU is in benchmarks/plan_gpu.py")
+@pytest.mark.parametrize("name", PLANNED)
+def test_what_is_planned_is_what_it_takes(tiny, name: str, monkeypatch, tmp_path) -> None:
+    """The tables of watched steps too, to the byte."""
+    monkeypatch.setenv("FIVEFOLD_KERNELS", "triton")
+    model = tiny(**SHAPE)
+    recipe = written(name, model).replace("d2o(", "d2o(layers=False, ")
+    cache = held(model, recipe, 75, 2, None, 3)
+    assert name in ("tidal", "razor") or cache.session.banks[0].live is not None
+    path = choose(torch.device("cpu"))
+    settings = {"generated": 3, "dtype": torch.float32, "path": path}
+    plan = memory.report_of(Recipe.parse(recipe), shape_of(model, tmp_path), 75, 2, **settings)
+    assert told(plan) == told(cache.report())
