@@ -288,7 +288,7 @@ class DeviceTables:
             assert layer.codec.form is not None
             packed = schedule.Packed(self._packed[rows], layer.codec.form)
         role = "full" if self.picked is None else self.picked.role(layer)
-        if role == "sparse":
+        if role == "sparse" and self.picked is not None and self.picked.there(layer):
             return self._attend_picked(layer, queries, scaling, span, packed, exact, sinks)
         watches = self.watch is not None and bool(layer.known) and self.bank.live is not None
         scored: dict[str, Any] = {}
@@ -330,7 +330,7 @@ class DeviceTables:
         if role == "select":
             assert self.picked is not None and scores is not None
             reads = self.picked.reads
-            self.picked.put(triton.rank(scores, total, given, spans, width, reads.sink, reads.recent), spans)
+            self.picked.put(layer, triton.rank(scores, total, given, spans, width, reads.sink, reads.recent), spans)
         else:
             assert self.watch is not None
             self.watch.observe(layer, self.watched(layer), spans, self._place(layer)[2], scores, total, given)

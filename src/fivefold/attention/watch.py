@@ -20,7 +20,7 @@ import torch
 
 from fivefold.kernels.packed_decode import schedule
 from fivefold.kernels.packed_decode.reference import Form
-from fivefold.store.bank import Bank
+from fivefold.store.bank import Bank, BankLayer
 from fivefold.store.held import Held
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.rows import PAGE, Bounds
@@ -35,7 +35,7 @@ def why_not_watched(layer: LayerCache, role: str) -> str | None:
     do."""
     if role != "full" and layer.known:
         return "what is picked are tokens that are chosen"
-    if role != "full" and any(extent.recent is not None for extent in layer.extents):
+    if role != "full" and 0 < sum(extent.recent is None for extent in layer.extents) < len(layer.extents):
         return "heads with a window stand beside those that pick"
     if layer.codec is not None and not isinstance(layer.codec.form, Form):
         return "no kernel says what this codec's tokens receive"
@@ -266,18 +266,27 @@ class Picked:
     def __init__(self, reads: Any) -> None:
         self.reads = reads
         self._picks: torch.Tensor | None = None
+        self._layer = -1
         self._near: dict[tuple[int, int], torch.Tensor] = {}
 
-    def role(self, layer: LayerCache) -> str:
+    def role(self, layer: BankLayer) -> str:
+        """What a layer does in a step: "full", "select", or "sparse"."""
+        if any(extent.recent is not None for extent in layer.extents):
+            return "full"  # all of its heads have windows, which they read
         return str(self.reads.roles.get(layer.spec.layer, "full"))
 
-    def put(self, received: torch.Tensor, spans: torch.Tensor) -> None:
-        """received: as `rank` gives it."""
-        top = self.reads.top
+    def there(self, layer: BankLayer) -> bool:
+        """Whether what this layer is to read has been picked."""
+        near = self.reads.nearest.get(layer.spec.layer)
+        return self._picks is not None and (near is None or near[0] == self._layer)
+
+    def put(self, layer: BankLayer, received: torch.Tensor, spans: torch.Tensor) -> None:
+        """A layer picks. received: as `rank` gives it."""
+        top, self._layer = self.reads.top, layer.spec.layer
         values, indices = received.topk(min(top, received.shape[1]), 1, sorted=False)
         self._picks = _kernels().picks(values, indices, spans, top)
 
-    def of(self, layer: LayerCache) -> torch.Tensor:
+    def of(self, layer: BankLayer) -> torch.Tensor:
         """What this layer reads."""
         assert self._picks is not None
         near = self.reads.nearest.get(layer.spec.layer)
