@@ -14,7 +14,7 @@ import fivefold
 from conftest import DEVICES, KERNELS
 from fivefold.kernels.choice import choose
 from fivefold.kernels.packed_decode import Form, decode_page
-from fivefold.kernels.watched import reference
+from fivefold.kernels.watched import Noise, reference
 from fivefold.plan import memory
 from fivefold.recipe import Recipe
 from recipes import SHAPE, written
@@ -79,36 +79,36 @@ def test_what_tokens_receive_and_what_is_picked(pages: dict[str, Any]) -> None:
     assert torch.allclose(found.cpu(), reference.rank(scores.cpu(), lse.cpu(), None, spans.cpu(), width), 1e-4, 1e-5)
 
 
-CHOICES = ("least", "oldest", "order", "given", "packed", "nothing")
+CHOICES = ("least", "oldest", "draws", "noise", "packed", "nothing")
 
 
 @pytest.mark.parametrize("pages", DEVICES, indirect=True)
 @pytest.mark.parametrize("by", CHOICES)
 def test_which_token_goes(pages: dict[str, Any], by: str) -> None:
-    device, slots = pages["spans"].device, 1100
+    device, slots = pages["spans"].device, 600
     torch.manual_seed(CHOICES.index(by))
     spans = pages["spans"].clone()
     if by != "packed":
         spans[:, 1] = 0
-    old, order = torch.rand(2, ROWS, slots, device=device)
+    old, given = torch.rand(ROWS, slots, device=device), torch.rand(ROWS, 224, device=device)
     old[:, 60:] = old[:, :1]  # ties go to the first
     positions = torch.stack([torch.randperm(slots, device=device) for _ in range(ROWS)]).int()
     low = torch.tensor([-1, 5, 400, -1], dtype=torch.int32, device=device)
-    counts = torch.tensor([[2, 1200, 100, 7], [2, 1100, 0, 0], [1, 1300, 0, 0], [0, 0, 0, 0]], device=device).int()
-    given = torch.rand(ROWS, 224, device=device)
-    scores = pages["scores"] if by in ("least", "oldest", "order", "packed") else None
-    arguments: list[Any] = [
-        scores, pages["lse"], given if by in ("given", "packed") else None, order if by == "order" else None,
-        by == "oldest", old, positions, low, counts, spans,
-    ]  # fmt: skip
+    counts = torch.tensor([[2, 700, 100, 7], [2, 600, 0, 0], [1, 800, 0, 300], [0, 0, 0, 0]], device=device).int()
+    scores = None if by == "nothing" else pages["scores"]
+    draws = torch.rand(97, device=device) + 0.1
     outs = []
-    for where in ("kernel", "reference"):
-        mine = [x.cpu() if where == "reference" and isinstance(x, torch.Tensor) else x for x in arguments]
-        at = device if where == "kernel" else torch.device("cpu")
+    for made in (kernel, reference):
+        at = device if made is kernel else torch.device("cpu")
+        noise = Noise(draws.to(at), 5, 0.8, 2.0, 100) if by == "noise" else None
+        order = {"oldest": "oldest", "draws": 3}.get(by, "least")
+        some = (scores, pages["lse"], given if by == "packed" else None)
+        some = [x if x is None else x.to(at) for x in some]
+        known = [x.to(at) for x in (old, positions, low, counts, spans)]
         new = torch.zeros(ROWS, slots, device=at)
         goes, stash = torch.zeros(ROWS, dtype=torch.int32, device=at), torch.zeros(ROWS, 2, DIM, device=at)
-        exact = pages["exact"] if where == "kernel" else (pages["keys"].cpu(), pages["values"].cpu())
-        (kernel if where == "kernel" else reference).tally(*mine, new, goes, stash, exact)
+        exact = pages["exact"] if made is kernel else (pages["keys"].cpu(), pages["values"].cpu())
+        made.tally(*some, noise, order, 3, 2, *known, new, goes, stash, exact)
         outs.append((new.cpu(), goes.cpu(), stash.cpu()))
     (new, goes, stash), (wanted, wanted_goes, wanted_stash) = outs
     assert torch.allclose(new, wanted, 1e-4, 1e-5) and torch.equal(stash, wanted_stash)

@@ -97,12 +97,10 @@ class Watch:
             if any(layer.policy is not None and layer.policy.absorbs for layer in bank.layers):
                 into, (old, new) = torch.full_like(self.goes, -1), torch.full((2, *shape), torch.nan, device=device)
                 self.merges = into, torch.zeros_like(self.stash), old, new
-            # sequence * kv_heads + kv_head of each row.
-            self.places = torch.arange(tables.rows, device=device)
 
     @property
     def nbytes(self) -> int:
-        tensors = self.positions, self.scores, self.new, self.low, self.goes, self.stash, self.places
+        tensors = self.positions, self.scores, self.new, self.low, self.goes, self.stash
         return sum(x.nbytes for x in (*tensors, *(self.merges or ())))
 
     # -- whose it is --------------------------------------------------------------------------------------
@@ -195,13 +193,11 @@ class Watch:
         """A step's attention has come: the statistic and the choice, all on the device (see `tally`)."""
         policy: Any = layer.policy
         spec, index = layer.spec, layer.index
-        about = self.positions[index], numbers, spans, spec.layer, spec.kv_heads, self.places
-        if scores is not None and not policy.sums:
-            given, scores = policy.received_step(scores, lse, *about), None
-        order = policy.order_step(*about) if policy.ordered else None
+        noise = None if scores is None else policy.noise(self.positions.device)
         _kernels().tally(
-            scores, lse, given, order, policy.loses == "oldest", self.scores[index], self.positions[index],
-            self.low[index], numbers, spans, self.new[index], self.goes[index], self.stash[index], exact,
+            scores, lse, given, noise, "least" if policy.loses is None else policy.loses, spec.layer, spec.kv_heads,
+            self.scores[index], self.positions[index], self.low[index], numbers, spans, self.new[index],
+            self.goes[index], self.stash[index], exact,
         )  # fmt: skip
         if self.merges is not None and policy.absorbs:
             into, merged, old, new = (x[index] for x in self.merges)
