@@ -266,8 +266,8 @@ def test_steps_are_those_without(model, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["h2o", pytest.param("d2o", marks=pytest.mark.slow)])
 @pytest.mark.slow
-def test_whatever_happens_between_steps(model, name: str) -> None:
-    """Forks on both sides, a chunk, sequences that go and come, a file."""
+def test_whatever_happens_between_steps(model, name: str, tmp_path) -> None:
+    """Forks on both sides, a chunk, sequences that go and come, host memory, a file."""
     both = Both(model, written(name, model))
     both.prompt(2, 64)
     both.give(1)
@@ -289,9 +289,19 @@ def test_whatever_happens_between_steps(model, name: str) -> None:
     for cache, other in zip(both.caches, taken.caches):
         cache.join(other)
     both.give(1)
+    for number, cache in enumerate(both.caches):
+        cache.offload()
+        cache.restore()
+        cache.save(tmp_path / str(number))
     both.give(1)
     both.alike()
     assert both.caches[1].step.failed is None
+    back = [cache.new(cuda_graph=cache.step is not None) for cache in both.caches]
+    for number, cache in enumerate(back):
+        cache.load(tmp_path / str(number))
+    read = Both(model, None, back)
+    read.give(1)
+    read.alike()
 
 
 class Broken(Exception):
