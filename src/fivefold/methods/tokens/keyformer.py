@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fivefold.kernels.shared import shared
+from fivefold.kernels.watched import PRIME, Noise
 from fivefold.methods import TokenPolicy, floor_param, keep_param, param, register
 from fivefold.store import Held
 
@@ -51,14 +52,22 @@ class Keyformer(TokenPolicy):
         head = held.places % held.kv_heads
         where = torch.arange(first, first + queries, device=weights.device)
         for part in (torch.arange(group, device=weights.device)[:, None], head[:, None, None]):
-            where = where * 1_000_003 + part
-        start = ((where * 1_000_003 + held.layer) * 1_000_003 + self.seed) % _DRAWS
+            where = where * PRIME + part
+        start = ((where * PRIME + held.layer) * PRIME + self.seed) % _DRAWS
         weights, start = weights.flatten(1, 2), start.flatten(1)
         added = weights.new_zeros((held.rows, slots))
         step = weights.shape[1] if weights.is_cuda else max(1, _BLOCK // (held.rows * slots))
         for part, at in zip(weights.split(step, 1), start.split(step, 1)):
             added += self.added(part.mul_(self._noise(held, at, slots)), tau)
         return added
+
+    loses = "least"
+
+    def guards(self, held: Held) -> tuple[torch.Tensor | int, int]:
+        return -1, int(self.recent * self.budget(held))
+
+    def noise(self, device: torch.device) -> Noise:
+        return Noise(_draws(self.seed, device), self.seed, self.tau_init, self.tau_end, self.steps)
 
     def _noise(self, held: Held, start: torch.Tensor, slots: int) -> torch.Tensor:
         """exp(g) `[rows, queries, slots]` of queries whose noise begins at `start [rows, queries]` of the draws."""

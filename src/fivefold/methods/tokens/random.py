@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from fivefold.kernels.watched import draws
 from fivefold.methods import TokenPolicy, floor_param, keep_param, param, register
 from fivefold.store import Held
-
-_PRIME = 2**31 - 1
 
 
 @register(slot="tokens", name="random", paper="none: a baseline")
@@ -36,10 +35,16 @@ class RandomTokens(TokenPolicy):
         return self.sink + 1
 
     def priority(self, held: Held, budget: int) -> torch.Tensor:
-        # A number of its own for every layer, head and position, by two steps of a multiplicative generator.
         place = held.layer * held.kv_heads + (held.places % held.kv_heads)[:, None].to(held.positions.device)
-        draws = (held.positions + 1 + 1_000_003 * place + 15_485_863 * self.seed) % _PRIME
-        draws = (draws * 48_271 % _PRIME) ** 2 % _PRIME
-        recent = max(0, min(int(self.recent * budget), budget - self.sink))
-        stays = held.newest(recent) | (held.positions < self.sink)
-        return draws.float().masked_fill(stays, float("inf"))
+        stays = held.newest(self._newest(budget)) | (held.positions < self.sink)
+        return draws(held.positions, place, self.seed).masked_fill(stays, float("inf"))
+
+    @property
+    def loses(self) -> int:  # type: ignore[override]
+        return self.seed
+
+    def _newest(self, budget: int) -> int:
+        return max(0, min(int(self.recent * budget), budget - self.sink))
+
+    def guards(self, held: Held) -> tuple[torch.Tensor | int, int]:
+        return self.sink - 1, self._newest(self.budget(held))
