@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from fivefold.attention.tables import DeviceTables, tables_of
 from fivefold.engine.session import Session
 from fivefold.errors import FivefoldError
 from fivefold.kernels.choice import choose
+from fivefold.models.fused import Whole, verified
 
 _KNOWN = {
     "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep",
@@ -35,11 +37,13 @@ class SteppedCache(Protocol):
 
 @dataclass
 class Captured:
-    """A step of so many sequences: its tables and inputs at fixed places, and the graph. held: bytes of its memory."""
+    """A step of so many sequences: its tables and inputs at fixed places, and the graph. whole: the step in
+    fused kernels; None if the model's own code runs. held: bytes of its memory."""
 
     tables: list[DeviceTables]
     ids: torch.Tensor
     positions: torch.Tensor
+    whole: Whole | None = None
     graph: Any = None
     logits: torch.Tensor | None = None
     held: int = 0
@@ -58,6 +62,8 @@ class Step:
         self.failed: str | None = None
         self.reserved = 0
         """How many tokens of each sequence there shall be room for at least."""
+        self.own: str | None = None
+        """Why steps run the model's own code, and not fused kernels, in a few words; None if no step does."""
         self.reset()
 
     def reset(self) -> None:
@@ -139,6 +145,7 @@ class Step:
         at = captured.positions[:batch]
         at.copy_(positions) if positions is not None else at.fill_(session.length)
         if fresh:
+            self._fuse(model, forward, cache, captured)
             self._capture(forward, cache, captured)
         return self._replay(forward, cache, captured)[:batch]
 
@@ -169,6 +176,14 @@ class Step:
             ids = torch.zeros((size, 1), dtype=torch.long, device=tables[0].device)
             self.captured[size] = Captured(tables, ids, torch.zeros_like(ids))
         return self.captured[size]
+
+    def _fuse(
+        self, model: PreTrainedModel, forward: Callable[..., Any], cache: SteppedCache, captured: Captured
+    ) -> None:
+        """Find out whether fused kernels do what the model's own code does."""
+        own = partial(self._run, forward, cache, captured)
+        found = verified(model, cache.session, captured.ids, captured.positions, own)
+        self.own, captured.whole = (found, None) if isinstance(found, str) else (None, found)
 
     def _capture(self, forward: Callable[..., Any], cache: SteppedCache, captured: Captured) -> None:
         if cache.session.devices[0].type != "cuda":
@@ -201,6 +216,8 @@ class Step:
     def _run(self, forward: Callable[..., Any], cache: SteppedCache, captured: Captured) -> torch.Tensor:
         cache.session.captured = True
         try:
+            if captured.whole is not None:
+                return captured.whole(cache.session, captured.ids, captured.positions)
             return forward(
                 input_ids=captured.ids, position_ids=captured.positions, past_key_values=cache, use_cache=True
             ).logits

@@ -29,7 +29,7 @@ from fivefold.kernels.packed_decode.schedule import SPAN
 from fivefold.kernels.step.reference import Biases, Heads, Norm, Pages, Turn
 
 COLUMNS = 16
-"""Tokens (sequences) that the kernels multiply; with more torch's products are as good."""
+"""Tokens (sequences) that the kernels multiply. More go to torch's products, and kernels do what is between them."""
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -445,6 +445,9 @@ def products(
     x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Biases, norm: Norm | None, **how: Any
 ) -> list[torch.Tensor]:
     """See `reference.products`. Of several weights the results are columns of one tensor."""
+    if len(x) > COLUMNS:
+        h = x if norm is None else normed(x, norm)
+        return [torch.nn.functional.linear(h, weight, bias) for weight, bias in zip(weights, biases)]
     sizes = [len(weight) for weight in weights]
     out = torch.empty((len(x), sum(sizes)), dtype=x.dtype, device=x.device)
     _launch("plain", x, weights, biases, norm, out, **how)
@@ -455,6 +458,8 @@ def added(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, **how: Any
 ) -> torch.Tensor:
     """See `reference.added`."""
+    if len(x) > COLUMNS:
+        return torch.addmm(residual if bias is None else residual + bias, x, weight.t())
     out = torch.empty_like(residual)
     _launch("plain", x, (weight,), (bias,), None, out, residual, **how)
     return out
@@ -464,6 +469,8 @@ def gated(
     x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, biases: Biases, norm: Norm | None, act: str, **how: Any
 ) -> torch.Tensor:
     """See `reference.gated`."""
+    if len(x) > COLUMNS:
+        return gate_times(*products(x, (gate, up), biases, norm), act)
     out = torch.empty((len(x), len(gate)), dtype=x.dtype, device=x.device)
     _launch("gated", x, (gate, up), biases, norm, out, act=act, **how)
     return out
@@ -479,7 +486,7 @@ def heads(
     **how: Any,
 ) -> Heads:
     """See `reference.heads`. With `pages`, keys and values go there instead."""
-    if turn.norms != (None, None):
+    if turn.norms != (None, None) or len(x) > COLUMNS:
         return turned(*products(x, weights, biases, norm, **how), turn, pages)
     sizes = [len(weight) for weight in weights]
     out = x.new_empty((len(x), sizes[0] if pages is not None else sum(sizes)))
