@@ -135,11 +135,14 @@ def main():
                 try:
                     ms=graph_ms(chain,30); print(f'B{count} chain pdl={pdl}: {ms:.3f} ms ({15.01/ms:.2f} TB/s)',flush=True)
                 except Exception as ex: print('chain failed',pdl,repr(ex)[:300],flush=True)
-    # host part of today's step
+    # whole steps: fused and own
     try:
+        from fivefold.models import graph as G
+        real=G.verified
         with torch.inference_mode():
-            for name in ('kivi(bits=2)','full()'):
-                cache=decode.filled(model,name,4096,1,True)
+            for name,context,fused in (('kivi(bits=2)',4096,True),('kivi(bits=2)',131072,True),('kivi(bits=2)',4096,False),('full()',4096,True)):
+                G.verified = real if fused else (lambda *a: 'off')
+                cache=decode.filled(model,name,context,1,True)
                 token=torch.ones(1,1,dtype=torch.long,device='cuda')
                 marks=[]; orig=torch.cuda.CUDAGraph.replay
                 def replay(g):
@@ -152,13 +155,20 @@ def main():
                     t1=time.perf_counter(); torch.cuda.synchronize(); t2=time.perf_counter()
                     if len(marks)>n and i>10: a,b=marks[-1]; rows.append([(a-t0)*1e3,(b-a)*1e3,(t1-b)*1e3,(t2-t1)*1e3,(t2-t0)*1e3])
                 torch.cuda.CUDAGraph.replay=orig
-                print('host',name,'before, replay, after, wait, all:',[round(statistics.median(c),3) for c in zip(*rows)],flush=True)
+                print('step',name,context,'own:',cache.step.own,'failed:',cache.step.failed,'before, replay, after, wait, all:',[round(statistics.median(c),3) for c in zip(*rows)],flush=True)
                 cap=next(iter(cache.step.captured.values()))
                 g=cap.graph; ts=[]
                 for _ in range(20):
                     a,b=torch.cuda.Event(enable_timing=True),torch.cuda.Event(enable_timing=True)
                     a.record(); g.replay(); b.record(); torch.cuda.synchronize(); ts.append(a.elapsed_time(b))
-                print('  graph alone',statistics.median(ts),flush=True)
-                cache.free()
+                print('  graph alone',round(statistics.median(ts),3),flush=True)
+                if fused and name!='full()':
+                    from torch.profiler import profile, ProfilerActivity
+                    with profile(activities=[ProfilerActivity.CUDA]) as prof:
+                        for _ in range(3): g.replay()
+                        torch.cuda.synchronize()
+                    for e in sorted(prof.key_averages(),key=lambda e:-e.self_device_time_total)[:12]:
+                        print('   ',e.key[:60],e.count//3,round(e.self_device_time_total/3/1000,3),flush=True)
+                cache.free(); del cache, cap, g; torch.cuda.empty_cache()
     except Exception: traceback.print_exc()
 if __name__=='__main__': main()

@@ -378,8 +378,10 @@ class Tiles:
     late: bool = False
 
 
-def tiles_for(kind: str, count: int, width: int, rows: int, dim: int = 0) -> Tiles:
+def tiles_for(kind: str, count: int, width: int, rows: int, dim: int, device: torch.device) -> Tiles:
     """How a product of `count` tokens of `width` numbers with `rows` rows of weights is cut. dim: of heads."""
+    if device.type == "cpu":  # the interpreter has few programs rather than small ones
+        return Tiles(dim // 2 if kind == "heads" else 64, max(16, triton.next_power_of_2(width)), 4)
     if count == 1:
         tiles = Tiles(4, min(1024, max(128, triton.next_power_of_2(width))), 4)
     else:
@@ -413,7 +415,7 @@ def _launch(
 ) -> None:
     (count, width), device = x.shape, x.device
     sizes = [len(weight) for weight in weights] if kind != "gated" else [len(weights[0])]
-    tiles = tiles or tiles_for(kind, count, width, sum(sizes), 2 if turn is None else turn.cos.shape[1])
+    tiles = tiles or tiles_for(kind, count, width, sum(sizes), 2 if turn is None else turn.cos.shape[1], device)
     took = tiles.rows * (2 if kind == "heads" else 1)
     grid = (sum(-(-size // took) for size in sizes),)
     sizes += [0] * (3 - len(sizes))
