@@ -472,7 +472,8 @@ def gated(
 ) -> torch.Tensor:
     """See `reference.gated`."""
     if len(x) > COLUMNS:
-        return gate_times(*products(x, (gate, up), biases, norm), act)
+        first, second = products(x, (gate, up), biases, norm)
+        return gate_times(first, second, act)
     out = torch.empty((len(x), len(gate)), dtype=x.dtype, device=x.device)
     _launch("gated", x, (gate, up), biases, norm, out, act=act, **how)
     return out
@@ -489,7 +490,8 @@ def heads(
 ) -> Heads:
     """See `reference.heads`. With `pages`, keys and values go there instead."""
     if turn.norms != (None, None) or len(x) > COLUMNS:
-        return turned(*products(x, weights, biases, norm, **how), turn, pages)
+        q, k, v = products(x, weights, biases, norm, **how)
+        return turned(q, k, v, turn, pages)
     sizes = [len(weight) for weight in weights]
     out = x.new_empty((len(x), sizes[0] if pages is not None else sum(sizes)))
     _launch("heads", x, weights, biases, norm, out, turn=turn, pages=pages, **how)
