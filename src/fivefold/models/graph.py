@@ -70,7 +70,8 @@ class Step:
         """Give the graphs' memory back."""
         self.captured: dict[int, Captured] = {}
         self._model: PreTrainedModel | None = None
-        self._weights: list[tuple[torch.Tensor, int]] = []
+        self._weights: list[torch.Tensor] = []
+        self._addresses: list[int] = []
         self._pool: Any = None
 
     @property
@@ -96,7 +97,7 @@ class Step:
             return None
         self.failed = self.why_not(session)
         if self.failed:
-            warnings.warn(f"decoding without a CUDA graph: {self.failed}", stacklevel=5)
+            warnings.warn(f"decoding without a CUDA graph: {self.failed}", stacklevel=4)
             self.reset()
             return None
         if ids.device != session.devices[0]:
@@ -109,7 +110,7 @@ class Step:
                 raise
             self.failed = f"{type(error).__name__}: {error}".splitlines()[0]
             self.reset()
-            warnings.warn(f"decoding without a CUDA graph: {self.failed}", stacklevel=5)
+            warnings.warn(f"decoding without a CUDA graph: {self.failed}", stacklevel=4)
             return None
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
@@ -164,14 +165,15 @@ class Step:
 
     def _same(self, model: PreTrainedModel) -> bool:
         """Whether what was captured is this model with these weights."""
-        return self._model is model and all(weight.data_ptr() == address for weight, address in self._weights)
+        return self._model is model and [weight.data_ptr() for weight in self._weights] == self._addresses
 
     def _prepare(self, model: PreTrainedModel, tables: list[DeviceTables], size: int, same: bool) -> Captured:
         """Inputs at fixed places, for a graph that is yet to be captured. same: as `_same`."""
         if not same:
             self.reset()
             self._model = model
-            self._weights = [(weight, weight.data_ptr()) for weight in (*model.parameters(), *model.buffers())]
+            self._weights = [*model.parameters(), *model.buffers()]
+            self._addresses = [weight.data_ptr() for weight in self._weights]
         with torch.inference_mode(False):
             ids = torch.zeros((size, 1), dtype=torch.long, device=tables[0].device)
             self.captured[size] = Captured(tables, ids, torch.zeros_like(ids))
