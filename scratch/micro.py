@@ -140,7 +140,9 @@ def main():
         from fivefold.models import graph as G
         real=G.verified
         with torch.inference_mode():
-            for name,context,fused in (('kivi(bits=2)',4096,True),('kivi(bits=2)',131072,True),('kivi(bits=2)',4096,False),('full()',4096,True)):
+            from fivefold.kernels.packed_decode import triton as P
+            for name,context,fused,mode in (('kivi(bits=2)',4096,True,'pdl'),('kivi(bits=2)',131072,True,'pdl'),('kivi(bits=2)',4096,True,'side'),('kivi(bits=2)',4096,True,'plain'),('kivi(bits=2)',4096,False,'plain'),('kivi(bits=2)',131072,True,'side'),('full()',4096,True,'pdl')):
+                P.MODE = mode
                 G.verified = real if fused else (lambda *a: 'off')
                 cache=decode.filled(model,name,context,1,True)
                 token=torch.ones(1,1,dtype=torch.long,device='cuda')
@@ -155,14 +157,14 @@ def main():
                     t1=time.perf_counter(); torch.cuda.synchronize(); t2=time.perf_counter()
                     if len(marks)>n and i>10: a,b=marks[-1]; rows.append([(a-t0)*1e3,(b-a)*1e3,(t1-b)*1e3,(t2-t1)*1e3,(t2-t0)*1e3])
                 torch.cuda.CUDAGraph.replay=orig
-                print('step',name,context,'own:',cache.step.own,'failed:',cache.step.failed,'before, replay, after, wait, all:',[round(statistics.median(c),3) for c in zip(*rows)],flush=True)
+                print('step',name,context,mode,'own:',cache.step.own,'failed:',cache.step.failed,'before, replay, after, wait, all:',[round(statistics.median(c),3) for c in zip(*rows)],flush=True)
                 cap=next(iter(cache.step.captured.values()))
                 g=cap.graph; ts=[]
                 for _ in range(20):
                     a,b=torch.cuda.Event(enable_timing=True),torch.cuda.Event(enable_timing=True)
                     a.record(); g.replay(); b.record(); torch.cuda.synchronize(); ts.append(a.elapsed_time(b))
                 print('  graph alone',round(statistics.median(ts),3),flush=True)
-                if fused and name!='full()':
+                if mode=='pdl' and name!='full()':
                     from torch.profiler import profile, ProfilerActivity
                     with profile(activities=[ProfilerActivity.CUDA]) as prof:
                         for _ in range(3): g.replay()

@@ -45,7 +45,10 @@ def test_products(device, dtype, count: int) -> None:
     alike(step.added(x, weights[0], None, residual), reference.added(x, weights[0], None, residual))
     late = step.Tiles(4, 128, 4, late=True)
     if count == 1:
-        alike(step.products(x, weights[:1], [None], norm, tiles=late)[0], reference.products(x, weights, biases[:1], norm)[0] - biases[0])
+        alike(
+            step.products(x, weights[:1], [None], norm, tiles=late)[0],
+            reference.products(x, weights, biases[:1], norm)[0] - biases[0],
+        )
 
 
 @pytest.mark.parametrize("act", ACTS)

@@ -99,9 +99,7 @@ def turned(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turn: Turn) -> Hea
     return heads[0], heads[1], heads[2]
 
 
-def heads(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Biases, norm: Norm | None, turn: Turn
-) -> Heads:
+def heads(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Biases, norm: Norm | None, turn: Turn) -> Heads:
     """Queries, keys and values of tokens: products with three weights, and `turned`."""
     q, k, v = products(x, weights, biases, norm)
     return turned(q, k, v, turn)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda as dependent
 
-from fivefold.kernels.device import numbered, on
+from fivefold.kernels.device import early, on
 from fivefold.kernels.packed_decode.schedule import SPAN
 from fivefold.kernels.step.reference import Biases, Heads, Norm, Pages, Turn
 
@@ -124,7 +123,7 @@ def _finish(
         b = tl.where(which == 2, b, other)
         width: tl.constexpr = N0 if APPEND else N0 + N1 + N2
         at = out + c[None, :] * width + (base + first)[:, None]
-        if APPEND:
+        if APPEND:  # noqa: SIM102 - known when it is compiled
             if which > 0:
                 row = c[None, :] * (N1 // D) + (first // D)[:, None]
                 at = _slot(table, spans, row, which - 1, columns, TYPE, D, SPAN, inside) + d[:, None]
@@ -154,7 +153,8 @@ def _line(
     x, gain, w0, w1, w2, bias0, bias1, bias2, residual, cos, sin, table, spans, out, eps, columns,
     K: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr,
     ACT: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, APPEND: tl.constexpr,
-    TYPE: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, KP: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
+    TYPE: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, KP: tl.constexpr, LATE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One token x `[K]` times rows of weights `[N, K]`. Grid: (programs,).
 
@@ -358,7 +358,7 @@ def _rotate_append(
         a, b = _turned(a, b, cos, sin, one, d, TYPE, D, live)
     width: tl.constexpr = HEADS if APPEND else HEADS + 2 * KV_HEADS
     at = out + (one[None, :] * width + head) * D + d[:, None]
-    if APPEND:
+    if APPEND:  # noqa: SIM102 - known when it is compiled
         if head >= HEADS:
             row = one[None, :] * KV_HEADS + (head - HEADS - side * KV_HEADS)
             at = _slot(table, spans, row, side, columns, TYPE, D, SPAN, row >= 0) + d[:, None]
@@ -387,16 +387,6 @@ def tiles_for(kind: str, count: int, width: int, rows: int, dim: int, device: to
     else:
         tiles = Tiles(16, min(256, max(32, triton.next_power_of_2(width))), 4, 4)
     return tiles
-
-
-def early(device: torch.device) -> bool:
-    """Whether kernels may start before the one before them has ended."""
-    return device.type == "cuda" and _capability(numbered(device))[0] >= 9
-
-
-@cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def _launch(
