@@ -160,3 +160,25 @@ def test_layers_whose_attention_is_left_out(device) -> None:
     found, wanted, cache = stepped(model, "drop(layers=[1])", 1, device)
     assert cache.step.own is None
     assert (found - wanted).norm() < 1e-3 * wanted.norm()
+
+
+@pytest.mark.model
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("recipe", ["full()", "kivi(bits=4)"])
+def test_the_embedded_model_says_the_same(recipe: str, monkeypatch) -> None:
+    """Greedy tokens by fused kernels and by the model's own code, in float32."""
+    from fivefold.models import embedded
+
+    embedded.fetch()
+    model, tokenizer = embedded.load()
+    model = model.to("cuda", torch.float32)
+    prompt = tokenizer("The sea was calm, and the harbour master told me: " * 20, return_tensors="pt").to("cuda")
+    said = []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr(graph, "verified", lambda *given: "not here")
+        cache = fivefold.compress(model, recipe, cuda_graph=True)
+        said.append(model.generate(**prompt, past_key_values=cache, max_new_tokens=96, do_sample=False))
+        assert cache.step.own == (None if fused else "not here") and cache.step.replays > 60
+    assert torch.equal(*said)
