@@ -42,7 +42,10 @@ class Forward:
             raise CacheStateError(
                 f"the cache was made for {cache.model} and called with {mine}: make one for this model."
             )
-        run = functools.partial(self._selected, cache)
+        with selected(self.configs, NAME, cache.windows):
+            return self._call(cache, args, kwargs)
+
+    def _call(self, cache: FivefoldCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         length, chunk = cache.session.length, _chunk(args, kwargs)
         if self.switch is not None and 0 < length <= self.switch < length + chunk:
             raise UnsupportedModelError(_crossing(self.switch))
@@ -50,22 +53,17 @@ class Forward:
             kwargs = {**kwargs, **_places(cache, args, kwargs)}
         if cache.step is not None and len(args) <= 1:
             given = {"input_ids": args[0], **kwargs} if args else kwargs
-            out = cache.step(self.model, run, cache, given)
+            out = cache.step(self.model, self.plain, cache, given)
             if out is not None:
                 return out
         with cache.session.atomic():
-            out = run(*args, **kwargs)
+            out = self.plain(*args, **kwargs)
             if chunk and not cache.session.chunk:
                 raise CacheStateError(
                     "the model was called with a compressed cache and did not use it, as with gradient checkpointing "
                     "in train mode: call model.eval() first."
                 )
             return out
-
-    def _selected(self, cache: FivefoldCache, *args: Any, **kwargs: Any) -> Any:
-        """The model's own code, with our attention; a graph's replay runs none of it."""
-        with selected(self.configs, NAME, cache.windows):
-            return self.plain(*args, **kwargs)
 
     @functools.cached_property
     def configs(self) -> list[Any]:

@@ -97,7 +97,7 @@ class Step:
             return None
         self.failed = self.why_not(session)
         if self.failed:
-            warnings.warn(f"decoding without a CUDA graph: {self.failed}", stacklevel=4)
+            warnings.warn(f"decoding without a CUDA graph: {self.failed}", stacklevel=5)
             self.reset()
             return None
         if ids.device != session.devices[0]:
@@ -110,7 +110,7 @@ class Step:
                 raise
             self.failed = f"{type(error).__name__}: {error}".splitlines()[0]
             self.reset()
-            warnings.warn(f"decoding without a CUDA graph: {self.failed}", stacklevel=4)
+            warnings.warn(f"decoding without a CUDA graph: {self.failed}", stacklevel=5)
             return None
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
@@ -146,7 +146,7 @@ class Step:
         at = captured.positions[:batch]
         at.copy_(positions) if positions is not None else at.fill_(session.length)
         if fresh:
-            self._fuse(model, forward, cache, captured)
+            self._fuse(model, cache, captured)
             self._capture(forward, cache, captured)
         return self._replay(forward, cache, captured)[:batch]
 
@@ -179,11 +179,9 @@ class Step:
             self.captured[size] = Captured(tables, ids, torch.zeros_like(ids))
         return self.captured[size]
 
-    def _fuse(
-        self, model: PreTrainedModel, forward: Callable[..., Any], cache: SteppedCache, captured: Captured
-    ) -> None:
+    def _fuse(self, model: PreTrainedModel, cache: SteppedCache, captured: Captured) -> None:
         """Find out whether fused kernels do what the model's own code does."""
-        own = partial(self._run, forward, cache, captured)
+        own = partial(self._run, partial(type(model).forward, model), cache, captured)
         found = verified(model, cache.session, captured.ids, captured.positions, own)
         self.own, captured.whole = (found, None) if isinstance(found, str) else (None, found)
 
