@@ -121,10 +121,10 @@ def _children(module: nn.Module, names: set[str], optional: frozenset[str] = fro
     return found
 
 
-def _plain(weight: Any, what: str) -> torch.Tensor:
+def _plain(weight: Any, what: str) -> Any:
     if type(weight.data) is not torch.Tensor or not weight.is_contiguous():
         raise Unlike(f"the weight of {what} is a {type(weight.data).__name__} that is no plain one")
-    return weight.detach()
+    return weight  # itself, so that nobody holds on to what it was before it is moved
 
 
 def _linear(module: nn.Module) -> Linear:
