@@ -56,13 +56,13 @@ def test_families(device, family: str) -> None:
     assert (found - wanted).norm() < 1e-3 * wanted.norm()
 
 
-@pytest.mark.parametrize("rows", [3, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("columns", [16, 1])
 @pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
-def test_batches(device, family: str, rows: int, monkeypatch) -> None:
+def test_batches(device, family: str, columns: int, monkeypatch) -> None:
     """By kernels, and by torch's products where there are many tokens."""
-    model = build(family, **ROPE).to(device)
-    for columns in (step.COLUMNS, 2):
-        monkeypatch.setattr(step, "COLUMNS", columns)
+    monkeypatch.setattr(step, "COLUMNS", columns)
+    model = build(family, **{**ROPE, "num_hidden_layers": 1}).to(device)
+    for rows in (2,) if device.type == "cpu" else (2, 7, 16, 40):
         found, wanted, cache = stepped(model, "full()", rows, device)
         assert cache.step.own is None and found.shape == (rows, 1, VOCAB)
         assert (found - wanted).norm() < 1e-3 * wanted.norm()
@@ -142,16 +142,14 @@ def test_weights_that_change(device) -> None:
             weight.data = dict(twin.named_parameters())[name].data
         else:
             weight.data *= 1.1
-    token = ids(1, 1, device, 9)
-    other = fivefold.compress(model, "full()")
+    token = ids(1, 1, device, 1)
     with torch.inference_mode():
         cache.crop(-1)
-        wanted = []
         plain = cache.fork()
         plain.step = None
         wanted = model(token, past_key_values=plain).logits
         found = model(token, past_key_values=cache).logits
-    assert cache.step.own is None and len(other.session.stores) == 2
+    assert cache.step.own is None
     assert (found - wanted).norm() < 1e-3 * wanted.norm() and not torch.allclose(found, before, 1e-2)
 
 
