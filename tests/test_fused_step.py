@@ -18,7 +18,8 @@ from fivefold.models import graph
 step = pytest.importorskip("fivefold.kernels.step.triton", reason="needs Triton")
 pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB = 131
-ROPE = {"head_dim": 64, "num_hidden_layers": 2}
+ONE = {"head_dim": 64, "num_hidden_layers": 1}
+TWO = {"head_dim": 64, "num_hidden_layers": 2}
 
 
 @pytest.fixture(params=DEVICES)
@@ -44,10 +45,12 @@ def stepped(model, recipe: str, rows: int, device, count: int = 1, **given):
     return found, wanted, caches[0]
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["qwen2", "qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "mistral"))]
+)
 def test_families(device, family: str) -> None:
     """With biases of queries, keys and values (qwen2), and norms of their heads (qwen3)."""
-    model = build(family, **ROPE).to(device)
+    model = build(family, **ONE).to(device)
     for name, weight in model.named_parameters():
         if "norm" in name or name.endswith("bias"):
             weight.data.normal_(1, 0.3, generator=torch.Generator(weight.device).manual_seed(len(name)))
@@ -61,16 +64,16 @@ def test_families(device, family: str) -> None:
 def test_batches(device, family: str, columns: int, monkeypatch) -> None:
     """By kernels, and by torch's products where there are many tokens."""
     monkeypatch.setattr(step, "COLUMNS", columns)
-    model = build(family, **{**ROPE, "num_hidden_layers": 1}).to(device)
+    model = build(family, **ONE).to(device)
     for rows in (2,) if device.type == "cpu" else (2, 7, 16, 40):
         found, wanted, cache = stepped(model, "full()", rows, device)
         assert cache.step.own is None and found.shape == (rows, 1, VOCAB)
         assert (found - wanted).norm() < 1e-3 * wanted.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16])
 def test_half_precision(device, dtype) -> None:
-    model = build("llama", **ROPE).to(device, dtype)
+    model = build("llama", **ONE).to(device, dtype)
     if device.type == "cpu":  # the interpreter cuts off what bfloat16 does not hold
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(graph.verified.__globals__["BOUNDS"], torch.bfloat16, 0.1)
@@ -89,21 +92,21 @@ class Scaled(torch.nn.Linear):
 
 
 def _multiplied(device):
-    return build("granite", residual_multiplier=0.3, **ROPE).to(device), "layer 0 computes something else"
+    return build("granite", residual_multiplier=0.3, **ONE).to(device), "layer 0 computes something else"
 
 
 def _logits_scaled(device):
-    return build("granite", logits_scaling=3.0, **ROPE).to(device), "the head computes something else"
+    return build("granite", logits_scaling=3.0, **ONE).to(device), "the head computes something else"
 
 
 def _hooked(device):
-    model = build("llama", **ROPE).to(device)
+    model = build("llama", **TWO).to(device)
     model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: 2 * out)
     return model, "a hook of test_fused_step on model.layers.1.mlp"
 
 
 def _adapted(device):
-    model = build("llama", **ROPE)
+    model = build("llama", **TWO)
     mine = Scaled(64, 96, bias=False)
     mine.weight = model.model.layers[1].mlp.up_proj.weight
     model.model.layers[1].mlp.up_proj = mine
@@ -111,14 +114,14 @@ def _adapted(device):
 
 
 def _wrapped(device):
-    model = build("llama", **ROPE).to(device)
+    model = build("llama", **TWO).to(device)
     mlp = model.model.layers[0].mlp
     mlp.forward = lambda x: type(mlp).forward(mlp, x)
     return model, "another forward in the place of that of model.layers.0.mlp"
 
 
 def _other_parts(device):
-    return build("olmo2", **ROPE).to(device), "Olmo2DecoderLayer without input_layernorm"
+    return build("olmo2", **ONE).to(device), "Olmo2DecoderLayer without input_layernorm"
 
 
 @pytest.mark.parametrize("make", [_multiplied, _logits_scaled, _hooked, _adapted, _wrapped, _other_parts])
@@ -132,7 +135,7 @@ def test_other_models_run_their_own_code(device, make) -> None:
 
 def test_weights_that_change(device) -> None:
     """Numbers in place are read anew; weights elsewhere make a new step."""
-    model = build("llama", **ROPE).to(device)
+    model = build("llama", **TWO).to(device)
     _, before, cache = stepped(model, "full()", 1, device)
     twin = copy.deepcopy(model)
     for weight in twin.parameters():
@@ -154,7 +157,7 @@ def test_weights_that_change(device) -> None:
 
 
 def test_layers_whose_attention_is_left_out(device) -> None:
-    model = build("llama", **ROPE).to(device)
+    model = build("llama", **TWO).to(device)
     found, wanted, cache = stepped(model, "drop(layers=[1])", 1, device)
     assert cache.step.own is None
     assert (found - wanted).norm() < 1e-3 * wanted.norm()
