@@ -165,7 +165,7 @@ class Step:
 
     def _same(self, model: PreTrainedModel) -> bool:
         """Whether what was captured is this model with these weights."""
-        return self._model is model and [weight.data_ptr() for weight in self._weights] == self._addresses
+        return self._model is model and list(map(torch.Tensor.data_ptr, self._weights)) == self._addresses
 
     def _prepare(self, model: PreTrainedModel, tables: list[DeviceTables], size: int, same: bool) -> Captured:
         """Inputs at fixed places, for a graph that is yet to be captured. same: as `_same`."""

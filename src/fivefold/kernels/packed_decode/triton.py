@@ -20,17 +20,14 @@ What makes the packed loop fast:
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import cache
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import cuda as dependent
 
 from fivefold.kernels.choice import choose
-from fivefold.kernels.device import early, numbered, on
+from fivefold.kernels.device import numbered, on
 from fivefold.kernels.packed_decode import cuda
 from fivefold.kernels.packed_decode.reference import Form
 from fivefold.kernels.packed_decode.schedule import (
@@ -285,17 +282,13 @@ def _packed(
 def _exact(
     queries, table, spans, starts, picks, out, lse, scale, rows, columns, heads,
     DTYPE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr,
-    TILE: tl.constexpr, WIDE: tl.constexpr, PICKED: tl.constexpr, EARLY: tl.constexpr = False,
+    TILE: tl.constexpr, WIDE: tl.constexpr, PICKED: tl.constexpr,
 ):  # fmt: skip
     """One share of the exact slots of a row, in tiles of TILE. table: `[rows, columns, 2]`. Grid: (programs,).
 
     PICKED: of the slots named in `picks`, a row's `stop` of them one behind the other; negative ones are none.
     WIDE multiplies in float32 whatever the pages hold: the interpreter has no products of bfloat16.
-    EARLY: launched before the kernel before it has ended.
     """
-    if EARLY:
-        dependent.gdc_launch_dependents()
-        dependent.gdc_wait()
     row = _row(starts, rows, R)
     if row >= rows:
         return
@@ -432,12 +425,8 @@ def _merge(out, lse, starts, row, head, heads, m, total, acc, D: tl.constexpr, P
 def _combine(
     packed_out, packed_lse, exact_out, exact_lse, starts, merged, merged_lse, rows,
     D: tl.constexpr, P: tl.constexpr, WITH_LSE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
-    EARLY: tl.constexpr = False,
 ):  # fmt: skip
-    """Merge the parts of one head of a row. Grid: (rows, heads). EARLY: as of `_exact`."""
-    if EARLY:
-        dependent.gdc_launch_dependents()
-        dependent.gdc_wait()
+    """Merge the parts of one head of a row. Grid: (rows, heads)."""
     row = tl.program_id(0)
     head = tl.program_id(1)
     heads = tl.num_programs(1)
@@ -456,14 +445,6 @@ def _combine(
     if WITH_LSE:
         natural = (m + tl.log2(tl.where(some, total, 1.0))) * 0.6931471805599453
         tl.store(merged_lse + at, tl.where(some, natural, float("-inf")))
-
-
-MODE = "pdl"
-
-
-@cache
-def _side(device: torch.device) -> Any:
-    return torch.cuda.Stream(device)
 
 
 def _processors(device: torch.device) -> int:
@@ -540,11 +521,6 @@ def decode(
             pages[0] = -(-picks.shape[1] // PICKS)
         starts = torch.from_numpy(starts_of(pages, programs)).to(device)
     common = {"N": n, "D": dim, "SPAN": SPAN, "R": triton.next_power_of_2(rows)}
-    soon = early(device) and MODE == "pdl"
-    side = None
-    if MODE == "side" and packed is not None and exact is not None and torch.cuda.is_current_stream_capturing():
-        side, here = _side(numbered(device)), torch.cuda.current_stream(device)
-    ahead = {"EARLY": True, "launch_pdl": True} if soon else {}
 
     def parts(programs: int, most: int) -> tuple[int, torch.Tensor, torch.Tensor]:
         count = max(1, min(programs, most))
@@ -553,8 +529,6 @@ def decode(
 
     with on(device):
         packed_out, packed_lse = exact_out, exact_lse = queries, queries
-        if side is not None:
-            side.wait_stream(here)
         if packed is not None:
             form = packed.form
             tiles = packed.table.numel() if picks is None else -(-picks.shape[1] // PICKS) * rows
@@ -580,19 +554,15 @@ def decode(
             picked = picks if packed is None else None
             slots = exact.table.shape[1] * 32 if picked is None else picked.shape[1]
             count, exact_out, exact_lse = parts(programs[1], -(-slots // TILE) * rows)
-            with nullcontext() if side is None else torch.cuda.stream(side):
-                _exact[(count,)](
-                    queries, exact.table, spans, starts[1], starts if picked is None else picked, exact_out, exact_lse,
-                    scale, rows, exact.table.shape[1], heads, DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE,
-                    TILE=TILE, WIDE=not asm, PICKED=picked is not None, num_warps=2, num_stages=1 if wide else 3,
-                    **common, **ahead,
-                )  # fmt: skip
-        if side is not None:
-            here.wait_stream(side)
+            _exact[(count,)](
+                queries, exact.table, spans, starts[1], starts if picked is None else picked, exact_out, exact_lse,
+                scale, rows, exact.table.shape[1], heads, DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE,
+                TILE=TILE, WIDE=not asm, PICKED=picked is not None, num_warps=2, num_stages=1 if wide else 3, **common,
+            )  # fmt: skip
         merged = torch.empty_like(queries)
         merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
         _combine[(rows, heads)](
             packed_out, packed_lse, exact_out, exact_lse, starts, merged, merged_lse if with_lse else exact_lse, rows,
-            D=dim, P=64, WITH_LSE=with_lse, PACKED=packed is not None, EXACT=exact is not None, num_warps=8, **ahead,
+            D=dim, P=64, WITH_LSE=with_lse, PACKED=packed is not None, EXACT=exact is not None, num_warps=8,
         )  # fmt: skip
     return merged, merged_lse

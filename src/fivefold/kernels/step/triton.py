@@ -228,11 +228,11 @@ def _line(
 
 @triton.jit(do_not_specialize=("columns", "count"))
 def _lines(
-    x, gain, w0, w1, w2, bias0, bias1, bias2, residual, cos, sin, table, spans, out, eps, columns, count,
+    x, w0, w1, w2, bias0, bias1, bias2, residual, cos, sin, table, spans, out, columns, count,
     K: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr,
-    ACT: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, APPEND: tl.constexpr,
-    TYPE: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    WIDE: tl.constexpr, PDL: tl.constexpr,
+    ACT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, APPEND: tl.constexpr, TYPE: tl.constexpr,
+    SPAN: tl.constexpr, R: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+    LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`count` tokens x `[count, K]`, at most C, times rows of weights. Grid: (programs,).
 
@@ -240,7 +240,7 @@ def _lines(
     """
     PAIR: tl.constexpr = KIND != "plain"
     WORK: tl.constexpr = tl.float32 if WIDE else TYPE
-    if PDL:
+    if PDL and not LATE:
         dependent.gdc_launch_dependents()
     if KIND == "gated":
         address, which, number, rows = _place(w0, w0, w0, N0, 0, 0, R)
@@ -262,27 +262,18 @@ def _lines(
     px = x + c[None, :] * K + k[:, None]
     if PDL:
         dependent.gdc_wait()
-    scale = tl.full([C], 1.0, tl.float32)
-    if NORM:
-        squares = tl.zeros([BK, C], tl.float32)
-        for start in range(0, K, BK):
-            token = tl.load(px + start, mask=live[None, :] & (start + k < K)[:, None], other=0.0).to(tl.float32)
-            squares += token * token
-        scale = 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
     a = tl.zeros([R, C], tl.float32)
     b = tl.zeros([R, C], tl.float32)
     for start in tl.range(0, K, BK, num_stages=STAGES):
         there = start + k < K
         wa = tl.load(pa + start, mask=there[None, :], other=0.0, eviction_policy="evict_first").to(WORK)
-        h = tl.load(px + start, mask=live[None, :] & there[:, None], other=0.0)
-        if NORM:
-            g = tl.load(gain + start + k, mask=there, other=0.0).to(tl.float32)
-            h = ((h.to(tl.float32) * scale[None, :]).to(TYPE).to(tl.float32) * g[:, None]).to(TYPE)
-        h = h.to(WORK)
+        h = tl.load(px + start, mask=live[None, :] & there[:, None], other=0.0).to(WORK)
         a = tl.dot(wa, h, a, input_precision="ieee")
         if PAIR:
             wb = tl.load(pb + start, mask=there[None, :], other=0.0, eviction_policy="evict_first").to(WORK)
             b = tl.dot(wb, h, b, input_precision="ieee")
+    if PDL and LATE:
+        dependent.gdc_launch_dependents()
     _finish(
         a, b, c, live, which, first, second, rows, out, residual, bias0, bias1, bias2, cos, sin, table, spans,
         columns, N0, N1, N2, D, KIND, ACT, BIAS, RESIDUAL, APPEND, TYPE, SPAN,
@@ -369,7 +360,7 @@ def _rotate_append(
 @dataclass(frozen=True)
 class Tiles:
     """How a product is cut: rows of each set of a program, numbers of them at a time, warps, tiles loaded ahead (of
-    `_lines`), and whether the norm comes after the product (of `_line`)."""
+    `_lines`), and late: whether the norm comes after the product (of `_line`)."""
 
     rows: int
     block: int
@@ -378,15 +369,20 @@ class Tiles:
     late: bool = False
 
 
-def tiles_for(kind: str, count: int, width: int, rows: int, dim: int, device: torch.device) -> Tiles:
-    """How a product of `count` tokens of `width` numbers with `rows` rows of weights is cut. dim: of heads."""
+def tiles_for(kind: str, count: int, width: int, dim: int, norm: bool, device: torch.device) -> Tiles:
+    """How a product of `count` tokens of `width` numbers is cut. dim: of heads; norm: whether one comes before."""
+    block = triton.next_power_of_2(width)
     if device.type == "cpu":  # the interpreter has few programs rather than small ones
-        return Tiles(dim // 2 if kind == "heads" else 64, max(16, triton.next_power_of_2(width)), 4)
-    if count == 1:
-        tiles = Tiles(4, min(1024, max(128, triton.next_power_of_2(width))), 4)
-    else:
-        tiles = Tiles(16, min(256, max(32, triton.next_power_of_2(width))), 4, 4)
-    return tiles
+        return Tiles(dim // 2 if kind == "heads" else 64, max(16, block), 4)
+    if count > 1:
+        return Tiles(16, min(256, max(32, block)), 2, 4)
+    if kind != "plain":
+        return Tiles(4, min(1024, max(128, block)), 4, late=norm)
+    if norm:
+        return Tiles(8, min(1024, max(256, block)), 8, late=True)
+    if width > 8192:
+        return Tiles(8, 2048, 4)
+    return Tiles(2, min(2048, max(256, block)), 8)
 
 
 def _launch(
@@ -404,8 +400,10 @@ def _launch(
     pdl: bool | None = None,
 ) -> None:
     (count, width), device = x.shape, x.device
+    if norm is not None and count > 1:
+        x, norm = normed(x, norm, pdl), None
     sizes = [len(weight) for weight in weights] if kind != "gated" else [len(weights[0])]
-    tiles = tiles or tiles_for(kind, count, width, sum(sizes), 2 if turn is None else turn.cos.shape[1], device)
+    tiles = tiles or tiles_for(kind, count, width, 2 if turn is None else turn.cos.shape[1], norm is not None, device)
     took = tiles.rows * (2 if kind == "heads" else 1)
     grid = (sum(-(-size // took) for size in sizes),)
     sizes += [0] * (3 - len(sizes))
@@ -416,19 +414,21 @@ def _launch(
     cos, sin, dim = (x, x, 2) if turn is None else (turn.cos, turn.sin, turn.cos.shape[1])
     table, spans, columns = (x, x, 0) if pages is None else (pages.exact.table, pages.spans, pages.exact.table.shape[1])
     gain, eps = (x, 0.0) if norm is None else (norm.gain, norm.eps)
-    places = x, gain, *w, *b, x if residual is None else residual, cos, sin, table, spans, out, eps, columns
+    places = *w, *b, x if residual is None else residual, cos, sin, table, spans, out
     common = {
         "K": width, "N0": sizes[0], "N1": sizes[1], "N2": sizes[2], "D": dim, "KIND": kind, "ACT": act,
-        "NORM": norm is not None, "BIAS": biases[0] is not None, "RESIDUAL": residual is not None,
+        "BIAS": biases[0] is not None, "RESIDUAL": residual is not None, "LATE": tiles.late,
         "APPEND": pages is not None, "TYPE": _TYPES[x.dtype], "SPAN": SPAN, "R": tiles.rows, "BK": tiles.block,
         "PDL": pdl, "num_warps": tiles.warps, **more,
     }  # fmt: skip
     with on(device):
         if count == 1:
-            _line[grid](*places, KP=triton.next_power_of_2(width), LATE=tiles.late, **common)
+            _line[grid](
+                x, gain, *places, eps, columns, KP=triton.next_power_of_2(width), NORM=norm is not None, **common
+            )
         else:
             _lines[grid](
-                *places, count, C=max(8, triton.next_power_of_2(count)), STAGES=tiles.stages,
+                x, *places, columns, count, C=max(8, triton.next_power_of_2(count)), STAGES=tiles.stages,
                 WIDE=device.type != "cuda", **common,
             )  # fmt: skip
 
