@@ -6,17 +6,24 @@ OUT=os.environ.get('OUT','/tmp')
 H,I,V,D=4096,14336,128256,128
 def grids():
     g=[]
-    for count in (2,8,16,32,69):
-        few=[(16,256,2,4),(16,128,1,6),(32,256,4,3),(16,512,4,3),(64,128,4,4)] if count<=8 else [(16,256,2,4),(32,256,4,3),(32,128,4,4),(64,128,4,4),(64,64,4,5)]
-        if count==32: few=few[1:4]
-        if count==69: few=few[2:]
+    few={'heads':[(4,1024,4,True),(4,512,4,True),(4,512,2,True),(2,1024,4,True)],'gated':[(4,1024,4,True),(4,512,4,True),(4,512,2,True),(2,1024,4,False)],
+      'o':[(4,2048,8,False),(4,1024,4,False),(2,2048,8,False),(8,1024,8,False)],'down':[(4,2048,8,False),(8,2048,8,False),(4,1024,4,False),(8,1024,8,False)],
+      'head':[(8,1024,8,True),(4,1024,4,True),(8,512,4,True)]}
+    for count in (2,4,8):
+        for kind,vs in few.items():
+            for R,BK,W,late in (vs if count<8 else vs[1:3]): g.append((count,kind,R,BK,W,1,late))
+    for count in (4,8,16,69):
+        many=[(16,256,2,4),(16,128,1,6),(32,256,4,3),(16,512,4,3)] if count<=8 else [(16,256,2,4),(32,256,4,3),(32,128,4,4),(64,64,4,5)]
+        if count==4: many=many[:1]
+        if count==69: many=[(32,128,4,3),(64,64,4,4)]
         for kind in ('heads','o','down','gated','head'):
-            for R,BK,W,S in few:
+            for R,BK,W,S in many:
                 for late in ((True,False) if count==8 else (True,)):
                     g.append((count,kind,R,BK,W,S,late))
     return g
 def call(kind, count, s, lay, x, big, tiles, pdl):
     from fivefold.kernels.step import triton as K
+    if tiles is not None: K.FEW = 8 if tiles.stages==1 else 1
     if kind=='heads': return K.heads(x, lay['qkv'], [None]*3, lay['n1'], s['turn'], s['pages'], tiles=tiles, pdl=pdl)[0]
     if kind=='o': return K.added(x, lay['o'], None, s['res'], tiles=tiles, pdl=pdl)
     if kind=='down': return K.added(big, lay['down'], None, s['res'], tiles=tiles, pdl=pdl)
@@ -66,6 +73,11 @@ def graph_ms(fn, reps=12):
         a,b=torch.cuda.Event(enable_timing=True),torch.cuda.Event(enable_timing=True)
         a.record(); g.replay(); b.record(); torch.cuda.synchronize(); ts.append(a.elapsed_time(b))
     return statistics.median(ts)
+def setkind(tiles,k,pdl):
+    from fivefold.kernels.step import triton as K
+    if not tiles: return {}
+    K.FEW = 8 if tiles[k].stages==1 else 1
+    return {'tiles':tiles[k],'pdl':pdl}
 def main():
     import torch
     from fivefold.kernels.step import triton as K
@@ -84,7 +96,7 @@ def main():
     best={}
     with torch.inference_mode():
         def chain(count,s,tiles,pdl):
-            h=s['res']; t=lambda k: {'tiles':tiles[k],'pdl':pdl} if tiles else {}
+            h=s['res']; t=lambda k: setkind(tiles,k,pdl)
             for l in lays:
                 q=K.heads(h,l['qkv'],[None]*3,l['n1'],s['turn'],s['pages'],**t('heads'))[0]
                 h=K.added(q.reshape(count,-1),l['o'],None,h,**t('o'))
@@ -93,7 +105,7 @@ def main():
             return K.products(h,[lm],[None],lays[0]['n1'],**t('head'))
         s=state(1,lm)
         print('B1 chain, tiles_for:', round(graph_ms(lambda: chain(1,s,None,None),30),3),flush=True)
-        for count in (8,69,16,2,32):
+        for count in (2,4,8,69,16):
             s=state(count,lm); x,big=s['x'],s['big']
             K.COLUMNS=0
             base=graph_ms(lambda: chain(count,s,None,None),10)

@@ -32,7 +32,7 @@ def alike(found: torch.Tensor, wanted: torch.Tensor) -> None:
     assert torch.isfinite(found).all()
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, 3, 6])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_products(device, dtype, count: int) -> None:
     """Of several weights at once, whose rows fill no tiles, after a norm and with biases."""
@@ -52,7 +52,7 @@ def test_products(device, dtype, count: int) -> None:
 
 
 @pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, 3, 6])
 def test_gated(device, act: str, count: int) -> None:
     for dtype in TYPES if act == "silu" else TYPES[:1]:
         x, norm = random(device, dtype, count, 64), Norm(random(device, dtype, 64, seed=1), 1e-6)
@@ -65,7 +65,7 @@ def test_gated(device, act: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, 3, 6])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_heads(device, dtype, count: int, normed: bool) -> None:
     """Queries, keys and values after RoPE; in exact pages, wherever they lie, if they go there."""

@@ -122,8 +122,8 @@ def _children(module: nn.Module, names: set[str], optional: frozenset[str] = fro
 
 
 def _plain(weight: Any, what: str) -> Any:
-    if type(weight.data) is not torch.Tensor or not weight.is_contiguous():
-        raise Unlike(f"the weight of {what} is a {type(weight.data).__name__} that is no plain one")
+    if type(weight.data) is not torch.Tensor or not weight.is_contiguous() or weight.data_ptr() % 16:
+        raise Unlike(f"the weight of {what} is no plain tensor at a multiple of 16 bytes")
     return weight  # itself, so that nobody holds on to what it was before it is moved
 
 
@@ -295,14 +295,14 @@ def _unlike(
 
 
 def _fits(session: Session, layer: Layer) -> None:
-    """Raise `Unlike` where the cache's layer is not one append and one attention."""
+    """Raise `Unlike` where a cache's layer is not one append and one call of `DeviceTables.attend`."""
     store = session.stores.get(layer.index)
     if store is None:
         if any(spec.layer == layer.index for spec in session.absent):
             return
         raise Unlike(f"layer {layer.index} has no store")
-    if layer.index not in session.stepping or session.reads.roles.get(layer.index, "full") != "full" or store.held:
-        raise Unlike("a policy watches or picks in every step")
+    if layer.index not in session.stepping:
+        raise Unlike(f"what layer {layer.index} reads is not one call of a kernel")
     spec, sizes = store.spec, [len(linear.weight) for linear in layer.qkv]
     if sizes != [n * spec.head_dim for n in (spec.query_heads, spec.kv_heads, spec.kv_heads)]:
         raise Unlike(f"projections of {sizes} rows")

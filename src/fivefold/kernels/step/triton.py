@@ -4,8 +4,8 @@ A step of few tokens is bound by the bytes of the weights. So each kernel reads 
 and does the small operations before and behind the product on the way: RMSNorm before, and behind it RoPE and the
 writing of keys and values into their pages, `act(gate) * up`, or the residual.
 
-`_line` multiplies one token, in registers: every program has a few rows of the weights, and loads a tile ahead.
-`_lines` multiplies up to `COLUMNS` tokens by tensor cores. A program has two sets of rows, A and B, which belong
+`_few` multiplies up to `FEW` tokens in registers: every program has a few rows of the weights, and loads a tile ahead.
+`_many` multiplies up to `COLUMNS` tokens by tensor cores. A program has two sets of rows, A and B, which belong
 together: those of gate and up, or the two halves of a head that RoPE turns into each other.
 
 On a GPU of compute capability 9.0 or more kernels start before the one before them has ended (programmatic dependent
@@ -29,6 +29,9 @@ from fivefold.kernels.step.reference import Biases, Heads, Norm, Pages, Turn
 
 COLUMNS = 16
 """Tokens (sequences) that the kernels multiply. More go to torch's products, and kernels do what is between them."""
+
+FEW = 4
+"""Of them, how many are multiplied in registers; with more the tensor cores are faster."""
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -148,17 +151,26 @@ def _rows_of(number, r, KIND: tl.constexpr, R: tl.constexpr, D: tl.constexpr):
         return number * R + r, number * R + r
 
 
+@triton.jit
+def _products(w, x, C: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, sums):
+    """A tile w `[R, BK]` times each of C tokens x, added to `sums`."""
+    out = ()
+    for c in tl.static_range(C):
+        out = out + (sums[c] + tl.sum(tl.reshape(w * x[c][None, :], [R, BK // 8, 8]), 2),)
+    return out
+
+
 @triton.jit(do_not_specialize=("columns",))
-def _line(
+def _few(
     x, gain, w0, w1, w2, bias0, bias1, bias2, residual, cos, sin, table, spans, out, eps, columns,
     K: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr,
     ACT: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, APPEND: tl.constexpr,
-    TYPE: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, KP: tl.constexpr, LATE: tl.constexpr,
-    PDL: tl.constexpr,
+    TYPE: tl.constexpr, SPAN: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, KP: tl.constexpr,
+    LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token x `[K]` times rows of weights `[N, K]`. Grid: (programs,).
+    """C tokens x `[C, K]` times rows of weights `[N, K]`. Grid: (programs,).
 
-    LATE: the root mean square divides the products, not the token.
+    LATE: the root mean square divides the products, not the tokens.
     """
     PAIR: tl.constexpr = KIND != "plain"
     if PDL:
@@ -184,50 +196,62 @@ def _line(
         wb = tl.load(pb, mask=(k < K)[None, :], other=0.0, eviction_policy="evict_first")
     if PDL:
         dependent.gdc_wait()
-    scale = 1.0
-    if NORM and not LATE:
-        whole = tl.arange(0, KP)
-        token = tl.load(x + whole, mask=whole < K, other=0.0).to(tl.float32)
-        scale = 1.0 / tl.sqrt(tl.sum(token * token, 0) / K + eps)
-    a = tl.zeros([R, BK // 8], tl.float32)
-    b = tl.zeros([R, BK // 8], tl.float32)
-    squares = tl.zeros([BK // 8], tl.float32)
+    scales = ()
+    a = ()
+    b = ()
+    squares = ()
+    for c in tl.static_range(C):
+        if NORM and not LATE:
+            whole = tl.arange(0, KP)
+            token = tl.load(x + c * K + whole, mask=whole < K, other=0.0).to(tl.float32)
+            scales = scales + (1.0 / tl.sqrt(tl.sum(token * token, 0) / K + eps),)
+        a = a + (tl.zeros([R, BK // 8], tl.float32),)
+        b = b + (tl.zeros([R if PAIR else 1, BK // 8], tl.float32),)
+        squares = squares + (tl.zeros([BK // 8], tl.float32),)
     for start in range(0, K, BK):
         ahead = (start + BK + k < K)[None, :]
         na = tl.load(pa + (start + BK), mask=ahead, other=0.0, eviction_policy="evict_first")
         nb = na
         if PAIR:
             nb = tl.load(pb + (start + BK), mask=ahead, other=0.0, eviction_policy="evict_first")
-        h = tl.load(x + start + k, mask=start + k < K, other=0.0).to(tl.float32)
+        there = start + k < K
+        tokens = ()
+        sums = ()
         if NORM:
-            g = tl.load(gain + start + k, mask=start + k < K, other=0.0).to(tl.float32)
-            if LATE:
-                squares += tl.sum(tl.reshape(h * h, [BK // 8, 8]), 1)
+            g = tl.load(gain + start + k, mask=there, other=0.0).to(tl.float32)
+        for c in tl.static_range(C):
+            h = tl.load(x + c * K + start + k, mask=there, other=0.0).to(tl.float32)
+            if NORM and LATE:
+                sums = sums + (squares[c] + tl.sum(tl.reshape(h * h, [BK // 8, 8]), 1),)
                 h = h * g
-            else:
-                h = ((h * scale).to(TYPE).to(tl.float32) * g).to(TYPE).to(tl.float32)
-        a += tl.sum(tl.reshape(wa.to(tl.float32) * h[None, :], [R, BK // 8, 8]), 2)
+            elif NORM:
+                h = ((h * scales[c]).to(TYPE).to(tl.float32) * g).to(TYPE).to(tl.float32)
+            tokens = tokens + (h,)
+        if NORM and LATE:
+            squares = sums
+        a = _products(wa.to(tl.float32), tokens, C, R, BK, a)
         if PAIR:
-            b += tl.sum(tl.reshape(wb.to(tl.float32) * h[None, :], [R, BK // 8, 8]), 2)
+            b = _products(wb.to(tl.float32), tokens, C, R, BK, b)
         wa = na
         wb = nb
-    if NORM and LATE:
-        scale = 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
-        a *= scale
-        b *= scale
-    ya = tl.sum(a, 1)[:, None]
-    yb = ya
-    if PAIR:
-        yb = tl.sum(b, 1)[:, None]
-    c = tl.zeros([1], tl.int32)
-    _finish(
-        ya, yb, c, c == 0, which, first, second, rows, out, residual, bias0, bias1, bias2, cos, sin, table, spans,
-        columns, N0, N1, N2, D, KIND, ACT, BIAS, RESIDUAL, APPEND, TYPE, SPAN,
-    )  # fmt: skip
+    for c in tl.static_range(C):
+        ya = tl.sum(a[c], 1)
+        yb = ya
+        if PAIR:
+            yb = tl.sum(b[c], 1)
+        if NORM and LATE:
+            scale = 1.0 / tl.sqrt(tl.sum(squares[c], 0) / K + eps)
+            ya *= scale
+            yb *= scale
+        token = tl.zeros([1], tl.int32) + c
+        _finish(
+            ya[:, None], yb[:, None], token, token >= 0, which, first, second, rows, out, residual, bias0, bias1, bias2,
+            cos, sin, table, spans, columns, N0, N1, N2, D, KIND, ACT, BIAS, RESIDUAL, APPEND, TYPE, SPAN,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=("columns", "count"))
-def _lines(
+def _many(
     x, w0, w1, w2, bias0, bias1, bias2, residual, cos, sin, table, spans, out, columns, count,
     K: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr,
     ACT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, APPEND: tl.constexpr, TYPE: tl.constexpr,
@@ -360,7 +384,7 @@ def _rotate_append(
 @dataclass(frozen=True)
 class Tiles:
     """How a product is cut: rows of each set of a program, numbers of them at a time, warps, tiles loaded ahead (of
-    `_lines`), and late: whether the norm comes after the product (of `_line`)."""
+    `_many`), and late: whether the norm comes after the product (of `_few`)."""
 
     rows: int
     block: int
@@ -374,7 +398,7 @@ def tiles_for(kind: str, count: int, width: int, dim: int, norm: bool, device: t
     block = triton.next_power_of_2(width)
     if device.type == "cpu":  # the interpreter has few programs rather than small ones
         return Tiles(dim // 2 if kind == "heads" else 64, max(16, block), 4)
-    if count > 1:
+    if count > FEW:
         return Tiles(16, min(256, max(32, block)), 2, 4)
     if kind != "plain":
         return Tiles(4, min(1024, max(128, block)), 4, late=norm)
@@ -400,7 +424,7 @@ def _launch(
     pdl: bool | None = None,
 ) -> None:
     (count, width), device = x.shape, x.device
-    if norm is not None and count > 1:
+    if norm is not None and count > FEW:
         x, norm = normed(x, norm, pdl), None
     sizes = [len(weight) for weight in weights] if kind != "gated" else [len(weights[0])]
     tiles = tiles or tiles_for(kind, count, width, 2 if turn is None else turn.cos.shape[1], norm is not None, device)
@@ -422,12 +446,13 @@ def _launch(
         "PDL": pdl, "num_warps": tiles.warps, **more,
     }  # fmt: skip
     with on(device):
-        if count == 1:
-            _line[grid](
-                x, gain, *places, eps, columns, KP=triton.next_power_of_2(width), NORM=norm is not None, **common
-            )
+        if count <= FEW:
+            _few[grid](
+                x, gain, *places, eps, columns, C=count, KP=triton.next_power_of_2(width), NORM=norm is not None,
+                **common,
+            )  # fmt: skip
         else:
-            _lines[grid](
+            _many[grid](
                 x, *places, columns, count, C=max(8, triton.next_power_of_2(count)), STAGES=tiles.stages,
                 WIDE=device.type != "cuda", **common,
             )  # fmt: skip
