@@ -451,8 +451,11 @@ class DeviceTables:
 
     def append(self, layer: LayerCache, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store the newest token of each row of a layer, `[rows, head_dim]`: see `attend`."""
-        _, span, exact = self._place(layer)
-        kernels(self.device).append(keys.contiguous(), values.contiguous(), span, exact)
+        kernels(self.device).append(keys.contiguous(), values.contiguous(), *self.newest(layer))
+
+    def newest(self, layer: LayerCache) -> tuple[torch.Tensor, Any]:
+        """A layer's spans and exact pages, for a kernel that stores the newest token of each row itself."""
+        return self._place(layer)[1:]
 
     def _place(self, layer: LayerCache) -> tuple[slice, torch.Tensor, Any]:
         """A layer's rows, their spans and their exact pages."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import numpy as np
 import torch
@@ -25,6 +26,17 @@ def sent(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
     np.concatenate([x.reshape(-1) for x in arrays], out=host.numpy())
     parts = host.to(device, non_blocking=True).split([x.size for x in arrays])
     return [part.view(x.shape) for part, x in zip(parts, arrays)]
+
+
+def early(device: torch.device) -> bool:
+    """Whether kernels may start before the one before them has ended, and wait for it themselves (programmatic
+    dependent launch)."""
+    return device.type == "cuda" and _capability(numbered(device))[0] >= 9
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def numbered(device: torch.device) -> torch.device:

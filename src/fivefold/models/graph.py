@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from fivefold.attention.tables import DeviceTables, tables_of
 from fivefold.engine.session import Session
 from fivefold.errors import FivefoldError
 from fivefold.kernels.choice import choose
+from fivefold.models.fused import Whole, verified
 
 _KNOWN = {
     "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep",
@@ -34,11 +36,13 @@ class SteppedCache(Protocol):
 
 @dataclass
 class Captured:
-    """A step of so many sequences: its tables and inputs at fixed places, and the graph. held: bytes of its memory."""
+    """A step of so many sequences: its tables and inputs at fixed places, and the graph. whole: the step in
+    fused kernels; None if the model's own code runs. held: bytes of its memory."""
 
     tables: list[DeviceTables]
     ids: torch.Tensor
     positions: torch.Tensor
+    whole: Whole | None = None
     graph: Any = None
     logits: torch.Tensor | None = None
     held: int = 0
@@ -57,13 +61,16 @@ class Step:
         self.failed: str | None = None
         self.reserved = 0
         """How many tokens of each sequence there shall be room for at least."""
+        self.own: str | None = None
+        """Why steps run the model's own code, and not fused kernels, in a few words; None if no step does."""
         self.reset()
 
     def reset(self) -> None:
         """Give the graphs' memory back."""
         self.captured: dict[int, Captured] = {}
         self._model: PreTrainedModel | None = None
-        self._weights: list[tuple[torch.Tensor, int]] = []
+        self._weights: list[torch.Tensor] = []
+        self._addresses: list[int] = []
         self._pool: Any = None
 
     @property
@@ -138,6 +145,7 @@ class Step:
         at = captured.positions[:batch]
         at.copy_(positions) if positions is not None else at.fill_(session.length)
         if fresh:
+            self._fuse(model, cache, captured)
             self._capture(forward, cache, captured)
         return self._replay(forward, cache, captured)[:batch]
 
@@ -154,18 +162,25 @@ class Step:
 
     def _same(self, model: PreTrainedModel) -> bool:
         """Whether what was captured is this model with these weights."""
-        return self._model is model and all(weight.data_ptr() == address for weight, address in self._weights)
+        return self._model is model and list(map(torch.Tensor.data_ptr, self._weights)) == self._addresses
 
     def _prepare(self, model: PreTrainedModel, tables: list[DeviceTables], size: int, same: bool) -> Captured:
         """Inputs at fixed places, for a graph that is yet to be captured. same: as `_same`."""
         if not same:
             self.reset()
             self._model = model
-            self._weights = [(weight, weight.data_ptr()) for weight in (*model.parameters(), *model.buffers())]
+            self._weights = [*model.parameters(), *model.buffers()]
+            self._addresses = [weight.data_ptr() for weight in self._weights]
         with torch.inference_mode(False):
             ids = torch.zeros((size, 1), dtype=torch.long, device=tables[0].device)
             self.captured[size] = Captured(tables, ids, torch.zeros_like(ids))
         return self.captured[size]
+
+    def _fuse(self, model: PreTrainedModel, cache: SteppedCache, captured: Captured) -> None:
+        """Find out whether fused kernels do what the model's own code does."""
+        own = partial(self._run, partial(type(model).forward, model), cache, captured)
+        found = verified(model, cache.session, captured.ids, captured.positions, own)
+        self.own, captured.whole = (found, None) if isinstance(found, str) else (None, found)
 
     def _capture(self, forward: Callable[..., Any], cache: SteppedCache, captured: Captured) -> None:
         if cache.session.devices[0].type != "cuda":
@@ -198,6 +213,8 @@ class Step:
     def _run(self, forward: Callable[..., Any], cache: SteppedCache, captured: Captured) -> torch.Tensor:
         cache.session.captured = True
         try:
+            if captured.whole is not None:
+                return captured.whole(cache.session, captured.ids, captured.positions)
             return forward(
                 input_ids=captured.ids, position_ids=captured.positions, past_key_values=cache, use_cache=True
             ).logits

@@ -1,0 +1,88 @@
+"""Whole decoding steps as CUDA graphs beside what their bytes allow, on a GPU.
+
+    python benchmarks/steps_gpu.py benchmarks/results/steps_h100.json
+
+A model of Llama-3-8B's shape with random weights in bfloat16, caches of random tokens that go through the packer as
+ever. `ms` is the median of steps on the host clock around a synchronised call, `graph_ms` that of replays alone by
+events. `floor_ms` is what reading every weight and every page once takes at the rate of a copy that is measured here.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fivefold.benchmark import decode, machine
+
+CASES = [
+    *((name, tokens, 1) for name in ("kivi(bits=2)", "kivi(bits=4)", "full()") for tokens in (4096, 32768, 131072)),
+    ("kivi(bits=2)", 32768, 69),
+]
+"""(recipe, tokens of a sequence, sequences)."""
+STEPS = 40
+
+
+def weight_bytes(model: Any) -> int:
+    """What a step reads: all but the embedding, of which it reads a row."""
+    embedding = model.get_input_embeddings().weight
+    tied = embedding is model.get_output_embeddings().weight
+    return sum(x.nbytes for x in model.parameters()) - (0 if tied else embedding.nbytes)
+
+
+def replays_ms(cache: Any, repeats: int = 20) -> float:
+    """Median of replays of a cache's graph: every one takes the same step again."""
+    (captured,) = cache.step.captured.values()
+    times = []
+    for _ in range(repeats):
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before.record()
+        captured.graph.replay()
+        after.record()
+        torch.cuda.synchronize()
+        times.append(before.elapsed_time(after))
+    return statistics.median(times)
+
+
+def case(model: Any, recipe: str, context: int, batch: int, rate: float) -> dict[str, Any]:
+    gc.collect()
+    torch.cuda.empty_cache()
+    row: dict[str, Any] = {"recipe": recipe, "context": context, "batch": batch}
+    with torch.inference_mode():
+        cache = decode.filled(model, recipe, context, batch, True)
+        token = torch.ones(batch, 1, dtype=torch.long, device=model.device)
+        for _ in range(2):
+            token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        row["graph_ms"] = replays_ms(cache)
+        report = cache.report()
+        held = report.exact + report.codes + report.scales + report.other
+        row["own_code"], row["no_graph"] = cache.step.own, cache.step.failed
+        row.update({k: x for k, x in decode.timed(model, cache, batch, STEPS).items() if k != "peak_bytes"})
+    row["bytes"] = weight_bytes(model) + held
+    row["floor_ms"] = row["bytes"] / rate * 1000
+    row["of_floor"] = row["ms"] / row["floor_ms"]
+    return row
+
+
+def main() -> None:
+    device = torch.device("cuda")
+    rate = machine.copy_rate(device)
+    model = decode.build("llama-3-8b", device)
+    out = {**machine.stamp(), "shape": "llama-3-8b", "copy_bytes_s": rate, "rows": []}
+    for recipe, context, batch in CASES:
+        try:
+            row = case(model, recipe, context, batch, rate)
+        except torch.OutOfMemoryError:
+            row = {"recipe": recipe, "context": context, "batch": batch, "error": "out of memory"}
+        out["rows"].append(row)
+        print({k: round(x, 3) if isinstance(x, float) else x for k, x in row.items()}, flush=True)
+        Path(sys.argv[1]).write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

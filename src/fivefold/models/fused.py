@@ -1,0 +1,335 @@
+"""The decoding step of a Llama's kind in fused kernels: few launches, every weight read once (`kernels/step`).
+
+Such a model is known by its parts, not by its name (`parts_of`): RMSNorm, attention of plain projections with RoPE of
+half heads, a gated MLP, two residuals; a norm and a head behind the layers. Whether its code does nothing else is seen
+by trying: `verified` takes a step by the model's own code, and holds every layer and the head to it. What is of another
+kind, or comes out otherwise, runs as its own code says.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fivefold.engine.session import Session
+from fivefold.errors import FivefoldError
+from fivefold.kernels.step.reference import ACTS, Biases, Norm, Pages, Turn, acted
+
+BOUNDS = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+"""How far what a layer adds, or the head's logits, may be from the model's own, in parts of their norm."""
+
+
+class Unlike(Exception):
+    """This model is not of the kind, in a few words."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a layer computes with. norms: of each head of queries and keys."""
+
+    index: int
+    before: Norm
+    qkv: tuple[Linear, Linear, Linear]
+    norms: tuple[Norm | None, Norm | None]
+    scaling: float
+    out: Linear
+    behind: Norm
+    gate: Linear
+    up: Linear
+    down: Linear
+    act: str
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A whole model: embedding `[vocabulary, hidden]`, what makes cos and sin of positions, layers, norm and head."""
+
+    embedding: torch.Tensor
+    rotary: nn.Module
+    layers: tuple[Layer, ...]
+    norm: Norm
+    head: Linear
+
+
+# -- what a model is made of --------------------------------------------------------------------------------
+
+
+def parts_of(model: PreTrainedModel) -> Parts:
+    """The parts of a model of a Llama's kind. Raises `Unlike` if it is none, or somebody has changed how it runs."""
+    _untouched(model)
+    base: Any = _children(model, {"model", "lm_head"})["model"]
+    parts = _children(base, {"embed_tokens", "layers", "norm", "rotary_emb"})
+    embedding = parts["embed_tokens"]
+    if type(embedding) is not nn.Embedding:
+        raise Unlike(f"the embedding is a {type(embedding).__name__}")
+    layers: Any = parts["layers"]
+    if len(layers) != model.config.num_hidden_layers:
+        raise Unlike(f"{len(layers)} layers, of which {model.config.num_hidden_layers} run")
+    each = tuple(_layer(layer) for layer in layers)
+    head = _linear(model.get_submodule("lm_head"))
+    found = Parts(embedding.weight, parts["rotary_emb"], each, _norm(parts["norm"]), head)
+    kinds = {(weight.dtype, weight.device) for weight in model.parameters()}
+    if len(kinds) > 1:
+        raise Unlike("weights of several dtypes or devices")
+    ((dtype, _),) = kinds
+    if dtype not in BOUNDS:
+        raise Unlike(f"weights in {dtype}")
+    return found
+
+
+def _untouched(model: PreTrainedModel) -> None:
+    """Raise `Unlike` where somebody else's code runs in a module's place, or beside it."""
+    if model.training:
+        raise Unlike("the model is in train mode")
+    for name, module in model.named_modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for hook in hooks.values():
+                where = getattr(getattr(hook, "func", hook), "__module__", "") or ""
+                # Those of transformers collect outputs that are asked for, and a step's are not.
+                if not where.startswith(("fivefold.", "transformers.utils.output_capturing")):
+                    raise Unlike(f"a hook of {where} on {name or 'the model'}")
+        other = vars(module).get("forward")
+        if other is not None and (
+            not type(other).__module__.startswith("fivefold.") or getattr(other, "before", None) is not None
+        ):
+            raise Unlike(f"another forward in the place of that of {name or 'the model'}")
+
+
+def _children(module: nn.Module, names: set[str], optional: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """The modules in a module, by name: these, and no others, nor weights of its own."""
+    found = dict(module.named_children())
+    missing = sorted(names - found.keys())
+    more = sorted(found.keys() - names - optional) + [name for name, _ in module.named_parameters(recurse=False)]
+    if missing:
+        raise Unlike(f"{type(module).__name__} without {missing[0]}")
+    if more:
+        raise Unlike(f"{type(module).__name__} with {more[0]}")
+    return found
+
+
+def _plain(weight: Any, what: str) -> Any:
+    if type(weight.data) is not torch.Tensor or not weight.is_contiguous() or weight.data_ptr() % 16:
+        raise Unlike(f"the weight of {what} is no plain tensor at a multiple of 16 bytes")
+    return weight  # itself, so that nobody holds on to what it was before it is moved
+
+
+def _linear(module: nn.Module) -> Linear:
+    if type(module) is not nn.Linear:
+        raise Unlike(f"a projection is a {type(module).__name__}")
+    bias = None if module.bias is None else _plain(module.bias, "a bias")
+    return Linear(_plain(module.weight, "a projection"), bias)
+
+
+def _norm(module: nn.Module) -> Norm:
+    names = [name for name, _ in module.named_parameters()]
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if names != ["weight"] or not isinstance(eps, float) or module.weight.ndim != 1:
+        raise Unlike(f"{type(module).__name__} is no RMSNorm")
+    return Norm(_plain(module.weight, "a norm"), eps)
+
+
+def _layer(layer: nn.Module) -> Layer:
+    found = _children(layer, {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"})
+    attention, mlp = found["self_attn"], found["mlp"]
+    projections = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    parts = _children(attention, projections, frozenset({"q_norm", "k_norm"}))
+    products = _children(mlp, {"gate_proj", "up_proj", "down_proj"}, frozenset({"act_fn"}))
+    index, scaling = getattr(attention, "layer_idx", None), getattr(attention, "scaling", None)
+    if not isinstance(index, int) or not isinstance(scaling, float):
+        raise Unlike(f"{type(attention).__name__} does not say its number or its scaling")
+    q, k = (None if name not in parts else _norm(parts[name]) for name in ("q_norm", "k_norm"))
+    if (q is None) != (k is None):
+        raise Unlike("a norm of queries or of keys alone")
+    qkv = tuple(_linear(parts[name]) for name in ("q_proj", "k_proj", "v_proj"))
+    gate, up, down = (_linear(products[name]) for name in ("gate_proj", "up_proj", "down_proj"))
+    for some in (qkv, (gate, up)):
+        if len({linear.bias is None for linear in some}) > 1:
+            raise Unlike("some projections have a bias, others have none")
+    return Layer(
+        index, _norm(found["input_layernorm"]), (qkv[0], qkv[1], qkv[2]), (q, k), scaling, _linear(parts["o_proj"]),
+        _norm(found["post_attention_layernorm"]), gate, up, down, _act(mlp),
+    )  # fmt: skip
+
+
+def _act(mlp: nn.Module) -> str:
+    """Which of `ACTS` the activation of an MLP is, seen by trying it."""
+    function = getattr(mlp, "act_fn", None)
+    if not callable(function):
+        raise Unlike(f"{type(mlp).__name__} without an activation")
+    probe = torch.linspace(-6, 6, 241)
+    found = function(probe)
+    name = next((act for act in ACTS if torch.allclose(found, acted(probe, act), 1e-5, 1e-6)), None)
+    if name is None:
+        raise Unlike(f"the activation {type(function).__name__}")
+    return name
+
+
+# -- a step -------------------------------------------------------------------------------------------------
+
+
+class Whole:
+    """A step of all sequences of a cache, whose tables are up to date: see `DeviceTables.attend`."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+
+    def __call__(self, session: Session, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Logits `[sequences, 1, vocabulary]`. ids, positions: `[sequences, 1]`."""
+        parts = self.parts
+        hidden = nn.functional.embedding(ids[:, 0], parts.embedding)
+        turn = self.turn(hidden, positions)
+        for layer in parts.layers:
+            hidden = self.layer(session, layer, hidden, turn)
+        return self.head(hidden)[:, None]
+
+    def turn(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin `[sequences, head_dim]`, as the model's own module makes them."""
+        made = self.parts.rotary(hidden[:, None], positions)
+        cos, sin = (x.expand(len(hidden), *x.shape[1:])[:, 0].contiguous() for x in made)
+        return cos, sin
+
+    def layer(
+        self, session: Session, layer: Layer, hidden: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """`[sequences, hidden]` behind a layer."""
+        kernels, store = _kernels(), session.stores.get(layer.index)
+        if store is not None:  # else its attention is left out
+            tables, dim = store.bank.mirror, store.spec.head_dim
+            spans, exact = tables.newest(store)
+            weights, biases = _of(*layer.qkv)
+            place = Pages(spans, exact)
+            queries, _, _ = kernels.heads(hidden, weights, biases, layer.before, Turn(*turn, layer.norms), place)
+            out = tables.attend(store, queries.view(tables.rows, -1, dim), None, None, layer.scaling)
+            hidden = kernels.added(out.view(len(hidden), -1), layer.out.weight, layer.out.bias, hidden)
+        (gate, up), biases = _of(layer.gate, layer.up)
+        inner = kernels.gated(hidden, gate, up, biases, layer.behind, layer.act)
+        return kernels.added(inner, layer.down.weight, layer.down.bias, hidden)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits `[sequences, vocabulary]`."""
+        head = self.parts.head
+        return _kernels().products(hidden, [head.weight], [head.bias], self.parts.norm)[0]
+
+
+def _of(*linears: Linear) -> tuple[list[torch.Tensor], Biases]:
+    return [linear.weight for linear in linears], [linear.bias for linear in linears]
+
+
+def _kernels() -> ModuleType:
+    from fivefold.kernels.step import triton
+
+    return triton
+
+
+# -- whether it is right ------------------------------------------------------------------------------------
+
+
+def verified(
+    model: PreTrainedModel,
+    session: Session,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    own: Callable[[], torch.Tensor],
+) -> Whole | str:
+    """The step of a model in fused kernels, or in a few words why there is none.
+
+    own: takes the same step by the model's own code, and gives its logits `[sequences, 1, vocabulary]`. A step may be
+    taken any number of times: it writes the same token to the same slots.
+    """
+    try:
+        parts = parts_of(model)
+        for layer in parts.layers:
+            _fits(session, layer)
+    except Unlike as why:
+        return str(why)
+    if torch.is_autocast_enabled(ids.device.type):
+        return "the model is called under autocast"
+    whole, seen = Whole(parts), dict[int, tuple[torch.Tensor, torch.Tensor]]()
+    with _watched(model, seen):
+        logits = own()[:, 0]
+    try:
+        return _unlike(whole, session, ids, positions, seen, logits) or whole
+    except (torch.OutOfMemoryError, FivefoldError):
+        raise
+    except Exception as error:  # a rotary embedding that wants more, a shape that no kernel takes
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _unlike(
+    whole: Whole,
+    session: Session,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    seen: dict[int, tuple[torch.Tensor, torch.Tensor]],
+    logits: torch.Tensor,
+) -> str | None:
+    """What comes out otherwise than by the model's own code, whose layers have `seen` and left this; None if nothing
+    does."""
+    parts, live = whole.parts, session.batch  # other sequences are padding
+    hidden = nn.functional.embedding(ids[:, 0], parts.embedding)
+    turn = whole.turn(hidden, positions)
+    apart = {"the embedding": _apart(hidden[:live], seen[0][0][:live])}
+    for number, layer in enumerate(parts.layers):
+        given, wanted = seen[number]
+        found = whole.layer(session, layer, given, turn)
+        apart[f"layer {layer.index}"] = _apart((found - given)[:live], (wanted - given)[:live])
+    apart["the head"] = _apart(whole.head(seen[len(parts.layers) - 1][1])[:live], logits[:live])
+    for name, far in zip(apart, torch.stack(list(apart.values())).tolist()):
+        if not far <= BOUNDS[hidden.dtype]:
+            return f"{name} computes something else ({far:.2g} of its norm apart)"
+    return None
+
+
+def _fits(session: Session, layer: Layer) -> None:
+    """Raise `Unlike` where a cache's layer is not one append and one call of `DeviceTables.attend`."""
+    store = session.stores.get(layer.index)
+    if store is None:
+        if any(spec.layer == layer.index for spec in session.absent):
+            return
+        raise Unlike(f"layer {layer.index} has no store")
+    if layer.index not in session.stepping:
+        raise Unlike(f"what layer {layer.index} reads is not one call of a kernel")
+    spec, sizes = store.spec, [len(linear.weight) for linear in layer.qkv]
+    if sizes != [n * spec.head_dim for n in (spec.query_heads, spec.kv_heads, spec.kv_heads)]:
+        raise Unlike(f"projections of {sizes} rows")
+    if spec.cap is not None:
+        raise Unlike("scores are capped")
+    if layer.before.gain.dtype is not spec.dtype:
+        raise Unlike(f"weights in {layer.before.gain.dtype} and a cache in {spec.dtype}")
+
+
+def _apart(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    return (found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-20)
+
+
+@contextmanager
+def _watched(model: Any, seen: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """Within it, what each layer is given and returns, `[sequences, hidden]`, goes to `seen`."""
+
+    def look(number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        given = args[0] if args else kwargs["hidden_states"]
+        seen[number] = given[:, 0].clone(), (out[0] if isinstance(out, tuple) else out)[:, 0].clone()
+
+    hooks = [
+        layer.register_forward_hook(functools.partial(look, number), with_kwargs=True)
+        for number, layer in enumerate(model.model.layers)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

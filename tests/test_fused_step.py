@@ -1,0 +1,185 @@
+"""Whole decoding steps in fused kernels: the same as by the model's own code, and never where that does something else.
+
+On a CPU the kernels run in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import fivefold
+from conftest import DEVICES, KERNELS
+from families import build
+from fivefold.models import graph
+
+step = pytest.importorskip("fivefold.kernels.step.triton", reason="needs Triton")
+pytestmark = pytest.mark.usefixtures("one_thread")
+VOCAB = 131
+ONE = {"head_dim": 64, "num_hidden_layers": 1}
+TWO = {"head_dim": 64, "num_hidden_layers": 2}
+
+
+@pytest.fixture(params=DEVICES)
+def device(request, monkeypatch) -> torch.device:
+    monkeypatch.setenv("FIVEFOLD_KERNELS", KERNELS)
+    return torch.device(request.param)
+
+
+def ids(rows: int, tokens: int, device, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def stepped(model, recipe: str, rows: int, device, count: int = 1, **given):
+    """Logits of the last step of a cache with a graph, those of the model's own code, and the cache."""
+    caches = [fivefold.compress(model, recipe, cuda_graph=fused) for fused in (True, False)]
+    with torch.inference_mode():
+        for cache in caches:
+            model(ids(rows, 40, device), past_key_values=cache)
+        for number in range(count):
+            token = ids(rows, 1, device, 1 + number)
+            found, wanted = (model(token, past_key_values=cache).logits for cache in caches)
+    assert caches[0].step.failed is None and caches[0].step.replays == count
+    return found, wanted, caches[0]
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen2", "qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "mistral"))]
+)
+def test_families(device, family: str) -> None:
+    """With biases of queries, keys and values (qwen2), and norms of their heads (qwen3)."""
+    model = build(family, **ONE).to(device)
+    for name, weight in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            weight.data.normal_(1, 0.3, generator=torch.Generator(weight.device).manual_seed(len(name)))
+    found, wanted, cache = stepped(model, "full()", 1, device)
+    assert cache.step.own is None
+    assert (found - wanted).norm() < 1e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize("columns", [16, 1])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
+def test_batches(device, family: str, columns: int, monkeypatch) -> None:
+    """By kernels, and by torch's products where there are many tokens."""
+    monkeypatch.setattr(step, "COLUMNS", columns)
+    model = build(family, **ONE).to(device)
+    for rows in (2,) if device.type == "cpu" else (2, 7, 16, 40):
+        found, wanted, cache = stepped(model, "full()", rows, device)
+        assert cache.step.own is None and found.shape == (rows, 1, VOCAB)
+        assert (found - wanted).norm() < 1e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16])
+def test_half_precision(device, dtype) -> None:
+    model = build("llama", **ONE).to(device, dtype)
+    if device.type == "cpu":  # the interpreter cuts off what bfloat16 does not hold
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(graph.verified.__globals__["BOUNDS"], torch.bfloat16, 0.1)
+            found, wanted, cache = stepped(model, "full()", 1, device)
+    else:
+        found, wanted, cache = stepped(model, "full()", 1, device)
+    assert cache.step.own is None
+    assert (found.float() - wanted.float()).norm() < (0.1 if device.type == "cpu" else 0.03) * wanted.float().norm()
+
+
+class Scaled(torch.nn.Linear):
+    """What an adapter, or a quantised weight, would be."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def _multiplied(device):
+    return build("granite", residual_multiplier=0.3, **ONE).to(device), "layer 0 computes something else"
+
+
+def _logits_scaled(device):
+    return build("granite", logits_scaling=3.0, **ONE).to(device), "the head computes something else"
+
+
+def _hooked(device):
+    model = build("llama", **TWO).to(device)
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: 2 * out)
+    return model, "a hook of test_fused_step on model.layers.1.mlp"
+
+
+def _adapted(device):
+    model = build("llama", **TWO)
+    mine = Scaled(64, 96, bias=False)
+    mine.weight = model.model.layers[1].mlp.up_proj.weight
+    model.model.layers[1].mlp.up_proj = mine
+    return model.to(device), "a projection is a Scaled"
+
+
+def _wrapped(device):
+    model = build("llama", **TWO).to(device)
+    mlp = model.model.layers[0].mlp
+    mlp.forward = lambda x: type(mlp).forward(mlp, x)
+    return model, "another forward in the place of that of model.layers.0.mlp"
+
+
+def _other_parts(device):
+    return build("olmo2", **ONE).to(device), "Olmo2DecoderLayer without input_layernorm"
+
+
+@pytest.mark.parametrize("make", [_multiplied, _logits_scaled, _hooked, _adapted, _wrapped, _other_parts])
+def test_other_models_run_their_own_code(device, make) -> None:
+    """Known by their parts, by what others have changed, or by what comes out; and a step says which."""
+    model, why = make(device)
+    found, wanted, cache = stepped(model, "full()", 1, device)
+    assert why in cache.step.own
+    assert (found - wanted).norm() < 1e-4 * wanted.norm()
+
+
+def test_weights_that_change(device) -> None:
+    """Numbers in place are read anew; weights elsewhere make a new step."""
+    model = build("llama", **ONE).to(device)
+    _, before, cache = stepped(model, "full()", 1, device)
+    twin = copy.deepcopy(model)
+    for weight in twin.parameters():
+        weight.data *= 1.1
+    for name, weight in model.named_parameters():
+        if "mlp" in name:
+            weight.data = dict(twin.named_parameters())[name].data
+        else:
+            weight.data *= 1.1
+    token = ids(1, 1, device, 1)
+    with torch.inference_mode():
+        cache.crop(-1)
+        plain = cache.fork()
+        plain.step = None
+        wanted = model(token, past_key_values=plain).logits
+        found = model(token, past_key_values=cache).logits
+    assert cache.step.own is None
+    assert (found - wanted).norm() < 1e-3 * wanted.norm() and not torch.allclose(found, before, 1e-2)
+
+
+def test_layers_whose_attention_is_left_out(device) -> None:
+    model = build("llama", **TWO).to(device)
+    found, wanted, cache = stepped(model, "drop(layers=[1])", 1, device)
+    assert cache.step.own is None
+    assert (found - wanted).norm() < 1e-3 * wanted.norm()
+
+
+@pytest.mark.model
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("recipe", ["full()", "kivi(bits=4)"])
+def test_the_embedded_model_says_the_same(recipe: str, monkeypatch) -> None:
+    """Greedy tokens by fused kernels and by the model's own code, in float32."""
+    from fivefold.models import embedded
+
+    embedded.fetch()
+    model, tokenizer = embedded.load()
+    model = model.to("cuda", torch.float32)
+    prompt = tokenizer("The sea was calm, and the harbour master told me: " * 20, return_tensors="pt").to("cuda")
+    said = []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr(graph, "verified", lambda *given: "not here")
+        cache = fivefold.compress(model, recipe, cuda_graph=True)
+        said.append(model.generate(**prompt, past_key_values=cache, max_new_tokens=96, do_sample=False))
+        assert cache.step.own == (None if fused else "not here") and cache.step.replays > 60
+    assert torch.equal(*said)
