@@ -11,6 +11,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
+
 import fivefold
 from fivefold.calibrate import signature
 from fivefold.calibrate.run import TOKENS, calibrate
@@ -20,13 +22,14 @@ from fivefold.models import embedded
 
 ASKED = {"budget": "budget(bytes=[0.15, 0.1, 0.07], tries=5)", "duo": "duo(keep=0.15)"}
 """What is asked for where that is more than the defaults."""
-TEXT = {"anchors": 4_096, "duo": 32_768}
+TEXT = {"anchors": 4_096, "duo": 1_048_576}
 """Tokens to read, where a long text teaches more than many short ones."""
 NAMES = {"duo": "duo-gates"}
 
 
 def main() -> None:
     model, tokenizer = embedded.load()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     profiles = Path(fivefold.__file__).parent / "profiles"
     for method in sys.argv[1:] or [name for name, cls in registered().items() if cls.learns()]:
         work = Path(__file__).parents[1] / "build" / f"profile-{method}"
