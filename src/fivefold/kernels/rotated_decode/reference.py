@@ -42,6 +42,7 @@ class Rotated(Reader):
     neighbours: bool = False
 
     unit = 2
+    scores = True
     positional = True
     resident = 2
     limit = 1000.0
@@ -114,14 +115,14 @@ def tables_of(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tables of the kernels:
 
-    revolutions a token of each pair of channels, float64 `[d / 2]`; cosine and sine of the first 32 positions, float32
-    `[2, 32, d / 2]`; what undoes the rotation of keys, the even and the odd channels of the paired order, entries +-1,
+    revolutions a token of each pair of channels, float64 `[d / 2]`; cosine and sine of the first 64 positions, float32
+    `[2, 64, d / 2]`; what undoes the rotation of keys, the even and the odd channels of the paired order, entries +-1,
     float16 `[team, team, 2, d, d / 2]` (of the rotated channels of one head for the channels of another; `[1, 1, ...]`
     where the matrix splits, see `splits`); and of values, `[d, d]`.
     """
     with torch.inference_mode(False):
         turns = torch.tensor(inv_freq, dtype=torch.float64) / (2 * pi)
-        angles = torch.arange(32, dtype=torch.float64)[:, None] * turns * (2 * pi)
+        angles = torch.arange(64, dtype=torch.float64)[:, None] * turns * (2 * pi)
         heads = 1 if splits(team, head_dim) else team
         matrix = hadamard(heads * head_dim) * (heads * head_dim) ** 0.5
         # [channel's head, pair, even or odd, rotated channel's head, rotated channel]
