@@ -25,7 +25,7 @@ class Rotated(Reader):
     [32, d], and sinks int16 [sinks], the slots of tokens that are `learned`, exact, -1 for none.
 
     Keys of `team` heads at a time are rotated together, in the paired order of channels (see `Rope`); then the channels
-    of all `kv_heads` heads are sorted, which `places` says, int64 `[kv_heads * d]`: where every rotated channel is. A
+    of all `kv_heads` heads are sorted, which `places` says, int32 `[kv_heads * d]`: where every rotated channel is. A
     head's words are its share of the sorted channels. Values are rotated head by head.
 
     inv_freq: float64 `[d / 2]`, on any device; neighbours: see `Rope`.
@@ -64,9 +64,9 @@ class Rotated(Reader):
     def learned(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("sink_keys", "sink_values") if self.sinks else ()
 
-    @cached_property
+    @property
     def constants(self) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
-        return (self.places.to(torch.int32),)
+        return (self.places,)
 
     @cached_property
     def tables(self) -> tuple[torch.Tensor, ...]:
@@ -154,7 +154,7 @@ def attend_rotated(
     keys = decode_values(words, page["key_scale"].flatten(0, 1), page["key_zero"].flatten(0, 1), form.bits).to(dtype)
     tokens = columns * form.tokens
     keys = keys.reshape(rows // together, together, tokens, dim).transpose(1, 2).flatten(2)
-    keys = keys[:, :, form.places.to(device)].unflatten(2, (-1, n)) @ hadamard(n).to(device, dtype).T
+    keys = keys[:, :, form.places.long()].unflatten(2, (-1, n)) @ hadamard(n).to(device, dtype).T
     keys = keys.reshape(rows // together, tokens, together, dim).transpose(1, 2).reshape(rows, tokens, dim)
     slot = torch.arange(tokens, device=device)
     angles = (spans[:, 7, None] + slot).to(dtype)[..., None] * form.inv_freq.to(device, dtype)
