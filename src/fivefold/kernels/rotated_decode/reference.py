@@ -115,21 +115,22 @@ def tables_of(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tables of the kernels:
 
-    revolutions a token of each pair of channels, float64 `[d / 2]`; cosine and sine of the first 64 positions, float32
-    `[2, 64, d / 2]`; what undoes the rotation of keys, the even and the odd channels of the paired order, entries +-1,
-    float16 `[team, team, 2, d, d / 2]` (of the rotated channels of one head for the channels of another; `[1, 1, ...]`
-    where the matrix splits, see `splits`); and of values, `[d, d]`.
+    revolutions a token of each pair of channels, in parts of 2**64, int64 `[d / 2]`; cosine and sine of the first 64
+    positions, float32 `[2, 64, d / 2]`; what undoes the rotation of keys, the even and the odd channels of the paired
+    order, entries +-1, float16 `[team, team, 2, d, d / 2]` (of the rotated channels of one head for the channels of
+    another; `[1, 1, ...]` where the matrix splits, see `splits`); and of values, `[d, d]`.
     """
     with torch.inference_mode(False):
-        turns = torch.tensor(inv_freq, dtype=torch.float64) / (2 * pi)
-        angles = torch.arange(64, dtype=torch.float64)[:, None] * turns * (2 * pi)
+        parts = [round(x / (2 * pi) % 1 * 2**64) % 2**64 for x in inv_freq]
+        turns = torch.tensor([x - 2**64 if x >= 2**63 else x for x in parts])
+        angles = torch.arange(64, dtype=torch.float64)[:, None] * torch.tensor(inv_freq, dtype=torch.float64)
         heads = 1 if splits(team, head_dim) else team
         matrix = hadamard(heads * head_dim) * (heads * head_dim) ** 0.5
         # [channel's head, pair, even or odd, rotated channel's head, rotated channel]
-        parts = matrix.view(heads, -1, 2, heads, head_dim).permute(0, 3, 2, 4, 1)
+        undo = matrix.view(heads, -1, 2, heads, head_dim).permute(0, 3, 2, 4, 1)
         values = hadamard(head_dim) * head_dim**0.5
         small = torch.stack([angles.cos(), angles.sin()]).float()
-        found = turns, small, parts.contiguous().half().round_(), values.half().round_()
+        found = turns, small, undo.contiguous().half().round_(), values.half().round_()
         return tuple(x.to(device) for x in found)  # type: ignore[return-value]
 
 

@@ -3,8 +3,8 @@
 Two kernels, with the work lists and parts of `packed_decode`. `_scores` makes keys again, 64 tokens of a head at a
 time: channels are loaded from where they were sorted to, so that no tile is permuted; the Hadamard matrix over channels
 is undone by a product with entries +-1, and that over heads by signs of the scores, since all heads turn alike. RoPE
-turns what comes out, by the angle of the first token (in float64, reduced) and that of a token in its tile added up. It
-leaves scores, float32. `_values` reads them, and undoes the values' rotation once, on the weighted sum.
+turns what comes out, by the angle of the first token (in whole numbers, reduced) and that of a token in its tile added
+up. It leaves scores, float32. `_values` reads them, and undoes the values' rotation once, on the weighted sum.
 
 Attention sinks, which are exact, are among the slots: a page says which, and their scores and values are put in the
 others' places.
@@ -45,11 +45,18 @@ def _field(words, shift, BITS: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _keys(words, scale_at, zero_at, j, r, G: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """Plane j of rotated keys, a channel a row: float16 `[D, 32]`."""
-    step = tl.load(tl.multiple_of(scale_at + j * 32 * G, 16)[:, None] + r[None, :])
-    zero = tl.load(tl.multiple_of(zero_at + j * 32 * G, 16)[:, None] + r[None, :])
-    return _field(words, j * BITS, BITS, ASM) * step + zero
+def _cos(x, ASM: tl.constexpr):
+    """Of angles of at most pi, to 2**-20."""
+    if ASM:
+        return tl.inline_asm_elementwise("cos.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.cos(x)
+
+
+@triton.jit
+def _sin(x, ASM: tl.constexpr):
+    if ASM:
+        return tl.inline_asm_elementwise("sin.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.sin(x)
 
 
 @triton.jit
@@ -68,7 +75,7 @@ def _scores(
     (programs,).
 
     The queries of a team are the COLUMNS of one operand, EACH for a row. S: room for the sinks. WIDE: planes of a tile,
-    1 or 2, whose tokens then take turns.
+    1 or 2.
     """
     row = _row(starts, rows, R)
     if row >= rows:
@@ -77,7 +84,6 @@ def _scores(
     TOKENS: tl.constexpr = PLANES * 32
     G: tl.constexpr = D // CHANNELS
     HALF: tl.constexpr = D // 2
-    r = tl.arange(0, 32)
     d = tl.arange(0, D)
     i = tl.arange(0, HALF)
     k = tl.arange(0, S)
@@ -111,8 +117,8 @@ def _scores(
         undo_even = tl.load(undo)
         undo_odd = tl.load(undo + D * HALF)
     revolutions = tl.load(turns + i)
-    inside_tile = t % WIDE * 32 + t // WIDE
-    small_at = small + inside_tile[:, None] * HALF + i[None, :]
+    plane_at = t // 32 * (32 * G) + t % 32
+    small_at = small + t[:, None] * HALF + i[None, :]
     norm = (TEAM * D) ** -0.5
     score_at = scores + line.to(tl.int64) * slots
 
@@ -125,10 +131,10 @@ def _scores(
     for page in range(first, last):
         for tile in range(PLANES // WIDE):
             j = tile * WIDE
-            turn = revolutions * (base + page * TOKENS + j * 32).to(tl.float64)
-            angle = ((turn - tl.floor(turn + 0.5)) * 6.283185307179586).to(tl.float32)
-            cos_base = (tl.cos(angle) * norm)[None, :]
-            sin_base = (tl.sin(angle) * norm)[None, :]
+            # Parts of 2**64 of a revolution: what is beyond a whole one falls off by itself.
+            angle = ((revolutions * (base + page * TOKENS + j * 32)) >> 32).to(tl.float32) * 1.4629180792671596e-09
+            cos_base = (_cos(angle, ASM) * norm)[None, :]
+            sin_base = (_sin(angle, ASM) * norm)[None, :]
             cos_small = tl.load(small_at)
             sin_small = tl.load(small_at + 64 * HALF)
             cosine = (cos_base * cos_small - sin_base * sin_small).to(tl.float16)
@@ -142,12 +148,11 @@ def _scores(
                 group = place % D // CHANNELS * 32
                 step_at = (tl.load(entry + 1) * 2).to(tl.pointer_type(tl.float16)) + group
                 zero_at = (tl.load(entry + 2) * 2).to(tl.pointer_type(tl.float16)) + group
-                words = tl.load(tl.multiple_of(word_at, 16)[:, None] + r[None, :])
-                keys = _keys(words, step_at, zero_at, j, r, G, BITS, ASM)
-                if WIDE == 2:
-                    more = _keys(words, step_at, zero_at, j + 1, r, G, BITS, ASM)
-                    keys = tl.reshape(tl.join(keys, more), [D, 64])
-                keys = tl.trans(keys)
+                words = tl.load(tl.multiple_of(word_at, 16)[:, None] + (t % 32)[None, :])
+                step = tl.load(tl.multiple_of(step_at + j * 32 * G, 16)[:, None] + plane_at[None, :])
+                zero = tl.load(tl.multiple_of(zero_at + j * 32 * G, 16)[:, None] + plane_at[None, :])
+                shift = tl.broadcast_to(((j + t // 32) * BITS)[None, :], [D, 32 * WIDE])
+                keys = tl.trans(_field(words, shift, BITS, ASM) * step + zero)
                 if SPLIT:
                     # Heads are added up behind the product with the queries, which is linear.
                     both = whose & g
@@ -158,7 +163,7 @@ def _scores(
                         at = undo + (f * TEAM + g) * 2 * D * HALF
                         part = _turned(keys, tl.load(at), tl.load(at + D * HALF), cosine, sine, query_even, query_odd)
                         s += tl.where(whose[None, :] == f, part, 0.0)
-            slot = page * TOKENS + j * 32 + inside_tile
+            slot = page * TOKENS + j * 32 + t
             seen = (slot >= low) & (slot < high)
             tl.store(score_at[None, :] + slot[:, None], s * scale[None, :], mask=seen[:, None] & mine[None, :])
         if SINKS > 0:
