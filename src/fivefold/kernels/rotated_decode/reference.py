@@ -81,6 +81,8 @@ class Rotated(Reader):
     def lacks(self, heads: int) -> str | None:
         if 2 * len(self.inv_freq) != self.head_dim:
             return "RoPE turns a part of the channels only"
+        if self.head_dim > 128:
+            return f"heads of {self.head_dim} channels are rotated"
         if self.team > 4:
             return f"{self.team} heads are rotated together, more than 4"
         if self.channels & (self.channels - 1):
