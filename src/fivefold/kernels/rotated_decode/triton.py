@@ -27,9 +27,24 @@ from fivefold.kernels.rotated_decode.reference import Rotated
 def _field_asm(bits):
     mask = (2 ** int(bits) - 1) * 0x10001
     return (
-        f"{{ .reg .b32 t, u; shr.u32 t, $1, $2; and.b32 t, t, 0x{mask:08X}; or.b32 t, t, 0x64006400; "
+        f"{{ .reg .b32 t, u; shr.u32 t, $1, $2; lop3.b32 t, t, 0x{mask:08X}, 0x64006400, 0xEA; "
         "mov.b32 u, 0x64006400; sub.rn.f16x2 $0, t, u; }"
     )
+
+
+@triton.constexpr_function
+def _log2(n):
+    return int(n).bit_length() - 1
+
+
+@triton.jit
+def _half(x, ASM: tl.constexpr):
+    """float32 as float16, two at a time."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.float16, is_pure=True, pack=2
+        )
+    return x.to(tl.float16)
 
 
 @triton.jit
@@ -143,9 +158,10 @@ def _scores(
             for g in range(TEAM):
                 # Where the rotated channels of this head of the team stand.
                 place = tl.load(places + (row - first_row + g) * D + d)
-                entry = table + ((first_row + place // D).to(tl.int64) * columns + page) * FIELDS
-                word_at = (tl.load(entry) * 2).to(tl.pointer_type(tl.int16)) + place % D * 32
-                group = place % D // CHANNELS * 32
+                entry = table + ((first_row + (place >> _log2(D))).to(tl.int64) * columns + page) * FIELDS
+                inside = place & (D - 1)
+                word_at = (tl.load(entry) * 2).to(tl.pointer_type(tl.int16)) + inside * 32
+                group = (inside >> _log2(CHANNELS)) * 32
                 step_at = (tl.load(entry + 1) * 2).to(tl.pointer_type(tl.float16)) + group
                 zero_at = (tl.load(entry + 2) * 2).to(tl.pointer_type(tl.float16)) + group
                 words = tl.load(tl.multiple_of(word_at, 16)[:, None] + (t % 32)[None, :])
@@ -157,11 +173,13 @@ def _scores(
                     # Heads are added up behind the product with the queries, which is linear.
                     both = whose & g
                     sign = 1.0 - 2.0 * ((both ^ (both >> 1)) & 1).to(tl.float32)
-                    s += _turned(keys, undo_even, undo_odd, cosine, sine, query_even, query_odd) * sign[None, :]
+                    s += _turned(keys, undo_even, undo_odd, cosine, sine, query_even, query_odd, ASM) * sign[None, :]
                 else:
                     for f in range(TEAM):
                         at = undo + (f * TEAM + g) * 2 * D * HALF
-                        part = _turned(keys, tl.load(at), tl.load(at + D * HALF), cosine, sine, query_even, query_odd)
+                        e = tl.load(at)
+                        o = tl.load(at + D * HALF)
+                        part = _turned(keys, e, o, cosine, sine, query_even, query_odd, ASM)
                         s += tl.where(whose[None, :] == f, part, 0.0)
             slot = page * TOKENS + j * 32 + t
             seen = (slot >= low) & (slot < high)
@@ -177,10 +195,10 @@ def _scores(
 
 
 @triton.jit
-def _turned(keys, undo_even, undo_odd, cosine, sine, query_even, query_odd):
+def _turned(keys, undo_even, undo_odd, cosine, sine, query_even, query_odd, ASM: tl.constexpr):
     """Inner products of queries with keys whose rotation is undone, and then RoPE done: `[tokens, columns]`."""
-    k_even = tl.dot(keys, undo_even).to(tl.float16)
-    k_odd = tl.dot(keys, undo_odd).to(tl.float16)
+    k_even = _half(tl.dot(keys, undo_even), ASM)
+    k_odd = _half(tl.dot(keys, undo_odd), ASM)
     s = tl.dot(k_even * cosine - k_odd * sine, query_even)
     return tl.dot(k_odd * cosine + k_even * sine, query_odd, s)
 
@@ -221,8 +239,8 @@ def _values(
     weight = tl.zeros([32, N], tl.float32)
     acc = tl.zeros([D, N], tl.float32)
     for page in range(first, last):
-        words = _address(table, row, columns, page, 3, FIELDS).to(tl.pointer_type(tl.int16))
-        words = tl.load(tl.multiple_of(words, 16) + r[:, None] * D + d[None, :])
+        word_at = tl.multiple_of(_address(table, row, columns, page, 3, FIELDS).to(tl.pointer_type(tl.int16)), 16)
+        words = tl.load(word_at + r[:, None] * D + d[None, :])
         scale_at = tl.multiple_of(_address(table, row, columns, page, 4, FIELDS), 16).to(tl.pointer_type(tl.float16))
         zero_at = tl.multiple_of(_address(table, row, columns, page, 5, FIELDS), 16).to(tl.pointer_type(tl.float16))
         if SINKS > 0:
@@ -244,9 +262,6 @@ def _values(
         for j in tl.static_range(PLANES):
             p = tl.exp2(found[j] - m[None, :])
             weight += p
-            if SINKS > 0:
-                other = tl.max((marks[None, :] == (j * 32 + r)[:, None]).to(tl.int32), 1) == 0
-                p = tl.where(other[:, None], p, 0.0)
             part = j * 32 * G + g[:, None] * 32 + r[None, :]
             steps = (tl.load(scale_at + part) * _rest(BITS, j)).to(tl.float16)
             zero = tl.load(zero_at + part)
@@ -254,11 +269,19 @@ def _values(
             v = v * _spread(steps, j, G, CHANNELS) + _spread(zero, j, G, CHANNELS)
             acc = tl.dot(v, p.to(tl.float16), acc)
         if SINKS > 0:
-            token = page * TOKENS + marks
-            there = (marks >= 0) & (token >= low) & (token < high)
-            s = tl.load(score_at + token[:, None], mask=there[:, None] & (h[None, :] < heads), other=-1e30)
-            p = tl.where(there[:, None], tl.exp2(s - m[None, :]), 0.0).to(tl.float16)
-            acc = tl.dot(tl.trans(exact), p, acc)
+            if tl.max(marks, 0) >= 0:
+                # What is exact, in the place of what was added up for it just now.
+                token_of = page * TOKENS + marks
+                there = (marks >= 0) & (token_of >= low) & (token_of < high)
+                score = tl.load(score_at + token_of[:, None], mask=there[:, None] & (h[None, :] < heads), other=-1e30)
+                p_of = tl.where(there[:, None], tl.exp2(score - m[None, :]), 0.0).to(tl.float16)
+                mark = tl.maximum(marks, 0)
+                coarse = tl.load(word_at + (mark % 32)[:, None] * D + d[None, :]).to(tl.int32)
+                coarse = (coarse >> (mark // 32 * BITS)[:, None]) & (2**BITS - 1)
+                part_at = (mark // 32 * (32 * G) + mark % 32)[:, None] + (d // CHANNELS * 32)[None, :]
+                coarse = coarse.to(tl.float32) * tl.load(scale_at + part_at).to(tl.float32)
+                coarse = exact.to(tl.float32) - (coarse + tl.load(zero_at + part_at).to(tl.float32))
+                acc = tl.dot(tl.trans(coarse.to(tl.float16)), p_of, acc)
     total = tl.sum(weight, 0)
     # Undo the values' rotation, in two parts of float16 each: what is rounded off the first is the second.
     o = acc / tl.where(total > 0, total, 1.0)[None, :]
