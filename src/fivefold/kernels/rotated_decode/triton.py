@@ -268,7 +268,7 @@ def _values(
             v = tl.trans(_code(words, BITS, j, ASM))
             v = v * _spread(steps, j, G, CHANNELS) + _spread(zero, j, G, CHANNELS)
             acc = tl.dot(v, p.to(tl.float16), acc)
-        if SINKS > 0:
+        if SINKS > 0:  # noqa: SIM102 (one is known when it is compiled)
             if tl.max(marks, 0) >= 0:
                 # What is exact, in the place of what was added up for it just now.
                 token_of = page * TOKENS + marks
