@@ -85,5 +85,5 @@ def test_parts_are_those_of_the_reference(device, case) -> None:
     packed = schedule.Packed((table // form.unit).to(device), form, exact)
     found, lse = kernel.decode(queries, scaling, spans, packed, with_lse=True, programs=(5, 1))
     for row in range(rows):
-        assert (found[row].double() - wanted[row]).norm() < 5e-3 * wanted[row].norm()
+        assert (found[row].double() - wanted[row]).norm() < 8e-3 * wanted[row].norm()  # float16, four times
         assert torch.allclose(lse[row].double(), wanted_lse[row], 3e-4, 3e-2)

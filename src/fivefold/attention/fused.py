@@ -131,7 +131,7 @@ def why_not(layer: LayerCache, device: torch.device, heads: int) -> str | None:
             return "no kernel reads this codec's pages"
         if choice.triton and codec.peak > reader.limit:
             return f"keys or values reach {codec.peak:.0f}, more than the kernels' {reader.limit:.0f}"
-        if reader.positional and layer.held:
+        if reader.positional and layer.known:
             return "packed pages do not say where in the text the tokens that were chosen stand"
         if reader.team > 1 and len(set(layer.extents)) > 1:
             return "heads that are packed together hold different tokens"

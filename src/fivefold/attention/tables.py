@@ -168,9 +168,10 @@ class DeviceTables:
     def nbytes(self) -> int:
         """Bytes on the device and of what is sent there."""
         hosts = sum(host.nbytes for host in self._hosts) + (0 if self._ahead is None else self._ahead.nbytes)
+        tables = self._exact.nbytes + self._packed.nbytes + self._numbers.nbytes + self._padding.nbytes
         beside = sum(x.nbytes for x in (self.watch, self.left, *self._learned.values()) if x is not None)
         beside += sum(spans.nbytes + starts.nbytes for spans, starts, _ in self._uniform.values())
-        return self._exact.nbytes + self._packed.nbytes + self._numbers.nbytes + hosts + self._padding.nbytes + beside
+        return tables + hosts + beside
 
     def fit(self) -> bool:
         """Whether these are the bank's rows, and there is still room for what they hold."""
@@ -323,8 +324,7 @@ class DeviceTables:
         if keys is not None and values is not None:
             self.append(layer, keys, values)
         kernel, (rows, span, exact) = kernels(self.device), self._place(layer)
-        starts, queries = self.starts(layer), queries.contiguous()
-        packed = self._pages_of(layer.index, rows)
+        starts, queries, packed = self.starts(layer), queries.contiguous(), self._pages_of(layer.index, rows)
         role = "full" if self.picked is None else self.picked.role(layer)
         if role == "sparse" and self.picked is not None and self.picked.there(layer):
             return self._attend_picked(layer, queries, scaling, span, packed, exact, sinks)
@@ -333,8 +333,7 @@ class DeviceTables:
         if watches or role == "select":
             policy: Any = layer.policy
             if role == "select" or (policy.chooses and policy.watches):
-                shape = (*queries.shape[:2], exact.table.shape[1] * PAGE)
-                scored = {"scores": torch.empty(shape, dtype=torch.float32, device=self.device)}
+                scored = self._scores(queries, packed)
         left = None if self.listed else left_of_all(layer, queries, scaling)
         with_lse = bool(sinks is not None or left is not None or scored or self.left is not None)
         settings = {"starts": starts, "programs": self.programs, "with_lse": with_lse}
@@ -343,8 +342,18 @@ class DeviceTables:
             self.left.merge(layer, queries, scaling, out, lse)
         out, lse = beside(out, lse, left)
         if watches or role == "select":
-            self._watch_step(layer, role, queries, scaling, lse, sinks, scored.get("scores"), packed)
+            self._watch_step(layer, role, queries, scaling, lse, sinks, scored, packed)
         return with_sinks(out, lse, sinks)
+
+    def _scores(self, queries: torch.Tensor, packed: schedule.Packed | None) -> dict[str, torch.Tensor]:
+        """Where kernels leave the scores of a step: of exact slots, and of packed ones that are not KIVI's."""
+        slots = {"scores": self.exact_columns * PAGE}
+        if packed is not None and packed.form.scores:
+            slots["packed_scores"] = self.packed_columns * self.page
+        return {
+            name: torch.empty((*queries.shape[:2], count), dtype=torch.float32, device=self.device)
+            for name, count in slots.items()
+        }
 
     def _watch_step(
         self,
@@ -354,16 +363,19 @@ class DeviceTables:
         scaling: float,
         lse: torch.Tensor | None,
         sinks: torch.Tensor | None,
-        scores: torch.Tensor | None,
+        scored: dict[str, torch.Tensor],
         packed: schedule.Packed | None,
     ) -> None:
         """What a step's attention means for the tokens that are held, or picked."""
+        from fivefold.kernels.planar_decode.triton import received
         from fivefold.kernels.watched import triton
 
         total: Any = lse if sinks is None or lse is None else torch.logaddexp(lse, sinks)
-        spans, given = self.spans(layer), None
+        spans, given, scores = self.spans(layer), None, scored.get("scores")
         width = self.exact_columns * PAGE + (0 if packed is None else self.packed_columns * self.page)
-        if scores is not None and packed is not None:
+        if "packed_scores" in scored:
+            given = received(scored["packed_scores"], total, spans, width)
+        elif scores is not None and packed is not None:
             given = triton.packed_received(queries, scaling, total, spans, packed, width)
         if role == "select":
             assert self.picked is not None and scores is not None

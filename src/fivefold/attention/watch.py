@@ -37,8 +37,9 @@ def why_not_watched(layer: LayerCache, role: str) -> str | None:
         return "what is picked are tokens that are chosen"
     if role != "full" and 0 < sum(extent.recent is None for extent in layer.extents) < len(layer.extents):
         return "heads with a window stand beside those that pick"
-    if layer.codec is not None and not isinstance(layer.codec.form, Form):
-        return "no kernel says what this codec's tokens receive"
+    reader = None if layer.codec is None else layer.codec.reader
+    if reader is not None and not isinstance(reader, Form) and (role != "full" or not reader.scores):
+        return "no kernel says what this codec's tokens receive" if role == "full" else "no kernel picks of such pages"
     if layer.known:
         policy: Any = layer.policy
         why: str | None = policy.why_not_step(layer.codec is not None)

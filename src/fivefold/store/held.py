@@ -134,7 +134,7 @@ class Holds:
 
     @property
     def statistics_bytes(self) -> int:
-        """Bytes of what a policy knows about the tokens, where no device does, and a codec about the rows."""
+        """Bytes of what a policy knows of the tokens, and a codec of the rows; tables say what a device has."""
         return sum(held.nbytes for held in self.known) + sum(x.nbytes for x in self.learned.values())
 
 

@@ -26,6 +26,8 @@ class Reader:
     positional: ClassVar[bool] = False
     """Whether it wants to know positions: column 7 of the spans then has that of the first packed slot, as the model
     counts them, and slots count on from there."""
+    scores: ClassVar[bool] = False
+    """Whether `attend` leaves scores where it is asked to."""
     team: int = 1
     """So many rows in succession are read together: they see the same slots, and the work lists name the first."""
     resident: int = 4

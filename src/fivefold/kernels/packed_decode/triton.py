@@ -549,9 +549,9 @@ def decode(
     starts: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     programs: tuple[int, int] | None = None,
     picks: torch.Tensor | None = None,
-    packed_scores: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
     within: bool = False,
+    packed_scores: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one query per row and head over packed and exact pages: see `decode_reference`.
 
@@ -559,9 +559,10 @@ def decode(
     starts: int32 `[2, rows + 1]`, the work lists of packed and exact pages for at most `programs` programs (made here,
     waiting for the device, if not given). picks: int32 `[rows, n]`, the packed slots that are attended on if there
     are packed pages, else the exact ones, whose span must then be `0, 0, n`; negative ones are none. The first of
-    `starts` then shares out `PICKS` of them at a time. packed_scores: see `Reader.attend`; not of KIVI's pages. within:
-    packed slots that the spans do not show are none either. scores: float32 `[rows, query_heads, some]`, which takes the
-    scaled scores of the exact slots (not of picked ones), where these are not joined to the packed ones (`programs`).
+    `starts` then shares out `PICKS` of them at a time. within: packed slots that the spans do not show are none either.
+    scores: float32 `[rows, query_heads, some]`, which takes the scaled scores of the exact slots (not of picked ones),
+    where these are not joined to the packed ones (`programs`). packed_scores: of the packed ones, see `Reader.attend`;
+    not of KIVI's pages.
     Packed pages are attended on in float16, exact ones in their dtype, both with float32 sums.
     Returns the output in the dtype of the queries and, if asked for, the natural log-sum-exp, float32.
     """
@@ -633,7 +634,7 @@ def decode(
         _combine[(rows, heads)](
             packed_out, packed_lse, exact_out, exact_lse, starts[0], starts[1], merged,
             merged_lse if with_lse else exact_lse,
-            D=dim, P=64, WITH_LSE=with_lse, PACKED=packed is not None, EXACT=exact is not joined, TEAM=team, WAITS=waits,
-            num_warps=8, **({"launch_pdl": True} if waits else {}),
+            D=dim, P=64, WITH_LSE=with_lse, PACKED=packed is not None, EXACT=exact is not joined, TEAM=team,
+            WAITS=waits, num_warps=8, **({"launch_pdl": True} if waits else {}),
         )  # fmt: skip
     return merged, merged_lse

@@ -43,6 +43,7 @@ class Planar(Reader):
     balanced: bool = False
     record: bool = True
 
+    scores = True
     limit = 3000.0
     """A step of a group's scale, times up to 128, is a float16."""
 

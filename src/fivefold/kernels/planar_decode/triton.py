@@ -156,10 +156,9 @@ def _planar(
         scores = ()
         for j in tl.static_range(PLANES):
             k = _code(words[j // KEY_PLANES], KEY_BITS, j % KEY_PLANES, ASM)
-            REST: tl.constexpr = _rest(KEY_BITS, j % KEY_PLANES)
             if GROUP > 0:
                 steps = tl.load(key_scale_at + j * 32 // GROUP * D + d)
-                k = k * (steps * REST).to(tl.float16)[None, :]
+                k = k * (steps * _rest(KEY_BITS, j % KEY_PLANES)).to(tl.float16)[None, :]
                 k = k + tl.load(key_zero_at + j * 32 // GROUP * D + d)[None, :]
                 for n in tl.static_range(KEY_OUT):
                     k = _patch(k, places[n][None, :], (j * 32 + r).to(tl.float16)[:, None], outliers[n][None, :], ASM)
@@ -168,7 +167,7 @@ def _planar(
                 part = j * 32 * G + g[:, None] * 32 + r[None, :]
                 steps = tl.load(key_scale_at + part)
                 zero = tl.load(key_zero_at + part)
-                kt = tl.trans(k) * _spread((steps * REST).to(tl.float16), j, G, CHANNELS)
+                kt = tl.trans(k) * _spread((steps * _rest(KEY_BITS, j % KEY_PLANES)).to(tl.float16), j, G, CHANNELS)
                 s = tl.dot(tl.trans(kt + _spread(zero, j, G, CHANNELS)), q)
             if RANK:
                 inside = (j * 32 + r)[:, None] * RANK + i[None, :]
@@ -200,8 +199,7 @@ def _planar(
             weight += p
             p = p.to(tl.float16)
             part = j * 32 * G + g[:, None] * 32 + r[None, :]
-            VALUE_REST: tl.constexpr = _rest(VALUE_BITS, j % VALUE_PLANES)
-            steps = (tl.load(value_scale_at + part) * VALUE_REST).to(tl.float16)
+            steps = (tl.load(value_scale_at + part) * _rest(VALUE_BITS, j % VALUE_PLANES)).to(tl.float16)
             zero = tl.load(value_zero_at + part)
             v = tl.trans(_code(value_words[j // VALUE_PLANES], VALUE_BITS, j % VALUE_PLANES, ASM))
             v = v * _spread(steps, j, G, CHANNELS) + _spread(zero, j, G, CHANNELS)

@@ -1,10 +1,10 @@
 """Attention of a decoding step over pages of rotated keys and values (see `Rotated`), in Triton.
 
-Two kernels, with the work lists and parts of `packed_decode`. `_scores` makes keys again, 32 tokens of the heads that
-were rotated together at a time: channels are loaded from where they were sorted to, so that no tile is permuted; the
-Hadamard matrix over heads is additions, that over channels a product with entries +-1; RoPE turns what comes out, by
-the angle of the first token (in float64, reduced) and that of a token in its plane added up. It leaves scores, float32.
-`_values` reads them, and undoes the values' rotation once, on the weighted sum.
+Two kernels, with the work lists and parts of `packed_decode`. `_scores` makes keys again, 64 tokens of a head at a
+time: channels are loaded from where they were sorted to, so that no tile is permuted; the Hadamard matrix over channels
+is undone by a product with entries +-1, and that over heads by signs of the scores, since all heads turn alike. RoPE
+turns what comes out, by the angle of the first token (in whole numbers, reduced) and that of a token in its tile added
+up. It leaves scores, float32. `_values` reads them, and undoes the values' rotation once, on the weighted sum.
 
 Attention sinks, which are exact, are among the slots: a page says which, and their scores and values are put in the
 others' places.
@@ -27,9 +27,24 @@ from fivefold.kernels.rotated_decode.reference import Rotated
 def _field_asm(bits):
     mask = (2 ** int(bits) - 1) * 0x10001
     return (
-        f"{{ .reg .b32 t, u; shr.u32 t, $1, $2; and.b32 t, t, 0x{mask:08X}; or.b32 t, t, 0x64006400; "
+        f"{{ .reg .b32 t, u; shr.u32 t, $1, $2; lop3.b32 t, t, 0x{mask:08X}, 0x64006400, 0xEA; "
         "mov.b32 u, 0x64006400; sub.rn.f16x2 $0, t, u; }"
     )
+
+
+@triton.constexpr_function
+def _log2(n):
+    return int(n).bit_length() - 1
+
+
+@triton.jit
+def _half(x, ASM: tl.constexpr):
+    """float32 as float16, two at a time."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.float16, is_pure=True, pack=2
+        )
+    return x.to(tl.float16)
 
 
 @triton.jit
@@ -45,6 +60,21 @@ def _field(words, shift, BITS: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def _cos(x, ASM: tl.constexpr):
+    """Of angles of at most pi, to 2**-20."""
+    if ASM:
+        return tl.inline_asm_elementwise("cos.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.cos(x)
+
+
+@triton.jit
+def _sin(x, ASM: tl.constexpr):
+    if ASM:
+        return tl.inline_asm_elementwise("sin.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.sin(x)
+
+
+@triton.jit
 def _address(table, row, columns, page, field, FIELDS: tl.constexpr):
     return tl.load(table + (row.to(tl.int64) * columns + page) * FIELDS + field) * 2
 
@@ -52,13 +82,16 @@ def _address(table, row, columns, page, field, FIELDS: tl.constexpr):
 @triton.jit(do_not_specialize=("rows", "columns", "heads", "slots"))
 def _scores(
     queries, table, spans, starts, places, turns, small, matrices, sink_keys, scores, scale, rows, columns, heads,
-    slots,
-    N: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, CHANNELS: tl.constexpr, KV_HEADS: tl.constexpr,
-    TEAM: tl.constexpr, SPLIT: tl.constexpr, NEIGHBOURS: tl.constexpr, SINKS: tl.constexpr, S: tl.constexpr,
-    FIELDS: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, ASM: tl.constexpr,
+    slots, D: tl.constexpr, BITS: tl.constexpr, CHANNELS: tl.constexpr, KV_HEADS: tl.constexpr, TEAM: tl.constexpr,
+    EACH: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, NEIGHBOURS: tl.constexpr, SINKS: tl.constexpr,
+    S: tl.constexpr, FIELDS: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, ASM: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Scores, to the base 2, of one share of the pages of TEAM rows: float32 `[rows, heads, slots]`. Grid:
-    (programs,). S: room for the sinks."""
+    (programs,).
+
+    The queries of a team are the COLUMNS of one operand, EACH for a row. S: room for the sinks. WIDE: planes of a tile,
+    1 or 2.
+    """
     row = _row(starts, rows, R)
     if row >= rows:
         return
@@ -66,47 +99,43 @@ def _scores(
     TOKENS: tl.constexpr = PLANES * 32
     G: tl.constexpr = D // CHANNELS
     HALF: tl.constexpr = D // 2
-    r = tl.arange(0, 32)
     d = tl.arange(0, D)
-    h = tl.arange(0, N)
     i = tl.arange(0, HALF)
     k = tl.arange(0, S)
+    t = tl.arange(0, 32 * WIDE)
+    c = tl.arange(0, COLUMNS)
     first_row = row // KV_HEADS * KV_HEADS
     even = 2 * i if NEIGHBOURS else i
     odd = 2 * i + 1 if NEIGHBOURS else i + HALF
-    # Where the rotated channels of each head of the team stand.
-    heads_of = ()
-    inside = ()
-    for g in tl.static_range(TEAM):
-        place = tl.load(places + (row - first_row + g) * D + d)
-        heads_of = heads_of + (first_row + place // D,)
-        inside = inside + (place % D,)
-    query_even = ()
-    query_odd = ()
-    factors = ()
-    exact = ()
-    for g in tl.static_range(TEAM):
-        at = queries + (row + g) * heads * D + h[None, :] * D
-        a = tl.load(at + even[:, None], mask=h[None, :] < heads, other=0.0).to(tl.float32)
-        b = tl.load(at + odd[:, None], mask=h[None, :] < heads, other=0.0).to(tl.float32)
-        largest = tl.maximum(tl.maximum(tl.max(tl.abs(a), 0), tl.max(tl.abs(b), 0)), 1e-30)
-        a = a / largest[None, :]
-        b = b / largest[None, :]
-        query_even = query_even + (a.to(tl.float16),)
-        query_odd = query_odd + (b.to(tl.float16),)
-        factors = factors + (scale * largest,)
-        if SINKS > 0:
-            at = sink_keys + ((row + g) * SINKS + k[:, None]) * D
-            x = tl.load(at + even[None, :], mask=k[:, None] < SINKS, other=0.0).to(tl.float32)
-            y = tl.load(at + odd[None, :], mask=k[:, None] < SINKS, other=0.0).to(tl.float32)
-            both = tl.dot(x, a, input_precision="ieee")
-            exact = exact + (tl.dot(y, b, both, input_precision="ieee"),)  # [S, N]
+    whose = c // EACH
+    mine = (whose < TEAM) & (c % EACH < heads)
+    line = (row + whose) * heads + c % EACH
+    a = tl.load(queries + line[None, :] * D + even[:, None], mask=mine[None, :], other=0.0).to(tl.float32)
+    b = tl.load(queries + line[None, :] * D + odd[:, None], mask=mine[None, :], other=0.0).to(tl.float32)
+    largest = tl.maximum(tl.maximum(tl.max(tl.abs(a), 0), tl.max(tl.abs(b), 0)), 1e-30)
+    a = a / largest[None, :]
+    b = b / largest[None, :]
+    scale = scale * largest  # [COLUMNS]
+    if SINKS > 0:
+        exact = tl.zeros([S, COLUMNS], tl.float32)
+        for g in range(TEAM):
+            sink_at = sink_keys + ((row + g) * SINKS + k[:, None]) * D
+            x = tl.load(sink_at + even[None, :], mask=k[:, None] < SINKS, other=0.0).to(tl.float32)
+            y = tl.load(sink_at + odd[None, :], mask=k[:, None] < SINKS, other=0.0).to(tl.float32)
+            both = tl.dot(y, b, tl.dot(x, a, input_precision="ieee"), input_precision="ieee")
+            exact = tl.where(whose[None, :] == g, both, exact)
+        exact = exact * scale[None, :]
+    query_even = a.to(tl.float16)
+    query_odd = b.to(tl.float16)
+    undo = matrices + d[:, None] * HALF + i[None, :]
     if SPLIT:
-        undo_even = tl.load(matrices + d[:, None] * HALF + i[None, :])
-        undo_odd = tl.load(matrices + D * HALF + d[:, None] * HALF + i[None, :])
+        undo_even = tl.load(undo)
+        undo_odd = tl.load(undo + D * HALF)
     revolutions = tl.load(turns + i)
-    small_cos = small + r[:, None] * HALF + i[None, :]
+    plane_at = t // 32 * (32 * G) + t % 32
+    small_at = small + t[:, None] * HALF + i[None, :]
     norm = (TEAM * D) ** -0.5
+    score_at = scores + line.to(tl.int64) * slots
 
     low = tl.load(spans + row * SPAN)
     high = tl.load(spans + row * SPAN + 1)
@@ -115,72 +144,63 @@ def _scores(
     first += low // TOKENS
     last += low // TOKENS
     for page in range(first, last):
-        word_at = ()
-        scale_at = ()
-        zero_at = ()
-        for g in tl.static_range(TEAM):
-            at = table + (heads_of[g].to(tl.int64) * columns + page) * FIELDS
-            words = (tl.load(at) * 2).to(tl.pointer_type(tl.int16)) + inside[g] * 32
-            steps = (tl.load(at + 1) * 2).to(tl.pointer_type(tl.float16)) + inside[g] // CHANNELS * 32
-            zeros = (tl.load(at + 2) * 2).to(tl.pointer_type(tl.float16)) + inside[g] // CHANNELS * 32
-            word_at = word_at + (words,)
-            scale_at = scale_at + (steps,)
-            zero_at = zero_at + (zeros,)
-        marks = ()
-        for g in tl.static_range(TEAM):
-            if SINKS > 0:
-                at = _address(table, row + g, columns, page, 6, FIELDS).to(tl.pointer_type(tl.int16))
-                mark = tl.load(at + k, mask=k < SINKS, other=-1).to(tl.int32)
-                marks = marks + (mark,)
-                token = page * TOKENS + mark
-                there = (mark >= 0) & (token >= low) & (token < high)
-                target = scores + ((row + g) * heads + h[None, :]).to(tl.int64) * slots + token[:, None]
-                tl.store(target, exact[g] * factors[g][None, :], mask=there[:, None] & (h[None, :] < heads))
-        for j in range(PLANES):
-            x = ()
-            for g in tl.static_range(TEAM):
-                words = tl.load(tl.multiple_of(word_at[g], 16)[:, None] + r[None, :])
-                steps = tl.load(tl.multiple_of(scale_at[g] + j * 32 * G, 16)[:, None] + r[None, :])
-                zeros = tl.load(tl.multiple_of(zero_at[g] + j * 32 * G, 16)[:, None] + r[None, :])
-                x = x + (_field(words, j * BITS, BITS, ASM) * steps + zeros,)
-            rev = revolutions * (base + page * TOKENS + j * 32).to(tl.float64)
-            angle = ((rev - tl.floor(rev + 0.5)) * 6.283185307179586).to(tl.float32)
-            cos_base = (tl.cos(angle) * norm)[None, :]
-            sin_base = (tl.sin(angle) * norm)[None, :]
-            cos_small = tl.load(small_cos)
-            sin_small = tl.load(small_cos + 32 * HALF)
-            cosine = cos_base * cos_small - sin_base * sin_small
-            sine = sin_base * cos_small + cos_base * sin_small
-            if SPLIT and TEAM == 2:
-                x = (x[0] + x[1], x[0] - x[1])
-            if SPLIT and TEAM == 4:
-                a = x[0] + x[1]
-                b = x[0] - x[1]
-                c = x[2] + x[3]
-                e = x[2] - x[3]
-                x = (a + c, b + e, a - c, b - e)
-            token = page * TOKENS + j * 32 + r
-            seen = (token >= low) & (token < high)
-            for g in tl.static_range(TEAM):
+        for tile in range(PLANES // WIDE):
+            j = tile * WIDE
+            # Parts of 2**64 of a revolution: what is beyond a whole one falls off by itself.
+            angle = ((revolutions * (base + page * TOKENS + j * 32)) >> 32).to(tl.float32) * 1.4629180792671596e-09
+            cos_base = (_cos(angle, ASM) * norm)[None, :]
+            sin_base = (_sin(angle, ASM) * norm)[None, :]
+            cos_small = tl.load(small_at)
+            sin_small = tl.load(small_at + 64 * HALF)
+            cosine = (cos_base * cos_small - sin_base * sin_small).to(tl.float16)
+            sine = (sin_base * cos_small + cos_base * sin_small).to(tl.float16)
+            s = tl.zeros([32 * WIDE, COLUMNS], tl.float32)
+            for g in range(TEAM):
+                # Where the rotated channels of this head of the team stand.
+                place = tl.load(places + (row - first_row + g) * D + d)
+                entry = table + ((first_row + (place >> _log2(D))).to(tl.int64) * columns + page) * FIELDS
+                inside = place & (D - 1)
+                word_at = (tl.load(entry) * 2).to(tl.pointer_type(tl.int16)) + inside * 32
+                group = (inside >> _log2(CHANNELS)) * 32
+                step_at = (tl.load(entry + 1) * 2).to(tl.pointer_type(tl.float16)) + group
+                zero_at = (tl.load(entry + 2) * 2).to(tl.pointer_type(tl.float16)) + group
+                words = tl.load(tl.multiple_of(word_at, 16)[:, None] + (t % 32)[None, :])
+                step = tl.load(tl.multiple_of(step_at + j * 32 * G, 16)[:, None] + plane_at[None, :])
+                zero = tl.load(tl.multiple_of(zero_at + j * 32 * G, 16)[:, None] + plane_at[None, :])
+                shift = tl.broadcast_to(((j + t // 32) * BITS)[None, :], [D, 32 * WIDE])
+                keys = tl.trans(_field(words, shift, BITS, ASM) * step + zero)
                 if SPLIT:
-                    k_even = tl.dot(tl.trans(x[g]), undo_even)
-                    k_odd = tl.dot(tl.trans(x[g]), undo_odd)
+                    # Heads are added up behind the product with the queries, which is linear.
+                    both = whose & g
+                    sign = 1.0 - 2.0 * ((both ^ (both >> 1)) & 1).to(tl.float32)
+                    s += _turned(keys, undo_even, undo_odd, cosine, sine, query_even, query_odd, ASM) * sign[None, :]
                 else:
-                    k_even = tl.zeros([32, HALF], tl.float32)
-                    k_odd = tl.zeros([32, HALF], tl.float32)
-                    for f in tl.static_range(TEAM):
-                        at = matrices + (g * TEAM + f) * 2 * D * HALF + d[:, None] * HALF + i[None, :]
-                        k_even = tl.dot(tl.trans(x[f]), tl.load(at), k_even)
-                        k_odd = tl.dot(tl.trans(x[f]), tl.load(at + D * HALF), k_odd)
-                turned_even = (k_even * cosine - k_odd * sine).to(tl.float16)
-                turned_odd = (k_odd * cosine + k_even * sine).to(tl.float16)
-                s = tl.dot(turned_even, query_even[g])
-                s = tl.dot(turned_odd, query_odd[g], s) * factors[g][None, :]
-                mine = seen
-                if SINKS > 0:
-                    mine = mine & (tl.max((marks[g][None, :] == (j * 32 + r)[:, None]).to(tl.int32), 1) == 0)
-                target = scores + ((row + g) * heads + h[None, :]).to(tl.int64) * slots + token[:, None]
-                tl.store(target, s, mask=mine[:, None] & (h[None, :] < heads))
+                    for f in range(TEAM):
+                        at = undo + (f * TEAM + g) * 2 * D * HALF
+                        e = tl.load(at)
+                        o = tl.load(at + D * HALF)
+                        part = _turned(keys, e, o, cosine, sine, query_even, query_odd, ASM)
+                        s += tl.where(whose[None, :] == f, part, 0.0)
+            slot = page * TOKENS + j * 32 + t
+            seen = (slot >= low) & (slot < high)
+            tl.store(score_at[None, :] + slot[:, None], s * scale[None, :], mask=seen[:, None] & mine[None, :])
+        if SINKS > 0:
+            marks = tl.load(table + ((row + whose).to(tl.int64) * columns + page) * FIELDS + 6, mask=mine, other=0) * 2
+            marks = marks.to(tl.pointer_type(tl.int16))
+            mark = tl.load(marks[None, :] + k[:, None], mask=(k < SINKS)[:, None] & mine[None, :], other=-1)
+            slot_of = page * TOKENS + mark.to(tl.int32)
+            there = (mark >= 0) & (slot_of >= low) & (slot_of < high)
+            tl.debug_barrier()  # they come after what stands in their places
+            tl.store(score_at[None, :] + slot_of, exact, mask=there & mine[None, :])
+
+
+@triton.jit
+def _turned(keys, undo_even, undo_odd, cosine, sine, query_even, query_odd, ASM: tl.constexpr):
+    """Inner products of queries with keys whose rotation is undone, and then RoPE done: `[tokens, columns]`."""
+    k_even = _half(tl.dot(keys, undo_even), ASM)
+    k_odd = _half(tl.dot(keys, undo_odd), ASM)
+    s = tl.dot(k_even * cosine - k_odd * sine, query_even)
+    return tl.dot(k_odd * cosine + k_even * sine, query_odd, s)
 
 
 @triton.jit(do_not_specialize=("rows", "columns", "heads", "slots"))
@@ -219,8 +239,8 @@ def _values(
     weight = tl.zeros([32, N], tl.float32)
     acc = tl.zeros([D, N], tl.float32)
     for page in range(first, last):
-        words = _address(table, row, columns, page, 3, FIELDS).to(tl.pointer_type(tl.int16))
-        words = tl.load(tl.multiple_of(words, 16) + r[:, None] * D + d[None, :])
+        word_at = tl.multiple_of(_address(table, row, columns, page, 3, FIELDS).to(tl.pointer_type(tl.int16)), 16)
+        words = tl.load(word_at + r[:, None] * D + d[None, :])
         scale_at = tl.multiple_of(_address(table, row, columns, page, 4, FIELDS), 16).to(tl.pointer_type(tl.float16))
         zero_at = tl.multiple_of(_address(table, row, columns, page, 5, FIELDS), 16).to(tl.pointer_type(tl.float16))
         if SINKS > 0:
@@ -242,22 +262,26 @@ def _values(
         for j in tl.static_range(PLANES):
             p = tl.exp2(found[j] - m[None, :])
             weight += p
-            if SINKS > 0:
-                other = tl.max((marks[None, :] == (j * 32 + r)[:, None]).to(tl.int32), 1) == 0
-                p = tl.where(other[:, None], p, 0.0)
             part = j * 32 * G + g[:, None] * 32 + r[None, :]
-            REST: tl.constexpr = _rest(BITS, j)
-            steps = (tl.load(scale_at + part) * REST).to(tl.float16)
+            steps = (tl.load(scale_at + part) * _rest(BITS, j)).to(tl.float16)
             zero = tl.load(zero_at + part)
             v = tl.trans(_code(words, BITS, j, ASM))
             v = v * _spread(steps, j, G, CHANNELS) + _spread(zero, j, G, CHANNELS)
             acc = tl.dot(v, p.to(tl.float16), acc)
-        if SINKS > 0:
-            token = page * TOKENS + marks
-            there = (marks >= 0) & (token >= low) & (token < high)
-            s = tl.load(score_at + token[:, None], mask=there[:, None] & (h[None, :] < heads), other=-1e30)
-            p = tl.where(there[:, None], tl.exp2(s - m[None, :]), 0.0).to(tl.float16)
-            acc = tl.dot(tl.trans(exact), p, acc)
+        if SINKS > 0:  # noqa: SIM102 (one is known when it is compiled)
+            if tl.max(marks, 0) >= 0:
+                # What is exact, in the place of what was added up for it just now.
+                token_of = page * TOKENS + marks
+                there = (marks >= 0) & (token_of >= low) & (token_of < high)
+                score = tl.load(score_at + token_of[:, None], mask=there[:, None] & (h[None, :] < heads), other=-1e30)
+                p_of = tl.where(there[:, None], tl.exp2(score - m[None, :]), 0.0).to(tl.float16)
+                mark = tl.maximum(marks, 0)
+                coarse = tl.load(word_at + (mark % 32)[:, None] * D + d[None, :]).to(tl.int32)
+                coarse = (coarse >> (mark // 32 * BITS)[:, None]) & (2**BITS - 1)
+                part_at = (mark // 32 * (32 * G) + mark % 32)[:, None] + (d // CHANNELS * 32)[None, :]
+                coarse = coarse.to(tl.float32) * tl.load(scale_at + part_at).to(tl.float32)
+                coarse = exact.to(tl.float32) - (coarse + tl.load(zero_at + part_at).to(tl.float32))
+                acc = tl.dot(tl.trans(coarse.to(tl.float16)), p_of, acc)
     total = tl.sum(weight, 0)
     # Undo the values' rotation, in two parts of float16 each: what is rounded off the first is the second.
     o = acc / tl.where(total > 0, total, 1.0)[None, :]
@@ -286,17 +310,19 @@ def attend(
     if scores is None:
         scores = torch.empty((rows, heads, slots), dtype=torch.float32, device=queries.device)
     sink_keys, sink_values = packed.learned if form.sinks else (queries, queries)
+    each = triton.next_power_of_2(heads)
     common = {
-        "N": 8 if heads <= 8 else 16, "D": dim, "BITS": form.bits, "CHANNELS": form.channels, "TEAM": form.team,
+        "D": dim, "BITS": form.bits, "CHANNELS": form.channels, "TEAM": form.team,
         "SINKS": form.sinks, "S": 16 if form.sinks <= 16 else 32, "FIELDS": len(form.fields), "SPAN": SPAN,
         "R": triton.next_power_of_2(rows), "ASM": queries.device.type == "cuda",
     }  # fmt: skip
     _scores[(len(out),)](
         queries, packed.table, spans, starts, places, turns, small, matrices, sink_keys, scores, scale, rows, columns,
-        heads, slots, KV_HEADS=form.kv_heads, SPLIT=form.split, NEIGHBOURS=form.neighbours, num_warps=warps[0],
-        num_stages=1, **common,
+        heads, slots, KV_HEADS=form.kv_heads, EACH=each,
+        COLUMNS=max(8, triton.next_power_of_2(each * form.team)), SPLIT=form.split, NEIGHBOURS=form.neighbours,
+        WIDE=2 - form.planes % 2, num_warps=warps[0], num_stages=1, **common,
     )  # fmt: skip
     _values[(len(out), form.team)](
         scores, packed.table, spans, starts, values, sink_values, out, lse, rows, columns, heads, slots,
-        num_warps=warps[1], num_stages=1, **common,
+        N=8 if heads <= 8 else 16, num_warps=warps[1], num_stages=1, **common,
     )  # fmt: skip

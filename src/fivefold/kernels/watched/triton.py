@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fivefold.kernels.device import on
+from fivefold.kernels.packed_decode.reference import Form
 from fivefold.kernels.packed_decode.schedule import SPAN, Exact, Packed
 from fivefold.kernels.packed_decode.triton import _TYPES, _code_planes, _queries
 from fivefold.kernels.watched import Noise
@@ -365,6 +366,7 @@ def packed_received(
     """What packed slots receive, float32 `[rows, width]`, undefined behind them. lse: natural, float32 `[rows, heads]`;
     the others as `decode` takes them."""
     rows, heads, dim = queries.shape
+    assert isinstance(packed.form, Form)
     out = torch.empty((rows, width), dtype=torch.float32, device=queries.device)
     with on(queries.device):
         _packed_received[(rows, packed.table.shape[1])](
