@@ -93,16 +93,27 @@ def _products(x, up, first, D: tl.constexpr, T: tl.constexpr, N: tl.constexpr, F
 
 
 @triton.jit
-def _turn(angles, base, i):
-    """Cosine and sine of the angles `i` at a position, float32."""
+def _turn(angles, base, i, second):
+    """What a channel of a query is multiplied with, and the other one of its pair `i`, to turn it back by a position;
+    second: whether it is the second one, 0 or 1."""
     angle = base * tl.load(angles + i)
     angle = (angle - tl.floor(angle * 0.15915494309189535) * 6.283185307179586).to(tl.float32)
-    return tl.cos(angle), tl.sin(angle)
+    return tl.cos(angle), tl.where(second > 0, -tl.sin(angle), tl.sin(angle))
+
+
+@triton.jit
+def _channels(i, second, NEIGHBOURS: tl.constexpr, PAIRS: tl.constexpr):
+    """Where in a head these channels of pairs `i` are, and the other ones of theirs."""
+    if NEIGHBOURS:
+        return 2 * i + second, 2 * i + 1 - second
+    first = tl.where(i < PAIRS, i, 2 * i)
+    apart = tl.where(i < PAIRS, PAIRS, 1)
+    return first + second * apart, first + (1 - second) * apart
 
 
 @triton.jit(do_not_specialize=("rows", "columns"))
 def _features(
-    queries, table, spans, starts, key_up, cosine, sine, angles, scratch, sums, sums_lse, out, lse, scale, rows,
+    queries, table, spans, starts, key_up, waves, angles, scratch, sums, sums_lse, out, lse, scale, rows,
     columns,
     M: tl.constexpr, N: tl.constexpr, NQ: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     RK: tl.constexpr, RV: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
@@ -136,7 +147,7 @@ def _features(
     t = tl.arange(0, T)
     n = tl.arange(0, N)
     q = tl.arange(0, NQ)
-    pair = tl.arange(0, PB)
+    channel = tl.arange(0, 2 * PB)
     mine = scratch + tl.program_id(0) * (PARTS * T * NQ)
     up = key_up + (row // HEADS % BLOCKS) * (HEADS * NK * D)
     m = tl.full([NQ], -1e30, tl.float32)
@@ -153,32 +164,23 @@ def _features(
             one = _tile(table, columns, first_row, page, slot, 0, RK, HEADS, BITS, DTYPE, _start(NK, c), _size(NK, c))
             x = x + (one.to(work),)
         base = (position + tile * T).to(tl.float64)
-        pc, ps = _turn(angles, base, pair)
+        pc, ps = _turn(angles, base, channel // 2, channel % 2)
         for step in tl.range(0, HEADS * PARTS, num_stages=STAGES):
             head = step // PARTS
-            i = step % PARTS * PB + pair
             k = _products(x, up + head * (NK * D), step % PARTS * (2 * PB), D, T, 2 * PB, NK)
             k1, k2 = tl.split(tl.reshape(k, [T, PB, 2]))
-            tc = tl.load(cosine + t[:, None] * HALF + i[None, :]).to(tl.float32)
-            ts = tl.load(sine + t[:, None] * HALF + i[None, :]).to(tl.float32)
-            ka = (k1 * tc - k2 * ts).to(work)
-            kb = (k2 * tc + k1 * ts).to(work)
+            wave = tl.load(waves + t[:, None] * D + (step % PARTS * (2 * PB) + channel)[None, :]).to(tl.float32)
+            tc, ts = tl.split(tl.reshape(wave, [T, PB, 2]))
+            turned = tl.join(k1 * tc - k2 * ts, k2 * tc + k1 * ts)
             # The query, turned back to where the page begins.
             if PARTS > 1:
-                pc, ps = _turn(angles, base, i)
-            ia = i
-            ib = i
-            if NEIGHBOURS:
-                ia = 2 * i
-                ib = 2 * i + 1
-            else:
-                ia = tl.where(i < PAIRS, i, 2 * i)
-                ib = tl.where(i < PAIRS, i + PAIRS, 2 * i + 1)
+                pc, ps = _turn(angles, base, step % PARTS * PB + channel // 2, channel % 2)
+            own, other = _channels(step % PARTS * PB + channel // 2, channel % 2, NEIGHBOURS, PAIRS)
             at = queries + (first_row + head) * (M * D) + n[None, :] * D
-            qa = tl.load(at + ia[:, None], mask=n[None, :] < M, other=0.0).to(tl.float32) * scale
-            qb = tl.load(at + ib[:, None], mask=n[None, :] < M, other=0.0).to(tl.float32) * scale
-            score = tl.dot(ka, (qa * pc[:, None] + qb * ps[:, None]).to(work), input_precision="ieee")
-            score = tl.dot(kb, (qb * pc[:, None] - qa * ps[:, None]).to(work), score, input_precision="ieee")
+            x0 = tl.load(at + own[:, None], mask=n[None, :] < M, other=0.0).to(tl.float32)
+            x1 = tl.load(at + other[:, None], mask=n[None, :] < M, other=0.0).to(tl.float32)
+            query = (x0 * pc[:, None] + x1 * ps[:, None]) * scale
+            score = tl.dot(tl.reshape(turned, [T, 2 * PB]).to(work), query.to(work), input_precision="ieee")
             to = mine + (step % PARTS * T + t[:, None]) * NQ + head * M + n[None, :]
             tl.store(to, score, mask=n[None, :] < M)
         tl.debug_barrier()
@@ -296,7 +298,7 @@ def attend(
     sums, sums_lse = empty(programs, form.team * heads, nv), empty(programs, form.team * heads)
     with on(device):
         _features[(programs,)](
-            queries, packed.table, spans, starts, made.keys, made.cosine, made.sine, made.angles, scratch, sums,
+            queries, packed.table, spans, starts, made.keys, made.waves, made.angles, scratch, sums,
             sums_lse, out, lse, scale, rows, packed.table.shape[1], M=heads, N=8 if heads <= 8 else 16, NQ=nq,
             BLOCKS=form.blocks, HEADS=form.team, D=dim, RK=form.ranks[0], RV=form.ranks[1], NK=nk, NV=nv,
             BITS=form.bits or 0, DTYPE=_TYPES[form.work], TOKENS=form.tokens, OFFSET=form.side(form.ranks[0]),
