@@ -93,22 +93,27 @@ def _products(x, up, first, D: tl.constexpr, T: tl.constexpr, N: tl.constexpr, F
 
 
 @triton.jit
-def _turn(angles, base, i, second):
-    """What a channel of a query is multiplied with, and the other one of its pair `i`, to turn it back by a position;
-    second: whether it is the second one, 0 or 1."""
+def _turn(angles, base, i):
+    """Cosine and sine of the angles `i` at a position, float32."""
     angle = base * tl.load(angles + i)
     angle = (angle - tl.floor(angle * 0.15915494309189535) * 6.283185307179586).to(tl.float32)
-    return tl.cos(angle), tl.where(second > 0, -tl.sin(angle), tl.sin(angle))
+    return tl.cos(angle), tl.sin(angle)
 
 
 @triton.jit
-def _channels(i, second, NEIGHBOURS: tl.constexpr, PAIRS: tl.constexpr):
-    """Where in a head these channels of pairs `i` are, and the other ones of theirs."""
+def _channels(i, NEIGHBOURS: tl.constexpr, PAIRS: tl.constexpr):
+    """Where in a head the channels of pairs `i` are."""
     if NEIGHBOURS:
-        return 2 * i + second, 2 * i + 1 - second
+        return 2 * i, 2 * i + 1
     first = tl.where(i < PAIRS, i, 2 * i)
-    apart = tl.where(i < PAIRS, PAIRS, 1)
-    return first + second * apart, first + (1 - second) * apart
+    return first, first + tl.where(i < PAIRS, PAIRS, 1)
+
+
+@triton.jit
+def _shuffled(x, T: tl.constexpr, PB: tl.constexpr):
+    """x `[T, PB]` with columns 0, 4, 1, 5, 2, 6, 3, 7 of every eight: where a product left them and where the next one
+    wants them is then the same thread."""
+    return tl.reshape(tl.permute(tl.reshape(x, [T, PB // 8, 2, 4]), (0, 1, 3, 2)), [T, PB])
 
 
 @triton.jit(do_not_specialize=("rows", "columns"))
@@ -148,6 +153,8 @@ def _features(
     n = tl.arange(0, N)
     q = tl.arange(0, NQ)
     channel = tl.arange(0, 2 * PB)
+    pair = tl.arange(0, PB)
+    pair = pair // 8 * 8 + pair % 2 * 4 + pair % 8 // 2  # in the order of `_shuffled`
     mine = scratch + tl.program_id(0) * (PARTS * T * NQ)
     up = key_up + (row // HEADS % BLOCKS) * (HEADS * NK * D)
     m = tl.full([NQ], -1e30, tl.float32)
@@ -164,23 +171,25 @@ def _features(
             one = _tile(table, columns, first_row, page, slot, 0, RK, HEADS, BITS, DTYPE, _start(NK, c), _size(NK, c))
             x = x + (one.to(work),)
         base = (position + tile * T).to(tl.float64)
-        pc, ps = _turn(angles, base, channel // 2, channel % 2)
+        pc, ps = _turn(angles, base, pair)
         for step in tl.range(0, HEADS * PARTS, num_stages=STAGES):
             head = step // PARTS
             k = _products(x, up + head * (NK * D), step % PARTS * (2 * PB), D, T, 2 * PB, NK)
             k1, k2 = tl.split(tl.reshape(k, [T, PB, 2]))
             wave = tl.load(waves + t[:, None] * D + (step % PARTS * (2 * PB) + channel)[None, :]).to(tl.float32)
             tc, ts = tl.split(tl.reshape(wave, [T, PB, 2]))
-            turned = tl.join(k1 * tc - k2 * ts, k2 * tc + k1 * ts)
-            # The query, turned back to where the page begins.
+            ka = _shuffled((k1 * tc - k2 * ts).to(work), T, PB)
+            kb = _shuffled((k2 * tc + k1 * ts).to(work), T, PB)
+            # The query, turned back to where the tile begins.
+            i = step % PARTS * PB + pair
             if PARTS > 1:
-                pc, ps = _turn(angles, base, step % PARTS * PB + channel // 2, channel % 2)
-            own, other = _channels(step % PARTS * PB + channel // 2, channel % 2, NEIGHBOURS, PAIRS)
+                pc, ps = _turn(angles, base, i)
+            ia, ib = _channels(i, NEIGHBOURS, PAIRS)
             at = queries + (first_row + head) * (M * D) + n[None, :] * D
-            x0 = tl.load(at + own[:, None], mask=n[None, :] < M, other=0.0).to(tl.float32)
-            x1 = tl.load(at + other[:, None], mask=n[None, :] < M, other=0.0).to(tl.float32)
-            query = (x0 * pc[:, None] + x1 * ps[:, None]) * scale
-            score = tl.dot(tl.reshape(turned, [T, 2 * PB]).to(work), query.to(work), input_precision="ieee")
+            qa = tl.load(at + ia[:, None], mask=n[None, :] < M, other=0.0).to(tl.float32) * scale
+            qb = tl.load(at + ib[:, None], mask=n[None, :] < M, other=0.0).to(tl.float32) * scale
+            score = tl.dot(ka, (qa * pc[:, None] + qb * ps[:, None]).to(work), input_precision="ieee")
+            score = tl.dot(kb, (qb * pc[:, None] - qa * ps[:, None]).to(work), score, input_precision="ieee")
             to = mine + (step % PARTS * T + t[:, None]) * NQ + head * M + n[None, :]
             tl.store(to, score, mask=n[None, :] < M)
         tl.debug_barrier()
