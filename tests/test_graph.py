@@ -191,25 +191,6 @@ def test_a_step_that_breaks_off_leaves_nothing(model, monkeypatch) -> None:
     same_tokens(*caches)
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        "h2o(keep=0.5)",
-        "tidal(top=16, full_layers=0, select_layers=[0])",
-        "anchors(top=16, anchors=[0], sink=1, recent=4)",
-    ],
-)
-def test_what_cannot_be_replayed_says_why_and_runs(model, recipe: str) -> None:
-    caches = [fivefold.compress(model, recipe), fivefold.compress(model, recipe, cuda_graph=True)]
-    with torch.inference_mode():
-        for cache in caches:
-            model(ids(1, 64, model.device), past_key_values=cache)
-    with pytest.warns(UserWarning, match="decoding without a CUDA graph: .* in every step"):
-        one, other = steps(model, caches, ids(1, 3, model.device, 3))
-    alike(one, other, 1e-4)
-    assert caches[1].step.replays == 0
-
-
 def test_calls_that_ask_for_more_go_through_the_model(model) -> None:
     cache = fivefold.compress(model, "full()", cuda_graph=True)
     with torch.inference_mode():

@@ -8,11 +8,13 @@ and values that have left are all the same.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 
 from fivefold.attention.merge import MASKED, capped, merge
+from fivefold.store.bank import Bank, BankLayer
 from fivefold.store.compensation import MEANS
 from fivefold.store.group import RowGroup
 from fivefold.store.layer_cache import LayerCache
@@ -43,13 +45,64 @@ def left_of_all(layer: LayerCache, queries: torch.Tensor, scaling: float) -> Par
     counts = bank.at(slice(None)).compensated
 
     def make() -> torch.Tensor:
-        with np.errstate(divide="ignore"):
-            logs = np.maximum(np.log(counts), MASKED)
-        return torch.from_numpy(logs.astype(np.float32)).to(layer.spec.device)
+        return torch.from_numpy(_logs(counts)).to(layer.spec.device)
 
     logs = bank.memo.get(("left", counts.tobytes()), make)[layer.base : layer.base + layer.rows]
     keys, values = (layer.learned[name] for name in MEANS)
     return _part(layer, keys, values, logs[:, None], queries, scaling)
+
+
+class Left:
+    """The compensation tokens of all rows of device tables, at fixed places that a captured graph reads.
+
+    keys, values float32 `[layers, rows, head_dim]`; logs float32 `[layers, rows]`, of how many tokens they are the
+    mean, `MASKED` of none.
+    """
+
+    def __init__(self, tables: Any, bank: Bank) -> None:
+        spec, shape = bank.layers[0].spec, (tables.layers, tables.rows)
+        with torch.inference_mode(False):
+            self.keys, self.values = (torch.zeros((*shape, spec.head_dim), device=tables.device) for _ in range(2))
+            self.logs = torch.full(shape, MASKED, device=tables.device)
+        self.forget()
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes + self.logs.nbytes
+
+    def forget(self) -> None:
+        """What is here may be of other rows."""
+        self._seen: list[torch.Tensor | None] = [None] * len(self.keys)
+        self._counts: np.ndarray | None = None
+
+    def sync(self, bank: Bank) -> None:
+        """Make it what the layers know."""
+        for index, layer in enumerate(bank.layers):
+            means = [layer.learned.get(name) for name in MEANS]
+            if means[0] is not self._seen[index] and means[0] is not None and means[1] is not None:
+                self.keys[index, : bank.rows], self.values[index, : bank.rows] = means[0], means[1]
+                self._seen[index] = means[0]
+        counts = bank.at(slice(None)).compensated
+        if self._counts is None or not np.array_equal(counts, self._counts):
+            self._counts = counts
+            logs = torch.full(tuple(self.logs.shape), MASKED)
+            logs[:, : bank.rows] = torch.from_numpy(_logs(counts)).view(len(logs), -1)
+            self.logs.copy_(logs)
+
+    def merge(
+        self, layer: LayerCache, queries: torch.Tensor, scaling: float, out: torch.Tensor, lse: torch.Tensor | None
+    ) -> None:
+        """Into a layer's output and log-sum-exp, by a kernel."""
+        from fivefold.kernels.watched import triton
+
+        assert lse is not None
+        at = layer.index
+        triton.beside(queries, scaling, self.keys[at], self.values[at], self.logs[at], out, lse)
+
+
+def _logs(counts: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return np.maximum(np.log(counts), MASKED).astype(np.float32)
 
 
 def _part(
@@ -76,6 +129,6 @@ def beside(out: torch.Tensor, lse: torch.Tensor | None, left: Part | None) -> tu
     return whole.to(out.dtype), total
 
 
-def compensates(layer: LayerCache) -> bool:
+def compensates(layer: BankLayer) -> bool:
     """Whether some of its rows keep a compensation token."""
     return any(extent.compensate for extent in layer.extents)

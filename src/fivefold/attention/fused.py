@@ -10,6 +10,7 @@ import torch
 from fivefold.attention.compensate import Part, beside
 from fivefold.attention.merge import with_sinks
 from fivefold.attention.tables import kernels, tables_of
+from fivefold.attention.watch import why_not_watched
 from fivefold.errors import CacheStateError
 from fivefold.kernels.choice import choose
 from fivefold.kernels.packed_decode import Form, cpu, schedule
@@ -131,7 +132,7 @@ def why_not(layer: LayerCache, device: torch.device, heads: int) -> str | None:
             return "no kernel reads this codec's pages"
         if choice.triton and codec.peak > reader.limit:
             return f"keys or values reach {codec.peak:.0f}, more than the kernels' {reader.limit:.0f}"
-        if reader.positional and layer.held:
+        if reader.positional and layer.known:
             return "packed pages do not say where in the text the tokens that were chosen stand"
         if reader.team > 1 and len(set(layer.extents)) > 1:
             return "heads that are packed together hold different tokens"
@@ -144,10 +145,13 @@ def why_not_each(layers: dict[int, LayerCache], roles: Mapping[int, str]) -> dic
     kinds: dict[tuple[Bank, bool], str | None] = {}
     out: dict[int, str | None] = {}
     for index, layer in layers.items():
-        if roles.get(index, "full") != "full" and choose(layer.spec.device).path != "cpp":
+        role, path = roles.get(index, "full"), choose(layer.spec.device).path
+        if role != "full" and path == "reference":
             out[index] = "what is read is picked anew in every step"
-        elif layer.held:
+        elif layer.known and path in ("cpp", "reference"):
             out[index] = "the tokens that are held are chosen in every step"
+        elif path != "cpp" and (why := why_not_watched(layer, role)) is not None:
+            out[index] = why
         else:
             # Layers of a bank are alike, but for the largest number that they have seen.
             reader = None if layer.codec is None else layer.codec.reader

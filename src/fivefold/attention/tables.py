@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fivefold.attention.compensate import beside, left_of_all
+from fivefold.attention.compensate import Left, beside, compensates, left_of_all
 from fivefold.attention.merge import with_sinks
+from fivefold.attention.watch import NUMBERS, Picked, Watch, bank_chooses, uniform
 from fivefold.kernels.choice import choose
 from fivefold.kernels.device import sent
 from fivefold.kernels.packed_decode import schedule
@@ -88,7 +89,16 @@ class DeviceTables:
         self._pages: np.ndarray | None = None
         self._ahead: np.ndarray | None = None
         """The bounds for which spans are written already."""
+        self.watches = self.listed and bank_chooses(bank.layers)
+        self.watch: Watch | None = None
+        """What is known of tokens that a policy chooses, once a step is a kernel's."""
+        self.picked: Picked | None = None
+        """Of the step that is under way, where layers read what others pick."""
+        self._uniform: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, int]] = {}
+        self.left = Left(self, bank) if self.listed and any(compensates(layer) for layer in bank.layers) else None
         width = self.rows * schedule.SPAN + (2 * (self.rows + 1) if self.listed else 0)
+        self._watched = slice(width, width + (self.rows * NUMBERS if self.watches else 0))
+        width = self._watched.stop
         with torch.inference_mode(False):
             self._exact = torch.zeros((rows, self.exact_columns, 2), dtype=torch.int64, device=self.device)
             several = (len(reader.fields),) if reader and len(reader.fields) > 1 else ()
@@ -136,7 +146,11 @@ class DeviceTables:
 
     def _show(self, bank: Bank) -> None:
         if self.bank is not None:
+            if self.bank is not bank and self.bank.live is not None and self.bank.live.watch is self.watch:
+                self.bank.settle()
             self.bank.mirror = None  # they show one bank at a time
+        if self.left is not None:
+            self.left.forget()
         self.bank, bank.mirror, self._pages, self._ahead, self._synced = bank, self, None, None, None
         self._copied = {}
         self._tiers = [tier for tier in (bank.exact, bank.packed) if tier is not None]
@@ -148,9 +162,10 @@ class DeviceTables:
     def nbytes(self) -> int:
         """Bytes on the device and of what is sent there."""
         hosts = sum(host.nbytes for host in self._hosts) + (0 if self._ahead is None else self._ahead.nbytes)
-        learned = sum(x.nbytes for x in self._learned.values())
         tables = self._exact.nbytes + self._packed.nbytes + self._numbers.nbytes + self._padding.nbytes
-        return tables + learned + hosts
+        beside = sum(x.nbytes for x in (self.watch, self.left, *self._learned.values()) if x is not None)
+        beside += sum(spans.nbytes + starts.nbytes for spans, starts, _ in self._uniform.values())
+        return tables + hosts + beside
 
     def fit(self) -> bool:
         """Whether these are the bank's rows, and there is still room for what they hold."""
@@ -225,6 +240,8 @@ class DeviceTables:
     def update(self) -> None:
         """Page tables and spans, as the bank has them now: before a step of all rows."""
         self.sync()
+        if self.left is not None:
+            self.left.sync(self.bank)
         if self._ahead is None or not np.array_equal(self._ahead, self.bank.data):
             self._fill(self.bank.data)
         self._ahead, self._turn = None, 1 - self._turn
@@ -260,7 +277,10 @@ class DeviceTables:
             if self._pages is None or not np.array_equal(pages, self._pages):
                 assert self.programs is not None
                 self._pages, self._starts = pages, schedule.starts_of(pages, self.programs)
-            numbers[:, width:] = self._starts.reshape(len(seen), -1)
+            numbers[:, width : self._watched.start] = self._starts.reshape(len(seen), -1)
+        live = self.bank.live
+        if live is not None and live.watch is self.watch:
+            numbers[:, self._watched] = self.watch.numbers(self.bank, data).reshape(self.layers, -1)
 
     # -- reading ------------------------------------------------------------------------------------------
 
@@ -298,14 +318,136 @@ class DeviceTables:
         if keys is not None and values is not None:
             self.append(layer, keys, values)
         kernel, (rows, span, exact) = kernels(self.device), self._place(layer)
-        starts = self._numbers[layer.index][self.rows * schedule.SPAN :].view(2, -1) if self.listed else None
-        packed = self._pages_of(layer.index, rows)
-        left = left_of_all(layer, queries, scaling)
-        with_lse = sinks is not None or left is not None
+        starts, queries, packed = self.starts(layer), queries.contiguous(), self._pages_of(layer.index, rows)
+        role = "full" if self.picked is None else self.picked.role(layer)
+        if role == "sparse":
+            return self._attend_picked(layer, queries, scaling, span, packed, exact, sinks)
+        watches = self.watch is not None and bool(layer.known) and self.bank.live is not None
+        scored: dict[str, Any] = {}
+        if watches or role == "select":
+            policy: Any = layer.policy
+            if role == "select" or (policy.chooses and policy.watches):
+                scored = self._scores(queries, packed)
+        left = None if self.listed else left_of_all(layer, queries, scaling)
+        with_lse = bool(sinks is not None or left is not None or scored or self.left is not None)
         settings = {"starts": starts, "programs": self.programs, "with_lse": with_lse}
-        out, lse = kernel.decode(queries.contiguous(), scaling, span, packed, exact, **settings)
+        out, lse = kernel.decode(queries, scaling, span, packed, exact, **settings, **scored)
+        if self.left is not None and compensates(layer):
+            self.left.merge(layer, queries, scaling, out, lse)
         out, lse = beside(out, lse, left)
+        if watches or role == "select":
+            self._watch_step(layer, role, queries, scaling, lse, sinks, scored, packed)
         return with_sinks(out, lse, sinks)
+
+    def _scores(self, queries: torch.Tensor, packed: schedule.Packed | None) -> dict[str, torch.Tensor]:
+        """Where kernels leave the scores of a step: of exact slots, and of packed ones that are not KIVI's."""
+        slots = {"scores": self.exact_columns * PAGE}
+        if packed is not None and packed.form.scores:
+            slots["packed_scores"] = self.packed_columns * self.page
+        return {
+            name: torch.empty((*queries.shape[:2], count), dtype=torch.float32, device=self.device)
+            for name, count in slots.items()
+        }
+
+    def _watch_step(
+        self,
+        layer: LayerCache,
+        role: str,
+        queries: torch.Tensor,
+        scaling: float,
+        lse: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        scored: dict[str, torch.Tensor],
+        packed: schedule.Packed | None,
+    ) -> None:
+        """What a step's attention means for the tokens that are held, or picked."""
+        from fivefold.kernels.planar_decode.triton import received
+        from fivefold.kernels.watched import triton
+
+        total: Any = lse if sinks is None or lse is None else torch.logaddexp(lse, sinks)
+        spans, given, scores = self.spans(layer), None, scored.get("scores")
+        width = self.exact_columns * PAGE + (0 if packed is None else self.packed_columns * self.page)
+        if "packed_scores" in scored:
+            given = received(scored["packed_scores"], total, spans, width)
+        elif scores is not None and packed is not None:
+            given = triton.packed_received(queries, scaling, total, spans, packed, width)
+        if role == "select":
+            assert self.picked is not None and scores is not None
+            reads = self.picked.reads
+            self.picked.put(triton.rank(scores, total, given, spans, width, reads.sink, reads.recent), spans)
+        else:
+            assert self.watch is not None
+            self.watch.observe(layer, self.watched(layer), spans, self._place(layer)[2], scores, total, given)
+
+    def _attend_picked(
+        self,
+        layer: LayerCache,
+        queries: torch.Tensor,
+        scaling: float,
+        span: torch.Tensor,
+        packed: schedule.Packed | None,
+        exact: schedule.Exact,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention over what an earlier layer of this step picked, and the newest token; beside the whole exact tier
+        where anything is packed."""
+        assert self.picked is not None
+        picks = self.picked.of(layer)
+        spans, starts, programs = self._spread(picks.shape[1], schedule.TILE if packed is None else schedule.PICKS)
+        settings: dict[str, Any] = {"picks": picks, "with_lse": sinks is not None}
+        if packed is None:
+            settings |= {"starts": (starts, starts), "programs": (programs, programs)}
+            span = spans
+        else:
+            assert self.programs is not None
+            exact_starts = self.starts(layer)
+            assert exact_starts is not None
+            settings |= {"starts": (starts, exact_starts[1]), "programs": (programs, self.programs[1]), "within": True}
+        out, lse = kernels(self.device).decode(queries, scaling, span, packed, exact, **settings)
+        return with_sinks(out, lse, sinks)
+
+    def _spread(self, count: int, tile: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Spans and a work list of rows that read `count` picks each, and how many programs there are."""
+        if (count, tile) not in self._uniform:
+            programs = kernels(self.device).programs_for(self.rows, self.device)[1]
+            spans, starts = uniform(self.rows, count, tile, programs)
+            with torch.inference_mode(False):
+                sent_there = torch.from_numpy(spans).to(self.device), torch.from_numpy(starts).to(self.device)
+            self._uniform[count, tile] = (*sent_there, int(starts[-1]))
+        return self._uniform[count, tile]
+
+    # -- what a step looks at -----------------------------------------------------------------------------
+
+    def starts(self, layer: LayerCache) -> torch.Tensor | None:
+        """A layer's work lists, where kernels want them: int32 `[2, rows + 1]`."""
+        if not self.listed:
+            return None
+        return self._numbers[layer.index][self.rows * schedule.SPAN : self._watched.start].view(2, -1)
+
+    def spans(self, layer: LayerCache) -> torch.Tensor:
+        """int32 `[rows, SPAN]`."""
+        return self._numbers[layer.index][: self.rows * schedule.SPAN].view(self.rows, -1)
+
+    def watched(self, layer: LayerCache) -> torch.Tensor:
+        """Of a layer whose tokens are chosen, int32 `[rows, NUMBERS]` (see `Watch`)."""
+        return self._numbers[layer.index][self._watched].view(self.rows, -1)
+
+    def overwrite(self) -> None:
+        """What the last step chose becomes so (see `Watch.overwrite`)."""
+        assert self.watch is not None
+        spans = self._numbers[:, : self.rows * schedule.SPAN].view(self.layers, self.rows, -1)
+        numbers = self._numbers[:, self._watched].view(self.layers, self.rows, -1)
+        exact = schedule.Exact(self._exact, self.bank.layers[0].spec.dtype)
+        self.watch.overwrite(spans, numbers, exact)
+
+    def follow_step(self, picked: Picked | None, watches: bool) -> None:
+        """Before `update`: whether the step that comes watches tokens that are held, and where layers leave what others
+        are to read."""
+        self.picked = picked if self.listed else None
+        if self.watches and watches:
+            if self.watch is None:
+                self.watch = Watch(self, self.bank)
+            self.watch.adopt(self.bank)
 
     def append(self, layer: LayerCache, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store the newest token of each row of a layer, `[rows, head_dim]`: see `attend`."""
@@ -315,8 +457,7 @@ class DeviceTables:
     def _place(self, layer: LayerCache) -> tuple[slice, torch.Tensor, Any]:
         """A layer's rows, their spans and their exact pages."""
         rows = slice(layer.index * self.rows, (layer.index + 1) * self.rows)
-        span = self._numbers[layer.index][: self.rows * schedule.SPAN].view(self.rows, -1)
-        return rows, span, schedule.Exact(self._exact[rows], layer.spec.dtype)
+        return rows, self.spans(layer), schedule.Exact(self._exact[rows], layer.spec.dtype)
 
 
 def _ample(columns: int, least: int) -> int:

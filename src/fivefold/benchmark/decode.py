@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import gc
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Static
 
 import fivefold
 from fivefold.benchmark.kernels import fill
+from fivefold.calibrate.profile import Profile, config_hash, save_profile, signature
+from fivefold.methods.bits.rotatekv import RotateKV
 from fivefold.methods.heads.duo_attention import DuoAttention
 from fivefold.models.cache import FivefoldCache
 from fivefold.recipe import Recipe
@@ -58,14 +62,38 @@ def build(shape: str | Mapping[str, Any], device: torch.device) -> Any:
 
 
 def for_random_weights(recipe: Recipe, config: Any) -> Recipe:
-    """`duo(keep=...)` without a profile, which a model of random weights has none of: the first heads of each layer."""
+    """What methods have not learned of a model of random weights: `duo(keep=...)` takes the first heads of each layer,
+    `rotatekv()` sorts channels at random."""
     method = recipe.get("heads")
-    if not isinstance(method, DuoAttention) or method.retrieval is not None:
-        return recipe
-    count = round(method.keep * config.num_key_value_heads)
-    pairs = tuple((layer, head) for layer in range(config.num_hidden_layers) for head in range(count))
-    others = tuple(other for other in recipe.methods if other is not method)
-    return Recipe((*others, replace(method, retrieval=pairs)))
+    if isinstance(method, DuoAttention) and method.retrieval is None:
+        count = round(method.keep * config.num_key_value_heads)
+        pairs = tuple((layer, head) for layer in range(config.num_hidden_layers) for head in range(count))
+        recipe = _with(recipe, method, replace(method, retrieval=pairs))
+    method = recipe.get("bits")
+    if isinstance(method, RotateKV) and method.profile is None:
+        recipe = _with(recipe, method, replace(method, profile=_random_profile(config)))
+    return recipe
+
+
+def _with(recipe: Recipe, old: Any, new: Any) -> Recipe:
+    return Recipe((*(other for other in recipe.methods if other is not old), new))
+
+
+def _random_profile(config: Any) -> str:
+    """A folder with a profile of `rotatekv` that says nothing of the model."""
+    layers, model = config.num_hidden_layers, signature(config)
+    folder = Path(_folder().name) / f"rotatekv-{model}-{config_hash(config)[:16]}"
+    channels = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
+    mean = torch.randn((layers, channels), generator=torch.Generator().manual_seed(0))
+    made = Profile("rotatekv", model, {"layers": list(range(layers))}, {"key_mean": mean}, config_hash(config))
+    save_profile(folder, made)
+    return str(folder)
+
+
+@cache
+def _folder() -> Any:
+    """Where such profiles are kept, until this process ends."""
+    return tempfile.TemporaryDirectory(prefix="fivefold-profiles-")
 
 
 def measure(

@@ -22,6 +22,7 @@ from fivefold.kernels.choice import choose
 from fivefold.kernels.pack import pack_pages
 from fivefold.kernels.packed_decode import Form
 from fivefold.recipe import Recipe
+from fivefold.store.group import RowGroup
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.spec import LayerSpec, Pools
 
@@ -84,12 +85,12 @@ def read_bytes(layer: LayerCache) -> tuple[int, int]:
 
 
 def _path(layer: LayerCache, device: torch.device) -> str:
-    form = None if layer.codec is None else layer.codec.form
+    reader = None if layer.codec is None else layer.codec.reader
     if choose(device).path == "cpp":
         return "cpp"
     if why_not(layer, device, GROUP):
         return "reference"
-    return "cuda" if form is not None and kernels(device).by_cuda(form, GROUP, device) else "triton"
+    return "cuda" if reader is not None and kernels(device).by_cuda(reader, GROUP, device) else "triton"
 
 
 def _streaming(device: torch.device, context: int, batch: int, queries: torch.Tensor) -> tuple[str, int, Call]:
@@ -172,4 +173,14 @@ def fill(layer: LayerCache, context: int, scale: torch.Tensor | float = 1.0, pie
         for group in layer.groups:
             shape = (len(group.rows), tokens, spec.head_dim)
             keys, values = (torch.randn(shape, device=spec.device, dtype=spec.dtype) for _ in range(2))
+            if layer.codec is not None and layer.codec.contextual and group.bounds.seen == 0:
+                _learn(layer, group, keys, values)
             layer.append(group, keys * scale, values)
+
+
+def _learn(layer: LayerCache, group: RowGroup, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Show a codec the first tokens of some rows, with queries and inputs as random as they are."""
+    rows, tokens, dim = keys.shape
+    queries = keys.new_empty((rows, layer.spec.query_heads // layer.spec.kv_heads, tokens, dim)).normal_()
+    inputs = keys.new_empty((rows // layer.spec.kv_heads, tokens, 8)).normal_()
+    layer.learn(group, layer.offsets[group.rows], queries, keys, values, inputs)

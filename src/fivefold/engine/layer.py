@@ -53,9 +53,10 @@ def attend(
             _check_finite(index, key, value)
         store = session.stores[index]
         newest = (None, None) if stored else (key.reshape(rows, dim), value.reshape(rows, dim))
-        whole = session.reads.roles.get(index, "full") == "full"
+        tables = store.bank.mirror
+        whole = tables.listed or session.reads.roles.get(index, "full") == "full"
         given = store, query.reshape(rows, group, dim), *newest, scaling, sinks
-        out = store.bank.mirror.attend(*given) if whole else _pick_or_read(session, *given)
+        out = tables.attend(*given) if whole else _pick_or_read(session, *given)
         return out.view(batch, 1, query_heads, dim)
     if stored:
         store = session.stores[index]

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 
 from fivefold.attention.fused import why_not_each
-from fivefold.attention.tables import tables_of
+from fivefold.attention.watch import unsteady
 from fivefold.engine import admission
 from fivefold.engine.companions import Companions
 from fivefold.engine.picks import Picks, Reads
+from fivefold.engine.stepping import opened
 from fivefold.errors import CacheFullError, CacheStateError, UnsupportedModelError
 from fivefold.store import compact, context, pairs
 from fivefold.store.bank import Bank
@@ -314,17 +315,12 @@ class Session:
             self.offsets = admission.offsets(placed, held, self.tokens, known)
         self.chunk = chunk
         if chunk == 1 and self.batch and (self.tokens == 1).all():
-            self._open()
+            self.stepping = opened(self.stores, self.banks, self.reads, self.revocable)
 
-    def _open(self) -> None:
-        """A slot for the newest token in all layers whose steps are a kernel's, and tables that say so."""
-        fused = {index for index, why in self.why_not_fused().items() if why is None}
-        for bank in self.banks:
-            layers = [store for index, store in self.stores.items() if index in fused and store.bank is bank]
-            if layers:
-                bank.open(bank.rows_of(layers))
-                tables_of(bank).update()
-        self.stepping = frozenset(fused)
+    @property
+    def steady(self) -> bool:
+        """Whether the next step of tokens that a policy chooses may be a kernel's, as they stand just now."""
+        return not unsteady(self.stores, self.revocable)
 
     def why_not_fused(self) -> dict[int, str | None]:
         """Why a layer's decoding step is not one call of a kernel, in a few words, of each layer; None if it is."""
@@ -359,10 +355,12 @@ class Session:
             rows = np.flatnonzero(~bank.chosen)
             if len(rows):
                 bank.advance(rows, revocable)
+            if bank.live is not None and not bank.live.watch.advance(bank):
+                bank.settle(stepped=True)
             if bank.mirror is not None:
                 bank.mirror.prepare()
         for store in self.stores.values():
-            if store.held:
+            if store.known and store.bank.live is None:
                 for group in store.groups:
                     if group.held is not None:
                         store.append(group, None, None, revocable=revocable)

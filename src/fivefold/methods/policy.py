@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from fivefold.methods.method import Method, param
 from fivefold.store.held import Held
 from fivefold.store.plan import Append, Demote, EvictOne, EvictPacked, Keep, Plan, Stored
-from fivefold.store.rows import Bounds, Extent
+from fivefold.store.rows import Bounds, Extent, Packing
 
 
 def keep_param(default: float, what: str = "fraction of the prompt's tokens that a head holds") -> Any:
@@ -62,6 +62,11 @@ class TokenPolicy(Method):
     """With `demotes`: bits of what is not packed; 16 is as the model made it."""
 
     by_step = True
+    loses: ClassVar[Literal["least", "oldest"] | None] = None
+    """What goes in a decoding step, of the tokens that `guards` leaves: that with the least score, or place in
+    `order_step`, or the oldest one. None: its own code alone knows, and the host waits for it in every step."""
+    ordered: ClassVar[bool] = False
+    """Whether `order_step` says what goes."""
 
     @property
     def fraction(self) -> float:
@@ -177,6 +182,84 @@ class TokenPolicy(Method):
         added up, float32 `[rows, 2]`, for keys and values alike, and `extra`. Must not write into its arguments.
         """
         raise NotImplementedError
+
+    # -- steps that the host knows by their counts alone --------------------------------------------------
+
+    def guards(self, held: Held) -> tuple[torch.Tensor | int, int]:
+        """What never goes in a step: tokens up to a position, int32 `[rows]` or one for all (-1 is none; it is asked
+        when a chunk has been chosen from), and how many of the newest ones."""
+        return -1, 0
+
+    def received_step(
+        self,
+        scores: torch.Tensor,
+        lse: torch.Tensor,
+        positions: torch.Tensor,
+        numbers: torch.Tensor,
+        spans: torch.Tensor,
+        layer: int,
+        kv_heads: int,
+        places: torch.Tensor,
+    ) -> torch.Tensor:
+        """`observe` of a step, where it is no sum of weights: float32 `[rows, slots]`, of exact slots alone.
+
+        scores, lse: float32 `[rows, query_heads per kv head, slots]` and `[rows, query_heads per kv head]`, whose
+        difference is the logarithm of the weights of the first `spans[:, 4]` slots, what stands behind being anything.
+        positions int32 `[rows, slots]`, of the newest token `numbers[:, 1]`; numbers[:, 3] tokens were generated;
+        places int64 `[rows]`, as in `Held`. Nothing here may wait for the device.
+        """
+        raise NotImplementedError
+
+    def order_step(
+        self,
+        positions: torch.Tensor,
+        numbers: torch.Tensor,
+        spans: torch.Tensor,
+        layer: int,
+        kv_heads: int,
+        places: torch.Tensor,
+    ) -> torch.Tensor:
+        """With `ordered`: float32 `[rows, slots]`, the least of which goes. Arguments as in `received_step`."""
+        raise NotImplementedError
+
+    def why_not_step(self, packs: bool) -> str | None:
+        """Why a step is not known by its counts alone, in a few words; None if it is."""
+        own = type(self).received_step is TokenPolicy.received_step
+        if not self.chooses:
+            return None
+        if self.watches and not self.sums and (own or packs):
+            return f"what {self.name} makes of a step's attention is not summed by a kernel"
+        if self.evicts and self.trims and self.loses is None:
+            return f"which token goes only {self.name} itself knows, in every step"
+        if self.evicts and self.trims and self.merges_steps and self.absorbs is None:
+            return "what goes is merged into what stays, in every step"
+        return None
+
+    def step(self, held: Held, bounds: Bounds, packing: Packing | None) -> bool | None:
+        """What `after_step` comes to, from the numbers of tokens alone: whether one goes, or the newest stays beside
+        the others; None where the host has to plan it. held: without positions and scores."""
+        moves = packing is not None and bounds.advanced(packing) != bounds
+        if self.demotes:
+            return None if moves else False
+        excess = 0
+        if self.evicts and (self.trims or not held.prompt):
+            excess = int(bounds.length) - self.budget(held)
+        if moves:
+            return None
+        if excess <= 0:
+            return False
+        if not held.prompt and not self.accumulates:
+            return False if held.seen % self._pace else None
+        if int(bounds.packed_stop):
+            return False
+        known = self.loses is not None and (not self.merges_steps or self.absorbs is not None)
+        return True if excess == 1 and known else None
+
+    @property
+    def absorbs(self) -> tuple[float, float] | None:
+        """With `merges_steps`: what the threshold of the token that goes is made of, where it is merged as in D2O (see
+        `absorb` of the kernels): the weights of the one before, `extra["threshold"]`, and of its own similarity."""
+        return None
 
     # -- plans: what the declarations above come to -------------------------------------------------------
 

@@ -17,7 +17,6 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fivefold.attention.compensate import compensates
 from fivefold.attention.tables import DeviceTables, tables_of
 from fivefold.engine.session import Session
 from fivefold.errors import FivefoldError
@@ -86,7 +85,7 @@ class Step:
         session, ids = cache.session, given.get("input_ids")
         if self.failed or ids is None or ids.ndim != 2 or ids.shape[1] != 1 or not _plain(given):
             return None
-        if torch.is_grad_enabled() or session.length == 0:
+        if torch.is_grad_enabled() or session.length == 0 or not session.steady:
             return None
         self.failed = self.why_not(session)
         if self.failed:
@@ -151,8 +150,6 @@ class Step:
             return f"its layers are on {len(session.devices)} devices"
         if session.devices[0].type == "cpu" and not choose(session.devices[0]).triton:
             return "the cache is on a CPU"
-        if any(compensates(store) for store in session.stores.values()):
-            return "what leaves a window goes into a token that a graph does not read"
         return next((why for why in session.why_not_fused().values() if why is not None), None)
 
     def _same(self, model: PreTrainedModel) -> bool:

@@ -21,7 +21,7 @@ from fivefold.store.context import Memo
 from fivefold.store.held import Held, joined
 from fivefold.store.pack import PackedLayer, pack
 from fivefold.store.pairs import pack_pairs
-from fivefold.store.rows import FIELDS, FIXED, Bounds, Extent
+from fivefold.store.rows import FIELDS, FIXED, Bounds, Extent, Packing
 from fivefold.store.tier import Tier
 from fivefold.store.transaction import Transaction
 
@@ -32,6 +32,10 @@ class BankLayer(PackedLayer, Protocol):
     bank: Any
     index: int
     extents: tuple[Extent, ...]
+    policy: Any
+    known: list[Held]
+
+    def packing_of(self, held: Held) -> Packing | None: ...
 
     @property
     def format(self) -> tuple[object, ...]: ...
@@ -65,6 +69,8 @@ class Bank:
         self.change: Transaction | None = None
         self.mirror: Any = None
         """The device tables that show these rows (`attention/tables.py`), if somebody made them."""
+        self.live: Any = None
+        """Where what policies know of the tokens is while steps are a kernel's (`attention/watch.py`)."""
         self._clear()
 
     @classmethod
@@ -95,7 +101,7 @@ class Bank:
         return bank
 
     def _clear(self) -> None:
-        self.batch = 0
+        self.batch, self.live = 0, None
         self.data = np.zeros((FIELDS, 0), dtype=np.int64)
         self.offset = np.zeros(0, dtype=np.int64)
         self.chosen = np.zeros(0, dtype=bool)
@@ -134,9 +140,9 @@ class Bank:
         """What brings the rows back as they are now; the page tables know themselves what was done to them."""
         before = {
             name: getattr(self, name)
-            for name in ("batch", "offset", "chosen", "residual", "exact", "packed", "mirror", "pending")
+            for name in ("batch", "offset", "chosen", "residual", "exact", "packed", "mirror", "pending", "live")
         }
-        data, layers = self.data.copy(), [(list(layer.held), dict(layer.learned)) for layer in self.layers]
+        data, layers = self.data.copy(), [(list(layer.known), dict(layer.learned)) for layer in self.layers]
         tiers = [(tier, tier.shared, tier.capacity) for tier in (self.exact, self.packed) if tier is not None]
 
         def restore() -> None:
@@ -175,12 +181,29 @@ class Bank:
         self.pending = [*self.pending, (name, pages, slots, values)]
 
     def flush(self) -> None:
-        """Write what `write_later` left."""
-        if not self.pending or self.change is not None:
+        """Write what `write_later` left, and what a step on a device chose."""
+        if self.change is not None:
+            return
+        if self.live is not None and self.live.pending:
+            assert self.mirror.watch is self.live.watch
+            self.mirror.sync()
+            self.mirror.overwrite()
+            self.live = replace(self.live, pending=False)
+        if not self.pending:
             return
         for name, pages, slots, values in self.pending:
             self.exact.pool.write_tokens(name, pages, slots, values)
         self.pending = []
+
+    def settle(self, stepped: bool = False) -> None:
+        """What policies know of the tokens becomes the layers' own again (`LayerCache.held`). stepped: see `Watch`."""
+        if self.live is None:
+            return
+        self.flush()
+        held = self.live.watch.held(self, stepped)
+        for layer, mine in zip(self.layers, held):
+            layer.known = mine
+        self.live = None
 
     # -- rows ---------------------------------------------------------------------------------------------
 
@@ -336,6 +359,18 @@ class Bank:
             opened = rows[~full]
             self.exact.unshare(self.change, opened, self.at(opened).exact_pages - 1)
         self.data[_LENGTH, slice(None) if len(rows) == self.data.shape[1] else rows] += 1
+        if self.live is not None:
+            self.live = replace(self.live, opened=True)
+        self.touch(rows)
+
+    def give(self, rows: np.ndarray) -> None:
+        """One token of each row goes, and the newest one takes its place, which is the device's to do."""
+        assert self.change is not None
+        old = self.at(rows)
+        new = old._replace(length=old.length - 1, evicted=old.evicted + 1)
+        self.exact.drop(self.change, rows, old.exact_pages - 1, old.exact_pages - new.exact_pages, old.exact_pages)
+        for number in (_LENGTH, _EVICTED):
+            self.data[number, rows] = new[number]
         self.touch(rows)
 
     def advance(self, rows: np.ndarray, revocable: int = 0) -> None:
@@ -378,7 +413,7 @@ class Bank:
         return sum(x.nbytes for x in arrays) + sum(tier.nbytes for tier in tiers) + waiting + mirror + self.memo.nbytes
 
 
-_LENGTH = Bounds._fields.index("length")
+_LENGTH, _EVICTED = (Bounds._fields.index(name) for name in ("length", "evicted"))
 
 
 def _stacked(parts: list[tuple[Tier, np.ndarray]]) -> Tier:

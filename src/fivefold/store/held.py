@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -112,6 +113,29 @@ class Held:
         place, counts = (x.to(values.device) for x in (place, counts))
         sums = values.new_zeros(len(which), *values.shape[1:]).index_add_(0, place, values)
         return (sums / counts.view(-1, *[1] * (values.ndim - 1)))[place]
+
+
+class Holds:
+    """Of a layer: what its policy knows of the tokens of its rows, while a step on a device does not (`Bank.live`)."""
+
+    bank: Any
+    known: list[Held]
+    """The same, without bringing back what a device has: positions and scores are missing then."""
+    learned: dict[str, torch.Tensor]
+
+    @property
+    def held(self) -> list[Held]:
+        self.bank.settle()
+        return self.known
+
+    @held.setter
+    def held(self, held: list[Held]) -> None:
+        self.known = held
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Bytes of what a policy knows of the tokens, and a codec of the rows; tables say what a device has."""
+        return sum(held.nbytes for held in self.known) + sum(x.nbytes for x in self.learned.values())
 
 
 Known = tuple[list[Held], dict[str, torch.Tensor]]

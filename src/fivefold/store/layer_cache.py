@@ -16,7 +16,7 @@ from fivefold.store.bank import Bank
 from fivefold.store.codec import Codec
 from fivefold.store.context import Memo
 from fivefold.store.group import KV, RowGroup
-from fivefold.store.held import Held
+from fivefold.store.held import Held, Holds
 from fivefold.store.pages import PagePool
 from fivefold.store.plan import Policy, Stored, execute
 from fivefold.store.rounded import rounded_layout
@@ -25,7 +25,7 @@ from fivefold.store.spec import LayerSpec, Pools, exact_layout
 from fivefold.store.tier import Tier
 
 
-class LayerCache:
+class LayerCache(Holds):
     """One layer's keys and values in tiers. Its rows and page tables are part of a `Bank`, at first one of its own.
 
     Every public method that changes something does so as a whole or not at all.
@@ -70,7 +70,7 @@ class LayerCache:
             residual if policy is None or chosen else policy.residual_in(extent, residual)
             for extent, chosen in zip(self.extents, self.head_chosen)
         ]
-        self.held: list[Held] = []
+        self.held = []
         self.learned: dict[str, torch.Tensor] = {}
         """What a contextual codec remembers of the rows, and the means of what has left them, `[rows, ...]` each."""
         self._groups: list[RowGroup] | None = None
@@ -268,8 +268,7 @@ class LayerCache:
                 take = partial(pairs.take_in, self) if self.bank.paired else self.take_in
                 take(group, keys, values, advance, revocable)
             elif keys is None:
-                packing = self._packing(group, held)
-                stored = Stored(group.bounds, packing, partial(group.exact_parts, "keys"), group.token)
+                stored = Stored(group.bounds, self.packing_of(held), partial(group.exact_parts, "keys"), group.token)
                 execute(self, group, policy.after_step(held, stored, revocable), held, revocable=revocable)
             elif advance:
                 after, plan = policy.after_chunk(held.arrived(keys.shape[1]), observed, group.bounds, revocable)
@@ -301,12 +300,16 @@ class LayerCache:
                 else:
                     execute(self, group, self.policy.after_layers(group.held), group.held)
 
-    def _packing(self, group: RowGroup, held: Held | None) -> Packing | None:
-        """How the rows of a group pack; held: what the policy will know of them."""
+    def packing_of(self, held: Held) -> Packing | None:
+        """How rows pack of which a policy knows this."""
         if self.packing is None or self.policy is None:
             return self.packing
-        if held is not None:
-            return replace(self.packing, residual=self.policy.residual_of(held, self.residual))
+        return replace(self.packing, residual=self.policy.residual_of(held, self.residual))
+
+    def _packing(self, group: RowGroup, held: Held | None) -> Packing | None:
+        """How the rows of a group pack; held: what the policy will know of them."""
+        if held is not None or self.packing is None or self.policy is None:
+            return self.packing if held is None else self.packing_of(held)
         return replace(self.packing, residual=int(self.bank.residual[group.flat[0]]))
 
     def take_in(
@@ -493,8 +496,3 @@ class LayerCache:
         for name, x in self.codec.learn(queries, keys, values, inputs).items():
             whole = self.learned.get(name, x.new_zeros((self.rows, *x.shape[1:])))
             self.learned[name] = whole.index_copy(0, rows, x)
-
-    @property
-    def statistics_bytes(self) -> int:
-        """Bytes of what a policy knows about the tokens, and a codec about the rows."""
-        return sum(held.nbytes for held in self.held) + sum(x.nbytes for x in self.learned.values())

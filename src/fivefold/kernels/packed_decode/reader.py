@@ -26,6 +26,8 @@ class Reader:
     positional: ClassVar[bool] = False
     """Whether it wants to know positions: column 7 of the spans then has that of the first packed slot, as the model
     counts them, and slots count on from there."""
+    scores: ClassVar[bool] = False
+    """Whether `attend` leaves scores where it is asked to."""
     team: int = 1
     """So many rows in succession are read together: they see the same slots, and the work lists name the first."""
     resident: int = 4
@@ -51,12 +53,15 @@ class Reader:
         starts: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
+        scores: torch.Tensor | None = None,
     ) -> None:
         """Leave a part of each program in out, float32 `[programs, team * query_heads, head_dim]`, and lse, to the base
         2, float32 `[programs, team * query_heads]`: of the rows that a program is for, one after the other.
 
         queries: contiguous `[rows, query_heads, head_dim]`; scale: what scores are multiplied with before a power of 2;
-        spans: int32 `[rows, SPAN]`; starts: int32 `[rows + 1]`, the work list (see `schedule.starts_of`).
+        spans: int32 `[rows, SPAN]`; starts: int32 `[rows + 1]`, the work list (see `schedule.starts_of`). scores:
+        float32 `[rows, query_heads, columns * tokens]`, which gets those of the packed slots that are seen, to the base
+        2; what stands elsewhere is anything.
         """
         raise NotImplementedError
 

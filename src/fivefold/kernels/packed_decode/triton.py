@@ -279,16 +279,17 @@ def _packed(
     _leave(out, lse, tl.program_id(0), acc, m, tl.sum(weight, 0), heads, N, D)
 
 
-@triton.jit(do_not_specialize=("rows", "columns", "heads"))
+@triton.jit(do_not_specialize=("rows", "columns", "heads", "width"))
 def _exact(
-    queries, table, spans, starts, picks, out, lse, scale, rows, columns, heads,
+    queries, table, spans, starts, picks, out, lse, scores, scale, rows, columns, heads, width,
     DTYPE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr,
-    TILE: tl.constexpr, WIDE: tl.constexpr, PICKED: tl.constexpr,
+    TILE: tl.constexpr, WIDE: tl.constexpr, PICKED: tl.constexpr, SCORED: tl.constexpr,
 ):  # fmt: skip
     """One share of the exact slots of a row, in tiles of TILE. table: `[rows, columns, 2]`. Grid: (programs,).
 
     PICKED: of the slots named in `picks`, a row's `stop` of them one behind the other; negative ones are none.
-    WIDE multiplies in float32 whatever the pages hold: the interpreter has no products of bfloat16.
+    WIDE multiplies in float32 whatever the pages hold: the interpreter has no products of bfloat16. SCORED: scaled
+    scores go to `scores [rows, heads, width]`, -1e30 where a slot is not seen.
     """
     row = _row(starts, rows, R)
     if row >= rows:
@@ -322,6 +323,10 @@ def _exact(
         k = tl.load(keys[:, None] + inside, mask=seen[:, None], other=0.0).to(work)
         v = tl.load(values[:, None] + inside, mask=seen[:, None], other=0.0).to(work)
         s = tl.where(seen[:, None], tl.dot(k, q, input_precision="ieee") * scale, -1e30)
+        if SCORED:
+            h = tl.arange(0, N)
+            to = scores + (row.to(tl.int64) * heads + h[None, :]) * width + slot[:, None]
+            tl.store(to, s * 0.6931471805599453, mask=held[:, None] & (h[None, :] < heads))
         above = tl.maximum(m, tl.max(s, 0))
         shrink = tl.exp2(m - above)
         m = above
@@ -333,11 +338,12 @@ def _exact(
 
 @triton.jit(do_not_specialize=("rows", "columns", "heads", "count"))
 def _picked(
-    queries, table, picks, starts, out, lse, scale, rows, columns, heads, count,
+    queries, table, picks, spans, starts, out, lse, scale, rows, columns, heads, count,
     N: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr,
-    SPAN: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
+    SPAN: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, WITHIN: tl.constexpr,
 ):  # fmt: skip
     """One share of the packed slots that `picks [rows, count]` names, in tiles of TILE; negative ones are none.
+    WITHIN: nor are those that the row's span does not show.
 
     A token takes one field of its words, and all of the scales of its channels. Grid: (programs,).
     """
@@ -360,6 +366,8 @@ def _picked(
     for tile in range(first, last):
         slot = tl.load(picks + row * count + tile * TILE + t, mask=tile * TILE + t < count, other=-1)
         held = slot >= 0
+        if WITHIN:
+            held = held & (slot < tl.load(spans + row * SPAN + 1))
         slot = tl.maximum(slot, 0)
         inside = slot % TOKENS
         plane = inside // 32
@@ -426,9 +434,9 @@ def _merge(out, lse, starts, row, head, heads, m, total, acc, D: tl.constexpr, P
     return m, total, acc
 
 
-@triton.jit(do_not_specialize=("rows",))
+@triton.jit
 def _combine(
-    packed_out, packed_lse, exact_out, exact_lse, starts, merged, merged_lse, rows,
+    packed_out, packed_lse, exact_out, exact_lse, starts, exact_starts, merged, merged_lse,
     D: tl.constexpr, P: tl.constexpr, WITH_LSE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
     TEAM: tl.constexpr,
 ):  # fmt: skip
@@ -443,7 +451,7 @@ def _combine(
     if PACKED:
         m, total, acc = _merge(packed_out, packed_lse, starts, row, head, heads, m, total, acc, D, P, TEAM)
     if EXACT:
-        m, total, acc = _merge(exact_out, exact_lse, starts + rows + 1, row, head, heads, m, total, acc, D, P, 1)
+        m, total, acc = _merge(exact_out, exact_lse, exact_starts, row, head, heads, m, total, acc, D, P, 1)
     at = row * heads + head
     some = total > 0
     acc = acc / tl.where(some, total, 1.0)
@@ -504,9 +512,12 @@ def decode(
     exact: Exact | None = None,
     with_lse: bool = False,
     asm: bool | None = None,
-    starts: torch.Tensor | None = None,
+    starts: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     programs: tuple[int, int] | None = None,
     picks: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
+    within: bool = False,
+    packed_scores: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one query per row and head over packed and exact pages: see `decode_reference`.
 
@@ -514,7 +525,9 @@ def decode(
     starts: int32 `[2, rows + 1]`, the work lists of packed and exact pages for at most `programs` programs (made here,
     waiting for the device, if not given). picks: int32 `[rows, n]`, the packed slots that are attended on if there
     are packed pages, else the exact ones, whose span must then be `0, 0, n`; negative ones are none. The first of
-    `starts` then shares out `PICKS` of them at a time.
+    `starts` then shares out `PICKS` of them at a time. within: packed slots that the spans do not show are none either.
+    scores: float32 `[rows, query_heads, some]`, which takes the scaled scores of the exact slots (not of picked ones).
+    packed_scores: of the packed ones, see `Reader.attend`; not of KIVI's pages.
     Packed pages are attended on in float16, exact ones in their dtype, both with float32 sums.
     Returns the output in the dtype of the queries and, if asked for, the natural log-sum-exp, float32.
     """
@@ -547,9 +560,9 @@ def decode(
             count, packed_out, packed_lse = parts(programs[0], tiles)
             if picks is not None:
                 _picked[(count,)](
-                    queries, packed.table, picks, starts[0], packed_out, packed_lse, scale, rows, packed.table.shape[1],
-                    heads, picks.shape[1], BITS=form.bits, GROUP=form.group, CHANNELS=form.channels, TILE=PICKS,
-                    num_warps=2, **common,
+                    queries, packed.table, picks, spans, starts[0], packed_out, packed_lse, scale, rows,
+                    packed.table.shape[1], heads, picks.shape[1], BITS=form.bits, GROUP=form.group,
+                    CHANNELS=form.channels, TILE=PICKS, WITHIN=within, num_warps=2, **common,
                 )  # fmt: skip
             elif by_cuda(form, heads, device):
                 cuda.kernel(form, queries.dtype, device, SPAN)(
@@ -564,21 +577,24 @@ def decode(
         elif packed is not None:
             team = packed.form.team
             _, packed_out, packed_lse = parts(programs[0], packed.table.shape[0] * packed.table.shape[1] // team, team)
-            packed.form.attend(packed, queries, scale, spans, starts[0], packed_out, packed_lse)
+            packed.form.attend(packed, queries, scale, spans, starts[0], packed_out, packed_lse, packed_scores)
         if exact is not None:
             wide = exact.dtype.itemsize == 4
             picked = picks if packed is None else None
             slots = exact.table.shape[1] * 32 if picked is None else picked.shape[1]
             count, exact_out, exact_lse = parts(programs[1], -(-slots // TILE) * rows)
             _exact[(count,)](
-                queries, exact.table, spans, starts[1], starts if picked is None else picked, exact_out, exact_lse,
-                scale, rows, exact.table.shape[1], heads, DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE,
-                TILE=TILE, WIDE=not asm, PICKED=picked is not None, num_warps=2, num_stages=1 if wide else 3, **common,
+                queries, exact.table, spans, starts[1], spans if picked is None else picked, exact_out, exact_lse,
+                exact_lse if scores is None else scores, scale, rows, exact.table.shape[1], heads,
+                1 if scores is None else scores.shape[2], DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE,
+                TILE=TILE, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None, num_warps=2,
+                num_stages=1 if wide else 3, **common,
             )  # fmt: skip
         merged = torch.empty_like(queries)
         merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
         _combine[(rows, heads)](
-            packed_out, packed_lse, exact_out, exact_lse, starts, merged, merged_lse if with_lse else exact_lse, rows,
+            packed_out, packed_lse, exact_out, exact_lse, starts[0], starts[1], merged,
+            merged_lse if with_lse else exact_lse,
             D=dim, P=64, WITH_LSE=with_lse, PACKED=packed is not None, EXACT=exact is not None, TEAM=team, num_warps=8,
         )  # fmt: skip
     return merged, merged_lse

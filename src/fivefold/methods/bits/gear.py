@@ -9,6 +9,7 @@ import torch
 from fivefold.errors import RecipeError
 from fivefold.kernels.gear import Extras, add_scores, extra_output
 from fivefold.kernels.planar import PLANES
+from fivefold.kernels.planar_decode import Planar
 from fivefold.kernels.shared import shared
 from fivefold.methods import FLOAT16_MAX, Codec, Method, channels_of, check_finite, param, register
 from fivefold.methods.bits.kivi import KiviCodec
@@ -99,9 +100,16 @@ class GearCodec(Codec):
                 places += [Field(f"{side}_places", (*shape, 2 * count), torch.uint8, "outliers")]
         self.layout = PageLayout(f"gear.{base.layout.name}", tokens, (*fields, *places), record=True)
 
+    @property
+    def reader(self) -> Planar:
+        base, dim = self.base, self.layout.fields[0].shape[1]
+        groups = base.group, base.channels, dim
+        outliers = 2 * self.key_outliers, 2 * self.value_outliers
+        return Planar(base.bits, base.bits, base.planes, *groups, self.rank, *outliers)
+
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         # An outlier's distance from the rest may be twice the largest number.
-        check_finite(keys, values, FLOAT16_MAX / 2)
+        self.peak = max(self.peak, check_finite(keys, values, FLOAT16_MAX / 2))
 
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None

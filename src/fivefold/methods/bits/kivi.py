@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from fivefold.kernels.pack import pack_keys, pack_pages, pack_values
-from fivefold.kernels.packed_decode import Form, decode_keys, decode_values
+from fivefold.kernels.packed_decode import Form, Reader, decode_keys, decode_values
 from fivefold.kernels.planar import PLANES, dequantise, planar_output, planar_scores, planes_of, sheets_of, unbias_
+from fivefold.kernels.planar_decode import Planar
 from fivefold.methods import Codec, Method, channels_of, check_finite, param, register
 from fivefold.store import Field, LayerSpec, PageLayout
 
@@ -35,7 +36,7 @@ class Kivi(Method):
     then as few tokens (`planes_of`): 256, 160, 128, 64 tokens for equal bits, 256 for 4 and 2, 480 for 3 and 2.
 
     `unbias` is ours, as in `mikv`: in decoding steps half the variance that rounding gives a score, the sum of q^2
-    scale^2 / 12 over the channels, is taken off it. On a GPU the reference path attends then, and not the kernel.
+    scale^2 / 12 over the channels, is taken off it.
 
     Bytes per packed token of one head, of `head_dim` d: `2 * d * sheets / planes` codes for keys and as many for
     values, where P planes take ceil(P/8), ceil(P/5), ceil(P/4), ceil(P/2) sheets at 2, 3, 4, 8 bits (that is
@@ -83,7 +84,7 @@ class KiviCodec(Codec):
         self.bits, self.value_bits = bits, value_bits or bits
         self.group, self.channels, self.unbias = group, channels, unbias
         self.planes = planes = planes_of(self.bits, self.value_bits, group)
-        # The kernels read pages of one sheet, and correct nothing.
+        # KIVI's own kernels read pages of one sheet, and correct nothing.
         if not unbias and self.bits == self.value_bits and planes == PLANES[bits]:
             self.form = Form(bits, group, channels, head_dim)
         key_groups, value_groups = planes * 32 // group, head_dim // channels
@@ -101,6 +102,11 @@ class KiviCodec(Codec):
             ),
             record=True,
         )
+
+    @property
+    def reader(self) -> Reader:
+        groups = self.group, self.channels, self.layout.fields[0].shape[1]
+        return self.form or Planar(self.bits, self.value_bits, self.planes, *groups, unbias=self.unbias)
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.peak = max(self.peak, check_finite(keys, values))

@@ -10,6 +10,7 @@ import torch
 from fivefold.kernels.pack import pack_values
 from fivefold.kernels.packed_decode import decode_values
 from fivefold.kernels.planar import PLANES, by_token, planar_output, planar_token_scores, unbias_
+from fivefold.kernels.planar_decode import Planar
 from fivefold.methods import Codec, Method, TokenPolicy, channels_of, check_finite, param, register
 from fivefold.store import Context, Extent, Field, Held, LayerSpec, PageLayout
 
@@ -129,6 +130,12 @@ class TokenCodec(Codec):
                 )
             ),
         )
+
+    @property
+    def reader(self) -> Planar:
+        groups = 0, self.channels, self.layout.fields[0].shape[1]
+        settings = {"unbias": self.unbias, "balanced": self.contextual, "record": False}
+        return Planar(self.bits, self.bits, self.planes, *groups, **settings)
 
     def learn(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inputs: torch.Tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from fivefold.kernels.pack import fill_rows
 from fivefold.kernels.packed_decode import decode_values
 from fivefold.kernels.planar import PLANES, pack, planar_output, quantise
 from fivefold.kernels.rotated import rotated_columns, rotated_scores
+from fivefold.kernels.rotated_decode import Rotated
 from fivefold.kernels.shared import shared
 from fivefold.methods import FLOAT16_MAX, Method, channels_of, check_finite, param, register
 from fivefold.methods.before_rope import BeforeRope, LearnedCodec
@@ -176,7 +178,14 @@ class RotateCodec(LearnedCodec):
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         # A rotation of n channels makes numbers at most sqrt(n) times as large.
         limit = FLOAT16_MAX / (self.spec.kv_heads * self.spec.head_dim) ** 0.5
-        check_finite(keys, values, limit)
+        self.peak = max(self.peak, check_finite(keys, values, limit))
+
+    @cached_property
+    def reader(self) -> Rotated:
+        spec, sinks = self.spec, self.method.sinks
+        order = self.order_of(tuple(range(spec.kv_heads)), spec.kv_heads).to(spec.device)
+        shape = self.method.bits, self.channels, spec.head_dim, spec.kv_heads, self.block(spec.kv_heads), sinks
+        return Rotated(*shape, order.argsort(), self.rope.inv_freq, self.rope.neighbours)
 
     def learn(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inputs: torch.Tensor
@@ -193,17 +202,18 @@ class RotateCodec(LearnedCodec):
 
     def orders(self, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
         """The order of rotated channels, and where in it each of them is: int64 `[groups or 1, n]`."""
-        groups, dim = tuple(context.groups), self.spec.head_dim
+        groups = tuple(context.groups)
         if groups not in self.made:
-            layer, heads = self.profile.settings["layers"].index(self.spec.layer), context.together
-            mean, block, each = self.profile.tensors["key_mean"], self.block(heads), []
-            for part in groups:
-                channels = (torch.tensor(part)[:, None] * dim + self.rope.order).flatten().tolist()
-                each.append(order_of(mean, layer, tuple(channels), heads, block))
-            order = torch.stack(each).to(self.spec.device)
+            order = torch.stack([self.order_of(heads, context.together) for heads in groups]).to(self.spec.device)
             self.made[groups] = order, order.argsort(1)
         order, places = self.made[groups]
         return order, places
+
+    def order_of(self, heads: tuple[int, ...], together: int) -> torch.Tensor:
+        """The order of the rotated channels of these heads: int64 `[channels]`."""
+        layer, mean = self.profile.settings["layers"].index(self.spec.layer), self.profile.tensors["key_mean"]
+        channels = (torch.tensor(heads)[:, None] * self.spec.head_dim + self.rope.order).flatten().tolist()
+        return order_of(mean, layer, tuple(channels), together, self.block(together))
 
     def block(self, heads: int) -> int:
         return heads_together(heads, self.method.head_group, self.spec.head_dim)

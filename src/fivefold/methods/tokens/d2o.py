@@ -62,6 +62,10 @@ class D2O(TokenPolicy):
         return self.merging
 
     @property
+    def absorbs(self) -> tuple[float, float] | None:
+        return (self.alpha, self.beta) if self.merging else None
+
+    @property
     def waits(self) -> bool:  # type: ignore[override]
         return self.layers
 
@@ -80,8 +84,16 @@ class D2O(TokenPolicy):
     def always(self) -> int:
         return self.sink + 1
 
+    loses = "least"
+
+    def guards(self, held: Held) -> tuple[torch.Tensor | int, int]:
+        return self.sink - 1, self._newest(self.budget(held))
+
+    def _newest(self, budget: int) -> int:
+        return max(0, min(int(self.recent * budget), budget - self.sink))
+
     def priority(self, held: Held, budget: int) -> torch.Tensor:
-        recent = max(0, min(int(self.recent * budget), budget - self.sink))
+        recent = self._newest(budget)
         stays = held.newest(recent) | (held.positions < self.sink)
         return held.scores.masked_fill(stays, float("inf"))
 

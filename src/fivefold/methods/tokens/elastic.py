@@ -9,6 +9,7 @@ import torch
 
 from fivefold.methods import TokenPolicy, floor_param, keep_param, param, register
 from fivefold.store import Held
+from fivefold.store.rows import Bounds, Packing
 
 
 @register(
@@ -58,12 +59,27 @@ class ElasticCache(TokenPolicy):
     def _budget(self, tokens: int) -> int:
         return max(self.always, self.least, math.ceil(self.fraction * tokens))
 
+    loses = "oldest"
+
+    def guards(self, held: Held) -> tuple[torch.Tensor | int, int]:
+        cut = min(self._cut(held), held.slots)  # those that stand before always do
+        low = held.positions.kthvalue(cut, 1).values if cut else held.positions.new_full((held.rows,), -1)
+        return low.clamp(min=self.sink - 1), 0
+
+    def step(self, held: Held, bounds: Bounds, packing: Packing | None) -> bool | None:
+        # Without a prompt they grow with the text; with fewer tokens than they are, the newest but one goes.
+        known = held.prompt and self._cut(held) < int(bounds.length)
+        return super().step(held, bounds, packing) if known else None
+
+    def _cut(self, held: Held) -> int:
+        return max(self.sink, min(held.basis, self._budget(held.basis)) - self.offset)
+
     def priority(self, held: Held, budget: int) -> torch.Tensor:
         stays = held.newest(1) | (held.positions < self.sink)
         return held.over_heads(held.scores).masked_fill(stays, float("inf"))
 
     def victims(self, held: Held, budget: int, count: int, among: torch.Tensor | None = None) -> torch.Tensor:
-        cut = max(self.sink, min(held.basis, self._budget(held.basis)) - self.offset)
+        cut = self._cut(held)
         order = held.positions
         if among is not None:
             order = order.masked_fill(~among, torch.iinfo(order.dtype).max)

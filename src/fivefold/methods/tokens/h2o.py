@@ -33,5 +33,10 @@ class H2O(TokenPolicy):
     floor: int | None = floor_param()
     recent: float = param(0.5, "fraction of those that are the most recent tokens", low=0, high=1)
 
+    loses = "least"
+
+    def guards(self, held: Held) -> tuple[torch.Tensor | int, int]:
+        return -1, int(self.recent * self.budget(held))
+
     def priority(self, held: Held, budget: int) -> torch.Tensor:
         return held.scores.masked_fill(held.newest(int(self.recent * budget)), float("inf"))

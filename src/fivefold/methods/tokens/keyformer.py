@@ -60,6 +60,39 @@ class Keyformer(TokenPolicy):
             added += self.added(part.mul_(self._noise(held, at, slots)), tau)
         return added
 
+    loses = "least"
+
+    def guards(self, held: Held) -> tuple[torch.Tensor | int, int]:
+        return -1, int(self.recent * self.budget(held))
+
+    def received_step(
+        self,
+        scores: torch.Tensor,
+        lse: torch.Tensor,
+        positions: torch.Tensor,
+        numbers: torch.Tensor,
+        spans: torch.Tensor,
+        layer: int,
+        kv_heads: int,
+        places: torch.Tensor,
+    ) -> torch.Tensor:
+        last, newest = spans[:, 4:5] - 1, numbers[:, 1:2]
+        slots = torch.arange(scores.shape[2], device=scores.device)
+        positions = torch.where(slots == last, newest, positions[:, : scores.shape[2]])
+        where = newest.long()
+        heads = torch.arange(scores.shape[1], device=scores.device)
+        for part in (heads[None], (places % kv_heads)[:, None]):
+            where = where * 1_000_003 + part
+        start = ((where * 1_000_003 + layer) * 1_000_003 + self.seed) % _DRAWS
+        at = (start[..., None] + positions[:, None]) % _DRAWS
+        # What stands behind the last slot may be anything, and gets nothing.
+        weights = (scores - lse[..., None]).exp_() * _draws(self.seed, scores.device)[at]
+        weights = torch.where((slots <= last)[:, None], weights, 0.0)
+        generated = numbers[:, 3].float().clamp(0, self.steps) / self.steps
+        tau = self.tau_init + (self.tau_end - self.tau_init) * generated
+        weights = weights.pow_(tau.reciprocal()[:, None, None])
+        return (weights / weights.sum(-1, keepdim=True)).sum(1)
+
     def _noise(self, held: Held, start: torch.Tensor, slots: int) -> torch.Tensor:
         """exp(g) `[rows, queries, slots]` of queries whose noise begins at `start [rows, queries]` of the draws."""
         table = _repeated(self.seed, 1 + -(-(held.seen + slots) // _DRAWS), start.device)

@@ -1,0 +1,305 @@
+"""What a decoding step does on the device where a policy chooses tokens, or layers read what others picked.
+
+**Tokens that are held.** While steps are a kernel's, what a policy knows of the tokens is the device's (`Watch`): a
+step reads positions and scores, and writes new scores, the slot of the token that goes, and the newest token's key and
+value elsewhere, so that nothing is changed that is committed. What it chose becomes so once it is committed, before
+anything is read (`Bank.flush`). The host knows counts alone, which are the same whatever goes. Whoever else asks for a
+layer's `held` gets it as ever (`Bank.settle`).
+
+**Picks.** A layer that picks ranks its slots by what they received, and its `topk` is what later layers read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fivefold.kernels.packed_decode import schedule
+from fivefold.kernels.packed_decode.reference import Form
+from fivefold.store.bank import Bank
+from fivefold.store.held import Held
+from fivefold.store.layer_cache import LayerCache
+from fivefold.store.rows import PAGE, Bounds
+
+NUMBERS = 4
+"""Of each row and step, see `kernels/watched/triton.py`."""
+GROWS, GIVES = 1, 2
+
+
+def why_not_watched(layer: LayerCache, role: str) -> str | None:
+    """Why a GPU's kernels do not watch this layer's tokens in a step, or pick of them, in a few words; None if they
+    do."""
+    if role != "full" and layer.known:
+        return "what is picked are tokens that are chosen"
+    if role != "full" and any(extent.recent is not None for extent in layer.extents):
+        return "heads with a window stand beside those that pick"
+    reader = None if layer.codec is None else layer.codec.reader
+    if reader is not None and not isinstance(reader, Form) and (role != "full" or not reader.scores):
+        return "no kernel says what this codec's tokens receive" if role == "full" else "no kernel picks of such pages"
+    if layer.known:
+        policy: Any = layer.policy
+        why: str | None = policy.why_not_step(layer.codec is not None)
+        return why
+    return None
+
+
+def unsteady(layers: Mapping[int, LayerCache], revocable: int) -> bool:
+    """Whether the host has to plan the next step of tokens that are chosen, as things stand just now."""
+    held = [layer for layer in layers.values() if layer.known]
+    return bool(held) and (revocable > 0 or any(_first(layer) for layer in held))
+
+
+def _first(layer: LayerCache) -> bool:
+    """Whether a text comes token by token and is yet to be taken as a chunk."""
+    policy: Any = layer.policy
+    return not policy.accumulates and any(not one.prompt for one in layer.known)
+
+
+Known = tuple[tuple[Held, np.ndarray], ...]
+
+
+@dataclass(frozen=True)
+class Live:
+    """What a policy knows of the tokens of a bank's rows is in `watch`: of each layer the `Held`s without it, and their
+    rows. final int64 `[layers * rows]`: how many tokens had been seen when one last went. opened: whether `Bank.open`
+    has made room for a token that is not known yet. pending: the last step's choice has yet to become so."""
+
+    watch: Watch
+    known: tuple[Known, ...]
+    final: np.ndarray
+    opened: bool = False
+    pending: bool = False
+
+
+class Watch:
+    """Positions, scores and choices of all rows of device tables, `[layers, rows, slots]`; nothing that is committed is
+    written by a step.
+
+    positions int32, scores float32: as in `Held`, slot by slot. new: the scores after a step. goes int32 `[layers,
+    rows]`, stash `[layers, rows, 2, head_dim]`: see `tally`. low int32 `[layers, rows]`: no token up to this position
+    ever goes.
+    """
+
+    def __init__(self, tables: Any, bank: Bank) -> None:
+        spec, packing = bank.layers[0].spec, bank.packing
+        self.rows = tables.rows
+        self.slots = tables.exact_columns * PAGE + (0 if packing is None else tables.packed_columns * packing.page)
+        shape, device = (tables.layers, tables.rows), tables.device
+        with torch.inference_mode(False):
+            self.positions = torch.zeros((*shape, self.slots), dtype=torch.int32, device=device)
+            self.scores, self.new = (torch.zeros((*shape, self.slots), device=device) for _ in range(2))
+            self.low, self.goes = (torch.full(shape, -1, dtype=torch.int32, device=device) for _ in range(2))
+            self.stash = torch.zeros((*shape, 2, spec.head_dim), dtype=spec.dtype, device=device)
+            self.merges: tuple[torch.Tensor, ...] | None = None
+            if any(layer.policy is not None and layer.policy.absorbs for layer in bank.layers):
+                into, (old, new) = torch.full_like(self.goes, -1), torch.full((2, *shape), torch.nan, device=device)
+                self.merges = into, torch.zeros_like(self.stash), old, new
+            # sequence * kv_heads + kv_head of each row.
+            self.places = torch.arange(tables.rows, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        tensors = self.positions, self.scores, self.new, self.low, self.goes, self.stash, self.places
+        return sum(x.nbytes for x in (*tensors, *(self.merges or ())))
+
+    # -- whose it is --------------------------------------------------------------------------------------
+
+    def adopt(self, bank: Bank) -> None:
+        """From now on what is known of the rows' tokens is here."""
+        if bank.live is not None and bank.live.watch is self:
+            return
+        known: list[Known] = []
+        for index, layer in enumerate(bank.layers):
+            mine = []
+            for held in layer.held:
+                rows = held.places.cpu().numpy()
+                at = _index(rows, self.positions.device)
+                self.positions[index, at, : held.slots] = held.positions
+                self.scores[index, at, : held.slots] = held.scores
+                self.low[index, at] = layer.policy.guards(held)[0]
+                if self.merges is not None:
+                    self.merges[2][index, at] = held.extra.get("threshold", torch.nan)
+                none = held.positions.new_empty((held.rows, 0))
+                bare = replace(held, positions=none, scores=none.float())
+                mine.append((bare, rows))
+            known.append(tuple(mine))
+        for layer, some in zip(bank.layers, known):
+            layer.known = [held for held, _ in some]
+        bank.live = Live(self, tuple(known), np.zeros(bank.data.shape[1], dtype=np.int64))
+
+    def held(self, bank: Bank, stepped: bool = False) -> list[list[Held]]:
+        """What the policy knows, of each layer. stepped: after a step that the host is yet to plan, as if its attention
+        had just been observed."""
+        live, out = bank.live, []
+        assert live is not None and not live.pending
+        more = int(live.opened and not stepped)
+        for index, (layer, known) in enumerate(zip(bank.layers, live.known)):
+            mine = []
+            for held, rows in known:
+                bounds = Bounds(*bank.data[:, layer.base + rows[0]].tolist())
+                slots, seen = int(bounds.length) - more, int(bounds.seen) - more
+                at = _index(rows, self.positions.device)
+                scores = (self.new if stepped else self.scores)[index, at, :slots].clone()
+                positions = self.positions[index, at, :slots].clone()
+                if stepped:
+                    positions[:, -1] = seen - 1
+                final = max(held.final, int(live.final[layer.base + rows[0]]))
+                extra = held.extra
+                if self.merges is not None:
+                    threshold = self.merges[2][index, at].clone()
+                    if "threshold" in extra or not (threshold.is_meta or bool(threshold.isnan().any())):
+                        extra = {**extra, "threshold": threshold}
+                mine.append(replace(held, positions=positions, scores=scores, extra=extra, seen=seen, final=final))
+            out.append(mine)
+        return out
+
+    # -- a step -------------------------------------------------------------------------------------------
+
+    def numbers(self, bank: Bank, data: np.ndarray) -> np.ndarray:
+        """What a step that ends at the bounds `data` has to know of each row: int32 `[layers, rows, NUMBERS]`."""
+        return self._planned(bank, data)[0]
+
+    def _planned(self, bank: Bank, data: np.ndarray) -> tuple[np.ndarray, bool]:
+        """`numbers`, and whether the host has to plan what follows."""
+        out, asks = np.zeros((len(bank.layers), self.rows, NUMBERS), dtype=np.int32), False
+        live, found = bank.live, {}
+        assert live is not None
+        for index, (layer, known) in enumerate(zip(bank.layers, live.known)):
+            for held, rows in known:
+                at = data[:, layer.base + rows[0]]
+                key = layer.policy, held.prompt, held.share, at.tobytes()
+                if key not in found:
+                    bounds = Bounds(*at.tolist())
+                    now = replace(held, seen=int(bounds.seen))
+                    gives = layer.policy.step(now, bounds, layer.packing_of(now))
+                    kind = GIVES if gives else GROWS
+                    recent = layer.policy.guards(now)[1]
+                    found[key] = (kind, now.seen - 1, recent, now.seen - now.basis), gives is None
+                out[index, rows], ask = found[key]
+                asks = asks or ask
+        return out, asks
+
+    def observe(
+        self,
+        layer: LayerCache,
+        numbers: torch.Tensor,
+        spans: torch.Tensor,
+        exact: schedule.Exact,
+        scores: torch.Tensor | None,
+        lse: torch.Tensor | None,
+        given: torch.Tensor | None,
+    ) -> None:
+        """A step's attention has come: the statistic and the choice, all on the device (see `tally`)."""
+        policy: Any = layer.policy
+        spec, index = layer.spec, layer.index
+        about = self.positions[index], numbers, spans, spec.layer, spec.kv_heads, self.places
+        if scores is not None and not policy.sums:
+            given, scores = policy.received_step(scores, lse, *about), None
+        order = policy.order_step(*about) if policy.ordered else None
+        _kernels().tally(
+            scores, lse, given, order, policy.loses == "oldest", self.scores[index], self.positions[index],
+            self.low[index], numbers, spans, self.new[index], self.goes[index], self.stash[index], exact,
+        )  # fmt: skip
+        if self.merges is not None and policy.absorbs:
+            into, merged, old, new = (x[index] for x in self.merges)
+            stash = self.stash[index]
+            _kernels().absorb(self.goes[index], numbers, spans, exact, old, *policy.absorbs, new, stash, into, merged)
+
+    def advance(self, bank: Bank) -> bool:
+        """After a step: what the host knows of it becomes so; False where it has to plan what follows."""
+        numbers, asks = self._planned(bank, bank.data)
+        live = bank.live
+        assert live is not None and bank.change is not None
+        if asks:
+            return False
+        rows = np.flatnonzero(numbers[:, : bank.rows, 0].reshape(-1) == GIVES)
+        if len(rows):
+            if bank.exact.shared:
+                self._unshare(bank, rows)
+            bank.give(rows)
+        final = live.final.copy()
+        final[rows] = bank.at(rows).seen
+        bank.live = replace(live, final=final, opened=False, pending=True)
+        return True
+
+    def _unshare(self, bank: Bank, rows: np.ndarray) -> None:
+        """Somebody else may hold the pages that a token is about to be written into: the host has to know which."""
+        assert bank.change is not None
+        exact, bounds = bank.exact, bank.at(slice(None))
+        if not (exact.pool.references(exact.held(bounds.exact_pages)) > 1).any():
+            exact.shared = False
+            return
+        if self.goes.is_meta:
+            return
+        bounds = bank.at(rows)
+        for which in (self.goes, *(self.merges or ())[:1]):
+            slots = which.cpu().numpy()[:, : bank.rows].reshape(-1)[rows] - bounds.packed_tokens
+            some = (slots >= 0) & (slots < bounds.exact_tokens - 1)
+            exact.unshare(bank.change, rows[some], slots[some] // PAGE)
+
+    def overwrite(self, spans: torch.Tensor, numbers: torch.Tensor, exact: schedule.Exact) -> None:
+        """The last step's choice becomes so, on the device: spans and numbers of all layers, as they were then."""
+        if not self.goes.is_meta:
+            given = self.goes, self.stash, self.new, self.merges, numbers, spans
+            _kernels().overwrite(*given, self.positions, self.scores, exact)
+
+
+def _kernels() -> Any:
+    from fivefold.kernels.watched import triton
+
+    return triton
+
+
+def _index(rows: np.ndarray, device: torch.device) -> slice | torch.Tensor:
+    """Rows as a slice where they are a run."""
+    if len(rows) == rows[-1] - rows[0] + 1:
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return torch.from_numpy(rows).to(device)
+
+
+class Picked:
+    """What layers of one step pick for those behind them: int32 `[rows, top + 1]`, the newest token last."""
+
+    def __init__(self, reads: Any) -> None:
+        self.reads = reads
+        self._picks: torch.Tensor | None = None
+        self._near: dict[tuple[int, int], torch.Tensor] = {}
+
+    def role(self, layer: LayerCache) -> str:
+        return str(self.reads.roles.get(layer.spec.layer, "full"))
+
+    def put(self, received: torch.Tensor, spans: torch.Tensor) -> None:
+        """received: as `rank` gives it."""
+        top = self.reads.top
+        values, indices = received.topk(min(top, received.shape[1]), 1, sorted=False)
+        self._picks = _kernels().picks(values, indices, spans, top)
+
+    def of(self, layer: LayerCache) -> torch.Tensor:
+        """What this layer reads."""
+        assert self._picks is not None
+        near = self.reads.nearest.get(layer.spec.layer)
+        if near is None:
+            return self._picks
+        key = layer.spec.layer, len(self._picks)
+        if key not in self._near:
+            heads = np.asarray(near[1])[:, 0]
+            rows = np.arange(len(self._picks)).reshape(-1, len(heads))[:, heads].reshape(-1)
+            self._near[key] = torch.from_numpy(rows).to(self._picks.device)
+        return self._picks.index_select(0, self._near[key])
+
+
+def uniform(rows: int, count: int, tile: int, programs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Spans int32 `[rows, SPAN]` of rows that read `count` picks each, and their work list int32 `[rows + 1]`."""
+    spans = np.zeros((rows, schedule.SPAN), dtype=np.int32)
+    spans[:, 4] = count
+    pages = np.full((2, rows), -(-count // tile))
+    return spans, schedule.starts_of(pages, (programs, programs))[0]
+
+
+def bank_chooses(layers: Sequence[Any]) -> bool:
+    """Whether a policy chooses tokens of some rows."""
+    return any(any(layer.head_chosen) for layer in layers)

@@ -1,0 +1,300 @@
+"""Attention of a decoding step over pages of rotated keys and values (see `Rotated`), in Triton.
+
+Two kernels, with the work lists and parts of `packed_decode`. `_scores` makes keys again, 64 tokens of a head at a
+time: channels are loaded from where they were sorted to, so that no tile is permuted; the Hadamard matrix over channels
+is undone by a product with entries +-1, and that over heads by signs of the scores, since all heads turn alike. RoPE
+turns what comes out, by the angle of the first token (in float64, reduced) and that of a token in its tile added up. It
+leaves scores, float32. `_values` reads them, and undoes the values' rotation once, on the weighted sum.
+
+Attention sinks, which are exact, are among the slots: a page says which, and their scores and values are put in the
+others' places.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fivefold.kernels.packed_decode.reader import Packed
+from fivefold.kernels.packed_decode.schedule import SPAN
+from fivefold.kernels.packed_decode.triton import _code_planes, _leave, _row, _share
+from fivefold.kernels.planar_decode.triton import _code, _rest, _spread
+from fivefold.kernels.rotated_decode.reference import Rotated
+
+
+@triton.constexpr_function
+def _field_asm(bits):
+    mask = (2 ** int(bits) - 1) * 0x10001
+    return (
+        f"{{ .reg .b32 t, u; shr.u32 t, $1, $2; and.b32 t, t, 0x{mask:08X}; or.b32 t, t, 0x64006400; "
+        "mov.b32 u, 0x64006400; sub.rn.f16x2 $0, t, u; }"
+    )
+
+
+@triton.jit
+def _field(words, shift, BITS: tl.constexpr, ASM: tl.constexpr):
+    """The codes that stand `shift` bits up in words, as float16. (1024 and a code is a float16 with the code as its
+    last bits.)"""
+    if ASM:
+        # Two words at a time in one register; the shift, which is the same for both, in two.
+        return tl.inline_asm_elementwise(
+            _field_asm(BITS), "=r,r,r,r", [words, shift], dtype=tl.float16, is_pure=True, pack=2
+        )
+    return ((words.to(tl.int32) >> shift) & (2**BITS - 1)).to(tl.float16)
+
+
+@triton.jit
+def _keys(words, scale_at, zero_at, j, r, G: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Plane j of rotated keys, a channel a row: float16 `[D, 32]`."""
+    step = tl.load(tl.multiple_of(scale_at + j * 32 * G, 16)[:, None] + r[None, :])
+    zero = tl.load(tl.multiple_of(zero_at + j * 32 * G, 16)[:, None] + r[None, :])
+    return _field(words, j * BITS, BITS, ASM) * step + zero
+
+
+@triton.jit
+def _address(table, row, columns, page, field, FIELDS: tl.constexpr):
+    return tl.load(table + (row.to(tl.int64) * columns + page) * FIELDS + field) * 2
+
+
+@triton.jit(do_not_specialize=("rows", "columns", "heads", "slots"))
+def _scores(
+    queries, table, spans, starts, places, turns, small, matrices, sink_keys, scores, scale, rows, columns, heads,
+    slots, D: tl.constexpr, BITS: tl.constexpr, CHANNELS: tl.constexpr, KV_HEADS: tl.constexpr, TEAM: tl.constexpr,
+    EACH: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, NEIGHBOURS: tl.constexpr, SINKS: tl.constexpr,
+    S: tl.constexpr, FIELDS: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, ASM: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Scores, to the base 2, of one share of the pages of TEAM rows: float32 `[rows, heads, slots]`. Grid:
+    (programs,).
+
+    The queries of a team are the COLUMNS of one operand, EACH for a row. S: room for the sinks. WIDE: planes of a tile,
+    1 or 2, whose tokens then take turns.
+    """
+    row = _row(starts, rows, R)
+    if row >= rows:
+        return
+    PLANES: tl.constexpr = _code_planes(BITS)
+    TOKENS: tl.constexpr = PLANES * 32
+    G: tl.constexpr = D // CHANNELS
+    HALF: tl.constexpr = D // 2
+    r = tl.arange(0, 32)
+    d = tl.arange(0, D)
+    i = tl.arange(0, HALF)
+    k = tl.arange(0, S)
+    t = tl.arange(0, 32 * WIDE)
+    c = tl.arange(0, COLUMNS)
+    first_row = row // KV_HEADS * KV_HEADS
+    even = 2 * i if NEIGHBOURS else i
+    odd = 2 * i + 1 if NEIGHBOURS else i + HALF
+    whose = c // EACH
+    mine = (whose < TEAM) & (c % EACH < heads)
+    line = (row + whose) * heads + c % EACH
+    a = tl.load(queries + line[None, :] * D + even[:, None], mask=mine[None, :], other=0.0).to(tl.float32)
+    b = tl.load(queries + line[None, :] * D + odd[:, None], mask=mine[None, :], other=0.0).to(tl.float32)
+    largest = tl.maximum(tl.maximum(tl.max(tl.abs(a), 0), tl.max(tl.abs(b), 0)), 1e-30)
+    a = a / largest[None, :]
+    b = b / largest[None, :]
+    scale = scale * largest  # [COLUMNS]
+    if SINKS > 0:
+        exact = tl.zeros([S, COLUMNS], tl.float32)
+        for g in range(TEAM):
+            sink_at = sink_keys + ((row + g) * SINKS + k[:, None]) * D
+            x = tl.load(sink_at + even[None, :], mask=k[:, None] < SINKS, other=0.0).to(tl.float32)
+            y = tl.load(sink_at + odd[None, :], mask=k[:, None] < SINKS, other=0.0).to(tl.float32)
+            both = tl.dot(y, b, tl.dot(x, a, input_precision="ieee"), input_precision="ieee")
+            exact = tl.where(whose[None, :] == g, both, exact)
+        exact = exact * scale[None, :]
+    query_even = a.to(tl.float16)
+    query_odd = b.to(tl.float16)
+    undo = matrices + d[:, None] * HALF + i[None, :]
+    if SPLIT:
+        undo_even = tl.load(undo)
+        undo_odd = tl.load(undo + D * HALF)
+    revolutions = tl.load(turns + i)
+    inside_tile = t % WIDE * 32 + t // WIDE
+    small_at = small + inside_tile[:, None] * HALF + i[None, :]
+    norm = (TEAM * D) ** -0.5
+    score_at = scores + line.to(tl.int64) * slots
+
+    low = tl.load(spans + row * SPAN)
+    high = tl.load(spans + row * SPAN + 1)
+    base = tl.load(spans + row * SPAN + 7)
+    first, last = _share(starts, row, tl.cdiv(high, TOKENS) - low // TOKENS)
+    first += low // TOKENS
+    last += low // TOKENS
+    for page in range(first, last):
+        for tile in range(PLANES // WIDE):
+            j = tile * WIDE
+            turn = revolutions * (base + page * TOKENS + j * 32).to(tl.float64)
+            angle = ((turn - tl.floor(turn + 0.5)) * 6.283185307179586).to(tl.float32)
+            cos_base = (tl.cos(angle) * norm)[None, :]
+            sin_base = (tl.sin(angle) * norm)[None, :]
+            cos_small = tl.load(small_at)
+            sin_small = tl.load(small_at + 64 * HALF)
+            cosine = (cos_base * cos_small - sin_base * sin_small).to(tl.float16)
+            sine = (sin_base * cos_small + cos_base * sin_small).to(tl.float16)
+            s = tl.zeros([32 * WIDE, COLUMNS], tl.float32)
+            for g in range(TEAM):
+                # Where the rotated channels of this head of the team stand.
+                place = tl.load(places + (row - first_row + g) * D + d)
+                entry = table + ((first_row + place // D).to(tl.int64) * columns + page) * FIELDS
+                word_at = (tl.load(entry) * 2).to(tl.pointer_type(tl.int16)) + place % D * 32
+                group = place % D // CHANNELS * 32
+                step_at = (tl.load(entry + 1) * 2).to(tl.pointer_type(tl.float16)) + group
+                zero_at = (tl.load(entry + 2) * 2).to(tl.pointer_type(tl.float16)) + group
+                words = tl.load(tl.multiple_of(word_at, 16)[:, None] + r[None, :])
+                keys = _keys(words, step_at, zero_at, j, r, G, BITS, ASM)
+                if WIDE == 2:
+                    more = _keys(words, step_at, zero_at, j + 1, r, G, BITS, ASM)
+                    keys = tl.reshape(tl.join(keys, more), [D, 64])
+                keys = tl.trans(keys)
+                if SPLIT:
+                    # Heads are added up behind the product with the queries, which is linear.
+                    both = whose & g
+                    sign = 1.0 - 2.0 * ((both ^ (both >> 1)) & 1).to(tl.float32)
+                    s += _turned(keys, undo_even, undo_odd, cosine, sine, query_even, query_odd) * sign[None, :]
+                else:
+                    for f in range(TEAM):
+                        at = undo + (f * TEAM + g) * 2 * D * HALF
+                        part = _turned(keys, tl.load(at), tl.load(at + D * HALF), cosine, sine, query_even, query_odd)
+                        s += tl.where(whose[None, :] == f, part, 0.0)
+            slot = page * TOKENS + j * 32 + inside_tile
+            seen = (slot >= low) & (slot < high)
+            tl.store(score_at[None, :] + slot[:, None], s * scale[None, :], mask=seen[:, None] & mine[None, :])
+        if SINKS > 0:
+            marks = tl.load(table + ((row + whose).to(tl.int64) * columns + page) * FIELDS + 6, mask=mine, other=0) * 2
+            marks = marks.to(tl.pointer_type(tl.int16))
+            mark = tl.load(marks[None, :] + k[:, None], mask=(k < SINKS)[:, None] & mine[None, :], other=-1)
+            slot_of = page * TOKENS + mark.to(tl.int32)
+            there = (mark >= 0) & (slot_of >= low) & (slot_of < high)
+            tl.debug_barrier()  # they come after what stands in their places
+            tl.store(score_at[None, :] + slot_of, exact, mask=there & mine[None, :])
+
+
+@triton.jit
+def _turned(keys, undo_even, undo_odd, cosine, sine, query_even, query_odd):
+    """Inner products of queries with keys whose rotation is undone, and then RoPE done: `[tokens, columns]`."""
+    k_even = tl.dot(keys, undo_even).to(tl.float16)
+    k_odd = tl.dot(keys, undo_odd).to(tl.float16)
+    s = tl.dot(k_even * cosine - k_odd * sine, query_even)
+    return tl.dot(k_odd * cosine + k_even * sine, query_odd, s)
+
+
+@triton.jit(do_not_specialize=("rows", "columns", "heads", "slots"))
+def _values(
+    scores, table, spans, starts, matrix, sink_values, out, lse, rows, columns, heads, slots,
+    N: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, CHANNELS: tl.constexpr, TEAM: tl.constexpr,
+    SINKS: tl.constexpr, S: tl.constexpr, FIELDS: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """The values of one share of a row's pages, weighted by the scores that `_scores` left. Grid: (programs, TEAM)."""
+    row = _row(starts, rows, R)
+    if row >= rows:
+        return
+    PLANES: tl.constexpr = _code_planes(BITS)
+    TOKENS: tl.constexpr = PLANES * 32
+    G: tl.constexpr = D // CHANNELS
+    r = tl.arange(0, 32)
+    d = tl.arange(0, D)
+    g = tl.arange(0, G)
+    h = tl.arange(0, N)
+    k = tl.arange(0, S)
+    low = tl.load(spans + row * SPAN)
+    high = tl.load(spans + row * SPAN + 1)
+    first, last = _share(starts, row, tl.cdiv(high, TOKENS) - low // TOKENS)
+    first += low // TOKENS
+    last += low // TOKENS
+    row += tl.program_id(1)
+    score_at = scores + (row * heads + h[None, :]).to(tl.int64) * slots
+    turn = tl.load(matrix + d[:, None] * D + d[None, :])
+    if SINKS > 0:
+        at = sink_values + (row * SINKS + k[:, None]) * D + d[None, :]
+        exact = tl.load(at, mask=k[:, None] < SINKS, other=0.0).to(tl.float16)
+        # As values are: times the matrix.
+        exact = (tl.dot(exact, turn) * D**-0.5).to(tl.float16)  # [S, D]
+    m = tl.full([N], -1e30, tl.float32)
+    weight = tl.zeros([32, N], tl.float32)
+    acc = tl.zeros([D, N], tl.float32)
+    for page in range(first, last):
+        words = _address(table, row, columns, page, 3, FIELDS).to(tl.pointer_type(tl.int16))
+        words = tl.load(tl.multiple_of(words, 16) + r[:, None] * D + d[None, :])
+        scale_at = tl.multiple_of(_address(table, row, columns, page, 4, FIELDS), 16).to(tl.pointer_type(tl.float16))
+        zero_at = tl.multiple_of(_address(table, row, columns, page, 5, FIELDS), 16).to(tl.pointer_type(tl.float16))
+        if SINKS > 0:
+            marks = _address(table, row, columns, page, 6, FIELDS).to(tl.pointer_type(tl.int16))
+            marks = tl.load(marks + k, mask=k < SINKS, other=-1).to(tl.int32)
+        found = ()
+        for j in tl.static_range(PLANES):
+            token = page * TOKENS + j * 32 + r
+            seen = ((token >= low) & (token < high))[:, None] & (h[None, :] < heads)
+            found = found + (tl.load(score_at + token[:, None], mask=seen, other=-1e30),)
+        top = found[0]
+        for j in tl.static_range(1, PLANES):
+            top = tl.maximum(top, found[j])
+        above = tl.maximum(m, tl.max(top, 0))
+        shrink = tl.exp2(m - above)
+        m = above
+        weight = weight * shrink[None, :]
+        acc = acc * shrink[None, :]
+        for j in tl.static_range(PLANES):
+            p = tl.exp2(found[j] - m[None, :])
+            weight += p
+            if SINKS > 0:
+                other = tl.max((marks[None, :] == (j * 32 + r)[:, None]).to(tl.int32), 1) == 0
+                p = tl.where(other[:, None], p, 0.0)
+            part = j * 32 * G + g[:, None] * 32 + r[None, :]
+            steps = (tl.load(scale_at + part) * _rest(BITS, j)).to(tl.float16)
+            zero = tl.load(zero_at + part)
+            v = tl.trans(_code(words, BITS, j, ASM))
+            v = v * _spread(steps, j, G, CHANNELS) + _spread(zero, j, G, CHANNELS)
+            acc = tl.dot(v, p.to(tl.float16), acc)
+        if SINKS > 0:
+            token = page * TOKENS + marks
+            there = (marks >= 0) & (token >= low) & (token < high)
+            s = tl.load(score_at + token[:, None], mask=there[:, None] & (h[None, :] < heads), other=-1e30)
+            p = tl.where(there[:, None], tl.exp2(s - m[None, :]), 0.0).to(tl.float16)
+            acc = tl.dot(tl.trans(exact), p, acc)
+    total = tl.sum(weight, 0)
+    # Undo the values' rotation, in two parts of float16 each: what is rounded off the first is the second.
+    o = acc / tl.where(total > 0, total, 1.0)[None, :]
+    near = o.to(tl.float16)
+    o = tl.dot(turn, near) + tl.dot(turn, (o - near.to(tl.float32)).to(tl.float16))
+    place = tl.program_id(0) * TEAM + tl.program_id(1)
+    _leave(out, lse, place, o * (D**-0.5 * total)[None, :], m, total, heads, N, D)
+
+
+def attend(
+    form: Rotated,
+    packed: Packed,
+    queries: torch.Tensor,
+    scale: float,
+    spans: torch.Tensor,
+    starts: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scores: torch.Tensor | None = None,
+    warps: tuple[int, int] = (4, 2),
+) -> None:
+    """See `Reader.attend`."""
+    rows, heads, dim = queries.shape
+    columns, (places,), (turns, small, matrices, values) = packed.table.shape[1], form.constants, form.tables
+    slots = columns * form.tokens
+    if scores is None:
+        scores = torch.empty((rows, heads, slots), dtype=torch.float32, device=queries.device)
+    sink_keys, sink_values = packed.learned if form.sinks else (queries, queries)
+    each = triton.next_power_of_2(heads)
+    common = {
+        "D": dim, "BITS": form.bits, "CHANNELS": form.channels, "TEAM": form.team,
+        "SINKS": form.sinks, "S": 16 if form.sinks <= 16 else 32, "FIELDS": len(form.fields), "SPAN": SPAN,
+        "R": triton.next_power_of_2(rows), "ASM": queries.device.type == "cuda",
+    }  # fmt: skip
+    _scores[(len(out),)](
+        queries, packed.table, spans, starts, places, turns, small, matrices, sink_keys, scores, scale, rows, columns,
+        heads, slots, KV_HEADS=form.kv_heads, EACH=each,
+        COLUMNS=max(8, triton.next_power_of_2(each * form.team)), SPLIT=form.split, NEIGHBOURS=form.neighbours,
+        WIDE=2 - form.planes % 2, num_warps=warps[0], num_stages=1, **common,
+    )  # fmt: skip
+    _values[(len(out), form.team)](
+        scores, packed.table, spans, starts, values, sink_values, out, lse, rows, columns, heads, slots,
+        N=8 if heads <= 8 else 16, num_warps=warps[1], num_stages=1, **common,
+    )  # fmt: skip
