@@ -118,6 +118,7 @@ class Features(Reader):
         starts: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
+        scores: torch.Tensor | None = None,
     ) -> None:
         from fivefold.kernels.low_rank.triton import attend
 
