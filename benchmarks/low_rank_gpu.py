@@ -6,7 +6,6 @@ transformers' DynamicCache and of full(), in one run on a GPU; and the kernels o
 
 import gc
 import json
-import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -18,7 +17,6 @@ import typer
 
 import fivefold
 from fivefold.benchmark import decode as bench
-from fivefold.calibrate.profile import Profile, config_hash, save_profile, signature
 from fivefold.kernels.low_rank import Features
 from fivefold.kernels.low_rank import triton as kernel
 from fivefold.kernels.packed_decode.reader import Packed
@@ -32,27 +30,9 @@ LARGE = ("full()", "cskv()", "cskv(bits=4)", "kv_heads(group=2)", "kv_heads()", 
          "minicache() + kivi(bits=4)")  # fmt: skip
 
 VARIANTS: tuple[dict[str, int], ...] = (
-    {}, {"STAGES": 1}, {"STAGES": 3}, {"PB": 0}, {"num_warps": 4}, {"T": 64, "num_warps": 4},
-    {"T": 64, "num_warps": 4, "STAGES": 1}, {"T": 64, "num_warps": 4, "STAGES": 1, "PB": 0}, {"T": 64, "num_warps": 8},
+    {}, {"STAGES": 1}, {"PB": 0}, {"T": 64, "num_warps": 4, "STAGES": 1}, {"T": 64, "num_warps": 4}, {"num_warps": 4},
 )  # fmt: skip
 """PB 0: half of the channels at a time."""
-
-
-def with_profile(recipe: str, config: Any, folder: str) -> str:
-    """The recipe with a profile of random numbers, which a model of random weights has none of."""
-    method = Recipe.parse(recipe).methods[0]
-    if not folder or method.name not in ("cskv", "kv_heads"):
-        return recipe
-    where = Path(folder) / f"{method.name}-{config_hash(config)[:8]}"
-    if not where.exists():
-        layers, heads, dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-        rank, channels = round(0.5 * dim) * heads, heads * dim
-        tensors = {f"{kind}_factor": torch.randn(layers, channels, rank).half() for kind in ("key", "value")}
-        if method.name == "cskv":
-            tensors["key_weight"] = torch.ones(layers, channels)
-        settings = {"layers": list(range(layers)), "rank": rank}
-        save_profile(where, Profile(method.name, signature(config), settings, tensors, config_hash(config)))
-    return recipe[:-1] + (", " if recipe[-2] != "(" else "") + f'profile="{where}")'
 
 
 def alone(context: int, heads: int, query: int, dim: int, rank: int, layers: int = 4, **settings: int) -> float:
@@ -97,13 +77,12 @@ def alone(context: int, heads: int, query: int, dim: int, rank: int, layers: int
     return sorted(times)[len(times) // 2]
 
 
-def step(model: Any, name: str, context: int, steps: int, folder: str) -> dict[str, Any]:
+def step(model: Any, name: str, context: int, steps: int) -> dict[str, Any]:
     """A row: a step of a recipe as a graph, of a cache of transformers' launch by launch."""
-    written = name if name == bench.BASELINE else with_profile(name, model.config, folder)
     row: dict[str, Any] = {"recipe": name, "context": context}
     start = time.perf_counter()
     try:
-        row |= bench._steps(model, written, context, 1, steps, name != bench.BASELINE)
+        row |= bench._steps(model, name, context, 1, steps, name != bench.BASELINE)
         print(f"  {name} @ {context}: {row['ms']:.2f} ms (mean {row['mean_ms']:.2f}), "
               f"{row['cache_bytes'] / 1e6:.0f} MB, {row.get('no_graph', '')} [{time.perf_counter() - start:.0f} s]",
               flush=True)  # fmt: skip
@@ -116,12 +95,12 @@ def step(model: Any, name: str, context: int, steps: int, folder: str) -> dict[s
     return row
 
 
-def agreement(recipe: str, folder: str) -> None:
+def agreement(recipe: str) -> None:
     """How far steps by kernels are from those by the reference, of a small model of random weights."""
     import os
 
     model = bench.build({**bench.SHAPES["small"], "num_hidden_layers": 4}, DEVICE)
-    written, outs = with_profile(recipe, model.config, folder), []
+    written, outs = bench.for_random_weights(Recipe.parse(recipe), model.config), []
     ids = torch.randint(1, 1000, (1, 700), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     for path in ("reference", "auto"):
         os.environ["FIVEFOLD_KERNELS"] = path
@@ -142,22 +121,13 @@ def main(
     steps: int = 12,
     seconds: float = 1e9,
 ) -> None:
-    begin, rows, folder = time.perf_counter(), [], tempfile.mkdtemp()
+    begin, rows = time.perf_counter(), []
     print(torch.cuda.get_device_name(), torch.__version__, transformers.__version__, flush=True)
     for recipe in small.split(";")[1:]:
         try:
-            agreement(recipe, folder)
+            agreement(recipe)
         except Exception:
             traceback.print_exc(limit=-3)
-    if variants:
-        for where, shape in {"8b": (131072, 8, 4, 128, 26), "smollm2": (7000, 3, 3, 64, 13)}.items():
-            half = shape[3] // 2
-            for given in VARIANTS:
-                given = {name: half // 2 if name == "PB" else value for name, value in given.items()}
-                try:
-                    print(f"  {where} {given}: {alone(*shape, **given) * 1e3:.1f} us a layer", flush=True)
-                except Exception as error:
-                    print(f"  {where} {given}: {type(error).__name__} {str(error)[:150]}", flush=True)
     if small:
         from fivefold.models import embedded
 
@@ -165,13 +135,24 @@ def main(
         model = embedded.load(torch.bfloat16)[0].to(DEVICE)
         for name in (bench.BASELINE, *small.split(";")):
             if time.perf_counter() - begin < seconds:
-                rows.append({"shape": "SmolLM2-135M", **step(model, name, 7000, 40, "")})
+                rows.append({"shape": "SmolLM2-135M", **step(model, name, 7000, 40)})
     if large:
         model = bench.build("llama-3-8b", DEVICE)
         for context in map(int, contexts.split(",")):
             for name in large.split(";"):
                 if time.perf_counter() - begin < seconds:
-                    rows.append({"shape": "llama-3-8b", **step(model, name, context, steps, folder)})
+                    rows.append({"shape": "llama-3-8b", **step(model, name, context, steps)})
+    if variants:
+        for where, shape in {"8b": (131072, 8, 4, 128, 26), "smollm2": (7000, 3, 3, 64, 13)}.items():
+            half = shape[3] // 2
+            for given in VARIANTS:
+                if time.perf_counter() - begin > seconds:
+                    break
+                given = {name: half // 2 if name == "PB" else value for name, value in given.items()}
+                try:
+                    print(f"  {where} {given}: {alone(*shape, **given) * 1e3:.1f} us a layer", flush=True)
+                except Exception as error:
+                    print(f"  {where} {given}: {type(error).__name__} {str(error)[:150]}", flush=True)
     if out is not None:
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         text = {"device": torch.cuda.get_device_name(), "versions": versions, "rows": rows}

@@ -38,8 +38,11 @@ def why_not_watched(layer: LayerCache, role: str) -> str | None:
     if role != "full" and 0 < sum(extent.recent is None for extent in layer.extents) < len(layer.extents):
         return "heads with a window stand beside those that pick"
     reader = None if layer.codec is None else layer.codec.reader
-    if reader is not None and not isinstance(reader, Form) and (role != "full" or not reader.scores):
-        return "no kernel says what this codec's tokens receive" if role == "full" else "no kernel picks of such pages"
+    if reader is not None and not isinstance(reader, Form):
+        if role != "full":
+            return "no kernel picks of such pages"
+        if layer.known and not reader.scores:
+            return "no kernel says what this codec's tokens receive"
     if layer.known:
         policy: Any = layer.policy
         why: str | None = policy.why_not_step(layer.codec is not None)

@@ -23,6 +23,8 @@ import fivefold
 from fivefold.benchmark.kernels import fill
 from fivefold.calibrate.profile import Profile, config_hash, save_profile, signature
 from fivefold.methods.bits.rotatekv import RotateKV
+from fivefold.methods.channels.cskv import Cskv
+from fivefold.methods.channels.kv_heads import KvHeads
 from fivefold.methods.heads.duo_attention import DuoAttention
 from fivefold.models.cache import FivefoldCache
 from fivefold.recipe import Recipe
@@ -63,15 +65,15 @@ def build(shape: str | Mapping[str, Any], device: torch.device) -> Any:
 
 def for_random_weights(recipe: Recipe, config: Any) -> Recipe:
     """What methods have not learned of a model of random weights: `duo(keep=...)` takes the first heads of each layer,
-    `rotatekv()` sorts channels at random."""
+    `rotatekv()` sorts channels at random, `cskv()` and `kv_heads()` have features of random directions."""
     method = recipe.get("heads")
     if isinstance(method, DuoAttention) and method.retrieval is None:
         count = round(method.keep * config.num_key_value_heads)
         pairs = tuple((layer, head) for layer in range(config.num_hidden_layers) for head in range(count))
         recipe = _with(recipe, method, replace(method, retrieval=pairs))
-    method = recipe.get("bits")
-    if isinstance(method, RotateKV) and method.profile is None:
-        recipe = _with(recipe, method, replace(method, profile=_random_profile(config)))
+    for method in recipe.methods:
+        if isinstance(method, RotateKV | Cskv | KvHeads) and method.profile is None:
+            recipe = _with(recipe, method, replace(method, profile=_random_profile(method.name, config)))
     return recipe
 
 
@@ -79,14 +81,22 @@ def _with(recipe: Recipe, old: Any, new: Any) -> Recipe:
     return Recipe((*(other for other in recipe.methods if other is not old), new))
 
 
-def _random_profile(config: Any) -> str:
-    """A folder with a profile of `rotatekv` that says nothing of the model."""
-    layers, model = config.num_hidden_layers, signature(config)
-    folder = Path(_folder().name) / f"rotatekv-{model}-{config_hash(config)[:16]}"
+def _random_profile(name: str, config: Any) -> str:
+    """A folder with a profile of a method that says nothing of the model."""
+    layers, model, random = config.num_hidden_layers, signature(config), torch.Generator().manual_seed(0)
+    folder = Path(_folder().name) / f"{name}-{model}-{config_hash(config)[:16]}"
     channels = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
-    mean = torch.randn((layers, channels), generator=torch.Generator().manual_seed(0))
-    made = Profile("rotatekv", model, {"layers": list(range(layers))}, {"key_mean": mean}, config_hash(config))
-    save_profile(folder, made)
+    settings: dict[str, Any] = {"layers": list(range(layers))}
+    if name == "rotatekv":
+        tensors = {"key_mean": torch.randn((layers, channels), generator=random)}
+    else:
+        settings["rank"] = channels // (4 if name == "cskv" else 2)
+        shape = layers, channels, settings["rank"]
+        tensors = {f"{side}_factor": torch.randn(shape, generator=random).half() for side in ("key", "value")}
+        if name == "cskv":
+            tensors["key_weight"] = torch.ones(layers, channels)
+    if not folder.exists():
+        save_profile(folder, Profile(name, model, settings, tensors, config_hash(config)))
     return str(folder)
 
 

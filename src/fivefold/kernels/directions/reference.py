@@ -65,6 +65,7 @@ class Directions(Reader):
         starts: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
+        scores: torch.Tensor | None = None,
     ) -> None:
         from fivefold.kernels.directions.triton import attend
 

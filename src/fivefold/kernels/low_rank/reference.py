@@ -118,6 +118,7 @@ class Features(Reader):
         starts: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
+        scores: torch.Tensor | None = None,
     ) -> None:
         from fivefold.kernels.low_rank.triton import attend
 
@@ -129,18 +130,17 @@ class Prepared:
     """What kernels read: in `Features.work`, the number of features a multiple of 16 (those behind are zero).
 
     keys, values `[blocks, team, features, head_dim]`, channels of keys in the paired order; angles float64 `[head_dim /
-    2]`, 0 for what is not turned; cosine, sine `[tokens, head_dim / 2]` of a page's slots.
+    2]`, 0 for what is not turned; waves `[tokens, head_dim]`, their cosines and sines side by side for a page's slots.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     angles: torch.Tensor
-    cosine: torch.Tensor
-    sine: torch.Tensor
+    waves: torch.Tensor
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.keys, self.values, self.angles, self.cosine, self.sine
+        return self.keys, self.values, self.angles, self.waves
 
 
 def padded(features: int) -> int:
@@ -158,9 +158,9 @@ def prepare(form: Features) -> Prepared:
     )
     angles = torch.nn.functional.pad(form.inv_freq.double().to(device), (0, dim // 2 - form.pairs))
     turned = torch.arange(form.tokens, device=device)[:, None] * angles
-    made = (keys.transpose(1, 2), values.transpose(1, 2), turned.cos(), turned.sin())
-    keys, values, cosine, sine = (x.to(form.work).contiguous() for x in made)
-    return Prepared(keys, values, angles, cosine, sine)
+    made = (keys.transpose(1, 2), values.transpose(1, 2), torch.stack([turned.cos(), turned.sin()], 2).flatten(1))
+    keys, values, waves = (x.to(form.work).contiguous() for x in made)
+    return Prepared(keys, values, angles, waves)
 
 
 def features_of(form: Features, fields: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

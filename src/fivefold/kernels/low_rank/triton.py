@@ -100,9 +100,25 @@ def _turn(angles, base, i):
     return tl.cos(angle), tl.sin(angle)
 
 
+@triton.jit
+def _channels(i, NEIGHBOURS: tl.constexpr, PAIRS: tl.constexpr):
+    """Where in a head the channels of pairs `i` are."""
+    if NEIGHBOURS:
+        return 2 * i, 2 * i + 1
+    first = tl.where(i < PAIRS, i, 2 * i)
+    return first, first + tl.where(i < PAIRS, PAIRS, 1)
+
+
+@triton.jit
+def _shuffled(x, T: tl.constexpr, PB: tl.constexpr):
+    """x `[T, PB]` with columns 0, 4, 1, 5, 2, 6, 3, 7 of every eight: where a product left them and where the next one
+    wants them is then the same thread."""
+    return tl.reshape(tl.permute(tl.reshape(x, [T, PB // 8, 2, 4]), (0, 1, 3, 2)), [T, PB])
+
+
 @triton.jit(do_not_specialize=("rows", "columns"))
 def _features(
-    queries, table, spans, starts, key_up, cosine, sine, angles, scratch, sums, sums_lse, out, lse, scale, rows,
+    queries, table, spans, starts, key_up, waves, angles, scratch, sums, sums_lse, out, lse, scale, rows,
     columns,
     M: tl.constexpr, N: tl.constexpr, NQ: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     RK: tl.constexpr, RV: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
@@ -136,7 +152,9 @@ def _features(
     t = tl.arange(0, T)
     n = tl.arange(0, N)
     q = tl.arange(0, NQ)
+    channel = tl.arange(0, 2 * PB)
     pair = tl.arange(0, PB)
+    pair = pair // 8 * 8 + pair % 2 * 4 + pair % 8 // 2  # in the order of `_shuffled`
     mine = scratch + tl.program_id(0) * (PARTS * T * NQ)
     up = key_up + (row // HEADS % BLOCKS) * (HEADS * NK * D)
     m = tl.full([NQ], -1e30, tl.float32)
@@ -156,24 +174,17 @@ def _features(
         pc, ps = _turn(angles, base, pair)
         for step in tl.range(0, HEADS * PARTS, num_stages=STAGES):
             head = step // PARTS
-            i = step % PARTS * PB + pair
             k = _products(x, up + head * (NK * D), step % PARTS * (2 * PB), D, T, 2 * PB, NK)
             k1, k2 = tl.split(tl.reshape(k, [T, PB, 2]))
-            tc = tl.load(cosine + t[:, None] * HALF + i[None, :]).to(tl.float32)
-            ts = tl.load(sine + t[:, None] * HALF + i[None, :]).to(tl.float32)
-            ka = (k1 * tc - k2 * ts).to(work)
-            kb = (k2 * tc + k1 * ts).to(work)
-            # The query, turned back to where the page begins.
+            wave = tl.load(waves + t[:, None] * D + (step % PARTS * (2 * PB) + channel)[None, :]).to(tl.float32)
+            tc, ts = tl.split(tl.reshape(wave, [T, PB, 2]))
+            ka = _shuffled((k1 * tc - k2 * ts).to(work), T, PB)
+            kb = _shuffled((k2 * tc + k1 * ts).to(work), T, PB)
+            # The query, turned back to where the tile begins.
+            i = step % PARTS * PB + pair
             if PARTS > 1:
                 pc, ps = _turn(angles, base, i)
-            ia = i
-            ib = i
-            if NEIGHBOURS:
-                ia = 2 * i
-                ib = 2 * i + 1
-            else:
-                ia = tl.where(i < PAIRS, i, 2 * i)
-                ib = tl.where(i < PAIRS, i + PAIRS, 2 * i + 1)
+            ia, ib = _channels(i, NEIGHBOURS, PAIRS)
             at = queries + (first_row + head) * (M * D) + n[None, :] * D
             qa = tl.load(at + ia[:, None], mask=n[None, :] < M, other=0.0).to(tl.float32) * scale
             qb = tl.load(at + ib[:, None], mask=n[None, :] < M, other=0.0).to(tl.float32) * scale
@@ -296,7 +307,7 @@ def attend(
     sums, sums_lse = empty(programs, form.team * heads, nv), empty(programs, form.team * heads)
     with on(device):
         _features[(programs,)](
-            queries, packed.table, spans, starts, made.keys, made.cosine, made.sine, made.angles, scratch, sums,
+            queries, packed.table, spans, starts, made.keys, made.waves, made.angles, scratch, sums,
             sums_lse, out, lse, scale, rows, packed.table.shape[1], M=heads, N=8 if heads <= 8 else 16, NQ=nq,
             BLOCKS=form.blocks, HEADS=form.team, D=dim, RK=form.ranks[0], RV=form.ranks[1], NK=nk, NV=nv,
             BITS=form.bits or 0, DTYPE=_TYPES[form.work], TOKENS=form.tokens, OFFSET=form.side(form.ranks[0]),
