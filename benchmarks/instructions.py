@@ -99,8 +99,7 @@ def main() -> None:
         result = compiled(form)
         line("Triton", form, loop(result.asm["cubin"]), resources(result.asm["ptx"]))
     for form in forms:
-        resident = min(cuda.RESIDENT[form.head_dim], 233472 // (cuda.shared_bytes(form) + 1024))
-        cubin = cuda.compiled(form, torch.bfloat16, torch.bfloat16, (9, 0), kernel.SPAN, resident)
+        cubin = cuda.compiled(form, torch.bfloat16, torch.bfloat16, (9, 0), kernel.SPAN, *cuda.arrangement(form))
         line("CUDA C++", form, loop(cubin), resources_of(cubin))
 
 

@@ -37,7 +37,7 @@ __device__ constexpr int value_shift(int j) {
 }
 __device__ constexpr int key_bit(int j) { return BITS * j - key_shift(j); }
 __device__ constexpr int value_bit(int j) { return BITS * j - value_shift(j); }
-// Planes whose values lie at the same bit are a class; their sums of weights and of zero points are kept apart.
+// Planes whose values lie at the same bit are a class: their weights are times the same power of two.
 constexpr int CLASSES = BITS == 2 ? 3 : BITS == 8 ? 1 : 2;
 __device__ constexpr int class_bit(int c) { return BITS == 2 ? 4 + 2 * c : BITS == 3 ? 3 + 3 * c : 4 * c; }
 __device__ constexpr int value_class(int j) {
@@ -205,9 +205,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   table += (long long)row * columns + low / TOKENS;
 #if EXACT
   exact += (long long)row * exact_columns * 2;
-  const int sink = span[2], start = span[3], fading = span[5], faded = span[6];
+  // (Loaded where they are wanted, which is seldom: registers are scarce.)
   auto seen = [&](int slot) {
-    return slot < stop & (slot < sink | slot >= start | (slot >= fading & slot < faded));
+    return slot < span[4] & (slot < span[2] | slot >= span[3] | (slot >= span[5] & slot < span[6]));
   };
 #endif
 
@@ -215,16 +215,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const u32 ring = shared(own);
   // What is copied next: a side of a page. Addresses are loaded a page before they are wanted.
   int ahead = first + pair_;
-  auto address_of = [&](int number, bool keys) {
+  auto address_of = [&](int number) {
 #if EXACT
-    if (number >= pages) return number < last ? exact[2 * (number - pages) + !keys] * 16 : 0;
+    if (number >= pages) return number < last ? exact[2 * (number - pages)] * 16 : 0;
 #endif
-    return number < last_packed ? table[number] * 16 + (keys ? 0 : KEY_SIDE) : 0;
+    return number < last_packed ? table[number] * 16 : 0;
   };
-  long long address[2] = {address_of(ahead, false), address_of(ahead, true)};
-  long long next[2] = {address_of(ahead + PAIRS, false), address_of(ahead + PAIRS, true)};
+  long long address = address_of(ahead), next = address_of(ahead + PAIRS);
   auto fetch = [&](bool keys, u32 unit) {
-    const char* from = reinterpret_cast<const char*>(address[keys]);
+    const char* from = reinterpret_cast<const char*>(address);
     if (ahead < last_packed) {
       from += thread * 16;
       keep(from);
@@ -243,17 +242,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     }
 #endif
     commit();
-    if (!keys) {
+    if (keys) {
+      address += KEY_SIDE;
+#if EXACT
+      if (ahead >= pages && ahead < last) address = exact[2 * (ahead - pages) + 1] * 16;
+#endif
+    } else {
       ahead += PAIRS;
-      address[0] = next[0], address[1] = next[1];
-      next[0] = address_of(ahead + PAIRS, false), next[1] = address_of(ahead + PAIRS, true);
+      address = next;
+      next = address_of(ahead + PAIRS);
     }
   };
 #pragma unroll
   for (int unit = 0; unit < UNITS - 1; unit++) fetch(unit % 2 == 0, unit * UNIT);
 
-  // The queries of head g, scaled by a power of two to be below 64, and for channels 8t .. 8t + 7 of every block.
-  u32 q[BLOCKS][4];
+  // The queries of head g, scaled by a power of two to be below 64, and for channels 8t .. 8t + 7 of every block: in
+  // shared memory, so that more warps have room for their registers.
+  char* const asked = memory + PAIRS * UNITS * UNIT + lane * 16;
   {
     float x[BLOCKS][8], most = 0;
 #pragma unroll
@@ -271,12 +276,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++)
 #pragma unroll
-      for (int k = 0; k < 4; k++) q[i][k] = pair(x[i][2 * k] * f, x[i][2 * k + 1] * f);
+      for (int k = 0; k < 4; k++)
+        if (threadIdx.x < 32) reinterpret_cast<u32*>(asked + i * 512)[k] = pair(x[i][2 * k] * f, x[i][2 * k + 1] * f);
     scale *= pow2(e);
   }
+  __syncthreads();
 
   // [channels g and g + 8 of 16] x [heads 2t, 2t + 1]; [zero points of value group g, sum of weights] x the same heads.
-  float acc[2 * BLOCKS][4] = {}, sums[CLASSES][4] = {};
+  float acc[2 * BLOCKS][4] = {}, sums[4] = {};
   float m[2] = {0.f, 0.f};
   bool fresh = true;  // nothing was seen yet, and m is none
 
@@ -317,8 +324,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       grown[k] = fresh ? (most[k] > -1e29f ? most[k] : 0.f) : fmaxf(most[k], 0.f);
       const float shrink = fresh ? 0.f : exp2_(-grown[k]);
       m[k] += grown[k];
-#pragma unroll
-      for (int c = 0; c < CLASSES; c++) sums[c][k] *= shrink, sums[c][k + 2] *= shrink;
+      sums[k] *= shrink, sums[k + 2] *= shrink;
 #pragma unroll
       for (int i = 0; i < 2 * BLOCKS; i++) acc[i][k] *= shrink, acc[i][k + 2] *= shrink;
     }
@@ -340,19 +346,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     for (int i = 0; i < BLOCKS; i++) {
       const char* at = side + key_at[i % 2] + i / 2 * 128;
       const uint4 w0 = load16(at), w1 = load16(at + 2 * ROW);
+      const uint4 q = load16(asked + i * 512);
       const u32 w[2][4] = {{w0.x, w0.y, w0.z, w0.w}, {w1.x, w1.y, w1.z, w1.w}};
       {
         // Of the first product rows g, of the second rows g + 8: so the four words stay in the registers they came to.
         const uint4 zero = load16(side + key_zero + 64 * i);
-        mma(z[0], zero.x, zero.y, zero.z, zero.w, q[i][0], q[i][2]);
-        mma(z[1], zero.x, zero.y, zero.z, zero.w, q[i][1], q[i][3]);
+        mma(z[0], zero.x, zero.y, zero.z, zero.w, q.x, q.z);
+        mma(z[1], zero.x, zero.y, zero.z, zero.w, q.y, q.w);
       }
       u32 v[2][4], b[4];
 #pragma unroll
       for (int j = 0; j < PLANES; j++) {
         if (j * 32 % GROUP == 0) {
           const uint4 x = load16(scales + j * 32 / GROUP * ROW + 64 * i);
-          b[0] = mul2(x.x, q[i][0]), b[1] = mul2(x.y, q[i][1]), b[2] = mul2(x.z, q[i][2]), b[3] = mul2(x.w, q[i][3]);
+          b[0] = mul2(x.x, q.x), b[1] = mul2(x.y, q.y), b[2] = mul2(x.z, q.z), b[3] = mul2(x.w, q.w);
         }
         constexpr u32 ONES = (1u << BITS) - 1;
         const u32 mask = (ONES << key_bit(j)) * 0x10001u;
@@ -425,9 +432,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     const char* zeros = value_scales + 2 * TOKENS * VALUE_GROUPS + g % VALUE_GROUPS * 64;
 #pragma unroll
     for (int j = 0; j < PLANES; j++) {
-      constexpr u32 ONE = 0x3c003c00u;
+      const u32 one = half2_pow2(value_bit(j) - TOP);
       const u32* a = reinterpret_cast<const u32*>(zeros + j * PLANE);
-      mma(sums[value_class(j)], a[0], ONE, a[1], ONE, p[j][0], p[j][1]);
+      const bool as_is = value_bit(j) == TOP;
+      mma(sums, as_is ? a[0] : mul2(a[0], one), one, as_is ? a[1] : mul2(a[1], one), one, p[j][0], p[j][1]);
       if (VALUE_GROUPS == 1) {
         const uint2 x = load8(value_scales + j * PLANE);
         p[j][0] = mul2(p[j][0], x.x), p[j][1] = mul2(p[j][1], x.y);
@@ -464,25 +472,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   }
 
   // Values as they are, but times 2^FOLD, and weights too.
-  float weight[2];
+  const float shift[2] = {sums[0], sums[1]};
 #pragma unroll
   for (int k = 0; k < 2; k++) {
-    float shift = 0.f;
-    weight[k] = 0.f;
-#pragma unroll
-    for (int c = 0; c < CLASSES; c++) {
-      weight[k] = fmaf(sums[c][k + 2], pow2(class_bit(c) - TOP), weight[k]);
-      shift = fmaf(sums[c][k], pow2(class_bit(c) - TOP), shift);
-    }
 #pragma unroll
     for (int i = 0; i < 2 * BLOCKS; i++) {
-      const float zero = __shfl_sync(~0u, shift, i * 16 / CHANNELS * 4 + t);  // of the group to its channels
+      const float zero = __shfl_sync(~0u, shift[k], i * 16 / CHANNELS * 4 + t);  // of the group to its channels
       acc[i][k] = fmaf(acc[i][k], pow2(24 - TOP), zero), acc[i][k + 2] = fmaf(acc[i][k + 2], pow2(24 - TOP), zero);
     }
   }
 #if EXACT
-#pragma unroll
-  for (int k = 0; k < 2; k++) sums[0][k + 2] = weight[k];
   for (; number < last; number += PAIRS) {
     const char* side = turn();
     fetch(UNITS % 2 == 0 ? false : true, behind);
@@ -491,10 +490,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     for (int i = 0; i < BLOCKS; i++) {
       const char* at = side + key_at[i % 2] + i / 2 * 128;
       const uint4 w0 = load16(at), w1 = load16(at + 2 * ROW);
-      u32 b[4];
+      const uint4 q = load16(asked + i * 512);
+      u32 b[4] = {q.x, q.y, q.z, q.w};
+      if (EXACT == 2)
 #pragma unroll
-      for (int k = 0; k < 4; k++)
-        b[k] = EXACT == 1 ? q[i][k] : exact_pair(half_to_float(q[i][k] & 0xffff), half_to_float(q[i][k] >> 16));
+        for (int k = 0; k < 4; k++) b[k] = exact_pair(half_to_float(b[k] & 0xffff), half_to_float(b[k] >> 16));
       exact_mma(s, w0.x, w1.x, w0.y, w1.y, b[0], b[1]);
       exact_mma(s, w0.z, w1.z, w0.w, w1.w, b[2], b[3]);
     }
@@ -514,7 +514,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     side = turn();
     fetch(UNITS % 2 == 0 ? true : false, behind);
     constexpr u32 ONE = EXACT == 1 ? 0x3c003c00u : 0x3f803f80u;
-    exact_mma(sums[0], ONE, ONE, ONE, ONE, p0, p1);
+    exact_mma(sums, ONE, ONE, ONE, ONE, p0, p1);
 #pragma unroll
     for (int i = 0; i < 2 * BLOCKS; i++) {
       u32 w[4];
@@ -523,8 +523,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     }
     done();
   }
-#pragma unroll
-  for (int k = 0; k < 2; k++) weight[k] = sums[0][k + 2];
 #endif
   wait<0>();
   __syncthreads();
@@ -539,7 +537,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     float* const to = parts + warp * 8 * WIDE;
 #pragma unroll
     for (int k = 0; k < 2; k++) {
-      if (g == 0) ends[warp * 16 + 2 * t + k] = fresh ? -1e30f : m[k], ends[warp * 16 + 8 + 2 * t + k] = weight[k];
+      if (g == 0) ends[warp * 16 + 2 * t + k] = fresh ? -1e30f : m[k], ends[warp * 16 + 8 + 2 * t + k] = sums[k + 2];
 #pragma unroll
       for (int i = 0; i < 2 * BLOCKS; i++) {
         to[(2 * t + k) * WIDE + 16 * i + g] = acc[i][k];
