@@ -20,8 +20,9 @@ from fivefold.kernels.packed_decode.reference import Form
 from fivefold.kernels.packed_decode.schedule import Exact
 
 SOURCE = Path(__file__).with_name("packed.cu")
-PAIRS = 8
-"""Pairs of warps on a processor, at most, each at pages of its own: so many wait for what others do meanwhile."""
+PAIRS = 4
+"""Pairs of warps on a processor, at most, each at pages of its own. More are no faster, and there are registers for
+four."""
 UNITS = 3
 """Sides of pages (keys or values) in shared memory: one that is read, the others on their way."""
 HEAD_DIMS = (64, 128)
@@ -72,16 +73,16 @@ class Kernel:
 
 
 def shared_bytes(form: Form, pairs: int) -> int:
-    """Of a program of so many pairs of warps: queries, and sides of pages, each with room for the larger of the two."""
+    """Of a program of so many pairs of warps: sides of pages, each with room for the larger of the two."""
     dim = form.head_dim
     scales = max(form.tokens // form.group * dim, form.tokens * (dim // form.channels))
-    return 16 * dim + pairs * UNITS * (64 * dim + 4 * scales)
+    return pairs * UNITS * (64 * dim + 4 * scales)
 
 
 def arrangement(form: Form, there: int = SHARED) -> tuple[int, int]:
     """Pairs of warps of a program, and programs on a processor with `there` bytes of shared memory: as many pairs as
     fit, in few programs, because each leaves a part to be merged. (The driver keeps 1 KiB of each for itself.)"""
-    fit = [(pairs, min(PAIRS // pairs, there // (shared_bytes(form, pairs) + 1024))) for pairs in (4, 3, 2, 1)]
+    fit = [(pairs, min(PAIRS // pairs, there // (shared_bytes(form, pairs) + 1024))) for pairs in (2, 1)]
     return max(fit, key=lambda x: x[0] * x[1])
 
 

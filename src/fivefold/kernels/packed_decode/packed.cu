@@ -12,6 +12,8 @@
 // weights; zero points are products of their own, and so is the sum of weights: rows of ones beside the zero points. The
 // powers of two are undone in float32. Rows of an operand that nobody reads the product of hold anything.
 //
+// Pages are read once: they are the first that the L2 cache gives up, so that what others left there stays.
+//
 // The maximum of the softmax is that of the page before: only where a page has a larger one (seldom) is what was summed
 // scaled down, and only there are pages masked.
 
@@ -37,7 +39,7 @@ __device__ constexpr int value_shift(int j) {
 }
 __device__ constexpr int key_bit(int j) { return BITS * j - key_shift(j); }
 __device__ constexpr int value_bit(int j) { return BITS * j - value_shift(j); }
-// Planes whose values lie at the same bit are a class: their weights are times the same power of two.
+// Planes whose values lie at the same bit are a class; their sums of weights and of zero points are kept apart.
 constexpr int CLASSES = BITS == 2 ? 3 : BITS == 8 ? 1 : 2;
 __device__ constexpr int class_bit(int c) { return BITS == 2 ? 4 + 2 * c : BITS == 3 ? 3 + 3 * c : 4 * c; }
 __device__ constexpr int value_class(int j) {
@@ -106,13 +108,26 @@ __device__ __forceinline__ float half_to_float(unsigned short x) {
   return y;
 }
 __device__ __forceinline__ u32 shared(const char* p) { return (u32)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ void copy16(u32 to, const char* from) {
+#ifndef EVICT
+#define EVICT 1
+#endif
+__device__ __forceinline__ u64 evict_first() {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void copy16(u32 to, const char* from, u64 policy) {
+#if EVICT
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy));
+#else
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+#endif
 }
 // Where it is not seen nothing is read, and zeros are written.
-__device__ __forceinline__ void copy16(u32 to, const char* from, bool seen) {
+__device__ __forceinline__ void copy16_seen(u32 to, const char* from, bool seen) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(seen ? 16 : 0));
 }
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
 // The kernel behind this one may be made ready; it waits until all of this one is done.
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
@@ -137,6 +152,22 @@ typedef unsigned short Query;  // bfloat16
 __device__ __forceinline__ float number(Query x) { return __uint_as_float(u32(x) << 16); }
 #endif
 
+// A shift to the right as the high half of a product: multiplication has units of its own, and those that shift and mask
+// have the most to do.
+#ifndef HIGH
+#define HIGH 1
+#endif
+__device__ __forceinline__ u32 shifted(u32 x, int right, u32 up) {
+  if (right <= 0) return x << -right;
+#if HIGH && !defined(CUDA_ON_CPU)
+  u32 y;
+  asm("mul.hi.u32 %0, %1, %2;" : "=r"(y) : "r"(x), "r"(up));
+  return y;
+#else
+  return x >> right;
+#endif
+}
+
 __device__ __forceinline__ float pow2(int e) { return __int_as_float((e + 127) << 23); }
 __device__ __forceinline__ u32 half2_pow2(int e) { return u32((e + 15) << 10) * 0x10001u; }
 
@@ -149,7 +180,7 @@ __device__ constexpr int key_swap(int row) { return (row & 1) << 2; }
 __device__ constexpr int value_swap(int row) { return (row & 1) | (row >> 1 & 6); }
 
 template <int BYTES, bool KEYS>
-__device__ __forceinline__ void copy(u32 to, const char* from, int thread) {
+__device__ __forceinline__ void copy(u32 to, const char* from, int thread, u64 policy) {
   constexpr int BLOCK = ROW / 16;  // 16 bytes of a row
   const u32 mine = to + (thread ^ (KEYS ? key_swap(thread / BLOCK) : value_swap(thread / BLOCK))) * 16;
 #pragma unroll
@@ -157,7 +188,7 @@ __device__ __forceinline__ void copy(u32 to, const char* from, int thread) {
     if (BYTES / 16 % PAIR && first + PAIR > BYTES / 16 && first + thread >= BYTES / 16) break;
     u32 at = to + thread * 16;
     if (first < WORDS / 16) at = mine ^ (KEYS ? key_swap(first / BLOCK) : value_swap(first / BLOCK)) * 16;
-    copy16(at + first * 16, from + first * 16);
+    copy16(at + first * 16, from + first * 16, policy);
   }
 }
 
@@ -167,7 +198,7 @@ __device__ __forceinline__ void copy_exact(u32 to, const char* from, int thread,
   constexpr int BLOCK = ROW / 16;
   for (int at = thread; at < WORDS / 16; at += PAIR) {
     const int row = at / BLOCK;
-    copy16(to + (at ^ (KEYS ? key_swap(row) : value_swap(row))) * 16, from + at * 16, seen(row));
+    copy16_seen(to + (at ^ (KEYS ? key_swap(row) : value_swap(row))) * 16, from + at * 16, seen(row));
   }
 }
 
@@ -181,7 +212,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const int part = blockIdx.x;
   launch_dependents();
 
-  // The row that this program works for. Loads go together: memory is far away.
+  // The row that this program works for. Loads go together, also of spans that may be its: memory is far away.
+  if (lane < rows) prefetch(spans + lane * SPAN);
   int row = 0;
   for (int first = 0; first < rows; first += 128) {
     int begins[4];
@@ -205,32 +237,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   table += (long long)row * columns + low / TOKENS;
 #if EXACT
   exact += (long long)row * exact_columns * 2;
-  // (Loaded where they are wanted, which is seldom: registers are scarce.)
+  const int sink = span[2], start = span[3], fading = span[5], faded = span[6];
   auto seen = [&](int slot) {
-    return slot < span[4] & (slot < span[2] | slot >= span[3] | (slot >= span[5] & slot < span[6]));
+    return slot < stop & (slot < sink | slot >= start | (slot >= fading & slot < faded));
   };
 #endif
 
   char* const own = memory + pair_ * UNITS * UNIT;
   const u32 ring = shared(own);
+  const u64 policy = evict_first();
   // What is copied next: a side of a page. Addresses are loaded a page before they are wanted.
   int ahead = first + pair_;
-  auto address_of = [&](int number) {
+  auto address_of = [&](int number, bool keys) {
 #if EXACT
-    if (number >= pages) return number < last ? exact[2 * (number - pages)] * 16 : 0;
+    if (number >= pages) return number < last ? exact[2 * (number - pages) + !keys] * 16 : 0;
 #endif
-    return number < last_packed ? table[number] * 16 : 0;
+    return number < last_packed ? table[number] * 16 + (keys ? 0 : KEY_SIDE) : 0;
   };
-  long long address = address_of(ahead), next = address_of(ahead + PAIRS);
+  long long address[2] = {address_of(ahead, false), address_of(ahead, true)};
+  long long next[2] = {address_of(ahead + PAIRS, false), address_of(ahead + PAIRS, true)};
   auto fetch = [&](bool keys, u32 unit) {
-    const char* from = reinterpret_cast<const char*>(address);
+    const char* from = reinterpret_cast<const char*>(address[keys]);
     if (ahead < last_packed) {
       from += thread * 16;
       keep(from);
       if (keys)
-        copy<KEY_SIDE, true>(ring + unit, from, thread);
+        copy<KEY_SIDE, true>(ring + unit, from, thread, policy);
       else
-        copy<VALUE_SIDE, false>(ring + unit, from, thread);
+        copy<VALUE_SIDE, false>(ring + unit, from, thread, policy);
     }
 #if EXACT
     else if (ahead < last) {
@@ -242,23 +276,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     }
 #endif
     commit();
-    if (keys) {
-      address += KEY_SIDE;
-#if EXACT
-      if (ahead >= pages && ahead < last) address = exact[2 * (ahead - pages) + 1] * 16;
-#endif
-    } else {
+    if (!keys) {
       ahead += PAIRS;
-      address = next;
-      next = address_of(ahead + PAIRS);
+      address[0] = next[0], address[1] = next[1];
+      next[0] = address_of(ahead + PAIRS, false), next[1] = address_of(ahead + PAIRS, true);
     }
   };
 #pragma unroll
   for (int unit = 0; unit < UNITS - 1; unit++) fetch(unit % 2 == 0, unit * UNIT);
 
-  // The queries of head g, scaled by a power of two to be below 64, and for channels 8t .. 8t + 7 of every block: in
-  // shared memory, so that more warps have room for their registers.
-  char* const asked = memory + PAIRS * UNITS * UNIT + lane * 16;
+  // The queries of head g, scaled by a power of two to be below 64, and for channels 8t .. 8t + 7 of every block.
+  u32 q[BLOCKS][4];
   {
     float x[BLOCKS][8], most = 0;
 #pragma unroll
@@ -276,16 +304,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++)
 #pragma unroll
-      for (int k = 0; k < 4; k++)
-        if (threadIdx.x < 32) reinterpret_cast<u32*>(asked + i * 512)[k] = pair(x[i][2 * k] * f, x[i][2 * k + 1] * f);
+      for (int k = 0; k < 4; k++) q[i][k] = pair(x[i][2 * k] * f, x[i][2 * k + 1] * f);
     scale *= pow2(e);
   }
-  __syncthreads();
 
   // [channels g and g + 8 of 16] x [heads 2t, 2t + 1]; [zero points of value group g, sum of weights] x the same heads.
-  float acc[2 * BLOCKS][4] = {}, sums[4] = {};
+  float acc[2 * BLOCKS][4] = {}, sums[CLASSES][4] = {};
   float m[2] = {0.f, 0.f};
   bool fresh = true;  // nothing was seen yet, and m is none
+
+  // 2^(32 - shift) of keys and of values, which the compiler must not know.
+  u32 up[2] = {1u << (32 - key_shift(PLANES - 1)) % 32, 1u << (32 - value_shift(PLANES - 1)) % 32};
+  keep(up[0]), keep(up[1]);
 
   // Row g of a product is this row of a page, row g + 8 the one two behind it: so tokens that a thread holds the weights
   // of are four in a row.
@@ -324,7 +354,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       grown[k] = fresh ? (most[k] > -1e29f ? most[k] : 0.f) : fmaxf(most[k], 0.f);
       const float shrink = fresh ? 0.f : exp2_(-grown[k]);
       m[k] += grown[k];
-      sums[k] *= shrink, sums[k + 2] *= shrink;
+#pragma unroll
+      for (int c = 0; c < CLASSES; c++) sums[c][k] *= shrink, sums[c][k + 2] *= shrink;
 #pragma unroll
       for (int i = 0; i < 2 * BLOCKS; i++) acc[i][k] *= shrink, acc[i][k + 2] *= shrink;
     }
@@ -346,26 +377,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     for (int i = 0; i < BLOCKS; i++) {
       const char* at = side + key_at[i % 2] + i / 2 * 128;
       const uint4 w0 = load16(at), w1 = load16(at + 2 * ROW);
-      const uint4 q = load16(asked + i * 512);
       const u32 w[2][4] = {{w0.x, w0.y, w0.z, w0.w}, {w1.x, w1.y, w1.z, w1.w}};
       {
         // Of the first product rows g, of the second rows g + 8: so the four words stay in the registers they came to.
         const uint4 zero = load16(side + key_zero + 64 * i);
-        mma(z[0], zero.x, zero.y, zero.z, zero.w, q.x, q.z);
-        mma(z[1], zero.x, zero.y, zero.z, zero.w, q.y, q.w);
+        mma(z[0], zero.x, zero.y, zero.z, zero.w, q[i][0], q[i][2]);
+        mma(z[1], zero.x, zero.y, zero.z, zero.w, q[i][1], q[i][3]);
       }
       u32 v[2][4], b[4];
 #pragma unroll
       for (int j = 0; j < PLANES; j++) {
         if (j * 32 % GROUP == 0) {
           const uint4 x = load16(scales + j * 32 / GROUP * ROW + 64 * i);
-          b[0] = mul2(x.x, q.x), b[1] = mul2(x.y, q.y), b[2] = mul2(x.z, q.z), b[3] = mul2(x.w, q.w);
+          b[0] = mul2(x.x, q[i][0]), b[1] = mul2(x.y, q[i][1]), b[2] = mul2(x.z, q[i][2]), b[3] = mul2(x.w, q[i][3]);
         }
         constexpr u32 ONES = (1u << BITS) - 1;
         const u32 mask = (ONES << key_bit(j)) * 0x10001u;
         if (j == 0 || key_shift(j) != key_shift(j - 1)) {
 #pragma unroll
-          for (int k = 0; k < 4; k++) v[0][k] = w[0][k] >> key_shift(j), v[1][k] = w[1][k] >> key_shift(j);
+          for (int k = 0; k < 4; k++) {
+            v[0][k] = shifted(w[0][k], key_shift(j), up[0]), v[1][k] = shifted(w[1][k], key_shift(j), up[0]);
+          }
         }
         mma(s[j], v[0][0] & mask, v[1][0] & mask, v[0][1] & mask, v[1][1] & mask, b[0], b[1]);
         mma(s[j], v[0][2] & mask, v[1][2] & mask, v[0][3] & mask, v[1][3] & mask, b[2], b[3]);
@@ -432,10 +464,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     const char* zeros = value_scales + 2 * TOKENS * VALUE_GROUPS + g % VALUE_GROUPS * 64;
 #pragma unroll
     for (int j = 0; j < PLANES; j++) {
-      const u32 one = half2_pow2(value_bit(j) - TOP);
+      constexpr u32 ONE = 0x3c003c00u;
       const u32* a = reinterpret_cast<const u32*>(zeros + j * PLANE);
-      const bool as_is = value_bit(j) == TOP;
-      mma(sums, as_is ? a[0] : mul2(a[0], one), one, as_is ? a[1] : mul2(a[1], one), one, p[j][0], p[j][1]);
+      mma(sums[value_class(j)], a[0], ONE, a[1], ONE, p[j][0], p[j][1]);
       if (VALUE_GROUPS == 1) {
         const uint2 x = load8(value_scales + j * PLANE);
         p[j][0] = mul2(p[j][0], x.x), p[j][1] = mul2(p[j][1], x.y);
@@ -461,7 +492,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
           for (int n = 0; n < 2; n++)
 #pragma unroll
             for (int k = 0; k < 4; k++)
-              v[n][k] = value_shift(j) >= 0 ? w[n][k] >> value_shift(j) : w[n][k] << -value_shift(j);
+              v[n][k] = shifted(w[n][k], value_shift(j), up[1]);
         }
 #pragma unroll
         for (int n = 0; n < 2; n++)
@@ -472,16 +503,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   }
 
   // Values as they are, but times 2^FOLD, and weights too.
-  const float shift[2] = {sums[0], sums[1]};
+  float weight[2];
 #pragma unroll
   for (int k = 0; k < 2; k++) {
+    float shift = 0.f;
+    weight[k] = 0.f;
+#pragma unroll
+    for (int c = 0; c < CLASSES; c++) {
+      weight[k] = fmaf(sums[c][k + 2], pow2(class_bit(c) - TOP), weight[k]);
+      shift = fmaf(sums[c][k], pow2(class_bit(c) - TOP), shift);
+    }
 #pragma unroll
     for (int i = 0; i < 2 * BLOCKS; i++) {
-      const float zero = __shfl_sync(~0u, shift[k], i * 16 / CHANNELS * 4 + t);  // of the group to its channels
+      const float zero = __shfl_sync(~0u, shift, i * 16 / CHANNELS * 4 + t);  // of the group to its channels
       acc[i][k] = fmaf(acc[i][k], pow2(24 - TOP), zero), acc[i][k + 2] = fmaf(acc[i][k + 2], pow2(24 - TOP), zero);
     }
   }
 #if EXACT
+#pragma unroll
+  for (int k = 0; k < 2; k++) sums[0][k + 2] = weight[k];
   for (; number < last; number += PAIRS) {
     const char* side = turn();
     fetch(UNITS % 2 == 0 ? false : true, behind);
@@ -490,11 +530,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     for (int i = 0; i < BLOCKS; i++) {
       const char* at = side + key_at[i % 2] + i / 2 * 128;
       const uint4 w0 = load16(at), w1 = load16(at + 2 * ROW);
-      const uint4 q = load16(asked + i * 512);
-      u32 b[4] = {q.x, q.y, q.z, q.w};
-      if (EXACT == 2)
+      u32 b[4];
 #pragma unroll
-        for (int k = 0; k < 4; k++) b[k] = exact_pair(half_to_float(b[k] & 0xffff), half_to_float(b[k] >> 16));
+      for (int k = 0; k < 4; k++)
+        b[k] = EXACT == 1 ? q[i][k] : exact_pair(half_to_float(q[i][k] & 0xffff), half_to_float(q[i][k] >> 16));
       exact_mma(s, w0.x, w1.x, w0.y, w1.y, b[0], b[1]);
       exact_mma(s, w0.z, w1.z, w0.w, w1.w, b[2], b[3]);
     }
@@ -514,7 +553,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     side = turn();
     fetch(UNITS % 2 == 0 ? true : false, behind);
     constexpr u32 ONE = EXACT == 1 ? 0x3c003c00u : 0x3f803f80u;
-    exact_mma(sums, ONE, ONE, ONE, ONE, p0, p1);
+    exact_mma(sums[0], ONE, ONE, ONE, ONE, p0, p1);
 #pragma unroll
     for (int i = 0; i < 2 * BLOCKS; i++) {
       u32 w[4];
@@ -523,6 +562,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     }
     done();
   }
+#pragma unroll
+  for (int k = 0; k < 2; k++) weight[k] = sums[0][k + 2];
 #endif
   wait<0>();
   __syncthreads();
@@ -537,7 +578,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     float* const to = parts + warp * 8 * WIDE;
 #pragma unroll
     for (int k = 0; k < 2; k++) {
-      if (g == 0) ends[warp * 16 + 2 * t + k] = fresh ? -1e30f : m[k], ends[warp * 16 + 8 + 2 * t + k] = sums[k + 2];
+      if (g == 0) ends[warp * 16 + 2 * t + k] = fresh ? -1e30f : m[k], ends[warp * 16 + 8 + 2 * t + k] = weight[k];
 #pragma unroll
       for (int i = 0; i < 2 * BLOCKS; i++) {
         to[(2 * t + k) * WIDE + 16 * i + g] = acc[i][k];
