@@ -48,19 +48,18 @@ def compiled(form: Form) -> triton.compiler.CompiledKernel:
 
 
 def loop(cubin: bytes) -> list[str]:
-    """The instructions of the longest loop."""
+    """The instructions of the longest loop, without what is skipped where no thread of a warp votes for it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = subprocess.run([TOOLS / "cuobjdump", "-sass", file.name], capture_output=True, text=True).stdout
     found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.M)
     lines = [(int(at, 16), code) for at, code in found]
-    loops = [
-        [code for place, code in lines if int(target[1], 16) <= place <= at]
-        for at, code in lines
-        if (target := re.search(r"BRA.*?(0x[0-9a-f]+)", code)) and int(target[1], 16) < at
-    ]
-    return max(loops, key=len)
+    jumps = [(at, int(target[1], 16)) for at, code in lines if (target := re.search(r"BRA.*?(0x[0-9a-f]+)", code))]
+    last, first = max((jump for jump in jumps if jump[1] < jump[0]), key=lambda jump: jump[0] - jump[1])
+    votes = [at for at, code in lines if "VOTE" in code and first <= at <= last]
+    skipped = next(((at, to) for at, to in jumps if votes and votes[0] < at < to <= last), (last, last))
+    return [code for at, code in lines if first <= at <= last and not skipped[0] < at < skipped[1]]
 
 
 def resources(ptx: str) -> str:
@@ -99,8 +98,7 @@ def main() -> None:
         result = compiled(form)
         line("Triton", form, loop(result.asm["cubin"]), resources(result.asm["ptx"]))
     for form in forms:
-        resident = min(cuda.RESIDENT[form.head_dim], 233472 // (cuda.shared_bytes(form) + 1024))
-        cubin = cuda.compiled(form, torch.bfloat16, torch.bfloat16, (9, 0), kernel.SPAN, resident)
+        cubin = cuda.compiled(form, torch.bfloat16, None, (9, 0), kernel.SPAN, *cuda.arrangement(form))
         line("CUDA C++", form, loop(cubin), resources_of(cubin))
 
 

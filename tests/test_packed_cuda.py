@@ -35,11 +35,11 @@ extern "C" void launch(int blocks, int late, const Query* queries, const long lo
 """
 
 
-def compiled(form: Form, dtype: torch.dtype, exact: torch.dtype | None, folder: Path) -> ctypes.CDLL:
+def compiled(form: Form, dtype: torch.dtype, exact: torch.dtype | None, pairs: int, folder: Path) -> ctypes.CDLL:
     source, library = folder / "packed.cpp", folder / "packed.so"
     header = Path(__file__).with_name("cuda_on_cpu.h")
     source.write_text(f'#define CUDA_ON_CPU\n#include "{header}"\n#include "{cuda.SOURCE}"\n{LAUNCH}')
-    values = cuda.definitions(form, dtype, exact, kernel.SPAN, 1)
+    values = cuda.definitions(form, dtype, exact, kernel.SPAN, pairs, 1)
     options = [f"-D{name}={value}" for name, value in values.items()]
     command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", *options, str(source), "-o", str(library)]
     subprocess.run(command, check=True, timeout=120)
@@ -65,8 +65,10 @@ def test_the_source_does_as_the_reference(
     torch.manual_seed(form.bits)
     np.random.seed(0)
     random.seed(0)
-    launch = compiled(form, dtype, joined, tmp_path).launch
-    columns, page, shared = 5, form.tokens, cuda.shared_bytes(form)
+    pairs, resident = cuda.arrangement(form)
+    assert pairs * resident == 4
+    launch = compiled(form, dtype, joined, pairs, tmp_path).launch
+    columns, page, shared = 5, form.tokens, cuda.shared_bytes(form, pairs)
     assert shared < 1 << 18
     spans = [(0, 5 * page - form.group, 0, 0, 0), (page + 5, 2 * page, 0, 0, 0), (0, 0, 0, 0, 0), (3, 9, 0, 0, 0)]
     if joined is not None:
@@ -90,7 +92,7 @@ def test_the_source_does_as_the_reference(
             poisoned = x.masked_fill(~seen[..., None], torch.nan).unflatten(1, (2, 32))
             store.pool.write(name, store.table.reshape(-1), poisoned.flatten(0, 1))
     wanted, wanted_lse = decode_reference(queries, scaling, span, form, fields, keys, values)
-    for late, programs in ((False, 4), (True, 4), (True, 6)):
+    for late, programs in ((False, 4), (True, 6)):
         pages = kernel.pages_of(span.numpy(), page, joined is not None)
         starts = torch.from_numpy(kernel.starts_of(pages, (programs, 0 if joined else rows)))[0].contiguous()
         out = torch.full((programs, heads, form.head_dim), torch.nan)

@@ -140,8 +140,8 @@ class DeviceTables:
                 tier.change(rows.reshape(-1, 1), np.arange(tier.capacity))
 
     def _share_out(self, joins: bool) -> None:
-        """How many programs work for these rows. joins: whether one kernel may attend over packed and exact pages, which
-        then says nothing of single slots."""
+        """How many programs work for these rows. joins: whether one kernel may attend over packed and exact pages,
+        which then says nothing of single slots."""
         self.programs: tuple[int, int] | None = None
         if self.listed and self.device.type == "meta":
             self.programs = (1, 1)

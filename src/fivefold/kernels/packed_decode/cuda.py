@@ -20,12 +20,14 @@ from fivefold.kernels.packed_decode.reference import Form
 from fivefold.kernels.packed_decode.schedule import Exact
 
 SOURCE = Path(__file__).with_name("packed.cu")
-PAIRS = 2
-"""Pairs of warps of a program, each at pages of its own."""
+PAIRS = 4
+"""Pairs of warps on a processor, at most, each at pages of its own. More are no faster, and there are registers for
+four."""
 UNITS = 3
 """Sides of pages (keys or values) in shared memory: one that is read, the others on their way."""
-RESIDENT = {64: 3, 128: 2}
-"""Programs on a processor at a time, by head_dim. More keep no more bytes on their way, and leave more to merge."""
+HEAD_DIMS = (64, 128)
+SHARED = 228 << 10
+"""Bytes of shared memory of an H100's processor."""
 _QUERIES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _EXACT = {None: 0, torch.float16: 1, torch.bfloat16: 2}
 """Of the exact pages that it attends over too."""
@@ -33,7 +35,7 @@ _EXACT = {None: 0, torch.float16: 1, torch.bfloat16: 2}
 
 def supports(form: Form, heads: int) -> bool:
     """Whether there is a kernel for these pages and that many query heads a KV head."""
-    return form.head_dim in RESIDENT and heads <= 8
+    return form.head_dim in HEAD_DIMS and heads <= 8
 
 
 def joins(dtype: torch.dtype | None) -> bool:
@@ -45,11 +47,12 @@ def joins(dtype: torch.dtype | None) -> bool:
 class Kernel:
     """The kernel for one form of packed pages and dtypes of queries and exact pages, loaded on a device.
 
-    shared: bytes of shared memory a program takes.
+    shared: bytes of shared memory a program takes; pairs: of warps.
     """
 
     function: Any
     shared: int
+    pairs: int
 
     def __call__(
         self, programs: int, queries: torch.Tensor, table: torch.Tensor, exact: Exact | None, spans: torch.Tensor,
@@ -64,41 +67,55 @@ class Kernel:
         types = (*[ctypes.c_void_p] * 7, ctypes.c_float, *[ctypes.c_int] * 4)
         values = (*pointers, scale, rows, table.shape[1], slots.shape[1], heads)
         stream = torch.cuda.current_stream(queries.device).cuda_stream
-        grid, block = (programs, 1, 1), (64 * PAIRS, 1, 1)
+        grid, block = (programs, 1, 1), (64 * self.pairs, 1, 1)
         with on(queries.device):
             _done(driver.cuLaunchKernel(self.function, *grid, *block, self.shared, stream, (values, types), 0))
 
 
-def shared_bytes(form: Form) -> int:
-    """Of a program: sides of pages, each with room for the larger of the two."""
-    words, dim = 64 * form.head_dim, form.head_dim
-    return PAIRS * UNITS * (words + 4 * max(form.tokens // form.group * dim, form.tokens * (dim // form.channels)))
+def shared_bytes(form: Form, pairs: int) -> int:
+    """Of a program of so many pairs of warps: sides of pages, each with room for the larger of the two."""
+    dim = form.head_dim
+    scales = max(form.tokens // form.group * dim, form.tokens * (dim // form.channels))
+    return pairs * UNITS * (64 * dim + 4 * scales)
+
+
+def arrangement(form: Form, there: int = SHARED) -> tuple[int, int]:
+    """Pairs of warps of a program, and programs on a processor with `there` bytes of shared memory: as many pairs as
+    fit, in few programs, because each leaves a part to be merged. (The driver keeps 1 KiB of each for itself.)"""
+    fit = [(pairs, min(PAIRS // pairs, there // (shared_bytes(form, pairs) + 1024))) for pairs in (2, 1)]
+    return max(fit, key=lambda x: x[0] * x[1])
 
 
 def resident(form: Form, device: torch.device) -> int:
     """Programs that fit on a processor at a time."""
-    return _resident(form, numbered(device))
+    return _arrangement(form, numbered(device))[1]
 
 
 @cache
-def _resident(form: Form, device: torch.device) -> int:
-    """(The driver keeps 1 KiB of each for itself.)"""
-    there = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-    return min(RESIDENT[form.head_dim], there // (shared_bytes(form) + 1024))
+def _arrangement(form: Form, device: torch.device) -> tuple[int, int]:
+    return arrangement(form, torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
 
 
-def definitions(form: Form, dtype: torch.dtype, exact: torch.dtype | None, span: int, resident: int) -> dict[str, int]:
+def definitions(
+    form: Form, dtype: torch.dtype, exact: torch.dtype | None, span: int, pairs: int, resident: int
+) -> dict[str, int]:
     """What `packed.cu` is compiled with. exact: of exact pages, None to leave them out; span: columns of a table of
     spans."""
     return {
         "BITS": form.bits, "GROUP": form.group, "CHANNELS": form.channels, "D": form.head_dim, "UNITS": UNITS,
-        "PAIRS": PAIRS, "QUERIES": _QUERIES[dtype], "EXACT": _EXACT[exact], "SPAN": span, "RESIDENT": resident,
+        "PAIRS": pairs, "QUERIES": _QUERIES[dtype], "EXACT": _EXACT[exact], "SPAN": span, "RESIDENT": resident,
     }  # fmt: skip
 
 
 @cache
 def compiled(
-    form: Form, dtype: torch.dtype, exact: torch.dtype | None, capability: tuple[int, int], span: int, resident: int
+    form: Form,
+    dtype: torch.dtype,
+    exact: torch.dtype | None,
+    capability: tuple[int, int],
+    span: int,
+    pairs: int,
+    resident: int,
 ) -> bytes:
     """The machine code for one form of pages.
 
@@ -108,7 +125,7 @@ def compiled(
 
     major, minor = capability
     options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
-    options += [f"-D{name}={value}" for name, value in definitions(form, dtype, exact, span, resident).items()]
+    options += [f"-D{name}={value}" for name, value in definitions(form, dtype, exact, span, pairs, resident).items()]
     program = _done(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), b"packed.cu", 0, [], []))
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
@@ -133,16 +150,17 @@ def _kernel(form: Form, dtype: torch.dtype, exact: torch.dtype | None, device: t
 
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # makes the context
-        code = compiled(form, dtype, exact, torch.cuda.get_device_capability(device), span, resident(form, device))
+        pairs, resident = _arrangement(form, device)
+        code = compiled(form, dtype, exact, torch.cuda.get_device_capability(device), span, pairs, resident)
         module = _done(driver.cuModuleLoadData(code))
         function = _done(driver.cuModuleGetFunction(module, b"packed"))
-        shared = shared_bytes(form)
+        shared = shared_bytes(form, pairs)
         attributes = driver.CUfunction_attribute
         _done(driver.cuFuncSetAttribute(function, attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
         # Left to itself the driver gives shared memory to fewer programs than fit.
         carveout = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
         _done(driver.cuFuncSetAttribute(function, carveout, 100))
-    return Kernel(function, shared)
+    return Kernel(function, shared, pairs)
 
 
 def _done(returned: tuple) -> Any:

@@ -62,8 +62,8 @@ def supports(form: Reader | None, heads: int, head_dim: int) -> str | None:
 def pages_of(spans: np.ndarray, page: int, team: int = 1, joined: bool = False) -> np.ndarray:
     """How many packed pages of `page` tokens, and how many `TILE`s of exact slots, the rows see part of.
 
-    spans: `[..., rows, >= 5]`; team: see `Reader`; joined: one kernel does both, and an exact page is a piece of work as
-    a packed one is. Returns `[..., 2, rows]`.
+    spans: `[..., rows, >= 5]`; team: see `Reader`; joined: one kernel does both, and an exact page is a piece of work
+    as a packed one is. Returns `[..., 2, rows]`.
     """
     low, high, stop = spans[..., 0], spans[..., 1], spans[..., 4]
     packed = np.where(high > low, -(-high // page) - low // page, 0)

@@ -73,6 +73,8 @@ _STAGES = {2: 1, 3: 1, 4: 2, 8: 2}
 RESIDENT = 4
 """Programs of two warps that fit on a processor at a time."""
 
+POLICY = "evict_first"
+"""Tokens are read once in a step: the L2 cache need not keep them in the place of what is used again."""
 PDL = True
 """Launch what merges the parts before the kernel that leaves them is done (programmatic dependent launch)."""
 
@@ -296,7 +298,7 @@ def _packed(
 def _exact(
     queries, table, spans, starts, picks, out, lse, scores, scale, rows, columns, heads, width,
     DTYPE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr,
-    TILE: tl.constexpr, WIDE: tl.constexpr, PICKED: tl.constexpr, SCORED: tl.constexpr,
+    TILE: tl.constexpr, WIDE: tl.constexpr, PICKED: tl.constexpr, SCORED: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
     """One share of the exact slots of a row, in tiles of TILE. table: `[rows, columns, 2]`. Grid: (programs,).
 
@@ -338,8 +340,8 @@ def _exact(
         values = tl.multiple_of((tl.load(at + 1, mask=held, other=0) * 16).to(tl.pointer_type(DTYPE)), 16)
         # What is not seen is not read: it may be anything, also not a number.
         seen = held & ((slot < sink) | (slot >= start) | ((slot >= fading) & (slot < faded)))
-        k = tl.load(keys[:, None] + inside, mask=seen[:, None], other=0.0).to(work)
-        v = tl.load(values[:, None] + inside, mask=seen[:, None], other=0.0).to(work)
+        k = tl.load(keys[:, None] + inside, mask=seen[:, None], other=0.0, eviction_policy=POLICY).to(work)
+        v = tl.load(values[:, None] + inside, mask=seen[:, None], other=0.0, eviction_policy=POLICY).to(work)
         s = tl.where(seen[:, None], tl.dot(k, q, input_precision="ieee") * scale, -1e30)
         if SCORED:
             h = tl.arange(0, N)
@@ -430,16 +432,11 @@ def _append(keys, values, table, spans, columns, DTYPE: tl.constexpr, D: tl.cons
 
 
 @triton.jit
-def _merge(out, lse, starts, row, head, heads, m, total, acc, D: tl.constexpr, P: tl.constexpr, TEAM: tl.constexpr):
-    """Merge the parts that the programs of one kernel left of one head of a row into (m, total, acc)."""
-    if TEAM > 1:
-        head += row % TEAM * heads
-        heads *= TEAM
-        row = row // TEAM * TEAM
+def _merge(out, lse, first, last, head, heads, m, total, acc, D: tl.constexpr, P: tl.constexpr):
+    """Merge the parts [first, last) that the programs of one kernel left of one head of a row into (m, total, acc)."""
     d = tl.arange(0, D)
-    last = tl.load(starts + row + 1)
-    for first in range(tl.load(starts + row), last, P):
-        p = first + tl.arange(0, P)
+    for begin in range(first, last, P):
+        p = begin + tl.arange(0, P)
         held = p < last
         at = p * heads + head
         part = tl.load(lse + at, mask=held, other=-1e30)
@@ -463,19 +460,25 @@ def _combine(
 
     TEAM: see `Reader`. WAITS: it was launched before the kernel in front of it was done.
     """
-    if WAITS:
-        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
     head = tl.program_id(1)
     heads = tl.num_programs(1)
     d = tl.arange(0, D)
+    lead = row // TEAM * TEAM
+    first = tl.load(starts + lead)
+    last = tl.load(starts + lead + 1)
+    first_exact = tl.load(exact_starts + row)
+    last_exact = tl.load(exact_starts + row + 1)
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
     m = -1e30
     total = 0.0
     acc = tl.zeros([D], tl.float32)
     if PACKED:
-        m, total, acc = _merge(packed_out, packed_lse, starts, row, head, heads, m, total, acc, D, P, TEAM)
+        whose = head + row % TEAM * heads
+        m, total, acc = _merge(packed_out, packed_lse, first, last, whose, heads * TEAM, m, total, acc, D, P)
     if EXACT:
-        m, total, acc = _merge(exact_out, exact_lse, exact_starts, row, head, heads, m, total, acc, D, P, 1)
+        m, total, acc = _merge(exact_out, exact_lse, first_exact, last_exact, head, heads, m, total, acc, D, P)
     at = row * heads + head
     some = total > 0
     acc = acc / tl.where(some, total, 1.0)
@@ -625,8 +628,8 @@ def decode(
                 queries, exact.table, spans, starts[1], spans if picked is None else picked, exact_out, exact_lse,
                 exact_lse if scores is None else scores, scale, rows, exact.table.shape[1], heads,
                 1 if scores is None else scores.shape[2], DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE,
-                TILE=TILE, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None, num_warps=2,
-                num_stages=1 if wide else 3, **common,
+                TILE=TILE, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None, POLICY=POLICY,
+                num_warps=2, num_stages=1 if wide else 3, **common,
             )  # fmt: skip
         merged = torch.empty_like(queries)
         merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
