@@ -37,7 +37,8 @@ def why_not_watched(layer: LayerCache, role: str) -> str | None:
         return "what is picked are tokens that are chosen"
     if role != "full" and 0 < sum(extent.recent is None for extent in layer.extents) < len(layer.extents):
         return "heads with a window stand beside those that pick"
-    if layer.codec is not None and not isinstance(layer.codec.form, Form):
+    asked = role != "full" or bool(layer.known)
+    if asked and layer.codec is not None and not isinstance(layer.codec.form, Form):
         return "no kernel says what this codec's tokens receive"
     if layer.known:
         policy: Any = layer.policy
