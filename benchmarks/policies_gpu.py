@@ -44,11 +44,10 @@ RECIPES = (
     "keyformer()",
     "elastic()",
     "random()",
-    "d2o()",
     "kivi(bits=2)",
     "tidal() + kivi(bits=4)",
     "h2o() + kivi(bits=4)",
-    "mikv()",
+    "d2o()",
 )
 CHECKED = (
     "tidal(top=16, full_layers=0, select_layers=[0, 2])",

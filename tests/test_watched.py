@@ -20,6 +20,7 @@ from fivefold.recipe import Recipe
 from recipes import SHAPE, written
 from test_packed_decode import exact_tier, packed_tier
 from test_plan_memory import held, shape_of, told
+from test_transactions import FailsAt, Fault
 
 pytest.importorskip("triton", reason="needs Triton")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -253,14 +254,20 @@ STEPS = [
 
 @pytest.mark.parametrize("name", STEPS)
 def test_steps_are_those_without(model, name: str) -> None:
-    """Over a page's end: 64 tokens are held of a prompt of 128."""
-    both = Both(model, written(name, model), bound=0.05 if "kivi" in name else 2e-4)
+    """Over a page's end: 64 tokens are held of a prompt of 128. Where some are packed, products in float16 may let
+    another token be picked or go in time, as near as two of them are; then only the counts are the same."""
+    packs = "kivi" in name
+    both = Both(model, written(name, model), bound=0.05 if packs else 2e-4)
     both.prompt(2, 128)
-    for _ in range(40 if model.device.type == "cuda" else 3):
+    for number in range(40 if model.device.type == "cuda" else 3):
+        both.bound = torch.inf if packs and number > 2 else both.bound
         both.give(1)
     step = both.caches[1].step
     assert step.failed is None and step.replays >= 3
-    if "kivi" not in name:
+    if packs:
+        one, other = (cache.session.banks[0].data for cache in both.caches)
+        assert np.array_equal(one, other)
+    else:
         both.alike()
 
 
@@ -342,6 +349,34 @@ def test_a_step_that_fails_leaves_nothing(model, name: str, monkeypatch) -> None
         both.alike()
         before = cache.get_seq_length()
     assert cache.report().total >= total
+
+
+@pytest.mark.parametrize("name", ["h2o", "d2o", "razor"])
+@pytest.mark.slow
+def test_a_step_that_fails_at_any_operation(model, name: str) -> None:
+    """A fork shares the pages, so that some must be copied before a token is overwritten."""
+    both, failed = Both(model, written(name, model)), 0
+    both.prompt(1, 64)
+    both.give(1)
+    forks = [cache.fork() for cache in both.caches]
+    both.give(1)
+    cache = both.caches[1]
+    for point in (2, 5, 9, 14, 20, 33, 60, 90, 150, 240, 400):
+        before, token = cache.get_seq_length(), ids(1, 1, model, point)
+        try:
+            with FailsAt(point), torch.inference_mode():
+                model(token, past_key_values=cache)
+        except Fault:
+            failed += 1
+            assert cache.get_seq_length() == before
+            if failed % 3 == 0:
+                both.give(1)
+                both.alike()
+        else:
+            break
+    assert failed > 2
+    for side in forks:
+        side.free()
 
 
 @pytest.mark.slow

@@ -459,7 +459,8 @@ class DeviceTables:
         if self.watches and watches:
             if self.watch is None:
                 self.watch = Watch(self, self.bank)
-            self.watch.adopt(self.bank)
+            if self.watch.adopt(self.bank):
+                self._ahead = None  # it was worked out without
 
     def append(self, layer: LayerCache, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store the newest token of each row of a layer, `[rows, head_dim]`: see `attend`."""

@@ -109,10 +109,10 @@ class Watch:
 
     # -- whose it is --------------------------------------------------------------------------------------
 
-    def adopt(self, bank: Bank) -> None:
-        """From now on what is known of the rows' tokens is here."""
+    def adopt(self, bank: Bank) -> bool:
+        """From now on what is known of the rows' tokens is here; False if it was already."""
         if bank.live is not None and bank.live.watch is self:
-            return
+            return False
         known: list[Known] = []
         for index, layer in enumerate(bank.layers):
             mine = []
@@ -131,6 +131,7 @@ class Watch:
         for layer, some in zip(bank.layers, known):
             layer.known = [held for held, _ in some]
         bank.live = Live(self, tuple(known), np.zeros(bank.data.shape[1], dtype=np.int64))
+        return True
 
     def held(self, bank: Bank, stepped: bool = False) -> list[list[Held]]:
         """What the policy knows, of each layer. stepped: after a step that the host is yet to plan, as if its attention
