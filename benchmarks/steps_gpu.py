@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from fivefold.benchmark import decode, machine
+from fivefold.benchmark import capacity, decode, machine
+from fivefold.recipe import Recipe
 
-CASES = [
-    *((name, tokens, 1) for name in ("kivi(bits=2)", "kivi(bits=4)", "full()") for tokens in (4096, 32768, 131072)),
-    ("kivi(bits=2)", 32768, 69),
-]
-"""(recipe, tokens of a sequence, sequences)."""
+CASES = [(name, tokens) for name in ("kivi(bits=2)", "kivi(bits=4)", "full()") for tokens in (4096, 32768, 131072)]
+"""(recipe, tokens) of one sequence."""
+LARGEST = ("kivi(bits=2)", 32768)
+"""The same of as many as fit."""
 STEPS = 40
 
 
@@ -49,38 +49,43 @@ def replays_ms(cache: Any, repeats: int = 20) -> float:
     return statistics.median(times)
 
 
-def case(model: Any, recipe: str, context: int, batch: int, rate: float) -> dict[str, Any]:
+def case(model: Any, recipe: str, context: int) -> dict[str, Any]:
     gc.collect()
     torch.cuda.empty_cache()
-    row: dict[str, Any] = {"recipe": recipe, "context": context, "batch": batch}
+    row: dict[str, Any] = {"recipe": recipe, "context": context, "batch": 1}
     with torch.inference_mode():
-        cache = decode.filled(model, recipe, context, batch, True)
-        token = torch.ones(batch, 1, dtype=torch.long, device=model.device)
+        cache = decode.filled(model, recipe, context, 1, True)
+        token = torch.ones(1, 1, dtype=torch.long, device=model.device)
         for _ in range(2):
             token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
         row["graph_ms"] = replays_ms(cache)
         report = cache.report()
         held = report.exact + report.codes + report.scales + report.other
-        row["own_code"], row["no_graph"] = cache.step.own, cache.step.failed
-        row.update({k: x for k, x in decode.timed(model, cache, batch, STEPS).items() if k != "peak_bytes"})
-    row["bytes"] = weight_bytes(model) + held
-    row["floor_ms"] = row["bytes"] / rate * 1000
-    row["of_floor"] = row["ms"] / row["floor_ms"]
+        row.update({k: x for k, x in decode.timed(model, cache, 1, STEPS).items() if k != "peak_bytes"})
+    row["page_bytes"] = held
     return row
+
+
+def beside_floor(row: dict[str, Any], weights: int, rate: float) -> dict[str, Any]:
+    floor = (weights + row["batch"] * row["page_bytes"]) / rate * 1000
+    return {**row, "floor_ms": floor, "of_floor": row["ms"] / floor}
 
 
 def main() -> None:
     device = torch.device("cuda")
-    rate = machine.copy_rate(device)
     model = decode.build("llama-3-8b", device)
-    out = {**machine.stamp(), "shape": "llama-3-8b", "copy_bytes_s": rate, "rows": []}
-    for recipe, context, batch in CASES:
-        try:
-            row = case(model, recipe, context, batch, rate)
-        except torch.OutOfMemoryError:
-            row = {"recipe": recipe, "context": context, "batch": batch, "error": "out of memory"}
-        out["rows"].append(row)
-        print({k: round(x, 3) if isinstance(x, float) else x for k, x in row.items()}, flush=True)
+    weights, rows = weight_bytes(model), []
+    most = capacity.largest_batch(model, Recipe.parse(LARGEST[0]), LARGEST[1], STEPS)
+    gc.collect()
+    rate = machine.copy_rate(device)
+    out = {**machine.stamp(), "shape": "llama-3-8b", "copy_bytes_s": rate, "weight_bytes": weights, "rows": rows}
+    for recipe, context in CASES:
+        found = [case(model, recipe, context)]
+        if (recipe, context) == LARGEST:
+            found.append({"recipe": recipe, "page_bytes": found[0]["page_bytes"], **most})
+        for row in found:
+            rows.append(beside_floor(row, weights, rate))
+            print({k: round(x, 3) if isinstance(x, float) else x for k, x in rows[-1].items()}, flush=True)
         Path(sys.argv[1]).write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
 
 

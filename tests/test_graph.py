@@ -64,13 +64,14 @@ def alike(one: torch.Tensor, other: torch.Tensor, bound: float = 0.04) -> None:
 
 
 def same_tokens(one, other, padded: bool = False) -> None:
-    """What the first layer holds depends on no attention: bit for bit the same, but for products of other shapes."""
+    """What the first layer holds depends on no attention: the same, but for the order of sums in fused kernels, and for
+    products of other shapes (padded)."""
     one, other = one.session.stores[0], other.session.stores[0]
     for mine, theirs in zip(one.groups, other.groups, strict=True):
         assert mine.bounds == theirs.bounds
         for which in (0, 1):
             found, wanted = mine.dense_part(which), theirs.dense_part(which)
-            assert torch.allclose(found, wanted, 1e-3, 2e-2) if padded else torch.equal(found, wanted)
+            assert torch.allclose(found, wanted, *((1e-3, 2e-2) if padded else (1e-4, 1e-4)))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -282,12 +282,13 @@ def _unlike(
     parts, live = whole.parts, session.batch  # other sequences are padding
     hidden = nn.functional.embedding(ids[:, 0], parts.embedding)
     turn = whole.turn(hidden, positions)
-    apart = {"the embedding": _apart(hidden[:live], seen[0][0][:live])}
+    apart = {"the embedding": _apart(hidden[:live], seen[0][0][:live], 0 * hidden[:live])}
     for number, layer in enumerate(parts.layers):
         given, wanted = seen[number]
         found = whole.layer(session, layer, given, turn)
-        apart[f"layer {layer.index}"] = _apart((found - given)[:live], (wanted - given)[:live])
-    apart["the head"] = _apart(whole.head(seen[len(parts.layers) - 1][1])[:live], logits[:live])
+        apart[f"layer {layer.index}"] = _apart(found[:live], wanted[:live], given[:live])
+    found, wanted = whole.head(seen[len(parts.layers) - 1][1])[:live], logits[:live]
+    apart["the head"] = _apart(found, wanted, 0 * wanted)
     for name, far in zip(apart, torch.stack(list(apart.values())).tolist()):
         if not far <= BOUNDS[hidden.dtype]:
             return f"{name} computes something else ({far:.2g} of its norm apart)"
@@ -312,8 +313,12 @@ def _fits(session: Session, layer: Layer) -> None:
         raise Unlike(f"weights in {layer.before.gain.dtype} and a cache in {spec.dtype}")
 
 
-def _apart(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    return (found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-20)
+def _apart(found: torch.Tensor, wanted: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """How far what was found is from what is wanted, in parts of what was to be added to `given`; half a unit in the
+    last place of the sum is no difference."""
+    dtype, found, wanted = wanted.dtype, found.float(), wanted.float()
+    rounded = torch.finfo(dtype).eps / 2 / BOUNDS[dtype] * wanted.norm()
+    return (found - wanted).norm() / ((wanted - given.float()).norm() + rounded).clamp(min=1e-20)
 
 
 @contextmanager

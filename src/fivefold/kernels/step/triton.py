@@ -30,7 +30,7 @@ from fivefold.kernels.step.reference import Biases, Heads, Norm, Pages, Turn
 COLUMNS = 16
 """Tokens (sequences) that the kernels multiply. More go to torch's products, and kernels do what is between them."""
 
-FEW = 4
+FEW = 2
 """Of them, how many are multiplied in registers; with more the tensor cores are faster."""
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -383,8 +383,9 @@ def _rotate_append(
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a product is cut: rows of each set of a program, numbers of them at a time, warps, tiles loaded ahead (of
-    `_many`), and late: whether the norm comes after the product (of `_few`)."""
+    """How a product is cut: rows of each set of a program, numbers of them at a time, warps, and tiles loaded ahead (of
+    `_many`). late: whether the norm comes after the product (of `_few`), or the next kernel may start only then (of
+    `_many`, whose shared memory it would take)."""
 
     rows: int
     block: int
@@ -394,19 +395,20 @@ class Tiles:
 
 
 def tiles_for(kind: str, count: int, width: int, dim: int, norm: bool, device: torch.device) -> Tiles:
-    """How a product of `count` tokens of `width` numbers is cut. dim: of heads; norm: whether one comes before."""
-    block = triton.next_power_of_2(width)
+    """How a product of `count` tokens of `width` numbers is cut: what was fastest on an H100. dim: of heads; norm:
+    whether one comes before."""
+    block, one = triton.next_power_of_2(width), count == 1
     if device.type == "cpu":  # the interpreter has few programs rather than small ones
         return Tiles(dim // 2 if kind == "heads" else 64, max(16, block), 4)
     if count > FEW:
-        return Tiles(16, min(256, max(32, block)), 2, 4)
-    if kind != "plain":
-        return Tiles(4, min(1024, max(128, block)), 4, late=norm)
-    if norm:
-        return Tiles(8, min(1024, max(256, block)), 8, late=True)
-    if width > 8192:
-        return Tiles(8, 2048, 4)
-    return Tiles(2, min(2048, max(256, block)), 8)
+        return Tiles(16, min(256, max(32, block)), 2, 4, late=True)
+    if kind == "plain" and one:
+        if norm:
+            return Tiles(8, min(1024, max(256, block)), 8, late=True)
+        return Tiles(8, 2048, 4) if width > 8192 else Tiles(2, min(2048, max(256, block)), 8)
+    if kind == "plain" and width > 8192:
+        return Tiles(4, 2048, 8, late=norm)
+    return Tiles(2 if kind != "plain" and not one else 4, min(1024, max(128, block)), 4, late=norm)
 
 
 def _launch(
