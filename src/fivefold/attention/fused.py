@@ -126,8 +126,9 @@ def why_not(layer: LayerCache, device: torch.device, heads: int) -> str | None:
     if codec is not None:
         if codec.form is None or len(layer.packed_pools) > 1:
             return "no kernel reads this codec's pages"
-        if choice.triton and codec.peak > schedule.LIMIT:
-            return f"keys or values reach {codec.peak:.0f}, more than the kernels' {schedule.LIMIT:.0f}"
+        peak = float(layer.bank.peaks()[layer.index])
+        if choice.triton and peak > schedule.LIMIT:
+            return f"keys or values reach {peak:.0f}, more than the kernels' {schedule.LIMIT:.0f}"
     supports = schedule.supports if choice.triton else cpu.supports
     return supports(None if codec is None else codec.form, heads, layer.spec.head_dim)
 
@@ -135,6 +136,7 @@ def why_not(layer: LayerCache, device: torch.device, heads: int) -> str | None:
 def why_not_each(layers: dict[int, LayerCache], roles: Mapping[int, str]) -> dict[int, str | None]:
     """The same for the steps of many layers by index; roles: what they read in a step (see `ReadPolicy`)."""
     kinds: dict[tuple[Bank, bool], str | None] = {}
+    beyond: dict[Bank, list[bool]] = {}
     out: dict[int, str | None] = {}
     for index, layer in layers.items():
         if roles.get(index, "full") != "full" and choose(layer.spec.device).path != "cpp":
@@ -143,7 +145,9 @@ def why_not_each(layers: dict[int, LayerCache], roles: Mapping[int, str]) -> dic
             out[index] = "the tokens that are held are chosen in every step"
         else:
             # Layers of a bank are alike, but for the largest number that they have seen.
-            kind = layer.bank, layer.codec is not None and layer.codec.peak > schedule.LIMIT
+            if layer.bank not in beyond:
+                beyond[layer.bank] = (layer.bank.peaks() > schedule.LIMIT).tolist()
+            kind = layer.bank, beyond[layer.bank][layer.index]
             if kind not in kinds:
                 kinds[kind] = why_not(layer, layer.spec.device, layer.spec.query_heads // layer.spec.kv_heads)
             out[index] = kinds[kind]
