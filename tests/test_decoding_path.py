@@ -35,7 +35,8 @@ def test_large_numbers_stay_known_wherever_their_pages_go(tiny: Any, tmp_path: P
     assert 0 < small < 750
     bank.note(np.array([bank.rows + 2]), np.array([2000.0], dtype=np.float32))  # layer 1, sequence 1
     cache.save(tmp_path)
-    assert fivefold.load_cache(model, tmp_path).session.banks[0].peaks()[1] == 2000
+    loaded = fivefold.load_cache(model, tmp_path)
+    assert loaded.session.banks[0].peaks()[1] == 2000
     cache.offload()
     cache.restore()
     other = filled(model, "kivi(bits=4, residual=32)")
