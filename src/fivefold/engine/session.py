@@ -81,6 +81,8 @@ class Session:
         """What sources do with their chunks once the layers that share them are done."""
         self.stepping: frozenset[int] = frozenset()
         """Layers of which a kernel stores and attends the newest token of all rows at once, in this forward."""
+        self.trusting = True
+        """Whether a step is taken for one of every sequence before its mask is known (`engine/admission.py`)."""
         self.captured = False
         """While a step runs for a graph: whoever runs it has admitted it."""
         self.picks = Picks(reads)
@@ -304,16 +306,11 @@ class Session:
         """
         if self.batch not in (0, batch):
             raise CacheStateError(f"the cache holds {self.batch} sequences and was given {batch}: use a new cache.")
-        held = self.stores[self.first].lengths() if self.batch else np.zeros(batch, dtype=np.int64)
-        self.tokens = admission.new_tokens(mask, self.length, held, chunk)
-        self.offsets = np.zeros(batch, dtype=np.int64)
-        if positions is not None:
-            first = admission.positional(self.stores) or self.stores[self.first]
-            known = first.offsets[:: first.spec.kv_heads] if self.batch else None
-            placed = positions.expand(batch, -1).cpu().numpy()
-            self.offsets = admission.offsets(placed, held, self.tokens, known)
-        self.chunk = chunk
-        if chunk == 1 and self.batch and (self.tokens == 1).all():
+        trusted = self.change if self.trusting and chunk == 1 and not self._alone else None
+        given = self.stores, self.length, batch, chunk, mask, positions
+        self.tokens, self.offsets = admission.admitted(trusted, *given)
+        self.trusting, self.chunk = chunk > 1 or bool(self.tokens.all()), chunk
+        if chunk == 1 and self.batch and self.tokens.all():
             self._open()
 
     def _open(self) -> None:

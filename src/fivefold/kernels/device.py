@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -25,6 +26,23 @@ def sent(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
     np.concatenate([x.reshape(-1) for x in arrays], out=host.numpy())
     parts = host.to(device, non_blocking=True).split([x.size for x in arrays])
     return [part.view(x.shape) for part, x in zip(parts, arrays)]
+
+
+def coming(x: torch.Tensor) -> Callable[[], list[float]]:
+    """What gives the numbers of a tensor `[n]`. A GPU sends them once it has got here: who asks waits for that, not for
+    what came since."""
+    if not x.is_cuda:
+        return x.tolist
+    host, event = torch.empty(x.shape, dtype=x.dtype, pin_memory=True), torch.cuda.Event()
+    host.copy_(x, non_blocking=True)
+    event.record(torch.cuda.current_stream(x.device))
+
+    def wait() -> list[float]:
+        event.synchronize()
+        found: list[float] = host.tolist()
+        return found
+
+    return wait
 
 
 def numbered(device: torch.device) -> torch.device:

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fivefold.attention.compensate import compensates
 from fivefold.attention.tables import DeviceTables, tables_of
+from fivefold.engine.admission import Padded
 from fivefold.engine.session import Session
 from fivefold.errors import FivefoldError
 from fivefold.kernels.choice import choose
@@ -130,6 +131,8 @@ class Step:
             if not (right and ((bank.mirror is tables and tables.fit()) or tables.bind(bank))) and session.ragged:
                 DeviceTables(bank, size, self.reserved)
         session.admit(batch, 1, given.get("attention_mask"), None)
+        if not session.stepping:
+            raise Padded
         found = [tables_of(bank) for bank in session.banks]
         fresh = captured is None or captured.tables != found
         if fresh:
@@ -210,9 +213,10 @@ class Step:
 
 def _plain(given: dict[str, Any]) -> bool:
     """Whether a call asks for nothing but logits."""
-    keep = given.get("logits_to_keep", 0)
+    keep, mask = given.get("logits_to_keep", 0), given.get("attention_mask")
     return (
-        all(name in _KNOWN or value is None or value is False for name, value in given.items())
+        (mask is None or mask.ndim == 2)
+        and all(name in _KNOWN or value is None or value is False for name, value in given.items())
         and given.get("use_cache") is not False
         and given.get("return_dict") is not False
         and isinstance(keep, int)
