@@ -41,11 +41,16 @@ def attend_fused(
     return with_sinks(out, lse, sinks)
 
 
+def gives_weights(device: torch.device) -> bool:
+    """Whether kernels give the weights of every slot beside the output."""
+    return choose(device).path == "cpp"
+
+
 def attend_scored_fused(
     layer: LayerCache, group: RowGroup, queries: torch.Tensor, scaling: float, sinks: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """`attend_step` with the weights of every slot, of rows without a window; None where no kernel gives them."""
-    if why_not(layer, queries.device, queries.shape[1]) is not None or choose(queries.device).path != "cpp":
+    if why_not(layer, queries.device, queries.shape[1]) is not None or not gives_weights(queries.device):
         return None
     tables, rows = tables_of(layer.bank), len(group.rows)
     tables.sync()
@@ -141,7 +146,7 @@ def why_not_each(layers: dict[int, LayerCache], roles: Mapping[int, str]) -> dic
     for index, layer in layers.items():
         if roles.get(index, "full") != "full" and choose(layer.spec.device).path != "cpp":
             out[index] = "what is read is picked anew in every step"
-        elif layer.held:
+        elif any(layer.head_chosen):
             out[index] = "the tokens that are held are chosen in every step"
         else:
             # Layers of a bank are alike, but for the largest number that they have seen.

@@ -188,7 +188,7 @@ def timed(model: Any, cache: Any, batch: int, steps: int) -> dict[str, Any]:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - start) * 1000)
     times = times[WARM_UP:]
-    held = held_bytes(cache)
+    held, way = held_bytes(cache), getattr(cache, "decoding", None)
     failed = getattr(getattr(cache, "step", None), "failed", None)
     if hasattr(cache, "free"):
         cache.free()
@@ -196,4 +196,5 @@ def timed(model: Any, cache: Any, batch: int, steps: int) -> dict[str, Any]:
     ms, mean = statistics.median(times), statistics.fmean(times)
     peak = torch.cuda.max_memory_allocated() if cuda else None
     row = {"ms": ms, "mean_ms": mean, "tokens_s": 1000 * batch / mean, "cache_bytes": held, "peak_bytes": peak}
-    return {**row, "no_graph": failed} if failed else row
+    more = {"decoding": way, "no_graph": failed}
+    return row | {name: said for name, said in more.items() if said}

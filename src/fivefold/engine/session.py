@@ -19,7 +19,7 @@ import torch
 
 from fivefold.attention.fused import why_not_each
 from fivefold.attention.tables import tables_of
-from fivefold.engine import admission
+from fivefold.engine import admission, decoding
 from fivefold.engine.companions import Companions
 from fivefold.engine.picks import Picks, Reads
 from fivefold.errors import CacheFullError, CacheStateError, UnsupportedModelError
@@ -92,6 +92,7 @@ class Session:
         """Whether a forward was begun by its first layer, and ends with its last one."""
         self.state: Any = None
         """All that the cache holds, while it is offloaded (`engine/persist.py`)."""
+        self.told: set[str] = set()  # what has been said of its ways (`engine/decoding.py`)
         pools.users.add(self)
         self.inputs: torch.Tensor | None = None
         """What the layer that comes next was given, for codecs that want to know it."""
@@ -307,14 +308,14 @@ class Session:
         if self.batch not in (0, batch):
             raise CacheStateError(f"the cache holds {self.batch} sequences and was given {batch}: use a new cache.")
         trusted = self.change if self.trusting and chunk == 1 and not self._alone else None
-        given = self.stores, self.length, batch, chunk, mask, positions
-        self.tokens, self.offsets = admission.admitted(trusted, *given)
+        self.tokens, self.offsets = admission.admitted(trusted, self.stores, self.length, batch, chunk, mask, positions)
         self.trusting, self.chunk = chunk > 1 or bool(self.tokens.all()), chunk
         if chunk == 1 and self.batch and self.tokens.all():
             self._open()
 
     def _open(self) -> None:
         """A slot for the newest token in all layers whose steps are a kernel's, and tables that say so."""
+        decoding.warn(self)
         fused = {index for index, why in self.why_not_fused().items() if why is None}
         for bank in self.banks:
             layers = [store for index, store in self.stores.items() if index in fused and store.bank is bank]
@@ -449,7 +450,9 @@ class Session:
 
     def _twin(self, companions: Companions | None, stores: dict[int, LayerCache]) -> Session:
         kind = self.reads, stores, self.sources, self.entry, self.absent
-        return Session([], self.build, self.pools, companions, *kind)
+        twin = Session([], self.build, self.pools, companions, *kind)
+        twin.told = self.told
+        return twin
 
     def adopt_specs(self, other: Session, change: Transaction) -> None:
         """While it is empty: be of the kind that `other` has found its layers to be."""
