@@ -48,18 +48,19 @@ def way_of(session: Steps, store: LayerCache, whole: str | None) -> Way:
         less = choice.path == "triton" and better  # than this GPU can
         return Way(name, choice.why if less else None, less and not choice.asked)
     why, policy = why_not(store, spec.device, heads), store.policy
-    if why is None and not gives_weights(spec.device):
-        # What the kernels do not give is how much attention each token gets.
+    # On a CPU what no kernel is written for is not much slower; on a GPU it is.
+    lost = spec.device.type != "cpu" or (why is not None and (choice.path == "reference" or form is not None))
+    if why is None:
+        # Where they have to give the attention that each token gets, too.
         watched = policy is not None and policy.chooses and policy.watches and any(store.head_chosen)
         if policy is not None and store.held:
             watched = any(policy.watching(held) for held in store.held)
-        why = whole if watched or session.reads.roles.get(spec.layer) == "select" else None
-    if why is None:
-        return Way(f"{name}, group by group,", whole)
-    # On a CPU what no kernel is written for is not much slower; on a GPU it is.
-    able = spec.device.type != "cpu" or choice.path == "reference" or form is not None
+        select = session.reads.roles.get(spec.layer) == "select" and not gives_weights(spec.device)
+        if not (watched or select):
+            return Way(f"{name}, group by group,", whole)
     around = choice.path == "cpp" and store.codec is not None and store.codec.compiled
-    return Way("plain PyTorch" + " around C++ kernels" * around, why, able and not choice.asked)
+    lost = lost and not (choice.path == "reference" and choice.asked)
+    return Way("plain PyTorch" + " around C++ kernels" * around, why or whole, lost)
 
 
 def ways(session: Steps) -> dict[Way, int]:
