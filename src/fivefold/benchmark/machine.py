@@ -18,7 +18,6 @@ from fivefold.engine.build import build
 from fivefold.errors import FivefoldError
 from fivefold.kernels.choice import choose
 from fivefold.methods import registered
-from fivefold.models.graph import Step
 from fivefold.recipe import Recipe
 from fivefold.store.spec import LayerSpec, Pools
 
@@ -54,7 +53,11 @@ def decoding(device: torch.device) -> dict[str, str]:
     for recipe in (Recipe(), *(Recipe((kind(),)) for kind in registered().values())):
         with suppress(FivefoldError):
             session = build(recipe, recipe.divided(specs)[0], Pools())
-            graph = "as a CUDA graph" if device.type == "cuda" and Step.why_not(session) is None else ""
+            graph = ""
+            if device.type == "cuda":
+                from fivefold.models.graph import Step  # imports transformers, which takes seconds
+
+                graph = "" if Step.why_not(session) else "as a CUDA graph"
             found[str(recipe)] = steps.describe(session, graph)
     return found
 
