@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -193,7 +194,7 @@ def _by_kernel(bank: Tables, due: Due, keys: np.ndarray, chunk: Chunk | None) ->
     def look(found: list[float]) -> None:
         largest = max(found)
         if largest <= LARGEST:
-            _remember(bank, due.rows[np.concatenate(whose)], np.array(found, dtype=np.float32))
+            _remember(bank, due.rows[np.concatenate(whose)], found)
             return
         for which in _alike(bank, due, keys) if chunk is None else ():  # the codec says what is wrong
             codec = bank.layers[int(due.rows[which[0]]) // bank.rows].codec
@@ -237,9 +238,16 @@ def _sources(
     return out >> 4, pages
 
 
-def _remember(bank: Tables, rows: np.ndarray, peak: np.ndarray) -> None:
-    """See `Bank.note`; the layers may be in another bank by now."""
-    each = rows // bank.rows
+def note(bank: Tables, rows: np.ndarray, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Remember how large the numbers are that are packed for rows: see `Bank.note`."""
+    assert bank.change is not None
+    largest = torch.maximum(*(x.detach().abs().flatten(1).amax(1) for x in (keys, values)))
+    bank.change.check(largest, partial(_remember, bank, rows))
+
+
+def _remember(bank: Tables, rows: np.ndarray, found: Sequence[float]) -> None:
+    """The layers may be in another bank by now."""
+    each, peak = rows // bank.rows, np.array(found, dtype=np.float32)
     for index in np.unique(each).tolist():
         layer, some = bank.layers[index], each == index
         layer.bank.note(layer.base + rows[some] % bank.rows, peak[some])
@@ -264,9 +272,7 @@ def _encode(bank: Tables, due: Due, chunk: Chunk | None, group: RowGroup | None,
         column, slot = divmod(due.slot + done, page)
         size = min(due.count - done, page - slot if slot else step)
         keys, values = collect(bank, due, done, size, chunk)
-        if codec.form is not None:
-            peak = torch.maximum(*(x.detach().abs().flatten(1).amax(1) for x in (keys, values)))
-            _remember(bank, due.rows, peak.float().cpu().numpy())
+        note(bank, due.rows, keys, values)
         whole = size // page * page if not slot else 0
         for first, last in ((0, whole), (whole, size)):
             if first == last:

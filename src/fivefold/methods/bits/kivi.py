@@ -103,7 +103,7 @@ class KiviCodec(Codec):
         )
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        check_finite(keys, values)
+        self.peak = max(self.peak, check_finite(keys, values))
 
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None

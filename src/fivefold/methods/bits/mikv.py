@@ -151,7 +151,7 @@ class TokenCodec(Codec):
         return (keys.view(rows, -1, dim) * balance[:, None]).view(keys.shape)
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        check_finite(keys, values)
+        self.peak = max(self.peak, check_finite(keys, values))
 
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
