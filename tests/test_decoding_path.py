@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator
@@ -262,3 +263,32 @@ def test_calls_that_no_graph_knows_are_said_once(tiny: Any, monkeypatch: Any) ->
         weight.requires_grad_(True)
     step(model, cache)
     assert cache.step.replays == 1 and cache.decoding.endswith("as a CUDA graph")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("name", ["full", "kivi4", "streaming", "duo", "gear", "rotatekv", "tidal", "anchors"])
+def test_a_step_waits_for_no_gpu(tiny: Any, name: str, graph: bool) -> None:
+    """Of a batch that is padded; while groups are packed, too."""
+    model = copy.deepcopy(tiny(**SHAPE)).to("cuda", torch.bfloat16)
+    recipe = written(name, tiny(**SHAPE))
+    try:
+        cache = fivefold.compress(model, recipe, cuda_graph=graph)
+        given, mask = (x.to("cuda") for x in padded(2, 160, 37))
+        masks = [torch.nn.functional.pad(mask, (0, steps), value=1) for steps in range(50)]
+        tokens = ids(2, 50).to("cuda").split(1, 1)
+        with torch.inference_mode():
+            for step, mask in enumerate(masks):
+                if step == 10:
+                    torch.cuda.synchronize()
+                    torch.cuda.set_sync_debug_mode("error")
+                places = (mask.cumsum(1) - 1).clamp(min=0)
+                last = places[:, -1:] if step else places
+                model(tokens[step] if step else given, attention_mask=mask, position_ids=last, past_key_values=cache)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        fivefold.restore(model)
+    assert cache.get_seq_length() == 209
+    if graph and name in ("full", "kivi4", "streaming", "duo"):
+        assert cache.step.replays == 49 and "as a CUDA graph" in cache.decoding

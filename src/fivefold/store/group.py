@@ -281,9 +281,7 @@ class RowGroup:
         """What a codec may know of the rows with these indices; None is all of them."""
         mine = self.rows if rows is None else self.rows[rows]
         whole = len(mine) == self.layer.rows and rows is None
-        learned = {
-            name: x if whole else x[sent(x.device, mine)[0]] for name, x in self.layer.learned.items()
-        }
+        learned = {name: x if whole else x[sent(x.device, mine)[0]] for name, x in self.layer.learned.items()}
         return Context(tuple((mine % self.layer.spec.kv_heads).tolist()), self.together, positions, learned)
 
     def positions(self, start: int, stop: int, held: Held | None = None) -> torch.Tensor | None:

@@ -354,6 +354,7 @@ class PagePool(Slabs):
             return parts[0][1]
         out = parts[0][1].new_empty((len(pages), *parts[0][1].shape[1:]))
         for where, part in parts:
+            assert where is not None
             _put_at(out, sent(self.device, where)[0], part)
         return out
 
