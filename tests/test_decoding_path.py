@@ -29,6 +29,14 @@ def ids(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
+def interpret(monkeypatch: Any) -> None:
+    """Triton's kernels, in its interpreter."""
+    pytest.importorskip("triton", reason="needs Triton")
+    if torch.cuda.is_available():
+        pytest.skip("the kernels are compiled for the GPU here")
+    monkeypatch.setenv("FIVEFOLD_KERNELS", "triton")
+
+
 def filled(model: Any, recipe: str, rows: int = 1, tokens: int = 80) -> Any:
     cache = fivefold.compress(model, recipe)
     with torch.inference_mode():
@@ -99,8 +107,7 @@ def padded(rows: int, tokens: int, pads: int) -> tuple[torch.Tensor, torch.Tenso
 @pytest.mark.parametrize(("name", "graph"), [("full", True), ("kivi4", False), ("rotatekv", False), ("tidal", False)])
 def test_nobody_looks_at_the_mask_of_a_step(tiny: Any, monkeypatch: Any, seen: Any, name: str, graph: bool) -> None:
     if graph:
-        pytest.importorskip("triton", reason="needs Triton")
-        monkeypatch.setenv("FIVEFOLD_KERNELS", "triton")
+        interpret(monkeypatch)
     model = tiny(**SHAPE)
     cache = fivefold.compress(model, written(name, model), cuda_graph=graph)
     given, mask = padded(2, 40, 7)
@@ -126,8 +133,6 @@ def test_nobody_looks_at_the_mask_of_a_step(tiny: Any, monkeypatch: Any, seen: A
 @pytest.mark.parametrize(("name", "graph"), [("full", True), ("kivi4", False), ("rotatekv", False), ("h2o", False)])
 def test_a_step_that_is_padding_for_some(tiny: Any, monkeypatch: Any, name: str, graph: bool) -> None:
     """It is done once more, with a look at its mask: every sequence has the logits that it has alone."""
-    if graph:
-        pytest.importorskip("triton", reason="needs Triton")
     model, steps = tiny(**SHAPE), [(1, 1), (0, 1), (1, 0), (1, 1)]
     recipe = written(name, model)
     alone = [fivefold.compress(model, recipe) for _ in range(2)]
@@ -139,7 +144,7 @@ def test_a_step_that_is_padding_for_some(tiny: Any, monkeypatch: Any, name: str,
             turns = [(ids(2, 1, step)[row : row + 1], there[row]) for step, there in enumerate(steps)]
             wanted.append([model(token, past_key_values=one).logits for token, there in turns if there])
         if graph:
-            monkeypatch.setenv("FIVEFOLD_KERNELS", "triton")
+            interpret(monkeypatch)
         cache = fivefold.compress(model, recipe, cuda_graph=graph)
         places = (mask.cumsum(1) - 1).clamp(min=0)
         model(given, attention_mask=mask, position_ids=places, past_key_values=cache)
@@ -220,8 +225,7 @@ def test_a_machine_without_a_compiler_is_said_once(tiny: Any, monkeypatch: Any) 
 def test_large_numbers_are_said_when_they_come_and_forgotten_when_they_go(
     tiny: Any, monkeypatch: Any, graph: bool
 ) -> None:
-    pytest.importorskip("triton", reason="needs Triton")
-    monkeypatch.setenv("FIVEFOLD_KERNELS", "triton")
+    interpret(monkeypatch)
     model = tiny(**SHAPE)
     fast = "Triton kernels in 2 of 2 layers (FIVEFOLD_KERNELS=triton)" + ", as a CUDA graph" * graph
     cache = fivefold.compress(model, "kivi(bits=4, residual=0)", cuda_graph=graph)
@@ -245,8 +249,7 @@ def test_large_numbers_are_said_when_they_come_and_forgotten_when_they_go(
 
 
 def test_calls_that_no_graph_knows_are_said_once(tiny: Any, monkeypatch: Any) -> None:
-    pytest.importorskip("triton", reason="needs Triton")
-    monkeypatch.setenv("FIVEFOLD_KERNELS", "triton")
+    interpret(monkeypatch)
     model = tiny(**SHAPE)
     cache = fivefold.compress(model, "full()", cuda_graph=True)
     with torch.no_grad():
