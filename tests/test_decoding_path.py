@@ -268,6 +268,21 @@ def test_calls_that_no_graph_knows_are_said_once(tiny: Any, monkeypatch: Any) ->
     assert cache.step.replays == 1 and cache.decoding.endswith("as a CUDA graph")
 
 
+def test_a_prompt_that_no_kernel_weighs_is_said(tiny: Any, monkeypatch: Any) -> None:
+    interpret(monkeypatch)
+    with pytest.warns(
+        fivefold.SlowPathWarning, match="3 of 3 layers weigh prompts in plain PyTorch: head_dim 96"
+    ) as said:
+        cache = fivefold.compress(tiny("phi3"), "h2o()")
+    assert len(said) == 1 and "; prompts are weighed in plain PyTorch in 3 of 3 layers (head_dim 96" in cache.decoding
+    assert "weighed" not in fivefold.compress(tiny(**SHAPE), "h2o()").decoding
+
+
+def test_layers_that_stay_transformers_own_are_named(tiny: Any) -> None:
+    cache = fivefold.compress(tiny("gemma3_text"), "full()")
+    assert cache.decoding.endswith("in 2 of 2 layers; 2 more, with a sliding window, are transformers' own")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("graph", [False, True])

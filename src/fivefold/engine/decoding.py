@@ -1,4 +1,4 @@
-"""Which way the decoding steps of a cache go, and why: for `report()`, and for a warning where a fast one is lost.
+"""Which way the steps of a cache go, and why: for `report()`, and for a warning where a fast one is lost.
 
 A layer's step is one call of a kernel for all rows, calls of kernels for the rows that stand alike, or plain PyTorch.
 Nothing here decides that: `attention/fused.py` does.
@@ -10,6 +10,7 @@ import warnings
 from typing import NamedTuple, Protocol
 
 from fivefold.attention.fused import gives_weights, why_not
+from fivefold.attention.observe import why_weighed
 from fivefold.engine.picks import Reads
 from fivefold.errors import CacheStateError, SlowPathWarning
 from fivefold.kernels.choice import choose
@@ -79,7 +80,20 @@ def describe(session: Steps, graph: str = "") -> str:
     except CacheStateError as error:  # kernels were asked for that are not here
         return str(error)
     said = [f"{way.how} in {_share(session, n)}" + (f" ({way.why})" if way.why else "") for way, n in found.items()]
-    return "; ".join(said) + (f", {graph}" if graph else "")
+    said[-1] += f", {graph}" if graph else ""
+    for why, count in weighed(session).items():
+        said.append(f"prompts are weighed in plain PyTorch in {_share(session, count)} ({why})")
+    return "; ".join(said)
+
+
+def weighed(session: Steps) -> dict[str, int]:
+    """Why a policy's look at all of a prompt is no kernel's where kernels for it run, and in how many layers."""
+    found: dict[str, int] = {}
+    for store in session.stores.values():
+        why = why_weighed(store) if choose(store.spec.device).triton else None
+        if why is not None:
+            found[why] = found.get(why, 0) + 1
+    return found
 
 
 def warn(session: Steps, stacklevel: int = 2) -> None:
@@ -92,6 +106,8 @@ def warn(session: Steps, stacklevel: int = 2) -> None:
     for way, count in ways(session).items():
         if way.lost:
             tell(session, f"{_share(session, count)} decode by {way.how}: {way.why}", stacklevel + 1)
+    for why, count in weighed(session).items():
+        tell(session, f"{_share(session, count)} weigh prompts in plain PyTorch: {why}", stacklevel + 1)
     session.told.update(why for why in whys.values() if why is not None)
 
 

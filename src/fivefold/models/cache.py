@@ -214,7 +214,10 @@ class FivefoldCache(Cache):
         else:
             cuda = self.session.devices[0].type == "cuda"
             graph = "launch by launch (cuda_graph=True was not asked for)" if cuda else ""
-        return decoding.describe(self.session, graph)
+        beside = self.session.companions
+        windows = len(beside.windows) if isinstance(beside, StockLayers) else 0
+        own = f"; {windows} more, with a sliding window, are transformers' own" if windows else ""
+        return decoding.describe(self.session, graph) + own
 
     def warn(self, stacklevel: int = 1) -> None:
         """Say, once, where decoding steps go a slower way than this machine could give (`SlowPathWarning`)."""
