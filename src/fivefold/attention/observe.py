@@ -20,8 +20,8 @@ BLOCK = 3 << 19
 
 
 def why_weighed(layer: LayerCache) -> str | None:
-    """Why the attention that a prompt's tokens get is plain PyTorch where kernels run, in a few words; None if it is not,
-    or nobody wants to know it of all queries."""
+    """Why the attention that a prompt's tokens get is plain PyTorch where kernels run, in a few words; None if it is
+    not, or nobody wants to know it of all queries."""
     policy = layer.policy
     if policy is None or not (policy.chooses and policy.observes is None and any(layer.head_chosen)):
         return None
