@@ -27,9 +27,18 @@ def attend_fused(
     sinks: torch.Tensor | None = None,
     left: Part | None = None,
 ) -> torch.Tensor | None:
-    """`attend_step` by kernels, merged with `left` (see `left_of`); None where they do not run (see `why_not`)."""
-    if why_not(layer, queries.device, queries.shape[1]) is not None:
+    """`attend_step` by kernels, merged with `left` (see `left_of`); None where they do not run (see `why_not`).
+
+    Packed numbers that are too large for their kernel are attended on as if each token had been picked.
+    """
+    if why_not(layer, queries.device, queries.shape[1], large=True) is not None:
         return None
+    large = choose(queries.device).triton and layer.bank.peak[group.flat].max() > schedule.LIMIT
+    if large and group.bounds.packed_tokens:
+        seen = group.bounds.span()
+        every = torch.arange(seen.packed_first, seen.packed_stop, dtype=torch.int32, device=queries.device)
+        slots = every.repeat(len(group.rows), 1)
+        return None if left is not None else attend_picked_fused(layer, group, queries, scaling, slots, sinks)
     tables = tables_of(layer.bank)
     tables.sync()
     packed, exact = tables.pages(group)
@@ -73,7 +82,7 @@ def attend_picked_fused(
 ) -> torch.Tensor | None:
     """Attention over what `slots [rows, n]` name alone, negative ones left out: packed slots, beside the whole exact
     tier, if anything is packed, else exact ones. None where the kernels do not run."""
-    if why_not(layer, queries.device, queries.shape[1]) is not None:
+    if why_not(layer, queries.device, queries.shape[1], large=True) is not None:
         return None
     tables = tables_of(layer.bank)
     tables.sync()
@@ -111,8 +120,9 @@ def unpack_fused(
     return kernel.unpack_pages(codec.form, packed.table[:, first:last], dtype)
 
 
-def why_not(layer: LayerCache, device: torch.device, heads: int) -> str | None:
-    """Why the kernels do not decode this layer, in a few words; None if they do.
+def why_not(layer: LayerCache, device: torch.device, heads: int, large: bool = False) -> str | None:
+    """Why the kernels do not decode this layer, in a few words; None if they do. large: numbers beyond the `LIMIT` of
+    the kernel for packed pages do not matter.
 
     Raises `CacheStateError` if they were asked for and this machine cannot run them.
     """
@@ -131,7 +141,7 @@ def why_not(layer: LayerCache, device: torch.device, heads: int) -> str | None:
     if codec is not None:
         if codec.form is None or len(layer.packed_pools) > 1:
             return "no kernel reads this codec's pages"
-        peak = float(layer.bank.peaks()[layer.index])
+        peak = 0.0 if large else float(layer.bank.peaks()[layer.index])
         if choice.triton and peak > schedule.LIMIT:
             return f"keys or values reach {peak:.0f}, more than the kernels' {schedule.LIMIT:.0f}"
     supports = schedule.supports if choice.triton else cpu.supports
