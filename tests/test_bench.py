@@ -39,6 +39,8 @@ def test_doctor_says_which_path_runs_and_why() -> None:
     found = json.loads(run("doctor", "--json", FIVEFOLD_KERNELS="reference").stdout)
     assert found["torch"] and found["devices"][0]["path"] == "reference"
     assert found["devices"][0]["why"] == "FIVEFOLD_KERNELS=reference"
+    said = found["devices"][0]["decoding"]
+    assert said["full()"] == said["kivi()"] == "plain PyTorch in 32 of 32 layers (FIVEFOLD_KERNELS=reference)"
     bad = run("doctor", FIVEFOLD_KERNELS="fast")
     assert bad.returncode == 2 and "fast is none of auto, reference, cpp, triton, cuda" in bad.stderr
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import random
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from conftest import DEVICES, KERNELS, quick
 from fivefold.attention import attend_chunk, attend_picked, attend_step
 from fivefold.attention.decode import exact_bias, packed_bias
-from fivefold.attention.fused import why_not
+from fivefold.attention.fused import why_not, why_not_each
 from fivefold.errors import CacheStateError, NonFiniteError
 from fivefold.kernels import choice, compiled
 from fivefold.kernels.choice import choose
 from fivefold.methods.bits.kivi import Kivi
+from fivefold.store import pack as packer
 from fivefold.store.bank import Bank
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.rows import Bounds, Extent, Packing
@@ -159,17 +161,55 @@ def test_what_the_compiler_lacks(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_numbers_beyond_the_kernels_take_the_reference(device, monkeypatch) -> None:
+def test_large_numbers_are_attended_on_token_by_token(device, monkeypatch) -> None:
     monkeypatch.setenv("FIVEFOLD_KERNELS", KERNELS)
-    layer = make(device, [Extent()], Kivi(bits=4, residual=32))
-    layer.start(1)
-    (group,) = layer.groups
-    tokens = torch.randn(2, 1, 80, 64, device=device)
-    tokens[0, 0, 5, 3] = 2000.0
-    layer.append(group, *tokens)
-    assert why_not(layer, tokens.device, 4) == "keys or values reach 2000, more than the kernels' 750"
-    out, _ = attend_step(layer, group, torch.randn(1, 4, 64, device=device), 0.125)
-    assert out.isfinite().all()
+    layer = make(device, [Extent(), Extent(4, 150)], Kivi(bits=4, residual=32))
+    layer.start(2)
+    tokens = torch.randn(2, 4, 300, 64, device=device)
+    tokens[:, 2, 250, 3] = tokens[0, 1, 200, 7] = 60000.0
+    for group in layer.groups:
+        layer.append(group, *tokens[:, group.rows_tensor.to(device)])
+    assert why_not(layer, tokens.device, 4) == "keys or values reach 60000, more than the kernels' 750"
+    queries = torch.randn(4, 4, 64, device=device)
+    queries[..., 3] = queries[..., 7] = 1e-3
+    monkeypatch.setattr("fivefold.attention.decode.attend_packed", None)  # nobody goes through plain PyTorch
+    got = [attend_step(layer, group, queries[group.rows_tensor.to(device)], 0.125)[0] for group in layer.groups]
+    monkeypatch.undo()
+    monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
+    for group, out in zip(layer.groups, got, strict=True):
+        want, _ = attend_step(layer, group, queries[group.rows_tensor.to(device)], 0.125)
+        assert (out - want).norm() < 2e-3 * want.norm()
+
+
+@pytest.mark.parametrize("by", ["kernel", "codec"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_only_the_rows_that_hold_large_numbers_lose_the_kernels(device, by, monkeypatch) -> None:
+    """And only as long as they are there: a sequence that goes takes the loss with it, to whatever cache it joins."""
+    monkeypatch.setenv("FIVEFOLD_KERNELS", KERNELS)
+    if by == "codec":
+        monkeypatch.setattr(packer, "_by_kernel", lambda *args: False)
+    pools = Pools()
+    layers = [make(device, [Extent(), Extent()], Kivi(bits=4, residual=32), pools=pools) for _ in range(2)]
+    tokens = torch.randn(2, 2, 4, 200, 64, device=device)
+    tokens[0, 1, 3, 5, 3], tokens[1, 1, 2, 199, 0] = -2000.0, 3000.0  # packed, and still exact
+    for layer, new in zip(layers, tokens.unbind(1)):
+        layer.start(2)
+        layer.append(layer.groups[0], *new)
+    bank = Bank.united(layers, None)
+    for layer, new in zip(layers, tokens.unbind(1)):
+        packed = new[:, :, : int(layer.groups[0].bounds.packed_stop)].abs().amax((0, 2, 3)).cpu()
+        assert torch.equal(torch.from_numpy(bank.peak)[layer.base : layer.base + 4], packed)
+
+    def lost() -> list[bool]:
+        each = why_not_each(dict(enumerate(layers)), {})
+        return ["2000" in (each[number] or "") for number in range(2)]
+
+    assert lost() == [False, True]
+    forked = [layer.fork() for layer in layers]
+    bank.select(np.array([0]))
+    assert lost() == [False, False] and forked[1].bank.peaks().max() == 2000
+    bank.free()
+    assert not bank.peaks().any()
 
 
 @pytest.mark.parametrize("device", DEVICES)

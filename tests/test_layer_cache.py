@@ -296,92 +296,18 @@ def test_select_repeats_drops_and_reorders() -> None:
     assert layer.batch == 0 and all(pool.pages_in_use == 0 for pool in layer.pools)
 
 
-def test_two_layers_share_their_packed_pages_and_keep_their_own_fields() -> None:
-    pools = Pools()
-    one, two = make(codec=SharedKeys(), pools=pools), make(codec=SharedKeys(), pools=pools)
-    extend(one, 600, seed=1)
-    extend(two, 600, seed=2)
-    shared_pool, own_pool = one.packed_pools
-    assert two.packed_pools[0] is shared_pool and two.packed_pools[1] is own_pool
-    (mine,), (theirs,) = two.groups, one.groups
-    pages = mine.packed.size
-    values, keys = packed(two, mine)[1], packed(one, theirs)[0]
-    assert shared_pool.pages_in_use == own_pool.pages_in_use == 2 * pages
-    one_before = image(one)
-
-    two.share_packed(one)
-    (mine,) = two.groups
-    assert shared_pool.pages_in_use == pages  # stored, and counted, once
-    assert own_pool.pages_in_use == 2 * pages
-    assert torch.equal(packed(two, mine)[0], keys)
-    assert torch.equal(packed(two, mine)[1], values)
-    assert image(one) == one_before
-    pools.budget.trim()
-    assert pools.budget.used == sum(pool.allocated_bytes for pool in pools)
-
-    extend(two, 100, seed=3)  # packs into the open page, of which two now needs a copy
-    assert image(one) == one_before
-    (mine,) = two.groups
-    assert torch.equal(packed(two, mine)[0][:, :544], keys[:, :544])
-    after = image(two)
-    one.free()
-    assert image(two) == after
-    two.free()
-    assert all(pool.pages_in_use == 0 for pool in pools)
-
-
-def test_a_layer_whose_packed_pages_were_taken_over_copies_them_before_it_writes() -> None:
-    pools = Pools()
-    one, two = make(codec=SharedKeys(), pools=pools), make(codec=SharedKeys(), pools=pools)
-    extend(one, 300, seed=1)
-    extend(two, 300, seed=2)
-    two.share_packed(one)
-    before = image(two)
-    one.crop(100)
-    extend(one, 100, seed=3)
-    assert one.groups[0].bounds.packed_stop == 256 and image(two) == before
-
-
-def test_layers_share_only_what_stands_at_the_same_place() -> None:
-    pools = Pools()
-    extents = [Extent(), Extent(0, 300)]
-    one = make(extents, SharedKeys(), pools=pools, batch=2)
-    two = make(extents, SharedKeys(), pools=pools, batch=2)
-    extend(one, [300, 300], seed=1)
-    extend(two, [300, 300], seed=2)
-    extend(two, [0, 1], seed=3)
-    before, pages = image(two), [group.packed.tolist() for group in two.groups]
-    with pytest.raises(CacheStateError, match="the same tokens"):
-        two.share_packed(one)
-    extend(one, [1, 1], seed=4)
-    with pytest.raises(CacheStateError, match="the same tokens"):
-        two.share_packed(one)
-    assert image(two) == before and [group.packed.tolist() for group in two.groups] == pages
-    # However they came to stand there: row by row is what counts.
-    extend(two, [1, 0], seed=5)
-    two.share_packed(one)
-    mine, theirs = image(two), image(one)
-    for row in mine:
-        assert mine[row][0] == theirs[row][0] and mine[row][3] == theirs[row][3]  # bounds, and packed keys
-
-
 def test_shared_own_pages_are_copied_when_an_append_writes_to_them() -> None:
     def build() -> list[LayerCache]:
         pools = Pools()
-        one, two = make(codec=SharedKeys(), pools=pools), make(codec=SharedKeys(), pools=pools)
-        extend(one, 160, seed=1)
-        extend(two, 160, seed=2)
-        twin = two.fork()  # holds the own pages of `two` as well
-        two.share_packed(one)
-        one.free()
-        return [two, twin]
+        layer = make(codec=SharedKeys(), pools=pools)
+        extend(layer, 160, seed=2)
+        return [layer, layer.fork()]
 
-    two, twin = build()
+    layer, twin = build()
     before = image(twin)
     with Allocations() as taken:
-        extend(two, 32, seed=3)
-    shared, own = two.packed_pools
-    assert taken.pages[two.exact_pool] == 1 and shared not in taken.pages and taken.pages[own] == 1
+        extend(layer, 32, seed=3)
+    assert [taken.pages[pool] for pool in (layer.exact_pool, *layer.packed_pools)] == [1, 1, 1]
     assert image(twin) == before
     check_to_the_byte(build, lambda layer: extend(layer, 32, seed=3))
 
@@ -556,9 +482,8 @@ def alike() -> list[LayerCache]:
 
 
 def entangled() -> list[LayerCache]:
-    one, two = alike()
-    two.share_packed(one)
-    return [one, two, one.fork()]
+    layer = alike()[0]
+    return [layer, layer.fork()]
 
 
 def sparse() -> list[LayerCache]:
@@ -641,8 +566,6 @@ CHANGES: dict[str, tuple[Callable[[], list[LayerCache]], Callable[[list[LayerCac
     "select": (forked, lambda layers: layers[0].select(np.array([1, 1, 0])), 2),
     "fork": (plain, lambda layers: layers.append(layers[0].fork()), 2),
     "free": (forked, lambda layers: layers[0].free(), 0),
-    "share": (alike, lambda layers: layers[1].share_packed(layers[0]), 1),
-    "share again": (entangled, lambda layers: layers[1].share_packed(layers[2]), 1),
     "pages move": (sparse, lambda layers: compact_all(layers[0]), 6),
     "chunk of shared": (entangled, lambda layers: extend_whole(layers[1], 90), 20),
     "common step": (united, lambda layers: step_united(layers[0], 8), 25),
@@ -914,4 +837,4 @@ def test_table_bytes() -> None:
     extend(layer, 300)  # 8 groups packed, in a page; 12 + 32 tokens exact, in two
     rows, columns = 2, 4  # tables have room to grow
     assert layer.bank.exact.table.shape == layer.bank.packed.table.shape == (rows, columns)
-    assert layer.bank.nbytes == rows * (8 * (len(Bounds._fields) + 2 * columns + 2) + 1)
+    assert layer.bank.nbytes == rows * (8 * (len(Bounds._fields) + 2 * columns + 2) + 4 + 1)

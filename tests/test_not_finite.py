@@ -72,17 +72,15 @@ def test_what_is_checked_later_is_what_is_checked_at_once(which: int, value: flo
     """A GPU says at the end of a forward what a CPU says of each layer."""
     pair = torch.linspace(-2, 3, 2 * 4 * 32 * 64).view(2, 4, 32, 64).to(dtype)
     pair[which, 3, 7, 11] = value
-    said, codecs = [], [KiviCodec(4, 32, 32, 64) for _ in range(2)]
-    for codec, later in zip(codecs, (False, True)):
+    said = []
+    for later in (False, True):
         change = Transaction()
         try:
             if later:
-                _check_later(change, codec, *pair)
-                assert codec.peak == 0
+                _check_later(change, *pair)
                 change.verify()
             else:
-                codec.check(*pair)
+                KiviCodec(4, 32, 32, 64).check(*pair)
         except NonFiniteError as error:
             said.append(str(error))
     assert len(said) == (0 if abs(value) < 100 else 2) and len(set(said)) <= 1
-    assert said or codecs[0].peak == codecs[1].peak == 7.5

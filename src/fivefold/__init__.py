@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fivefold.errors import FivefoldError
+from fivefold.errors import FivefoldError, SlowPathWarning
 
 if TYPE_CHECKING:
     from fivefold.api import compress, load_cache, restore
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "FivefoldError", "PrefixStore", "Recipe", "Request", "__version__", "compress", "convert", "generate_many",
-    "load_cache", "restore",
+    "FivefoldError", "PrefixStore", "Recipe", "Request", "SlowPathWarning", "__version__", "compress", "convert",
+    "generate_many", "load_cache", "restore",
 ]  # fmt: skip
 
 # These need torch, which takes seconds to import: it waits until one of them is asked for (PEP 562).

@@ -50,6 +50,7 @@ def compress(
     parsed = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe)
     cache = huggingface.make_cache(model, parsed, parse_bytes(max_bytes), cuda_graph, sliding)
     huggingface.prepare(model, cache.absent)
+    cache.warn(2)
     return cache
 
 

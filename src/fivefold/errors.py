@@ -48,6 +48,11 @@ class CompileError(FivefoldError, RuntimeError):
     """A kernel that cannot be compiled on this machine."""
 
 
+class SlowPathWarning(UserWarning):
+    """A cache works more slowly than this machine could: said once, with the reason, where it becomes known. What a
+    cache does is in its `report()`; `warnings.simplefilter("ignore", fivefold.SlowPathWarning)` keeps it quiet."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's error, without its full stop and short enough to quote in a sentence."""
     lines = str(error).strip().splitlines()

@@ -27,6 +27,7 @@ class Report:
     exact_equivalent: what `DynamicCache` holds for the same tokens in the same dtype.
     kept_tokens: stored (token, kv head, layer) entries over all that were seen: what layers, heads and tokens saved.
     bits: bits per stored number of filled slots: what channels and bits saved.
+    decoding: which way its decoding steps go, and why (see `fivefold.engine.decoding`).
     """
 
     recipe: str
@@ -48,6 +49,7 @@ class Report:
     exact_equivalent: int
     kept_tokens: float
     bits: float
+    decoding: str = ""
 
     @property
     def total(self) -> int:
@@ -80,11 +82,14 @@ class Report:
             if size:
                 shared = " (shared by all caches, not counted above)" if name == "process" else ""
                 lines.append(f"  {name:<10} {size:>14,} bytes{shared}")
+        if self.decoding:
+            lines.append(f"  decoding: {self.decoding}")
         return "\n".join(lines)
 
 
-def measure(session: Session, recipe: str, graph: int = 0) -> Report:
-    """Count a cache's bytes from its page tables and pools. graph: bytes of a captured step."""
+def measure(session: Session, recipe: str, graph: int = 0, decoding: str = "") -> Report:
+    """Count a cache's bytes from its page tables and pools. graph: bytes of a captured step; decoding: as `Report`
+    has it."""
     held: dict[PagePool, list[tuple[np.ndarray, np.ndarray]]] = {pool: [] for pool in session.pools}
     seen = stored = numbers = 0
     for bank in session.banks:
@@ -146,4 +151,5 @@ def measure(session: Session, recipe: str, graph: int = 0) -> Report:
         exact_equivalent=exact_equivalent + sliding,
         kept_tokens=stored / seen if seen else 1.0,
         bits=8 * sum(kinds.values()) / numbers if numbers else 8.0 * specs[0].dtype.itemsize,
+        decoding=decoding,
     )

@@ -49,8 +49,8 @@ class DiskFault(OSError, Fault):
 
 @dataclass(frozen=True)
 class Setup:
-    """How the caches of a system are made. `group` 0 is no codec; `own`: layers may share the keys they
-    packed; `united`: they have common tables once they hold something.
+    """How the caches of a system are made. `group` 0 is no codec; `own`: packed keys and values are in
+    pools of their own; `united`: layers have common tables once they hold something.
     """
 
     seed: int

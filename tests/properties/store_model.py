@@ -25,7 +25,7 @@ MOST_JOINED = 6
 MOST_CACHES = 4
 
 WEIGHTS = {
-    "decode": 8, "chunk": 6, "fork": 2, "select": 3, "crop": 4, "free": 1, "trim": 1, "cap": 1, "share": 2,
+    "decode": 8, "chunk": 6, "fork": 2, "select": 3, "crop": 4, "free": 1, "trim": 1, "cap": 1,
     "record": 1, "overflow": 1, "compact": 2, "new": 2, "join": 4, "take": 3, "offload": 2, "restore": 2, "save": 1,
 }  # fmt: skip
 CACHE, FAULTS = (0, 3), (-40, 40)
@@ -35,7 +35,6 @@ ARGUMENTS: dict[str, tuple[tuple[int, int], ...]] = {
     "select": ((1, MOST_SEQUENCES), (0, 255)),
     "crop": ((0, LAYERS), (1, 400)),
     "cap": ((-8, 30),),
-    "share": ((0, 1),),
     "overflow": ((0, 7), (1, 300)),
     "record": ((0, 2),),
     "new": ((0, 2),),
@@ -153,18 +152,6 @@ class System(Driver):
     def record(self, cache: Twin, on: int) -> None:
         """From now on (or no longer) the newest tokens may be taken back."""
         cache.session.recording = on == 1
-
-    def share(self, cache: Twin, source: int) -> None:
-        mine, theirs = cache.layers[1 - source], cache.layers[source]
-        if mine.packing is None:
-            return
-        part = partial(mine.share_packed, theirs)
-        if self.attempt(cache, np.array_equal(mine.bounds, theirs.bounds), part, part) is REFUSED:
-            return
-        plain = cache.plain
-        packed = plain.packed[source][..., None, None]
-        for x in (plain.keys,) if self.setup.own else (plain.keys, plain.values):
-            x[1 - source] = np.where(packed, x[source], x[1 - source])
 
     # -- caches and sequences -----------------------------------------------------------------------------
 

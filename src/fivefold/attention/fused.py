@@ -14,6 +14,7 @@ from fivefold.attention.watch import why_not_watched
 from fivefold.errors import CacheStateError
 from fivefold.kernels.choice import choose
 from fivefold.kernels.packed_decode import Form, cpu, schedule
+from fivefold.store.bank import Bank
 from fivefold.store.group import RowGroup
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.rows import Bounds, Span
@@ -27,9 +28,18 @@ def attend_fused(
     sinks: torch.Tensor | None = None,
     left: Part | None = None,
 ) -> torch.Tensor | None:
-    """`attend_step` by kernels, merged with `left` (see `left_of`); None where they do not run (see `why_not`)."""
-    if why_not(layer, queries.device, queries.shape[1]) is not None:
+    """`attend_step` by kernels, merged with `left` (see `left_of`); None where they do not run (see `why_not`).
+
+    Packed numbers that are too large for their kernel are attended on as if each token had been picked.
+    """
+    if why_not(layer, queries.device, queries.shape[1], large=True) is not None:
         return None
+    packed_form = layer.codec is not None and isinstance(layer.codec.reader, Form) and choose(queries.device).triton
+    if packed_form and group.bounds.packed_tokens and layer.bank.peak[group.flat].max() > schedule.LIMIT:
+        seen = group.bounds.span()
+        every = torch.arange(seen.packed_first, seen.packed_stop, dtype=torch.int32, device=queries.device)
+        slots = every.repeat(len(group.rows), 1)
+        return None if left is not None else attend_picked_fused(layer, group, queries, scaling, slots, sinks)
     tables = tables_of(layer.bank)
     tables.sync()
     packed, exact = tables.pages(group, tables.joined)
@@ -41,11 +51,16 @@ def attend_fused(
     return with_sinks(out, lse, sinks)
 
 
+def gives_weights(device: torch.device) -> bool:
+    """Whether kernels give the weights of every slot beside the output."""
+    return choose(device).path == "cpp"
+
+
 def attend_scored_fused(
     layer: LayerCache, group: RowGroup, queries: torch.Tensor, scaling: float, sinks: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """`attend_step` with the weights of every slot, of rows without a window; None where no kernel gives them."""
-    if why_not(layer, queries.device, queries.shape[1]) is not None or choose(queries.device).path != "cpp":
+    if why_not(layer, queries.device, queries.shape[1]) is not None or not gives_weights(queries.device):
         return None
     tables = tables_of(layer.bank)
     tables.sync()
@@ -68,7 +83,7 @@ def attend_picked_fused(
 ) -> torch.Tensor | None:
     """Attention over what `slots [rows, n]` name alone, negative ones left out: packed slots, beside the whole exact
     tier, if anything is packed, else exact ones. None where the kernels do not run."""
-    if why_not(layer, queries.device, queries.shape[1]) is not None:
+    if why_not(layer, queries.device, queries.shape[1], large=True) is not None:
         return None
     tables = tables_of(layer.bank)
     tables.sync()
@@ -108,8 +123,9 @@ def unpack_fused(
     return kernel.unpack_pages(codec.form, packed.table[:, first:last], dtype)
 
 
-def why_not(layer: LayerCache, device: torch.device, heads: int) -> str | None:
-    """Why the kernels do not decode this layer, in a few words; None if they do.
+def why_not(layer: LayerCache, device: torch.device, heads: int, large: bool = False) -> str | None:
+    """Why the kernels do not decode this layer, in a few words; None if they do. large: numbers beyond the `LIMIT` of
+    the kernel for packed pages do not matter.
 
     Raises `CacheStateError` if they were asked for and this machine cannot run them.
     """
@@ -129,9 +145,11 @@ def why_not(layer: LayerCache, device: torch.device, heads: int) -> str | None:
         reader = codec.reader
         if reader is None:
             return "no kernel reads this codec's pages"
-        if choice.triton and codec.peak > reader.limit:
-            return f"keys or values reach {codec.peak:.0f}, more than the kernels' {reader.limit:.0f}"
-        if reader.positional and layer.known:
+        # One token at a time, large numbers are no trouble (`attend_fused`).
+        peak = 0.0 if large and isinstance(reader, Form) else float(layer.bank.peaks()[layer.index])
+        if choice.triton and peak > reader.limit:
+            return f"keys or values reach {peak:.0f}, more than the kernels' {reader.limit:.0f}"
+        if reader.positional and any(layer.head_chosen):
             return "packed pages do not say where in the text the tokens that were chosen stand"
         if reader.team > 1 and len(set(layer.extents)) > 1:
             return "heads that are packed together hold different tokens"
@@ -142,15 +160,18 @@ def why_not(layer: LayerCache, device: torch.device, heads: int) -> str | None:
 def why_not_each(layers: dict[int, LayerCache], roles: Mapping[int, str]) -> dict[int, str | None]:
     """The same for the steps of many layers by index; roles: what they read in a step (see `ReadPolicy`)."""
     kinds: dict[tuple[object, ...], str | None] = {}
+    peaks: dict[Bank, np.ndarray] = {}
     out: dict[int, str | None] = {}
     for index, layer in layers.items():
         # Layers of a bank are alike, but for the largest number that they have seen, and what is read and held.
         role = roles.get(index, "full")
         windows = role == "full" or tuple(extent.recent for extent in layer.extents)
-        policy = id(layer.policy) if layer.known else None
-        reader = None if layer.codec is None else layer.codec.reader
-        large = reader is not None and layer.codec.peak > reader.limit  # type: ignore[union-attr]
-        kind = layer.bank, large, role, windows, policy
+        policy = id(layer.policy) if any(layer.head_chosen) else None
+        reader, bank = None if layer.codec is None else layer.codec.reader, layer.bank
+        if bank not in peaks:
+            peaks[bank] = bank.peaks()
+        large = reader is not None and bool(peaks[bank][layer.index] > reader.limit)
+        kind = bank, large, role, windows, policy
         if kind not in kinds:
             kinds[kind] = _why_not_step(layer, role)
         out[index] = kinds[kind]
@@ -162,7 +183,7 @@ def _why_not_step(layer: LayerCache, role: str) -> str | None:
     path = choose(layer.spec.device).path
     if role != "full" and path == "reference":
         return "what is read is picked anew in every step"
-    if layer.known and path in ("cpp", "reference"):
+    if any(layer.head_chosen) and path in ("cpp", "reference"):
         return "the tokens that are held are chosen in every step"
     why = None if path == "cpp" else why_not_watched(layer, role)
     return why or why_not(layer, layer.spec.device, layer.spec.query_heads // layer.spec.kv_heads)

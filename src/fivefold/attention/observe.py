@@ -11,12 +11,25 @@ import torch
 
 from fivefold.attention.merge import capped, with_sinks
 from fivefold.attention.prefill import attend_chunk
-from fivefold.kernels.received import has_kernel, received
+from fivefold.kernels.received import HEAD_DIMS, has_kernel, received
 from fivefold.store.group import RowGroup
 from fivefold.store.layer_cache import LayerCache
 
 # Weights that are made at a time: enough rows for an efficient product, few enough to stay near the processor.
 BLOCK = 3 << 19
+
+
+def why_weighed(layer: LayerCache) -> str | None:
+    """Why the attention that a prompt's tokens get is plain PyTorch where kernels run, in a few words; None if it is
+    not, or nobody wants to know it of all queries."""
+    policy = layer.policy
+    if policy is None or not (policy.chooses and policy.observes is None and any(layer.head_chosen)):
+        return None
+    if layer.spec.cap is not None:
+        return "scores are capped"
+    if layer.spec.head_dim not in HEAD_DIMS:
+        return f"head_dim {layer.spec.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
+    return None if policy.sums else f"{policy.name} wants more of it than sums"
 
 
 def attend_observed(

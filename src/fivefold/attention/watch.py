@@ -33,7 +33,7 @@ GROWS, GIVES = 1, 2
 def why_not_watched(layer: LayerCache, role: str) -> str | None:
     """Why a GPU's kernels do not watch this layer's tokens in a step, or pick of them, in a few words; None if they
     do."""
-    if role != "full" and layer.known:
+    if role != "full" and any(layer.head_chosen):
         return "what is picked are tokens that are chosen"
     if role != "full" and 0 < sum(extent.recent is None for extent in layer.extents) < len(layer.extents):
         return "heads with a window stand beside those that pick"
@@ -41,9 +41,9 @@ def why_not_watched(layer: LayerCache, role: str) -> str | None:
     if reader is not None and not isinstance(reader, Form):
         if role != "full":
             return "no kernel picks of such pages"
-        if layer.known and not reader.scores:
+        if any(layer.head_chosen) and not reader.scores:
             return "no kernel says what this codec's tokens receive"
-    if layer.known:
+    if any(layer.head_chosen):
         policy: Any = layer.policy
         why: str | None = policy.why_not_step(layer.codec is not None)
         return why

@@ -226,13 +226,12 @@ def timed(model: Any, cache: Any, batch: int, steps: int) -> dict[str, Any]:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - start) * 1000)
     times = times[WARM_UP:]
-    held = held_bytes(cache)
-    step = getattr(cache, "step", None)
-    why = {"no_graph": getattr(step, "failed", None), "own_code": getattr(step, "own", None)}
+    held, way, step = held_bytes(cache), getattr(cache, "decoding", None), getattr(cache, "step", None)
+    more = {"decoding": way, "no_graph": getattr(step, "failed", None), "own_code": getattr(step, "own", None)}
     if hasattr(cache, "free"):
         cache.free()
     # Every 32nd step packs a group: the mean has it, the median does not.
     ms, mean = statistics.median(times), statistics.fmean(times)
     peak = torch.cuda.max_memory_allocated() if cuda else None
     row = {"ms": ms, "mean_ms": mean, "tokens_s": 1000 * batch / mean, "cache_bytes": held, "peak_bytes": peak}
-    return {**row, **{name: said for name, said in why.items() if said}}
+    return row | {name: said for name, said in more.items() if said}

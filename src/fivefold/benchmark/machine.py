@@ -8,11 +8,18 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 
+from fivefold.engine import decoding as steps
+from fivefold.engine.build import build
+from fivefold.errors import FivefoldError
 from fivefold.kernels.choice import choose
+from fivefold.methods import registered
+from fivefold.recipe import Recipe
+from fivefold.store.spec import LayerSpec, Pools
 
 PACKAGES = ("fivefold", "torch", "transformers", "triton", "numpy")
 FLUSHED = 1 << 28
@@ -35,6 +42,23 @@ def describe() -> dict[str, Any]:
     found["FIVEFOLD_KERNELS"] = os.environ.get("FIVEFOLD_KERNELS", "auto")
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     found["devices"] = [{"device": str(d), **_hardware(d), **choose(d)._asdict()} for d in devices]
+    return found
+
+
+def decoding(device: torch.device) -> dict[str, str]:
+    """Which way decoding steps would go on a device, by method (without those that need a profile): in 32 layers of 8
+    KV heads with 128 numbers, four query heads each, in bfloat16, as a CUDA graph where they can be one."""
+    specs = [LayerSpec(i, 32, 8, 32, 128, torch.bfloat16, device) for i in range(32)]
+    found = {}
+    for recipe in (Recipe(), *(Recipe((kind(),)) for kind in registered().values())):
+        with suppress(FivefoldError):
+            session = build(recipe, recipe.divided(specs)[0], Pools())
+            graph = ""
+            if device.type == "cuda":
+                from fivefold.models.graph import Step  # imports transformers, which takes seconds
+
+                graph = "" if Step.why_not(session) else "as a CUDA graph"
+            found[str(recipe)] = steps.describe(session, graph)
     return found
 
 

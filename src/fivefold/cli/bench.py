@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from fivefold.cli.app import JsonFileOption, RecipesOption
 from fivefold.cli.files import writable, write_json, write_results
 from fivefold.cli.models import silence
 from fivefold.cli.terminal import out, progress_bars
 from fivefold.errors import InputError
-from fivefold.tables import Table
+from fivefold.tables import Facts, Table
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +92,10 @@ def bench_decode(
         lines.append(cells)
     title = f"{shape} on {machine.name()}"
     _print_table(title, "context, batch, cache, graph", "ms/step, mean, x DynamicCache, tokens/s, cache MiB", lines)
+    ways = Facts()
+    for name, way in dict.fromkeys((row["recipe"], row["decoding"]) for row in rows if row.get("decoding")):
+        ways.add_row(Text(name), Text(way))
+    out.print(ways, crop=False)
     write_results(target, json_file, {**machine.stamp(), "rows": rows})
 
 

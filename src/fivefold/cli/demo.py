@@ -17,7 +17,7 @@ from fivefold.cli.files import writable, write_results
 from fivefold.cli.generating import check_dtype
 from fivefold.cli.models import fetch_if_missing, load_model
 from fivefold.cli.terminal import err, out, progress_bars
-from fivefold.tables import Table
+from fivefold.tables import Facts, Table
 
 _LEGEND = (
     "of exact, x: compared with the first row, transformers' exact cache, in this run (below 1: less memory, "
@@ -79,6 +79,7 @@ def demo(
         f"reference with {len(result['questions'])} facts planted in it\n"
     )
     out.print(_table(rows), crop=False)
+    out.print(_decoding(rows), crop=False)
     out.print(Padding(Text(_LEGEND, style="dim"), (1, 0, 0, 0)))
     out.print(_facts(result["questions"], rows), crop=False)
     write_results(target, json_file, result)
@@ -129,6 +130,15 @@ def _table(runs: list[dict[str, Any]]) -> Table:
             f"{run['agreement']:.0%}",
             f"{run['answers_right']}/{len(run['answers'])}",
         )
+    return table
+
+
+def _decoding(runs: list[dict[str, Any]]) -> Facts:
+    """Which way each recipe's decoding steps went."""
+    table = Facts()
+    for run in runs:
+        if run["decoding"]:
+            table.add_row(Text(run["recipe"]), Text(run["decoding"]))
     return table
 
 

@@ -75,6 +75,7 @@ def cache_report(cache: Any, speed: list[tuple[str, int, float]]) -> Facts:
     kinds = ("exact", "codes", "scales", "other", "statistics", "sliding", "slack", "free", "forks", "tables")
     held = [f"{kind} {getattr(report, kind):,}" for kind in kinds if getattr(report, kind)]
     table.add_row("bytes", ", ".join(held) or "none")
+    table.add_row("decoding", Text(report.decoding))
     for what, tokens, seconds in speed:
         rate = f", {tokens / seconds:,.1f} tokens/s" if tokens else ""
         table.add_row(what, f"{tokens:,} tokens in {seconds:.1f} s{rate}")

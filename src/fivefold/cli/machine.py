@@ -35,11 +35,15 @@ def fetch(
 
 
 def doctor(as_json: PrintJsonOption = False) -> None:
-    """Say what this machine has, and which kernels run on it and why."""
-    from fivefold.benchmark.machine import describe
+    """Say what this machine has, which kernels run on it and why, and which way decoding goes with each method."""
+    import torch
+
+    from fivefold.benchmark.machine import decoding, describe
     from fivefold.kernels.choice import PATHS
 
     found = describe()
+    for part in found["devices"]:
+        part["decoding"] = decoding(torch.device(part["device"]))
     if as_json:
         print(json.dumps(found, indent=2))
         return
@@ -51,6 +55,9 @@ def doctor(as_json: PrintJsonOption = False) -> None:
         held = f", {part['memory'] / 2**30:.0f} GiB, capability {part['capability']}" if "memory" in part else ""
         table.add_row(part["device"], Text(f"{part['name']}{held}"))
         table.add_row("", Text(f"kernels: {part['path']} ({part['why']})"))
+        for way in dict.fromkeys(part["decoding"].values() if part["possible"] else ()):
+            names = ", ".join(name for name, its in part["decoding"].items() if its == way)
+            table.add_row("", Text(f"decoding with {names}: {way}"))
     out.print(table, crop=False)
     bad = next((part for part in found["devices"] if not part["possible"]), None)
     if bad and found["FIVEFOLD_KERNELS"] not in PATHS:

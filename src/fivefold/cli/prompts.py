@@ -122,7 +122,7 @@ def generate_all(prompts: str, out: str, options: Options) -> None:
         try:
             _work(scheduler, network, tokenizer, lines, found, results, options.chat, tally, stopped)
         finally:
-            err.print(_table(parsed, tally, store), crop=False)
+            err.print(_table(parsed, tally, store, scheduler.batch.cache.decoding), crop=False)
         if tally.before + tally.done + tally.failed < tally.total:
             kept = tally.before + tally.done
             err.print(
@@ -269,7 +269,7 @@ def _exact_bytes(scheduler: Scheduler) -> Callable[[int], int]:
     return lambda tokens: sum(sizes) * tokens + sizes[0] * sum(min(tokens, window - 1) for window in windows)
 
 
-def _table(recipe: Recipe, tally: _Tally, store: PrefixStore | None) -> Facts:
+def _table(recipe: Recipe, tally: _Tally, store: PrefixStore | None, decoding: str) -> Facts:
     table = Facts()
     table.add_row("recipe", Text(str(recipe)))
     others = [f"{tally.failed:,} failed"] * bool(tally.failed) + [f"{tally.before:,} earlier"] * bool(tally.before)
@@ -281,6 +281,7 @@ def _table(recipe: Recipe, tally: _Tally, store: PrefixStore | None) -> Facts:
         "cache",
         f"{tally.peak / 2**20:.2f} MiB at its peak, {ratio}the exact cache's {tally.exact_peak / 2**20:.2f} MiB",
     )
+    table.add_row("decoding", Text(decoding))
     if store is not None:
         known = store.statistics
         table.add_row(

@@ -1,4 +1,8 @@
-"""What is checked before any layer takes a chunk: its padding, and its positions."""
+"""What is checked before any layer takes a chunk: its padding, and its positions.
+
+Of a decoding step nobody waits for them. It is taken for one with a token for every sequence, at the next position, and
+whether it is one is looked at before it is committed; if not, it is taken back, and done once more (`Padded`).
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,78 @@ import torch
 
 from fivefold.errors import CacheStateError
 from fivefold.store.layer_cache import LayerCache
+from fivefold.store.transaction import Transaction
+
+
+class Padded(CacheStateError):
+    """A step was not what it was taken for: to be taken back, and done once more with a look at its mask first."""
+
+    def __init__(self) -> None:
+        super().__init__("the mask or the positions of a step are not those of one token for every sequence.")
 
 
 def positional(stores: Mapping[int, LayerCache]) -> LayerCache | None:
     """The first layer whose codec looks at positions; None if there is none, so that nobody need know them."""
     return next((one for one in stores.values() if one.codec is not None and one.codec.positional), None)
+
+
+def admitted(
+    trusted: Transaction | None,
+    stores: Mapping[int, LayerCache],
+    length: int,
+    batch: int,
+    chunk: int,
+    mask: torch.Tensor | None,
+    positions: torch.Tensor | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """How many tokens of a chunk are no padding, and the position of each sequence's first token: int64 `[batch]` each.
+
+    The arguments are those of `new_tokens` and `offsets`. trusted: the change that a decoding step is, if it may be
+    taken for what steps usually are; None has a look. Raises `CacheStateError`.
+    """
+    first = positional(stores) or next(iter(stores.values()))
+    held, known = np.zeros(batch, dtype=np.int64), None
+    if first.batch:
+        held, known = first.lengths(), first.offsets[:: first.spec.kv_heads]
+    if trusted is not None and known is not None and held.all():
+        expect(trusted, mask, length, held, positions, known)
+        return np.ones_like(held), np.zeros_like(held) if positions is None else known
+    tokens = new_tokens(mask, length, held, chunk)
+    if positions is None:
+        return tokens, np.zeros_like(held)
+    return tokens, offsets(positions.expand(batch, -1).cpu().numpy(), held, tokens, known)
+
+
+def expect(
+    change: Transaction,
+    mask: torch.Tensor | None,
+    length: int,
+    held: np.ndarray,
+    positions: torch.Tensor | None,
+    known: np.ndarray,
+) -> None:
+    """Before a step is committed: raise `Padded` unless it has a token for every sequence, at the next position.
+
+    The arguments are those of `new_tokens` and `offsets`.
+    """
+    found, wanted = [], []
+    if mask is not None:
+        some = mask != 0
+        for part, want in ((some[:, :length].sum(1), held), (some[:, length:].sum(1), np.ones_like(held))):
+            found.append(part.expand(len(held)))
+            wanted.append(want)
+    if positions is not None:
+        found.append(positions[:, -1].expand(len(held)).to(found[0].device if found else positions.device))
+        wanted.append(known + held)
+    if not found:
+        return
+    expected = np.concatenate(wanted).tolist()
+
+    def look(numbers: list[float]) -> None:
+        if numbers != expected:
+            raise Padded
+
+    change.check(torch.cat(found), look)
 
 
 def new_tokens(mask: torch.Tensor | None, length: int, held: np.ndarray, chunk: int) -> np.ndarray:

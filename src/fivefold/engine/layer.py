@@ -12,7 +12,7 @@ from fivefold.attention import attend_chunk, attend_observed, attend_picked, att
 from fivefold.attention.merge import with_sinks
 from fivefold.engine.session import Session
 from fivefold.errors import NonFiniteError
-from fivefold.store.codec import FLOAT16_MAX, Codec, beyond
+from fivefold.store.codec import FLOAT16_MAX, beyond
 from fivefold.store.group import RowGroup
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.transaction import Transaction
@@ -67,7 +67,7 @@ def attend(
     keys, values = key.reshape(rows, chunk, dim), value.reshape(rows, chunk, dim)
     if chunk > 1 and store.codec is not None and not stored:
         if keys.is_cuda and store.codec.form is not None and session.change is not None:
-            _check_later(session.change, store.codec, keys, values)  # or the host would wait for every layer
+            _check_later(session.change, keys, values)  # or the host would wait for every layer
         else:
             store.codec.check(keys, values)
     out = _over_groups(session, store, queries, keys, values, scaling, inputs, sinks, stored)
@@ -115,7 +115,7 @@ def _over_groups(
     return out
 
 
-def _check_later(change: Transaction, codec: Codec, keys: torch.Tensor, values: torch.Tensor) -> None:
+def _check_later(change: Transaction, keys: torch.Tensor, values: torch.Tensor) -> None:
     """`Codec.check` of a codec whose pages kernels read, once the device has come so far."""
 
     def look(ends: list[float]) -> None:
@@ -123,7 +123,6 @@ def _check_later(change: Transaction, codec: Codec, keys: torch.Tensor, values: 
             peak = _peak(low, high)
             if not peak <= FLOAT16_MAX:  # also when it is NaN
                 raise beyond(name, peak)
-            codec.peak = max(codec.peak, peak)
 
     change.check(torch.stack([*keys.aminmax(), *values.aminmax()]).float(), look)
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from fivefold.engine.session import Session
 from fivefold.errors import CacheStateError, InputError, SavedCacheError, first_line
-from fivefold.store.bank import Bank
+from fivefold.store.bank import ROWS, Bank
 from fivefold.store.held import Held
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.pages import PagePool
@@ -34,7 +34,6 @@ _ASKED = ("query_heads", "cap")
 FILE, _TENSORS = "cache.json", "tensors-"
 # Bytes that are copied at a time, which bounds what a device needs for it.
 _PIECE = 1 << 26
-_ROWS = ("data", "offset", "chosen", "residual")
 _HELD = ("places", "positions", "scores")
 _COUNTS = ("prompt", "seen", "share", "final")
 
@@ -172,7 +171,7 @@ def _host(x: torch.Tensor) -> torch.Tensor:
 
 
 def _collect_rows(bank: Bank, name: str, out: dict[str, torch.Tensor]) -> None:
-    for array in _ROWS:
+    for array in (*ROWS, "data"):
         out[f"{name}.{array}"] = torch.from_numpy(getattr(bank, array).copy())
     for which, (tier, columns) in enumerate(bank.columns()):
         there = np.arange(int(columns.max(initial=0))) < columns[:, None]
@@ -192,9 +191,11 @@ def _collect_rows(bank: Bank, name: str, out: dict[str, torch.Tensor]) -> None:
 
 
 def _install_rows(bank: Bank, name: str, tensors: dict[str, torch.Tensor], batch: int, change: Transaction) -> None:
-    for array in _ROWS:
-        setattr(bank, array, tensors[f"{name}.{array}"].numpy().copy())
-    bank.data = upgraded(bank.data)
+    bank.data = upgraded(tensors[f"{name}.data"].numpy().copy())
+    bank.peak = np.zeros(bank.data.shape[1], dtype=np.float32)  # files of older versions do not know it
+    for array in ROWS:
+        if f"{name}.{array}" in tensors:
+            setattr(bank, array, tensors[f"{name}.{array}"].numpy().copy())
     bank.batch, tiers = batch, []
     for which, old in enumerate((bank.exact, bank.packed)):
         if old is None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from fivefold.kernels.device import sent
 from fivefold.methods import ReadPolicy
 from fivefold.store.group import RowGroup
 from fivefold.store.spec import LayerSpec
@@ -81,5 +82,5 @@ class Picks:
         key = rows.tobytes()
         if key not in self._found or self._found[key].device != spec.device:
             picks = self._picks.to(spec.device)
-            self._found[key] = picks[torch.from_numpy(rows).to(picks.device)]
+            self._found[key] = picks[sent(picks.device, rows)[0]]
         return self._found[key]

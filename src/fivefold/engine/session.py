@@ -19,7 +19,7 @@ import torch
 
 from fivefold.attention.fused import why_not_each
 from fivefold.attention.watch import unsteady
-from fivefold.engine import admission
+from fivefold.engine import admission, decoding
 from fivefold.engine.companions import Companions
 from fivefold.engine.picks import Picks, Reads
 from fivefold.engine.stepping import opened
@@ -82,6 +82,8 @@ class Session:
         """What sources do with their chunks once the layers that share them are done."""
         self.stepping: frozenset[int] = frozenset()
         """Layers of which a kernel stores and attends the newest token of all rows at once, in this forward."""
+        self.trusting = True
+        """Whether a step is taken for one of every sequence before its mask is known (`engine/admission.py`)."""
         self.captured = False
         """While a step runs for a graph: whoever runs it has admitted it."""
         self.picks = Picks(reads)
@@ -91,6 +93,7 @@ class Session:
         """Whether a forward was begun by its first layer, and ends with its last one."""
         self.state: Any = None
         """All that the cache holds, while it is offloaded (`engine/persist.py`)."""
+        self.told: set[str] = set()  # what has been said of its ways (`engine/decoding.py`)
         pools.users.add(self)
         self.inputs: torch.Tensor | None = None
         """What the layer that comes next was given, for codecs that want to know it."""
@@ -305,17 +308,13 @@ class Session:
         """
         if self.batch not in (0, batch):
             raise CacheStateError(f"the cache holds {self.batch} sequences and was given {batch}: use a new cache.")
-        held = self.stores[self.first].lengths() if self.batch else np.zeros(batch, dtype=np.int64)
-        self.tokens = admission.new_tokens(mask, self.length, held, chunk)
-        self.offsets = np.zeros(batch, dtype=np.int64)
-        if positions is not None:
-            first = admission.positional(self.stores) or self.stores[self.first]
-            known = first.offsets[:: first.spec.kv_heads] if self.batch else None
-            placed = positions.expand(batch, -1).cpu().numpy()
-            self.offsets = admission.offsets(placed, held, self.tokens, known)
-        self.chunk = chunk
-        if chunk == 1 and self.batch and (self.tokens == 1).all():
-            self.stepping = opened(self.stores, self.banks, self.reads, self.revocable)
+        trusted = self.change if self.trusting and chunk == 1 and not self._alone else None
+        self.tokens, self.offsets = admission.admitted(trusted, self.stores, self.length, batch, chunk, mask, positions)
+        self.trusting, self.chunk = chunk > 1 or bool(self.tokens.all()), chunk
+        if chunk == 1 and self.batch and self.tokens.all():
+            whys = self.why_not_fused()
+            decoding.warn(self, whys)
+            self.stepping = opened(self.stores, self.banks, whys, self.reads, self.revocable)
 
     @property
     def steady(self) -> bool:
@@ -450,7 +449,9 @@ class Session:
 
     def _twin(self, companions: Companions | None, stores: dict[int, LayerCache]) -> Session:
         kind = self.reads, stores, self.sources, self.entry, self.absent
-        return Session([], self.build, self.pools, companions, *kind)
+        twin = Session([], self.build, self.pools, companions, *kind)
+        twin.told = self.told
+        return twin
 
     def adopt_specs(self, other: Session, change: Transaction) -> None:
         """While it is empty: be of the kind that `other` has found its layers to be."""

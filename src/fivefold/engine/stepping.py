@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from fivefold.attention.fused import why_not_each
 from fivefold.attention.tables import tables_of
 from fivefold.attention.watch import Picked, unsteady
 from fivefold.engine.picks import Reads
@@ -12,10 +11,12 @@ from fivefold.store.bank import Bank
 from fivefold.store.layer_cache import LayerCache
 
 
-def opened(stores: dict[int, LayerCache], banks: Sequence[Bank], reads: Reads, revocable: int) -> frozenset[int]:
+def opened(
+    stores: dict[int, LayerCache], banks: Sequence[Bank], whys: Mapping[int, str | None], reads: Reads, revocable: int
+) -> frozenset[int]:
     """The layers whose steps are a kernel's; every row of theirs has a slot for its newest token now, and tables that
-    say so. revocable: as `Session.revocable`."""
-    fused = {index for index, why in why_not_each(stores, reads.roles).items() if why is None}
+    say so. whys: see `Session.why_not_fused`; revocable: as `Session.revocable`."""
+    fused = {index for index, why in whys.items() if why is None}
     steady = not unsteady(stores, revocable)
     if not steady:
         fused -= {index for index, store in stores.items() if store.known}

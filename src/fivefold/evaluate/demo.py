@@ -199,7 +199,6 @@ def _measure(
         steps.append(_clock(device) - start)
         rows.append(logits[0, -1].float().log_softmax(-1).cpu())
     progress(name, "decode", task.continuation.shape[1], task.continuation.shape[1])
-    del fork
     logs = torch.stack(rows)
     reference = logs if exact is None else exact
 
@@ -212,6 +211,7 @@ def _measure(
     return {
         "recipe": name,
         "cache_bytes": size,
+        "decoding": None if recipe is None else fork.decoding,
         "ratio": size / equivalent,
         "prefill_s": prefill,
         "decode_ms_per_token": sorted(steps)[len(steps) // 2] * 1e3,

@@ -21,7 +21,7 @@ from fivefold.generation.conversations import Conversations, keep
 from fivefold.generation.request import FinishReason, Request, Result, why_not
 from fivefold.generation.sampling import pick
 from fivefold.models.cache import FivefoldCache
-from fivefold.models.huggingface import prepare
+from fivefold.models.huggingface import make_cache, prepare
 from fivefold.recipe import Recipe
 from fivefold.sizes import parse_bytes
 
@@ -88,7 +88,7 @@ class Scheduler:
         else:
             # Whether steps are graphs is up to each cache that is made of this one.
             identity = f"{parsed} {model.dtype} {model.device}"
-            self.shelf = prefix.shelf(model, identity, lambda: compress(model, parsed, max_bytes, cuda_graph=True))
+            self.shelf = prefix.shelf(model, identity, lambda: make_cache(model, parsed, parse_bytes(max_bytes), True))
             self.root = self.shelf.root
             prepare(model, self.root.absent)
             if (limit := self.root.session.pools.budget.limit) != parse_bytes(max_bytes):
@@ -97,6 +97,7 @@ class Scheduler:
                     f"recipe, {limit}: give the same, or a prefix store of its own."
                 )
         self.batch = Batch(model, self.root.new(cuda_graph=cuda_graph), max_batch)
+        self.batch.cache.warn(2)
         self.steps = 0
         """How often `step` was called."""
         self._vocabulary = model.get_input_embeddings().num_embeddings

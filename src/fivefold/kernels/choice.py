@@ -40,6 +40,11 @@ class Choice(NamedTuple):
         """Whether Triton runs, whatever runs beside it."""
         return self.path in ("triton", "cuda")
 
+    @property
+    def asked(self) -> bool:
+        """Whether the environment variable says so, and not what this machine has."""
+        return self.why.startswith("FIVEFOLD_KERNELS=")
+
 
 _planned: ContextVar[Choice | None] = ContextVar("planned", default=None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
@@ -37,6 +38,23 @@ def early(device: torch.device) -> bool:
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+
+
+def coming(x: torch.Tensor) -> Callable[[], list[float]]:
+    """What gives the numbers of a tensor `[n]`. A GPU sends them once it has got here: who asks waits for that, not for
+    what came since."""
+    if not x.is_cuda:
+        return x.tolist
+    host, event = torch.empty(x.shape, dtype=x.dtype, pin_memory=True), torch.cuda.Event()
+    host.copy_(x, non_blocking=True)
+    event.record(torch.cuda.current_stream(x.device))
+
+    def wait() -> list[float]:
+        event.synchronize()
+        found: list[float] = host.tolist()
+        return found
+
+    return wait
 
 
 def numbered(device: torch.device) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from fivefold.engine import persist, sequences
+from fivefold.engine import decoding, persist, sequences
 from fivefold.engine.session import Session
 from fivefold.errors import CacheStateError
 from fivefold.models import saving
@@ -200,9 +201,30 @@ class FivefoldCache(Cache):
         self.session.select(picked.numpy().astype(np.int64))
 
     def report(self) -> Report:
-        """What the cache holds, in exact bytes (see `fivefold.report.Report`)."""
+        """What the cache holds, in exact bytes, and which way its decoding steps go (see `fivefold.report.Report`)."""
         self.session.tidy()
-        return measure(self.session, str(self.recipe), 0 if self.step is None else self.step.nbytes)
+        return measure(self.session, str(self.recipe), 0 if self.step is None else self.step.nbytes, self.decoding)
+
+    @property
+    def decoding(self) -> str:
+        """Which way its decoding steps go, and why, in a plain sentence."""
+        if self.step is not None:
+            why = self.step.failed if self.step.broken else self.step.why_not(self.session)
+            graph = f"not as a CUDA graph ({why})" if why else "as a CUDA graph"
+        else:
+            cuda = self.session.devices[0].type == "cuda"
+            graph = "launch by launch (cuda_graph=True was not asked for)" if cuda else ""
+        beside = self.session.companions
+        windows = len(beside.windows) if isinstance(beside, StockLayers) else 0
+        own = f"; {windows} more, with a sliding window, are transformers' own" if windows else ""
+        return decoding.describe(self.session, graph) + own
+
+    def warn(self, stacklevel: int = 1) -> None:
+        """Say, once, where decoding steps go a slower way than this machine could give (`SlowPathWarning`)."""
+        with suppress(CacheStateError):  # kernels that are asked for and not here are an error when a step comes
+            decoding.warn(self.session, stacklevel=stacklevel + 1)
+            if self.step is not None and (why := self.step.why_not(self.session)):
+                decoding.tell(self.session, f"decoding without a CUDA graph: {why}", stacklevel + 1)
 
     def fork(self) -> FivefoldCache:
         """A second cache of the same tokens: every page is shared until either side writes to it."""

@@ -16,7 +16,9 @@ import torch
 from transformers import PreTrainedModel
 
 from fivefold.calibrate.profile import signature
+from fivefold.engine.admission import Padded
 from fivefold.errors import CacheStateError, UnsupportedModelError
+from fivefold.kernels.device import sent
 from fivefold.models.attention import NAME
 from fivefold.models.cache import FivefoldCache
 from fivefold.models.selection import decoder_config, selected
@@ -51,7 +53,16 @@ class Forward:
             raise UnsupportedModelError(_crossing(self.switch))
         if cache.session.ragged:
             kwargs = {**kwargs, **_places(cache, args, kwargs)}
-        if cache.step is not None and len(args) <= 1:
+        try:
+            return self._take(cache, args, kwargs, chunk, True)
+        except Padded:
+            cache.session.trusting = False
+            return self._take(cache, args, kwargs, chunk, False)
+
+    def _take(
+        self, cache: FivefoldCache, args: tuple[Any, ...], kwargs: dict[str, Any], chunk: int, graph: bool
+    ) -> Any:
+        if graph and cache.step is not None and len(args) <= 1:
             given = {"input_ids": args[0], **kwargs} if args else kwargs
             out = cache.step(self.model, self.plain, cache, given)
             if out is not None:
@@ -127,18 +138,18 @@ def _places(cache: FivefoldCache, args: tuple[Any, ...], given: dict[str, Any]) 
         return {}
     session, chunk, out = cache.session, ids.shape[1], {}
     mask, total = given.get("attention_mask"), session.length + chunk
-    lengths = torch.from_numpy(session.lengths())[:, None]
+    lengths = sent(ids.device, session.lengths())[0][:, None]
     if mask is not None:
         if mask.ndim != 2:
             return {}  # it is refused by the attention
         mask = out["attention_mask"] = mask[:, -total:]  # padding that all have left when a sequence went
     elif session.companions is not None:
-        out["attention_mask"] = (torch.arange(total) >= session.length - lengths).long().to(ids.device)
+        out["attention_mask"] = (torch.arange(total, device=ids.device) >= session.length - lengths).long()
     if given.get("position_ids") is None:
-        new = torch.arange(chunk)
+        new = torch.arange(chunk, device=ids.device)
         if mask is not None:
-            new = (mask[:, -chunk:].cumsum(1) - 1).clamp(min=0).cpu()
-        out["position_ids"] = (lengths + new).to(ids.device)
+            new = (mask[:, -chunk:].cumsum(1) - 1).clamp(min=0).to(ids.device)
+        out["position_ids"] = lengths + new
     return out
 
 

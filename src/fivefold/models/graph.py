@@ -8,7 +8,6 @@ and sent to fixed places on the device (`attention/tables.py`); after it, the po
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fivefold.attention.tables import DeviceTables, tables_of
+from fivefold.engine import decoding
+from fivefold.engine.admission import Padded
 from fivefold.engine.session import Session
 from fivefold.errors import FivefoldError
 from fivefold.kernels.choice import choose
@@ -59,6 +60,7 @@ class Step:
         self.captures = 0
         self.replays = 0
         self.failed: str | None = None
+        """Why the last step was none of its replays."""
         self.reserved = 0
         """How many tokens of each sequence there shall be room for at least."""
         self.own: str | None = None
@@ -67,6 +69,8 @@ class Step:
 
     def reset(self) -> None:
         """Give the graphs' memory back."""
+        self.broken = False
+        """Whether a step could not be captured, so that none is any more."""
         self.captured: dict[int, Captured] = {}
         self._model: PreTrainedModel | None = None
         self._weights: list[torch.Tensor] = []
@@ -90,16 +94,16 @@ class Step:
     ) -> CausalLMOutputWithPast | None:
         """One token for every sequence; None if it has to go through the model."""
         session, ids = cache.session, given.get("input_ids")
-        if self.failed or ids is None or ids.ndim != 2 or ids.shape[1] != 1 or not _plain(given):
+        if self.broken or ids is None or ids.ndim != 2 or ids.shape[1] != 1 or session.length == 0:
             return None
-        if torch.is_grad_enabled() or session.length == 0 or not session.steady:
+        if not session.steady:
             return None
-        self.failed = self.why_not(session)
-        if self.failed:
-            warnings.warn(f"decoding without a CUDA graph: {self.failed}", stacklevel=5)
+        why = self.why_not(session)
+        if why and self.captured:
             self.reset()
-            return None
-        if ids.device != session.devices[0]:
+        self.failed = why or _why_not_now(given, ids, session.devices[0])
+        if self.failed:
+            decoding.tell(session, f"decoding without a CUDA graph: {self.failed}", 6)
             return None
         try:
             with session.atomic():
@@ -107,9 +111,9 @@ class Step:
         except RuntimeError as error:
             if isinstance(error, FivefoldError | torch.OutOfMemoryError):
                 raise
-            self.failed = f"{type(error).__name__}: {error}".splitlines()[0]
             self.reset()
-            warnings.warn(f"decoding without a CUDA graph: {self.failed}", stacklevel=5)
+            self.failed, self.broken = f"{type(error).__name__}: {error}".splitlines()[0], True
+            decoding.tell(session, f"decoding without a CUDA graph: {self.failed}", 6)
             return None
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
@@ -136,6 +140,8 @@ class Step:
             if not (right and ((bank.mirror is tables and tables.fit()) or tables.bind(bank))) and session.ragged:
                 DeviceTables(bank, size, self.reserved)
         session.admit(batch, 1, given.get("attention_mask"), None)
+        if not session.stepping:
+            raise Padded
         found = [tables_of(bank) for bank in session.banks]
         fresh = captured is None or captured.tables != found
         if fresh:
@@ -222,12 +228,16 @@ class Step:
             cache.session.captured = False
 
 
-def _plain(given: dict[str, Any]) -> bool:
-    """Whether a call asks for nothing but logits."""
-    keep = given.get("logits_to_keep", 0)
-    return (
-        all(name in _KNOWN or value is None or value is False for name, value in given.items())
-        and given.get("use_cache") is not False
-        and given.get("return_dict") is not False
-        and isinstance(keep, int)
-    )
+def _why_not_now(given: dict[str, Any], ids: torch.Tensor, device: torch.device) -> str | None:
+    """Why this call cannot be replayed, in a few words; None if it can."""
+    mask, more = given.get("attention_mask"), [name for name, x in given.items() if name not in _KNOWN]
+    asked = [name for name in more if given[name] is not None and given[name] is not False]
+    if asked:
+        return f"the call has {asked[0]}, which a replay does not know"
+    if given.get("use_cache") is False or given.get("return_dict") is False:
+        return "the call wants its output in another form"
+    if not isinstance(given.get("logits_to_keep", 0), int) or (mask is not None and mask.ndim != 2):
+        return "the call has a mask or logits_to_keep of another form"
+    if torch.is_grad_enabled():
+        return "gradients are on (call the model under torch.inference_mode())"
+    return None if ids.device == device else f"input_ids are on {ids.device}, and the cache is on {device}"

@@ -226,7 +226,7 @@ def report_of(
     if not specs_of(shape, dtype, sliding):
         nothing = {part.name: 0 for part in fields(Report)}
         given = {"recipe": str(recipe), "tokens": context * batch, "kept_tokens": 1.0, "bits": 8.0 * dtype.itemsize}
-        return Report(**{**nothing, **given, "sliding": others, "exact_equivalent": others})
+        return Report(**{**nothing, **given, "decoding": "", "sliding": others, "exact_equivalent": others})
     report = rehearse(recipe, shape, context, batch, sliding=sliding, **settings).report()
     return replace(report, sliding=others, exact_equivalent=report.exact_equivalent + others)
 

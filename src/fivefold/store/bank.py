@@ -25,6 +25,9 @@ from fivefold.store.rows import FIELDS, FIXED, Bounds, Extent, Packing
 from fivefold.store.tier import Tier
 from fivefold.store.transaction import Transaction
 
+ROWS = ("offset", "chosen", "residual", "peak")
+"""What a bank knows of each row besides its bounds."""
+
 
 class BankLayer(PackedLayer, Protocol):
     """What a bank must know of its layers (see `LayerCache`)."""
@@ -54,7 +57,8 @@ class Bank:
 
     data: int64 `[fields of Bounds, rows]`. offset: int64 `[rows]`, the position that the model gave a row's first token
     (with codecs that look at positions). chosen: bool `[rows]`, where a policy chooses tokens. residual: int64
-    `[rows]`, tokens that always stay exact.
+    `[rows]`, tokens that always stay exact. peak: float32 `[rows]`, the largest absolute number that was packed, for
+    kernels with a narrower range than the pages.
     """
 
     def __init__(self, layers: Sequence[BankLayer]) -> None:
@@ -93,7 +97,7 @@ class Bank:
         for layer, _, _, held, learned in before:
             layer.held, layer.learned = held, learned
         bank.batch, bank.change = old[0].batch, change
-        for name in ("data", "offset", "chosen", "residual"):
+        for name in (*ROWS, "data"):
             setattr(bank, name, np.concatenate([getattr(one, name)[..., at] for one, at in rows], -1))
         bank.pending = [write for one in old for write in one.pending]
         bank.exact = _stacked([(one.exact, at) for one, at in rows])
@@ -106,6 +110,7 @@ class Bank:
         self.offset = np.zeros(0, dtype=np.int64)
         self.chosen = np.zeros(0, dtype=bool)
         self.residual = np.zeros(0, dtype=np.int64)
+        self.peak = np.zeros(0, dtype=np.float32)
         self.exact, self.packed = self._tiers(0)
         self.mirror = None
         self.memo = Memo()
@@ -127,6 +132,15 @@ class Bank:
         layouts = [(pool.layout, pool.device) for tier in tiers for pool in tier.pools]
         return (*layouts, self.packing, *((layer.spec.layer, layer.extents) for layer in self.layers))
 
+    def peaks(self) -> np.ndarray:
+        """Of each layer: the largest absolute number in its pages, float32 `[layers]`."""
+        return self.peak.reshape(len(self.layers), -1).max(1, initial=0)
+
+    def note(self, rows: np.ndarray, peak: np.ndarray) -> None:
+        """Numbers up to `peak`, float32 `[n]`, were packed for these rows, `[n]`, some of which may be named twice."""
+        self.peak = self.peak.copy()  # a rollback has the old one
+        np.maximum.at(self.peak, rows, peak)
+
     # -- changes ------------------------------------------------------------------------------------------
 
     def begin(self, change: Transaction) -> None:
@@ -138,10 +152,8 @@ class Bank:
 
     def _restore(self) -> Callable[[], None]:
         """What brings the rows back as they are now; the page tables know themselves what was done to them."""
-        before = {
-            name: getattr(self, name)
-            for name in ("batch", "offset", "chosen", "residual", "exact", "packed", "mirror", "pending", "live")
-        }
+        names = (*ROWS, "batch", "exact", "packed", "mirror", "pending", "live")
+        before = {name: getattr(self, name) for name in names}
         data, layers = self.data.copy(), [(list(layer.known), dict(layer.learned)) for layer in self.layers]
         tiers = [(tier, tier.shared, tier.capacity) for tier in (self.exact, self.packed) if tier is not None]
 
@@ -251,6 +263,7 @@ class Bank:
             self.data = np.broadcast_to(per_layer, (*per_layer.shape[:2], batch, self.heads)).reshape(FIELDS, -1).copy()
             self.batch, self.due = batch, None
             self.offset = np.zeros(self.data.shape[1], dtype=np.int64)
+            self.peak = np.zeros(self.data.shape[1], dtype=np.float32)
             self.exact, self.packed = self._tiers(self.data.shape[1])
             for name in ("chosen", "residual"):
                 each = np.array([getattr(layer, f"head_{name}") for layer in self.layers])[:, None]
@@ -320,7 +333,7 @@ class Bank:
         ]
         for layer, (held, learned) in zip(self.layers, kept):
             layer.held, layer.learned = held, learned
-        for name in ("offset", "chosen", "residual", "data"):
+        for name in (*ROWS, "data"):
             setattr(self, name, np.concatenate([getattr(bank, name) for bank, _ in parts], -1)[..., source])
         shape = len(self.layers), self.heads, shared
         packed = [(bank.packed, bank.batch, which) for bank, which in parts if bank.packed is not None]
@@ -406,7 +419,7 @@ class Bank:
     @property
     def nbytes(self) -> int:
         """Bytes of the tables."""
-        arrays = (self.data, self.offset, self.chosen, self.residual)
+        arrays = (self.data, *(getattr(self, name) for name in ROWS))
         tiers = [tier for tier in (self.exact, self.packed) if tier is not None]
         waiting = sum(pages.nbytes + slots.nbytes + x.nbytes for _, pages, slots, x in self.pending)
         mirror = 0 if self.mirror is None else self.mirror.nbytes

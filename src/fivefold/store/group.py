@@ -237,7 +237,7 @@ class RowGroup:
         if not layer.codec.contextual and len(layer.packed_pools) == 1:
             out = torch.empty((2, len(flat), layer.spec.head_dim), device=layer.spec.device)
             for tensors, at, where in layer.packed_pools[0].by_slab(self.packed[rows, column]):
-                ids, inside, target = (torch.from_numpy(x).to(layer.spec.device) for x in (at, slot[where], where))
+                ids, inside, target = sent(layer.spec.device, at, slot[where], where)
                 for whole, part in zip(out, layer.codec.take(tensors, ids, inside)):
                     whole.index_copy_(0, target, part)
             return out[0].view(shape), out[1].view(shape)
@@ -250,8 +250,8 @@ class RowGroup:
         if codec.contextual:
             first = torch.from_numpy(bounds.packed_base + c * layer.packing.page)[:, None]
             codec = codec.of(self.context(self.positions_at(first + torch.arange(layer.packing.page), r), r))
-        which = torch.from_numpy(place * together + rows % together).to(layer.spec.device)
-        keys, values = codec.take(self.fields_at(r, c), which, torch.from_numpy(slot).to(layer.spec.device))
+        which = sent(layer.spec.device, place * together + rows % together, slot)
+        keys, values = codec.take(self.fields_at(r, c), *which)
         return keys.view(shape), values.view(shape)
 
     def token(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -281,9 +281,7 @@ class RowGroup:
         """What a codec may know of the rows with these indices; None is all of them."""
         mine = self.rows if rows is None else self.rows[rows]
         whole = len(mine) == self.layer.rows and rows is None
-        learned = {
-            name: x if whole else x[torch.from_numpy(mine).to(x.device)] for name, x in self.layer.learned.items()
-        }
+        learned = {name: x if whole else x[sent(x.device, mine)[0]] for name, x in self.layer.learned.items()}
         return Context(tuple((mine % self.layer.spec.kv_heads).tolist()), self.together, positions, learned)
 
     def positions(self, start: int, stop: int, held: Held | None = None) -> torch.Tensor | None:
@@ -306,9 +304,9 @@ class RowGroup:
         device, held = self.layer.spec.device, held or self.held
         slots = slots.to(device)
         if held is not None:
-            where = torch.from_numpy(rows).to(device)
+            where = sent(device, rows)[0]
             slots = held.positions[where].gather(1, slots.clamp(max=held.slots - 1))
-        return slots.long() + torch.from_numpy(self.layer.offsets[self.rows[rows]]).to(device)[:, None]
+        return slots.long() + sent(device, self.layer.offsets[self.rows[rows]])[0][:, None]
 
 
 def _blocks(ids: np.ndarray, longest: int, shortest: int = 8) -> list[tuple[int, int]]:

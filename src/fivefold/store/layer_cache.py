@@ -168,20 +168,6 @@ class LayerCache(Holds):
         kept = torch.from_numpy(rows).to(device)
         return held, {name: x[kept] for name, x in self.learned.items()}
 
-    def share_packed(self, other: LayerCache) -> None:
-        """Replace this layer's packed pages by `other`'s, keeping the fields marked `own`; both have equal bounds."""
-        assert self.packed_pools[0] is other.packed_pools[0]
-        if self.rows != other.rows or not np.array_equal(np.stack(self.bounds), np.stack(other.bounds)):
-            raise CacheStateError("layers can share packed pages only where they hold the same tokens.")
-        mine, theirs = self.bank, other.bank
-        assert mine.packed is not None and theirs.packed is not None
-        with mine.atomic() as change, theirs.atomic():
-            columns = self.bounds.packed_pages(self.packing)
-            rows, source = (np.arange(layer.base, layer.base + self.rows) for layer in (self, other))
-            mine.packed.adopt(change, rows, theirs.packed, source, columns)
-        self.regroup()
-        other.regroup()
-
     # -- groups -------------------------------------------------------------------------------------------
 
     def regroup(self) -> None:

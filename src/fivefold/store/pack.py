@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -32,7 +33,11 @@ LARGEST = torch.finfo(torch.float16).max
 
 
 class PackedLayer(Layer, Protocol):
+    bank: Any
     encoder: int
+
+    @property
+    def base(self) -> int: ...
 
 
 class Tables(Protocol):
@@ -49,6 +54,8 @@ class Tables(Protocol):
 
     @property
     def layers(self) -> Sequence[PackedLayer]: ...
+
+    def note(self, rows: np.ndarray, peak: np.ndarray) -> None: ...
 
 
 @dataclass
@@ -172,26 +179,27 @@ def _by_kernel(bank: Tables, due: Due, keys: np.ndarray, chunk: Chunk | None) ->
     at = (slot // PAGE)[row] + number
     sources, stands = _sources(bank, due, row, number, stored, chunk)
     begin = np.flatnonzero((number == 0) | (at % page == 0))
-    whose, size, row, at = row, np.diff(begin, append=len(at)), row[begin], at[begin]
+    planes_of, size, row, at = row, np.diff(begin, append=len(at)), row[begin], at[begin]
     packed = bank.packed.pool
     pages = bank.packed.table[due.rows[row], due.column[row] + at // page]
     places = np.stack([packed.addresses(packed.layout.fields[0].name, pages) >> 4, at % page], 1)
-    work = []
+    work, whose = [], []
     for planes_of_page in np.unique(size).tolist():
         some = size == planes_of_page
         work += [sources[begin[some][:, None] + np.arange(planes_of_page)], places[some]]
+        whose.append(row[some])
     tensors = sent(bank.device, *work)
     peaks = [pack_exact(form, *pair, first.spec.dtype) for pair in zip(tensors[::2], tensors[1::2])]
 
     def look(found: list[float]) -> None:
         largest = max(found)
         if largest <= LARGEST:
-            _remember(bank, due.rows, largest)
+            _remember(bank, due.rows[np.concatenate(whose)], found)
             return
         for which in _alike(bank, due, keys) if chunk is None else ():  # the codec says what is wrong
             codec = bank.layers[int(due.rows[which[0]]) // bank.rows].codec
             assert codec is not None
-            codec.check(*(bank.exact.pool.read(name, stands[np.isin(whose, which)]) for name in KV))
+            codec.check(*(bank.exact.pool.read(name, stands[np.isin(planes_of, which)]) for name in KV))
         raise beyond("keys or values", largest)
 
     bank.change.check(torch.cat(peaks), look)
@@ -230,11 +238,19 @@ def _sources(
     return out >> 4, pages
 
 
-def _remember(bank: Tables, rows: np.ndarray, peak: float) -> None:
-    for index in np.flatnonzero(np.bincount(rows // bank.rows)).tolist():
-        codec = bank.layers[index].codec
-        assert codec is not None
-        codec.peak = max(codec.peak, peak)
+def note(bank: Tables, rows: np.ndarray, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Remember how large the numbers are that are packed for rows: see `Bank.note`."""
+    assert bank.change is not None
+    largest = torch.maximum(*(x.detach().abs().flatten(1).amax(1) for x in (keys, values)))
+    bank.change.check(largest, partial(_remember, bank, rows))
+
+
+def _remember(bank: Tables, rows: np.ndarray, found: Sequence[float]) -> None:
+    """The layers may be in another bank by now."""
+    each, peak = rows // bank.rows, np.array(found, dtype=np.float32)
+    for index in np.unique(each).tolist():
+        layer, some = bank.layers[index], each == index
+        layer.bank.note(layer.base + rows[some] % bank.rows, peak[some])
 
 
 def _encode(bank: Tables, due: Due, chunk: Chunk | None, group: RowGroup | None, held: Held | None) -> None:
@@ -256,6 +272,7 @@ def _encode(bank: Tables, due: Due, chunk: Chunk | None, group: RowGroup | None,
         column, slot = divmod(due.slot + done, page)
         size = min(due.count - done, page - slot if slot else step)
         keys, values = collect(bank, due, done, size, chunk)
+        note(bank, due.rows, keys, values)
         whole = size // page * page if not slot else 0
         for first, last in ((0, whole), (whole, size)):
             if first == last:
@@ -269,8 +286,6 @@ def _encode(bank: Tables, due: Due, chunk: Chunk | None, group: RowGroup | None,
                 bound = codec.of(group.context(positions))
             _write(bank, due, bound, column + first // page, slot, keys[:, first:last], values[:, first:last])
         done += size
-    if not codec.contextual:
-        _remember(bank, due.rows, codec.peak)
 
 
 def at_once(bank: Tables, rows: int) -> int:

@@ -348,13 +348,14 @@ class PagePool(Slabs):
         """One token of each of `pages`, that in its slot `slots`: `[len(pages), *shape[1:]]`."""
         parts = []
         for slab, index, where in self._by_slab(pages):
-            at = torch.from_numpy(index * self.layout.tokens + (slots if where is None else slots[where]))
-            parts.append((where, slab.tensors[name].flatten(0, 1).index_select(0, at.to(self.device))))
+            at = sent(self.device, index * self.layout.tokens + (slots if where is None else slots[where]))[0]
+            parts.append((where, slab.tensors[name].flatten(0, 1).index_select(0, at)))
         if len(parts) == 1:
             return parts[0][1]
         out = parts[0][1].new_empty((len(pages), *parts[0][1].shape[1:]))
         for where, part in parts:
-            _put_at(out, torch.from_numpy(where).to(self.device), part)
+            assert where is not None
+            _put_at(out, sent(self.device, where)[0], part)
         return out
 
     def tail(self, location: Location) -> list[torch.Tensor]:
@@ -375,9 +376,9 @@ class PagePool(Slabs):
         """Write one token of each of `pages`, that in its slot `slots`: `[len(pages), *shape[1:]]`."""
         for slab, index, where in self._by_slab(pages):
             target = slab.tensors[name].flatten(0, 1)
-            at = torch.from_numpy(index * self.layout.tokens + (slots if where is None else slots[where]))
-            part = values if where is None else values[torch.from_numpy(where).to(self.device)]
-            _put_at(target, at.to(self.device), part)
+            at = sent(self.device, index * self.layout.tokens + (slots if where is None else slots[where]))[0]
+            part = values if where is None else values[sent(self.device, where)[0]]
+            _put_at(target, at, part)
 
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copy whole pages."""

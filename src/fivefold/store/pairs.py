@@ -16,7 +16,7 @@ import torch
 from fivefold.errors import CacheStateError, UnsupportedModelError
 from fivefold.store.codec import Pair, PairCodec
 from fivefold.store.group import RowGroup
-from fivefold.store.pack import Due, PackedLayer, Tables, Way, at_once, collect
+from fivefold.store.pack import Due, PackedLayer, Tables, Way, at_once, collect, note
 from fivefold.store.rows import Bounds
 from fivefold.store.tier import Tier
 from fivefold.store.transaction import Transaction
@@ -237,6 +237,8 @@ def _encode(bank: Tables, layer: Any, sides: Sequence[Due], chunks: Sequence[Pai
     for done, size, _, _ in pieces:
         both = [collect(bank, due, done, size, chunk) for due, chunk in zip(sides, chunks)]
         mine = torch.maximum(mine, codec.measure(both[0], both[1]))
+        for due, pair in zip(sides, both):
+            note(bank, due.rows, *pair)
     layer.learned[KNOWN] = known.index_copy(0, local, mine)
     for done, size, column, slot in pieces:
         both = [collect(bank, due, done, size, chunk) for due, chunk in zip(sides, chunks)]

@@ -158,21 +158,6 @@ class Tier:
             change.release(pool, old[where])
             self.change(rows[where], columns[where])
 
-    def adopt(
-        self, change: Transaction, rows: np.ndarray, other: Tier, source: np.ndarray, columns: np.ndarray
-    ) -> None:
-        """Rows take the pages of `other`'s rows `source`, but for what sharers keep for themselves."""
-        width = int(columns.max(initial=0))
-        there, pool = np.arange(width) < columns[:, None], self.pool
-        self._keep(change, rows, width)
-        pages = other.table[source, :width]
-        pool.retain(pages[there])
-        change.undo(lambda: pool.release(pages[there]))
-        change.release(pool, self.table[rows, :width][there])
-        self.table[rows, :width] = np.where(there, pages, EMPTY)
-        self.shared = other.shared = True
-        self.change(rows[:, None], np.arange(width))
-
     def _keep(self, change: Transaction, rows: np.ndarray, stop: int) -> None:
         """Note what the first columns of rows are, for a rollback."""
         before = [table[rows, :stop] for table in self.tables]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fivefold.kernels.device import coming
 from fivefold.store.pages import PagePool
 
 _numbers = itertools.count()
@@ -27,7 +28,7 @@ class Transaction:
         self._fresh: dict[PagePool, list[np.ndarray]] = {}
         self._released: list[tuple[PagePool, np.ndarray]] = []
         self._undo: list[Callable[[], None]] = []
-        self._checks: list[tuple[torch.Tensor, Callable[[list[float]], None]]] = []
+        self._checks: list[tuple[Callable[[], list[float]], Callable[[list[float]], None]]] = []
         self.members: list[Any] = []
         """The banks that are being changed."""
 
@@ -70,20 +71,15 @@ class Transaction:
         self._undo.append(action)
 
     def check(self, numbers: torch.Tensor, action: Callable[[list[float]], None]) -> None:
-        """What is known only when a device has done its part: `action` is given the numbers (float32, of any shape)
-        and raises where the change cannot stand."""
-        self._checks.append((numbers.reshape(-1), action))
+        """What is known only when a device has done its part: `action` is given the numbers (of any shape) and raises
+        where the change cannot stand."""
+        self._checks.append((coming(numbers.reshape(-1)), action))
 
     def verify(self) -> None:
-        """Ask all that, as late as can be: before `commit`. Each device is waited for once."""
+        """Ask all that, as late as can be: before `commit`. What came after the last of them is not waited for."""
         checks, self._checks = self._checks, []
-        known: dict[torch.device, list[float]] = {}
-        for device in dict.fromkeys(numbers.device for numbers, _ in checks):
-            known[device] = torch.cat([numbers for numbers, _ in checks if numbers.device == device]).tolist()
         for numbers, action in checks:
-            mine = known[numbers.device]
-            action(mine[: len(numbers)])
-            del mine[: len(numbers)]
+            action(numbers())
 
     def _close(self) -> None:
         for bank in self.members:

@@ -62,6 +62,16 @@ def hadamard(n: int) -> torch.Tensor:
 
 
 @shared(64)
+def _placed(n: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return hadamard(n).to(device, dtype)
+
+
+def _like(x: torch.Tensor, n: int) -> torch.Tensor:
+    """The matrix of order n, where x is and in its dtype."""
+    return _placed(n, x.device, x.dtype)
+
+
+@shared(64)
 def core(n: int) -> torch.Tensor:
     """The core of the matrix of order n, entries +-1: float32 `[m, m]`."""
     m = _core(n)
@@ -87,7 +97,7 @@ def fwht(x: torch.Tensor, back: bool = False) -> torch.Tensor:
     n = x.shape[-1]
     m = _core(n)
     assert m is not None
-    core = hadamard(m).to(x.device, x.dtype)
+    core = _like(x, m)
     x = x.unflatten(-1, (n // m, m)) @ (core.T if back else core)
     step = n // m
     while step > 1:
@@ -105,9 +115,9 @@ def transform(x: torch.Tensor, back: bool = False) -> torch.Tensor:
     """
     n = x.shape[-1]
     a, b = split(n) if n > 64 else (1, n)
-    inner = hadamard(b).to(x.device, x.dtype)
+    inner = _like(x, b)
     x = x.unflatten(-1, (a, b)) @ (inner.T if back else inner)
-    return (x if a == 1 else hadamard(a).to(x.device, x.dtype) @ x).flatten(-2)
+    return (x if a == 1 else _like(x, a) @ x).flatten(-2)
 
 
 def transform_columns(
@@ -119,12 +129,12 @@ def transform_columns(
     """
     n = x.shape[1]
     a, b = split(n) if n > 64 else (1, n)
-    inner = hadamard(b).to(x.device, x.dtype)
+    inner = _like(x, b)
     spare = torch.empty_like(x) if spare is None else spare
     parts = x.view(-1, b, x.shape[2])
     torch.bmm((inner if back else inner.T).expand(len(parts), b, b), parts, out=spare.view(parts.shape))
     if a == 1:
         return spare, x
     whole = spare.view(len(x), a, -1)
-    torch.bmm(hadamard(a).to(x.device, x.dtype).expand(len(x), a, a), whole, out=x.view(whole.shape))
+    torch.bmm(_like(x, a).expand(len(x), a, a), whole, out=x.view(whole.shape))
     return x, spare

@@ -51,14 +51,14 @@ def pack_exact(form: Form, sources: torch.Tensor, places: torch.Tensor, dtype: t
 
     sources: contiguous int64 `[pages, planes, 2]`, addresses of the exact pages' keys and values, in units of 16 bytes;
     places: contiguous int64 `[pages, 2]`, address of the packed page and the plane from which on it is filled. Returns
-    the largest absolute value that was packed, infinity for NaN: float32 `[1]`. Then a page's new planes say nothing;
-    older ones are what they were.
+    the largest absolute value that was packed, infinity for NaN, once for each page: float32 `[pages]`. Where that is
+    beyond float16, new planes say nothing; older ones are what they were.
     """
     pages, planes, _ = sources.shape
     peak = _kernel(form, dtype)(
         sources.data_ptr(), places.data_ptr(), None, None, None, 0, pages, planes, torch.get_num_threads()
     )
-    return torch.tensor([peak], dtype=torch.float32)
+    return torch.tensor([peak], dtype=torch.float32).expand(pages)
 
 
 @cache

@@ -180,6 +180,7 @@ def _pack(
         record = tl.multiple_of((tl.load(places + 2 * item) * 16).to(tl.pointer_type(tl.int16)), 16)
     else:
         record = records + item * PAGE
+    peak += item
     if part < KEY_PARTS:
         _pack_keys(
             keys, sources, record, peak, item, planes, plane, part,
@@ -228,9 +229,9 @@ def pack_exact(form: Form, sources: torch.Tensor, places: torch.Tensor, dtype: t
 
     sources: int64 `[pages, planes, 2]`, addresses of the exact pages' keys and values, in units of 16 bytes; places:
     int64 `[pages, 2]`, address of the packed page and the plane from which on it is filled. Returns the largest
-    absolute value that was packed, infinity for NaN: float32 `[1]`.
+    absolute value that was packed into each page, infinity for NaN: float32 `[pages]`.
     """
-    peak = torch.zeros(1, dtype=torch.float32, device=sources.device)
+    peak = torch.zeros(len(sources), dtype=torch.float32, device=sources.device)
     _launch(
         form, len(sources), sources.device, peak, peak, sources, peak, places, peak.view(torch.int32),
         planes=sources.shape[1], plane=0, DTYPE=_TYPES[dtype], PAGED=True,
