@@ -72,7 +72,9 @@ def attention(
     """query `[batch, query_head, tokens, head_dim]`, key and value `[batch, kv_head, tokens, head_dim]`."""
     called: Called | Handed | None = kwargs.pop(CALLED, None)
     index = None if called is None else called.source(key, value)
-    if called is None or (index is None and not called.stores):  # or it shares the keys of a layer that stays transformers' own
+    if called is None or (
+        index is None and not called.stores
+    ):  # or it shares the keys of a layer that stays transformers' own
         return stock_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if index is None:
         raise UnsupportedModelError(
@@ -120,13 +122,12 @@ def mask(
     if here():  # the mask is with the cache
         if alone or (local_size is not None and kwargs.get("allow_is_causal_skip", True)):
             return None
-        raise UnsupportedModelError("a mask that is not causal cannot be used with a compressed cache: use DynamicCache.")
+        raise UnsupportedModelError(
+            "a mask that is not causal cannot be used with a compressed cache: use DynamicCache."
+        )
     plain = (
         is_selected(NAME)
-        and (
-            alone
-            or (local_size in windows_here() and kwargs.get("allow_is_causal_skip", True))
-        )
+        and (alone or (local_size in windows_here() and kwargs.get("allow_is_causal_skip", True)))
         and not isinstance(q_offset, torch.Tensor)
         and kv_offset == 0
         and kv_length == q_offset + q_length

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from torch._C._dynamo.eval_frame import set_eval_frame
-from torch._dynamo.eval_frame import skip_code
+from torch._dynamo.decorators import skip_code
 from transformers.cache_utils import Cache
 
 from fivefold.engine.admission import positional
@@ -238,7 +238,9 @@ def compiles(callback: Any, before: Any) -> bool:
 def why_not(model: torch.nn.Module, cache: FivefoldCache, given: dict[str, Any]) -> str | None:
     """Why a call runs without the compiler, in a few words; an empty text where that is only for this one."""
     if cache.session.companions is not None:
-        return "layers with a sliding window or a state are transformers' own (give sliding=True where they have windows)"
+        return (
+            "layers with a sliding window or a state are transformers' own (give sliding=True where they have windows)"
+        )
     mask = given.get("attention_mask")
     if mask is not None and getattr(mask, "ndim", 0) != 2:
         return ""  # it is refused

@@ -68,9 +68,7 @@ class Forward:
             why = ""  # for the first forward, which is watched
         if why is None:
             counts = decoder_config(self.model) is not self.model.config
-            return lambda *args, **kwargs: region(
-                callback, self.plain, cache, counts, **region.named(args, kwargs)
-            )
+            return lambda *args, **kwargs: region(callback, self.plain, cache, counts, **region.named(args, kwargs))
         if why and not region.warned:
             region.warned = True
             compiled.warn(why)
