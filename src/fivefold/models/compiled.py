@@ -1,10 +1,10 @@
 """A model compiled by `torch.compile`, called with our cache.
 
-What the store does depends on the text, step by step, and is no graph: were it traced, each step would be compiled anew.
-So only the model's own code is. `Forward` (`models/forward.py`) runs outside of any graph, and hands the model a `Stand`
-in the place of the cache: it takes what attention modules give it, knows what a graph may depend on, and nothing that
-changes from step to step. Attention is one operation, `fivefold::attend`, which finds the cache of the forward that this
-thread is in. So there is one graph for chunks and one for single tokens, however long the text gets.
+What the store does depends on the text, step by step, and is no graph: were it traced, each step would be compiled
+anew. So only the model's own code is. `Forward` (`models/forward.py`) runs outside of any graph, and hands the model a
+`Stand` in the place of the cache: it takes what attention modules give it, knows what a graph may depend on, and
+nothing that changes from step to step. Attention is one operation, `fivefold::attend`, which finds the cache of the
+forward that this thread is in. So there is one graph for chunks and one for single tokens, however long the text gets.
 
 The operation writes into the cache, which the compiler does not know: it says that it is a function of its arguments.
 Each layer's hidden states depend on the layer before, so that it can neither be moved nor be merged; that none was
@@ -46,7 +46,7 @@ class Stand(Cache):
 
     def __init__(self, cache: FivefoldCache, counted: bool) -> None:
         session = cache.session
-        self.layers = []
+        self.layers: list[Any] = []
         self.absent = tuple(sorted(cache.absent))
         self.stored = tuple(session.stores)
         self.contextual = tuple(i for i, s in session.stores.items() if s.codec is not None and s.codec.contextual)
@@ -161,8 +161,8 @@ def running(cache: FivefoldCache, mask: torch.Tensor | None) -> Iterator[None]:
     lost = set(cache.session.stores) - one.seen if one.seen else set()
     if lost:
         raise CacheStateError(
-            f"the compiled model left out the attention of layer {min(lost)}, which its output does not depend on: call "
-            "it without torch.compile."
+            f"the compiled model left out the attention of layer {min(lost)}, which its output does not depend on: "
+            "call it without torch.compile."
         )
 
 
@@ -310,7 +310,7 @@ def _any_size(size: int) -> torch.Tensor:
 
 
 def _plain(x: torch.Tensor, chunk: int) -> torch.Tensor:
-    """A copy of an input as a graph wants it: the same strides and kind in each call, and as many tokens as there are."""
+    """A copy of an input as a graph wants it: of the same strides and kind in each call, and of any number of tokens."""
     with torch.inference_mode(False):
         x = x.clone(memory_format=torch.contiguous_format)
     for axis, size in enumerate(x.shape[1:], 1):

@@ -119,7 +119,7 @@ class Forward:
         return twin
 
 
-compiled.skip(Forward.__call__, Forward.plain.fget)
+compiled.skip(Forward.__call__, vars(Forward)["plain"].fget)
 
 
 def _crossing(switch: int) -> str:
