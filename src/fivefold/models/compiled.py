@@ -310,7 +310,7 @@ def _any_size(size: int) -> torch.Tensor:
 
 
 def _plain(x: torch.Tensor, chunk: int) -> torch.Tensor:
-    """A copy of an input as a graph wants it: of the same strides and kind in each call, and of any number of tokens."""
+    """A copy of an input as graphs want it: of the same strides and kind in each call, and of any number of tokens."""
     with torch.inference_mode(False):
         x = x.clone(memory_format=torch.contiguous_format)
     for axis, size in enumerate(x.shape[1:], 1):

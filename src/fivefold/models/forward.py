@@ -31,7 +31,7 @@ class Forward:
         self.model = model
         # Somebody else's, put there before.
         self.before: Callable[..., Any] | None = vars(model).get("forward")
-        functools.update_wrapper(self, model.forward)
+        functools.update_wrapper(self, model.forward, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for cache in (kwargs.get("past_key_values"), *args):

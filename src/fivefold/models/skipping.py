@@ -32,7 +32,7 @@ class Replaced:
         self.module = module
         # Somebody else's, put there before.
         self.before: Callable[..., Any] | None = vars(module).get("forward")
-        functools.update_wrapper(self, module.forward)  # type: ignore[arg-type]
+        functools.update_wrapper(self, module.forward, updated=())  # type: ignore[arg-type]
         module.forward = self  # type: ignore[assignment]
 
     @property
