@@ -54,6 +54,8 @@ class Stand(Cache):
         self.first = session.first if positional(session.stores) is not None else -1
         # A size may be any in one graph; a number may not. Sizes 0 and 1 are told from others, hence 2 more.
         self.length = _any_size(session.length + 2) if counted else None
+        self.kind = self.absent, self.stored, self.contextual, self.sources, self.first, counted
+        """What a graph depends on."""
         self.inputs: torch.Tensor | None = None
         self.brought: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -254,9 +256,8 @@ class Compiled:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
-        # A code of its own: what is compiled for one model does not count against another's limit.
-        code = _call.__code__.replace(co_name=f"call_{type(model).__name__}")
-        self._traced = types.FunctionType(code, globals())
+        self.traced: dict[Any, Callable[..., Any]] = {}
+        """What is compiled, by the kind of the cache."""
         self.warned = False
 
     @functools.cached_property
@@ -285,10 +286,14 @@ class Compiled:
         stand = Stand(cache, positions is None)
         given = {name: _plain(x, chunk) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
         given["past_key_values"] = stand
+        if (traced := self.traced.get(stand.kind)) is None:
+            # A code of its own: what is compiled for one model and kind does not count against another's limit.
+            code = _call.__code__.replace(co_name=f"call_{type(self.model).__name__}")
+            traced = self.traced[stand.kind] = types.FunctionType(code, globals())
         with running(cache, mask):
             before = set_eval_frame(callback)
             try:
-                out = self._traced(forward, given)
+                out = traced(forward, given)
             finally:
                 set_eval_frame(before)
         return _with_cache(out, stand, cache)
