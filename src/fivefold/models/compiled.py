@@ -237,14 +237,13 @@ def compiles(callback: Any, before: Any) -> bool:
     return callback not in (None, False) or hasattr(before, "_torchdynamo_orig_callable")
 
 
-def why_not(model: torch.nn.Module, cache: FivefoldCache, given: dict[str, Any]) -> str | None:
+def why_not(model: torch.nn.Module, cache: FivefoldCache, chunk: int, mask: Any) -> str | None:
     """Why a call runs without the compiler, in a few words; an empty text where that is only for this one."""
     if cache.session.companions is not None:
         return (
             "layers with a sliding window or a state are transformers' own (give sliding=True where they have windows)"
         )
-    mask = given.get("attention_mask")
-    if mask is not None and getattr(mask, "ndim", 0) != 2:
+    if mask is not None and (getattr(mask, "ndim", 0) != 2 or mask.shape[1] != cache.session.length + chunk):
         return ""  # it is refused
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in model.parameters()):
         return ""  # it is refused

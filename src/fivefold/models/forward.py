@@ -63,7 +63,8 @@ class Forward:
     ) -> Callable[..., Any]:
         """The model's own code, compiled, if that can be."""
         region = self.compiled
-        why = compiled.why_not(self.model, cache, region.named(args, kwargs))
+        mask = region.named(args, kwargs).get("attention_mask")
+        why = compiled.why_not(self.model, cache, _chunk(args, kwargs), mask)
         if why is None and not skipping.checked(self.model, cache.absent):
             why = ""  # for the first forward, which is watched
         if why is None:
