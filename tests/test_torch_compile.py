@@ -91,7 +91,7 @@ def test_every_recipe(pair, name: str) -> None:
     assert counter.frame_count <= before + 2
 
 
-@pytest.mark.parametrize("family", quick(["gpt_oss", "gemma2", "opt", "gemma3n_text", "mixtral"], 2))
+@pytest.mark.parametrize("family", quick(["gpt_oss", "gemma2", "opt", "gemma3n_text", "lfm2", "mixtral"], 1))
 @pytest.mark.parametrize("sliding", [True, False])
 def test_families(family: str, sliding: bool) -> None:
     """Softcaps, sinks, windows of ours and of transformers', keys that layers share, experts."""
@@ -102,9 +102,10 @@ def test_families(family: str, sliding: bool) -> None:
         warnings.simplefilter("always")
         assert text(compiled, fivefold.compress(model, KIVI, sliding=sliding), ids(40), 12) == wanted
     said = [str(one.message) for one in found if "torch.compile" in str(one.message)]
-    if said:  # layers that stay transformers' own
-        assert counter.frame_count == 0 and len(said) == 1 and not sliding
+    if family in ("gemma3n_text", "lfm2"):  # layers that stay transformers' own, and are not plainly windows
+        assert counter.frame_count == 0 and len(said) == 1
     else:
+        assert not said
         assert counter.frame_count == 2 and not counters["graph_break"]
 
 

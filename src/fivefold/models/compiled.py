@@ -27,21 +27,26 @@ import torch
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch._dynamo.decorators import skip_code
 from transformers.cache_utils import Cache
+from transformers.masking_utils import create_sliding_window_causal_mask
 
 from fivefold.engine.admission import positional
 from fivefold.engine.layer import attend
 from fivefold.errors import CacheStateError
 from fivefold.models.cache import FivefoldCache
+from fivefold.models.selection import decoder_config, stock_attention
+from fivefold.models.specs import attention_modules
+from fivefold.models.stock import StockLayers
 
 _here = threading.local()
+_UNKNOWN = object()
 
 
 class Stand(Cache):
     """What a compiled model gets in the place of a cache.
 
     absent: layers whose attention is left out; contextual: layers whose codec wants the layer's input; sources: layers
-    whose keys and values later ones share; stored: layers that store what they are given; first: the layer that wants
-    positions, or -1.
+    whose keys and values later ones share; stored: layers that store what they are given; windows: those with a window
+    that stay transformers' own; first: the layer that wants positions, or -1.
     """
 
     def __init__(self, cache: FivefoldCache, counted: bool) -> None:
@@ -51,10 +56,11 @@ class Stand(Cache):
         self.stored = tuple(session.stores)
         self.contextual = tuple(i for i, s in session.stores.items() if s.codec is not None and s.codec.contextual)
         self.sources = tuple(sorted(session.sources))
+        self.windows = tuple(session.companions.windows) if isinstance(session.companions, StockLayers) else ()
         self.first = session.first if positional(session.stores) is not None else -1
         # A size may be any in one graph; a number may not. Sizes 0 and 1 are told from others, hence 2 more.
         self.length = _any_size(session.length + 2) if counted else None
-        self.kind = self.absent, self.stored, self.contextual, self.sources, self.first, counted
+        self.kind = self.absent, self.stored, self.contextual, self.sources, self.windows, self.first, counted
         """What a graph depends on."""
         self.inputs: torch.Tensor | None = None
         self.brought: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -136,12 +142,31 @@ def hand_over(cache: Stand, index: int, kwargs: dict[str, Any]) -> Handed | None
 
 @dataclass
 class Running:
-    """A forward of a compiled model. mask: bool `[batch, all tokens]`, where a token is no padding, or None. seen: the
-    layers that have attended."""
+    """A forward of a compiled model. mask: bool `[batch, all tokens]`, where a token is no padding, or None. modules:
+    of attention, by layer. seen: the layers that have attended."""
 
     cache: FivefoldCache
     mask: torch.Tensor | None
+    modules: dict[int, torch.nn.Module]
     seen: set[int] = field(default_factory=set)
+    window_mask: Any = _UNKNOWN
+    """What transformers' own layers with a window want, once the first of them has come."""
+
+    def beside(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **given: Any
+    ) -> torch.Tensor:
+        """The attention of a layer that stays transformers' own, as it is without us."""
+        module = self.modules[layer]
+        with _set(None):
+            if self.window_mask is _UNKNOWN:
+                embeds = query.transpose(1, 2)  # of which they ask the shape, the dtype and the device
+                self.window_mask = create_sliding_window_causal_mask(
+                    config=module.config, inputs_embeds=embeds, attention_mask=self.mask, past_key_values=self.cache
+                )
+            key, value = self.cache.layers[layer].update(key, value)
+            given["sliding_window"] = getattr(module, "sliding_window", None)
+            out: torch.Tensor = stock_attention(module, query, key, value, self.window_mask, **given)[0]
+        return out
 
 
 def here() -> bool:
@@ -153,13 +178,19 @@ here._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what `torch
 
 
 @contextmanager
-def running(cache: FivefoldCache, mask: torch.Tensor | None) -> Iterator[None]:
-    before = getattr(_here, "running", None)
-    one = _here.running = Running(cache, mask)
+def _set(one: Running | None) -> Iterator[None]:
+    before, _here.running = getattr(_here, "running", None), one
     try:
         yield
     finally:
         _here.running = before
+
+
+@contextmanager
+def running(cache: FivefoldCache, mask: torch.Tensor | None, modules: dict[int, torch.nn.Module]) -> Iterator[None]:
+    one = Running(cache, mask, modules)
+    with _set(one):
+        yield
     lost = set(cache.session.stores) - one.seen if one.seen else set()
     if lost:
         raise CacheStateError(
@@ -188,6 +219,9 @@ def _attend(
             "a compiled model was called in another thread than its cache: call it in the thread of its forward."
         )
     session, stored = now.cache.session, layer not in now.cache.session.stores
+    if stored and layer == source:
+        given = {name: x for name, x in (("s_aux", sinks), ("softcap", cap)) if x is not None}
+        return now.beside(layer, query, key, value, scaling=scaling, dropout=0.0, **given).contiguous()
     if not stored:
         now.cache.layers[layer].update(key, value)
     out = attend(
@@ -239,15 +273,22 @@ def compiles(callback: Any, before: Any) -> bool:
 
 def why_not(model: torch.nn.Module, cache: FivefoldCache, chunk: int, mask: Any) -> str | None:
     """Why a call runs without the compiler, in a few words; an empty text where that is only for this one."""
-    if cache.session.companions is not None:
-        return (
-            "layers with a sliding window or a state are transformers' own (give sliding=True where they have windows)"
-        )
+    companions = cache.session.companions
+    if companions is not None and not _slide(decoder_config(model), companions):
+        return "layers with a state, chunks of fixed places, or keys that others share are transformers' own"
     if mask is not None and (getattr(mask, "ndim", 0) != 2 or mask.shape[1] != cache.session.length + chunk):
         return ""  # it is refused
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in model.parameters()):
         return ""  # it is refused
     return None
+
+
+def _slide(config: Any, companions: Any) -> bool:
+    """Whether layers that stay transformers' own all have a plain sliding window, and keys of their own."""
+    types = getattr(config, "layer_types", None)
+    if not types or getattr(config, "num_kv_shared_layers", None) or not isinstance(companions, StockLayers):
+        return False
+    return all(i in companions.windows and types[i] == "sliding_attention" for i in companions.layers)
 
 
 class Compiled:
@@ -258,6 +299,10 @@ class Compiled:
         self.traced: dict[Any, Callable[..., Any]] = {}
         """What is compiled, by the kind of the cache."""
         self.warned = False
+
+    @functools.cached_property
+    def modules(self) -> dict[int, torch.nn.Module]:
+        return attention_modules(self.model)
 
     @functools.cached_property
     def names(self) -> list[str]:
@@ -289,7 +334,7 @@ class Compiled:
             # A code of its own: what is compiled for one model and kind does not count against another's limit.
             code = _call.__code__.replace(co_name=f"call_{type(self.model).__name__}")
             traced = self.traced[stand.kind] = types.FunctionType(code, globals())
-        with running(cache, mask):
+        with running(cache, mask, self.modules):
             before = set_eval_frame(callback)
             try:
                 out = traced(forward, given)
