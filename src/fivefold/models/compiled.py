@@ -263,7 +263,7 @@ def skip(*functions: Any) -> None:
     """These are not compiled by themselves, or each kind of input would count; what they call is, and so are they
     where a graph calls them."""
     for function in functions:
-        skip_code(function.__code__)
+        skip_code(inspect.unwrap(function).__code__)
 
 
 def compiles(callback: Any, before: Any) -> bool:

@@ -120,7 +120,7 @@ class Forward:
         return twin
 
 
-compiled.skip(Forward.__call__, vars(Forward)["plain"].fget)
+compiled.skip(Forward.__call__, Forward._outside, vars(Forward)["plain"].fget)
 
 
 def _crossing(switch: int) -> str:
