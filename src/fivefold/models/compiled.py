@@ -268,7 +268,7 @@ def skip(*functions: Any) -> None:
 
 def compiles(callback: Any, before: Any) -> bool:
     """Whether a model is called by way of `torch.compile`: within it, or by a forward that was compiled."""
-    return callback not in (None, False) or hasattr(before, "_torchdynamo_orig_callable")
+    return callback is not None or hasattr(before, "_torchdynamo_orig_callable")
 
 
 def why_not(model: torch.nn.Module, cache: FivefoldCache, chunk: int, mask: Any) -> str | None:
@@ -299,6 +299,9 @@ class Compiled:
         self.traced: dict[Any, Callable[..., Any]] = {}
         """What is compiled, by the kind of the cache."""
         self.warned = False
+
+    def __reduce__(self) -> Any:
+        return Compiled, (self.model,)  # what was compiled is of this process
 
     @functools.cached_property
     def modules(self) -> dict[int, torch.nn.Module]:
