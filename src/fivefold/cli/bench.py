@@ -84,6 +84,7 @@ def bench_decode(
         sizes,
         len(decode.names(device, recipes)) + len(others),
         lambda context, batch: decode.measure(shape, device, context, batch, recipes, steps, others),
+        lambda rows: None if target is None else write_json(target, {**machine.stamp(), "rows": rows}),
     )
     lines = []
     for row in rows:
@@ -254,9 +255,13 @@ def _shape(name: str | None, device: torch.device) -> str:
 
 
 def _measured(
-    sizes: Sequence[tuple[int, int]], each: int | None, measure: Callable[[int, int], Iterable[dict[str, Any]]]
+    sizes: Sequence[tuple[int, int]],
+    each: int | None,
+    measure: Callable[[int, int], Iterable[dict[str, Any]]],
+    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
-    """The rows of `measure(context, batch)` for all sizes, `each` of them a size if that is known, under a bar."""
+    """The rows of `measure(context, batch)` for all sizes, `each` of them a size if that is known, under a bar. keep:
+    is shown those so far, in case the rest is broken off."""
     rows = []
     with progress_bars() as bars:
         task = bars.add_task("", total=each and each * len(sizes), amount="")
@@ -264,6 +269,7 @@ def _measured(
             bars.update(task, description=f"{context} x {batch}")
             for row in measure(context, batch):
                 rows.append(row)
+                keep(rows)
                 bars.advance(task)
     return rows
 
