@@ -25,9 +25,9 @@ from fivefold.benchmark import decode, machine
 VARIANTS = (
     ("eager", None, False),
     ("torch.compile(model)", "default", False),
-    ('torch.compile(model, mode="reduce-overhead")', "reduce-overhead", False),
     ("cuda_graph=True", None, True),
     ("cuda_graph=True, torch.compile(model)", "default", True),
+    ('torch.compile(model, mode="reduce-overhead")', "reduce-overhead", False),
 )
 """Name, the mode of torch.compile, and whether steps are a CUDA graph."""
 
