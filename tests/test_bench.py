@@ -8,6 +8,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from fivefold.benchmark import decode, peers
 from fivefold.cli.app import app
 
 
@@ -87,3 +88,49 @@ def test_bench_capacity(tmp_path) -> None:
     one = 4 * 2 * 2 * 64 * 4 * 300  # four layers, two heads, keys and values, 64 channels of 4 bytes
     assert rows[0]["batch"] == 12000000 // (one * 5 // 4) and rows[1]["batch"] > rows[0]["batch"]
     assert rows[3]["context"] > 2 * rows[2]["context"]
+
+
+def test_bench_decode(tmp_path) -> None:
+    """Steps are timed once a group has been packed."""
+    rows = rows_of(tmp_path, "decode", "--size", "70", "--steps", "2", "-r", "kivi(bits=2)")
+    assert [row["recipe"] for row in rows] == ["DynamicCache", "kivi(bits=2)"]
+    assert all(row["steps"] == 2 and row["warm_up"] >= 40 and row["gain"] > 0 for row in rows)
+    one = 4 * 2 * 2 * 64 * 4  # four layers, two heads, keys and values, 64 channels of 4 bytes
+    assert rows[0]["cache_bytes"] == (70 + rows[0]["warm_up"] + 2) * one
+    assert rows[0]["version"].startswith("transformers ") and rows[1]["version"].startswith("fivefold ")
+
+
+def test_a_peer_that_is_not_here() -> None:
+    import torch
+
+    model = decode.build("small", torch.device("cpu"))
+    absent = peers.Peer("none", (("no-such-package", "no_such_package"),), peers._pressed)
+    assert peers.measure(model, absent, 9, 1, 1)["error"] == "not installed: pip install no-such-package"
+
+    def fails(*_: object) -> None:
+        raise KeyError("cache_position")
+
+    row = peers.measure(model, peers.Peer("fails", (("torch", "torch"),), fails), 9, 1, 1)
+    assert row["error"] == "does not run here: KeyError: 'cache_position'"
+    assert row["version"].startswith("transformers ") and ", torch " in row["version"]
+
+
+def test_what_a_peer_holds() -> None:
+    """Every storage once, wherever it is: in lists, objects, and tensors made of tensors."""
+    import torch
+
+    one, other = torch.zeros(10), torch.zeros(4, dtype=torch.uint8)
+    layer = type("Layer", (), {})()
+    layer.codes, layer.meta, layer.itself = (other, {"scale": one[:3]}), [one], layer
+    assert peers.alive(layer) == 44
+
+
+@pytest.mark.slow
+def test_bench_decode_beside_peers(tmp_path) -> None:
+    target = tmp_path / "rows.json"
+    done = run("bench", "decode", "--size", "60", "--steps", "1", "-r", "full()", "--peers", "--json", str(target))
+    rows = json.loads(target.read_text())["rows"]
+    assert done.returncode == 0 and [row["recipe"] for row in rows[2:]] == [peer.name for peer in peers.PEERS]
+    static = next(row for row in rows if row["recipe"].startswith("StaticCache"))
+    assert static["ms"] > 0 and static["cache_bytes"] > rows[0]["cache_bytes"]
+    assert all("error" in row or row["ms"] > 0 for row in rows) and all(row["version"] in done.stdout for row in rows)

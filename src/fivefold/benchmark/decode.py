@@ -10,9 +10,10 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from fivefold.recipe import Recipe
 BASELINE = "DynamicCache"
 STATIC = "StaticCache"
 SPARE = 256  # tokens that a static cache has room for beyond the context
-WARM_UP = 8  # steps that are not timed
+WARM_UP = 40  # steps that are not timed: by then every recipe of groups of 32 has packed one
 RECIPES = ("full()", "kivi(bits=4)", "kivi(bits=2)")
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
@@ -113,15 +114,27 @@ def measure(
     batch: int,
     recipes: list[str],
     steps: int = 40,
+    others: Sequence[Any] = (),
 ) -> Iterator[dict[str, Any]]:
     """Rows: recipe, whether its steps are replayed as a graph, median milliseconds a step, tokens a second, bytes of
-    the cache and of the device's peak. On a GPU each recipe is measured launch by launch and as a graph."""
+    the cache and of the device's peak, of which version. On a GPU each recipe is measured launch by launch and as a
+    graph. others: what `benchmark.peers` measures beside."""
+    from fivefold.benchmark import peers
+
     model = build(shape, device)
     base = None
-    for name, graph in names(device, recipes):
-        row: dict[str, Any] = {"shape": shape, "context": context, "batch": batch, "recipe": name, "graph": graph}
+    for name, graph in [*names(device, recipes), *((peer, False) for peer in others)]:
+        shown = getattr(name, "name", name)
+        row: dict[str, Any] = {"shape": shape, "context": context, "batch": batch, "recipe": shown, "graph": graph}
         try:
-            row.update(_steps(model, name, context, batch, steps, graph))
+            if isinstance(name, peers.Peer):
+                row.update(peers.measure(model, name, context, batch, steps))
+            else:
+                stock = name in (BASELINE, STATIC)
+                row["version"] = (
+                    f"transformers {metadata.version('transformers')}" if stock else f"fivefold {fivefold.__version__}"
+                )
+                row.update(_steps(model, name, context, batch, steps, graph))
         except torch.OutOfMemoryError:
             row["error"] = "out of memory"
         if device.type == "cuda":
@@ -140,20 +153,26 @@ def names(device: torch.device, recipes: list[str]) -> list[tuple[str, bool]]:
     return stock + [(recipe, graph) for recipe in recipes for graph in ((False, True) if cuda else (False,))]
 
 
-def filled(model: Any, name: str | Recipe, context: int, batch: int, graph: bool) -> Any:
-    """A cache that holds `context` random tokens of `batch` sequences."""
+def fill_stock(model: Any, cache: Any, context: int, batch: int) -> None:
+    """Give random keys and values of so many tokens to a cache of transformers."""
+    config = model.config
+    shape = (batch, config.num_key_value_heads, context, config.hidden_size // config.num_attention_heads)
+    for layer in range(config.num_hidden_layers):
+        cache.update(*(torch.randn(shape, device=model.device, dtype=model.dtype) for _ in range(2)), layer)
+
+
+def filled(model: Any, name: str | Recipe, context: int, batch: int, graph: bool, spare: int = SPARE) -> Any:
+    """A cache that holds `context` random tokens of `batch` sequences. spare: see `SPARE`."""
     config, device = model.config, model.device
     heads, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     if name == BASELINE:
         fivefold.restore(model)
         dynamic = DynamicCache(config=config)
-        for layer in range(config.num_hidden_layers):
-            shape = (batch, heads, context, dim)
-            dynamic.update(*(torch.randn(shape, device=device, dtype=model.dtype) for _ in range(2)), layer)
+        fill_stock(model, dynamic, context, batch)
         return dynamic
     if name == STATIC:
         fivefold.restore(model)
-        static = StaticCache(config=config, max_cache_len=context + SPARE)
+        static = StaticCache(config=config, max_cache_len=context + max(spare, SPARE))
         one = torch.empty(batch, heads, 1, dim, device=device, dtype=model.dtype)
         for part in static.layers:
             part.lazy_initialization(one, one)
@@ -170,7 +189,9 @@ def filled(model: Any, name: str | Recipe, context: int, batch: int, graph: bool
 def held_bytes(cache: Any) -> int:
     if isinstance(cache, FivefoldCache):
         return cache.report().total
-    return sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    from fivefold.benchmark import peers
+
+    return peers.alive(cache)
 
 
 def _static_step(model: Any, cache: Any, token: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -205,27 +226,44 @@ def _steps(model: Any, name: str, context: int, batch: int, steps: int, graph: b
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with torch.inference_mode():
-        return timed(model, filled(model, name, context, batch, graph), batch, steps)
+        cache = filled(model, name, context, batch, graph, steps + WARM_UP + 4)
+        return timed(model, cache, batch, steps, warm_up(cache))
 
 
-def timed(model: Any, cache: Any, batch: int, steps: int) -> dict[str, Any]:
-    """Decode greedily and time it; the cache is given back. Called in inference mode."""
+def warm_up(cache: Any) -> int:
+    """Steps before those that are timed: until a group has been packed in every layer, and what that wants is made."""
+    stores = cache.session.stores.values() if isinstance(cache, FivefoldCache) else ()
+    return max([WARM_UP, *(store.codec.group + 8 for store in stores if store.codec is not None)])
+
+
+def timed(
+    model: Any,
+    cache: Any,
+    batch: int,
+    steps: int,
+    before: int = 8,
+    step: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> dict[str, Any]:
+    """Decode greedily and time it; the cache is given back. Called in inference mode. before: steps that are not timed.
+    step: takes tokens to the next ones; that of the model if not given."""
     cuda = model.device.type == "cuda"
     token = torch.ones(batch, 1, dtype=torch.long, device=model.device)
-    static = _static_step(model, cache, token) if isinstance(cache, StaticCache) else None
+    static = _static_step(model, cache, token) if isinstance(cache, StaticCache) and step is None else None
     times = []
-    for _ in range(steps + WARM_UP):
+    for _ in range(before + steps):
         if cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
         if static is not None:
             token = static()
+        elif step is not None:
+            token = step(token)
         else:
             token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
         if cuda:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - start) * 1000)
-    times = times[WARM_UP:]
+    times = times[before:]
     held, way, step = held_bytes(cache), getattr(cache, "decoding", None), getattr(cache, "step", None)
     more = {"decoding": way, "no_graph": getattr(step, "failed", None), "own_code": getattr(step, "own", None)}
     if hasattr(cache, "free"):
@@ -234,4 +272,5 @@ def timed(model: Any, cache: Any, batch: int, steps: int) -> dict[str, Any]:
     ms, mean = statistics.median(times), statistics.fmean(times)
     peak = torch.cuda.max_memory_allocated() if cuda else None
     row = {"ms": ms, "mean_ms": mean, "tokens_s": 1000 * batch / mean, "cache_bytes": held, "peak_bytes": peak}
+    row |= {"steps": steps, "warm_up": before}
     return row | {name: said for name, said in more.items() if said}

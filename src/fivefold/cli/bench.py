@@ -63,10 +63,15 @@ def bench_decode(
     recipe: RecipesOption = None,
     shape: ShapeOption = None,
     steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps to time.")] = 40,
+    peers: Annotated[
+        bool,
+        typer.Option("--peers", help="Other caches too: StaticCache compiled, QuantizedCache (HQQ, quanto), kvpress."),
+    ] = False,
     json_file: JsonFileOption = None,
 ) -> None:
     """Whole decoding steps of a model of random weights against transformers' DynamicCache."""
     from fivefold.benchmark import decode, machine
+    from fivefold.benchmark.peers import PEERS
     from fivefold.recipe import Recipe
 
     device = machine.device()
@@ -74,15 +79,19 @@ def bench_decode(
     sizes = _sizes(size) or (((8192, 1), (32768, 1), (131072, 1)) if device.type == "cuda" else ((4096, 1),))
     target = None if json_file is None else writable(json_file)
     recipes = [str(Recipe.parse(text)) for text in recipe or decode.RECIPES]
+    others = PEERS if peers else ()
     silence()
     rows = _measured(
         sizes,
-        len(decode.names(device, recipes)),
-        lambda context, batch: decode.measure(shape, device, context, batch, recipes, steps),
+        len(decode.names(device, recipes)) + len(others),
+        lambda context, batch: decode.measure(shape, device, context, batch, recipes, steps, others),
+        lambda rows: None if target is None else write_json(target, {**machine.stamp(), "rows": rows}),
     )
     lines = []
     for row in rows:
         cells = [f"{row['context']:,}", str(row["batch"]), row["recipe"], "yes" if row["graph"] else ""]
+        if peers:
+            cells.insert(3, row["version"])
         if "error" in row:
             cells.append(row["error"])
         else:
@@ -90,8 +99,10 @@ def bench_decode(
             cells += [f"{row['ms']:.2f}", f"{row['mean_ms']:.2f}", gain]
             cells += [f"{row['tokens_s']:.1f}", f"{row['cache_bytes'] / 2**20:,.1f}"]
         lines.append(cells)
-    title = f"{shape} on {machine.name()}"
-    _print_table(title, "context, batch, cache, graph", "ms/step, mean, x DynamicCache, tokens/s, cache MiB", lines)
+    # Where a group is packed every 32nd step, the mean has it and the median does not.
+    title = f"{shape} on {machine.name()}: medians and means of {steps} steps, after {decode.WARM_UP} or more"
+    words = "context, batch, cache, version, graph" if peers else "context, batch, cache, graph"
+    _print_table(title, words, "ms/step, mean, x DynamicCache, tokens/s, cache MiB", lines)
     ways = Facts()
     for name, way in dict.fromkeys((row["recipe"], row["decoding"]) for row in rows if row.get("decoding")):
         ways.add_row(Text(name), Text(way))
@@ -249,9 +260,13 @@ def _shape(name: str | None, device: torch.device) -> str:
 
 
 def _measured(
-    sizes: Sequence[tuple[int, int]], each: int | None, measure: Callable[[int, int], Iterable[dict[str, Any]]]
+    sizes: Sequence[tuple[int, int]],
+    each: int | None,
+    measure: Callable[[int, int], Iterable[dict[str, Any]]],
+    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
-    """The rows of `measure(context, batch)` for all sizes, `each` of them a size if that is known, under a bar."""
+    """The rows of `measure(context, batch)` for all sizes, `each` of them a size if that is known, under a bar. keep:
+    is shown those so far, in case the rest is broken off."""
     rows = []
     with progress_bars() as bars:
         task = bars.add_task("", total=each and each * len(sizes), amount="")
@@ -259,6 +274,7 @@ def _measured(
             bars.update(task, description=f"{context} x {batch}")
             for row in measure(context, batch):
                 rows.append(row)
+                keep(rows)
                 bars.advance(task)
     return rows
 

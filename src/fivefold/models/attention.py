@@ -12,6 +12,7 @@ from transformers.masking_utils import causal_mask_function
 from fivefold.engine.layer import attend
 from fivefold.engine.session import Session
 from fivefold.errors import CacheStateError, UnsupportedModelError
+from fivefold.models.compiled import Handed, here
 from fivefold.models.selection import is_selected, stock_attention, stock_mask, windows_here
 
 NAME = "fivefold"
@@ -28,6 +29,35 @@ class Called:
     positions: torch.Tensor | None
     inputs: torch.Tensor | None
 
+    @property
+    def stores(self) -> bool:
+        """Whether the layer stores what it is given; else it shares the keys of another."""
+        return self.index in self.session.stores
+
+    def source(self, key: torch.Tensor, value: torch.Tensor) -> int | None:
+        """The layer that has given these very tensors to the cache: this one, or the one whose keys it shares."""
+        brought = self.session.brought
+        layers = (self.index,) if self.index in brought else brought
+        return next((layer for layer in layers if brought[layer][0] is key and brought[layer][1] is value), None)
+
+    def attend(
+        self,
+        source: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+        sinks: torch.Tensor | None,
+        cap: float | None,
+    ) -> torch.Tensor:
+        out = attend(
+            self.session, source, query, key, value, mask, scaling, self.positions, self.inputs, sinks, cap,
+            not self.stores,
+        )  # fmt: skip
+        self.session.done(self.index)
+        return out
+
 
 def attention(
     module: torch.nn.Module,
@@ -40,10 +70,11 @@ def attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, Any]:
     """query `[batch, query_head, tokens, head_dim]`, key and value `[batch, kv_head, tokens, head_dim]`."""
-    called: Called | None = kwargs.pop(CALLED, None)
-    index = None if called is None else _source(called, key, value)
-    stored = called is not None and called.index not in called.session.stores
-    if called is None or (stored and index is None):  # or it shares the keys of a layer that stays transformers' own
+    called: Called | Handed | None = kwargs.pop(CALLED, None)
+    index = None if called is None else called.source(key, value)
+    if called is None or (
+        index is None and not called.stores
+    ):  # or it shares the keys of a layer that stays transformers' own
         return stock_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if index is None:
         raise UnsupportedModelError(
@@ -70,19 +101,8 @@ def attention(
             "a compressed cache does not train: call the model under torch.inference_mode() or torch.no_grad()."
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = attend(
-        called.session, index, query, key, value, attention_mask, scaling, called.positions, called.inputs,
-        kwargs.get("s_aux"), kwargs.get("softcap"), stored,
-    )  # fmt: skip
-    called.session.done(called.index)
-    return out, None
-
-
-def _source(called: Called, key: torch.Tensor, value: torch.Tensor) -> int | None:
-    """The layer that has given these very tensors to the cache: the called one, or the one whose keys it shares."""
-    brought = called.session.brought
-    layers = (called.index,) if called.index in brought else brought
-    return next((layer for layer in layers if brought[layer][0] is key and brought[layer][1] is value), None)
+    sinks, cap = kwargs.get("s_aux"), kwargs.get("softcap")
+    return called.attend(index, query, key, value, attention_mask, scaling, sinks, cap), None
 
 
 def mask(
@@ -98,12 +118,16 @@ def mask(
 ) -> Any:
     """The padding mask alone where the rest is plainly causal, so that no [query, key] matrix is built; for layers that
     stay transformers' own what they want."""
+    alone = mask_function is causal_mask_function and local_size is None
+    if here():  # the mask is with the cache
+        if alone or (local_size is not None and kwargs.get("allow_is_causal_skip", True)):
+            return None
+        raise UnsupportedModelError(
+            "a mask that is not causal cannot be used with a compressed cache: use DynamicCache."
+        )
     plain = (
         is_selected(NAME)
-        and (
-            (mask_function is causal_mask_function and local_size is None)
-            or (local_size in windows_here() and kwargs.get("allow_is_causal_skip", True))
-        )
+        and (alone or (local_size in windows_here() and kwargs.get("allow_is_causal_skip", True)))
         and not isinstance(q_offset, torch.Tensor)
         and kv_offset == 0
         and kv_length == q_offset + q_length

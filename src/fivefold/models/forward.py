@@ -19,6 +19,7 @@ from fivefold.calibrate.profile import signature
 from fivefold.engine.admission import Padded
 from fivefold.errors import CacheStateError, UnsupportedModelError
 from fivefold.kernels.device import sent
+from fivefold.models import compiled, skipping
 from fivefold.models.attention import NAME
 from fivefold.models.cache import FivefoldCache
 from fivefold.models.selection import decoder_config, selected
@@ -32,49 +33,90 @@ class Forward:
         self.model = model
         # Somebody else's, put there before.
         self.before: Callable[..., Any] | None = vars(model).get("forward")
-        functools.update_wrapper(self, model.forward)
+        functools.update_wrapper(self, model.forward, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
-        if cache is None:
-            cache = next((arg for arg in args if isinstance(arg, FivefoldCache)), None)
-        if not isinstance(cache, FivefoldCache) or cache.session.running:
-            return self.plain(*args, **kwargs)
-        if cache.model != (mine := signature(decoder_config(self.model))):
-            raise CacheStateError(
-                f"the cache was made for {cache.model} and called with {mine}: make one for this model."
-            )
-        with selected(self.configs, NAME, cache.windows):
-            return self._call(cache, args, kwargs)
+        for cache in (kwargs.get("past_key_values"), *args):
+            if isinstance(cache, FivefoldCache):
+                return self._outside(cache, args, kwargs)
+        return self.plain(*args, **kwargs)
 
-    def _call(self, cache: FivefoldCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    @torch.compiler.disable(recursive=False)
+    def _outside(self, cache: FivefoldCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Outside of any graph: `torch.compile` traces the model's own code alone (`models/compiled.py`)."""
+        callback = compiled.suspend()
+        try:
+            run = self.plain
+            if compiled.compiles(callback, self.before):
+                run = self._run(callback, cache, args, kwargs)
+            if cache.session.running:
+                return run(*args, **kwargs)
+            if cache.model != (mine := signature(decoder_config(self.model))):
+                raise CacheStateError(
+                    f"the cache was made for {cache.model} and called with {mine}: make one for this model."
+                )
+            with selected(self.configs, NAME, cache.windows):
+                return self._call(run, cache, args, kwargs)
+        finally:
+            compiled.resume(callback)
+
+    def _run(
+        self, callback: Any, cache: FivefoldCache, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[..., Any]:
+        """The model's own code, compiled, if that can be."""
+        region = self.compiled
+        mask = region.named(args, kwargs).get("attention_mask")
+        why = compiled.why_not(self.model, cache, _chunk(args, kwargs), mask)
+        if why is None and not skipping.checked(self.model, cache.absent):
+            why = ""  # for the first forward, which is watched
+        if why is None:
+            counts = decoder_config(self.model) is not self.model.config
+            return lambda *args, **kwargs: region(callback, self.plain, cache, counts, **region.named(args, kwargs))
+        if why and not region.warned:
+            region.warned = True
+            compiled.warn(why)
+        plain: Callable[..., Any] = getattr(self.before, "_torchdynamo_orig_callable", self.plain)
+        return plain
+
+    def _call(
+        self, run: Callable[..., Any], cache: FivefoldCache, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         length, chunk = cache.session.length, _chunk(args, kwargs)
         if self.switch is not None and 0 < length <= self.switch < length + chunk:
             raise UnsupportedModelError(_crossing(self.switch))
         if cache.session.ragged:
             kwargs = {**kwargs, **_places(cache, args, kwargs)}
         try:
-            return self._take(cache, args, kwargs, chunk, True)
+            return self._take(run, cache, args, kwargs, True)
         except Padded:
             cache.session.trusting = False
-            return self._take(cache, args, kwargs, chunk, False)
+            return self._take(run, cache, args, kwargs, False)
 
     def _take(
-        self, cache: FivefoldCache, args: tuple[Any, ...], kwargs: dict[str, Any], chunk: int, graph: bool
+        self,
+        run: Callable[..., Any],
+        cache: FivefoldCache,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        graph: bool,
     ) -> Any:
         if graph and cache.step is not None and len(args) <= 1:
             given = {"input_ids": args[0], **kwargs} if args else kwargs
-            out = cache.step(self.model, self.plain, cache, given)
+            out = cache.step(self.model, run, cache, given)
             if out is not None:
                 return out
         with cache.session.atomic():
-            out = self.plain(*args, **kwargs)
-            if chunk and not cache.session.chunk:
+            out = run(*args, **kwargs)
+            if _chunk(args, kwargs) and not cache.session.chunk:
                 raise CacheStateError(
                     "the model was called with a compressed cache and did not use it, as with gradient checkpointing "
                     "in train mode: call model.eval() first."
                 )
             return out
+
+    @functools.cached_property
+    def compiled(self) -> compiled.Compiled:
+        return compiled.Compiled(self.model)
 
     @functools.cached_property
     def configs(self) -> list[Any]:
@@ -92,6 +134,9 @@ class Forward:
         twin = Forward(copy.deepcopy(self.model, memo))
         twin.before = copy.deepcopy(self.before, memo)
         return twin
+
+
+compiled.skip(Forward.__call__, Forward._outside, vars(Forward)["plain"].fget)
 
 
 def _crossing(switch: int) -> str:

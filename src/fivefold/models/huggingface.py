@@ -27,7 +27,7 @@ from fivefold.calibrate.profile import signature
 from fivefold.engine.admission import positional
 from fivefold.engine.build import build
 from fivefold.errors import RecipeError, UnsupportedModelError
-from fivefold.models import forward, skipping
+from fivefold.models import compiled, forward, skipping
 from fivefold.models.attention import CALLED, NAME, Called, attention, mask
 from fivefold.models.cache import FivefoldCache, cache_of
 from fivefold.models.selection import decoder_config, is_selected, selected
@@ -76,6 +76,10 @@ def restore(model: torch.nn.Module) -> None:
 
 def _hand_in(index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A layer's input, which its attention module sees only behind a norm, for codecs that want to know it."""
+    given = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    if isinstance(given, compiled.Stand):
+        compiled.hand_in(given, index, args[0] if args else kwargs["hidden_states"])
+        return
     cache = cache_of(kwargs)
     if cache is not None and index in cache.session.stores:
         codec = cache.session.stores[index].codec
@@ -84,7 +88,11 @@ def _hand_in(index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs:
 
 
 def _hand_over(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    cache, index = cache_of(kwargs), module.layer_idx
+    given, index = kwargs.get("past_key_values", kwargs.get("layer_past")), module.layer_idx
+    if isinstance(given, compiled.Stand):
+        handed = compiled.hand_over(given, index, kwargs)  # type: ignore[arg-type]
+        return None if handed is None else (args, {**kwargs, CALLED: handed})
+    cache = cache_of(kwargs)
     if cache is None or index in cache.absent:
         return None
     assert isinstance(index, int)

@@ -14,13 +14,14 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 
 from fivefold.errors import UnsupportedModelError
 from fivefold.models.cache import FivefoldCache, cache_of
+from fivefold.models.compiled import Stand
 from fivefold.models.residual import Following, tensors_in
 
 
@@ -31,7 +32,7 @@ class Replaced:
         self.module = module
         # Somebody else's, put there before.
         self.before: Callable[..., Any] | None = vars(module).get("forward")
-        functools.update_wrapper(self, module.forward)  # type: ignore[arg-type]
+        functools.update_wrapper(self, module.forward, updated=())  # type: ignore[arg-type]
         module.forward = self  # type: ignore[assignment]
 
     @property
@@ -66,6 +67,9 @@ class Skip(Replaced):
 
     def leaves_out(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the layer, or its attention module, is called with a cache that leaves it out."""
+        given = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        if isinstance(given, Stand):
+            return self.module.layer_idx in given.absent
         caches = [cache_of(kwargs), *(x for x in args if isinstance(x, FivefoldCache))]
         return any(cache is not None and self.module.layer_idx in cache.absent for cache in caches)
 
@@ -74,17 +78,23 @@ class Skip(Replaced):
             return self.plain(*args, **kwargs)
         given = args[0] if args else kwargs["hidden_states"]
         out = torch.zeros_like(given)
+        if torch.compiler.is_dynamo_compiling():
+            return out, None
         if (watch := getattr(self.here, "watch", None)) is not None:
             watch.attends(given, out)
         return out, None
 
     def _begin(self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            return  # a graph has no norm whose output nobody takes
         self.here.idle = self.leaves_out(args, kwargs)
         if self.here.idle and not self.checked:
             self.here.watch = Watch([child for child in layer.children() if child is not self.module])
             self.here.watch.__enter__()
 
     def _end(self, layer: torch.nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            return
         watch, self.here.watch, self.here.idle = getattr(self.here, "watch", None), None, False
         if watch is None:
             return
@@ -123,6 +133,8 @@ class Idle(Replaced):
         self.skip = skip
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return self.plain(*args, **kwargs)
         return args[0] if getattr(self.skip.here, "idle", False) and args else self.plain(*args, **kwargs)
 
 
@@ -194,6 +206,12 @@ def install(layer: torch.nn.Module, module: torch.nn.Module) -> None:
     # accelerate keeps what it wraps as `_old_forward`.
     if not any(isinstance(vars(module).get(name), Skip) for name in ("forward", "_old_forward")):
         Skip(layer, module)
+
+
+def checked(model: torch.nn.Module, absent: Collection[int]) -> bool:
+    """Whether all layers whose attention a cache leaves out have been watched."""
+    skips = [vars(module).get("forward") for module in model.modules()] if absent else []
+    return all(skip.checked for skip in skips if isinstance(skip, Skip) and skip.module.layer_idx in absent)
 
 
 def remove(model: torch.nn.Module) -> None:
