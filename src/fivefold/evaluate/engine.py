@@ -162,9 +162,9 @@ class Results:
 
     def add(self, key: str, row: dict[str, Any]) -> None:
         self.rows[key] = row
-        with self.path.open("a") as file:
-            file.write(json.dumps({"key": key, "row": row}) + "\n")
-            file.flush()
+        with self.path.open("ab", buffering=0) as file:
+            # In one go, so that several processes may keep their rows in one file.
+            file.write(json.dumps({"key": key, "row": row}).encode() + b"\n")
             os.fsync(file.fileno())
 
 
