@@ -38,6 +38,12 @@ def differences(one: dict[str, Any], two: dict[str, Any]) -> dict[str, float]:
     return worst
 
 
+def spent(result: dict[str, Any], recipe: str) -> dict[str, float]:
+    """Seconds of a recipe by suite."""
+    cells = [cell for cell in result["cells"] if cell["recipe"] == recipe]
+    return {cell["suite"]: sum(row["seconds"] for row in cell["rows"]) for cell in cells}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", action="append")
@@ -65,15 +71,8 @@ def main() -> None:
                     torch.cuda.synchronize()
                 took.append(time.perf_counter() - start)
             worst = ", ".join(f"{name} {value:.1e}" for name, value in differences(*found).items())
-            by_suite = {
-                suite: sum(row["seconds"] for cell in found[0]["cells"] if cell["suite"] == suite
-                           and cell["recipe"] == engine.Recipe.parse(recipe).__str__() for row in cell["rows"])
-                for suite in plan.suites
-            }  # fmt: skip
-            each = ", ".join(f"{suite} {seconds:.2f}" for suite, seconds in by_suite.items())
-            print(
-                f"{recipe}: one by one {took[1]:.1f} s, together {took[0]:.1f} s ({each}); apart: {worst}", flush=True
-            )
+            each = ", ".join(f"{name} {seconds:.2f}" for name, seconds in spent(found[0], recipe).items())
+            print(f"{recipe}: one by one {took[1]:.1f} s, together {took[0]:.1f} s ({each}); apart: {worst}")
 
 
 if __name__ == "__main__":
