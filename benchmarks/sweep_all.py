@@ -27,8 +27,8 @@ RECIPES = (
     "duo(keep=0.34) + tidal() + rotatekv(bits=4)", "duo(keep=0.34) + anchors() + rotatekv(bits=4)", "razor(least=256)",
     "razor(least=256) + kivi(bits=4)", "mikv(high=8, low={4,2})", "gear(bits={4,2})", "rotatekv(bits={4,3,2})",
     "cskv(keep=0.2)", "cskv(keep=0.2, bits=4)", "kv_heads(keep={0.5,0.25})", "minicache()",
-    "minicache() + kivi(bits=4)", "budget(bytes=0.1)", "kivi(bits={8,4,2})", "streaming()", "streaming() + kivi(bits=4)",
-    "duo(keep={0.34,0.15})",
+    "minicache() + kivi(bits=4)", "budget(bytes=0.1)", "kivi(bits={8,4,2})", "streaming()",
+    "streaming() + kivi(bits=4)", "duo(keep={0.34,0.15})",
     "duo(keep={0.34,0.15}, GATES)", "duo(keep=0.34) + kivi(bits={4,2})", "duo(keep=0.34) + rotatekv(bits={4,2})",
     "drop(layers={1,4,8})", "drop(layers=4) + duo(keep=0.34) + kivi(bits=4)",
 )  # fmt: skip
