@@ -4,9 +4,7 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from tokenizers.decoders import ByteLevel
-from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers import DynamicCache
 
 import fivefold
 from fivefold.errors import InputError
@@ -16,17 +14,14 @@ from fivefold.evaluate.score import Asked, answer, answers
 from fivefold.evaluate.tasks import Question
 from fivefold.evaluate.together import Room, grouped, rows_of, twin
 from recipes import RECIPES, SHAPE, written
+from test_tasks import byte_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bare = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bare.decoder = ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=bare)
+    return byte_tokenizer()
 
 
 @pytest.fixture
@@ -66,7 +61,7 @@ def same(one, two):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_gives_together_what_it_gives_one_by_one(name, tiny, tokenizer, tmp_path, short):
-    model = tiny(**SHAPE, vocab_size=256)
+    model = tiny(**SHAPE, vocab_size=257)
     plan = Plan((written(name, model),), (FIDELITY, "passkey", "multi_needle"), (900,), 3, everything=True)
     alone = run(model, tokenizer, plan, tmp_path / "alone.jsonl", batch=1)
     together = run(model, tokenizer, plan, tmp_path / "together.jsonl", batch=2)
@@ -81,7 +76,7 @@ def test_every_recipe_gives_together_what_it_gives_one_by_one(name, tiny, tokeni
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_questions_of_any_kind_and_length_are_asked_together(exact, tiny, tokenizer):
-    model = tiny(**SHAPE, vocab_size=256)
+    model = tiny(**SHAPE, vocab_size=257)
     prefix = torch.randint(0, 256, (3, 200), generator=torch.Generator().manual_seed(0))
 
     def read(rows):
@@ -105,7 +100,7 @@ def test_questions_of_any_kind_and_length_are_asked_together(exact, tiny, tokeni
 
 
 def test_texts_of_any_length_are_read_in_batches_of_their_length(tiny, tokenizer, tmp_path):
-    model = tiny(**SHAPE, vocab_size=256)
+    model = tiny(**SHAPE, vocab_size=257)
     lines = [
         {"context": "abc def " * (8 + length), "question": f"Which of {length}?", "answer": "b", "choices": ["a", "bc"]}
         | {"choices": ["a", "b", "cd"]}
@@ -124,7 +119,7 @@ def test_texts_of_any_length_are_read_in_batches_of_their_length(tiny, tokenizer
 
 
 def test_a_batch_that_was_broken_off_is_measured_again_and_others_are_not(tiny, tokenizer, tmp_path, short):
-    model, store, told = tiny(**SHAPE, vocab_size=256), tmp_path / "kept.jsonl", []
+    model, store, told = tiny(**SHAPE, vocab_size=257), tmp_path / "kept.jsonl", []
     plan = Plan(("full()", "streaming(recent=32)"), (FIDELITY,), (512,), 3)
 
     def stop(done, total, what):
@@ -145,7 +140,7 @@ def test_a_batch_that_was_broken_off_is_measured_again_and_others_are_not(tiny, 
 
 
 def test_with_less_memory_than_thought_a_batch_is_halved(tiny, tokenizer, tmp_path, short, monkeypatch):
-    model, sizes = tiny(**SHAPE, vocab_size=256), []
+    model, sizes = tiny(**SHAPE, vocab_size=257), []
     prefilled = engine._Run._prefilled
 
     def full_at_two(self, recipe, prefixes):
@@ -164,7 +159,7 @@ def test_with_less_memory_than_thought_a_batch_is_halved(tiny, tokenizer, tmp_pa
 
 
 def test_the_exact_cache_is_forked_without_a_copy_and_left_alone(tiny):
-    model = tiny(**SHAPE, vocab_size=256)
+    model = tiny(**SHAPE, vocab_size=257)
     ids = torch.arange(120).reshape(2, 60)
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
@@ -190,7 +185,7 @@ def test_rooms(tiny):
 
 
 def test_a_key_names_kernels_profiles_and_sources_that_are_not_python(tiny, tokenizer, tmp_path, monkeypatch):
-    model = tiny(**SHAPE, vocab_size=256)
+    model = tiny(**SHAPE, vocab_size=257)
     base = keys.environment(model, tokenizer)
     monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
     other = keys.environment(model, tokenizer)
@@ -220,7 +215,7 @@ def test_a_key_names_kernels_profiles_and_sources_that_are_not_python(tiny, toke
 
 
 def test_rows_name_what_they_are_of(tiny, tokenizer, tmp_path):
-    model, store = tiny(**SHAPE, vocab_size=256), tmp_path / "kept.jsonl"
+    model, store = tiny(**SHAPE, vocab_size=257), tmp_path / "kept.jsonl"
     run(model, tokenizer, Plan(("full()",), ("passkey",), (512,), 2, everything=True), store, batch=2)
     rows = [json.loads(line)["row"] for line in store.read_text().splitlines()]
     assert [(row["recipe"], row["sample"]) for row in rows] == [(EXACT, 0), (EXACT, 1), ("full()", 0), ("full()", 1)]
