@@ -10,13 +10,13 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fivefold.errors import InputError
 from fivefold.evaluate.tasks.base import Kind, Question, holds
-from fivefold.evaluate.together import eager, grouped, rows_of, twin
+from fivefold.evaluate.together import eager, grouped, rows_of, steps_at_once, twin
 
 __all__ = ["Answer", "Asked", "answer", "answers", "bits", "generate", "likelihoods", "matched", "printable", "twin"]
 
@@ -211,27 +211,85 @@ def _likelihoods(
     """`likelihoods` for (row, text, choices) each."""
     split = [_split(tokenizer, text, choices) for _, text, choices in asked]
     found = [[0.0] * len(rests) for _, rests in split]
+    tails = _Tails(model, found, most)
     for group in grouped([len(start) for start, _ in split], most):
         fork = eager(rows_of(cache, [asked[place][0] for place in group], batch))
         start = torch.tensor([split[place][0] for place in group], device=model.device)
         first = model(start, past_key_values=fork, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
-        # (row of the fork, question, choice, its tokens)
         each = [
-            (row, place, choice, rest) for row, place in enumerate(group) for choice, rest in enumerate(split[place][1])
+            _Tail(row, place, choice, rest)
+            for row, place in enumerate(group)
+            for choice, rest in enumerate(split[place][1])
         ]
-        of_first = first[[row for row, *_ in each], [rest[0] for *_, rest in each]].tolist()
-        for (_, place, choice, _), log in zip(each, of_first):
-            found[place][choice] = log
-        longer = [one for one in each if len(one[3]) > 1]
-        for part in grouped([len(rest) for *_, rest in longer], most):
-            some = [longer[at] for at in part]
-            rests = torch.tensor([rest for *_, rest in some], device=model.device)
-            forks = eager(rows_of(fork, [row for row, *_ in some], len(group)))
-            rows = model(rests[:, :-1], past_key_values=forks).logits.float().log_softmax(-1)
-            logs = rows.gather(2, rests[:, 1:, None])[:, :, 0].tolist()
-            for (_, place, choice, _), of in zip(some, logs):
-                found[place][choice] += sum(of)
+        logs = first[[one.row for one in each], [one.tokens[0] for one in each]].tolist()
+        for one, log in zip(each, logs):
+            found[one.question][one.choice] = log
+        tails.add(fork, len(group), [one for one in each if len(one.tokens) > 1])
+    tails.finish()
     return found
+
+
+class _Tail(NamedTuple):
+    """What is left of a choice behind the tokens that are fed once, and which row of their cache it follows."""
+
+    row: int
+    question: int
+    choice: int
+    tokens: list[int]
+
+
+class _Tails:
+    """Feeds choices, and adds their log-likelihoods to `found`.
+
+    A cache of ours is given them token by token, as when they were written: so methods do what they do in decoding, and
+    sequences of any length may be one batch, `most` of them. The exact cache, to which it makes no difference, is
+    given those of equal length as chunks.
+    """
+
+    def __init__(self, model: Any, found: list[list[float]], most: int) -> None:
+        self.model, self.found, self.most = model, found, most
+        self.cache: Any = None
+        self.waiting: list[_Tail] = []
+
+    def add(self, cache: Any, batch: int, tails: list[_Tail]) -> None:
+        """Those that follow the `batch` sequences of a cache, which is left as it is."""
+        if not hasattr(cache, "join"):
+            for places in grouped([len(tail.tokens) for tail in tails], self.most):
+                self._chunk(cache, batch, [tails[place] for place in places])
+            return
+        for start in range(0, len(tails), self.most):
+            part = tails[start : start + self.most]
+            fork = eager(rows_of(cache, [tail.row for tail in part], batch))
+            if self.cache is not None and (len(self.waiting) + len(part) > self.most or not steps_at_once(fork)):
+                self.finish()
+            if self.cache is None:
+                self.cache = fork
+            else:
+                self.cache.join(fork)
+            self.waiting += part
+
+    def _chunk(self, cache: Any, batch: int, tails: list[_Tail]) -> None:
+        ids = torch.tensor([tail.tokens for tail in tails], device=self.model.device)
+        fork = rows_of(cache, [tail.row for tail in tails], batch)
+        rows = self.model(ids[:, :-1], past_key_values=fork).logits.float().log_softmax(-1)
+        for tail, logs in zip(tails, rows.gather(2, ids[:, 1:, None])[:, :, 0].tolist()):
+            self.found[tail.question][tail.choice] += sum(logs)
+
+    def finish(self) -> None:
+        """Feed those that wait."""
+        cache, here, at = self.cache, self.waiting, 0
+        self.cache, self.waiting = None, []
+        while here:
+            left = [row for row, tail in enumerate(here) if len(tail.tokens) > at + 1]
+            if 0 < len(left) < len(here):
+                cache.batch_select_indices(torch.tensor(left))
+            here = [here[row] for row in left]
+            if here:
+                ids = torch.tensor([tail.tokens[at : at + 2] for tail in here], device=self.model.device)
+                rows = self.model(ids[:, :1], past_key_values=cache).logits[:, -1].float().log_softmax(-1)
+                for tail, log in zip(here, rows.gather(1, ids[:, 1:])[:, 0].tolist()):
+                    self.found[tail.question][tail.choice] += log
+            at += 1
 
 
 def _split(tokenizer: Any, text: str, choices: tuple[str, ...]) -> tuple[list[int], list[list[int]]]:

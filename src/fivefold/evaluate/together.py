@@ -102,3 +102,9 @@ def graphs_if_possible(cache: Any) -> None:
     """No graphs, and no warning, where steps of this cache depend on the host."""
     if getattr(cache, "step", None) is not None and Step.why_not(cache.session) is not None:
         cache.step = None
+
+
+def steps_at_once(cache: Any) -> bool:
+    """Whether a step of sequences of different lengths is no more work than one of equal lengths: a kernel takes all
+    rows at once."""
+    return all(why is None for why in cache.session.why_not_fused().values())
