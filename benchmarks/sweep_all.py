@@ -5,17 +5,20 @@ python benchmarks/results_table.py FOLDER/results.json
 
 Several processes share one GPU, since a model as small as the embedded one leaves it idle between launches. Finished
 pieces are kept in FOLDER/rows.jsonl: the same command goes on where another one was stopped, by --limit (seconds) or a
-kill. FOLDER/results.json sums up the recipes that are complete, and FOLDER/seconds.json says what took how long.
+kill. FOLDER/results.json sums up the recipes that are complete, and FOLDER/seconds.json says what took how long. When
+all is done one process times decoding steps, with the GPU for itself (FOLDER/steps.json).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing as mp
 import os
 import queue
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ BASE = "full()"
 FIDELITY = "fidelity"
 # Recipes a job measures: of fidelity few, since it is long.
 PER_JOB = {FIDELITY: 2}
-OTHERS = 6
+OTHERS = 4
 
 
 def main() -> None:
@@ -50,6 +53,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="texts measured together; all of a suite if not given")
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no more is begun")
+    parser.add_argument("--grace", type=float, default=60, help="seconds beyond it in which steps are timed")
     parser.add_argument("--recipe", action="append", help="with braces, may be repeated; all if not given")
     parser.add_argument("--suites", help="names with commas between; all if not given")
     args = parser.parse_args()
@@ -131,9 +135,9 @@ class Sweep:
         print(f"{begun} pieces are kept after {time.time() - args.start:.0f} s; {len(ready)} jobs are left", flush=True)
         self.jobs.put(None)
         try:
-            print(self.done.get(timeout=120))
+            print(self.done.get(timeout=args.grace + 120))
         except queue.Empty:
-            print("no summary came within two minutes")
+            print("no summary came in time")
         for worker in self.workers:
             worker.terminate()
         if failed:
@@ -158,9 +162,13 @@ def work(number: int, args: argparse.Namespace, jobs: Any, done: Any) -> None:
             engine.run(model, tokenizer, plan, args.folder / "rows.jsonl", batch=args.batch)
         except Exception as caught:
             error = f" FAILED: {type(caught).__name__}: {caught}"
-            torch.cuda.empty_cache()
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()  # others are here too
         done.put((recipes, suite, time.perf_counter() - start, error))
-    done.put(summary(args, engine, model, tokenizer))
+    try:
+        done.put(summary(args, engine, model, tokenizer))
+    except Exception as caught:
+        done.put(f"the summary FAILED: {type(caught).__name__}: {caught}")
 
 
 class Lacking(Exception):
@@ -189,18 +197,72 @@ def summary(args: argparse.Namespace, engine: Any, model: Any, tokenizer: Any) -
         complete.append(recipe)
     if not complete:
         return "no recipe is complete yet"
-    result = run(tuple(complete))
-    for cell in result["cells"]:
-        del cell["rows"]  # they are in rows.jsonl
-    tables.write_text(json.dumps(result, indent=1, allow_nan=False))
     took: dict[str, dict[str, float]] = {}
     for row in results.rows.values():
         of = took.setdefault(row["recipe"], {})
         of[row["suite"]] = of.get(row["suite"], 0) + row["seconds"]
+    alone = "beside other work"
+    if steps := quiet_steps(args, engine, model, tokenizer, complete):
+        alone = "of one sequence, alone on the device, as a CUDA graph where the recipe has one"
+        for row in results.rows.values():
+            if "decode_ms" in row and row["recipe"] in steps:
+                row["decode_ms"] = steps[row["recipe"]]
+    result = run(tuple(complete))
+    result["environment"]["decode"] = alone
+    for cell in result["cells"]:
+        del cell["rows"]  # they are in rows.jsonl
+    tables.write_text(json.dumps(result, indent=1, allow_nan=False))
     (args.folder / "seconds.json").write_text(json.dumps(took, indent=1))
     slow = sorted(((sum(of.values()), recipe) for recipe, of in took.items()), reverse=True)[:6]
     named = ", ".join(f"{recipe} {seconds:.1f} s" for seconds, recipe in slow)
-    return f"{len(complete)} of {len(args.recipes)} recipes are complete, in {tables}; slowest: {named}"
+    return (
+        f"{len(complete)} of {len(args.recipes)} recipes are complete, in {tables}; decoding steps {alone}; slowest: "
+        f"{named}"
+    )
+
+
+def quiet_steps(
+    args: argparse.Namespace, engine: Any, model: Any, tokenizer: Any, recipes: list[str]
+) -> dict[str, float] | None:
+    """Milliseconds of a decoding step by recipe, the exact cache's too: taken when nothing else runs here, and kept.
+    None if there was no time for all of them."""
+    kept = args.folder / "steps.json"
+    found: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
+    with contextlib.suppress(Exception):
+        for recipe in (engine.EXACT, *recipes):
+            if recipe not in found:
+                if time.time() - args.start > args.limit + args.grace:
+                    return None
+                found[recipe] = step_ms(engine, model, tokenizer, recipe, args.context)
+                kept.write_text(json.dumps(found, indent=1))
+        return found
+    return None
+
+
+def step_ms(engine: Any, model: Any, tokenizer: Any, recipe: str, context: int, steps: int = 20) -> float:
+    """Median milliseconds of a step of one sequence behind `context` tokens."""
+    import torch
+    from transformers import DynamicCache
+
+    from fivefold.api import compress, restore
+    from fivefold.evaluate.demo import make_task
+
+    restore(model)
+    warnings.simplefilter("ignore")  # a step that is no graph says so
+    cuda = model.device.type == "cuda"
+    exact = recipe == engine.EXACT
+    cache: Any = DynamicCache(config=model.config) if exact else compress(model, recipe, cuda_graph=cuda)
+    times = []
+    with torch.inference_mode():
+        prefix = make_task(tokenizer, context).prefix.to(model.device)
+        token = model(prefix, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+        for _ in range(steps + 4):
+            start = time.perf_counter()
+            token = model(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+            token.item()  # waits for the device
+            times.append((time.perf_counter() - start) * 1e3)
+    restore(model)
+    return sorted(times[4:])[steps // 2]
 
 
 if __name__ == "__main__":
