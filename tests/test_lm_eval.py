@@ -175,3 +175,16 @@ def test_the_embedded_model_finds_words_and_a_forgetful_cache_does_not(data):
     fivefold.restore(model)
     assert scores["full()"] == 1.0
     assert scores["streaming(sink=0, recent=8)"] <= 0.7
+
+
+def test_continuations_of_a_prompt_are_scored_together(model, tokenizer):
+    prompt = tokenizer("Some text that is long enough to be packed, " * 4).input_ids
+    texts = [" one", " two", " three", " four", " five and more"]
+    requests = [(("p", text), prompt, tokenizer(text).input_ids) for text in texts]
+    requests += [(("", text), [tokenizer.eos_token_id], tokenizer(text).input_ids) for text in texts[:2]]
+    alone, together = (
+        FivefoldLM(model, tokenizer, "kivi(bits=2, residual=0)", batch=batch)._loglikelihood_tokens(requests, True)
+        for batch in (1, 8)
+    )
+    assert [log for log, _ in together] == pytest.approx([log for log, _ in alone], abs=1e-4)
+    assert [best for _, best in together] == [best for _, best in alone] and len(together) == 7

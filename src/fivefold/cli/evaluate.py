@@ -42,6 +42,13 @@ RulerDataOption = Annotated[
     ),
 ]
 LensOption = Annotated[bool, typer.Option("--lens", help="Fidelity also compares what each layer says (logit lens).")]
+BatchOption = Annotated[
+    int | None,
+    typer.Option(
+        "--batch", min=1, metavar="N",
+        help="Texts measured together: what fits on a GPU, 1 on a CPU if not given. Results are the same.",
+    ),
+]  # fmt: skip
 AllOption = Annotated[
     bool, typer.Option("--all", help="Run recipes even on tasks that the exact cache does no better than chance.")
 ]
@@ -63,6 +70,7 @@ def evaluate(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
+    batch: BatchOption = None,
 ) -> None:
     """Find out where recipes break: fidelity on real text and stress tasks, against the exact cache.
 
@@ -76,7 +84,7 @@ def evaluate(
         return
     _measure(
         recipe, suite, context, samples, seed, (model, dtype, device), json_file, html_file, store, lens, everything,
-        ruler_data,
+        ruler_data, batch,
     )  # fmt: skip
 
 
@@ -100,11 +108,12 @@ def sweep(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
+    batch: BatchOption = None,
 ) -> None:
     """Measure many recipes like eval does, and find those that no other one beats in bytes or in time."""
     _measure(
         recipe, suite, context, samples, seed, (model, dtype, device), json_file, html_file, store, lens, everything,
-        ruler_data, True,
+        ruler_data, batch, True,
     )  # fmt: skip
 
 
@@ -121,6 +130,7 @@ def _measure(
     lens: bool,
     everything: bool,
     ruler_data: str | None,
+    batch: int | None,
     braces: bool = False,
 ) -> None:
     """What eval and sweep have in common: plan, run, show, write. loaded: the model, its dtype and device."""
@@ -165,7 +175,7 @@ def _measure(
     kept = Path(store) if store is not None else cache_dir() / "eval.jsonl"
     try:
         with work_bar() as progress:
-            result = engine.run(network, tokenizer, plan, kept, progress)
+            result = engine.run(network, tokenizer, plan, kept, progress, batch)
     except KeyboardInterrupt:
         err.print(f"Finished work is kept in {kept}: the same command goes on from there.", soft_wrap=True)
         raise

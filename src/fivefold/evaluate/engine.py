@@ -5,38 +5,31 @@ with everything that changes a result, so that a run that was broken off, even b
 and an edited method is measured anew. The exact cache (transformers' `DynamicCache`) is measured as a recipe too, and
 first: a task that it does no better than chance says nothing about compression, and the recipes are spared it.
 
-Pieces are not batched: on two cores SmolLM2 reads two texts of 2,048 tokens in 7 seconds either way, and scores nine
-choices as a batch in 3.0 s instead of 1.1 s one by one, since the exact cache is then copied nine times.
+On a GPU the pieces of a recipe are measured together, and so are their questions and choices (`together.py`); each
+gives what it gives alone. On a CPU they go one by one: two cores read two texts of 2,048 tokens in 7 s either way.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import platform
 import random
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import fivefold
 from fivefold.api import compress, restore
-from fivefold.calibrate.profile import signature
 from fivefold.errors import InputError
-from fivefold.evaluate import fidelity, jsonl, layers, ruler
-from fivefold.evaluate.demo import document, make_task
-from fivefold.evaluate.score import answer, twin
+from fivefold.evaluate import demo, fidelity, jsonl, keys, layers, ruler
+from fivefold.evaluate.score import Asked, answers
 from fivefold.evaluate.summary import EXACT, FIDELITY, OWN, exact_fails, summarise
 from fivefold.evaluate.tasks import Question, Sample, Task, settings, tasks
 from fivefold.evaluate.tasks.base import Kind
+from fivefold.evaluate.together import Room, eager, graphs_if_possible, grouped, twin
 from fivefold.recipe import Recipe
 
 CONTINUATION, FREE = 256, 32
@@ -146,9 +139,11 @@ def suite_lines() -> dict[str, str]:
 class Results:
     """Finished rows by key, in a JSON-lines file that is only ever appended to. A torn last line is ignored."""
 
+    rows: dict[str, dict[str, Any]]
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: dict[str, dict[str, Any]] = {}
+        self.rows = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
@@ -167,85 +162,16 @@ class Results:
 
     def add(self, key: str, row: dict[str, Any]) -> None:
         self.rows[key] = row
-        with self.path.open("a") as file:
-            file.write(json.dumps({"key": key, "row": row}) + "\n")
-            file.flush()
+        with self.path.open("ab", buffering=0) as file:
+            # In one go, so that several processes may keep their rows in one file.
+            file.write(json.dumps({"key": key, "row": row}).encode() + b"\n")
             os.fsync(file.fileno())
-
-
-_ONLY_SHOWS = (
-    "cli/", "serve/", "page/", "evaluate/charts.py", "evaluate/html.py", "evaluate/lm_eval.py", "evaluate/tables.py",
-    "plan/charts.py", "plan/html.py",
-)  # fmt: skip
-
-
-@cache
-def code_hash() -> str:
-    """Of the package's own sources, but for what only shows results: an edited method is measured anew."""
-    digest = hashlib.sha256()
-    root = Path(__file__).parents[1]
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if not name.startswith(_ONLY_SHOWS):
-            digest.update(name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _foreign_code(method: Any) -> str:
-    """A hash of the file that a method of another package is in; `code_hash` knows our own."""
-    module = sys.modules[type(method).__module__]
-    file = getattr(module, "__file__", None)
-    if module.__name__.startswith("fivefold.") or file is None:
-        return ""
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 
 def _chunk(recipe: str) -> int:
     """How many tokens of a continuation may be fed to a recipe's cache at a time without changing what it does."""
     methods = () if recipe == EXACT else Recipe.parse(recipe).methods
     return 1 if any(method.by_step for method in methods) else fidelity.CHUNK
-
-
-def environment(model: Any, tokenizer: Any) -> dict[str, str]:
-    """What results, or their times, depend on beside the plan."""
-    return {
-        "model": getattr(model.config, "name_or_path", "") or type(model).__name__,
-        "signature": signature(model.config),
-        "weights": _fingerprint(model, tokenizer),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
-        "machine": machine(model.device),
-        "text": f"Python {platform.python_version()}'s language reference and library",
-        "text_hash": hashlib.sha256(document().encode()).hexdigest()[:16],
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "fivefold": fivefold.__version__,
-        "code": code_hash(),
-    }
-
-
-def machine(device: torch.device) -> str:
-    """What the times were taken on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def _fingerprint(model: Any, tokenizer: Any) -> str:
-    """Changes with the weights (a part of each tensor is looked at) and with how text is cut into tokens."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().reshape(-1)
-        digest.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
-    digest.update(json.dumps(_ids(tokenizer, document()[:20_000])).encode())
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -260,28 +186,39 @@ class _Piece:
 
 
 class _Run:
-    """What is the same for all pieces of a run."""
+    """What is the same for all pieces of a run. room: how many pieces, and what is asked of them, go together."""
 
     def __init__(self, model: Any, tokenizer: Any, plan: Plan) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.plan = plan
-        self.base = environment(model, tokenizer)
-        self.reference: tuple[tuple[int, int], fidelity.Reference] | None = None
-        self.made: tuple[tuple[str, int, int], Sample] | None = None
+        self.room = Room()
+        self.base = keys.environment(model, tokenizer)
+        self.place: tuple[int, str] | None = None
+        self.made: dict[int, Any] = {}
+        """The texts of this place, by sample: recipes are measured on them one after the other."""
+        self.exact: dict[int, fidelity.Said] = {}
+        """What the exact cache said of them."""
 
-    def pieces(self, context: int, suite: str, recipes: tuple[str, ...]) -> list[_Piece]:
+    def pieces(self, place: tuple[int, str], recipes: Sequence[str], samples: Sequence[int]) -> list[_Piece]:
         return [
-            _Piece(recipe, suite, context, sample, self._key(recipe, suite, context, sample))
-            for sample in range(self.plan.count(suite))
+            _Piece(recipe, place[1], place[0], sample, self._key(recipe, *place, sample))
             for recipe in recipes
+            for sample in samples
         ]
 
-    def _key(self, recipe: str, suite: str, context: int, sample: int) -> str:
+    def at(self, place: tuple[int, str], room: Room) -> Iterator[range]:
+        """Go to a place: its samples, those of each range together."""
+        self.place, self.made, self.exact, self.room = place, {}, {}, room
+        count = self.plan.count(place[1])
+        for start in range(0, count, room.texts):
+            self.exact.clear()
+            yield range(start, min(start + room.texts, count))
+
+    def _key(self, recipe: str, context: int, suite: str, sample: int) -> str:
         made = None if recipe == EXACT else Recipe.parse(recipe)
-        method = [EXACT] if made is None else [str(made), *map(_foreign_code, made.methods)]
-        parts = [self.base, method, *self._sample_key(suite, context, sample)]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        name, methods = (EXACT, ()) if made is None else (str(made), made.methods)
+        return keys.key(self.base, name, methods, self._sample_key(suite, context, sample))
 
     def _sample_key(self, suite: str, context: int, sample: int) -> list[Any]:
         if suite in self.plan.files:
@@ -294,141 +231,194 @@ class _Run:
             sizes = ruler.settings(task) if isinstance(task, ruler.RulerTask) else settings(task)
         return [suite, sizes, context, self.plan.seed, sample]
 
-    def measure(self, piece: _Piece) -> dict[str, Any]:
-        start = time.perf_counter()
-        row = self._fidelity(piece) if piece.suite == FIDELITY else self._questions(piece)
-        return row | {"seconds": time.perf_counter() - start}
+    def measure(self, pieces: list[_Piece]) -> list[dict[str, Any]]:
+        """The rows of pieces of one recipe and place, together. With less memory than thought they are measured in
+        halves."""
+        try:
+            start = time.perf_counter()
+            rows = self._fidelity(pieces) if pieces[0].suite == FIDELITY else self._questions(pieces)
+            took = (time.perf_counter() - start) / len(pieces)
+            return [_named(piece) | row | {"seconds": took} for piece, row in zip(pieces, rows)]
+        except torch.OutOfMemoryError:
+            if self.room.halved is None:
+                raise
+            self.room = self.room.halved
+        torch.cuda.empty_cache()  # here nothing of what failed is held any more
+        parts = range(0, len(pieces), self.room.texts)
+        return [row for start in parts for row in self.measure(pieces[start : start + self.room.texts])]
 
-    def _questions(self, piece: _Piece) -> dict[str, Any]:
-        instance: Task | None = None
-        if piece.suite in self.plan.files:
-            record = self.plan.files[piece.suite][piece.sample]
-            made = Sample(_ids(self.tokenizer, record.context), record.questions)
-        else:
-            instance = self.plan.task(piece.suite, piece.sample)
-            made = self._made(instance, piece)
-        cache_, row = self._prefilled(piece.recipe, torch.tensor([made.prefix]))
-        row["questions"] = []
-        if instance is not None and instance.kind.startswith("match"):
-            row["parts"] = True
-        for question in made.questions:
-            given = answer(self.model, self.tokenizer, cache_, question, _kind(question, instance))
-            row["questions"].append(
-                {
-                    "question": question.text.strip(),
-                    "answer": question.answer,
-                    "said": given.said,
-                    "score": given.score,
-                    "chance": _chance(question, instance),
-                }
-            )
-        return row
+    def _questions(self, pieces: list[_Piece]) -> list[dict[str, Any]]:
+        recipe, made = pieces[0].recipe, [self._made(piece) for piece in pieces]
+        rows: list[dict[str, Any]] = [{} for _ in pieces]
+        for group in grouped([len(sample.prefix) for sample, _ in made], self.room.texts):
+            cache, about = self._prefilled(recipe, torch.tensor([made[place][0].prefix for place in group]))
+            questions = [
+                (row, place, question) for row, place in enumerate(group) for question in made[place][0].questions
+            ]
+            asked = [Asked(row, question, _kind(question, made[place][1])) for row, place, question in questions]
+            given = answers(self.model, self.tokenizer, cache, asked, len(group), self.room.rows)
+            for place in group:
+                rows[place] = {**about, "questions": []}
+                if (task := made[place][1]) is not None and task.kind.startswith("match"):
+                    rows[place]["parts"] = True
+            for (_, place, question), one in zip(questions, given):
+                rows[place]["questions"].append(
+                    {
+                        "question": question.text.strip(),
+                        "answer": question.answer,
+                        "said": one.said,
+                        "score": one.score,
+                        "chance": _chance(question, made[place][1]),
+                    }
+                )
+            del cache
+        return rows
 
-    def _made(self, task: Task, piece: _Piece) -> Sample:
-        """The sample of a piece; the last one is kept, since recipes are measured on it one after the other."""
-        place = (piece.suite, piece.context, piece.sample)
-        if self.made is None or self.made[0] != place:
-            self.made = place, task.make(self.tokenizer, piece.context, self._random(piece))
-        return self.made[1]
+    def _made(self, piece: _Piece) -> tuple[Sample, Task | None]:
+        """The sample of a piece, and the task that made it; None for a text of one's own."""
+        if piece.sample not in self.made:
+            if piece.suite in self.plan.files:
+                record = self.plan.files[piece.suite][piece.sample]
+                self.made[piece.sample] = Sample(_ids(self.tokenizer, record.context), record.questions), None
+            else:
+                task = self.plan.task(piece.suite, piece.sample)
+                sample = task.make(
+                    self.tokenizer, piece.context, self._random(piece.suite, piece.context, piece.sample)
+                )
+                self.made[piece.sample] = sample, task
+        return self.made[piece.sample]
 
-    def _fidelity(self, piece: _Piece) -> dict[str, Any]:
-        rng = self._random(piece)
-        task = make_task(self.tokenizer, piece.context, rng.randrange(1 << 30), continuation=CONTINUATION)
-        place = (piece.context, piece.sample)
-        if piece.recipe != EXACT and (self.reference is None or self.reference[0] != place):
-            cache_, _ = self._prefilled(EXACT, task.prefix)
-            self.reference = place, self._said(cache_, task, fidelity.CHUNK)[0]
-        cache_, row = self._prefilled(piece.recipe, task.prefix)
-        exact = None if piece.recipe == EXACT or self.reference is None else self.reference[1]
-        own = None
-        if exact is not None:
-            head = task.continuation[:, : fidelity.CHUNK].to(self.model.device)
-            own = layers.trace(self.model, twin(cache_), head, exact.layers.entering, _chunk(piece.recipe))
-        said, row["decode_ms"] = self._said(cache_, task, _chunk(piece.recipe))
-        if exact is None or own is None:
-            self.reference = place, said
-            exact, own = said, said.layers
-        row |= fidelity.compare(exact, said.logs, said.free, task.continuation)
-        row["layers"] = layers.errors(exact.layers, own, said.layers)
-        if self.plan.lens:
-            for layer, kl in zip(row["layers"], layers.lens(self.model, exact.layers, said.layers)):
-                layer["lens"] = kl
-        return row
+    def _text(self, context: int, sample: int) -> demo.Task:
+        """The text of fidelity."""
+        if sample not in self.made:
+            seed = self._random(FIDELITY, context, sample).randrange(1 << 30)
+            self.made[sample] = demo.make_task(self.tokenizer, context, seed, continuation=CONTINUATION)
+        return self.made[sample]
 
-    def _said(self, cache_: Any, task: Any, chunk: int) -> tuple[fidelity.Reference, float]:
-        """What the model says behind a prefix, and the milliseconds of a decoding step. Uses the cache up."""
-        continuation = task.continuation.to(self.model.device)
-        seen = layers.trace(self.model, twin(cache_), continuation[:, : fidelity.CHUNK], chunk=chunk)
-        free, step = fidelity.run_free(self.model, twin(cache_), continuation[:, :1], FREE)
-        return fidelity.Reference(fidelity.continued(self.model, cache_, continuation, chunk), free, seen), step * 1e3
+    def _fidelity(self, pieces: list[_Piece]) -> list[dict[str, Any]]:
+        recipe, context, samples = pieces[0].recipe, pieces[0].context, [piece.sample for piece in pieces]
+        if recipe != EXACT and (lacking := [sample for sample in samples if sample not in self.exact]):
+            self._said(EXACT, context, lacking)
+        own, about, said = self._said(recipe, context, samples)
+        exact = [self.exact[sample] for sample in samples]
+        each = layers.errors_of_each(
+            layers.Trace.stacked([one.layers for one in exact]), own, layers.Trace.stacked([one.layers for one in said])
+        )
+        rows = []
+        for sample, one, two, errors in zip(samples, exact, said, each):
+            figures = fidelity.compare(one, two, self._text(context, sample).continuation[0])
+            if self.plan.lens:
+                for layer, kl in zip(errors, layers.lens(self.model, one.layers, two.layers)):
+                    layer["lens"] = kl
+            rows.append({**about, "decode_ms": two.step_ms, **figures, "layers": errors})
+        return rows
 
-    def _random(self, piece: _Piece) -> random.Random:
-        return random.Random(f"{self.plan.seed}/{piece.suite}/{piece.context}/{piece.sample}")
+    def _said(
+        self, recipe: str, context: int, samples: list[int]
+    ) -> tuple[layers.Trace, dict[str, Any], list[fidelity.Said]]:
+        """What a recipe's cache does with the texts where every layer is given what the exact cache's is; about the
+        cache; and what it says. What the exact cache says is kept."""
+        texts = [self._text(context, sample) for sample in samples]
+        cache, about = self._prefilled(recipe, torch.cat([text.prefix for text in texts]))
+        continuation = torch.cat([text.continuation for text in texts]).to(self.model.device)
+        own, chunk = None, _chunk(recipe)
+        if recipe != EXACT:
+            entering = layers.Trace.stacked([self.exact[sample].layers for sample in samples]).entering
+            head = continuation[:, : fidelity.CHUNK]
+            own = layers.trace(self.model, eager(twin(cache)), head, entering, chunk)
+        said = fidelity.said(self.model, cache, continuation, chunk, FREE)
+        if recipe == EXACT:
+            self.exact |= dict(zip(samples, said))
+        return own or layers.Trace.stacked([one.layers for one in said]), about, said
 
-    def _prefilled(self, recipe: str, prefix: torch.Tensor) -> tuple[Any, dict[str, Any]]:
-        """A cache of a recipe that has read the prefix `[1, tokens]`, and what that took."""
+    def _random(self, suite: str, context: int, sample: int) -> random.Random:
+        return random.Random(f"{self.plan.seed}/{suite}/{context}/{sample}")
+
+    def _prefilled(self, recipe: str, prefixes: torch.Tensor) -> tuple[Any, dict[str, Any]]:
+        """A cache of a recipe that has read the prefixes `[texts, tokens]`, and what that took for each."""
         restore(self.model)
         if recipe == EXACT:
             from transformers import DynamicCache
 
-            cache_: Any = DynamicCache(config=self.model.config)
+            cache: Any = DynamicCache(config=self.model.config)
         else:
-            cache_ = compress(self.model, recipe)
-        start = time.perf_counter()
-        logits = self.model(prefix.to(self.model.device), past_key_values=cache_, logits_to_keep=1).logits
+            cache = compress(self.model, recipe, cuda_graph=self.model.device.type == "cuda" and self.room.texts > 1)
+        start, texts = time.perf_counter(), len(prefixes)
+        logits = self.model(prefixes.to(self.model.device), past_key_values=cache, logits_to_keep=1).logits
         logits[0, 0, 0].item()  # waits for the device
         took = time.perf_counter() - start
         if recipe == EXACT:
-            size = equivalent = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache_.layers)
+            size = equivalent = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / texts
         else:
-            report = cache_.report()
-            size, equivalent = report.total, report.exact_equivalent
-        return cache_, {"bytes": size, "ratio": size / equivalent, "prefill_s": took}
+            graphs_if_possible(cache)
+            report = cache.report()
+            # What codecs hold besides pages is there once, however many texts there are.
+            size = report.learned + (report.total - report.learned) / texts
+            equivalent = report.exact_equivalent / texts
+        return cache, {"bytes": round(size), "ratio": size / equivalent, "prefill_s": took / texts}
 
 
-def run(model: Any, tokenizer: Any, plan: Plan, store: Path, progress: Progress | None = None) -> dict[str, Any]:
+def run(
+    model: Any,
+    tokenizer: Any,
+    plan: Plan,
+    store: Path | Results,
+    progress: Progress | None = None,
+    batch: int | None = None,
+) -> dict[str, Any]:
     """Measure what is not yet in `store`, and sum it all up.
 
-    Returns `{environment, plan, suites, cells, ranking, ruler}` (see `fivefold.evaluate.summary`).
-    `progress(done, total, what)` is called before each piece, and counts only what has to be measured; what is spared
-    comes off the total.
+    batch: how many texts are measured together (see `Room.of`). Returns `{environment, plan, suites, cells, ranking,
+    ruler}` (see `fivefold.evaluate.summary`). `progress(done, total, what)` is called before each piece or batch of
+    pieces, and counts only what has to be measured; what is spared comes off the total.
     """
     plan.check(model, tokenizer)
-    results = Results(store)
+    results = Results(store) if isinstance(store, Path) else store
     work = _Run(model, tokenizer, plan)
     places = plan.places()
+    every = {place: range(plan.count(place[1])) for place in places}
     todo = sum(
         piece.key not in results.rows
-        for context, suite in places
-        for piece in work.pieces(context, suite, (EXACT, *plan.recipes))
+        for place in places
+        for piece in work.pieces(place, (EXACT, *plan.recipes), every[place])
     )
     done = 0
     found: dict[tuple[int, str], dict[str, list[dict[str, Any]]]] = {}
 
-    def measure(pieces: list[_Piece]) -> None:
+    def measure(place: tuple[int, str], recipes: Sequence[str], samples: range) -> None:
         nonlocal done
-        for piece in pieces:
-            if piece.key not in results.rows:
+        for recipe in recipes:
+            pieces = work.pieces(place, (recipe,), samples)
+            lacking = [piece for piece in pieces if piece.key not in results.rows]
+            if lacking:
                 if progress is not None:
-                    progress(done, todo, f"{piece.suite} {piece.context or ''}: {piece.recipe}")
-                results.add(piece.key, work.measure(piece))
-                done += 1
-            found[piece.context, piece.suite].setdefault(piece.recipe, []).append(results.rows[piece.key])
+                    progress(done, todo, f"{place[1]} {place[0] or ''}: {recipe}")
+                for piece, row in zip(lacking, work.measure(lacking)):
+                    results.add(piece.key, row)
+                done += len(lacking)
+            found[place].setdefault(recipe, []).extend(results.rows[piece.key] for piece in pieces)
 
     try:
         with torch.inference_mode():
-            for context, suite in places:
-                found[context, suite] = {}
+            for place in places:
+                context, suite = place
+                found[place] = {}
+                longest = context or max(len(_ids(tokenizer, one.context)) for one in plan.files[suite])
+                room = Room.of(model, longest, batch, CONTINUATION)
                 if suite == FIDELITY:  # the recipes need the exact cache's words for the same text
-                    measure(work.pieces(context, suite, (EXACT, *plan.recipes)))
+                    for samples in work.at(place, room):
+                        measure(place, (EXACT, *plan.recipes), samples)
                     continue
-                measure(work.pieces(context, suite, (EXACT,)))
-                others = work.pieces(context, suite, plan.recipes)
+                for samples in work.at(place, room):
+                    measure(place, (EXACT,), samples)
                 own = suite in plan.files or suite.startswith(ruler.PREFIX)
-                if plan.everything or own or not exact_fails(found[context, suite][EXACT]):
-                    measure(others)
+                if plan.everything or own or not exact_fails(found[place][EXACT]):
+                    for samples in work.at(place, room):
+                        measure(place, plan.recipes, samples)
                 else:
-                    todo -= sum(piece.key not in results.rows for piece in others)
+                    todo -= sum(
+                        piece.key not in results.rows for piece in work.pieces(place, plan.recipes, every[place])
+                    )
     finally:
         restore(model)
     if progress is not None:
@@ -442,6 +432,10 @@ def run(model: Any, tokenizer: Any, plan: Plan, store: Path, progress: Progress 
         "suites": {suite: plan.about(suite) for suite in plan.suites},
         **summarise(found, plan.recipes),
     }  # fmt: skip
+
+
+def _named(piece: _Piece) -> dict[str, Any]:
+    return {"recipe": piece.recipe, "suite": piece.suite, "context": piece.context, "sample": piece.sample}
 
 
 def _kind(question: Question, instance: Task | None) -> Kind:
