@@ -73,7 +73,7 @@ class Rotated(Reader):
         """What layers have in common: see `tables_of`."""
         return tables_of(tuple(self.inv_freq.tolist()), self.head_dim, self.team, self.places.device)
 
-    @property
+    @cached_property
     def split(self) -> bool:
         """Whether the matrix of `team` heads is a product of one over heads and one over channels."""
         return splits(self.team, self.head_dim)
