@@ -197,15 +197,36 @@ def _planar(
         key_norm = _field(line, 7, NORMS, 16)
         value_norm = _field(line, 10, NORMS, 16)
         slots = _slots(_field(line, 6, tl.int16, 2), PLACES)
+        # All of a page's scales at the top, or they would be waited for one by one.
+        key_scales = ()
+        key_zeros = ()
+        key_norms = ()
+        value_scales = ()
+        value_zeros = ()
+        value_norms = ()
+        for j in tl.static_range(PLANES):
+            token = page * TOKENS + j * 32 + r
+            seen = (token >= low) & (token < high)
+            place = j * 32 // GROUP * D + d
+            key_scales = key_scales + (_times(tl.load(key_scale + place), _log2_factor(BITS, j), ASM),)
+            key_zeros = key_zeros + (_times(tl.load(key_zero + place), UNFOLD, ASM),)
+            key_norms = key_norms + (tl.load(key_norm + j * 32 + r).to(tl.float32) * (unscale * _fold(BITS)),)
+            norm = tl.load(value_norm + j * 32 + r, mask=seen, other=0.0).to(tl.float32) * unscale
+            value_norms = value_norms + (norm,)
+            if VALUE_GROUPS == 1:
+                scales = tl.load(value_scale + j * 32 + r, mask=seen, other=0.0).to(tl.float32)
+                zeros = tl.load(value_zero + j * 32 + r, mask=seen, other=0.0).to(tl.float32)
+                value_scales = value_scales + (scales * norm * _factor(BITS, j),)
+                value_zeros = value_zeros + (zeros * norm,)
+            else:
+                place = j * 32 * VALUE_GROUPS + g[:, None] * 32 + r[None, :]
+                value_scales = value_scales + (_times(tl.load(value_scale + place), _log2_factor(BITS, j), ASM),)
+                value_zeros = value_zeros + (_times(tl.load(value_zero + place), UNFOLD, ASM),)
         own = _kept_scores(wide, _field(line, 8, DTYPE, 16), PLACES, D)
         scores = ()
         for j in tl.static_range(PLANES):
-            place = j * 32 // GROUP * D + d
-            scales = _times(tl.load(key_scale + place), _log2_factor(BITS, j), ASM)
-            zeros = _times(tl.load(key_zero + place), UNFOLD, ASM)
-            k = _plane(words, BITS, j, ASM) * scales[None, :] + zeros[None, :]
-            norm = tl.load(key_norm + j * 32 + r).to(tl.float32) * (unscale * _fold(BITS))
-            s = tl.dot(k, q) * norm[:, None]
+            k = _plane(words, BITS, j, ASM) * key_scales[j][None, :] + key_zeros[j][None, :]
+            s = tl.dot(k, q) * key_norms[j][:, None]
             s = _put(s, own, slots, j * 32 + r, PLACES)
             token = page * TOKENS + j * 32 + r
             scores = scores + (tl.where(((token >= low) & (token < high))[:, None], s, -1e30),)
@@ -226,19 +247,15 @@ def _planar(
             p = tl.where(seen[:, None], tl.exp2(scores[j] - m[None, :]), 0.0)
             weight += p
             p, sums = _take(p, sums, slots, j * 32 + r, PLACES)
-            p = p * (tl.load(value_norm + j * 32 + r, mask=seen, other=0.0).to(tl.float32) * unscale)[:, None]
             v = tl.trans(_plane(value_words, BITS, j, ASM))
             if VALUE_GROUPS == 1:
-                offset += p * tl.load(value_zero + j * 32 + r, mask=seen, other=0.0).to(tl.float32)[:, None]
-                scales = tl.load(value_scale + j * 32 + r, mask=seen, other=0.0).to(tl.float32)
-                p = p * (scales * _factor(BITS, j))[:, None]
+                offset += p * value_zeros[j][:, None]
+                p = p * value_scales[j][:, None]
             else:
-                place = j * 32 * VALUE_GROUPS + g[:, None] * 32 + r[None, :]
-                scales = _times(tl.load(value_scale + place), _log2_factor(BITS, j), ASM)
-                zeros = _times(tl.load(value_zero + place), UNFOLD, ASM)
-                spread = tl.reshape(tl.broadcast_to(scales[:, None, :], [VALUE_GROUPS, CHANNELS, 32]), [D, 32])
-                shift = tl.reshape(tl.broadcast_to(zeros[:, None, :], [VALUE_GROUPS, CHANNELS, 32]), [D, 32])
-                v = v * spread + shift
+                p = p * value_norms[j][:, None]
+                spread = tl.broadcast_to(value_scales[j][:, None, :], [VALUE_GROUPS, CHANNELS, 32])
+                shift = tl.broadcast_to(value_zeros[j][:, None, :], [VALUE_GROUPS, CHANNELS, 32])
+                v = v * tl.reshape(spread, [D, 32]) + tl.reshape(shift, [D, 32])
             acc = tl.dot(v, p.to(tl.float16), acc)
         kept = _kept_values(kept * shrink[None, :], sums, _field(line, 11, DTYPE, 16), PLACES, D)
     acc = acc * _fold(BITS) + kept
