@@ -133,12 +133,14 @@ def test_pages_of_features_and_exact_pages(device, shape, heads, dtype):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_tiles_smaller_than_a_page(device, monkeypatch):
-    torch.manual_seed(0)
-    small = {"T": 32, "PB": 16, "STAGES": 1, "num_warps": 4}
-    monkeypatch.setattr(own, "settings_of", lambda form: small)
-    spans = [(3, 200, 0, 0, 0, 0, 0, 1000)]
-    check(form_of(device, heads=3, ranks=(13, 20)), spans, device, exact=0)
+@pytest.mark.parametrize(("tokens", "bits"), [(32, None), (256, None), (128, 8)], ids=["part", "two", "two-bits8"])
+def test_tiles_of_part_of_a_page_or_two(device, tokens, bits, monkeypatch):
+    torch.manual_seed(tokens)
+    small = {"T": tokens, "PB": 16, "STAGES": 1, "num_warps": 4}
+    monkeypatch.setattr(own, "settings_of", lambda form, room: small)
+    form = form_of(device, heads=3, ranks=(13, 21), bits=bits)
+    spans = [(3, form.tokens * 3 - 25, 0, 0, 0, 0, 0, 1000), (form.tokens + 7, form.tokens * 3, 0, 0, 0, 0, 0, 3)]
+    check(form, spans, device, exact=0, columns=3)
 
 
 STEPPED = [

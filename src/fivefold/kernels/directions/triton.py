@@ -32,9 +32,18 @@ from fivefold.kernels.packed_decode.triton import (
 
 
 @triton.jit
-def _field(table, at, FIELD: tl.constexpr, DTYPE: tl.constexpr, UNIT: tl.constexpr):
-    """Where a field of a page begins; at: of the page's line of the table."""
-    return tl.multiple_of((tl.load(table + at + FIELD) * 2).to(tl.pointer_type(DTYPE)), UNIT)
+def _line(table, row, columns, page, there, FIELDS: tl.constexpr):
+    """Where the fields of a page begin, in units of 2 bytes: a tuple."""
+    out = ()
+    for field in tl.static_range(FIELDS):
+        out = out + (tl.load(table + (row * columns + page) * FIELDS + field, mask=there, other=0),)
+    return out
+
+
+@triton.jit
+def _field(line, FIELD: tl.constexpr, DTYPE: tl.constexpr, UNIT: tl.constexpr):
+    """Where a field of a page begins."""
+    return tl.multiple_of((line[FIELD] * 2).to(tl.pointer_type(DTYPE)), UNIT)
 
 
 @triton.jit
@@ -115,27 +124,31 @@ def _plain(
     m = tl.full([N], -1e30, tl.float32)
     weight = tl.zeros([T, N], tl.float32)
     acc = tl.zeros([D, N], tl.float32)
-    for tile in tl.range((first + low // TOKENS) * TILES, (last + low // TOKENS) * TILES, num_stages=STAGES):
-        at = (row * columns + tile // TILES) * 8
+    first = (first + low // TOKENS) * TILES
+    last = (last + low // TOKENS) * TILES
+    after = _line(table, row, columns, first // TILES, first < last, 8)
+    for tile in tl.range(first, last, num_stages=STAGES):
+        line = after
+        after = _line(table, row, columns, (tile + 1) // TILES, tile + 1 < last, 8)
         token = tile % TILES * T + t
         inside = token[:, None] * D + d[None, :]
         seen = (tile * T + t >= low) & (tile * T + t < high)
-        k = tl.load(_field(table, at, 0, DTYPE, 16) + inside, mask=seen[:, None], other=0.0).to(work)
-        v = tl.load(_field(table, at, 1, DTYPE, 16) + inside, mask=seen[:, None], other=0.0).to(work)
-        key_norm = tl.load(_field(table, at, 3, NORMS, 16) + token, mask=seen, other=0.0).to(tl.float32)
-        value_norm = tl.load(_field(table, at, 6, NORMS, 16) + token, mask=seen, other=0.0).to(tl.float32)
+        k = tl.load(_field(line, 0, DTYPE, 16) + inside, mask=seen[:, None], other=0.0).to(work)
+        v = tl.load(_field(line, 1, DTYPE, 16) + inside, mask=seen[:, None], other=0.0).to(work)
+        key_norm = tl.load(_field(line, 3, NORMS, 16) + token, mask=seen, other=0.0).to(tl.float32)
+        value_norm = tl.load(_field(line, 6, NORMS, 16) + token, mask=seen, other=0.0).to(tl.float32)
         s = tl.dot(k, q, input_precision="ieee") * key_norm[:, None]
-        own = _kept_scores(wide, _field(table, at, 4, DTYPE, 16), PLACES, D)
-        s = _put(s, own, _slots(_field(table, at, 2, tl.int16, 2), PLACES), token, PLACES)
+        own = _kept_scores(wide, _field(line, 4, DTYPE, 16), PLACES, D)
+        s = _put(s, own, _slots(_field(line, 2, tl.int16, 2), PLACES), token, PLACES)
         s = tl.where(seen[:, None], s, -1e30)
         above = tl.maximum(m, tl.max(s, 0))
         shrink = tl.exp2(m - above)
         m = above
         p = tl.where(seen[:, None], tl.exp2(s - m[None, :]), 0.0)
         weight = weight * shrink[None, :] + p
-        slots = _slots(_field(table, at, 5, tl.int16, 2), PLACES)
+        slots = _slots(_field(line, 5, tl.int16, 2), PLACES)
         p, sums = _take(p, _nothing(PLACES, N), slots, token, PLACES)
-        acc = _kept_values(acc * shrink[None, :], sums, _field(table, at, 7, DTYPE, 16), PLACES, D)
+        acc = _kept_values(acc * shrink[None, :], sums, _field(line, 7, DTYPE, 16), PLACES, D)
         acc = tl.dot(tl.trans(v), (p * value_norm[:, None]).to(work), acc, input_precision="ieee")
     _leave(out, lse, tl.program_id(0), acc, m, tl.sum(weight, 0), heads, N, D)
 
@@ -169,26 +182,51 @@ def _planar(
     offset = tl.zeros([32, N], tl.float32)
     acc = tl.zeros([D, N], tl.float32)  # times 2**-FOLD
     kept = tl.zeros([D, N], tl.float32)
-    for page in range(first + low // TOKENS, last + low // TOKENS):
-        at = (row * columns + page) * 12
-        words = tl.load(_field(table, at, 0, tl.int16, 16) + word)
-        value_words = tl.load(_field(table, at, 3, tl.int16, 16) + word)
-        key_scale = _field(table, at, 1, tl.float16, 16)
-        key_zero = _field(table, at, 2, tl.float16, 16)
-        value_scale = _field(table, at, 4, tl.float16, 16)
-        value_zero = _field(table, at, 5, tl.float16, 16)
-        key_norm = _field(table, at, 7, NORMS, 16)
-        value_norm = _field(table, at, 10, NORMS, 16)
-        slots = _slots(_field(table, at, 6, tl.int16, 2), PLACES)
-        own = _kept_scores(wide, _field(table, at, 8, DTYPE, 16), PLACES, D)
+    first += low // TOKENS
+    last += low // TOKENS
+    after = _line(table, row, columns, first, first < last, 12)
+    for page in range(first, last):
+        line = after
+        after = _line(table, row, columns, page + 1, page + 1 < last, 12)
+        words = tl.load(_field(line, 0, tl.int16, 16) + word)
+        value_words = tl.load(_field(line, 3, tl.int16, 16) + word)
+        key_scale = _field(line, 1, tl.float16, 16)
+        key_zero = _field(line, 2, tl.float16, 16)
+        value_scale = _field(line, 4, tl.float16, 16)
+        value_zero = _field(line, 5, tl.float16, 16)
+        key_norm = _field(line, 7, NORMS, 16)
+        value_norm = _field(line, 10, NORMS, 16)
+        slots = _slots(_field(line, 6, tl.int16, 2), PLACES)
+        # All of a page's scales at the top, or they would be waited for one by one.
+        key_scales = ()
+        key_zeros = ()
+        key_norms = ()
+        value_scales = ()
+        value_zeros = ()
+        value_norms = ()
+        for j in tl.static_range(PLANES):
+            token = page * TOKENS + j * 32 + r
+            seen = (token >= low) & (token < high)
+            place = j * 32 // GROUP * D + d
+            key_scales = key_scales + (_times(tl.load(key_scale + place), _log2_factor(BITS, j), ASM),)
+            key_zeros = key_zeros + (_times(tl.load(key_zero + place), UNFOLD, ASM),)
+            key_norms = key_norms + (tl.load(key_norm + j * 32 + r).to(tl.float32) * (unscale * _fold(BITS)),)
+            norm = tl.load(value_norm + j * 32 + r, mask=seen, other=0.0).to(tl.float32) * unscale
+            value_norms = value_norms + (norm,)
+            if VALUE_GROUPS == 1:
+                scales = tl.load(value_scale + j * 32 + r, mask=seen, other=0.0).to(tl.float32)
+                zeros = tl.load(value_zero + j * 32 + r, mask=seen, other=0.0).to(tl.float32)
+                value_scales = value_scales + (scales * norm * _factor(BITS, j),)
+                value_zeros = value_zeros + (zeros * norm,)
+            else:
+                place = j * 32 * VALUE_GROUPS + g[:, None] * 32 + r[None, :]
+                value_scales = value_scales + (_times(tl.load(value_scale + place), _log2_factor(BITS, j), ASM),)
+                value_zeros = value_zeros + (_times(tl.load(value_zero + place), UNFOLD, ASM),)
+        own = _kept_scores(wide, _field(line, 8, DTYPE, 16), PLACES, D)
         scores = ()
         for j in tl.static_range(PLANES):
-            place = j * 32 // GROUP * D + d
-            scales = _times(tl.load(key_scale + place), _log2_factor(BITS, j), ASM)
-            zeros = _times(tl.load(key_zero + place), UNFOLD, ASM)
-            k = _plane(words, BITS, j, ASM) * scales[None, :] + zeros[None, :]
-            norm = tl.load(key_norm + j * 32 + r).to(tl.float32) * (unscale * _fold(BITS))
-            s = tl.dot(k, q) * norm[:, None]
+            k = _plane(words, BITS, j, ASM) * key_scales[j][None, :] + key_zeros[j][None, :]
+            s = tl.dot(k, q) * key_norms[j][:, None]
             s = _put(s, own, slots, j * 32 + r, PLACES)
             token = page * TOKENS + j * 32 + r
             scores = scores + (tl.where(((token >= low) & (token < high))[:, None], s, -1e30),)
@@ -201,7 +239,7 @@ def _planar(
         weight = weight * shrink[None, :]
         offset = offset * shrink[None, :]
         acc = acc * shrink[None, :]
-        slots = _slots(_field(table, at, 9, tl.int16, 2), PLACES)
+        slots = _slots(_field(line, 9, tl.int16, 2), PLACES)
         sums = _nothing(PLACES, N)
         for j in tl.static_range(PLANES):
             token = page * TOKENS + j * 32 + r
@@ -209,21 +247,17 @@ def _planar(
             p = tl.where(seen[:, None], tl.exp2(scores[j] - m[None, :]), 0.0)
             weight += p
             p, sums = _take(p, sums, slots, j * 32 + r, PLACES)
-            p = p * (tl.load(value_norm + j * 32 + r, mask=seen, other=0.0).to(tl.float32) * unscale)[:, None]
             v = tl.trans(_plane(value_words, BITS, j, ASM))
             if VALUE_GROUPS == 1:
-                offset += p * tl.load(value_zero + j * 32 + r, mask=seen, other=0.0).to(tl.float32)[:, None]
-                scales = tl.load(value_scale + j * 32 + r, mask=seen, other=0.0).to(tl.float32)
-                p = p * (scales * _factor(BITS, j))[:, None]
+                offset += p * value_zeros[j][:, None]
+                p = p * value_scales[j][:, None]
             else:
-                place = j * 32 * VALUE_GROUPS + g[:, None] * 32 + r[None, :]
-                scales = _times(tl.load(value_scale + place), _log2_factor(BITS, j), ASM)
-                zeros = _times(tl.load(value_zero + place), UNFOLD, ASM)
-                spread = tl.reshape(tl.broadcast_to(scales[:, None, :], [VALUE_GROUPS, CHANNELS, 32]), [D, 32])
-                shift = tl.reshape(tl.broadcast_to(zeros[:, None, :], [VALUE_GROUPS, CHANNELS, 32]), [D, 32])
-                v = v * spread + shift
+                p = p * value_norms[j][:, None]
+                spread = tl.broadcast_to(value_scales[j][:, None, :], [VALUE_GROUPS, CHANNELS, 32])
+                shift = tl.broadcast_to(value_zeros[j][:, None, :], [VALUE_GROUPS, CHANNELS, 32])
+                v = v * tl.reshape(spread, [D, 32]) + tl.reshape(shift, [D, 32])
             acc = tl.dot(v, p.to(tl.float16), acc)
-        kept = _kept_values(kept * shrink[None, :], sums, _field(table, at, 11, DTYPE, 16), PLACES, D)
+        kept = _kept_values(kept * shrink[None, :], sums, _field(line, 11, DTYPE, 16), PLACES, D)
     acc = acc * _fold(BITS) + kept
     if VALUE_GROUPS == 1:
         acc += tl.sum(offset, 0)[None, :]

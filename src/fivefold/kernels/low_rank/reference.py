@@ -18,6 +18,8 @@ from fivefold.kernels.planar import PLANES, dequantise, unpack_planes
 
 CHUNK = 64
 """Features that are multiplied at a time, at most."""
+TILE = 256
+"""Tokens that are worked on at a time, at most."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -130,7 +132,7 @@ class Prepared:
     """What kernels read: in `Features.work`, the number of features a multiple of 16 (those behind are zero).
 
     keys, values `[blocks, team, features, head_dim]`, channels of keys in the paired order; angles float64 `[head_dim /
-    2]`, 0 for what is not turned; waves `[tokens, head_dim]`, their cosines and sines side by side for a page's slots.
+    2]`, 0 for what is not turned; waves `[TILE, head_dim]`, their cosines and sines side by side for a tile's slots.
     """
 
     keys: torch.Tensor
@@ -157,7 +159,7 @@ def prepare(form: Features) -> Prepared:
         for x in ups
     )
     angles = torch.nn.functional.pad(form.inv_freq.double().to(device), (0, dim // 2 - form.pairs))
-    turned = torch.arange(form.tokens, device=device)[:, None] * angles
+    turned = torch.arange(max(TILE, form.tokens), device=device)[:, None] * angles
     made = (keys.transpose(1, 2), values.transpose(1, 2), torch.stack([turned.cos(), turned.sin()], 2).flatten(1))
     keys, values, waves = (x.to(form.work).contiguous() for x in made)
     return Prepared(keys, values, angles, waves)

@@ -57,24 +57,40 @@ def _planes(bits):
 
 @triton.jit
 def _tile(
-    table, columns, first, page, slot, OFFSET: tl.constexpr, RANK: tl.constexpr, HEADS: tl.constexpr,
-    BITS: tl.constexpr, DTYPE: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr,
+    table, columns, first, page, most, slot, OFFSET: tl.constexpr, RANK: tl.constexpr, HEADS: tl.constexpr,
+    BITS: tl.constexpr, DTYPE: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr, TOKENS: tl.constexpr,
+    TWO: tl.constexpr,
 ):  # fmt: skip
-    """Features START.. of the slots of a page, `[T, SIZE]`, of the rows from `first` on; those that are not there 0."""
-    f = START + tl.arange(0, SIZE)
+    """Features START.. of slots `[T]` of a page, `[T, SIZE]`, of the rows from `first` on; those that are not there 0.
+    With TWO, of that page and the next one, which is at most number `most`."""
+    # Two features of 16 bits at a time where a row's are so many.
+    BOTH: tl.constexpr = 2 if BITS == 0 and RANK % 2 == 0 and DTYPE.primitive_bitwidth == 16 else 1
+    f = START + tl.arange(0, SIZE // BOTH) * BOTH
     there = f < RANK * HEADS
-    record = tl.load(table + (first + f // RANK) * columns + page, mask=there, other=0) * 16 + OFFSET
+    line = table + (first + f // RANK) * columns
     own = f % RANK
-    if BITS == 0:
-        at = record.to(tl.pointer_type(DTYPE))[None, :] + (slot[:, None] * RANK + own[None, :])
-        x = tl.load(at, mask=there[None, :], other=0.0)
+    record = (tl.load(line + page, mask=there, other=0) * 16 + OFFSET)[None, :]
+    if TWO:
+        after = tl.load(line + tl.minimum(page + 1, most), mask=there, other=0) * 16 + OFFSET
+        record = tl.where(slot[:, None] < TOKENS, record, after[None, :])
+        slot = slot % TOKENS
+    if BOTH == 2:
+        words = record.to(tl.pointer_type(tl.int32)) + (slot[:, None] * (RANK // 2) + (own // 2)[None, :])
+        word = tl.load(words, mask=there[None, :], other=0)
+        low = word.to(tl.int16).to(DTYPE, bitcast=True)
+        high = (word >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+        x = tl.reshape(tl.join(low, high), [slot.shape[0], SIZE])
+    elif BITS == 0:
+        x = tl.load(
+            record.to(tl.pointer_type(DTYPE)) + (slot[:, None] * RANK + own[None, :]), mask=there[None, :], other=0.0
+        )
     else:
         PLANES: tl.constexpr = _planes(BITS)
         plane = slot // 32
-        words = record.to(tl.pointer_type(tl.int16))[None, :] + ((slot % 32)[:, None] * RANK + own[None, :])
+        words = record.to(tl.pointer_type(tl.int16)) + ((slot % 32)[:, None] * RANK + own[None, :])
         code = tl.load(words, mask=there[None, :], other=0).to(tl.int32)
         code = (code >> (plane * BITS)[:, None]) & ((1 << BITS) - 1)
-        scales = (record + 64 * RANK).to(tl.pointer_type(tl.float16))[None, :] + (plane[:, None] * RANK + own[None, :])
+        scales = (record + 64 * RANK).to(tl.pointer_type(tl.float16)) + (plane[:, None] * RANK + own[None, :])
         scale = tl.load(scales, mask=there[None, :], other=0.0)
         zero = tl.load(scales + PLANES * RANK, mask=there[None, :], other=0.0)
         x = (code.to(tl.float32) * scale + zero).to(tl.float16)
@@ -137,7 +153,6 @@ def _features(
     work = tl.float32 if WIDE else DTYPE
     HALF: tl.constexpr = D // 2
     PARTS: tl.constexpr = HALF // PB
-    TILES: tl.constexpr = TOKENS // T
     first_row = row // HEADS * HEADS
     begin = tl.load(starts + first_row)
     programs = tl.load(starts + first_row + HEADS) - begin
@@ -145,6 +160,7 @@ def _features(
     low = tl.load(spans + first_row * SPAN)
     high = tl.load(spans + first_row * SPAN + 1)
     position = tl.load(spans + first_row * SPAN + 7)
+    most = tl.maximum(tl.cdiv(high, TOKENS), 1) - 1
     tiles = tl.cdiv(high, T) - low // T
     first = low // T + share * tiles // programs
     last = low // T + (share + 1) * tiles // programs
@@ -163,35 +179,36 @@ def _features(
     for c in tl.static_range(_count(NV)):
         acc = acc + (tl.zeros([_size(NV, c), NQ], tl.float32),)
     for tile in range(first, last):
-        page = tile // TILES
+        page = tile * T // TOKENS
         # (The minimum is 0, which the compiler does not know: else it would keep all addresses, in registers.)
-        slot = tile % TILES * T + t + tl.minimum(tile, 0)
+        slot = tile * T % TOKENS + t + tl.minimum(tile, 0)
         x = ()
         for c in tl.static_range(_count(NK)):
-            one = _tile(table, columns, first_row, page, slot, 0, RK, HEADS, BITS, DTYPE, _start(NK, c), _size(NK, c))
+            one = _tile(
+                table, columns, first_row, page, most, slot, 0, RK, HEADS, BITS, DTYPE, _start(NK, c), _size(NK, c),
+                TOKENS, T > TOKENS,
+            )  # fmt: skip
             x = x + (one.to(work),)
         base = (position + tile * T).to(tl.float64)
-        pc, ps = _turn(angles, base, pair)
-        for step in tl.range(0, HEADS * PARTS, num_stages=STAGES):
-            head = step // PARTS
-            k = _products(x, up + head * (NK * D), step % PARTS * (2 * PB), D, T, 2 * PB, NK)
-            k1, k2 = tl.split(tl.reshape(k, [T, PB, 2]))
-            wave = tl.load(waves + t[:, None] * D + (step % PARTS * (2 * PB) + channel)[None, :]).to(tl.float32)
-            tc, ts = tl.split(tl.reshape(wave, [T, PB, 2]))
-            ka = _shuffled((k1 * tc - k2 * ts).to(work), T, PB)
-            kb = _shuffled((k2 * tc + k1 * ts).to(work), T, PB)
-            # The query, turned back to where the tile begins.
-            i = step % PARTS * PB + pair
-            if PARTS > 1:
-                pc, ps = _turn(angles, base, i)
+        for part in tl.static_range(PARTS):
+            i = part * PB + pair
+            pc, ps = _turn(angles, base, i)
             ia, ib = _channels(i, NEIGHBOURS, PAIRS)
-            at = queries + (first_row + head) * (M * D) + n[None, :] * D
-            qa = tl.load(at + ia[:, None], mask=n[None, :] < M, other=0.0).to(tl.float32) * scale
-            qb = tl.load(at + ib[:, None], mask=n[None, :] < M, other=0.0).to(tl.float32) * scale
-            score = tl.dot(ka, (qa * pc[:, None] + qb * ps[:, None]).to(work), input_precision="ieee")
-            score = tl.dot(kb, (qb * pc[:, None] - qa * ps[:, None]).to(work), score, input_precision="ieee")
-            to = mine + (step % PARTS * T + t[:, None]) * NQ + head * M + n[None, :]
-            tl.store(to, score, mask=n[None, :] < M)
+            wave = tl.load(waves + t[:, None] * D + (part * (2 * PB) + channel)[None, :])
+            for head in tl.range(0, HEADS, num_stages=STAGES):
+                k = _products(x, up + head * (NK * D), part * (2 * PB), D, T, 2 * PB, NK)
+                k1, k2 = tl.split(tl.reshape(k, [T, PB, 2]))
+                tc, ts = tl.split(tl.reshape(wave, [T, PB, 2]).to(tl.float32))
+                ka = _shuffled((k1 * tc - k2 * ts).to(work), T, PB)
+                kb = _shuffled((k2 * tc + k1 * ts).to(work), T, PB)
+                # The query, turned back to where the tile begins.
+                at = queries + (first_row + head) * (M * D) + n[None, :] * D
+                qa = tl.load(at + ia[:, None], mask=n[None, :] < M, other=0.0).to(tl.float32) * scale
+                qb = tl.load(at + ib[:, None], mask=n[None, :] < M, other=0.0).to(tl.float32) * scale
+                score = tl.dot(ka, (qa * pc[:, None] + qb * ps[:, None]).to(work), input_precision="ieee")
+                score = tl.dot(kb, (qb * pc[:, None] - qa * ps[:, None]).to(work), score, input_precision="ieee")
+                to = mine + (part * T + t[:, None]) * NQ + head * M + n[None, :]
+                tl.store(to, score, mask=n[None, :] < M)
         tl.debug_barrier()
         score = tl.zeros([T, NQ], tl.float32)
         for part in tl.static_range(PARTS):
@@ -206,12 +223,13 @@ def _features(
         p = tl.where(seen[:, None], tl.exp2(score - m[None, :]), 0.0)
         weight = weight * shrink[None, :] + p
         p = p.to(work)
-        slot = tile % TILES * T + t + tl.minimum(tile + 1, 0)
+        slot = tile * T % TOKENS + t + tl.minimum(tile + 1, 0)
         new = ()
         for c in tl.static_range(_count(NV)):
             y = _tile(
-                table, columns, first_row, page, slot, OFFSET, RV, HEADS, BITS, DTYPE, _start(NV, c), _size(NV, c)
-            )
+                table, columns, first_row, page, most, slot, OFFSET, RV, HEADS, BITS, DTYPE, _start(NV, c),
+                _size(NV, c), TOKENS, T > TOKENS,
+            )  # fmt: skip
             y = tl.where(seen[:, None], y, 0.0).to(work)  # what is not seen may be anything
             new = new + (tl.dot(tl.trans(y), p, acc[c] * shrink[None, :], input_precision="ieee"),)
         acc = new
@@ -270,16 +288,28 @@ def _expand(
     tl.store(lse + at, tl.where(some, m + tl.log2(safe), -1e30))
 
 
-def settings_of(form: Features) -> dict[str, int]:
-    """How a form's pages are worked on: slots of a tile, pairs of channels at a time, warps, stages."""
-    wide = form.work.itemsize == 4
-    most = max(padded(form.team * rank) for rank in form.ranks)
-    half = form.head_dim // 2
-    pairs = half
-    while pairs > 16 and most * pairs * (4 if wide else 2) * 2 > (1 << 16):
-        pairs //= 2
-    tokens = 32 if wide else min(form.tokens, 128 if most <= 256 else 64)
-    return {"T": tokens, "PB": pairs, "STAGES": 1 if wide or most > 256 else 2, "num_warps": 8 if tokens > 64 else 4}
+def settings_of(form: Features, room: int = 220 << 10) -> dict[str, int]:
+    """How a form's pages are worked on: slots of a tile, pairs of channels at a time, stages, warps; room: bytes of
+    shared memory."""
+    size, features = form.work.itemsize, max(padded(form.team * rank) for rank in form.ranks)
+    tokens, pairs, stages = (32 if size == 4 else min(form.tokens, 128)), form.head_dim // 2, (1 if size == 4 else 2)
+    while features * size * (tokens + stages * 2 * pairs) > room:
+        if pairs > 16:
+            pairs //= 2
+        elif stages > 1:
+            stages -= 1
+        elif tokens > 32:
+            tokens //= 2
+        else:
+            break
+    return {"T": tokens, "PB": pairs, "STAGES": stages, "num_warps": 8 if tokens > 64 else 4}
+
+
+def _room(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take, less what is taken besides."""
+    if device.type != "cuda":
+        return 220 << 10
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin) - (12 << 10)
 
 
 def attend(
@@ -296,7 +326,7 @@ def attend(
     """`Reader.attend` of `Features`. settings: what `settings_of` gives, to try others."""
     rows, heads, dim = queries.shape
     device, made, programs = queries.device, form.prepared, len(out)
-    given = {**settings_of(form), **(settings or {})}
+    given = {**settings_of(form, _room(device)), **(settings or {})}
     nq = max(16, triton.next_power_of_2(heads * form.team))
     nk, nv = (padded(form.team * rank) for rank in form.ranks)
 
