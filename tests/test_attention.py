@@ -197,11 +197,12 @@ def test_blocks_of_packed_pages_are_regular_while_pages_are_full() -> None:
         (65, 64, 256, (16384, 8192)),
         (9, 8, 64, (256,)),
     ]:
-        blocks = list(prefill._blocks(columns, whole, page, sizes))
+        blocks = list(prefill._blocks(columns, whole, page, sizes, 1 << 30))
         assert [last for _, last in blocks[:-1]] == [first for first, _ in blocks[1:]]
         assert blocks[0][0] == 0 and blocks[-1][1] == columns
         assert all((last - first) * page in sizes and last <= whole for first, last in blocks[:-1])
-    assert list(prefill._blocks(121, 120, 256, (32768, 16384, 8192))) == [(0, 64), (64, 96), (96, 121)]
+    assert list(prefill._blocks(121, 120, 256, (32768, 16384, 8192), 1 << 15)) == [(0, 64), (64, 96), (96, 121)]
+    assert list(prefill._blocks(121, 120, 256, (32768, 16384, 8192), 1 << 14)) == [(0, 121)]
     queries = torch.empty((8, 4, 2048, 128), device="meta")
     assert prefill._block_sizes(queries, 256) == [2048]  # not on a GPU
 

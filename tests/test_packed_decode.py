@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import random
 
@@ -180,6 +181,26 @@ def test_sinks_that_fade_out(device: str) -> None:
     form = Form(2, 32, 32, 64)
     for fading in [(4, 30), (2, 70), (100, 130), (0, 0)]:
         check(device, 2, 3, form, 1, 5, [(0, 64, 4, 120, 150, *fading), (0, 0, 0, 90, 99, 0, 7)], programs=(3, 3))
+
+
+def test_work_lists() -> None:
+    """No more programs than there are, none with more pages than needed, and no row without any."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        rows, most = int(rng.integers(1, 20)), int(rng.integers(20, 300))
+        pages = rng.integers(0, rng.choice([3, 50, 2000]), (1, 2, rows))
+        starts = kernel.starts_of(pages, (most, 20))
+        shares = np.diff(starts, axis=-1)
+        assert (starts[..., 0] == 0).all() and (starts[..., -1] <= (most, 20)).all()
+        assert ((shares > 0) == (pages > 0)).all() and (shares <= pages).all()
+        for kind, programs in enumerate((most, 20)):
+            each = next(n for n in itertools.count(1) if (-(-pages[0, kind] // n)).sum() <= programs)
+            largest = (-(-pages[0, kind] // np.maximum(1, shares[0, kind]))).max()
+            assert largest <= each + max(1, each // 32)
+    assert np.diff(kernel.starts_of(np.array([[2048] * 8, [0] * 8]), (264, 0)))[0].tolist() == [33] * 8
+    spans = np.array([[0, 600, 0, 0, 33], [300, 512, 0, 0, 0], [0, 0, 0, 0, 0], [7, 7, 0, 0, 64]])
+    assert kernel.pages_of(spans, 256).tolist() == [[3, 1, 0, 0], [1, 0, 0, 1]]
+    assert kernel.pages_of(spans, 256, True).tolist() == [[5, 1, 0, 2], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("device", PATHS, indirect=True)

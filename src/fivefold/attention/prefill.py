@@ -13,7 +13,7 @@ import torch
 
 from fivefold.attention.compensate import left_of
 from fivefold.attention.fused import unpack_fused
-from fivefold.attention.merge import MASKED, attend, attend_window, is_large, merge, takes_windows
+from fivefold.attention.merge import CUDNN_OPERATIONS, MASKED, attend, attend_window, is_large, merge, takes_windows
 from fivefold.kernels.device import sent
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.layer_cache import LayerCache
@@ -81,7 +81,7 @@ def _attend_joined(
     regular = chunk % CHUNK_STEP == 0
     for piece in _packed(layer, group, queries):
         _, k, v = piece
-        if k.shape[1] in sizes or k.shape[1] > 4 * chunk:
+        if k.shape[1] in sizes or k.shape[1] > 4 * chunk or is_large(queries, k.shape[1]):
             parts.append(_over_all(queries, k, v, scaling, None, regular and k.shape[1] in sizes))
         else:
             joined.append(piece)
@@ -282,13 +282,13 @@ def _block_sizes(queries: torch.Tensor, page: int) -> list[int]:
     return [size * page for size in sizes]
 
 
-def _blocks(columns: int, whole: int, page: int, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """First and last column of the blocks of `columns` pages, the first `whole` of which are full: of these sizes while
-    they fit, then what is left."""
-    first = 0
+def _blocks(columns: int, whole: int, page: int, sizes: Sequence[int], large: int) -> Iterator[tuple[int, int]]:
+    """First and last column of the blocks of `columns` pages, the first `whole` of which are full: of the first of
+    these sizes, then all that is left if that is `large` tokens, else of the other sizes while they fit."""
+    first, most = 0, sizes[0] // page
     while first < columns:
-        size = next((size // page for size in sizes if first + size // page <= whole), sizes[0] // page)
-        last = min(first + size, columns)
+        size = next((size // page for size in sizes if first + size // page <= whole), most)
+        last = min(first + (most if (columns - first) * page >= large else size), columns)
         yield first, last
         first = last
 
@@ -300,7 +300,8 @@ def _packed(layer: LayerCache, group: RowGroup, queries: torch.Tensor) -> Iterat
     assert layer.codec is not None and layer.packing is not None
     bounds, page, (rows, _, _, dim) = group.bounds, layer.packing.page, queries.shape
     columns, whole = group.packed.shape[1], (int(bounds.packed_stop) - int(bounds.packed_base)) // page
-    for first, last in _blocks(columns, whole, page, _block_sizes(queries, page)):
+    large = -(-CUDNN_OPERATIONS // (4 * queries.numel()))
+    for first, last in _blocks(columns, whole, page, _block_sizes(queries, page), large):
         begin = int(bounds.packed_base) + first * page
         stop = min(int(bounds.packed_stop), int(bounds.packed_base) + last * page)
         pair = unpack_fused(layer, group, first, last, queries.dtype)
