@@ -399,7 +399,7 @@ def tiles_for(kind: str, count: int, width: int, dim: int, norm: bool, device: t
     whether one comes before."""
     block, one = triton.next_power_of_2(width), count == 1
     if device.type == "cpu":  # the interpreter has few programs rather than small ones
-        return Tiles(dim // 2 if kind == "heads" else 64, max(16, block), 4)
+        return Tiles(dim // 2 if kind == "heads" else 256, max(16, block), 4)
     if count > FEW:
         return Tiles(16, min(256, max(32, block)), 2, 4, late=True)
     if kind == "plain" and one:
