@@ -383,7 +383,8 @@ class _Run:
         else:
             report = cache_.report()
             size, equivalent = report.total, report.exact_equivalent
-        return cache_, {"bytes": size, "ratio": size / equivalent, "prefill_s": took}
+        way = None if recipe == EXACT else cache_.decoding
+        return cache_, {"bytes": size, "ratio": size / equivalent, "prefill_s": took, "decoding": way}
 
 
 def run(model: Any, tokenizer: Any, plan: Plan, store: Path, progress: Progress | None = None) -> dict[str, Any]:
