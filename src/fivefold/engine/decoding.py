@@ -49,7 +49,7 @@ def way_of(session: Steps, store: LayerCache, whole: str | None) -> Way:
         less = choice.path == "triton" and better  # than this GPU can
         return Way(name, choice.why if less else None, less and not choice.asked)
     why, policy = why_not(store, spec.device, heads), store.policy
-    if why is not None and why_not(store, spec.device, heads, large=True) is None:
+    if why is not None and form is not None and why_not(store, spec.device, heads, large=True) is None:
         return Way(f"{_NAMES['triton']}, token by token,", why, True)
     # On a CPU what no kernel is written for is not much slower; on a GPU it is.
     lost = spec.device.type != "cpu" or (why is not None and (choice.path == "reference" or form is not None))
