@@ -98,9 +98,9 @@ def weighed(session: Steps) -> dict[str, int]:
     return found
 
 
-def warn(session: Steps, stacklevel: int = 2) -> None:
-    """Say, once for each reason, which layers decode in a slower way than this machine could give."""
-    whys = session.why_not_fused()
+def warn(session: Steps, whys: dict[int, str | None], stacklevel: int = 2) -> None:
+    """Say, once for each reason, which layers decode in a slower way than this machine could give. whys: what
+    `why_not_fused` says just now."""
     if session.told.issuperset(why for why in whys.values() if why is not None):
         return  # most of the time
     if any(store.spec.device.type == "meta" for store in session.stores.values()):

@@ -315,8 +315,8 @@ class Session:
 
     def _open(self) -> None:
         """A slot for the newest token in all layers whose steps are a kernel's, and tables that say so."""
-        decoding.warn(self)
-        fused = {index for index, why in self.why_not_fused().items() if why is None}
+        decoding.warn(self, whys := self.why_not_fused())
+        fused = {index for index, why in whys.items() if why is None}
         for bank in self.banks:
             layers = [store for index, store in self.stores.items() if index in fused and store.bank is bank]
             if layers:
