@@ -50,7 +50,7 @@ def way_of(session: Steps, store: LayerCache, whole: str | None) -> Way:
         less = choice.path == "triton" and better  # than this GPU can
         return Way(name, choice.why if less else None, less and not choice.asked)
     why, policy = why_not(store, spec.device, heads), store.policy
-    if why is not None and why_not(store, spec.device, heads, large=True) is None:
+    if why is not None and form is not None and why_not(store, spec.device, heads, large=True) is None:
         return Way(f"{_NAMES['triton']}, token by token,", why, True)
     # On a CPU what no kernel is written for is not much slower; on a GPU it is.
     lost = spec.device.type != "cpu" or (why is not None and (choice.path == "reference" or form is not None))
@@ -99,10 +99,9 @@ def weighed(session: Steps) -> dict[str, int]:
     return found
 
 
-def warn(session: Steps, whys: Mapping[int, str | None] | None = None, stacklevel: int = 2) -> None:
-    """Say, once for each reason, which layers decode in a slower way than this machine could give. whys: see
-    `Session.why_not_fused`."""
-    whys = session.why_not_fused() if whys is None else whys
+def warn(session: Steps, whys: Mapping[int, str | None], stacklevel: int = 2) -> None:
+    """Say, once for each reason, which layers decode in a slower way than this machine could give. whys: what
+    `why_not_fused` says just now."""
     if session.told.issuperset(why for why in whys.values() if why is not None):
         return  # most of the time
     if any(store.spec.device.type == "meta" for store in session.stores.values()):

@@ -355,7 +355,9 @@ class _Run:
             # What codecs hold besides pages is there once, however many texts there are.
             size = report.learned + (report.total - report.learned) / texts
             equivalent = report.exact_equivalent / texts
-        return cache, {"bytes": round(size), "ratio": size / equivalent, "prefill_s": took / texts}
+        way = None if recipe == EXACT else cache.decoding
+        bytes_ = {"bytes": round(size), "ratio": size / equivalent}
+        return cache, {**bytes_, "prefill_s": took / texts, "decoding": way}
 
 
 def run(

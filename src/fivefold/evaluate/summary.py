@@ -133,6 +133,7 @@ def _entry(context: int, recipe: str, suites: dict[str, dict[str, list[Row]]]) -
     for name in ("kl", "top1", "perplexity"):
         entry[name] = _mean(row[name] for row in fidelity) if fidelity else None
     entry["decode_ms"] = median(row["decode_ms"] for row in fidelity) if fidelity else None
+    entry["decoding"] = next((row["decoding"] for row in every if row.get("decoding")), None)
     return entry
 
 

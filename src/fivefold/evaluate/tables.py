@@ -11,7 +11,7 @@ from rich.text import Text
 
 from fivefold.evaluate.ruler import PREFIX
 from fivefold.evaluate.summary import EXACT, FIDELITY, OWN
-from fivefold.tables import Table
+from fivefold.tables import Facts, Table
 
 _LEGEND = (
     "quality: what is left of the exact cache's score above chance, all suites together (fidelity: top-1 agreement): "
@@ -44,6 +44,7 @@ def show(result: dict[str, Any]) -> Iterator[RenderableType]:
         ranking, cells = at_context(result["ranking"], context), at_context(result["cells"], context)
         yield Text(f"\n{context_name(context)}", style="bold")
         yield _ranked(ranking)
+        yield _ways(ranking)
         for first in range(0, len(ranking), _ACROSS):
             yield ""
             ranks = range(first, min(first + _ACROSS, len(ranking)))
@@ -52,6 +53,15 @@ def show(result: dict[str, Any]) -> Iterator[RenderableType]:
     if any(suite.startswith(PREFIX) for suite in plan["suites"]):
         legends.append(_RULER_LEGEND + _AVERAGE_LEGEND * bool(result["ruler"]))
     yield Text("\n" + "\n".join(legends), style="dim")
+
+
+def _ways(ranking: list[dict[str, Any]]) -> Facts:
+    """Which way each recipe's decoding steps went."""
+    table = Facts()
+    for entry in ranking:
+        if entry.get("decoding"):
+            table.add_row(Text(entry["recipe"]), Text(entry["decoding"]))
+    return table
 
 
 def contexts_of(result: dict[str, Any]) -> list[int]:

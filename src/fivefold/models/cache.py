@@ -222,7 +222,7 @@ class FivefoldCache(Cache):
     def warn(self, stacklevel: int = 1) -> None:
         """Say, once, where decoding steps go a slower way than this machine could give (`SlowPathWarning`)."""
         with suppress(CacheStateError):  # kernels that are asked for and not here are an error when a step comes
-            decoding.warn(self.session, stacklevel=stacklevel + 1)
+            decoding.warn(self.session, self.session.why_not_fused(), stacklevel + 1)
             if self.step is not None and (why := self.step.why_not(self.session)):
                 decoding.tell(self.session, f"decoding without a CUDA graph: {why}", stacklevel + 1)
 
