@@ -271,6 +271,13 @@ def compiles(callback: Any, before: Any) -> bool:
     return callback is not None or hasattr(before, "_torchdynamo_orig_callable")
 
 
+def makes_graphs(callback: Any) -> bool:
+    """Whether what is compiled is run as CUDA graphs of the compiler's own (`mode="reduce-overhead"`)."""
+    while (inner := getattr(callback, "_torchdynamo_orig_backend", None)) is not None:
+        callback = inner
+    return bool((getattr(callback, "config", None) or {}).get("triton.cudagraphs"))
+
+
 def why_not(model: torch.nn.Module, cache: FivefoldCache, chunk: int, mask: Any) -> str | None:
     """Why a call runs without the compiler, in a few words; an empty text where that is only for this one."""
     companions = cache.session.companions
