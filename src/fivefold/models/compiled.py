@@ -283,7 +283,11 @@ def why_not(model: torch.nn.Module, cache: FivefoldCache, chunk: int, mask: Any)
     companions = cache.session.companions
     if companions is not None and not _slide(decoder_config(model), companions):
         return "layers with a state, chunks of fixed places, or keys that others share are transformers' own"
-    if mask is not None and (getattr(mask, "ndim", 0) != 2 or mask.shape[1] != cache.session.length + chunk):
+    total = cache.session.length + chunk
+    if mask is not None and (
+        getattr(mask, "ndim", 0) != 2
+        or (mask.shape[1] != total and not (cache.session.ragged and mask.shape[1] > total))
+    ):
         return ""  # it is refused
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in model.parameters()):
         return ""  # it is refused
