@@ -272,3 +272,15 @@ def test_inductor(tiny) -> None:
     compiled = torch.compile(model)
     assert [text(compiled, fivefold.compress(model, KIVI), ids(n), 40) for n in (70, 33)] == wanted
     assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_graphs_of_the_compiler(tiny) -> None:
+    """One graph of a whole step cannot hold those that the compiler makes of its parts: one warning says so."""
+    model = copy.deepcopy(tiny(**SHAPE))
+    wanted = text(model, fivefold.compress(model, KIVI), ids(40), 5)
+    compiled, cache = torch.compile(model, mode="reduce-overhead"), fivefold.compress(model, KIVI, cuda_graph=True)
+    with pytest.warns(UserWarning, match="makes graphs of its own") as found:
+        assert text(compiled, cache, ids(40), 5) == wanted
+    assert sum("makes graphs of its own" in str(one.message) for one in found) == 1

@@ -72,9 +72,8 @@ def attention(
     """query `[batch, query_head, tokens, head_dim]`, key and value `[batch, kv_head, tokens, head_dim]`."""
     called: Called | Handed | None = kwargs.pop(CALLED, None)
     index = None if called is None else called.source(key, value)
-    if called is None or (
-        index is None and not called.stores
-    ):  # or it shares the keys of a layer that stays transformers' own
+    # Or it shares the keys of a layer that stays transformers' own.
+    if called is None or (index is None and not called.stores):
         return stock_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if index is None:
         raise UnsupportedModelError(

@@ -271,12 +271,23 @@ def compiles(callback: Any, before: Any) -> bool:
     return callback is not None or hasattr(before, "_torchdynamo_orig_callable")
 
 
+def makes_graphs(callback: Any) -> bool:
+    """Whether what is compiled is run as CUDA graphs of the compiler's own (`mode="reduce-overhead"`)."""
+    while (inner := getattr(callback, "_torchdynamo_orig_backend", None)) is not None:
+        callback = inner
+    return bool((getattr(callback, "config", None) or {}).get("triton.cudagraphs"))
+
+
 def why_not(model: torch.nn.Module, cache: FivefoldCache, chunk: int, mask: Any) -> str | None:
     """Why a call runs without the compiler, in a few words; an empty text where that is only for this one."""
     companions = cache.session.companions
     if companions is not None and not _slide(decoder_config(model), companions):
         return "layers with a state, chunks of fixed places, or keys that others share are transformers' own"
-    if mask is not None and (getattr(mask, "ndim", 0) != 2 or mask.shape[1] != cache.session.length + chunk):
+    total = cache.session.length + chunk
+    if mask is not None and (
+        getattr(mask, "ndim", 0) != 2
+        or (mask.shape[1] != total and not (cache.session.ragged and mask.shape[1] > total))
+    ):
         return ""  # it is refused
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in model.parameters()):
         return ""  # it is refused

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +70,11 @@ class Forward:
         why = compiled.why_not(self.model, cache, _chunk(args, kwargs), mask)
         if why is None and not skipping.checked(self.model, cache.absent):
             why = ""  # for the first forward, which is watched
+        step = cache.step
+        if why is None and step is not None and not step.failed and compiled.makes_graphs(callback):
+            step.failed = "torch.compile makes graphs of its own in this mode; take its default mode for one of all"
+            step.reset()
+            warnings.warn(f"decoding without a CUDA graph: {step.failed}", stacklevel=5)
         if why is None:
             counts = decoder_config(self.model) is not self.model.config
             return lambda *args, **kwargs: region(callback, self.plain, cache, counts, **region.named(args, kwargs))
