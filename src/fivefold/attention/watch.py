@@ -84,7 +84,8 @@ class Watch:
 
     positions int32, scores float32: as in `Held`, slot by slot. new: the scores after a step. goes int32 `[layers,
     rows]`, stash `[layers, rows, 2, head_dim]`: see `tally`. low int32 `[layers, rows]`: no token up to this position
-    ever goes.
+    ever goes. merges: `into`, `merged`, and the threshold before and after a step (see `absorb`); None where nothing is
+    merged.
     """
 
     def __init__(self, tables: Any, bank: Bank) -> None:
