@@ -32,7 +32,7 @@ SMOLLM2 = {
     "num_attention_heads": 9, "num_key_value_heads": 3, "rope_theta": 100000.0, "tie_word_embeddings": True,
 }  # fmt: skip
 SHAPES: dict[str, Any] = {"smollm2": SMOLLM2, **{name: name for name in decode.SHAPES}}
-CONTEXTS = {"smollm2": (7000,), "llama-3-8b": (32768, 131072)}
+CONTEXTS = {"smollm2": (7000,), "llama-3-8b": (131072, 32768)}
 RECIPES = ("full()", "kivi(bits=2)", "rotatekv()", "gear()", "mikv()", "rotatekv(bits=4)", "gear(bits=4)")
 
 

@@ -237,6 +237,7 @@ def attend(
     lse: torch.Tensor,
     scores: torch.Tensor | None = None,
     warps: int = 2,
+    registers: int | None = None,
 ) -> None:
     """See `Reader.attend`."""
     rows, heads, dim = queries.shape
@@ -252,7 +253,7 @@ def attend(
         KEY_OUT=form.key_outliers, VALUE_OUT=form.value_outliers, UNBIAS=form.unbias, BALANCED=form.balanced,
         FIELDS=1 if form.record else len(form.fields), **{name.upper(): at.get(name, 0) for name in names}, SPAN=SPAN,
         R=triton.next_power_of_2(rows), ASM=queries.device.type == "cuda", FOUND=scores is not None,
-        num_warps=warps, num_stages=1,
+        num_warps=warps, num_stages=1, maxnreg=registers,
     )  # fmt: skip
 
 

@@ -85,6 +85,7 @@ def _scores(
     slots, D: tl.constexpr, BITS: tl.constexpr, CHANNELS: tl.constexpr, KV_HEADS: tl.constexpr, TEAM: tl.constexpr,
     EACH: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, NEIGHBOURS: tl.constexpr, SINKS: tl.constexpr,
     S: tl.constexpr, FIELDS: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, ASM: tl.constexpr, WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Scores, to the base 2, of one share of the pages of TEAM rows: float32 `[rows, heads, slots]`. Grid:
     (programs,).
@@ -155,7 +156,7 @@ def _scores(
             cosine = (cos_base * cos_small - sin_base * sin_small).to(tl.float16)
             sine = (sin_base * cos_small + cos_base * sin_small).to(tl.float16)
             s = tl.zeros([32 * WIDE, COLUMNS], tl.float32)
-            for g in range(TEAM):
+            for g in tl.range(TEAM, num_stages=STAGES):
                 # Where the rotated channels of this head of the team stand.
                 place = tl.load(places + (row - first_row + g) * D + d)
                 entry = table + ((first_row + (place >> _log2(D))).to(tl.int64) * columns + page) * FIELDS
@@ -302,6 +303,8 @@ def attend(
     lse: torch.Tensor,
     scores: torch.Tensor | None = None,
     warps: tuple[int, int] = (4, 2),
+    stages: int = 1,
+    registers: tuple[int | None, int | None] = (None, None),
 ) -> None:
     """See `Reader.attend`."""
     rows, heads, dim = queries.shape
@@ -320,9 +323,10 @@ def attend(
         queries, packed.table, spans, starts, places, turns, small, matrices, sink_keys, scores, scale, rows, columns,
         heads, slots, KV_HEADS=form.kv_heads, EACH=each,
         COLUMNS=max(8, triton.next_power_of_2(each * form.team)), SPLIT=form.split, NEIGHBOURS=form.neighbours,
-        WIDE=2 - form.planes % 2, num_warps=warps[0], num_stages=1, **common,
+        WIDE=2 - form.planes % 2, STAGES=stages, num_warps=warps[0], num_stages=stages,
+        maxnreg=registers[0], **common,
     )  # fmt: skip
     _values[(len(out), form.team)](
         scores, packed.table, spans, starts, values, sink_values, out, lse, rows, columns, heads, slots,
-        N=8 if heads <= 8 else 16, num_warps=warps[1], num_stages=1, **common,
+        N=8 if heads <= 8 else 16, num_warps=warps[1], num_stages=1, maxnreg=registers[1], **common,
     )  # fmt: skip
