@@ -309,7 +309,8 @@ def _room(device: torch.device) -> int:
     """Bytes of shared memory that a program may take, less what is taken besides."""
     if device.type != "cuda":
         return 220 << 10
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin) - (12 << 10)
+    there = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 100 << 10)
+    return int(there) - (12 << 10)
 
 
 def attend(
