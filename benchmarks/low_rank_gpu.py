@@ -112,6 +112,14 @@ def agreement(recipe: str) -> None:
     print(f"  {recipe}: {error:.1e} from the reference, {cache.step.failed or 'as a graph'}", flush=True)
 
 
+def write(out: Path | None, rows: list[dict[str, Any]]) -> None:
+    """After each row, so that a run that is broken off leaves what it has."""
+    if out is not None:
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        text = {"device": torch.cuda.get_device_name(), "versions": versions, "rows": rows}
+        out.write_text(json.dumps(text, indent=2) + "\n")
+
+
 def main(
     out: Path | None = None,
     variants: bool = False,
@@ -136,12 +144,14 @@ def main(
         for name in (bench.BASELINE, *small.split(";")):
             if time.perf_counter() - begin < seconds:
                 rows.append({"shape": "SmolLM2-135M", **step(model, name, 7000, 40)})
+                write(out, rows)
     if large:
         model = bench.build("llama-3-8b", DEVICE)
         for context in map(int, contexts.split(",")):
             for name in large.split(";"):
                 if time.perf_counter() - begin < seconds:
                     rows.append({"shape": "llama-3-8b", **step(model, name, context, steps)})
+                    write(out, rows)
     if variants:
         for where, shape in {"8b": (131072, 8, 4, 128, 26), "smollm2": (7000, 3, 3, 64, 13)}.items():
             half = shape[3] // 2
@@ -153,10 +163,6 @@ def main(
                     print(f"  {where} {given}: {alone(*shape, **given) * 1e3:.1f} us a layer", flush=True)
                 except Exception as error:
                     print(f"  {where} {given}: {type(error).__name__} {str(error)[:150]}", flush=True)
-    if out is not None:
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        text = {"device": torch.cuda.get_device_name(), "versions": versions, "rows": rows}
-        out.write_text(json.dumps(text, indent=2) + "\n")
 
 
 if __name__ == "__main__":

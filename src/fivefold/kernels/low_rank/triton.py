@@ -4,8 +4,7 @@ A team, the rows that have features together, is shared out over programs that t
 what they leave is merged and made into values by `_expand`.
 
 - Keys are made again a tile at a time, for all heads of a team: features `[T, n]` times `[n, head_dim]`, head by head;
-  the matrix comes from the L2 cache. Their products with queries go through a small buffer of the program's own, since
-  Triton cannot put the scores of one head after the other into one tile.
+  the matrix comes from the L2 cache. They meet the queries of all heads, and only the scores of their own are taken.
 - Queries are turned back by the angle of the tile's first token, keys on by that of a slot in a tile: so one small
   table serves all pages, whatever their positions.
 - Values are never made: features are weighted, and only the sums are multiplied.
@@ -134,18 +133,17 @@ def _shuffled(x, T: tl.constexpr, PB: tl.constexpr):
 
 @triton.jit(do_not_specialize=("rows", "columns"))
 def _features(
-    queries, table, spans, starts, key_up, waves, angles, scratch, sums, sums_lse, out, lse, scale, rows,
+    queries, table, spans, starts, key_up, waves, angles, sums, sums_lse, out, lse, scale, rows,
     columns,
-    M: tl.constexpr, N: tl.constexpr, NQ: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    M: tl.constexpr, NQ: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     RK: tl.constexpr, RV: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
     TOKENS: tl.constexpr, T: tl.constexpr, PB: tl.constexpr, OFFSET: tl.constexpr, NEIGHBOURS: tl.constexpr,
     PAIRS: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One share of the pages of a team. Grid: (programs,).
 
-    scratch: float32 `[programs, D / 2 / PB, T, NQ]`; sums: float32 `[programs, HEADS * M, NV]`, sums_lse: `[programs,
-    HEADS * M]`, weighted features, divided; out, lse: see `Reader`: set to nothing but for a team's first program. M
-    query heads a row; N is at least M, NQ at least HEADS * M.
+    sums: float32 `[programs, HEADS * M, NV]`, sums_lse: `[programs, HEADS * M]`, weighted features, divided; out, lse:
+    see `Reader`: set to nothing but for a team's first program. M query heads a row; NQ is at least HEADS * M.
     """
     row = _row(starts, rows, R)
     if row >= rows:
@@ -166,12 +164,10 @@ def _features(
     last = low // T + (share + 1) * tiles // programs
 
     t = tl.arange(0, T)
-    n = tl.arange(0, N)
     q = tl.arange(0, NQ)
     channel = tl.arange(0, 2 * PB)
     pair = tl.arange(0, PB)
     pair = pair // 8 * 8 + pair % 2 * 4 + pair % 8 // 2  # in the order of `_shuffled`
-    mine = scratch + tl.program_id(0) * (PARTS * T * NQ)
     up = key_up + (row // HEADS % BLOCKS) * (HEADS * NK * D)
     m = tl.full([NQ], -1e30, tl.float32)
     weight = tl.zeros([T, NQ], tl.float32)
@@ -190,10 +186,17 @@ def _features(
             )  # fmt: skip
             x = x + (one.to(work),)
         base = (position + tile * T).to(tl.float64)
+        score = tl.zeros([T, NQ], tl.float32)
         for part in tl.static_range(PARTS):
+            # The queries of all heads, turned back to where the tile begins.
             i = part * PB + pair
             pc, ps = _turn(angles, base, i)
             ia, ib = _channels(i, NEIGHBOURS, PAIRS)
+            at = queries + (first_row * M + q[None, :]) * D
+            qa = tl.load(at + ia[:, None], mask=q[None, :] < HEADS * M, other=0.0).to(tl.float32) * scale
+            qb = tl.load(at + ib[:, None], mask=q[None, :] < HEADS * M, other=0.0).to(tl.float32) * scale
+            first_query = (qa * pc[:, None] + qb * ps[:, None]).to(work)
+            second_query = (qb * pc[:, None] - qa * ps[:, None]).to(work)
             wave = tl.load(waves + t[:, None] * D + (part * (2 * PB) + channel)[None, :])
             for head in tl.range(0, HEADS, num_stages=STAGES):
                 k = _products(x, up + head * (NK * D), part * (2 * PB), D, T, 2 * PB, NK)
@@ -201,19 +204,9 @@ def _features(
                 tc, ts = tl.split(tl.reshape(wave, [T, PB, 2]).to(tl.float32))
                 ka = _shuffled((k1 * tc - k2 * ts).to(work), T, PB)
                 kb = _shuffled((k2 * tc + k1 * ts).to(work), T, PB)
-                # The query, turned back to where the tile begins.
-                at = queries + (first_row + head) * (M * D) + n[None, :] * D
-                qa = tl.load(at + ia[:, None], mask=n[None, :] < M, other=0.0).to(tl.float32) * scale
-                qb = tl.load(at + ib[:, None], mask=n[None, :] < M, other=0.0).to(tl.float32) * scale
-                score = tl.dot(ka, (qa * pc[:, None] + qb * ps[:, None]).to(work), input_precision="ieee")
-                score = tl.dot(kb, (qb * pc[:, None] - qa * ps[:, None]).to(work), score, input_precision="ieee")
-                to = mine + (part * T + t[:, None]) * NQ + head * M + n[None, :]
-                tl.store(to, score, mask=n[None, :] < M)
-        tl.debug_barrier()
-        score = tl.zeros([T, NQ], tl.float32)
-        for part in tl.static_range(PARTS):
-            score += tl.load(mine + (part * T + t[:, None]) * NQ + q[None, :], mask=q[None, :] < HEADS * M, other=0.0)
-        tl.debug_barrier()
+                found = tl.dot(ka, first_query, input_precision="ieee")
+                found = tl.dot(kb, second_query, found, input_precision="ieee")
+                score = tl.where((q // M == head)[None, :], score + found, score)
         token = tile * T + t
         seen = (token >= low) & (token < high)
         score = tl.where(seen[:, None], score, -1e30)
@@ -309,7 +302,8 @@ def _room(device: torch.device) -> int:
     """Bytes of shared memory that a program may take, less what is taken besides."""
     if device.type != "cuda":
         return 220 << 10
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin) - (12 << 10)
+    there = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 100 << 10)
+    return int(there) - (12 << 10)
 
 
 def attend(
@@ -333,12 +327,11 @@ def attend(
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
-    scratch = empty(programs, dim // 2 // given["PB"], given["T"], nq)
     sums, sums_lse = empty(programs, form.team * heads, nv), empty(programs, form.team * heads)
     with on(device):
         _features[(programs,)](
-            queries, packed.table, spans, starts, made.keys, made.waves, made.angles, scratch, sums,
-            sums_lse, out, lse, scale, rows, packed.table.shape[1], M=heads, N=8 if heads <= 8 else 16, NQ=nq,
+            queries, packed.table, spans, starts, made.keys, made.waves, made.angles, sums,
+            sums_lse, out, lse, scale, rows, packed.table.shape[1], M=heads, NQ=nq,
             BLOCKS=form.blocks, HEADS=form.team, D=dim, RK=form.ranks[0], RV=form.ranks[1], NK=nk, NV=nv,
             BITS=form.bits or 0, DTYPE=_TYPES[form.work], TOKENS=form.tokens, OFFSET=form.side(form.ranks[0]),
             NEIGHBOURS=form.neighbours, PAIRS=form.pairs, SPAN=SPAN, R=triton.next_power_of_2(rows),
