@@ -72,8 +72,6 @@ _STAGES = {2: 1, 3: 1, 4: 2, 8: 2}
 RESIDENT = 4
 """Programs of two warps that fit on a processor at a time."""
 
-POLICY = "evict_first"
-"""Tokens are read once in a step: the L2 cache need not keep them in the place of what is used again."""
 PDL = True
 """Launch what merges the parts before the kernel that leaves them is done (programmatic dependent launch)."""
 
@@ -297,7 +295,7 @@ def _packed(
 def _exact(
     queries, table, spans, starts, picks, out, lse, scale, rows, columns, heads,
     DTYPE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr,
-    TILE: tl.constexpr, WIDE: tl.constexpr, PICKED: tl.constexpr, POLICY: tl.constexpr,
+    TILE: tl.constexpr, WIDE: tl.constexpr, PICKED: tl.constexpr,
 ):  # fmt: skip
     """One share of the exact slots of a row, in tiles of TILE. table: `[rows, columns, 2]`. Grid: (programs,).
 
@@ -338,8 +336,8 @@ def _exact(
         values = tl.multiple_of((tl.load(at + 1, mask=held, other=0) * 16).to(tl.pointer_type(DTYPE)), 16)
         # What is not seen is not read: it may be anything, also not a number.
         seen = held & ((slot < sink) | (slot >= start) | ((slot >= fading) & (slot < faded)))
-        k = tl.load(keys[:, None] + inside, mask=seen[:, None], other=0.0, eviction_policy=POLICY).to(work)
-        v = tl.load(values[:, None] + inside, mask=seen[:, None], other=0.0, eviction_policy=POLICY).to(work)
+        k = tl.load(keys[:, None] + inside, mask=seen[:, None], other=0.0).to(work)
+        v = tl.load(values[:, None] + inside, mask=seen[:, None], other=0.0).to(work)
         s = tl.where(seen[:, None], tl.dot(k, q, input_precision="ieee") * scale, -1e30)
         above = tl.maximum(m, tl.max(s, 0))
         shrink = tl.exp2(m - above)
@@ -601,8 +599,7 @@ def decode(
             _exact[(count,)](
                 queries, exact.table, spans, starts[1], starts if picked is None else picked, exact_out, exact_lse,
                 scale, rows, exact.table.shape[1], heads, DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE,
-                TILE=TILE, WIDE=not asm, PICKED=picked is not None, POLICY=POLICY,
-                num_warps=2, num_stages=1 if wide else 3, **common,
+                TILE=TILE, WIDE=not asm, PICKED=picked is not None, num_warps=2, num_stages=1 if wide else 3, **common,
             )  # fmt: skip
         merged = torch.empty_like(queries)
         merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
