@@ -150,19 +150,17 @@ static bool late;
 static std::vector<std::pair<char*, const char*>> issued[FIBERS];
 static std::deque<std::vector<std::pair<char*, const char*>>> groups[FIBERS];
 static uint32_t shared(const char* p) { return p - memory; }
-static void copy16(uint32_t where, const char* from, unsigned long long) {
+static void copy16(uint32_t where, const char* from) {
   if (where + 16 > sizeof memory || where % 16 || (uintptr_t)from % 16) abort();
   char* const to = memory + where;
   if (late) issued[current].emplace_back(to, from);
   else memcpy(to, from, 16);
 }
-static void copy16_seen(uint32_t where, const char* from, bool seen) {
+static void copy16(uint32_t where, const char* from, bool seen) {
   static const char zeros[16] __attribute__((aligned(16))) = {};
-  copy16(where, seen ? from : zeros, 0ull);
+  copy16(where, seen ? from : zeros);
 }
 static void launch_dependents() {}
-static void prefetch(const void*) {}
-static unsigned long long evict_first() { return 1; }
 static void commit() {
   groups[current].push_back(std::move(issued[current]));
   issued[current].clear();

@@ -157,9 +157,6 @@ def _kernel(form: Form, dtype: torch.dtype, exact: torch.dtype | None, device: t
         shared = shared_bytes(form, pairs)
         attributes = driver.CUfunction_attribute
         _done(driver.cuFuncSetAttribute(function, attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
-        # Left to itself the driver gives shared memory to fewer programs than fit.
-        carveout = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-        _done(driver.cuFuncSetAttribute(function, carveout, 100))
     return Kernel(function, shared, pairs)
 
 

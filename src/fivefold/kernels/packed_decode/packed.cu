@@ -12,8 +12,6 @@
 // weights; zero points are products of their own, and so is the sum of weights: rows of ones beside the zero points. The
 // powers of two are undone in float32. Rows of an operand that nobody reads the product of hold anything.
 //
-// Pages are read once: they are the first that the L2 cache gives up, so that what others left there stays.
-//
 // The maximum of the softmax is that of the page before: only where a page has a larger one (seldom) is what was summed
 // scaled down, and only there are pages masked.
 
@@ -108,26 +106,13 @@ __device__ __forceinline__ float half_to_float(unsigned short x) {
   return y;
 }
 __device__ __forceinline__ u32 shared(const char* p) { return (u32)__cvta_generic_to_shared(p); }
-#ifndef EVICT
-#define EVICT 1
-#endif
-__device__ __forceinline__ u64 evict_first() {
-  u64 policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-__device__ __forceinline__ void copy16(u32 to, const char* from, u64 policy) {
-#if EVICT
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy));
-#else
+__device__ __forceinline__ void copy16(u32 to, const char* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
-#endif
 }
 // Where it is not seen nothing is read, and zeros are written.
-__device__ __forceinline__ void copy16_seen(u32 to, const char* from, bool seen) {
+__device__ __forceinline__ void copy16(u32 to, const char* from, bool seen) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(seen ? 16 : 0));
 }
-__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
 // The kernel behind this one may be made ready; it waits until all of this one is done.
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
@@ -152,22 +137,6 @@ typedef unsigned short Query;  // bfloat16
 __device__ __forceinline__ float number(Query x) { return __uint_as_float(u32(x) << 16); }
 #endif
 
-// A shift to the right as the high half of a product: multiplication has units of its own, and those that shift and mask
-// have the most to do.
-#ifndef HIGH
-#define HIGH 1
-#endif
-__device__ __forceinline__ u32 shifted(u32 x, int right, u32 up) {
-  if (right <= 0) return x << -right;
-#if HIGH && !defined(CUDA_ON_CPU)
-  u32 y;
-  asm("mul.hi.u32 %0, %1, %2;" : "=r"(y) : "r"(x), "r"(up));
-  return y;
-#else
-  return x >> right;
-#endif
-}
-
 __device__ __forceinline__ float pow2(int e) { return __int_as_float((e + 127) << 23); }
 __device__ __forceinline__ u32 half2_pow2(int e) { return u32((e + 15) << 10) * 0x10001u; }
 
@@ -180,7 +149,7 @@ __device__ constexpr int key_swap(int row) { return (row & 1) << 2; }
 __device__ constexpr int value_swap(int row) { return (row & 1) | (row >> 1 & 6); }
 
 template <int BYTES, bool KEYS>
-__device__ __forceinline__ void copy(u32 to, const char* from, int thread, u64 policy) {
+__device__ __forceinline__ void copy(u32 to, const char* from, int thread) {
   constexpr int BLOCK = ROW / 16;  // 16 bytes of a row
   const u32 mine = to + (thread ^ (KEYS ? key_swap(thread / BLOCK) : value_swap(thread / BLOCK))) * 16;
 #pragma unroll
@@ -188,7 +157,7 @@ __device__ __forceinline__ void copy(u32 to, const char* from, int thread, u64 p
     if (BYTES / 16 % PAIR && first + PAIR > BYTES / 16 && first + thread >= BYTES / 16) break;
     u32 at = to + thread * 16;
     if (first < WORDS / 16) at = mine ^ (KEYS ? key_swap(first / BLOCK) : value_swap(first / BLOCK)) * 16;
-    copy16(at + first * 16, from + first * 16, policy);
+    copy16(at + first * 16, from + first * 16);
   }
 }
 
@@ -198,7 +167,7 @@ __device__ __forceinline__ void copy_exact(u32 to, const char* from, int thread,
   constexpr int BLOCK = ROW / 16;
   for (int at = thread; at < WORDS / 16; at += PAIR) {
     const int row = at / BLOCK;
-    copy16_seen(to + (at ^ (KEYS ? key_swap(row) : value_swap(row))) * 16, from + at * 16, seen(row));
+    copy16(to + (at ^ (KEYS ? key_swap(row) : value_swap(row))) * 16, from + at * 16, seen(row));
   }
 }
 
@@ -212,19 +181,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const int part = blockIdx.x;
   launch_dependents();
 
-  // The row that this program works for. Loads go together, also of spans that may be its: memory is far away.
-  if (lane < rows) prefetch(spans + lane * SPAN);
   int row = 0;
-  for (int first = 0; first < rows; first += 128) {
-    int begins[4];
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-      const int at = first + 32 * k + lane;
-      begins[k] = at < rows ? starts[1 + at] : 0x7fffffff;
-    }
-#pragma unroll
-    for (int k = 0; k < 4; k++) row += __popc(__ballot_sync(~0u, begins[k] <= part));
-  }
+  for (int first = 0; first < rows; first += 32)
+    row += __popc(__ballot_sync(~0u, first + lane < rows && starts[1 + first + lane] <= part));
   if (row >= rows) return;
   const int begin = starts[row], programs = starts[row + 1] - begin;
   const int* const span = spans + row * SPAN;
@@ -245,30 +204,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 
   char* const own = memory + pair_ * UNITS * UNIT;
   const u32 ring = shared(own);
-  const u64 policy = evict_first();
-  // What is copied next: a side of a page. Addresses are loaded a page before they are wanted.
+  // What is copied next: a side of a page.
   int ahead = first + pair_;
-  auto address_of = [&](int number, bool keys) {
-#if EXACT
-    if (number >= pages) return number < last ? exact[2 * (number - pages) + !keys] * 16 : 0;
-#endif
-    return number < last_packed ? table[number] * 16 + (keys ? 0 : KEY_SIDE) : 0;
-  };
-  long long address[2] = {address_of(ahead, false), address_of(ahead, true)};
-  long long next[2] = {address_of(ahead + PAIRS, false), address_of(ahead + PAIRS, true)};
+  long long address = ahead < last_packed ? table[ahead] * 16 : 0;
+  long long next = ahead + PAIRS < last_packed ? table[ahead + PAIRS] * 16 : 0;
   auto fetch = [&](bool keys, u32 unit) {
-    const char* from = reinterpret_cast<const char*>(address[keys]);
     if (ahead < last_packed) {
-      from += thread * 16;
-      keep(from);
+      const char* record = reinterpret_cast<const char*>(address) + thread * 16;
+      keep(record);
       if (keys)
-        copy<KEY_SIDE, true>(ring + unit, from, thread, policy);
+        copy<KEY_SIDE, true>(ring + unit, record, thread);
       else
-        copy<VALUE_SIDE, false>(ring + unit, from, thread, policy);
+        copy<VALUE_SIDE, false>(ring + unit, record + KEY_SIDE, thread);
     }
 #if EXACT
     else if (ahead < last) {
       const int page = ahead - pages;
+      const char* from = reinterpret_cast<const char*>(exact[2 * page + (keys ? 0 : 1)] * 16);
       if (keys)
         copy_exact<true>(ring + unit, from, thread, [&](int r) { return seen(page * 32 + r); });
       else
@@ -278,8 +230,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     commit();
     if (!keys) {
       ahead += PAIRS;
-      address[0] = next[0], address[1] = next[1];
-      next[0] = address_of(ahead + PAIRS, false), next[1] = address_of(ahead + PAIRS, true);
+      address = next;
+      next = ahead + PAIRS < last_packed ? table[ahead + PAIRS] * 16 : 0;
     }
   };
 #pragma unroll
@@ -312,10 +264,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   float acc[2 * BLOCKS][4] = {}, sums[CLASSES][4] = {};
   float m[2] = {0.f, 0.f};
   bool fresh = true;  // nothing was seen yet, and m is none
-
-  // 2^(32 - shift) of keys and of values, which the compiler must not know.
-  u32 up[2] = {1u << (32 - key_shift(PLANES - 1)) % 32, 1u << (32 - value_shift(PLANES - 1)) % 32};
-  keep(up[0]), keep(up[1]);
 
   // Row g of a product is this row of a page, row g + 8 the one two behind it: so tokens that a thread holds the weights
   // of are four in a row.
@@ -395,9 +343,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         const u32 mask = (ONES << key_bit(j)) * 0x10001u;
         if (j == 0 || key_shift(j) != key_shift(j - 1)) {
 #pragma unroll
-          for (int k = 0; k < 4; k++) {
-            v[0][k] = shifted(w[0][k], key_shift(j), up[0]), v[1][k] = shifted(w[1][k], key_shift(j), up[0]);
-          }
+          for (int k = 0; k < 4; k++) v[0][k] = w[0][k] >> key_shift(j), v[1][k] = w[1][k] >> key_shift(j);
         }
         mma(s[j], v[0][0] & mask, v[1][0] & mask, v[0][1] & mask, v[1][1] & mask, b[0], b[1]);
         mma(s[j], v[0][2] & mask, v[1][2] & mask, v[0][3] & mask, v[1][3] & mask, b[2], b[3]);
@@ -492,7 +438,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
           for (int n = 0; n < 2; n++)
 #pragma unroll
             for (int k = 0; k < 4; k++)
-              v[n][k] = shifted(w[n][k], value_shift(j), up[1]);
+              v[n][k] = value_shift(j) >= 0 ? w[n][k] >> value_shift(j) : w[n][k] << -value_shift(j);
         }
 #pragma unroll
         for (int n = 0; n < 2; n++)

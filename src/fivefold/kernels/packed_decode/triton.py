@@ -73,8 +73,6 @@ _STAGES = {2: 1, 3: 1, 4: 2, 8: 2}
 RESIDENT = 4
 """Programs of two warps that fit on a processor at a time."""
 
-POLICY = "evict_first"
-"""Tokens are read once in a step: the L2 cache need not keep them in the place of what is used again."""
 PDL = True
 """Launch what merges the parts before the kernel that leaves them is done (programmatic dependent launch)."""
 
@@ -298,7 +296,7 @@ def _packed(
 def _exact(
     queries, table, spans, starts, picks, out, lse, scores, scale, rows, columns, heads, width,
     DTYPE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr,
-    TILE: tl.constexpr, WIDE: tl.constexpr, PICKED: tl.constexpr, SCORED: tl.constexpr, POLICY: tl.constexpr,
+    TILE: tl.constexpr, WIDE: tl.constexpr, PICKED: tl.constexpr, SCORED: tl.constexpr,
 ):  # fmt: skip
     """One share of the exact slots of a row, in tiles of TILE. table: `[rows, columns, 2]`. Grid: (programs,).
 
@@ -340,8 +338,8 @@ def _exact(
         values = tl.multiple_of((tl.load(at + 1, mask=held, other=0) * 16).to(tl.pointer_type(DTYPE)), 16)
         # What is not seen is not read: it may be anything, also not a number.
         seen = held & ((slot < sink) | (slot >= start) | ((slot >= fading) & (slot < faded)))
-        k = tl.load(keys[:, None] + inside, mask=seen[:, None], other=0.0, eviction_policy=POLICY).to(work)
-        v = tl.load(values[:, None] + inside, mask=seen[:, None], other=0.0, eviction_policy=POLICY).to(work)
+        k = tl.load(keys[:, None] + inside, mask=seen[:, None], other=0.0).to(work)
+        v = tl.load(values[:, None] + inside, mask=seen[:, None], other=0.0).to(work)
         s = tl.where(seen[:, None], tl.dot(k, q, input_precision="ieee") * scale, -1e30)
         if SCORED:
             h = tl.arange(0, N)
@@ -628,8 +626,8 @@ def decode(
                 queries, exact.table, spans, starts[1], spans if picked is None else picked, exact_out, exact_lse,
                 exact_lse if scores is None else scores, scale, rows, exact.table.shape[1], heads,
                 1 if scores is None else scores.shape[2], DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE,
-                TILE=TILE, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None, POLICY=POLICY,
-                num_warps=2, num_stages=1 if wide else 3, **common,
+                TILE=TILE, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None, num_warps=2,
+                num_stages=1 if wide else 3, **common,
             )  # fmt: skip
         merged = torch.empty_like(queries)
         merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
