@@ -279,6 +279,22 @@ def test_a_prompt_that_no_kernel_weighs_is_said(tiny: Any, monkeypatch: Any) -> 
     assert "weighed" not in fivefold.compress(tiny(**SHAPE), "h2o()").decoding
 
 
+def test_a_cache_says_its_way_in_every_state(tiny: Any, monkeypatch: Any) -> None:
+    model = tiny(**SHAPE)
+    monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
+    said = "plain PyTorch in 2 of 2 layers (FIVEFOLD_KERNELS=reference)"
+    empty = fivefold.compress(model, "kivi(bits=4)")
+    cache = filled(model, "kivi(bits=4)")
+    assert empty.report().decoding == cache.report().decoding == said
+    cache.offload()
+    assert cache.decoding == said
+    cache.free()
+    assert cache.report().decoding == said
+    monkeypatch.setenv("FIVEFOLD_KERNELS", "cuda")
+    for graph in (False, True):
+        assert "cannot run: " in fivefold.compress(model, "kivi(bits=4)", cuda_graph=graph).report().decoding
+
+
 def test_layers_that_stay_transformers_own_are_named(tiny: Any) -> None:
     cache = fivefold.compress(tiny("gemma3_text"), "full()")
     assert cache.decoding.endswith("in 2 of 2 layers; 2 more, with a sliding window, are transformers' own")
