@@ -269,14 +269,30 @@ def test_calls_that_no_graph_knows_are_said_once(tiny: Any, monkeypatch: Any) ->
     assert cache.step.replays == 1 and cache.decoding.endswith("as a CUDA graph")
 
 
-def test_a_prompt_that_no_kernel_weighs_is_said(tiny: Any, monkeypatch: Any) -> None:
+def test_slower_ways_of_reading_prompts_are_said(tiny: Any, monkeypatch: Any) -> None:
     interpret(monkeypatch)
-    with pytest.warns(
-        fivefold.SlowPathWarning, match="3 of 3 layers weigh prompts in plain PyTorch: head_dim 96"
-    ) as said:
+    with pytest.warns(fivefold.SlowPathWarning, match="prompts are weighed in plain PyTorch in 3 of 3") as said:
         cache = fivefold.compress(tiny("phi3"), "h2o()")
     assert len(said) == 1 and "; prompts are weighed in plain PyTorch in 3 of 3 layers (head_dim 96" in cache.decoding
-    assert "weighed" not in fivefold.compress(tiny(**SHAPE), "h2o()").decoding
+    assert "prompts" not in fivefold.compress(tiny(**SHAPE), "h2o()").decoding
+    cache = fivefold.compress(tiny(**SHAPE), "duo(retrieval=[[0, 1]]) + kivi(bits=4)")
+    assert "; prompts are read block by block under windows in 2 of 2 layers (FlashAttention t" in cache.decoding
+
+
+def test_a_cache_says_its_way_in_every_state(tiny: Any, monkeypatch: Any) -> None:
+    model = tiny(**SHAPE)
+    monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
+    said = "plain PyTorch in 2 of 2 layers (FIVEFOLD_KERNELS=reference)"
+    empty = fivefold.compress(model, "kivi(bits=4)")
+    cache = filled(model, "kivi(bits=4)")
+    assert empty.report().decoding == cache.report().decoding == said
+    cache.offload()
+    assert cache.decoding == said
+    cache.free()
+    assert cache.report().decoding == said
+    monkeypatch.setenv("FIVEFOLD_KERNELS", "cuda")
+    for graph in (False, True):
+        assert "cannot run: " in fivefold.compress(model, "kivi(bits=4)", cuda_graph=graph).report().decoding
 
 
 def test_layers_that_stay_transformers_own_are_named(tiny: Any) -> None:

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
+import torch
+
 from fivefold.attention.fused import gives_weights, why_not
 from fivefold.attention.observe import why_weighed
 from fivefold.engine.picks import Reads
@@ -84,18 +86,23 @@ def describe(session: Steps, graph: str = "") -> str:
         return str(error)
     said = [f"{way.how} in {_share(session, n)}" + (f" ({way.why})" if way.why else "") for way, n in found.items()]
     said[-1] += f", {graph}" if graph else ""
-    for why, count in weighed(session).items():
-        said.append(f"prompts are weighed in plain PyTorch in {_share(session, count)} ({why})")
+    said += [f"prompts are {how} in {_share(session, n)} ({why})" for (how, why, _), n in prompts(session).items()]
     return "; ".join(said)
 
 
-def weighed(session: Steps) -> dict[str, int]:
-    """Why a policy's look at all of a prompt is no kernel's where kernels for it run, and in how many layers."""
-    found: dict[str, int] = {}
+def prompts(session: Steps) -> dict[Way, int]:
+    """The slower ways in which prompts are read where kernels run, and of how many layers each is."""
+    found: dict[Way, int] = {}
     for store in session.stores.values():
-        why = why_weighed(store) if choose(store.spec.device).triton else None
-        if why is not None:
-            found[why] = found.get(why, 0) + 1
+        if choose(store.spec.device).triton:
+            why, mine = why_weighed(store), list[Way]()
+            if why is not None:
+                mine.append(Way("weighed in plain PyTorch", why, True))
+            windows = any(extent.recent is not None and extent.share is None for extent in store.extents)
+            if windows and store.spec.dtype is torch.float32:  # as somebody has asked for
+                mine.append(Way("read block by block under windows", "FlashAttention takes no float32"))
+            for way in mine:
+                found[way] = found.get(way, 0) + 1
     return found
 
 
@@ -109,8 +116,9 @@ def warn(session: Steps, whys: Mapping[int, str | None], stacklevel: int = 2) ->
     for way, count in ways(session).items():
         if way.lost:
             tell(session, f"{_share(session, count)} decode by {way.how}: {way.why}", stacklevel + 1)
-    for why, count in weighed(session).items():
-        tell(session, f"{_share(session, count)} weigh prompts in plain PyTorch: {why}", stacklevel + 1)
+    for way, count in prompts(session).items():
+        if way.lost:
+            tell(session, f"prompts are {way.how} in {_share(session, count)}: {way.why}", stacklevel + 1)
     session.told.update(why for why in whys.values() if why is not None)
 
 

@@ -208,12 +208,13 @@ class FivefoldCache(Cache):
     @property
     def decoding(self) -> str:
         """Which way its decoding steps go, and why, in a plain sentence."""
+        graph = ""
         if self.step is not None:
-            why = self.step.failed if self.step.broken else self.step.why_not(self.session)
-            graph = f"not as a CUDA graph ({why})" if why else "as a CUDA graph"
-        else:
-            cuda = self.session.devices[0].type == "cuda"
-            graph = "launch by launch (cuda_graph=True was not asked for)" if cuda else ""
+            with suppress(CacheStateError):  # kernels that are asked for and not here, as `describe` says
+                why = self.step.failed if self.step.broken else self.step.why_not(self.session)
+                graph = f"not as a CUDA graph ({why})" if why else "as a CUDA graph"
+        elif self.session.devices[0].type == "cuda":
+            graph = "launch by launch (cuda_graph=True was not asked for)"
         beside = self.session.companions
         windows = len(beside.windows) if isinstance(beside, StockLayers) else 0
         own = f"; {windows} more, with a sliding window, are transformers' own" if windows else ""
