@@ -37,9 +37,8 @@ RECIPES = (
 )  # fmt: skip
 BASE = "full()"
 FIDELITY = "fidelity"
-# Recipes a job measures: of fidelity few, since it is long.
-PER_JOB = {FIDELITY: 2}
-OTHERS = 4
+PER_JOB = 4
+"""Recipes that a job measures."""
 
 
 def main() -> None:
@@ -51,7 +50,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--model", help="a folder, or a name of the hub; the embedded one if not given")
     parser.add_argument("--batch", type=int, help="texts measured together; all of a suite if not given")
-    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--processes", type=int, default=6)
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no more is begun")
     parser.add_argument("--grace", type=float, default=60, help="seconds beyond it in which steps are timed")
     parser.add_argument("--recipe", action="append", help="with braces, may be repeated; all if not given")
@@ -59,10 +58,10 @@ def main() -> None:
     args = parser.parse_args()
     args.start = time.time()
     args.folder.mkdir(parents=True, exist_ok=True)
-    args.recipes = _spelled(args.recipe or RECIPES)
-    args.suites = args.suites.split(",") if args.suites else _suites()
     args.batch = args.batch or args.samples
-    Sweep(args).run()
+    sweep = Sweep(args)  # its processes import and load while this one does
+    sweep.prepare(_spelled(args.recipe or RECIPES), args.suites.split(",") if args.suites else _suites())
+    sweep.run()
 
 
 def _spelled(texts: Any) -> list[str]:
@@ -75,6 +74,10 @@ def _suites() -> list[str]:
     from fivefold.evaluate.engine import suite_lines
 
     return list(suite_lines())
+
+
+def _parts(recipes: list[str], size: int) -> list[list[str]]:
+    return [recipes[at : at + size] for at in range(0, len(recipes), size)]
 
 
 class Sweep:
@@ -92,18 +95,24 @@ class Sweep:
         ]
         for worker in self.workers:
             worker.start()
-        rest = [recipe for recipe in args.recipes if recipe != BASE]
-        # The exact cache's rows of a suite are what its other jobs need.
-        self.waiting = {
-            suite: [rest[at : at + size] for at in range(0, len(rest), size)]
-            for suite in args.suites
-            for size in [PER_JOB.get(suite, OTHERS)]
-        }
         self.open = 0
+
+    def prepare(self, recipes: list[str], suites: list[str]) -> None:
+        """What is to be done."""
+        from fivefold.recipe import Recipe
+
+        self.recipes, self.suites = recipes, suites
+        rest = [recipe for recipe in recipes if recipe != BASE]
+        slow = [recipe for recipe in rest if any(method.by_step for method in Recipe.parse(recipe).methods)]
+        # What is measured in steps takes long in fidelity. The exact cache's rows of a suite are what its jobs need.
+        self.waiting = {suite: _parts(rest, PER_JOB) for suite in suites}
+        if FIDELITY in suites:
+            quick = [recipe for recipe in rest if recipe not in slow]
+            self.waiting[FIDELITY] = [*_parts(slow, 1), *_parts(quick, PER_JOB)]
 
     def run(self) -> None:
         args, failed = self.args, []
-        ready = [([BASE], suite) for suite in args.suites]
+        ready = [([BASE], suite) for suite in self.suites]
         while self.open or ready:
             # No more jobs in the queue than processes, so that a limit is kept.
             while ready and self.open < args.processes and time.time() - args.start < args.limit:
@@ -133,7 +142,7 @@ class Sweep:
                 ready = more + ready if suite == FIDELITY else ready + more
         begun = sum(1 for _ in (args.folder / "rows.jsonl").open())
         print(f"{begun} pieces are kept after {time.time() - args.start:.0f} s; {len(ready)} jobs are left", flush=True)
-        self.jobs.put(None)
+        self.jobs.put((None, self.recipes, self.suites))
         try:
             print(self.done.get(timeout=args.grace + 120))
         except queue.Empty:
@@ -145,7 +154,7 @@ class Sweep:
 
 
 def work(number: int, args: argparse.Namespace, jobs: Any, done: Any) -> None:
-    """A process with the model: jobs until None comes, which asks for the summary."""
+    """A process with the model: jobs (recipes, suite), until the last, of three parts, asks for the summary."""
     import torch
 
     from fivefold.cli.models import load_model
@@ -154,7 +163,7 @@ def work(number: int, args: argparse.Namespace, jobs: Any, done: Any) -> None:
     torch.set_num_threads(1)
     model, tokenizer = load_model(args.model, args.dtype, args.device)
     print(f"{time.time() - args.start:6.1f} s: process {number} has the model on {model.device}", flush=True)
-    while (job := jobs.get()) is not None:
+    while len(job := jobs.get()) == 2:
         recipes, suite = job
         start, error = time.perf_counter(), ""
         try:
@@ -166,6 +175,7 @@ def work(number: int, args: argparse.Namespace, jobs: Any, done: Any) -> None:
             torch.cuda.empty_cache()  # others are here too
         done.put((recipes, suite, time.perf_counter() - start, error))
     try:
+        _, args.recipes, args.suites = job
         done.put(summary(args, engine, model, tokenizer))
     except Exception as caught:
         done.put(f"the summary FAILED: {type(caught).__name__}: {caught}")
