@@ -200,7 +200,7 @@ def test_work_lists() -> None:
     assert np.diff(kernel.starts_of(np.array([[2048] * 8, [0] * 8]), (264, 0)))[0].tolist() == [33] * 8
     spans = np.array([[0, 600, 0, 0, 33], [300, 512, 0, 0, 0], [0, 0, 0, 0, 0], [7, 7, 0, 0, 64]])
     assert kernel.pages_of(spans, 256).tolist() == [[3, 1, 0, 0], [1, 0, 0, 1]]
-    assert kernel.pages_of(spans, 256, True).tolist() == [[5, 1, 0, 2], [0, 0, 0, 0]]
+    assert kernel.pages_of(spans, 256, joined=True).tolist() == [[5, 1, 0, 2], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("device", PATHS, indirect=True)

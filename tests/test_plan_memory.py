@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = choose(torch.device("cpu"))
 STEPPED = 32
 """Steps that `benchmarks/plan_gpu.py` lets a cache take."""
-APART = ("recipe", "process")
+APART = ("recipe", "process", "decoding")
 """What a report says that is no part of the cache."""
 
 
