@@ -59,8 +59,8 @@ def way_of(session: Steps, store: LayerCache, whole: str | None) -> Way:
     if why is None:
         # Where they have to give the attention that each token gets, too.
         watched = policy is not None and policy.chooses and policy.watches and any(store.head_chosen)
-        if policy is not None and store.held:
-            watched = any(policy.watching(held) for held in store.held)
+        if policy is not None and store.known:
+            watched = any(policy.watching(held) for held in store.known)
         select = session.reads.roles.get(spec.layer) == "select" and not gives_weights(spec.device)
         if not (watched or select):
             return Way(f"{name}, group by group,", whole)
