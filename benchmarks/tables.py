@@ -77,6 +77,19 @@ def decode() -> str:
     return markdown("cache | 32,768 | 131,072 | MiB at 131,072", made)
 
 
+def codecs() -> str:
+    rows = {(row["shape"], row["context"], row["recipe"]): row for row in result("codecs_h100")["rows"]}
+    places = list(dict.fromkeys(key[:2] for key in rows))
+
+    def cell(place: tuple[str, int], recipe: str) -> str:
+        row = rows.get((*place, recipe), {})
+        return f"{row['ms']:.1f} ({row['mean_ms']:.1f})" if "ms" in row else "–"
+
+    recipes = list(dict.fromkeys(row["recipe"] for row in rows.values()))
+    made = [(code(recipe, recipe != "DynamicCache"), *(cell(place, recipe) for place in places)) for recipe in recipes]
+    return markdown("cache | " + " | ".join(f"{shape}, {context:,}" for shape, context in places), made)
+
+
 def _prefill(name: str) -> str:
     rows = result(name)["rows"]
     made = [(code(row["recipe"]), f"{row['seconds']:.2f}", f"{row['peak_bytes'] / MIB:,.0f}") for row in rows]
@@ -207,7 +220,7 @@ def decode_cpu() -> str:
 
 
 TABLES = (
-    demo, kernels, decode, prefill, prefill_chunked, largest_batch, longest_context, ragged, generation, prefix,
+    demo, kernels, decode, codecs, prefill, prefill_chunked, largest_batch, longest_context, ragged, generation, prefix,
     sessions, sessions_cpu, day, decode_cpu,
 )  # fmt: skip
 

@@ -14,7 +14,6 @@ from fivefold.attention.watch import why_not_watched
 from fivefold.errors import CacheStateError
 from fivefold.kernels.choice import choose
 from fivefold.kernels.packed_decode import Form, cpu, schedule
-from fivefold.store.bank import Bank
 from fivefold.store.group import RowGroup
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.rows import Bounds, Span
@@ -142,24 +141,31 @@ def why_not(layer: LayerCache, device: torch.device, heads: int) -> str | None:
 
 def why_not_each(layers: dict[int, LayerCache], roles: Mapping[int, str]) -> dict[int, str | None]:
     """The same for the steps of many layers by index; roles: what they read in a step (see `ReadPolicy`)."""
-    kinds: dict[tuple[Bank, bool], str | None] = {}
+    kinds: dict[tuple[object, ...], str | None] = {}
     out: dict[int, str | None] = {}
     for index, layer in layers.items():
-        role, path = roles.get(index, "full"), choose(layer.spec.device).path
-        if role != "full" and path == "reference":
-            out[index] = "what is read is picked anew in every step"
-        elif layer.known and path in ("cpp", "reference"):
-            out[index] = "the tokens that are held are chosen in every step"
-        elif path != "cpp" and (why := why_not_watched(layer, role)) is not None:
-            out[index] = why
-        else:
-            # Layers of a bank are alike, but for the largest number that they have seen.
-            reader = None if layer.codec is None else layer.codec.reader
-            kind = layer.bank, reader is not None and layer.codec.peak > reader.limit  # type: ignore[union-attr]
-            if kind not in kinds:
-                kinds[kind] = why_not(layer, layer.spec.device, layer.spec.query_heads // layer.spec.kv_heads)
-            out[index] = kinds[kind]
+        # Layers of a bank are alike, but for the largest number that they have seen, and what is read and held.
+        role = roles.get(index, "full")
+        windows = role == "full" or tuple(extent.recent for extent in layer.extents)
+        policy = id(layer.policy) if layer.known else None
+        reader = None if layer.codec is None else layer.codec.reader
+        large = reader is not None and layer.codec.peak > reader.limit  # type: ignore[union-attr]
+        kind = layer.bank, large, role, windows, policy
+        if kind not in kinds:
+            kinds[kind] = _why_not_step(layer, role)
+        out[index] = kinds[kind]
     return out
+
+
+def _why_not_step(layer: LayerCache, role: str) -> str | None:
+    """Why a layer's step is not a kernel's; role: what it reads."""
+    path = choose(layer.spec.device).path
+    if role != "full" and path == "reference":
+        return "what is read is picked anew in every step"
+    if layer.known and path in ("cpp", "reference"):
+        return "the tokens that are held are chosen in every step"
+    why = None if path == "cpp" else why_not_watched(layer, role)
+    return why or why_not(layer, layer.spec.device, layer.spec.query_heads // layer.spec.kv_heads)
 
 
 def _work(

@@ -94,7 +94,7 @@ class DeviceTables:
         """What is known of tokens that a policy chooses, once a step is a kernel's."""
         self.picked: Picked | None = None
         """Of the step that is under way, where layers read what others pick."""
-        self._uniform: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, int]] = {}
+        self._uniform: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
         self.left = Left(self, bank) if self.listed and any(compensates(layer) for layer in bank.layers) else None
         width = self.rows * schedule.SPAN + (2 * (self.rows + 1) if self.listed else 0)
         self._watched = slice(width, width + (self.rows * NUMBERS if self.watches else 0))
@@ -320,7 +320,7 @@ class DeviceTables:
         kernel, (rows, span, exact) = kernels(self.device), self._place(layer)
         starts, queries, packed = self.starts(layer), queries.contiguous(), self._pages_of(layer.index, rows)
         role = "full" if self.picked is None else self.picked.role(layer)
-        if role == "sparse":
+        if role == "sparse" and self.picked is not None and self.picked.there(layer):
             return self._attend_picked(layer, queries, scaling, span, packed, exact, sinks)
         watches = self.watch is not None and bool(layer.known) and self.bank.live is not None
         scored: dict[str, Any] = {}
@@ -374,7 +374,7 @@ class DeviceTables:
         if role == "select":
             assert self.picked is not None and scores is not None
             reads = self.picked.reads
-            self.picked.put(triton.rank(scores, total, given, spans, width, reads.sink, reads.recent), spans)
+            self.picked.put(layer, triton.rank(scores, total, given, spans, width, reads.sink, reads.recent), spans)
         else:
             assert self.watch is not None
             self.watch.observe(layer, self.watched(layer), spans, self._place(layer)[2], scores, total, given)
@@ -393,7 +393,7 @@ class DeviceTables:
         where anything is packed."""
         assert self.picked is not None
         picks = self.picked.of(layer)
-        spans, starts, programs = self._spread(picks.shape[1], schedule.TILE if packed is None else schedule.PICKS)
+        spans, starts, programs = self._spread(picks.shape[1])
         settings: dict[str, Any] = {"picks": picks, "with_lse": sinks is not None}
         if packed is None:
             settings |= {"starts": (starts, starts), "programs": (programs, programs)}
@@ -406,15 +406,16 @@ class DeviceTables:
         out, lse = kernels(self.device).decode(queries, scaling, span, packed, exact, **settings)
         return with_sinks(out, lse, sinks)
 
-    def _spread(self, count: int, tile: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def _spread(self, count: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Spans and a work list of rows that read `count` picks each, and how many programs there are."""
-        if (count, tile) not in self._uniform:
+        if count not in self._uniform:
+            tile = schedule.PICKS if self.packed_columns else schedule.TILE
             programs = kernels(self.device).programs_for(self.rows, self.device)[1]
             spans, starts = uniform(self.rows, count, tile, programs)
             with torch.inference_mode(False):
-                sent_there = torch.from_numpy(spans).to(self.device), torch.from_numpy(starts).to(self.device)
-            self._uniform[count, tile] = (*sent_there, int(starts[-1]))
-        return self._uniform[count, tile]
+                there = torch.from_numpy(spans).to(self.device), torch.from_numpy(starts).to(self.device)
+            self._uniform[count] = (*there, int(starts[-1]))
+        return self._uniform[count]
 
     # -- what a step looks at -----------------------------------------------------------------------------
 
@@ -444,10 +445,13 @@ class DeviceTables:
         """Before `update`: whether the step that comes watches tokens that are held, and where layers leave what others
         are to read."""
         self.picked = picked if self.listed else None
+        if self.picked is not None and any(self.picked.role(layer) == "sparse" for layer in self.bank.layers):
+            self._spread(self.picked.reads.top + 1)  # not while a graph is captured
         if self.watches and watches:
             if self.watch is None:
                 self.watch = Watch(self, self.bank)
-            self.watch.adopt(self.bank)
+            if self.watch.adopt(self.bank):
+                self._ahead = None  # it was worked out without
 
     def append(self, layer: LayerCache, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store the newest token of each row of a layer, `[rows, head_dim]`: see `attend`."""

@@ -20,7 +20,7 @@ import torch
 
 from fivefold.kernels.packed_decode import schedule
 from fivefold.kernels.packed_decode.reference import Form
-from fivefold.store.bank import Bank
+from fivefold.store.bank import Bank, BankLayer
 from fivefold.store.held import Held
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.rows import PAGE, Bounds
@@ -35,14 +35,11 @@ def why_not_watched(layer: LayerCache, role: str) -> str | None:
     do."""
     if role != "full" and layer.known:
         return "what is picked are tokens that are chosen"
-    if role != "full" and any(extent.recent is not None for extent in layer.extents):
+    if role != "full" and 0 < sum(extent.recent is None for extent in layer.extents) < len(layer.extents):
         return "heads with a window stand beside those that pick"
-    reader = None if layer.codec is None else layer.codec.reader
-    if reader is not None and not isinstance(reader, Form):
-        if role != "full":
-            return "no kernel picks of such pages"
-        if layer.known and not reader.scores:
-            return "no kernel says what this codec's tokens receive"
+    asked, reader = role != "full" or bool(layer.known), None if layer.codec is None else layer.codec.reader
+    if asked and reader is not None and not isinstance(reader, Form) and (role != "full" or not reader.scores):
+        return "no kernel says what this codec's tokens receive"
     if layer.known:
         policy: Any = layer.policy
         why: str | None = policy.why_not_step(layer.codec is not None)
@@ -101,20 +98,18 @@ class Watch:
             if any(layer.policy is not None and layer.policy.absorbs for layer in bank.layers):
                 into, (old, new) = torch.full_like(self.goes, -1), torch.full((2, *shape), torch.nan, device=device)
                 self.merges = into, torch.zeros_like(self.stash), old, new
-            # sequence * kv_heads + kv_head of each row.
-            self.places = torch.arange(tables.rows, device=device)
 
     @property
     def nbytes(self) -> int:
-        tensors = self.positions, self.scores, self.new, self.low, self.goes, self.stash, self.places
+        tensors = self.positions, self.scores, self.new, self.low, self.goes, self.stash
         return sum(x.nbytes for x in (*tensors, *(self.merges or ())))
 
     # -- whose it is --------------------------------------------------------------------------------------
 
-    def adopt(self, bank: Bank) -> None:
-        """From now on what is known of the rows' tokens is here."""
+    def adopt(self, bank: Bank) -> bool:
+        """From now on what is known of the rows' tokens is here; False if it was already."""
         if bank.live is not None and bank.live.watch is self:
-            return
+            return False
         known: list[Known] = []
         for index, layer in enumerate(bank.layers):
             mine = []
@@ -133,6 +128,7 @@ class Watch:
         for layer, some in zip(bank.layers, known):
             layer.known = [held for held, _ in some]
         bank.live = Live(self, tuple(known), np.zeros(bank.data.shape[1], dtype=np.int64))
+        return True
 
     def held(self, bank: Bank, stepped: bool = False) -> list[list[Held]]:
         """What the policy knows, of each layer. stepped: after a step that the host is yet to plan, as if its attention
@@ -199,13 +195,11 @@ class Watch:
         """A step's attention has come: the statistic and the choice, all on the device (see `tally`)."""
         policy: Any = layer.policy
         spec, index = layer.spec, layer.index
-        about = self.positions[index], numbers, spans, spec.layer, spec.kv_heads, self.places
-        if scores is not None and not policy.sums:
-            given, scores = policy.received_step(scores, lse, *about), None
-        order = policy.order_step(*about) if policy.ordered else None
+        noise = None if scores is None else policy.noise(self.positions.device)
         _kernels().tally(
-            scores, lse, given, order, policy.loses == "oldest", self.scores[index], self.positions[index],
-            self.low[index], numbers, spans, self.new[index], self.goes[index], self.stash[index], exact,
+            scores, lse, given, noise, "least" if policy.loses is None else policy.loses, spec.layer, spec.kv_heads,
+            self.scores[index], self.positions[index], self.low[index], numbers, spans, self.new[index],
+            self.goes[index], self.stash[index], exact,
         )  # fmt: skip
         if self.merges is not None and policy.absorbs:
             into, merged, old, new = (x[index] for x in self.merges)
@@ -270,18 +264,27 @@ class Picked:
     def __init__(self, reads: Any) -> None:
         self.reads = reads
         self._picks: torch.Tensor | None = None
+        self._layer = -1
         self._near: dict[tuple[int, int], torch.Tensor] = {}
 
-    def role(self, layer: LayerCache) -> str:
+    def role(self, layer: BankLayer) -> str:
+        """What a layer does in a step: "full", "select", or "sparse"."""
+        if any(extent.recent is not None for extent in layer.extents):
+            return "full"  # all of its heads have windows, which they read
         return str(self.reads.roles.get(layer.spec.layer, "full"))
 
-    def put(self, received: torch.Tensor, spans: torch.Tensor) -> None:
-        """received: as `rank` gives it."""
-        top = self.reads.top
+    def there(self, layer: BankLayer) -> bool:
+        """Whether what this layer is to read has been picked."""
+        near = self.reads.nearest.get(layer.spec.layer)
+        return self._picks is not None and (near is None or near[0] == self._layer)
+
+    def put(self, layer: BankLayer, received: torch.Tensor, spans: torch.Tensor) -> None:
+        """A layer picks. received: as `rank` gives it."""
+        top, self._layer = self.reads.top, layer.spec.layer
         values, indices = received.topk(min(top, received.shape[1]), 1, sorted=False)
         self._picks = _kernels().picks(values, indices, spans, top)
 
-    def of(self, layer: LayerCache) -> torch.Tensor:
+    def of(self, layer: BankLayer) -> torch.Tensor:
         """What this layer reads."""
         assert self._picks is not None
         near = self.reads.nearest.get(layer.spec.layer)

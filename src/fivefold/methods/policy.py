@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 
+from fivefold.kernels.watched import Noise
 from fivefold.methods.method import Method, param
 from fivefold.store.held import Held
 from fivefold.store.plan import Append, Demote, EvictOne, EvictPacked, Keep, Plan, Stored
@@ -62,11 +63,10 @@ class TokenPolicy(Method):
     """With `demotes`: bits of what is not packed; 16 is as the model made it."""
 
     by_step = True
-    loses: ClassVar[Literal["least", "oldest"] | None] = None
-    """What goes in a decoding step, of the tokens that `guards` leaves: that with the least score, or place in
-    `order_step`, or the oldest one. None: its own code alone knows, and the host waits for it in every step."""
-    ordered: ClassVar[bool] = False
-    """Whether `order_step` says what goes."""
+    loses: str | int | None = None
+    """What goes in a decoding step, of the tokens that `guards` leaves: that with the "least" score, the "oldest", or
+    that with the least of `fivefold.kernels.watched.draws` of this seed. None: its own code alone knows, and the host
+    waits for it in every step."""
 
     @property
     def fraction(self) -> float:
@@ -190,41 +190,13 @@ class TokenPolicy(Method):
         when a chunk has been chosen from), and how many of the newest ones."""
         return -1, 0
 
-    def received_step(
-        self,
-        scores: torch.Tensor,
-        lse: torch.Tensor,
-        positions: torch.Tensor,
-        numbers: torch.Tensor,
-        spans: torch.Tensor,
-        layer: int,
-        kv_heads: int,
-        places: torch.Tensor,
-    ) -> torch.Tensor:
-        """`observe` of a step, where it is no sum of weights: float32 `[rows, slots]`, of exact slots alone.
-
-        scores, lse: float32 `[rows, query_heads per kv head, slots]` and `[rows, query_heads per kv head]`, whose
-        difference is the logarithm of the weights of the first `spans[:, 4]` slots, what stands behind being anything.
-        positions int32 `[rows, slots]`, of the newest token `numbers[:, 1]`; numbers[:, 3] tokens were generated;
-        places int64 `[rows]`, as in `Held`. Nothing here may wait for the device.
-        """
-        raise NotImplementedError
-
-    def order_step(
-        self,
-        positions: torch.Tensor,
-        numbers: torch.Tensor,
-        spans: torch.Tensor,
-        layer: int,
-        kv_heads: int,
-        places: torch.Tensor,
-    ) -> torch.Tensor:
-        """With `ordered`: float32 `[rows, slots]`, the least of which goes. Arguments as in `received_step`."""
-        raise NotImplementedError
+    def noise(self, device: torch.device) -> Noise | None:
+        """What else `observe` makes of a step's attention, where it is no sum of weights."""
+        return None
 
     def why_not_step(self, packs: bool) -> str | None:
         """Why a step is not known by its counts alone, in a few words; None if it is."""
-        own = type(self).received_step is TokenPolicy.received_step
+        own = type(self).noise is TokenPolicy.noise
         if not self.chooses:
             return None
         if self.watches and not self.sums and (own or packs):

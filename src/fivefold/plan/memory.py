@@ -130,9 +130,13 @@ class Rehearsal:
         return measure(self.session, str(self.recipe))
 
     def why_no_kernel(self) -> str | None:
-        """Why a decoding step is not all kernels, in a few words; None if it is."""
+        """Why a decoding step is not all kernels whose rate is known, in a few words; None if it is."""
         with planned(self.path):
-            return next((why for why in self.session.why_not_fused().values() if why is not None), None)
+            why = next((why for why in self.session.why_not_fused().values() if why is not None), None)
+        codecs = [store.codec for store in self.session.stores.values() if store.codec is not None]
+        if why is None and any(codec.form is None for codec in codecs):
+            return "how fast the kernel of its pages is has not been measured"
+        return why
 
     def reads(self) -> tuple[Read, ...]:
         """What the next decoding step reads of the cache, by kind of page."""

@@ -60,6 +60,12 @@ def _patch(x, place, here, outlier, ASM: tl.constexpr):
 
 
 @triton.jit
+def _place(x):
+    """A number below 1024 as a float16, 1024 larger: it is the last bits of that."""
+    return (x.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True)
+
+
+@triton.jit
 def _spread(x, J: tl.constexpr, G: tl.constexpr, C: tl.constexpr):
     """Scales `[G, 32]` of groups of channels as `[G * C, 32]`."""
     return tl.reshape(tl.broadcast_to(x[:, None, :], [G, C, 32]), [G * C, 32])
@@ -150,7 +156,7 @@ def _planar(
         outliers = ()
         for n in tl.static_range(KEY_OUT):
             place = tl.load((a0 + KEY_PLACES).to(tl.pointer_type(tl.uint8)) + d * KEY_OUT + n)
-            places = places + (place.to(tl.float16),)
+            places = places + (_place(place),)
             outliers = outliers + (tl.load((a0 + KEY_OUTLIERS).to(tl.pointer_type(tl.float16)) + d * KEY_OUT + n),)
 
         scores = ()
@@ -161,7 +167,7 @@ def _planar(
                 k = k * (steps * _rest(KEY_BITS, j % KEY_PLANES)).to(tl.float16)[None, :]
                 k = k + tl.load(key_zero_at + j * 32 // GROUP * D + d)[None, :]
                 for n in tl.static_range(KEY_OUT):
-                    k = _patch(k, places[n][None, :], (j * 32 + r).to(tl.float16)[:, None], outliers[n][None, :], ASM)
+                    k = _patch(k, places[n][None, :], _place(j * 32 + r)[:, None], outliers[n][None, :], ASM)
                 s = tl.dot(k, q)
             else:
                 part = j * 32 * G + g[:, None] * 32 + r[None, :]
@@ -205,9 +211,9 @@ def _planar(
             v = v * _spread(steps, j, G, CHANNELS) + _spread(zero, j, G, CHANNELS)
             for n in tl.static_range(VALUE_OUT):
                 inside = (j * 32 + r) * VALUE_OUT + n
-                place = tl.load((a0 + VALUE_PLACES).to(tl.pointer_type(tl.uint8)) + inside).to(tl.float16)
+                place = _place(tl.load((a0 + VALUE_PLACES).to(tl.pointer_type(tl.uint8)) + inside))
                 outlier = tl.load((a0 + VALUE_OUTLIERS).to(tl.pointer_type(tl.float16)) + inside)
-                v = _patch(v, place[None, :], d.to(tl.float16)[:, None], outlier[None, :], ASM)
+                v = _patch(v, place[None, :], _place(d)[:, None], outlier[None, :], ASM)
             acc = tl.dot(v, p, acc)
             if RANK:
                 inside = (j * 32 + r)[:, None] * RANK + i[None, :]
@@ -231,6 +237,7 @@ def attend(
     lse: torch.Tensor,
     scores: torch.Tensor | None = None,
     warps: int = 2,
+    registers: int | None = None,
 ) -> None:
     """See `Reader.attend`."""
     rows, heads, dim = queries.shape
@@ -246,7 +253,7 @@ def attend(
         KEY_OUT=form.key_outliers, VALUE_OUT=form.value_outliers, UNBIAS=form.unbias, BALANCED=form.balanced,
         FIELDS=1 if form.record else len(form.fields), **{name.upper(): at.get(name, 0) for name in names}, SPAN=SPAN,
         R=triton.next_power_of_2(rows), ASM=queries.device.type == "cuda", FOUND=scores is not None,
-        num_warps=warps, num_stages=1,
+        num_warps=warps, num_stages=1, maxnreg=registers,
     )  # fmt: skip
 
 

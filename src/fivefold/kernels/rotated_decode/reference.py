@@ -25,7 +25,7 @@ class Rotated(Reader):
     [32, d], and sinks int16 [sinks], the slots of tokens that are `learned`, exact, -1 for none.
 
     Keys of `team` heads at a time are rotated together, in the paired order of channels (see `Rope`); then the channels
-    of all `kv_heads` heads are sorted, which `places` says, int64 `[kv_heads * d]`: where every rotated channel is. A
+    of all `kv_heads` heads are sorted, which `places` says, int32 `[kv_heads * d]`: where every rotated channel is. A
     head's words are its share of the sorted channels. Values are rotated head by head.
 
     inv_freq: float64 `[d / 2]`, on any device; neighbours: see `Rope`.
@@ -64,16 +64,16 @@ class Rotated(Reader):
     def learned(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("sink_keys", "sink_values") if self.sinks else ()
 
-    @cached_property
+    @property
     def constants(self) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
-        return (self.places.to(torch.int32),)
+        return (self.places,)
 
     @cached_property
     def tables(self) -> tuple[torch.Tensor, ...]:
         """What layers have in common: see `tables_of`."""
         return tables_of(tuple(self.inv_freq.tolist()), self.head_dim, self.team, self.places.device)
 
-    @property
+    @cached_property
     def split(self) -> bool:
         """Whether the matrix of `team` heads is a product of one over heads and one over channels."""
         return splits(self.team, self.head_dim)
@@ -81,6 +81,8 @@ class Rotated(Reader):
     def lacks(self, heads: int) -> str | None:
         if 2 * len(self.inv_freq) != self.head_dim:
             return "RoPE turns a part of the channels only"
+        if self.head_dim > 128:
+            return f"heads of {self.head_dim} channels are rotated"
         if self.team > 4:
             return f"{self.team} heads are rotated together, more than 4"
         if self.channels & (self.channels - 1):
@@ -115,21 +117,22 @@ def tables_of(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tables of the kernels:
 
-    revolutions a token of each pair of channels, float64 `[d / 2]`; cosine and sine of the first 64 positions, float32
-    `[2, 64, d / 2]`; what undoes the rotation of keys, the even and the odd channels of the paired order, entries +-1,
-    float16 `[team, team, 2, d, d / 2]` (of the rotated channels of one head for the channels of another; `[1, 1, ...]`
-    where the matrix splits, see `splits`); and of values, `[d, d]`.
+    revolutions a token of each pair of channels, in parts of 2**64, int64 `[d / 2]`; cosine and sine of the first 64
+    positions, float32 `[2, 64, d / 2]`; what undoes the rotation of keys, the even and the odd channels of the paired
+    order, entries +-1, float16 `[team, team, 2, d, d / 2]` (of the rotated channels of one head for the channels of
+    another; `[1, 1, ...]` where the matrix splits, see `splits`); and of values, `[d, d]`.
     """
     with torch.inference_mode(False):
-        turns = torch.tensor(inv_freq, dtype=torch.float64) / (2 * pi)
-        angles = torch.arange(64, dtype=torch.float64)[:, None] * turns * (2 * pi)
+        parts = [round(x / (2 * pi) % 1 * 2**64) % 2**64 for x in inv_freq]
+        turns = torch.tensor([x - 2**64 if x >= 2**63 else x for x in parts])
+        angles = torch.arange(64, dtype=torch.float64)[:, None] * torch.tensor(inv_freq, dtype=torch.float64)
         heads = 1 if splits(team, head_dim) else team
         matrix = hadamard(heads * head_dim) * (heads * head_dim) ** 0.5
         # [channel's head, pair, even or odd, rotated channel's head, rotated channel]
-        parts = matrix.view(heads, -1, 2, heads, head_dim).permute(0, 3, 2, 4, 1)
+        undo = matrix.view(heads, -1, 2, heads, head_dim).permute(0, 3, 2, 4, 1)
         values = hadamard(head_dim) * head_dim**0.5
         small = torch.stack([angles.cos(), angles.sin()]).float()
-        found = turns, small, parts.contiguous().half().round_(), values.half().round_()
+        found = turns, small, undo.contiguous().half().round_(), values.half().round_()
         return tuple(x.to(device) for x in found)  # type: ignore[return-value]
 
 
@@ -154,7 +157,7 @@ def attend_rotated(
     keys = decode_values(words, page["key_scale"].flatten(0, 1), page["key_zero"].flatten(0, 1), form.bits).to(dtype)
     tokens = columns * form.tokens
     keys = keys.reshape(rows // together, together, tokens, dim).transpose(1, 2).flatten(2)
-    keys = keys[:, :, form.places.to(device)].unflatten(2, (-1, n)) @ hadamard(n).to(device, dtype).T
+    keys = keys[:, :, form.places.long()].unflatten(2, (-1, n)) @ hadamard(n).to(device, dtype).T
     keys = keys.reshape(rows // together, tokens, together, dim).transpose(1, 2).reshape(rows, tokens, dim)
     slot = torch.arange(tokens, device=device)
     angles = (spans[:, 7, None] + slot).to(dtype)[..., None] * form.inv_freq.to(device, dtype)

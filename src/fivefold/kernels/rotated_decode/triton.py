@@ -3,8 +3,8 @@
 Two kernels, with the work lists and parts of `packed_decode`. `_scores` makes keys again, 64 tokens of a head at a
 time: channels are loaded from where they were sorted to, so that no tile is permuted; the Hadamard matrix over channels
 is undone by a product with entries +-1, and that over heads by signs of the scores, since all heads turn alike. RoPE
-turns what comes out, by the angle of the first token (in float64, reduced) and that of a token in its tile added up. It
-leaves scores, float32. `_values` reads them, and undoes the values' rotation once, on the weighted sum.
+turns what comes out, by the angle of the first token (in whole numbers, reduced) and that of a token in its tile added
+up. It leaves scores, float32. `_values` reads them, and undoes the values' rotation once, on the weighted sum.
 
 Attention sinks, which are exact, are among the slots: a page says which, and their scores and values are put in the
 others' places.
@@ -27,9 +27,24 @@ from fivefold.kernels.rotated_decode.reference import Rotated
 def _field_asm(bits):
     mask = (2 ** int(bits) - 1) * 0x10001
     return (
-        f"{{ .reg .b32 t, u; shr.u32 t, $1, $2; and.b32 t, t, 0x{mask:08X}; or.b32 t, t, 0x64006400; "
+        f"{{ .reg .b32 t, u; shr.u32 t, $1, $2; lop3.b32 t, t, 0x{mask:08X}, 0x64006400, 0xEA; "
         "mov.b32 u, 0x64006400; sub.rn.f16x2 $0, t, u; }"
     )
+
+
+@triton.constexpr_function
+def _log2(n):
+    return int(n).bit_length() - 1
+
+
+@triton.jit
+def _half(x, ASM: tl.constexpr):
+    """float32 as float16, two at a time."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.float16, is_pure=True, pack=2
+        )
+    return x.to(tl.float16)
 
 
 @triton.jit
@@ -45,11 +60,18 @@ def _field(words, shift, BITS: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _keys(words, scale_at, zero_at, j, r, G: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """Plane j of rotated keys, a channel a row: float16 `[D, 32]`."""
-    step = tl.load(tl.multiple_of(scale_at + j * 32 * G, 16)[:, None] + r[None, :])
-    zero = tl.load(tl.multiple_of(zero_at + j * 32 * G, 16)[:, None] + r[None, :])
-    return _field(words, j * BITS, BITS, ASM) * step + zero
+def _cos(x, ASM: tl.constexpr):
+    """Of angles of at most pi, to 2**-20."""
+    if ASM:
+        return tl.inline_asm_elementwise("cos.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.cos(x)
+
+
+@triton.jit
+def _sin(x, ASM: tl.constexpr):
+    if ASM:
+        return tl.inline_asm_elementwise("sin.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.sin(x)
 
 
 @triton.jit
@@ -63,12 +85,13 @@ def _scores(
     slots, D: tl.constexpr, BITS: tl.constexpr, CHANNELS: tl.constexpr, KV_HEADS: tl.constexpr, TEAM: tl.constexpr,
     EACH: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, NEIGHBOURS: tl.constexpr, SINKS: tl.constexpr,
     S: tl.constexpr, FIELDS: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, ASM: tl.constexpr, WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Scores, to the base 2, of one share of the pages of TEAM rows: float32 `[rows, heads, slots]`. Grid:
     (programs,).
 
     The queries of a team are the COLUMNS of one operand, EACH for a row. S: room for the sinks. WIDE: planes of a tile,
-    1 or 2, whose tokens then take turns.
+    1 or 2.
     """
     row = _row(starts, rows, R)
     if row >= rows:
@@ -77,7 +100,6 @@ def _scores(
     TOKENS: tl.constexpr = PLANES * 32
     G: tl.constexpr = D // CHANNELS
     HALF: tl.constexpr = D // 2
-    r = tl.arange(0, 32)
     d = tl.arange(0, D)
     i = tl.arange(0, HALF)
     k = tl.arange(0, S)
@@ -111,8 +133,8 @@ def _scores(
         undo_even = tl.load(undo)
         undo_odd = tl.load(undo + D * HALF)
     revolutions = tl.load(turns + i)
-    inside_tile = t % WIDE * 32 + t // WIDE
-    small_at = small + inside_tile[:, None] * HALF + i[None, :]
+    plane_at = t // 32 * (32 * G) + t % 32
+    small_at = small + t[:, None] * HALF + i[None, :]
     norm = (TEAM * D) ** -0.5
     score_at = scores + line.to(tl.int64) * slots
 
@@ -125,40 +147,42 @@ def _scores(
     for page in range(first, last):
         for tile in range(PLANES // WIDE):
             j = tile * WIDE
-            turn = revolutions * (base + page * TOKENS + j * 32).to(tl.float64)
-            angle = ((turn - tl.floor(turn + 0.5)) * 6.283185307179586).to(tl.float32)
-            cos_base = (tl.cos(angle) * norm)[None, :]
-            sin_base = (tl.sin(angle) * norm)[None, :]
+            # Parts of 2**64 of a revolution: what is beyond a whole one falls off by itself.
+            angle = ((revolutions * (base + page * TOKENS + j * 32)) >> 32).to(tl.float32) * 1.4629180792671596e-09
+            cos_base = (_cos(angle, ASM) * norm)[None, :]
+            sin_base = (_sin(angle, ASM) * norm)[None, :]
             cos_small = tl.load(small_at)
             sin_small = tl.load(small_at + 64 * HALF)
             cosine = (cos_base * cos_small - sin_base * sin_small).to(tl.float16)
             sine = (sin_base * cos_small + cos_base * sin_small).to(tl.float16)
             s = tl.zeros([32 * WIDE, COLUMNS], tl.float32)
-            for g in range(TEAM):
+            for g in tl.range(TEAM, num_stages=STAGES):
                 # Where the rotated channels of this head of the team stand.
                 place = tl.load(places + (row - first_row + g) * D + d)
-                entry = table + ((first_row + place // D).to(tl.int64) * columns + page) * FIELDS
-                word_at = (tl.load(entry) * 2).to(tl.pointer_type(tl.int16)) + place % D * 32
-                group = place % D // CHANNELS * 32
+                entry = table + ((first_row + (place >> _log2(D))).to(tl.int64) * columns + page) * FIELDS
+                inside = place & (D - 1)
+                word_at = (tl.load(entry) * 2).to(tl.pointer_type(tl.int16)) + inside * 32
+                group = (inside >> _log2(CHANNELS)) * 32
                 step_at = (tl.load(entry + 1) * 2).to(tl.pointer_type(tl.float16)) + group
                 zero_at = (tl.load(entry + 2) * 2).to(tl.pointer_type(tl.float16)) + group
-                words = tl.load(tl.multiple_of(word_at, 16)[:, None] + r[None, :])
-                keys = _keys(words, step_at, zero_at, j, r, G, BITS, ASM)
-                if WIDE == 2:
-                    more = _keys(words, step_at, zero_at, j + 1, r, G, BITS, ASM)
-                    keys = tl.reshape(tl.join(keys, more), [D, 64])
-                keys = tl.trans(keys)
+                words = tl.load(tl.multiple_of(word_at, 16)[:, None] + (t % 32)[None, :])
+                step = tl.load(tl.multiple_of(step_at + j * 32 * G, 16)[:, None] + plane_at[None, :])
+                zero = tl.load(tl.multiple_of(zero_at + j * 32 * G, 16)[:, None] + plane_at[None, :])
+                shift = tl.broadcast_to(((j + t // 32) * BITS)[None, :], [D, 32 * WIDE])
+                keys = tl.trans(_field(words, shift, BITS, ASM) * step + zero)
                 if SPLIT:
                     # Heads are added up behind the product with the queries, which is linear.
                     both = whose & g
                     sign = 1.0 - 2.0 * ((both ^ (both >> 1)) & 1).to(tl.float32)
-                    s += _turned(keys, undo_even, undo_odd, cosine, sine, query_even, query_odd) * sign[None, :]
+                    s += _turned(keys, undo_even, undo_odd, cosine, sine, query_even, query_odd, ASM) * sign[None, :]
                 else:
                     for f in range(TEAM):
                         at = undo + (f * TEAM + g) * 2 * D * HALF
-                        part = _turned(keys, tl.load(at), tl.load(at + D * HALF), cosine, sine, query_even, query_odd)
+                        e = tl.load(at)
+                        o = tl.load(at + D * HALF)
+                        part = _turned(keys, e, o, cosine, sine, query_even, query_odd, ASM)
                         s += tl.where(whose[None, :] == f, part, 0.0)
-            slot = page * TOKENS + j * 32 + inside_tile
+            slot = page * TOKENS + j * 32 + t
             seen = (slot >= low) & (slot < high)
             tl.store(score_at[None, :] + slot[:, None], s * scale[None, :], mask=seen[:, None] & mine[None, :])
         if SINKS > 0:
@@ -172,10 +196,10 @@ def _scores(
 
 
 @triton.jit
-def _turned(keys, undo_even, undo_odd, cosine, sine, query_even, query_odd):
+def _turned(keys, undo_even, undo_odd, cosine, sine, query_even, query_odd, ASM: tl.constexpr):
     """Inner products of queries with keys whose rotation is undone, and then RoPE done: `[tokens, columns]`."""
-    k_even = tl.dot(keys, undo_even).to(tl.float16)
-    k_odd = tl.dot(keys, undo_odd).to(tl.float16)
+    k_even = _half(tl.dot(keys, undo_even), ASM)
+    k_odd = _half(tl.dot(keys, undo_odd), ASM)
     s = tl.dot(k_even * cosine - k_odd * sine, query_even)
     return tl.dot(k_odd * cosine + k_even * sine, query_odd, s)
 
@@ -216,8 +240,8 @@ def _values(
     weight = tl.zeros([32, N], tl.float32)
     acc = tl.zeros([D, N], tl.float32)
     for page in range(first, last):
-        words = _address(table, row, columns, page, 3, FIELDS).to(tl.pointer_type(tl.int16))
-        words = tl.load(tl.multiple_of(words, 16) + r[:, None] * D + d[None, :])
+        word_at = tl.multiple_of(_address(table, row, columns, page, 3, FIELDS).to(tl.pointer_type(tl.int16)), 16)
+        words = tl.load(word_at + r[:, None] * D + d[None, :])
         scale_at = tl.multiple_of(_address(table, row, columns, page, 4, FIELDS), 16).to(tl.pointer_type(tl.float16))
         zero_at = tl.multiple_of(_address(table, row, columns, page, 5, FIELDS), 16).to(tl.pointer_type(tl.float16))
         if SINKS > 0:
@@ -239,21 +263,26 @@ def _values(
         for j in tl.static_range(PLANES):
             p = tl.exp2(found[j] - m[None, :])
             weight += p
-            if SINKS > 0:
-                other = tl.max((marks[None, :] == (j * 32 + r)[:, None]).to(tl.int32), 1) == 0
-                p = tl.where(other[:, None], p, 0.0)
             part = j * 32 * G + g[:, None] * 32 + r[None, :]
             steps = (tl.load(scale_at + part) * _rest(BITS, j)).to(tl.float16)
             zero = tl.load(zero_at + part)
             v = tl.trans(_code(words, BITS, j, ASM))
             v = v * _spread(steps, j, G, CHANNELS) + _spread(zero, j, G, CHANNELS)
             acc = tl.dot(v, p.to(tl.float16), acc)
-        if SINKS > 0:
-            token = page * TOKENS + marks
-            there = (marks >= 0) & (token >= low) & (token < high)
-            s = tl.load(score_at + token[:, None], mask=there[:, None] & (h[None, :] < heads), other=-1e30)
-            p = tl.where(there[:, None], tl.exp2(s - m[None, :]), 0.0).to(tl.float16)
-            acc = tl.dot(tl.trans(exact), p, acc)
+        if SINKS > 0:  # noqa: SIM102 (one is known when it is compiled)
+            if tl.max(marks, 0) >= 0:
+                # What is exact, in the place of what was added up for it just now.
+                token_of = page * TOKENS + marks
+                there = (marks >= 0) & (token_of >= low) & (token_of < high)
+                score = tl.load(score_at + token_of[:, None], mask=there[:, None] & (h[None, :] < heads), other=-1e30)
+                p_of = tl.where(there[:, None], tl.exp2(score - m[None, :]), 0.0).to(tl.float16)
+                mark = tl.maximum(marks, 0)
+                coarse = tl.load(word_at + (mark % 32)[:, None] * D + d[None, :]).to(tl.int32)
+                coarse = (coarse >> (mark // 32 * BITS)[:, None]) & (2**BITS - 1)
+                part_at = (mark // 32 * (32 * G) + mark % 32)[:, None] + (d // CHANNELS * 32)[None, :]
+                coarse = coarse.to(tl.float32) * tl.load(scale_at + part_at).to(tl.float32)
+                coarse = exact.to(tl.float32) - (coarse + tl.load(zero_at + part_at).to(tl.float32))
+                acc = tl.dot(tl.trans(coarse.to(tl.float16)), p_of, acc)
     total = tl.sum(weight, 0)
     # Undo the values' rotation, in two parts of float16 each: what is rounded off the first is the second.
     o = acc / tl.where(total > 0, total, 1.0)[None, :]
@@ -274,6 +303,8 @@ def attend(
     lse: torch.Tensor,
     scores: torch.Tensor | None = None,
     warps: tuple[int, int] = (4, 2),
+    stages: int = 1,
+    registers: tuple[int | None, int | None] = (None, None),
 ) -> None:
     """See `Reader.attend`."""
     rows, heads, dim = queries.shape
@@ -292,9 +323,10 @@ def attend(
         queries, packed.table, spans, starts, places, turns, small, matrices, sink_keys, scores, scale, rows, columns,
         heads, slots, KV_HEADS=form.kv_heads, EACH=each,
         COLUMNS=max(8, triton.next_power_of_2(each * form.team)), SPLIT=form.split, NEIGHBOURS=form.neighbours,
-        WIDE=2 - form.planes % 2, num_warps=warps[0], num_stages=1, **common,
+        WIDE=2 - form.planes % 2, STAGES=stages, num_warps=warps[0], num_stages=stages,
+        maxnreg=registers[0], **common,
     )  # fmt: skip
     _values[(len(out), form.team)](
         scores, packed.table, spans, starts, values, sink_values, out, lse, rows, columns, heads, slots,
-        N=8 if heads <= 8 else 16, num_warps=warps[1], num_stages=1, **common,
+        N=8 if heads <= 8 else 16, num_warps=warps[1], num_stages=1, maxnreg=registers[1], **common,
     )  # fmt: skip

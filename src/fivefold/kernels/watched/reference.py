@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import torch
 
+from fivefold.kernels.watched import PRIME, Noise, draws
+
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -40,8 +42,10 @@ def tally(
     scores: torch.Tensor | None,
     lse: torch.Tensor | None,
     given: torch.Tensor | None,
-    order: torch.Tensor | None,
-    oldest: bool,
+    noise: Noise | None,
+    by: str | int,
+    layer: int,
+    kv_heads: int,
     old: torch.Tensor,
     positions: torch.Tensor,
     low: torch.Tensor,
@@ -53,7 +57,7 @@ def tally(
     exact: Pair,
 ) -> None:
     for row, (high, stop) in enumerate(_ends(spans)):
-        kind, newest, recent, _ = numbers[row].tolist()
+        kind, newest, recent, made = numbers[row].tolist()
         total = high + stop
         for side, x in enumerate(exact):
             stash[row, side] = x[row, stop - 1]
@@ -61,18 +65,21 @@ def tally(
             goes[row] = -1
             continue
         now = torch.cat([old[row, : total - 1], old.new_zeros(1)])
-        if scores is not None:
-            assert lse is not None
+        where = torch.cat([positions[row, : total - 1], positions.new_tensor([newest])])
+        if scores is not None and lse is not None and noise is not None:
+            now += _noised(
+                scores[row, :, :total] - lse[row, :, None], noise, where, newest, made, row % kv_heads, layer
+            )
+        elif scores is not None and lse is not None:
             now[high:] += _received(scores[row], lse[row], stop)
             if given is not None:
                 now[:high] += given[row, :high]
-        elif given is not None:
-            now += given[row, :total]
         new[row, :total] = now
-        where = torch.cat([positions[row, : total - 1], positions.new_tensor([newest])])
-        by = where.float() if oldest else now if order is None else order[row, :total]
+        order = where.float() if by == "oldest" else now
+        if isinstance(by, int):
+            order = draws(where.long(), layer * kv_heads + row % kv_heads, by)
         stays = (where <= low[row]) | (where > newest - recent)
-        goes[row] = by.masked_fill(stays, torch.inf).argmin() if kind == 2 else total - 1
+        goes[row] = order.masked_fill(stays, torch.inf).argmin() if kind == 2 else total - 1
 
 
 def absorb(
@@ -132,3 +139,15 @@ def _ends(spans: torch.Tensor) -> list[tuple[int, int]]:
 
 def _received(scores: torch.Tensor, lse: torch.Tensor, stop: int) -> torch.Tensor:
     return (scores[:, :stop] - lse[:, None]).exp().sum(0)
+
+
+def _noised(
+    logs: torch.Tensor, noise: Noise, positions: torch.Tensor, newest: int, generated: int, kv_head: int, layer: int
+) -> torch.Tensor:
+    """What `[query_heads, slots]` logarithms of weights add to the statistic."""
+    heads = torch.arange(len(logs))
+    start = (((newest * PRIME + heads) * PRIME + kv_head) * PRIME + layer) * PRIME + noise.seed
+    at = (start % len(noise.table))[:, None] + positions
+    tau = noise.first + (noise.last - noise.first) * min(1.0, max(0, generated) / noise.steps)
+    weights = (logs.exp() * noise.table[at % len(noise.table)]) ** (1 / tau)
+    return (weights / weights.sum(1, keepdim=True)).sum(0)

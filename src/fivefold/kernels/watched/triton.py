@@ -15,8 +15,9 @@ from fivefold.kernels.device import on
 from fivefold.kernels.packed_decode.reference import Form
 from fivefold.kernels.packed_decode.schedule import SPAN, Exact, Packed
 from fivefold.kernels.packed_decode.triton import _TYPES, _code_planes, _queries
+from fivefold.kernels.watched import Noise
 
-TILE = 1024
+TILE = 512
 """Slots that are one piece of work."""
 KEYS = 64
 """Keys that are one piece of work."""
@@ -26,14 +27,14 @@ takes its slot; the newest token's position; how many of the newest tokens never
 
 
 @triton.jit
-def _received(scores, lse, row, slot, high, stop, heads, width):
+def _received(scores, lse, row, slot, high, stop, width, HEADS: tl.constexpr):
     """The weights of exact slots, the query heads of a row together."""
     at = slot - high
     inside = (at >= 0) & (at < stop)
     total = tl.zeros(slot.shape, tl.float32)
-    for head in range(heads):
-        s = tl.load(scores + (row * heads + head) * width + at, mask=inside, other=-1e30)
-        total += tl.where(inside, tl.exp(s - tl.load(lse + row * heads + head)), 0.0)
+    for head in tl.static_range(HEADS):
+        s = tl.load(scores + (row * HEADS + head) * width + at, mask=inside, other=-1e30)
+        total += tl.where(inside, tl.exp(s - tl.load(lse + row * HEADS + head)), 0.0)
     return total
 
 
@@ -73,10 +74,10 @@ def _packed_received(
         tl.store(out + row * width + slot, tl.where(slot < high, received, 0.0))
 
 
-@triton.jit(do_not_specialize=("heads", "columns", "width"))
+@triton.jit(do_not_specialize=("sink", "recent", "columns", "width"))
 def _rank(
-    scores, lse, packed, spans, out, sink, recent, heads, columns, width,
-    T: tl.constexpr, SPAN: tl.constexpr, PACKED: tl.constexpr,
+    scores, lse, packed, spans, out, sink, recent, columns, width,
+    T: tl.constexpr, SPAN: tl.constexpr, PACKED: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """What each slot received: -1 behind the last, infinity where it is picked anyway. Grid: (rows, tiles)."""
     row = tl.program_id(0).to(tl.int64)
@@ -86,7 +87,7 @@ def _rank(
     total = high + stop
     got = tl.zeros([T], tl.float32)
     if tl.program_id(1) * T < total:
-        got = _received(scores, lse, row, slot, high, stop, heads, columns)
+        got = _received(scores, lse, row, slot, high, stop, columns, HEADS)
         if PACKED:
             got += tl.load(packed + row * width + slot, mask=slot < high, other=0.0)
     got = tl.where((slot < sink) | (slot >= total - recent), float("inf"), got)
@@ -106,16 +107,58 @@ def _picks(values, indices, spans, out, count, top, T: tl.constexpr, SPAN: tl.co
     tl.store(out + row * (top + 1) + t, slot, mask=t <= top)
 
 
-@triton.jit(do_not_specialize=("heads", "columns", "width", "slots"))
+@triton.jit
+def _noised(s, lse, row, head, slot, position, inside, table, newest, generated, draws, seed, layer, kv_heads,
+            first, last, steps):  # fmt: skip
+    """One query head's weights of some slots with noise and temperature (see `Noise`), 0 outside."""
+    where = newest.to(tl.int64) * 1000003 + head
+    where = where * 1000003 + row % kv_heads
+    where = ((where * 1000003 + layer) * 1000003 + seed) % draws
+    where = (where + draws) % draws  # a remainder may be negative
+    noise = tl.load(table + (where + position) % draws, mask=inside, other=1.0)
+    share = tl.minimum(tl.maximum(generated.to(tl.float32), 0.0), steps) / steps
+    tau = first + (last - first) * share
+    x = ((s - lse) * 1.4426950408889634 + tl.log2(noise)) / tau
+    return tl.where(inside, tl.exp2(x), 0.0)
+
+
+@triton.jit(do_not_specialize=("columns", "slots", "draws", "seed", "layer", "kv_heads"))
+def _noise_sums(
+    scores, lse, positions, numbers, spans, out, table, columns, slots, draws, seed, layer, kv_heads, first, last,
+    steps, T: tl.constexpr, SPAN: tl.constexpr, NUMBERS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """The sums of a tile's noised weights, of each query head. Grid: (rows, tiles)."""
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    stop = tl.load(spans + row * SPAN + 4)
+    newest = tl.load(numbers + row * NUMBERS + 1)
+    generated = tl.load(numbers + row * NUMBERS + 3)
+    slot = tile * T + tl.arange(0, T)
+    inside = slot < stop
+    position = tl.load(positions + row * slots + slot, mask=slot < stop - 1, other=0)
+    position = tl.where(slot < stop - 1, position, newest)
+    for head in tl.static_range(HEADS):
+        total = 0.0
+        if tile * T < stop:
+            at = row * HEADS + head
+            s = tl.load(scores + at * columns + slot, mask=inside, other=0.0)
+            x = _noised(s, tl.load(lse + at), row, head, slot, position, inside, table, newest, generated, draws, seed,
+                        layer, kv_heads, first, last, steps)  # fmt: skip
+            total = tl.sum(x, 0)
+        tl.store(out + (row * HEADS + head) * tl.num_programs(1) + tile, total)
+
+
+@triton.jit(do_not_specialize=("columns", "width", "slots", "draws", "seed", "layer", "kv_heads"))
 def _tally(
-    scores, lse, given, order, old, positions, low, numbers, spans, new, least, place,
-    heads, columns, width, slots,
-    T: tl.constexpr, SPAN: tl.constexpr, NUMBERS: tl.constexpr, GAIN: tl.constexpr, ORDER: tl.constexpr,
+    scores, lse, given, sums, table, old, positions, low, numbers, spans, new, least, place,
+    columns, width, slots, draws, seed, layer, kv_heads, first, last, steps,
+    T: tl.constexpr, SPAN: tl.constexpr, NUMBERS: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr,
+    GAIN: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     """A tile of a row's statistic with what its slots received, and which of them goes first. Grid: (rows, tiles).
 
-    GAIN: 0 nothing, 1 what `scores` say, 2 that and what is `given`, 3 what is given alone. ORDER: what goes is 0 the
-    least of the statistic, 1 the oldest, 2 the least of `order`.
+    GAIN: 0 nothing, 1 what `scores` say, 2 that and what is `given`, 3 what they say with noise. ORDER: what goes is 0
+    the least of the statistic, 1 the oldest, 2 the least draw.
     """
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
@@ -131,20 +174,32 @@ def _tally(
     before = slot < total - 1
     newest = tl.load(numbers + row * NUMBERS + 1)
     recent = tl.load(numbers + row * NUMBERS + 2)
+    position = tl.load(positions + row * slots + slot, mask=before, other=0)
+    position = tl.where(before, position, newest)
     sum = tl.load(old + row * slots + slot, mask=before, other=0.0)
     if GAIN == 1 or GAIN == 2:
-        sum += _received(scores, lse, row, slot, high, stop, heads, columns)
+        sum += _received(scores, lse, row, slot, high, stop, columns, HEADS)
     if GAIN == 2:
         sum += tl.load(given + row * width + slot, mask=slot < high, other=0.0)
     if GAIN == 3:
-        sum += tl.load(given + row * width + slot, mask=slot < total, other=0.0)
+        generated = tl.load(numbers + row * NUMBERS + 3)
+        each = tl.arange(0, TILES)
+        for head in tl.static_range(HEADS):
+            at = row * HEADS + head
+            whole = tl.sum(tl.load(sums + at * tiles + each, mask=each < tiles, other=0.0), 0)
+            s = tl.load(scores + at * columns + slot, mask=slot < total, other=0.0)
+            x = _noised(s, tl.load(lse + at), row, head, slot, position, slot < total, table, newest, generated, draws,
+                        seed, layer, kv_heads, first, last, steps)  # fmt: skip
+            sum += x / whole
     tl.store(new + row * slots + slot, sum, mask=slot < total)
-    position = tl.load(positions + row * slots + slot, mask=before, other=0)
-    position = tl.where(before, position, newest)
     if ORDER == 1:
         sum = position.to(tl.float32)
     if ORDER == 2:
-        sum = tl.load(order + row * slots + slot, mask=slot < total, other=0.0)
+        draw = (
+            position.to(tl.int64) + 1 + 1000003 * (layer * kv_heads + row % kv_heads) + 15485863 * seed
+        ) % 2147483647
+        draw = draw * 48271 % 2147483647
+        sum = (draw * draw % 2147483647).to(tl.float32)
     stays = (position <= tl.load(low + row)) | (position > newest - recent) | (slot >= total)
     value, index = tl.min(tl.where(stays, float("inf"), sum), 0, return_indices=True)
     tl.store(least + row * tiles + tile, value)
@@ -336,8 +391,8 @@ def rank(
     out = torch.empty((rows, width), dtype=torch.float32, device=scores.device)
     with on(scores.device):
         _rank[(rows, triton.cdiv(width, TILE))](
-            scores, lse, scores if packed is None else packed, spans, out, sink, recent, heads, columns, width,
-            T=TILE, SPAN=SPAN, PACKED=packed is not None,
+            scores, lse, scores if packed is None else packed, spans, out, sink, recent, columns, width,
+            T=TILE, SPAN=SPAN, PACKED=packed is not None, HEADS=heads,
         )  # fmt: skip
     return out
 
@@ -357,8 +412,10 @@ def tally(
     scores: torch.Tensor | None,
     lse: torch.Tensor | None,
     given: torch.Tensor | None,
-    order: torch.Tensor | None,
-    oldest: bool,
+    noise: Noise | None,
+    by: str | int,
+    layer: int,
+    kv_heads: int,
     old: torch.Tensor,
     positions: torch.Tensor,
     low: torch.Tensor,
@@ -373,23 +430,34 @@ def tally(
     int32 `[rows]` the slot of each row that the newest token shall have (its own where none goes, -1 of rows that
     `numbers` leaves out); ties go to the lowest slot. stash `[rows, 2, head_dim]`: the newest token's key and value.
 
-    scores `[rows, heads, some]` and lse `[rows, heads]`: of exact slots; given `[rows, some]`: what packed slots
-    received beside, or without scores what all did; order float32 `[rows, slots]`: what goes is the least of it; with
-    `oldest` the oldest, else the least of the statistic. positions int32 `[rows, slots]`; low int32 `[rows]`: the
-    tokens up to this position never go; numbers: int32 `[rows, NUMBERS]`.
+    scores `[rows, heads, some]` and lse `[rows, heads]`: of exact slots, None where nothing is added; given `[rows,
+    some]`: what packed slots received; noise: where nothing is packed. by: what goes is the "least" of the statistic,
+    the "oldest", or the least of `draws` of a seed. positions int32 `[rows, slots]`; low int32 `[rows]`: the tokens up
+    to this position never go; numbers: int32 `[rows, NUMBERS]`.
     """
     rows, slots = old.shape
-    gain = (0 if given is None else 3) if scores is None else 1 if given is None else 2
+    gain = 0 if scores is None else 3 if noise is not None else 1 if given is None else 2
     heads, columns = (1, 1) if scores is None else scores.shape[1:]
-    tiles = triton.cdiv(slots, TILE)
-    least = torch.empty((rows, tiles), dtype=torch.float32, device=old.device)
-    place = torch.empty((rows, tiles), dtype=torch.int32, device=old.device)
-    with on(old.device):
+    tiles, device = triton.cdiv(slots, TILE), old.device
+    least = torch.empty((rows, tiles), dtype=torch.float32, device=device)
+    place = torch.empty((rows, tiles), dtype=torch.int32, device=device)
+    scores, lse, sums = (old if x is None else x for x in (scores, lse, None))
+    table, draws, seed, bounds = old, 1, by if isinstance(by, int) else 0, (1.0, 1.0, 1.0)
+    settings = {"T": TILE, "SPAN": SPAN, "NUMBERS": NUMBERS, "HEADS": heads}
+    with on(device):
+        if noise is not None:
+            sums = torch.empty((rows, heads, tiles), dtype=torch.float32, device=device)
+            table, draws, seed = noise.table, len(noise.table), noise.seed
+            bounds = noise.first, noise.last, float(noise.steps)
+            _noise_sums[(rows, tiles)](
+                scores, lse, positions, numbers, spans, sums, table, columns, slots, draws, seed, layer, kv_heads,
+                *bounds, **settings,
+            )  # fmt: skip
         _tally[(rows, tiles)](
-            old if scores is None else scores, old if lse is None else lse, old if given is None else given,
-            old if order is None else order, old, positions, low, numbers, spans, new, least, place,
-            heads, columns, 1 if given is None else given.shape[1], slots,
-            T=TILE, SPAN=SPAN, NUMBERS=NUMBERS, GAIN=gain, ORDER=2 if order is not None else int(oldest),
+            scores, lse, old if given is None else given, sums, table, old, positions, low, numbers, spans, new, least,
+            place, columns, 1 if given is None else given.shape[1], slots, draws, seed, layer, kv_heads, *bounds,
+            TILES=triton.next_power_of_2(tiles), GAIN=gain,
+            ORDER=2 if isinstance(by, int) else int(by == "oldest"), **settings,
         )  # fmt: skip
         _choose[(rows,)](
             least, place, numbers, spans, exact.table, goes, stash, exact.table.shape[1], tiles,

@@ -185,7 +185,7 @@ class RotateCodec(LearnedCodec):
         spec, sinks = self.spec, self.method.sinks
         order = self.order_of(tuple(range(spec.kv_heads)), spec.kv_heads).to(spec.device)
         shape = self.method.bits, self.channels, spec.head_dim, spec.kv_heads, self.block(spec.kv_heads), sinks
-        return Rotated(*shape, order.argsort(), self.rope.inv_freq, self.rope.neighbours)
+        return Rotated(*shape, order.argsort().to(torch.int32), self.rope.inv_freq, self.rope.neighbours)
 
     def learn(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inputs: torch.Tensor
@@ -214,6 +214,11 @@ class RotateCodec(LearnedCodec):
         layer, mean = self.profile.settings["layers"].index(self.spec.layer), self.profile.tensors["key_mean"]
         channels = (torch.tensor(heads)[:, None] * self.spec.head_dim + self.rope.order).flatten().tolist()
         return order_of(mean, layer, tuple(channels), together, self.block(together))
+
+    @property
+    def nbytes(self) -> int:
+        reader = vars(self).get("reader")
+        return super().nbytes + (0 if reader is None else sum(x.nbytes for x in reader.constants))
 
     def block(self, heads: int) -> int:
         return heads_together(heads, self.method.head_group, self.spec.head_dim)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fivefold.kernels.shared import shared
+from fivefold.kernels.watched import PRIME, Noise
 from fivefold.methods import TokenPolicy, floor_param, keep_param, param, register
 from fivefold.store import Held
 
@@ -51,8 +52,8 @@ class Keyformer(TokenPolicy):
         head = held.places % held.kv_heads
         where = torch.arange(first, first + queries, device=weights.device)
         for part in (torch.arange(group, device=weights.device)[:, None], head[:, None, None]):
-            where = where * 1_000_003 + part
-        start = ((where * 1_000_003 + held.layer) * 1_000_003 + self.seed) % _DRAWS
+            where = where * PRIME + part
+        start = ((where * PRIME + held.layer) * PRIME + self.seed) % _DRAWS
         weights, start = weights.flatten(1, 2), start.flatten(1)
         added = weights.new_zeros((held.rows, slots))
         step = weights.shape[1] if weights.is_cuda else max(1, _BLOCK // (held.rows * slots))
@@ -65,33 +66,8 @@ class Keyformer(TokenPolicy):
     def guards(self, held: Held) -> tuple[torch.Tensor | int, int]:
         return -1, int(self.recent * self.budget(held))
 
-    def received_step(
-        self,
-        scores: torch.Tensor,
-        lse: torch.Tensor,
-        positions: torch.Tensor,
-        numbers: torch.Tensor,
-        spans: torch.Tensor,
-        layer: int,
-        kv_heads: int,
-        places: torch.Tensor,
-    ) -> torch.Tensor:
-        last, newest = spans[:, 4:5] - 1, numbers[:, 1:2]
-        slots = torch.arange(scores.shape[2], device=scores.device)
-        positions = torch.where(slots == last, newest, positions[:, : scores.shape[2]])
-        where = newest.long()
-        heads = torch.arange(scores.shape[1], device=scores.device)
-        for part in (heads[None], (places % kv_heads)[:, None]):
-            where = where * 1_000_003 + part
-        start = ((where * 1_000_003 + layer) * 1_000_003 + self.seed) % _DRAWS
-        at = (start[..., None] + positions[:, None]) % _DRAWS
-        # What stands behind the last slot may be anything, and gets nothing.
-        weights = (scores - lse[..., None]).exp_() * _draws(self.seed, scores.device)[at]
-        weights = torch.where((slots <= last)[:, None], weights, 0.0)
-        generated = numbers[:, 3].float().clamp(0, self.steps) / self.steps
-        tau = self.tau_init + (self.tau_end - self.tau_init) * generated
-        weights = weights.pow_(tau.reciprocal()[:, None, None])
-        return (weights / weights.sum(-1, keepdim=True)).sum(1)
+    def noise(self, device: torch.device) -> Noise:
+        return Noise(_draws(self.seed, device), self.seed, self.tau_init, self.tau_end, self.steps)
 
     def _noise(self, held: Held, start: torch.Tensor, slots: int) -> torch.Tensor:
         """exp(g) `[rows, queries, slots]` of queries whose noise begins at `start [rows, queries]` of the draws."""
