@@ -121,12 +121,9 @@ def step_of(recipe: Recipe, place: Place, context: int, users: int) -> tuple[tim
 
 @lru_cache(maxsize=1024)
 def _reads(recipe: Recipe, place: Place, context: int, users: int) -> tuple[str | None, tuple[time.Read, ...]]:
-    """Why a step is not all kernels whose times are known (None if it is), and what it reads."""
+    """Why a step is not all kernels (None if it is), and what it reads."""
     cache = memory.rehearse(recipe, place.shape, context, users, dtype=place.dtype, sliding=place.sliding)
-    why, codecs = cache.why_no_kernel(), [bank.layers[0].codec for bank in cache.session.banks]
-    if why is None and any(codec is not None and codec.form is None for codec in codecs):
-        why = "the kernel for its pages was not measured"
-    return why, cache.reads()
+    return cache.why_no_kernel(), cache.reads()
 
 
 def first_of(recipe: Recipe, place: Place, context: int) -> time.Estimate | None:
