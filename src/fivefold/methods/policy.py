@@ -65,7 +65,7 @@ class TokenPolicy(Method):
     by_step = True
     loses: str | int | None = None
     """What goes in a decoding step, of the tokens that `guards` leaves: that with the "least" score, the "oldest", or
-    that with the least of `fivefold.kernels.watched.draws` of this seed: what `victims` says of one token. None: its own
+    that with the least of `fivefold.kernels.watched.draws` of this seed, as `victims` says of one token. None: its own
     code alone knows, and the host waits for it in every step."""
 
     @property
