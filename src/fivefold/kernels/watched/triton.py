@@ -115,7 +115,8 @@ def _noised(s, lse, row, head, slot, position, inside, table, newest, generated,
     where = where * 1000003 + row % kv_heads
     where = ((where * 1000003 + layer) * 1000003 + seed) % draws
     where = (where + draws) % draws  # a remainder may be negative
-    noise = tl.load(table + (where + position) % draws, mask=inside, other=1.0)
+    at = where.to(tl.int32) + position % draws  # in 32 bits: a remainder in 64 takes long, and these are many
+    noise = tl.load(table + tl.where(at >= draws, at - draws, at), mask=inside, other=1.0)
     share = tl.minimum(tl.maximum(generated.to(tl.float32), 0.0), steps) / steps
     tau = first + (last - first) * share
     x = ((s - lse) * 1.4426950408889634 + tl.log2(noise)) / tau
