@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fivefold.calibrate.profile import signature
+from fivefold.engine import decoding
 from fivefold.engine.admission import Padded
 from fivefold.errors import CacheStateError, UnsupportedModelError
 from fivefold.kernels.device import sent
@@ -71,10 +71,11 @@ class Forward:
         if why is None and not skipping.checked(self.model, cache.absent):
             why = ""  # for the first forward, which is watched
         step = cache.step
-        if why is None and step is not None and not step.failed and compiled.makes_graphs(callback):
-            step.failed = "torch.compile makes graphs of its own in this mode; take its default mode for one of all"
+        if why is None and step is not None and not step.broken and compiled.makes_graphs(callback):
             step.reset()
-            warnings.warn(f"decoding without a CUDA graph: {step.failed}", stacklevel=5)
+            step.failed = "torch.compile makes graphs of its own in this mode; take its default mode for one of all"
+            step.broken = True
+            decoding.tell(cache.session, f"decoding without a CUDA graph: {step.failed}", 5)
         if why is None:
             counts = decoder_config(self.model) is not self.model.config
             return lambda *args, **kwargs: region(callback, self.plain, cache, counts, **region.named(args, kwargs))

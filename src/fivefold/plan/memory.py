@@ -17,6 +17,7 @@ import torch
 
 from fivefold.attention.fused import why_not
 from fivefold.attention.tables import tables_of
+from fivefold.engine import decoding
 from fivefold.engine.build import build
 from fivefold.errors import ProfileError
 from fivefold.kernels.choice import Choice, planned
@@ -127,7 +128,8 @@ class Rehearsal:
     def report(self) -> Report:
         """What a cache that was fed the same would report."""
         self.session.tidy()
-        return measure(self.session, str(self.recipe))
+        with planned(self.path):
+            return measure(self.session, str(self.recipe), decoding=decoding.describe(self.session))
 
     def why_no_kernel(self) -> str | None:
         """Why a decoding step is not all kernels whose rate is known, in a few words; None if it is."""
