@@ -32,6 +32,14 @@ import fivefold
 VOCAB = 131
 
 
+SOME = {
+    "test_attention.py": 2, "test_packed_decode_cpu.py": 2, "test_tiers.py": 2, "test_razor.py": 2, "test_ragged.py": 2,
+    "test_together.py": 5, "test_torch_compile.py": 5, "test_watched.py": 5, "test_codec_steps.py": 3,
+    "test_planar_decode.py": 3,
+}  # fmt: skip
+"""Of the slow tests of these files, which are like each other, CI runs one in so many; a release runs all."""
+
+
 def quick(values: Iterable[Any], count: int) -> list[Any]:
     """Parameters of a test: so many for the README's command, and the others, which are like them, for CI too."""
     slow = pytest.mark.slow
@@ -142,3 +150,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         if params.get("name") in VARIANTS:
             item.add_marker(pytest.mark.slow)
+    seen: dict[str, int] = {}
+    for item in items:
+        every = SOME.get(item.path.name)
+        if every and item.get_closest_marker("slow"):
+            seen[item.path.name] = number = seen.get(item.path.name, -1) + 1
+            if number % every:
+                item.add_marker(pytest.mark.release)

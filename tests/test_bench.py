@@ -28,11 +28,12 @@ def rows_of(folder, command: str, *args: str) -> list[dict]:
     done = run("bench", command, *args, "--json", str(target))
     assert done.returncode == 0, done.stderr
     rows = json.loads(target.read_text())["rows"]
-    lines = done.stdout.splitlines()[-len(rows) :]
-    for row, line in zip(rows, lines, strict=True):
-        assert f"{row['context']:,} " in line and f" {row.get('recipe', row.get('kernel'))} " in line
+    lines = [f" {line} " for line in done.stdout.splitlines()]
+    for row in rows:
+        named = f" {row['context']:,} ", f" {row.get('recipe', row.get('kernel'))} "
         time = row.get("ms", row.get("seconds"))
-        assert f" {time:.4f} " in line or f" {time:.2f} " in line
+        times = f" {time:.4f} ", f" {time:.2f} "
+        assert any(all(part in line for part in named) and any(part in line for part in times) for line in lines)
     return rows
 
 

@@ -191,8 +191,8 @@ def test_what_ships_keeps_to_its_budget(share: float) -> None:
     shape = read_model("smollm2-135m")
     for recipe in (Recipe.parse(f"budget(bytes={share})"), Recipe.parse(shipped(share)["recipe"])):
         report = memory.report_of(recipe, shape, 2048, dtype=torch.float32)
-        # Tables are a little larger where other kernels run.
-        assert report.total == pytest.approx(shipped(share)["bytes"], rel=1e-3) and 0.97 * share < report.ratio <= share
+        # Tables, and what kernels read besides pages, differ with the kernels.
+        assert report.total == pytest.approx(shipped(share)["bytes"], rel=5e-3) and 0.97 * share < report.ratio <= share
 
 
 def shipped(share: float) -> Any:

@@ -37,7 +37,9 @@ def recipe_of(name: str, model) -> str:
         return name
     codec, _, other = name.partition("+")
     beside = {"": "", "duo": " + duo(retrieval=[[0, 1], [1, 0]], recent=40)", "streaming": " + streaming(4, 150)"}
-    return written(codec, model) + beside[other].replace("streaming(4, 150)", "streaming(sink=4, recent=150)")
+    return written(codec, copy.deepcopy(model).cpu()) + beside[other].replace(
+        "streaming(4, 150)", "streaming(sink=4, recent=150)"
+    )
 
 
 @pytest.mark.parametrize("name", quick(RECIPES, 1))

@@ -303,7 +303,7 @@ def test_layers_that_stay_transformers_own_are_named(tiny: Any) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("graph", [False, True])
-@pytest.mark.parametrize("name", ["full", "kivi4", "streaming", "duo", "gear", "rotatekv", "tidal", "anchors"])
+@pytest.mark.parametrize("name", ["full", "kivi4", "streaming", "duo", "gear", "tidal", "anchors"])
 def test_a_step_waits_for_no_gpu(tiny: Any, name: str, graph: bool) -> None:
     """Of a batch that is padded; while groups are packed, too."""
     model = copy.deepcopy(tiny(**SHAPE)).to("cuda", torch.bfloat16)

@@ -133,6 +133,7 @@ def test_other_models_run_their_own_code(device, make) -> None:
     assert (found - wanted).norm() < 1e-4 * wanted.norm()
 
 
+@pytest.mark.slow
 def test_weights_that_change(device) -> None:
     """Numbers in place are read anew; weights elsewhere make a new step."""
     model = build("llama", **ONE).to(device)

@@ -281,7 +281,8 @@ def test_tables_follow_whatever_happens_to_the_pages(seed: int, monkeypatch) -> 
             span = numbers[:width].view(rows, -1)
             if known.listed:
                 assert known.programs is not None
-                shares = schedule.starts_of(schedule.pages_of(span.numpy(), known.page, known.joined), known.programs)
+                pages = schedule.pages_of(span.numpy(), known.page, joined=known.joined)
+                shares = schedule.starts_of(pages, known.programs)
                 assert torch.equal(numbers[width:].view(2, -1), torch.from_numpy(shares))
             for group in store.groups:
                 wanted = torch.tensor([int(x) for x in group.bounds.span()]).expand(len(group.rows), -1)

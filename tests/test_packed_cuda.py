@@ -93,7 +93,7 @@ def test_the_source_does_as_the_reference(
             store.pool.write(name, store.table.reshape(-1), poisoned.flatten(0, 1))
     wanted, wanted_lse = decode_reference(queries, scaling, span, form, fields, keys, values)
     for late, programs in ((False, 4), (True, 6)):
-        pages = kernel.pages_of(span.numpy(), page, joined is not None)
+        pages = kernel.pages_of(span.numpy(), page, joined=joined is not None)
         starts = torch.from_numpy(kernel.starts_of(pages, (programs, 0 if joined else rows)))[0].contiguous()
         out = torch.full((programs, heads, form.head_dim), torch.nan)
         lse = torch.full((programs, heads), torch.nan)

@@ -326,7 +326,7 @@ def test_a_failed_forward_and_a_crop(tiny: Any, tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_kernels_of_a_gpu(tiny: Any, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's kernels run, and the compensation token is merged with what they return; no graph is captured."""
+    """Triton's kernels run, and the compensation token is merged with what they return."""
     pytest.importorskip("triton", reason="needs Triton")
     model = copy.deepcopy(tiny(**SHAPE)).to(device)
     ids = torch.randint(1, 131, (1, 200), generator=torch.Generator().manual_seed(1)).to(device)
@@ -337,8 +337,7 @@ def test_kernels_of_a_gpu(tiny: Any, tmp_path: Path, device: str, monkeypatch: p
         cache = fivefold.compress(model, f"{recipe} + kivi(bits=4, residual=32)")
         found.append(logits(model, cache, ids[:, :153], [150, 1, 1, 1]))
         assert bool(cache.session.stepping) == (kernels != "reference")
-        why = Step.why_not(cache.session)
-        assert why is not None and (kernels == "reference" or "graph" in why)
+        assert (Step.why_not(cache.session) is None) == (kernels != "reference")
     torch.testing.assert_close(found[0], found[1], atol=2e-2, rtol=2e-2)
 
 

@@ -83,7 +83,7 @@ def pair():
 
 
 # What a graph can depend on: packed pages, inputs and positions of layers, policies, picks.
-FIRST = ("kivi2", "rotatekv", "h2o", "tidal")
+FIRST = ("kivi2", "tidal")
 
 
 @pytest.mark.parametrize("name", quick([*FIRST, *(name for name in RECIPES if name not in FIRST)], len(FIRST)))
@@ -114,7 +114,8 @@ def test_families(family: str, sliding: bool) -> None:
         assert counter.frame_count == 2 and not counters["graph_break"]
 
 
-@pytest.mark.parametrize("padded", quick([True, False], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("padded", [True, False])
 def test_generate(tiny, padded: bool) -> None:
     model, counter = copy.deepcopy(tiny(**SHAPE)), CompileCounter()
     given = {"max_new_tokens": 40, "do_sample": False, "input_ids": ids(50, 2)}
@@ -163,7 +164,8 @@ def test_steps_from_fixed_tables(tiny, monkeypatch) -> None:
     assert cache.step.replays == 2 and cache.step.failed is None and counter.frame_count == 2
 
 
-@pytest.mark.parametrize("at", quick([1, 2], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [1, 2])
 def test_a_failure_leaves_the_cache_as_it_was(tiny, at: int) -> None:
     """In the store, within the operation that is in the graph."""
     model, raised = tiny(**SHAPE), 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fivefold
-from conftest import DEVICES, KERNELS
+from conftest import DEVICES, KERNELS, quick
 from fivefold.kernels.choice import choose
 from fivefold.kernels.packed_decode import Form, decode_page
 from fivefold.kernels.watched import Noise, reference
@@ -432,7 +432,7 @@ def test_what_cannot_be_replayed_says_why_and_runs(model, recipe: str, why: str 
     assert both.caches[1].step.replays == 0
 
 
-PLANNED = ["h2o", *(pytest.param(name, marks=pytest.mark.slow) for name in ("d2o", "tidal", "razor", "elastic+kivi"))]
+PLANNED = quick(["h2o", "d2o", "tidal", "razor", "elastic+kivi"], 0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is planned for a GPU is in benchmarks/plan_gpu.py")

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fivefold.kernels.device import sent
 from fivefold.kernels.packed_decode import schedule
 from fivefold.kernels.packed_decode.reference import Form
 from fivefold.store.bank import Bank, BankLayer
@@ -298,7 +299,7 @@ class Picked:
         if key not in self._near:
             heads = np.asarray(near[1])[:, 0]
             rows = np.arange(len(self._picks)).reshape(-1, len(heads))[:, heads].reshape(-1)
-            self._near[key] = torch.from_numpy(rows).to(self._picks.device)
+            self._near[key] = sent(self._picks.device, rows)[0]
         return self._picks.index_select(0, self._near[key])
 
 
