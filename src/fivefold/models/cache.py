@@ -212,7 +212,8 @@ class FivefoldCache(Cache):
         if self.step is not None:
             with suppress(CacheStateError):  # kernels that are asked for and not here, as `describe` says
                 why = self.step.failed if self.step.broken else self.step.why_not(self.session)
-                graph = f"not as a CUDA graph ({why})" if why else "as a CUDA graph"
+                own = f" of the model's own code ({self.step.own})" if self.step.own else ""
+            graph = f"not as a CUDA graph ({why})" if why else f"as a CUDA graph{own}"
         elif self.session.devices[0].type == "cuda":
             graph = "launch by launch (cuda_graph=True was not asked for)"
         beside = self.session.companions
