@@ -70,7 +70,7 @@ def test_steps_are_those_without(model, name: str) -> None:
     alike(*steps(model, caches, ids(batch, 3, model.device, 4)))
 
 
-@pytest.mark.parametrize("name", quick(["rotatekv", "mikv", "gear"], 1))
+@pytest.mark.parametrize("name", quick(["rotatekv", "mikv", "gear"], 0))
 def test_a_step_that_fails_leaves_the_cache_as_it_was(model, name: str, monkeypatch) -> None:
     """Whether before, in, or after the model's work."""
     recipe = recipe_of(name, model)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fivefold
-from conftest import VOCAB
+from conftest import VOCAB, quick
 from fivefold.attention import decode
 from fivefold.errors import CacheStateError
 from fivefold.kernels import choice, compiled
@@ -104,7 +104,10 @@ def padded(rows: int, tokens: int, pads: int) -> tuple[torch.Tensor, torch.Tenso
     return ids(rows, tokens), mask
 
 
-@pytest.mark.parametrize(("name", "graph"), [("full", True), ("kivi4", False), ("rotatekv", False), ("tidal", False)])
+@pytest.mark.parametrize(
+    ("name", "graph"),
+    [pytest.param("full", True, marks=pytest.mark.slow), ("kivi4", False), ("rotatekv", False), ("tidal", False)],
+)
 def test_nobody_looks_at_the_mask_of_a_step(tiny: Any, monkeypatch: Any, seen: Any, name: str, graph: bool) -> None:
     if graph:
         interpret(monkeypatch)
@@ -130,7 +133,10 @@ def test_nobody_looks_at_the_mask_of_a_step(tiny: Any, monkeypatch: Any, seen: A
     assert seen.looks  # of a chunk of several it has to be known: this test can fail
 
 
-@pytest.mark.parametrize(("name", "graph"), [("full", True), ("kivi4", False), ("rotatekv", False), ("h2o", False)])
+@pytest.mark.parametrize(
+    ("name", "graph"),
+    [pytest.param("full", True, marks=pytest.mark.slow), ("kivi4", False), ("rotatekv", False), ("h2o", False)],
+)
 def test_a_step_that_is_padding_for_some(tiny: Any, monkeypatch: Any, name: str, graph: bool) -> None:
     """It is done once more, with a look at its mask: every sequence has the logits that it has alone."""
     model, steps = tiny(**SHAPE), [(1, 1), (0, 1), (1, 0), (1, 1)]
@@ -221,7 +227,7 @@ def test_a_machine_without_a_compiler_is_said_once(tiny: Any, monkeypatch: Any) 
         choice._choose.cache_clear()
 
 
-@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("graph", quick([False, True], 1))
 def test_large_numbers_are_said_when_they_come_and_forgotten_when_they_go(
     tiny: Any, monkeypatch: Any, graph: bool
 ) -> None:

@@ -85,7 +85,7 @@ def test_pages_of_directions_and_exact_pages(device, inner, dim, dtype):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("recipe", quick(["minicache(start=0)", "minicache(start=0) + kivi(bits=4, residual=32)"], 1))
+@pytest.mark.parametrize("recipe", quick(["minicache(start=0)", "minicache(start=0) + kivi(bits=4, residual=32)"], 0))
 def test_steps_of_a_model_are_those_without_kernels(device, recipe, tiny, monkeypatch):
     model = copy.deepcopy(tiny("llama", num_hidden_layers=2)).to(device)
     ids = torch.randint(1, VOCAB, (1, 200), generator=torch.Generator().manual_seed(0)).to(device)

@@ -131,6 +131,7 @@ def test_many_short_requests_at_once(tiny: Any) -> None:
     check(model, "kivi(bits=4, residual=32)", generate_many(model, "kivi(bits=4, residual=32)", requests(lengths, new)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_steps_as_a_graph(tiny: Any, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU the same steps run in Triton's interpreter, which takes its time."""

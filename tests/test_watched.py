@@ -244,10 +244,9 @@ class Both:
 
 STEPS = [
     pytest.param("h2o"),
-    pytest.param("tidal"),
     *(pytest.param(name, marks=pytest.mark.slow) for name in (
-        "d2o", "keyformer", "elastic", "random", "snapkv", "anchors", "razor", "h2o+kivi", "snapkv+kivi", "d2o+kivi",
-        "tidal+kivi", "anchors+kivi", "razor+kivi", "elastic+kivi",
+        "tidal", "d2o", "keyformer", "elastic", "random", "snapkv", "anchors", "razor", "h2o+kivi", "snapkv+kivi",
+        "d2o+kivi", "tidal+kivi", "anchors+kivi", "razor+kivi", "elastic+kivi",
     )),
 ]  # fmt: skip
 
