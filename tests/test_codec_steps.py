@@ -59,7 +59,8 @@ def test_steps_are_those_without(model, name: str) -> None:
         return
     alike(*steps(model, caches, ids(batch, count, model.device, 1)))
     assert caches[1].step.replays == count and caches[1].step.failed is None and caches[0].step is None
-    assert caches[1].session.banks[0].at(slice(None)).packed_tokens.any()
+    if GPU or name in ("rotatekv", "gear", "mikv"):  # of others so few tokens are all exact
+        assert caches[1].session.banks[0].at(slice(None)).packed_tokens.any()
     if not GPU:
         return
     forks = [cache.fork() for cache in caches]

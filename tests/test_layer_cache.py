@@ -482,7 +482,8 @@ def alike() -> list[LayerCache]:
 
 
 def entangled() -> list[LayerCache]:
-    layer = alike()[0]
+    layer, other = alike()
+    other.free()
     return [layer, layer.fork()]
 
 
