@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fivefold
-from conftest import VOCAB, quick
+from conftest import VOCAB
 from fivefold.attention import decode
 from fivefold.errors import CacheStateError
 from fivefold.kernels import choice, compiled
@@ -227,7 +227,8 @@ def test_a_machine_without_a_compiler_is_said_once(tiny: Any, monkeypatch: Any) 
         choice._choose.cache_clear()
 
 
-@pytest.mark.parametrize("graph", quick([False, True], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("graph", [False, True])
 def test_large_numbers_are_said_when_they_come_and_forgotten_when_they_go(
     tiny: Any, monkeypatch: Any, graph: bool
 ) -> None:

@@ -52,7 +52,11 @@ def make(
         ([Extent()] * 2, Kivi(bits=4, residual=32)),
         pytest.param([Extent(), Extent(4, 100)], Kivi(bits=2, residual=40), marks=pytest.mark.slow),
         ([Extent(40, 70), Extent(0, 33)], None),
-        ([Extent(40, 70).intersect(Extent(4, 150)), Extent(4, 90).intersect(Extent(64, 33))], Kivi(bits=4, residual=0)),
+        pytest.param(
+            [Extent(40, 70).intersect(Extent(4, 150)), Extent(4, 90).intersect(Extent(64, 33))],
+            Kivi(bits=4, residual=0),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_step_is_that_of_the_reference(device, asked, extents, codec, monkeypatch) -> None:

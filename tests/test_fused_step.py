@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fivefold
-from conftest import DEVICES, KERNELS
+from conftest import DEVICES, KERNELS, quick
 from families import build
 from fivefold.models import graph
 
@@ -45,9 +45,7 @@ def stepped(model, recipe: str, rows: int, device, count: int = 1, **given):
     return found, wanted, caches[0]
 
 
-@pytest.mark.parametrize(
-    "family", ["qwen2", "qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "mistral"))]
-)
+@pytest.mark.parametrize("family", quick(["qwen3", "qwen2", "llama", "mistral"], 1))
 def test_families(device, family: str) -> None:
     """With biases of queries, keys and values (qwen2), and norms of their heads (qwen3)."""
     model = build(family, **ONE).to(device)
@@ -124,7 +122,7 @@ def _other_parts(device):
     return build("olmo2", **ONE).to(device), "Olmo2DecoderLayer without input_layernorm"
 
 
-@pytest.mark.parametrize("make", [_multiplied, _logits_scaled, _hooked, _adapted, _wrapped, _other_parts])
+@pytest.mark.parametrize("make", quick([_multiplied, _hooked, _other_parts, _logits_scaled, _adapted, _wrapped], 3))
 def test_other_models_run_their_own_code(device, make) -> None:
     """Known by their parts, by what others have changed, or by what comes out; and a step says which."""
     model, why = make(device)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import fivefold
+from conftest import quick
 from fivefold.errors import NonFiniteError, RecipeError
 from fivefold.kernels.choice import choose
 from fivefold.kernels.gear import add_scores, extra_output, reference
@@ -381,12 +382,12 @@ def test_with_windows_and_head_lists_in_the_bytes_that_the_parts_predict(
     assert report.tokens == length
 
 
-@pytest.mark.parametrize("recipe", [
+@pytest.mark.parametrize("recipe", quick([
     "h2o(keep=0.6) + gear()", "snapkv(keep=0.7) + gear(bits=4)", "d2o(keep=0.8) + gear(bits=4)",
     "tidal(top=64) + gear()", "anchors(top=64, anchors=[0]) + gear(bits=4)",
     "tidal(top=64) + kivi(key_bits=4, value_bits=2)", "h2o(keep=0.6) + kivi(key_bits=2, value_bits=8)",
     "duo(keep=0.5, retrieval=[[0, 0]], recent=64) + h2o(keep=0.5) + gear(bits=4)",
-])  # fmt: skip
+], 3))  # fmt: skip
 def test_with_methods_of_other_slots(tiny: Callable[..., Any], recipe: str) -> None:
     cache = read(tiny(), recipe, steps=150)
     report = cache.report()
@@ -396,6 +397,7 @@ def test_with_methods_of_other_slots(tiny: Callable[..., Any], recipe: str) -> N
     assert fork.report().codes == report.codes
 
 
+@pytest.mark.slow
 def test_what_is_generated_is_compressed_a_page_at_a_time(tiny: Callable[..., Any]) -> None:
     """A long generation: the low-rank part grows by a page's factors for each page and by nothing else."""
     model = tiny()

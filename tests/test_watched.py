@@ -242,13 +242,10 @@ class Both:
                     assert torch.allclose(mine.dense_part(which), theirs.dense_part(which), 1e-2, 1e-3)
 
 
-STEPS = [
-    pytest.param("h2o"),
-    *(pytest.param(name, marks=pytest.mark.slow) for name in (
-        "tidal", "d2o", "keyformer", "elastic", "random", "snapkv", "anchors", "razor", "h2o+kivi", "snapkv+kivi",
-        "d2o+kivi", "tidal+kivi", "anchors+kivi", "razor+kivi", "elastic+kivi",
-    )),
-]  # fmt: skip
+STEPS = quick([
+    "h2o", "tidal", "d2o", "keyformer", "elastic", "random", "snapkv", "anchors", "razor", "h2o+kivi", "snapkv+kivi",
+    "d2o+kivi", "tidal+kivi", "anchors+kivi", "razor+kivi", "elastic+kivi",
+], 0)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", STEPS)
