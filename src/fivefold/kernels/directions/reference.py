@@ -6,13 +6,13 @@ tokens are kept as they are besides (`methods/layers/minicache.py`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from fivefold.kernels.low_rank.reference import attention_reference
-from fivefold.kernels.packed_decode.reader import Packed, Reader
-from fivefold.kernels.packed_decode.reference import Form, decode_page
+from fivefold.kernels.packed_decode.reader import Reader
+from fivefold.kernels.packed_decode.reference import Form, attention_reference, decode_page
 
 SIDES = ("key", "value")
 
@@ -56,20 +56,11 @@ class Directions(Reader):
             return supports(self.inner, heads, self.head_dim)
         return None
 
-    def attend(
-        self,
-        packed: Packed,
-        queries: torch.Tensor,
-        scale: float,
-        spans: torch.Tensor,
-        starts: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        scores: torch.Tensor | None = None,
-    ) -> None:
-        from fivefold.kernels.directions.triton import attend
+    @property
+    def kernel(self) -> Callable[..., None]:
+        from fivefold.kernels.directions import triton
 
-        attend(self, packed, queries, scale, spans, starts, out, lse)
+        return triton.attend
 
 
 def decode_directions(

@@ -13,7 +13,8 @@ from typing import ClassVar
 
 import torch
 
-from fivefold.kernels.packed_decode.reader import Packed, Reader
+from fivefold.kernels.packed_decode.reader import Reader
+from fivefold.kernels.packed_decode.reference import attention_reference
 from fivefold.kernels.planar import PLANES, dequantise, unpack_planes
 
 CHUNK = 64
@@ -111,20 +112,11 @@ class Features(Reader):
             return f"pages of {self.nbytes} bytes do not begin at multiples of {self.unit}"
         return None
 
-    def attend(
-        self,
-        packed: Packed,
-        queries: torch.Tensor,
-        scale: float,
-        spans: torch.Tensor,
-        starts: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        scores: torch.Tensor | None = None,
-    ) -> None:
-        from fivefold.kernels.low_rank.triton import attend
+    @property
+    def kernel(self) -> Callable[..., None]:
+        from fivefold.kernels.low_rank import triton
 
-        attend(self, packed, queries, scale, spans, starts, out, lse)
+        return triton.attend
 
 
 @dataclass(frozen=True)
@@ -218,34 +210,3 @@ def decode_reference(
     first = spans[:, 7].to(queries.device)
     packed = decode_features(form, fields, first, dtype)
     return attention_reference(queries, scaling, spans, packed, keys, values, dtype)
-
-
-def attention_reference(
-    queries: torch.Tensor,
-    scaling: float,
-    spans: torch.Tensor,
-    packed: tuple[torch.Tensor, torch.Tensor],
-    keys: torch.Tensor | None,
-    values: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for packed tokens as they are decoded, keys and values `[rows, slots, head_dim]`."""
-    rows, device = len(queries), queries.device
-    low, high, sink, start, stop, fading, faded, _ = spans.to(device).long()[:, :, None].unbind(1)
-    parts = [packed]
-    slot = torch.arange(parts[0][0].shape[1], device=device)
-    seen = [((slot >= low) & (slot < high)).expand(rows, -1)]
-    if keys is not None:
-        assert values is not None
-        parts.append((keys.to(dtype), values.to(dtype)))
-        slot = torch.arange(keys.shape[1], device=device)
-        shown = (slot < sink) | (slot >= start) | ((slot >= fading) & (slot < faded))
-        seen.append(shown & (slot < stop))
-    visible = torch.cat(seen, 1)[:, None]
-    key, value = (torch.cat(x, 1) for x in zip(*parts))
-    # What no query sees may be anything, also not a number.
-    key, value = (x.masked_fill(~visible.transpose(1, 2), 0) for x in (key, value))
-    scores = (queries.to(dtype) * scaling @ key.transpose(1, 2)).masked_fill(~visible, float("-inf"))
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).exp().masked_fill(~visible, 0)
-    return weights @ value, lse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,6 +45,11 @@ class Reader:
         """Why it cannot read such pages for so many query heads a row, in a few words; None if it can."""
         return None
 
+    @property
+    def kernel(self) -> Callable[..., None]:
+        """What `attend` calls, with the reader before its own arguments; scores only if they are asked for."""
+        raise NotImplementedError
+
     def attend(
         self,
         packed: Packed,
@@ -63,7 +69,8 @@ class Reader:
         float32 `[rows, query_heads, columns * tokens]`, which gets those of the packed slots that are seen, to the base
         2; what stands elsewhere is anything.
         """
-        raise NotImplementedError
+        more = () if scores is None else (scores,)
+        self.kernel(self, packed, queries, scale, spans, starts, out, lse, *more)
 
 
 @dataclass(frozen=True)

@@ -86,35 +86,49 @@ def decode_reference(
     Computed in `dtype`; a row that sees nothing has output 0 and log-sum-exp -inf. Returns output
     `[rows, query_heads, head_dim]` and natural log-sum-exp `[rows, query_heads]`.
     """
-    all_keys: list[torch.Tensor] = []
-    all_values: list[torch.Tensor] = []
-    seen: list[torch.Tensor] = []
-    rows, device = queries.shape[0], queries.device
-    low, high, sink, start, stop = spans.to(device).long()[:, :5, None].unbind(1)
+    packed = None
     if fields is not None:
         assert form is not None
-        columns = fields[0].shape[1]
-        for all_, x in zip(
-            (all_keys, all_values), decode_page(form, tuple(field.flatten(0, 1) for field in fields), dtype)
-        ):
-            all_.append(x.reshape(rows, columns * form.tokens, -1))
-        slot = torch.arange(columns * form.tokens, device=device)
+        pages = decode_page(form, tuple(field.flatten(0, 1) for field in fields), dtype)
+        found = [x.reshape(len(queries), -1, form.head_dim) for x in pages]
+        packed = found[0], found[1]
+    return attention_reference(queries, scaling, spans, packed, keys, values, dtype)
+
+
+def attention_reference(
+    queries: torch.Tensor,
+    scaling: float,
+    spans: torch.Tensor,
+    packed: tuple[torch.Tensor, torch.Tensor] | None = None,
+    keys: torch.Tensor | None = None,
+    values: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`decode_reference` of packed tokens as they are decoded, keys and values `[rows, slots, head_dim]`."""
+    parts, seen, device = [], [], queries.device
+    low, high, sink, start, stop = spans.to(device).long()[:, :5, None].unbind(1)
+    if packed is not None:
+        parts.append(packed)
+        slot = torch.arange(packed[0].shape[1], device=device)
         seen.append((slot >= low) & (slot < high))
     if keys is not None:
         assert values is not None
-        all_keys.append(keys.to(dtype))
-        all_values.append(values.to(dtype))
+        parts.append((keys.to(dtype), values.to(dtype)))
         slot = torch.arange(keys.shape[1], device=device)
         shown = (slot < sink) | (slot >= start)
         if spans.shape[1] > 6:
             fading, faded = spans.to(device).long()[:, 5:7, None].unbind(1)
             shown |= (slot >= fading) & (slot < faded)
         seen.append(shown & (slot < stop))
-    visible = torch.cat(seen, 1)[:, None]
-    scores = queries.to(dtype) * scaling @ torch.cat(all_keys, 1).transpose(1, 2)
+    key, value = (torch.cat(x, 1) for x in zip(*parts))
+    return weighted(queries.to(dtype) * scaling @ key.transpose(1, 2), value, torch.cat(seen, 1)[:, None])
+
+
+def weighted(scores: torch.Tensor, values: torch.Tensor, visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values `[rows, slots, head_dim]` by the softmax of scores `[rows, query_heads, slots]` over what is `visible
+    [rows, 1, slots]`, and its log-sum-exp `[rows, query_heads]`. What no query sees may be anything, also not a
+    number."""
     scores = scores.masked_fill(~visible, float("-inf"))
     lse = scores.logsumexp(-1)
     weights = (scores - lse[..., None]).exp().masked_fill(~visible, 0)
-    # What no query sees may be anything, also not a number.
-    value = torch.cat(all_values, 1).masked_fill(~visible.transpose(1, 2), 0)
-    return weights @ value, lse
+    return weights @ values.masked_fill(~visible.transpose(1, 2), 0), lse

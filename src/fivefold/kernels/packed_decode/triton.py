@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from fivefold.kernels.choice import choose
-from fivefold.kernels.device import numbered, on
+from fivefold.kernels.device import early, numbered, on
 from fivefold.kernels.packed_decode import cuda
 from fivefold.kernels.packed_decode.reader import Reader
 from fivefold.kernels.packed_decode.reference import Form
@@ -495,11 +495,6 @@ def _processors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-@cache
-def _capability(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-
-
 def by_cuda(form: Reader, heads: int, device: torch.device) -> bool:
     """Whether `cuda.py` attends over packed pages of this form."""
     if device.type != "cuda" or not isinstance(form, Form):
@@ -631,7 +626,7 @@ def decode(
             )  # fmt: skip
         merged = torch.empty_like(queries)
         merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
-        waits = PDL and packed is not None and joined is exact and _capability(device) >= 9
+        waits = PDL and packed is not None and joined is exact and early(device)
         _combine[(rows, heads)](
             packed_out, packed_lse, exact_out, exact_lse, starts[0], starts[1], merged,
             merged_lse if with_lse else exact_lse,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from fivefold.kernels.packed_decode.reader import Packed, Reader
-from fivefold.kernels.packed_decode.reference import decode_keys, decode_values
+from fivefold.kernels.packed_decode.reader import Reader
+from fivefold.kernels.packed_decode.reference import decode_keys, decode_values, weighted
 from fivefold.kernels.planar import sheets_of
 
 Fields = tuple[torch.Tensor, ...]
@@ -93,20 +94,11 @@ class Planar(Reader):
             return f"more than {_MOST_OUTLIERS} outliers of a channel or token"
         return None
 
-    def attend(
-        self,
-        packed: Packed,
-        queries: torch.Tensor,
-        scale: float,
-        spans: torch.Tensor,
-        starts: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        scores: torch.Tensor | None = None,
-    ) -> None:
+    @property
+    def kernel(self) -> Callable[..., None]:
         from fivefold.kernels.planar_decode import triton
 
-        triton.attend(self, packed, queries, scale, spans, starts, out, lse, scores)
+        return triton.attend
 
 
 def decode_planar(
@@ -163,7 +155,4 @@ def attend_planar(
     low, high = spans.to(queries.device).long()[:, :2, None].unbind(1)
     slot = torch.arange(columns * form.tokens, device=queries.device)
     seen = ((slot >= low) & (slot < high))[:, None]
-    scores = scores.masked_fill(~seen, float("-inf"))
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).exp().masked_fill(~seen, 0)
-    return weights @ values.masked_fill(~seen.transpose(1, 2), 0), lse
+    return weighted(scores, values, seen)

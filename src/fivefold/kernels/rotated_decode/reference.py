@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import pi
@@ -10,7 +11,7 @@ import torch
 
 from fivefold.kernels.hadamard import hadamard
 from fivefold.kernels.packed_decode import Reader, decode_values
-from fivefold.kernels.packed_decode.reader import Packed
+from fivefold.kernels.packed_decode.reference import attention_reference
 from fivefold.kernels.planar import PLANES
 from fivefold.kernels.shared import shared
 
@@ -89,20 +90,11 @@ class Rotated(Reader):
             return f"groups of {self.channels} channels"
         return None
 
-    def attend(
-        self,
-        packed: Packed,
-        queries: torch.Tensor,
-        scale: float,
-        spans: torch.Tensor,
-        starts: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        scores: torch.Tensor | None = None,
-    ) -> None:
+    @property
+    def kernel(self) -> Callable[..., None]:
         from fivefold.kernels.rotated_decode import triton
 
-        triton.attend(self, packed, queries, scale, spans, starts, out, lse, scores)
+        return triton.attend
 
 
 def splits(team: int, head_dim: int) -> bool:
@@ -171,9 +163,4 @@ def attend_rotated(
         row, column, sink = (page["sinks"] >= 0).nonzero().unbind(1)
         at = column * form.tokens + page["sinks"][row, column, sink]
         keys[row, at], values[row, at] = (x[row, sink].to(dtype) for x in learned)
-    low, high = spans.to(device).long()[:, :2, None].unbind(1)
-    seen = ((slot >= low) & (slot < high))[:, None]
-    scores = (queries.to(dtype) * scaling @ keys.transpose(1, 2)).masked_fill(~seen, float("-inf"))
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).exp().masked_fill(~seen, 0)
-    return weights @ values.masked_fill(~seen.transpose(1, 2), 0), lse
+    return attention_reference(queries, scaling, spans, (keys, values), dtype=dtype)
