@@ -153,7 +153,7 @@ class LowRankCodec(LearnedCodec):
         self._reader = None
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.peak = max(self.peak, check_finite(keys, values, self.limit))
+        check_finite(keys, values, self.limit)
 
     def bases(self, context: Context) -> Sequence[torch.Tensor]:
         """A and B of keys (channels in the paired order) and of values: `[groups or 1, n, rank]`, `[.., rank, n]`."""

@@ -12,15 +12,12 @@ from fivefold.store.pages import PageLayout
 FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
-def check_finite(keys: torch.Tensor, values: torch.Tensor, limit: float = FLOAT16_MAX) -> float:
-    """The largest magnitude of both. Raises `NonFiniteError` if it is beyond `limit`, what float16 fields can hold."""
-    largest = 0.0
+def check_finite(keys: torch.Tensor, values: torch.Tensor, limit: float = FLOAT16_MAX) -> None:
+    """Raise `NonFiniteError` if the largest magnitude of either is beyond `limit`, what float16 fields can hold."""
     for name, x in (("keys", keys), ("values", values)):
         peak = float(x.detach().abs().amax())
         if not peak <= limit:  # also when it is NaN
             raise beyond(name, peak)
-        largest = max(largest, peak)
-    return largest
 
 
 def beyond(name: str, peak: float) -> NonFiniteError:
@@ -42,8 +39,6 @@ class Codec:
     group: int
     form: Form | None = None
     """What its pages look like to the kernels that pack, unpack and pick KIVI's; None if they are others."""
-    peak: float = 0.0
-    """The largest absolute number that was checked so far, for kernels with a narrower range than the pages."""
     compiled: bool = False
     """Whether its `scores` and `output` are kernels where C++ runs (`kernels/compiled.py`)."""
     contextual: bool = False

@@ -109,7 +109,7 @@ class KiviCodec(Codec):
         return self.form or Planar(self.bits, self.value_bits, self.planes, *groups, unbias=self.unbias)
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.peak = max(self.peak, check_finite(keys, values))
+        check_finite(keys, values)
 
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None

@@ -158,7 +158,7 @@ class TokenCodec(Codec):
         return (keys.view(rows, -1, dim) * balance[:, None]).view(keys.shape)
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.peak = max(self.peak, check_finite(keys, values))
+        check_finite(keys, values)
 
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None

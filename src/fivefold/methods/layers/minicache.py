@@ -321,7 +321,7 @@ class MiniCacheCodec(PairCodec):
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         limit = FLOAT16_MAX if self.norms is torch.float16 else torch.finfo(torch.float32).max
         norms = [x.float().norm(dim=-1) for x in (keys, values)]
-        self.peak = max(self.peak, check_finite(norms[0], norms[1], limit))
+        check_finite(norms[0], norms[1], limit)
 
     # -- packing ------------------------------------------------------------------------------------------
 
