@@ -8,7 +8,7 @@ every layer exactly as it was.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from fivefold.attention.fused import why_not_each
-from fivefold.attention.watch import unsteady
 from fivefold.engine import admission, decoding
 from fivefold.engine.companions import Companions
 from fivefold.engine.picks import Picks, Reads
@@ -300,11 +299,18 @@ class Session:
 
     # -- a forward ----------------------------------------------------------------------------------------
 
-    def admit(self, batch: int, chunk: int, mask: torch.Tensor | None, positions: torch.Tensor | None) -> None:
+    def admit(
+        self,
+        batch: int,
+        chunk: int,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        whys: Mapping[int, str | None] | None = None,
+    ) -> None:
         """Before the first layer takes a chunk: everything that could refuse it.
 
         mask: bool `[batch or 1, all tokens]`, where a token is no padding; positions: int64 `[batch or 1, chunk]`, as
-        the model counts them; None if no codec wants them.
+        the model counts them, None if no codec wants them; whys: of a step, `why_not_fused` where it is known already.
         """
         if self.batch not in (0, batch):
             raise CacheStateError(f"the cache holds {self.batch} sequences and was given {batch}: use a new cache.")
@@ -312,14 +318,9 @@ class Session:
         self.tokens, self.offsets = admission.admitted(trusted, self.stores, self.length, batch, chunk, mask, positions)
         self.trusting, self.chunk = chunk > 1 or bool(self.tokens.all()), chunk
         if chunk == 1 and self.batch and self.tokens.all():
-            whys = self.why_not_fused()
+            whys = self.why_not_fused() if whys is None else whys
             decoding.warn(self, whys)
             self.stepping = opened(self.stores, self.banks, whys, self.reads, self.revocable)
-
-    @property
-    def steady(self) -> bool:
-        """Whether the next step of tokens that a policy chooses may be a kernel's, as they stand just now."""
-        return not unsteady(self.stores, self.revocable)
 
     def why_not_fused(self) -> dict[int, str | None]:
         """Why a layer's decoding step is not one call of a kernel, in a few words, of each layer; None if it is."""

@@ -8,7 +8,7 @@ and sent to fixed places on the device (`attention/tables.py`); after it, the po
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fivefold.attention.tables import DeviceTables, tables_of
+from fivefold.attention.watch import unsteady
 from fivefold.engine import decoding
 from fivefold.engine.admission import Padded
 from fivefold.engine.session import Session
@@ -96,9 +97,12 @@ class Step:
         session, ids = cache.session, given.get("input_ids")
         if self.broken or ids is None or ids.ndim != 2 or ids.shape[1] != 1 or session.length == 0:
             return None
-        if not session.steady:
-            return None
-        why = self.why_not(session)
+        if unsteady(session.stores, session.revocable):
+            return None  # the host plans this one
+        why, whys = _unfit(session), None
+        if why is None:
+            whys = session.why_not_fused()
+            why = _first(whys)
         if why and self.captured:
             self.reset()
         self.failed = why or _why_not_now(given, ids, session.devices[0])
@@ -107,7 +111,7 @@ class Step:
             return None
         try:
             with session.atomic():
-                logits = self._step(model, forward, cache, ids, given)
+                logits = self._step(model, forward, cache, ids, given, whys)
         except RuntimeError as error:
             if isinstance(error, FivefoldError | torch.OutOfMemoryError):
                 raise
@@ -124,6 +128,7 @@ class Step:
         cache: SteppedCache,
         ids: torch.Tensor,
         given: dict[str, Any],
+        whys: Mapping[int, str | None] | None,
     ) -> torch.Tensor:
         session, positions, batch = cache.session, given.get("position_ids"), ids.shape[0]
         size = 1 << (batch - 1).bit_length() if session.ragged else batch
@@ -139,7 +144,7 @@ class Step:
             right = tables is not None and tables.sequences == size
             if not (right and ((bank.mirror is tables and tables.fit()) or tables.bind(bank))) and session.ragged:
                 DeviceTables(bank, size, self.reserved)
-        session.admit(batch, 1, given.get("attention_mask"), None)
+        session.admit(batch, 1, given.get("attention_mask"), None, whys)
         if not session.stepping:
             raise Padded
         found = [tables_of(bank) for bank in session.banks]
@@ -158,13 +163,7 @@ class Step:
     @staticmethod
     def why_not(session: Session) -> str | None:
         """Why steps of this cache depend on the host, in a few words; None if they do not."""
-        if session.companions is not None:
-            return "layers with a sliding window are transformers' own"
-        if len(session.devices) > 1:
-            return f"its layers are on {len(session.devices)} devices"
-        if session.devices[0].type == "cpu" and not choose(session.devices[0]).triton:
-            return "the cache is on a CPU"
-        return next((why for why in session.why_not_fused().values() if why is not None), None)
+        return _unfit(session) or _first(session.why_not_fused())
 
     def _same(self, model: PreTrainedModel) -> bool:
         """Whether what was captured is this model with these weights."""
@@ -226,6 +225,22 @@ class Step:
             ).logits
         finally:
             cache.session.captured = False
+
+
+def _unfit(session: Session) -> str | None:
+    """Why no step of such a session is a graph, whatever its layers hold, in a few words; None if one may be."""
+    if session.companions is not None:
+        return "layers with a sliding window are transformers' own"
+    if len(session.devices) > 1:
+        return f"its layers are on {len(session.devices)} devices"
+    if session.devices[0].type == "cpu" and not choose(session.devices[0]).triton:
+        return "the cache is on a CPU"
+    return None
+
+
+def _first(whys: Mapping[int, str | None]) -> str | None:
+    """Why the first layer is no kernel's that is not."""
+    return next((why for why in whys.values() if why is not None), None)
 
 
 def _why_not_now(given: dict[str, Any], ids: torch.Tensor, device: torch.device) -> str | None:
