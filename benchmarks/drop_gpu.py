@@ -14,8 +14,6 @@ import argparse
 import gc
 import json
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +37,6 @@ def pairs(layers: int) -> list[tuple[str, str]]:
     return [(one, recipe) for recipe, dropped in names for one in (recipe, dropped)]
 
 
-def events(call: Callable[[], Any]) -> float:
-    """Milliseconds of a call on the device, gaps included."""
-    if not torch.cuda.is_available():
-        begin = time.perf_counter()
-        call()
-        return (time.perf_counter() - begin) * 1e3
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return float(begin.elapsed_time(end))
-
-
 @torch.inference_mode()
 def row(model: Any, recipe: str, context: int, batch: int, steps: int) -> dict[str, Any]:
     cuda = model.device.type == "cuda"
@@ -68,7 +51,7 @@ def row(model: Any, recipe: str, context: int, batch: int, steps: int) -> dict[s
 
     times = []
     for number in range(WARM_UP + steps):
-        took = events(step)
+        took = machine.elapsed_ms(step)
         token = out["token"]
         if number >= WARM_UP:
             times.append(took)

@@ -99,21 +99,6 @@ def check(model: Any, recipe: str, batch: int, tokens: int = 250) -> dict[str, A
     }  # fmt: skip
 
 
-def events(call: Callable[[], Any]) -> float:
-    """Milliseconds of a call on the device, gaps included."""
-    if not torch.cuda.is_available():
-        begin = time.perf_counter()
-        call()
-        return (time.perf_counter() - begin) * 1e3
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return float(begin.elapsed_time(end))
-
-
 @torch.inference_mode()
 def timed(model: Any, recipe: str, context: int, steps: int, profile: bool = False) -> dict[str, Any]:
     """A row: milliseconds of a step."""
@@ -128,12 +113,12 @@ def timed(model: Any, recipe: str, context: int, steps: int, profile: bool = Fal
     def step() -> None:
         token.copy_(model(token, past_key_values=cache).logits[:, -1:].argmax(-1))
 
-    times = [events(step) for _ in range(WARM_UP + steps)][WARM_UP:]
+    times = [machine.elapsed_ms(step) for _ in range(WARM_UP + steps)][WARM_UP:]
     if profile and cuda:
         _profile(step)
         captured = getattr(getattr(cache, "step", None), "captured", {})
         for one in captured.values():
-            alone = statistics.median(events(one.graph.replay) for _ in range(9))
+            alone = statistics.median(machine.elapsed_ms(one.graph.replay) for _ in range(9))
             begin = time.perf_counter()
             for _ in range(5):
                 step()

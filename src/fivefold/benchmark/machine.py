@@ -84,6 +84,21 @@ def stamp() -> dict[str, Any]:
     return {"date": time.strftime("%Y-%m-%d"), "machine": describe()}
 
 
+def elapsed_ms(call: Callable[[], Any]) -> float:
+    """Milliseconds of a call on the device, gaps included."""
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e3
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end))
+
+
 def median_ms(call: Callable[[], Any], device: torch.device, repeats: int = 25) -> float:
     """Median time of a call, milliseconds. On a GPU: of a captured graph, by events, with nothing of it in L2."""
     if device.type == "cpu":

@@ -1,17 +1,10 @@
 // Attention on pages of low-rank features, as `cpu.py` says, 32 tokens at a time: keys never leave the processor's first
 // caches, and of values only sums are made. KIND (0 float32, 1 bfloat16, 2 float16; with BITS planar codes), TOKENS (of
 // a page), RANK (features of a row), HEADS (rows that are together), D (head_dim), PAIRS (that RoPE turns), QUERIES.
-#include "../cpu.h"
+#include "../lanes.h"
 
 constexpr int FEATURES = HEADS * RANK, STEPS = TOKENS / ROWS;
 
-// What the processor computes side by side.
-#ifdef __AVX512F__
-constexpr int WIDE = 16;
-#else
-constexpr int WIDE = 8;
-#endif
-typedef float Lanes __attribute__((vector_size(4 * WIDE), may_alias));
 constexpr int PADDED = (FEATURES + WIDE - 1) / WIDE * WIDE;
 
 static inline float number(const uint16_t* at, int i) {
@@ -45,16 +38,6 @@ static void unpacked(const Side& side, int row, int page, int step, float (*out)
   own += (KIND == 0 ? 2 : 1) * step * ROWS * RANK;
   for (int i = 0; i < ROWS * RANK; i++) flat[i] = number(own, i);
 #endif
-}
-
-// Sums of rows of x by their weights, `outs` of them at a time so that what is loaded serves them all.
-template <int outs>
-static inline void weighted(const float* weights, int count, const float (*x)[ROWS], float* out, int64_t apart) {
-  Lanes sums[outs][ROWS / WIDE] = {};
-  for (int k = 0; k < count; k++)
-    for (int o = 0; o < outs; o++)
-      for (int i = 0; i < ROWS / WIDE; i++) sums[o][i] += weights[o * count + k] * ((const Lanes*)x[k])[i];
-  for (int o = 0; o < outs; o++) memcpy(out + o * apart, sums[o], sizeof sums[o]);
 }
 
 constexpr int most(int count) { return WIDE == 16 && count % 8 == 0 ? 8 : count % 4 == 0 && WIDE == 16 ? 4 : count % 3 == 0 ? 3 : count % 2 == 0 ? 2 : 1; }

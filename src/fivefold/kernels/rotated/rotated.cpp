@@ -1,28 +1,10 @@
 // Scores of rotated keys, as `reference.py` has it, a plane at a time: keys never leave the processor's first caches.
 // BITS, PLANES, D (head_dim), GROUP (channels that share a scale), HEADS (rows that are together), N (order of the
 // Hadamard matrix), CORE (order of its core), PAIRS (that RoPE turns), QUERIES.
-#include "../cpu.h"
+#include "../lanes.h"
 
 constexpr int CHANNELS = HEADS * D, GROUPS = D / GROUP;
 using Columns = float[CHANNELS][ROWS];  // a channel's tokens side by side
-
-// What the processor computes side by side.
-#ifdef __AVX512F__
-constexpr int WIDE = 16;
-#else
-constexpr int WIDE = 8;
-#endif
-typedef float Lanes __attribute__((vector_size(4 * WIDE), may_alias));
-
-// Sums of channels of x by their weights, `outs` of them at a time so that what is loaded serves them all.
-template <int outs>
-static inline void weighted(const float* weights, int count, const float (*x)[ROWS], float* out, int64_t apart) {
-  Lanes sums[outs][ROWS / WIDE] = {};
-  for (int k = 0; k < count; k++)
-    for (int o = 0; o < outs; o++)
-      for (int i = 0; i < ROWS / WIDE; i++) sums[o][i] += weights[o * count + k] * ((const Lanes*)x[k])[i];
-  for (int o = 0; o < outs; o++) memcpy(out + o * apart, sums[o], sizeof sums[o]);
-}
 
 constexpr int at_a_time(int count) { return count % 3 == 0 ? 3 : count % 2 == 0 ? 2 : 1; }
 
