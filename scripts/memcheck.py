@@ -62,7 +62,9 @@ def written(name: str, model: Any) -> str:
     """A recipe for this model; heads that hold everything: all of every third layer, one of every other third."""
     recipe, layers = RECIPES[name], model.config.num_hidden_layers
     heads = range(model.config.num_key_value_heads)
-    full = [[layer, head] for layer in range(layers) for head in heads if layer % 3 == 0 or (layer % 3 == 1 and not head)]
+    full = [
+        [layer, head] for layer in range(layers) for head in heads if layer % 3 == 0 or (layer % 3 == 1 and not head)
+    ]
     recipe = recipe.replace("{retrieval}", str(full))
     for method in ("rotatekv", "cskv", "kv_heads", "anchors", "razor"):
         if f"{{{method}}}" in recipe:
@@ -149,7 +151,9 @@ def main() -> None:
         if not max(far) < 0.1:
             bad.append(name)
         print(f"{name}: {' '.join(f'{x:.4f}' for x in far)} ({graph}, {took:.1f} s)"[:300], flush=True)
-    print(f"{len(bad)} of {len(names)} recipes are wrong: {', '.join(bad)}" if bad else f"{len(names)} recipes are right")
+    print(
+        f"{len(bad)} of {len(names)} recipes are wrong: {', '.join(bad)}" if bad else f"{len(names)} recipes are right"
+    )
     raise SystemExit(bool(bad))
 
 
