@@ -79,8 +79,8 @@ def _wait(device: torch.device) -> None:
 
 @torch.inference_mode()
 def apart(model: Any, recipe: str, rows: int, context: int, graph: bool, beside: bool) -> tuple[list[float], Any]:
-    """How far the logits of each call are from the reference's, in parts of their norm (not compared: 0), and why a step
-    was no graph."""
+    """How far the logits of each call are from the reference's, in parts of their norm (0 where nothing is compared),
+    and why a step was no graph."""
     device = model.device
 
     def ids(tokens: int, seed: int) -> torch.Tensor:

@@ -6,7 +6,6 @@ In Triton's interpreter, where places out of range are read in silence, unless s
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest

@@ -471,8 +471,8 @@ class DeviceTables:
         if self.joined and self.picked is not None:
             self._share_out(False)
             self._pages = self._ahead = None
-        for layer in self.bank.layers if self.picked is not None else ():
-            if self.picked.role(layer) == "sparse":  # not while a graph is captured
+        for layer in self.bank.layers:
+            if self.picked is not None and self.picked.role(layer) == "sparse":  # not while a graph is captured
                 self._spread(self.picked.reads.top + 1)
                 self._taken_over(layer)
         if self.watches and watches:

@@ -315,10 +315,10 @@ def attend(
     if scores is None:
         scores = torch.empty((rows, heads, slots), dtype=torch.float32, device=queries.device)
     sink_keys, sink_values = packed.learned if form.sinks else (queries, queries)
-    if queries.is_cuda and choose(queries.device).path == "cuda" and cuda.supports(form, heads, queries.dtype):
-        if sink_keys.dtype == queries.dtype:
-            cuda.attend(form, packed, queries, scale, spans, starts, out, lse, scores)
-            return
+    compiled = queries.is_cuda and choose(queries.device).path == "cuda" and sink_keys.dtype == queries.dtype
+    if compiled and cuda.supports(form, heads, queries.dtype):
+        cuda.attend(form, packed, queries, scale, spans, starts, out, lse, scores)
+        return
     each = triton.next_power_of_2(heads)
     common = {
         "D": dim, "BITS": form.bits, "CHANNELS": form.channels, "TEAM": form.team,
