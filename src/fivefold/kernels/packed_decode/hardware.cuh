@@ -85,6 +85,11 @@ __device__ __forceinline__ float half_to_float(unsigned short x) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
   return y;
 }
+__device__ __forceinline__ unsigned short float_to_half(float x) {
+  unsigned short y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+  return y;
+}
 __device__ __forceinline__ u32 shared(const char* p) { return (u32)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ void copy16(u32 to, const char* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
@@ -122,9 +127,3 @@ __device__ __forceinline__ u32 half2_pow2(int e) { return u32((e + 15) << 10) * 
 
 __device__ __forceinline__ uint4 load16(const char* p) { return *reinterpret_cast<const uint4*>(p); }
 __device__ __forceinline__ uint2 load8(const char* p) { return *reinterpret_cast<const uint2*>(p); }
-
-// The pair of numbers x, turned by the angle whose cosine and sine these are.
-__device__ __forceinline__ u32 turned(u32 x, u32 cosine_sine) {
-  const u32 cosine = __byte_perm(cosine_sine, 0, 0x1010), sine = __byte_perm(cosine_sine, 0, 0x3232);
-  return fma2(__byte_perm(x, 0, 0x1032) ^ 0x8000u, sine, mul2(x, cosine));
-}

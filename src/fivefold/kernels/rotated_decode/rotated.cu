@@ -48,15 +48,20 @@ constexpr int N = TEAM * D;                                   // rotated channel
 constexpr int TILES = D / 8, STEPS = D / 16;                  // of columns, and of channels, of a product
 constexpr int COLUMNS = EACH * TEAM < 8 ? 8 : EACH * TEAM, PARTS = COLUMNS / 8;
 constexpr int SCALES = KV_HEADS * GROUPS;                     // groups of a token
-constexpr int XROW = 80, QROW = ROW + 16;                     // bytes, so that rows begin in other banks
-constexpr int TURN = (TILES / 4 + 1) * 16, TURN_ROW = 4 * TURN;
+constexpr int XROW = 80;                                      // bytes, so that rows begin in other banks
+constexpr int QUAD = (TILES / 4 + 1) * 16, QROW = 4 * QUAD;   // of what a thread of four needs, of queries and of angles
 constexpr int PART_ROW = 36;
 constexpr int AT_RAW = N * XROW, AT_SCALES = AT_RAW + N * 64, AT_QUERIES = AT_SCALES + 2 * SCALES * 128;
-constexpr int AT_TURNS = AT_QUERIES + COLUMNS * QROW, AT_PARTS = AT_TURNS + 32 * TURN_ROW;
+constexpr int AT_TURNS = AT_QUERIES + COLUMNS * QROW, AT_PARTS = AT_TURNS + 32 * QROW;
 constexpr int AT_LIST = AT_PARTS + 4 * TEAM * COLUMNS * PART_ROW, AT_ENTRIES = AT_LIST + 4 * N;
-constexpr int AT_LARGEST = AT_ENTRIES + 48 * KV_HEADS, AT_MARKS = AT_LARGEST + 4 * COLUMNS;
+constexpr int AT_FACTORS = AT_ENTRIES + 48 * KV_HEADS, AT_LINES = AT_FACTORS + 4 * COLUMNS;
+constexpr int AT_MARKS = AT_LINES + 4 * COLUMNS;
 constexpr int BYTES [[maybe_unused]] = AT_MARKS + 16 + 8 * TEAM * MARKS;
 static_assert(N >= KV_HEADS * D / 32, "the bits of what is there fit into the list");
+
+// Of two numbers of a pair p of channels: where the first is, the other two behind it. A thread of four has pairs t,
+// t + 4, ...; what it has of two of them that follow each other is a word, so that no product wants them otherwise.
+__device__ __forceinline__ int place_of(int p) { return p % 4 * QUAD + p / 8 * 8 + (p / 4 & 1) * 2; }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     scores(const Query* __restrict__ queries, const long long* __restrict__ table, const int* __restrict__ spans,
@@ -83,25 +88,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   for (int i = me; i < MASKS; i += THREADS) bits[i] = 0;
   int* const marks = reinterpret_cast<int*>(memory + AT_MARKS);
   if (me == 0) marks[0] = 0;
-  float* const largest = reinterpret_cast<float*>(memory + AT_LARGEST);
-  auto line = [&](int column) {  // the row of queries and scores; -1 for none
-    const int f = column / EACH, h = column % EACH;
-    return f < TEAM && h < heads ? (row + f) * heads + h : -1;
-  };
+  float* const factors = reinterpret_cast<float*>(memory + AT_FACTORS);  // by column, of its scores
+  int* const lines = reinterpret_cast<int*>(memory + AT_LINES);           // its row of queries and scores, -1 for none
   for (int column = warp; column < COLUMNS; column += WARPS) {
-    const int at = line(column);
+    const int f = column / EACH, h = column % EACH, at = f < TEAM && h < heads ? (row + f) * heads + h : -1;
     float most = 0.f;
     for (int i = lane; i < D && at >= 0; i += 32) most = fmaxf(most, fabsf(number(queries[(long long)at * D + i])));
 #pragma unroll
     for (int step = 16; step; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-    if (lane == 0) largest[column] = fmaxf(most, 1e-30f);
+    if (lane == 0) factors[column] = fmaxf(most, 1e-30f), lines[column] = at;
   }
   look_up(first);
   const float norm = rsqrtf(float(N));
   for (int i = me; i < 32 * (D / 2); i += THREADS) {
     const int token = i / (D / 2), p = i % (D / 2);
-    *reinterpret_cast<u32*>(memory + AT_TURNS + token * TURN_ROW + p % 4 * TURN + p / 4 * 4) =
-        pair(small[token * (D / 2) + p] * norm, small[(64 + token) * (D / 2) + p] * norm);
+    unsigned short* const to = reinterpret_cast<unsigned short*>(memory + AT_TURNS + token * QROW + place_of(p));
+    to[0] = float_to_half(small[token * (D / 2) + p] * norm);
+    to[2] = float_to_half(small[(64 + token) * (D / 2) + p] * norm);
   }
   __syncthreads();
   for (int c = me; c < N; c += THREADS) atomicOr(bits + (places[c] >> 5), 1u << (places[c] & 31));
@@ -127,13 +130,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 
   // This thread's channels.
   constexpr int OWN = N / THREADS;
-  u32 raw[OWN], scales[OWN], to[OWN], swap[OWN];
+  u32 raw[OWN], scales[OWN], to[OWN];
   int place[OWN];
 #pragma unroll
   for (int c = 0; c < OWN; c++) {
     const int i = me + c * THREADS;
     place[c] = list[i] & 0xffff;
-    raw[c] = AT_RAW + i * 64, swap[c] = (i >> 1 & 3) * 16;
+    raw[c] = AT_RAW + i * 16;
     scales[c] = place[c] / CHANNELS * 128, to[c] = (list[i] >> 16) * XROW;
   }
   auto fetch_words = [&](int page) {
@@ -142,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       const char* from =
           reinterpret_cast<const char*>(entries[(page & 1) * 3 * KV_HEADS + place[c] / D * 3]) + place[c] % D * 64;
 #pragma unroll
-      for (int q = 0; q < 4; q++) copy16(shared(memory) + raw[c] + (q * 16 ^ swap[c]), from + q * 16);
+      for (int q = 0; q < 4; q++) copy16(shared(memory) + raw[c] + q * N * 16, from + q * 16);
     }
   };
   auto fetch_scales = [&](int page, int plane, int buffer) {
@@ -162,16 +165,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 
   // This thread's part of the queries: a pair of channels of some of them.
   constexpr int HALF = D / 2, ASKED = COLUMNS * HALF / THREADS, APART = THREADS / HALF;
-  const int mine = me % HALF;
-  const long long revolutions = turns[mine];
+  const long long revolutions = turns[me % HALF];
+  const u32 mine = AT_QUERIES + me / HALF * QROW + place_of(me % HALF);
   float even[ASKED], odd[ASKED];
 #pragma unroll
   for (int i = 0; i < ASKED; i++) {
-    const int column = me / HALF + i * APART, at = line(column);
+    const int column = me / HALF + i * APART, at = lines[column], p = me % HALF;
     even[i] = odd[i] = 0.f;
     if (at >= 0) {
-      even[i] = number(queries[(long long)at * D + (NEIGHBOURS ? 2 * mine : mine)]) / largest[column];
-      odd[i] = number(queries[(long long)at * D + (NEIGHBOURS ? 2 * mine + 1 : mine + HALF)]) / largest[column];
+      even[i] = number(queries[(long long)at * D + (NEIGHBOURS ? 2 * p : p)]) / factors[column];
+      odd[i] = number(queries[(long long)at * D + (NEIGHBOURS ? 2 * p + 1 : p + HALF)]) / factors[column];
     }
   }
 
@@ -186,17 +189,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     }
   const int head = warp >> 1, half = warp & 1;
   const char* const keys = memory + (head * D + (lane >> 4) * 8 + (lane & 7)) * XROW + half * 32 + (lane >> 3 & 1) * 16;
-  const char* const asked = memory + AT_QUERIES + g * QROW + 4 * t;
-  const char* const angles = memory + AT_TURNS + (half * 16 + g) * TURN_ROW + t * TURN;
+  const char* const asked = memory + AT_QUERIES + g * QROW + t * QUAD;
+  const char* const angles = memory + AT_TURNS + (half * 16 + g) * QROW + t * QUAD;
   float* const parts = reinterpret_cast<float*>(memory + AT_PARTS);
 
-  auto leave = [&](int page, int plane) {
-    for (int i = me; i < COLUMNS * 32; i += THREADS) {
-      const int column = i >> 5, at = line(column), slot = page * TOKENS + plane * 32 + (i & 31);
+  // Scores of 32 tokens, from this slot on.
+  auto leave = [&](int slot) {
+    slot += lane;
+    if (slot < low || slot >= high) return;
+#pragma unroll
+    for (int k = 0; k < (COLUMNS + WARPS - 1) / WARPS; k++) {
+      const int column = warp + k * WARPS;
+      if (COLUMNS % WARPS && column >= COLUMNS) break;
       float sum = 0.f;
 #pragma unroll
-      for (int f = 0; f < TEAM; f++) sum += parts[(f * COLUMNS + column) * PART_ROW + (i & 31)];
-      if (at >= 0 && slot >= low && slot < high) found[at * slots + slot] = sum * scale * largest[column];
+      for (int f = 0; f < TEAM; f++) sum += parts[(f * COLUMNS + column) * PART_ROW + lane];
+      if (lines[column] >= 0) found[lines[column] * slots + slot] = sum * scale * factors[column];
     }
   };
 
@@ -206,25 +214,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     for (int j = 0; j < PLANES; j++, buffer ^= 1) {
       wait<0>();
       __syncthreads();
-      if (j > 0)
-        leave(page, j - 1);
-      else if (page > first)
-        leave(page - 1, PLANES - 1);
+      const int slot = page * TOKENS + j * 32;
+      if (slot > first * TOKENS) leave(slot - 32);
       if (j == 0 && page + 1 < last) look_up(page + 1);
-      if (j + 1 < PLANES)
-        fetch_scales(page, j + 1, buffer ^ 1);
-      else if (page + 1 < last)
-        fetch_scales(page + 1, 0, buffer ^ 1);
+      const int ahead = j + 1 < PLANES ? page : page + 1;
+      if (ahead < last) fetch_scales(ahead, j + 1 < PLANES ? j + 1 : 0, buffer ^ 1);
       commit();
       {
         // Parts of 2**64 of a revolution: what is beyond a whole one falls off by itself.
-        const long long position = (long long)base + page * TOKENS + j * 32;
+        const long long position = (long long)base + slot;
         const float angle = float(int((revolutions * position) >> 32)) * 1.4629180792671596e-09f;
         const float c = cos_(angle), s_ = sin_(angle);
 #pragma unroll
-        for (int i = 0; i < ASKED; i++)
-          *reinterpret_cast<u32*>(memory + AT_QUERIES + (me / HALF + i * APART) * QROW + mine * 4) =
-              pair(even[i] * c + odd[i] * s_, odd[i] * c - even[i] * s_);
+        for (int i = 0; i < ASKED; i++) {
+          unsigned short* const to = reinterpret_cast<unsigned short*>(memory + mine + i * APART * QROW);
+          to[0] = float_to_half(even[i] * c + odd[i] * s_), to[2] = float_to_half(odd[i] * c - even[i] * s_);
+        }
       }
       const int shift = j * BITS;
       constexpr u32 MASK = ((1u << BITS) - 1) * 0x10001u, K = 0x64006400u;  // 1024 and a code is a float16 with the code last
@@ -232,7 +237,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       for (int c = 0; c < OWN; c++)
 #pragma unroll
         for (int q = 0; q < 4; q++) {
-          const uint4 w = load16(memory + raw[c] + (q * 16 ^ swap[c]));
+          const uint4 w = load16(memory + raw[c] + q * N * 16);
           const char* const at = memory + AT_SCALES + buffer * SCALES * 128 + scales[c] + q * 16;
           const uint4 x = load16(at), z = load16(at + 64);
           *reinterpret_cast<uint4*>(memory + to[c] + q * 16) =
@@ -256,28 +261,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
           mma(c[n], a[0], a[1], a[2], a[3], undo[n & 1][0] ^ sign, undo[n & 1][1] ^ sign);
         }
       }
-      // Keys turned: pairs of channels, of tokens g and g + 8.
-      u32 x[TILES][2];
-#pragma unroll
-      for (int n = 0; n < TILES; n += 4)
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-          const uint4 angle = load16(angles + k * 8 * TURN_ROW + n * 4);
-          const u32 turn[4] = {angle.x, angle.y, angle.z, angle.w};
-#pragma unroll
-          for (int i = 0; i < 4; i++) x[n + i][k] = turned(pair(c[n + i][2 * k], c[n + i][2 * k + 1]), turn[i]);
-        }
+      // Keys turned, of tokens g and g + 8; even channels of two pairs, and odd ones, are operands as they are.
       float score[PARTS][4];
 #pragma unroll
       for (int n = 0; n < PARTS; n++) score[n][0] = score[n][1] = score[n][2] = score[n][3] = 0.f;
 #pragma unroll
-      for (int k = 0; k < STEPS; k++)
+      for (int i = 0; i < STEPS; i += 2) {
+        u32 x[2][4];
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          const uint4 angle = load16(angles + k * 8 * QROW + i * 8);
+          const u32 cosine[2] = {angle.x, angle.z}, sine[2] = {angle.y, angle.w};
+#pragma unroll
+          for (int n = 0; n < 2; n++) {
+            const float *const one = c[2 * (i + n)] + 2 * k, *const two = c[2 * (i + n) + 1] + 2 * k;
+            const u32 even_ = pair(one[0], two[0]), odd_ = pair(one[1], two[1]);
+            x[n][k] = fma2(odd_ ^ 0x80008000u, sine[n], mul2(even_, cosine[n]));
+            x[n][2 + k] = fma2(even_, sine[n], mul2(odd_, cosine[n]));
+          }
+        }
 #pragma unroll
         for (int n = 0; n < PARTS; n++) {
-          const char* const at = asked + n * 8 * QROW + k * 32;
-          mma(score[n], x[2 * k][0], x[2 * k][1], x[2 * k + 1][0], x[2 * k + 1][1], *reinterpret_cast<const u32*>(at),
-              *reinterpret_cast<const u32*>(at + 16));
+          const uint4 q = load16(asked + n * 8 * QROW + i * 8);
+          mma(score[n], x[0][0], x[0][1], x[0][2], x[0][3], q.x, q.y);
+          mma(score[n], x[1][0], x[1][1], x[1][2], x[1][3], q.z, q.w);
         }
+      }
 #pragma unroll
       for (int n = 0; n < PARTS; n++)
 #pragma unroll
@@ -290,7 +299,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   }
   wait<0>();
   __syncthreads();
-  if (first < last) leave(last - 1, PLANES - 1);
+  if (first < last) leave(last * TOKENS - 32);
   if (SINKS > 0) {
     __syncthreads();  // what is exact comes after what stands in its place
     const int count = min(marks[0], TEAM * SINKS);
