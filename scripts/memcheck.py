@@ -55,7 +55,7 @@ RECIPES = {
     "duo-cskv": DUO + " + cskv(keep=0.3, {cskv})",
     "duo-tidal": DUO + " + tidal(top=64, full_layers=1, select_layers=[1]) + rotatekv(bits=4, {rotatekv})",
 }
-STEPS = 3
+STEPS = 2
 
 
 def written(name: str, model: Any) -> str:
@@ -93,7 +93,7 @@ def apart(model: Any, recipe: str, rows: int, context: int, graph: bool, beside:
         mask[row, : row * 7 % (context // 2)] = 0
     model(ids(context, 0), attention_mask=mask, past_key_values=cache, logits_to_keep=1)
     far = []
-    for number, tokens in enumerate([1] * STEPS + [5] + [1] * STEPS):
+    for number, tokens in enumerate([1] * STEPS + [5] + [1] * (STEPS if beside else 1)):
         mask = torch.nn.functional.pad(mask, (0, tokens), value=1)
         given = ids(tokens, number + 1)
         other = cache.fork() if beside else None

@@ -20,7 +20,7 @@
 #define __shared__
 #define __align__(n) __attribute__((aligned(n)))
 
-struct Dim { unsigned x, y; };
+struct Dim { unsigned x; };
 struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
@@ -92,15 +92,6 @@ static float low(uint32_t x) { return half_to_float(x); }
 static float high(uint32_t x) { return half_to_float(x >> 16); }
 static uint32_t pair(float a, float b) { return float_to_half(a) | (uint32_t)float_to_half(b) << 16; }
 static uint32_t mul2(uint32_t a, uint32_t b) { return pair(low(a) * low(b), high(a) * high(b)); }
-static uint32_t sub2(uint32_t a, uint32_t b) { return pair(low(a) - low(b), high(a) - high(b)); }
-static uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
-  return pair(fmaf(low(a), low(b), low(c)), fmaf(high(a), high(b), high(c)));
-}
-static float cos_(float x) { return cosf(x); }
-static float sin_(float x) { return sinf(x); }
-static float rsqrtf(float x) { return 1 / sqrtf(x); }
-static unsigned atomicOr(unsigned* at, unsigned x) { const unsigned old = *at; return *at |= x, old; }
-static int atomicAdd(int* at, int x) { const int old = *at; return *at += x, old; }
 static float exp2_(float x) { return exp2f(x); }
 static uint32_t transposed(uint32_t a) {
   const int place = meet({a}), lane = current % 32, g = lane / 4, t = lane % 4;
@@ -183,13 +174,13 @@ static void wait() {
 }
 
 template <typename Call>
-static void run(int blocks, bool copy_late, Call call, int more = 1) {
+static void run(int blocks, bool copy_late, Call call) {
   static Call* calling;
   calling = &call;
   late = copy_late;
   static std::vector<std::vector<char>> stacks(FIBERS, std::vector<char>(1 << 17));
-  for (int block = 0; block < blocks * more; block++) {
-    blockIdx.x = block / more, blockIdx.y = block % more;
+  for (int block = 0; block < blocks; block++) {
+    blockIdx.x = block;
     synced = 0;
     memset(met, 0, sizeof met), memset(pairs_synced, 0, sizeof pairs_synced);
     for (int i = 0; i < (int)sizeof memory; i++) memory[i] = (char)0xff;  // not a number

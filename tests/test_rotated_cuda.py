@@ -39,7 +39,7 @@ VALUES = """
 extern "C" void launch(int blocks, int late, const float* found, const long long* table, const int* spans,
                        const int* starts, const Query* sinks, float* out, float* lse, int rows, int columns, int heads,
                        long long slots) {
-  run(blocks, late, [&] { values(found, table, spans, starts, sinks, out, lse, rows, columns, heads, slots); }, TEAM);
+  run(blocks * TEAM, late, [&] { values(found, table, spans, starts, sinks, out, lse, rows, columns, heads, slots); });
 }
 """
 # Bits, head_dim, kv heads, heads rotated together at most, sinks, whether RoPE turns neighbours; query heads, dtype.
@@ -54,12 +54,11 @@ CASES = [
 
 def compiled(shape: cuda.Shape, scores: bool, folder: Path) -> ctypes.CDLL:
     source, library = folder / f"rotated{scores}.cpp", folder / f"rotated{scores}.so"
-    header = Path(__file__).with_name("cuda_on_cpu.h")
+    header = Path(__file__).with_name("rotated_on_cpu.h")
     text = f'#define CUDA_ON_CPU\n#include "{header}"\n#include "{cuda.SOURCE}"\n{SCORES if scores else VALUES}'
     source.write_text(f"{text}\nint bytes() {{ return BYTES; }}")
     values = {**shape.definitions(scores), "RESIDENT": 1}
     options = [f"-D{name}={value}" for name, value in values.items()]
-    options += [f"-I{cuda.cuda.HARDWARE.parent}"]
     command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", *options, str(source), "-o", str(library)]
     subprocess.run(command, check=True, timeout=120)
     return ctypes.CDLL(str(library))

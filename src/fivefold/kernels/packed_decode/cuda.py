@@ -8,7 +8,6 @@ up to 8 query heads a KV head; the rest, and what is not packed, is left to Trit
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +20,6 @@ from fivefold.kernels.packed_decode.reference import Form
 from fivefold.kernels.packed_decode.schedule import Exact
 
 SOURCE = Path(__file__).with_name("packed.cu")
-HARDWARE = Path(__file__).with_name("hardware.cuh")
 PAIRS = 4
 """Pairs of warps on a processor, at most, each at pages of its own. More are no faster, and there are registers for
 four."""
@@ -30,7 +28,7 @@ UNITS = 3
 HEAD_DIMS = (64, 128)
 SHARED = 228 << 10
 """Bytes of shared memory of an H100's processor."""
-QUERIES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_QUERIES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _EXACT = {None: 0, torch.float16: 1, torch.bfloat16: 2}
 """Of the exact pages that it attends over too."""
 
@@ -105,7 +103,7 @@ def definitions(
     spans."""
     return {
         "BITS": form.bits, "GROUP": form.group, "CHANNELS": form.channels, "D": form.head_dim, "UNITS": UNITS,
-        "PAIRS": pairs, "QUERIES": QUERIES[dtype], "EXACT": _EXACT[exact], "SPAN": span, "RESIDENT": resident,
+        "PAIRS": pairs, "QUERIES": _QUERIES[dtype], "EXACT": _EXACT[exact], "SPAN": span, "RESIDENT": resident,
     }  # fmt: skip
 
 
@@ -119,28 +117,21 @@ def compiled(
     pairs: int,
     resident: int,
 ) -> bytes:
-    """The machine code for one form of pages (see `compiled_source`)."""
-    return compiled_source(SOURCE, definitions(form, dtype, exact, span, pairs, resident), capability)
-
-
-def compiled_source(source: Path, values: Mapping[str, int], capability: tuple[int, int]) -> bytes:
-    """The machine code of a source that includes `hardware.cuh`, with these definitions.
+    """The machine code for one form of pages.
 
     Raises RuntimeError with the compiler's words if it cannot be compiled.
     """
     from cuda.bindings import nvrtc
 
     major, minor = capability
-    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *(f"-D{name}={x}" for name, x in values.items())]
-    headers = [HARDWARE.read_bytes()], [HARDWARE.name.encode()]
-    program = _done(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 1, *headers))
+    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
+    options += [f"-D{name}={value}" for name, value in definitions(form, dtype, exact, span, pairs, resident).items()]
+    program = _done(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), b"packed.cu", 0, [], []))
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = b" " * _done(nvrtc.nvrtcGetProgramLogSize(program))
         _done(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(
-            f"{source.name} does not compile here (FIVEFOLD_KERNELS=triton does without it): {log.decode()}"
-        )
+        raise RuntimeError(f"packed.cu does not compile here (FIVEFOLD_KERNELS=triton does without it): {log.decode()}")
     code = b" " * _done(nvrtc.nvrtcGetCUBINSize(program))
     _done(nvrtc.nvrtcGetCUBIN(program, code))
     _done(nvrtc.nvrtcDestroyProgram(program))
@@ -155,36 +146,18 @@ def kernel(form: Form, dtype: torch.dtype, exact: torch.dtype | None, device: to
 
 @cache
 def _kernel(form: Form, dtype: torch.dtype, exact: torch.dtype | None, device: torch.device, span: int) -> Kernel:
-    pairs, resident = _arrangement(form, device)
-    code = compiled(form, dtype, exact, torch.cuda.get_device_capability(device), span, pairs, resident)
-    shared = shared_bytes(form, pairs)
-    function = loaded(code, b"packed", shared, device)
-    return Kernel(function, shared, pairs)
-
-
-def loaded(code: bytes, name: bytes, shared: int, device: torch.device) -> Any:
-    """A function of some machine code on a device, which may take so many bytes of shared memory."""
     from cuda.bindings import driver
 
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # makes the context
-        function = _done(driver.cuModuleGetFunction(_done(driver.cuModuleLoadData(code)), name))
+        pairs, resident = _arrangement(form, device)
+        code = compiled(form, dtype, exact, torch.cuda.get_device_capability(device), span, pairs, resident)
+        module = _done(driver.cuModuleLoadData(code))
+        function = _done(driver.cuModuleGetFunction(module, b"packed"))
+        shared = shared_bytes(form, pairs)
         attributes = driver.CUfunction_attribute
         _done(driver.cuFuncSetAttribute(function, attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
-    return function
-
-
-def launch(
-    function: Any, grid: tuple[int, int], threads: int, shared: int, device: torch.device, *arguments: tuple[Any, Any]
-) -> None:
-    """Start a function on the current stream. arguments: values and their ctypes, None for a tensor."""
-    from cuda.bindings import driver
-
-    values = tuple(x.data_ptr() if kind is None else x for x, kind in arguments)
-    types = tuple(kind or ctypes.c_void_p for _, kind in arguments)
-    with on(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        _done(driver.cuLaunchKernel(function, *grid, 1, threads, 1, 1, shared, stream, (values, types), 0))
+    return Kernel(function, shared, pairs)
 
 
 def _done(returned: tuple) -> Any:

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from fivefold.kernels.device import numbered
-from fivefold.kernels.packed_decode import cuda
+from fivefold.kernels.device import numbered, on
 from fivefold.kernels.packed_decode.reader import Packed
 from fivefold.kernels.packed_decode.schedule import SPAN
 from fivefold.kernels.rotated_decode.reference import Rotated
@@ -24,6 +23,7 @@ from fivefold.kernels.rotated_decode.reference import Rotated
 SOURCE = Path(__file__).with_name("rotated.cu")
 PAIRS, UNITS = 2, 3
 """Of `values`: pairs of warps of a program, and pages in shared memory for each."""
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MOST = 227 << 10
 """Bytes of shared memory of a program on an H100, at most."""
 
@@ -81,25 +81,79 @@ class Shape:
             "SCORES": int(scores), "PAIRS": self.team if scores else PAIRS, "UNITS": UNITS, "BITS": self.bits,
             "CHANNELS": self.channels, "D": self.head_dim, "KV_HEADS": self.kv_heads, "TEAM": self.team,
             "SINKS": self.sinks, "NEIGHBOURS": int(self.neighbours), "EACH": self.each,
-            "QUERIES": cuda.QUERIES[self.dtype], "SPAN": SPAN, "FIELDS": 7 if self.sinks else 6, "EXACT": 0,
+            "QUERIES": _DTYPES[self.dtype], "SPAN": SPAN, "FIELDS": 7 if self.sinks else 6, "EXACT": 0,
             "RESIDENT": 2 if self.shared[not scores] + 1024 <= 114 << 10 else 1,
         }  # fmt: skip
 
 
 def supports(form: Rotated, heads: int, dtype: torch.dtype) -> bool:
     """Whether there are kernels for these pages and that many query heads a KV head."""
-    return dtype in cuda.QUERIES and form.split and Shape.of(form, heads, dtype).lacks() is None
+    return dtype in _DTYPES and form.split and Shape.of(form, heads, dtype).lacks() is None
+
+
+def loaded(source: Path, name: str, definitions: dict[str, int], shared: int, device: torch.device) -> Any:
+    """A function of a source, compiled and loaded on a device; shared: bytes of shared memory that a program of it
+    takes. Raises RuntimeError with the compiler's words if it cannot be compiled."""
+    from cuda.bindings import driver, nvrtc
+
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # makes the context
+        major, minor = torch.cuda.get_device_capability(device)
+        options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
+        options += [f"-D{key}={value}" for key, value in definitions.items()]
+        program = _done(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], []))
+        (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = b" " * _done(nvrtc.nvrtcGetProgramLogSize(program))
+            _done(nvrtc.nvrtcGetProgramLog(program, log))
+            raise RuntimeError(
+                f"{source.name} does not compile here (FIVEFOLD_KERNELS=triton does without it): {log.decode()}"
+            )
+        code = b" " * _done(nvrtc.nvrtcGetCUBINSize(program))
+        _done(nvrtc.nvrtcGetCUBIN(program, code))
+        _done(nvrtc.nvrtcDestroyProgram(program))
+        function = _done(driver.cuModuleGetFunction(_done(driver.cuModuleLoadData(code)), name.encode()))
+        attributes = driver.CUfunction_attribute
+        _done(driver.cuFuncSetAttribute(function, attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
+        return function
+
+
+def _done(returned: tuple) -> Any:
+    """What a call returned beside its error."""
+    error, *rest = returned
+    if int(error):
+        raise RuntimeError(f"CUDA: {error!r}")
+    return rest[0] if rest else None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A function that is loaded on a device: threads of a program, and bytes of shared memory it takes."""
+
+    function: Any
+    threads: int
+    shared: int
+
+    def __call__(self, programs: int, device: torch.device, *arguments: tuple[Any, Any]) -> None:
+        """arguments: values and their ctypes, None for a tensor."""
+        from cuda.bindings import driver
+
+        values = tuple(x.data_ptr() if kind is None else x for x, kind in arguments)
+        types = tuple(kind or ctypes.c_void_p for _, kind in arguments)
+        with on(device):
+            stream, block = torch.cuda.current_stream(device).cuda_stream, (self.threads, 1, 1)
+            given = programs, 1, 1, *block, self.shared, stream, (values, types), 0
+            _done(driver.cuLaunchKernel(self.function, *given))
 
 
 @cache
-def _functions(shape: Shape, device: torch.device) -> tuple[Any, Any]:
-    capability = torch.cuda.get_device_capability(device)
-    codes = [cuda.compiled_source(SOURCE, shape.definitions(scores), capability) for scores in (True, False)]
-    scores, values = (
-        cuda.loaded(code, name, shared, device)
-        for code, name, shared in zip(codes, (b"scores", b"values"), shape.shared)
-    )
-    return scores, values
+def kernels(shape: Shape, device: torch.device) -> tuple[Kernel, Kernel]:
+    """`scores` and `values`, compiled and loaded once."""
+    made = []
+    for scores, name, shared in zip((True, False), ("scores", "values"), shape.shared):
+        values = shape.definitions(scores)
+        made.append(Kernel(loaded(SOURCE, name, values, shared, device), 64 * values["PAIRS"], shared))
+    return made[0], made[1]
 
 
 def attend(
@@ -118,12 +172,9 @@ def attend(
     columns, (places,), (turns, small, _, _) = packed.table.shape[1], form.constants, form.tables
     keys, values = packed.learned if form.sinks else (queries, queries)
     shape, device = Shape.of(form, heads, queries.dtype), queries.device
-    first, second = _functions(shape, numbered(device))
-    ints = [(x, ctypes.c_int) for x in (rows, columns, heads)]
-    sizes = *ints, (columns * form.tokens, ctypes.c_longlong)
+    scored, valued = kernels(shape, numbered(device))
+    sizes = [*((x, ctypes.c_int) for x in (rows, columns, heads)), (columns * form.tokens, ctypes.c_longlong)]
     given = [(x, None) for x in (queries, packed.table, spans, starts, places, turns, small, keys, scores)]
-    cuda.launch(
-        first, (len(out), 1), 64 * form.team, shape.shared[0], device, *given, (scale, ctypes.c_float), *sizes
-    )  # fmt: skip
+    scored(len(out), device, *given, (scale, ctypes.c_float), *sizes)
     given = [(x, None) for x in (scores, packed.table, spans, starts, values, out, lse)]
-    cuda.launch(second, (len(out), form.team), 64 * PAIRS, shape.shared[1], device, *given, *sizes)
+    valued(len(out) * form.team, device, *given, *sizes)

@@ -16,11 +16,94 @@
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-#include "hardware.cuh"
+// What the hardware does. As in packed.cu. (tests/rotated_on_cpu.h does the same on a CPU.)
+#ifndef CUDA_ON_CPU
+__device__ __forceinline__ u32 mul2(u32 a, u32 b) {
+  u32 c;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}
+__device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+// Of angles of at most pi, to 2**-20.
+__device__ __forceinline__ float cos_(float x) {
+  float y;
+  asm("cos.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float sin_(float x) {
+  float y;
+  asm("sin.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ u32 pair(float low, float high) {
+  u32 c;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(c) : "f"(high), "f"(low));
+  return c;
+}
+__device__ __forceinline__ float exp2_(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// Four 8x8 matrices of 16-bit numbers, transposed; a lane names row lane % 8 of matrix lane / 8.
+__device__ __forceinline__ void load_transposed(u32 (&a)[4], const char* p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"((u32)__cvta_generic_to_shared(p)));
+}
+__device__ __forceinline__ void sync_pair(int pair) { asm volatile("bar.sync %0, 64;" ::"r"(pair + 1) : "memory"); }
+// Keep a number in a register: the compiler would work it out again for every page.
+__device__ __forceinline__ void keep(u32& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ float half_to_float(unsigned short x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+  return y;
+}
+__device__ __forceinline__ unsigned short float_to_half(float x) {
+  unsigned short y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ u32 shared(const char* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void copy16(u32 to, const char* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+}
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
+template <int PENDING>
+__device__ __forceinline__ void wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+#endif
+
+#if QUERIES == 0
+typedef float Query;
+__device__ __forceinline__ float number(Query x) { return x; }
+#elif QUERIES == 1
+typedef unsigned short Query;
+__device__ __forceinline__ float number(Query x) { return half_to_float(x); }
+#else
+typedef unsigned short Query;  // bfloat16
+__device__ __forceinline__ float number(Query x) { return __uint_as_float(u32(x) << 16); }
+#endif
+
+__device__ __forceinline__ float pow2(int e) { return __int_as_float((e + 127) << 23); }
+__device__ __forceinline__ u32 half2_pow2(int e) { return u32((e + 15) << 10) * 0x10001u; }
+
+__device__ __forceinline__ uint4 load16(const char* p) { return *reinterpret_cast<const uint4*>(p); }
+__device__ __forceinline__ uint2 load8(const char* p) { return *reinterpret_cast<const uint2*>(p); }
 
 constexpr int PLANES = BITS == 2 ? 8 : BITS == 3 ? 5 : 4;
 constexpr int TOKENS = PLANES * 32, GROUPS = D / CHANNELS, THREADS = 64 * PAIRS, WARPS = 2 * PAIRS;
-constexpr int ROW = D * 2, MARKS = SINKS > 0 ? SINKS : 1;
+constexpr int MARKS = SINKS > 0 ? SINKS : 1;
 
 // The row that a program is for, and its share of pages.
 struct Share {
@@ -63,6 +146,30 @@ static_assert(N >= KV_HEADS * D / 32, "the bits of what is there fit into the li
 // t + 4, ...; what it has of two of them that follow each other is a word, so that no product wants them otherwise.
 __device__ __forceinline__ int place_of(int p) { return p % 4 * QUAD + p / 8 * 8 + (p / 4 & 1) * 2; }
 
+// Numbers of a plane, of a thread's channels, to where they belong. A code in the last ten bits of a word, `bit` up behind
+// the SHIFT, is the end of a float16 from 1024 on (`thousand`).
+constexpr int OWN = N / THREADS, WITHIN = 10 / BITS;
+template <int SHIFT>
+__device__ __forceinline__ void dequantise(char* memory, const u32 (&raw)[OWN], const u32 (&scales)[OWN],
+                                           const u32 (&to)[OWN], const char* at_scales, int bit, u32 thousand) {
+  const u32 mask = (((1u << BITS) - 1) << bit) * 0x10001u, down = half2_pow2(-bit);
+  const u32 less = half2_pow2(10 - bit) ^ 0x80008000u;
+#pragma unroll
+  for (int c = 0; c < OWN; c++)
+#pragma unroll
+    for (int q = 0; q < 4; q++) {
+      const uint4 word = load16(memory + raw[c] + q * N * 16);
+      const char* const at = at_scales + scales[c] + q * 16;
+      const uint4 scale = load16(at), zero = load16(at + 64);
+      const u32 w[4] = {word.x, word.y, word.z, word.w}, x[4] = {scale.x, scale.y, scale.z, scale.w};
+      const u32 z[4] = {zero.x, zero.y, zero.z, zero.w};
+      u32 y[4];
+#pragma unroll
+      for (int k = 0; k < 4; k++) y[k] = fma2(fma2((w[k] >> SHIFT & mask) | thousand, down, less), x[k], z[k]);
+      *reinterpret_cast<uint4*>(memory + to[c] + q * 16) = make_uint4(y[0], y[1], y[2], y[3]);
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     scores(const Query* __restrict__ queries, const long long* __restrict__ table, const int* __restrict__ spans,
            const int* __restrict__ starts, const int* __restrict__ places, const long long* __restrict__ turns,
@@ -78,6 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 
   long long* const entries = reinterpret_cast<long long*>(memory + AT_ENTRIES);
   auto look_up = [&](int page) {
+#pragma unroll 1
     for (int i = me; i < 3 * KV_HEADS; i += THREADS)
       entries[(page & 1) * 3 * KV_HEADS + i] =
           table[((long long)(first_row + i / 3) * columns + page) * FIELDS + i % 3] * 2;
@@ -89,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   int* const marks = reinterpret_cast<int*>(memory + AT_MARKS);
   if (me == 0) marks[0] = 0;
   float* const factors = reinterpret_cast<float*>(memory + AT_FACTORS);  // by column, of its scores
-  int* const lines = reinterpret_cast<int*>(memory + AT_LINES);           // its row of queries and scores, -1 for none
+  int* const lines = reinterpret_cast<int*>(memory + AT_LINES);          // its row of queries and scores, -1 for none
   for (int column = warp; column < COLUMNS; column += WARPS) {
     const int f = column / EACH, h = column % EACH, at = f < TEAM && h < heads ? (row + f) * heads + h : -1;
     float most = 0.f;
@@ -129,7 +237,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   __syncthreads();
 
   // This thread's channels.
-  constexpr int OWN = N / THREADS;
   u32 raw[OWN], scales[OWN], to[OWN];
   int place[OWN];
 #pragma unroll
@@ -149,8 +256,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     }
   };
   auto fetch_scales = [&](int page, int plane, int buffer) {
-    for (int i = me; i < SCALES * 8; i += THREADS) {
-      const int q = i & 3, field = i >> 2 & 1, group = i >> 3;
+#pragma unroll
+    for (int k = 0; k < (SCALES * 8 + THREADS - 1) / THREADS; k++) {
+      const u32 i = me + k * THREADS, q = i & 3, field = i >> 2 & 1, group = i >> 3;
+      if (SCALES * 8 % THREADS && i >= SCALES * 8) break;
       const char* from =
           reinterpret_cast<const char*>(entries[(page & 1) * 3 * KV_HEADS + group / GROUPS * 3 + 1 + field]);
       copy16(shared(memory) + AT_SCALES + buffer * SCALES * 128 + i * 16,
@@ -208,6 +317,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     }
   };
 
+  u32 thousand = 0x64006400u;
+  keep(thousand);  // an instruction takes one constant
+
   int buffer = 0;
   for (int page = first; page < last; page++) {
 #pragma unroll 1
@@ -231,19 +343,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
           to[0] = float_to_half(even[i] * c + odd[i] * s_), to[2] = float_to_half(odd[i] * c - even[i] * s_);
         }
       }
-      const int shift = j * BITS;
-      constexpr u32 MASK = ((1u << BITS) - 1) * 0x10001u, K = 0x64006400u;  // 1024 and a code is a float16 with the code last
-#pragma unroll
-      for (int c = 0; c < OWN; c++)
-#pragma unroll
-        for (int q = 0; q < 4; q++) {
-          const uint4 w = load16(memory + raw[c] + q * N * 16);
-          const char* const at = memory + AT_SCALES + buffer * SCALES * 128 + scales[c] + q * 16;
-          const uint4 x = load16(at), z = load16(at + 64);
-          *reinterpret_cast<uint4*>(memory + to[c] + q * 16) =
-              make_uint4(fma2(sub2(w.x >> shift & MASK | K, K), x.x, z.x), fma2(sub2(w.y >> shift & MASK | K, K), x.y, z.y),
-                         fma2(sub2(w.z >> shift & MASK | K, K), x.z, z.z), fma2(sub2(w.w >> shift & MASK | K, K), x.w, z.w));
-        }
+      const char* const at_scales = memory + AT_SCALES + buffer * SCALES * 128;
+      if (j < WITHIN)
+        dequantise<0>(memory, raw, scales, to, at_scales, j * BITS, thousand);
+      else
+        dequantise<WITHIN * BITS>(memory, raw, scales, to, at_scales, (j - WITHIN) * BITS, thousand);
       __syncthreads();
       if (j == PLANES - 1 && page + 1 < last) fetch_words(page + 1);
       commit();
@@ -316,7 +420,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 }
 
 #else
-constexpr int BLOCKS = D / 32, PAIR = 64, WORDS = 32 * ROW;
+constexpr int BLOCKS = D / 32, PAIR = 64, ROW = D * 2, WORDS = 32 * ROW;
 constexpr int SIDE = WORDS + 4 * TOKENS * GROUPS;   // words, scales, zero points
 constexpr int SCORE_ROW = 4 * TOKENS + 64;          // of a query head
 constexpr int UNIT = SIDE + EACH * SCORE_ROW;
@@ -343,9 +447,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   extern __shared__ __align__(128) char memory[];
   const int lane = threadIdx.x & 31, half = threadIdx.x >> 5 & 1, g = lane >> 2, t = lane & 3;
   const int pair_ = threadIdx.x / PAIR, thread = threadIdx.x % PAIR;
-  const Share s_ = share_of(spans, starts, rows, blockIdx.x, lane);
+  const int part = blockIdx.x / TEAM, member = blockIdx.x % TEAM;
+  const Share s_ = share_of(spans, starts, rows, part, lane);
   if (s_.row >= rows) return;
-  const int row = s_.row + blockIdx.y, low = s_.low, high = s_.high, first = s_.first, last = s_.last;
+  const int row = s_.row + member, low = s_.low, high = s_.high, first = s_.first, last = s_.last;
   table += (long long)row * columns * FIELDS;
   scores += (long long)row * heads * slots;
 
@@ -591,7 +696,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       for (int k = 0; k < MINE; k++) o[k] = fmaf(o[k], f, p * number(value[k]));
     }
     const float inverse = total > 0.f ? 1.f / total : 0.f;
-    const long long at = ((long long)blockIdx.x * TEAM + blockIdx.y) * heads + h;
+    const long long at = (long long)blockIdx.x * heads + h;
 #pragma unroll
     for (int k = 0; k < MINE; k++) out[at * D + lane * MINE + k] = o[k] * inverse;
     if (lane == 0) lse[at] = total > 0.f ? above + log2f(total) : -1e30f;
