@@ -198,6 +198,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   if (me == 0) marks[0] = 0;
   float* const factors = reinterpret_cast<float*>(memory + AT_FACTORS);  // by column, of its scores
   int* const lines = reinterpret_cast<int*>(memory + AT_LINES);          // its row of queries and scores, -1 for none
+  int stands[OWN];  // where this thread's channels were sorted to
+#pragma unroll
+  for (int c = 0; c < OWN; c++) stands[c] = places[me + c * THREADS];
+  if (first < last) look_up(first);
   for (int column = warp; column < COLUMNS; column += WARPS) {
     const int f = column / EACH, h = column % EACH, at = f < TEAM && h < heads ? (row + f) * heads + h : -1;
     float most = 0.f;
@@ -206,34 +210,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     for (int step = 16; step; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
     if (lane == 0) factors[column] = fmaxf(most, 1e-30f), lines[column] = at;
   }
-  look_up(first);
-  const float norm = rsqrtf(float(N));
-  for (int i = me; i < 32 * (D / 2); i += THREADS) {
-    const int token = i / (D / 2), p = i % (D / 2);
-    unsigned short* const to = reinterpret_cast<unsigned short*>(memory + AT_TURNS + token * QROW + place_of(p));
-    to[0] = float_to_half(small[token * (D / 2) + p] * norm);
-    to[2] = float_to_half(small[(64 + token) * (D / 2) + p] * norm);
-  }
   __syncthreads();
-  for (int c = me; c < N; c += THREADS) atomicOr(bits + (places[c] >> 5), 1u << (places[c] & 31));
+#pragma unroll
+  for (int c = 0; c < OWN; c++) atomicOr(bits + (stands[c] >> 5), 1u << (stands[c] & 31));
   __syncthreads();
-  for (int c = me; c < N; c += THREADS) {
-    const int place = places[c];
-    int rank = __popc(bits[place >> 5] & ((1u << (place & 31)) - 1));
-    for (int i = 0; i < place >> 5; i++) rank += __popc(bits[i]);
-    list[rank] = place | c << 16;
+#pragma unroll
+  for (int c = 0; c < OWN; c++) {
+    int rank = __popc(bits[stands[c] >> 5] & ((1u << (stands[c] & 31)) - 1));
+    for (int i = 0; i < stands[c] >> 5; i++) rank += __popc(bits[i]);
+    list[rank] = stands[c] | (me + c * THREADS) << 16;
   }
-  if (SINKS > 0)
-    for (int i = me; i < (last - first) * TEAM * SINKS; i += THREADS) {
-      const int k = i % MARKS, f = i / MARKS % TEAM, page = first + i / MARKS / TEAM;
-      const short* at =
-          reinterpret_cast<const short*>(table[((long long)(row + f) * columns + page) * FIELDS + 6] * 2);
-      const int slot = page * TOKENS + at[k];
-      if (at[k] >= 0 && slot >= low && slot < high) {
-        const int place = atomicAdd(marks, 1);
-        if (place < TEAM * SINKS) marks[2 + 2 * place] = f * SINKS + k, marks[3 + 2 * place] = slot;
-      }
-    }
   __syncthreads();
 
   // This thread's channels.
@@ -271,6 +257,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     fetch_scales(first, 0, 0);
   }
   commit();
+  const float norm = rsqrtf(float(N));
+  for (int i = me; i < 32 * (D / 2); i += THREADS) {
+    const int token = i / (D / 2), p = i % (D / 2);
+    unsigned short* const to = reinterpret_cast<unsigned short*>(memory + AT_TURNS + token * QROW + place_of(p));
+    to[0] = float_to_half(small[token * (D / 2) + p] * norm);
+    to[2] = float_to_half(small[(64 + token) * (D / 2) + p] * norm);
+  }
+  if (SINKS > 0)
+    for (int i = me; i < (last - first) * TEAM * SINKS; i += THREADS) {
+      const int k = i % MARKS, f = i / MARKS % TEAM, page = first + i / MARKS / TEAM;
+      const int mark =
+          reinterpret_cast<const short*>(table[((long long)(row + f) * columns + page) * FIELDS + 6] * 2)[k];
+      const int slot = page * TOKENS + mark;
+      if (mark >= 0 && slot >= low && slot < high) {
+        const int place = atomicAdd(marks, 1);
+        if (place < TEAM * SINKS) marks[2 + 2 * place] = f * SINKS + k, marks[3 + 2 * place] = slot;
+      }
+    }
 
   // This thread's part of the queries: a pair of channels of some of them.
   constexpr int HALF = D / 2, ASKED = COLUMNS * HALF / THREADS, APART = THREADS / HALF;
