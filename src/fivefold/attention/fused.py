@@ -151,7 +151,7 @@ def why_not(layer: LayerCache, device: torch.device, heads: int, large: bool = F
             return f"keys or values reach {peak:.0f}, more than the kernels' {reader.limit:.0f}"
         if reader.positional and any(layer.head_chosen):
             return "packed pages do not say where in the text the tokens that were chosen stand"
-        if reader.team > 1 and len(set(layer.extents)) > 1:
+        if reader.together > 1 and not layer.alike:
             return "heads that are packed together hold different tokens"
     supports = schedule.supports if choice.triton else cpu.supports
     return supports(None if codec is None else codec.reader, heads, layer.spec.head_dim)
@@ -163,7 +163,8 @@ def why_not_each(layers: dict[int, LayerCache], roles: Mapping[int, str]) -> dic
     peaks: dict[Bank, np.ndarray] = {}
     out: dict[int, str | None] = {}
     for index, layer in layers.items():
-        # Layers of a bank are alike, but for the largest number that they have seen, and what is read and held.
+        # Layers of a bank are alike, but for the largest number that they have seen, what is read and held, by what
+        # angles keys are turned, and caps.
         role = roles.get(index, "full")
         windows = role == "full" or tuple(extent.recent for extent in layer.extents)
         policy = id(layer.policy) if any(layer.head_chosen) else None
@@ -171,7 +172,7 @@ def why_not_each(layers: dict[int, LayerCache], roles: Mapping[int, str]) -> dic
         if bank not in peaks:
             peaks[bank] = bank.peaks()
         large = reader is not None and bool(peaks[bank][layer.index] > reader.limit)
-        kind = bank, large, role, windows, policy
+        kind = bank, large, role, windows, policy, layer.alike, id(layer.spec.rope), layer.spec.cap
         if kind not in kinds:
             kinds[kind] = _why_not_step(layer, role)
         out[index] = kinds[kind]

@@ -18,7 +18,7 @@ from fivefold.attention.watch import NUMBERS, Picked, Watch, bank_chooses, unifo
 from fivefold.kernels.choice import choose
 from fivefold.kernels.device import sent
 from fivefold.kernels.packed_decode import schedule
-from fivefold.store.bank import Bank
+from fivefold.store.bank import Bank, BankLayer
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.rows import PAGE, Bounds, Span
@@ -90,6 +90,8 @@ class DeviceTables:
         self.picked: Picked | None = None
         """Of the step that is under way, where layers read what others pick."""
         self._uniform: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
+        self._near: dict[bytes, torch.Tensor] = {}
+        """Whose picks each row reads: a captured graph needs them as long as there is one."""
         self.left = Left(self, bank) if self.listed and any(compensates(layer) for layer in bank.layers) else None
         width = self.rows * schedule.SPAN + (2 * (self.rows + 1) if self.listed else 0)
         self._watched = slice(width, width + (self.rows * NUMBERS if self.watches else 0))
@@ -171,6 +173,7 @@ class DeviceTables:
         tables = self._exact.nbytes + self._packed.nbytes + self._numbers.nbytes + self._padding.nbytes
         beside = sum(x.nbytes for x in (self.watch, self.left, *self._learned.values()) if x is not None)
         beside += sum(spans.nbytes + starts.nbytes for spans, starts, _ in self._uniform.values())
+        beside += sum(near.nbytes for near in self._near.values())
         return tables + hosts + beside
 
     def fit(self) -> bool:
@@ -398,7 +401,7 @@ class DeviceTables:
         """Attention over what an earlier layer of this step picked, and the newest token; beside the whole exact tier
         where anything is packed."""
         assert self.picked is not None
-        picks = self.picked.of(layer)
+        picks = self.picked.of(self._taken_over(layer))
         spans, starts, programs = self._spread(picks.shape[1])
         settings: dict[str, Any] = {"picks": picks, "with_lse": sinks is not None}
         if packed is None:
@@ -422,6 +425,20 @@ class DeviceTables:
                 there = torch.from_numpy(spans).to(self.device), torch.from_numpy(starts).to(self.device)
             self._uniform[count] = (*there, int(starts[-1]))
         return self._uniform[count]
+
+    def _taken_over(self, layer: BankLayer) -> torch.Tensor | None:
+        """Whose picks each row of a layer reads, int64 `[rows]`; None is its own."""
+        assert self.picked is not None
+        near = self.picked.reads.nearest.get(layer.spec.layer)
+        if near is None:
+            return None
+        heads = np.asarray(near[1])[:, 0]
+        key = heads.tobytes()
+        if key not in self._near:
+            rows = np.arange(self.rows).reshape(-1, len(heads))[:, heads].reshape(-1)
+            with torch.inference_mode(False):
+                self._near[key] = torch.from_numpy(rows).to(self.device)
+        return self._near[key]
 
     # -- what a step looks at -----------------------------------------------------------------------------
 
@@ -454,8 +471,10 @@ class DeviceTables:
         if self.joined and self.picked is not None:
             self._share_out(False)
             self._pages = self._ahead = None
-        if self.picked is not None and any(self.picked.role(layer) == "sparse" for layer in self.bank.layers):
-            self._spread(self.picked.reads.top + 1)  # not while a graph is captured
+        for layer in self.bank.layers:
+            if self.picked is not None and self.picked.role(layer) == "sparse":  # not while a graph is captured
+                self._spread(self.picked.reads.top + 1)
+                self._taken_over(layer)
         if self.watches and watches:
             if self.watch is None:
                 self.watch = Watch(self, self.bank)

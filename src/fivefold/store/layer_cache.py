@@ -54,6 +54,8 @@ class LayerCache(Holds):
         if len(extents) != spec.kv_heads:
             raise ValueError(f"{len(extents)} extents for {spec.kv_heads} kv heads")
         self.spec, self.pools, self.extents = spec, pools, tuple(extents)
+        self.alike = len(set(self.extents)) == 1
+        """Whether all of its heads hold the same tokens."""
         self.codec, self.residual, self.policy = codec, residual, policy
         self.packing = None if codec is None else Packing(codec.group, residual, codec.layout.tokens)
         rounded = policy is not None and policy.exact_bits() == 8

@@ -31,6 +31,12 @@ class Reader:
     """Whether `attend` leaves scores where it is asked to."""
     team: int = 1
     """So many rows in succession are read together: they see the same slots, and the work lists name the first."""
+
+    @property
+    def together(self) -> int:
+        """Pages of so many rows in succession are read to attend on one of them: they must hold the same tokens."""
+        return self.team
+
     resident: int = 4
     """Programs that fit on a processor at a time."""
     limit: float = 30000.0
