@@ -9,6 +9,7 @@ and sent to fixed places on the device (`attention/tables.py`); after it, the po
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -22,9 +23,11 @@ from fivefold.attention.watch import unsteady
 from fivefold.engine import decoding
 from fivefold.engine.admission import Padded
 from fivefold.engine.session import Session
-from fivefold.errors import FivefoldError
+from fivefold.errors import CacheStateError, FivefoldError
 from fivefold.kernels.choice import choose
 from fivefold.models.fused import Whole, verified
+from fivefold.models.selection import NAME, selected
+from fivefold.models.specs import configs_of
 
 _KNOWN = {
     "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep",
@@ -34,6 +37,7 @@ _WARM_UP = 2
 
 class SteppedCache(Protocol):
     session: Session
+    windows: frozenset[int]
 
 
 @dataclass
@@ -77,6 +81,8 @@ class Step:
         self._weights: list[torch.Tensor] = []
         self._addresses: list[int] = []
         self._pool: Any = None
+        self._ready: object = None
+        self._whys: Mapping[int, str | None] = {}
 
     @property
     def tables(self) -> list[DeviceTables]:
@@ -97,15 +103,18 @@ class Step:
         session, ids = cache.session, given.get("input_ids")
         if self.broken or ids is None or ids.ndim != 2 or ids.shape[1] != 1 or session.length == 0:
             return None
-        if unsteady(session.stores, session.revocable):
-            return None  # the host plans this one
-        why, whys = _unfit(session), None
-        if why is None:
-            whys = session.why_not_fused()
-            why = _first(whys)
+        why: str | None = None
+        whys: Mapping[int, str | None] | None = self._whys
+        if self._ready != _stamp(session):
+            if unsteady(session.stores, session.revocable):
+                return None  # the host plans this one
+            why, whys = _unfit(session), None
+            if why is None:
+                whys = session.why_not_fused()
+                why = _first(whys)
         if why and self.captured:
             self.reset()
-        self.failed = why or _why_not_now(given, ids, session.devices[0])
+        self.failed = why or _why_not_now(given, ids, _device(session))
         if self.failed:
             decoding.tell(session, f"decoding without a CUDA graph: {self.failed}", 6)
             return None
@@ -119,7 +128,17 @@ class Step:
             self.failed, self.broken = f"{type(error).__name__}: {error}".splitlines()[0], True
             decoding.tell(session, f"decoding without a CUDA graph: {self.failed}", 6)
             return None
+        self._look_ahead(session)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    def _look_ahead(self, session: Session) -> None:
+        """While the device is at work on a step: whether the next one is a graph's, if nothing happens in between."""
+        self._ready = None
+        with suppress(CacheStateError):  # it is raised where it matters
+            if not unsteady(session.stores, session.revocable) and _unfit(session) is None:
+                self._whys = session.why_not_fused()
+                if _first(self._whys) is None:
+                    self._ready = _stamp(session)
 
     def _step(
         self,
@@ -131,15 +150,16 @@ class Step:
         whys: Mapping[int, str | None] | None,
     ) -> torch.Tensor:
         session, positions, batch = cache.session, given.get("position_ids"), ids.shape[0]
+        banks = session.banks
         size = 1 << (batch - 1).bit_length() if session.ragged else batch
-        now = getattr(session.banks[0].mirror, "sequences", 0)
+        now = getattr(banks[0].mirror, "sequences", 0)
         if session.ragged and batch <= now <= 2 * size and 3 * now < 8 * batch and now in self.captured:
             size = now  # a few sequences less, or more, are no reason to go from one to the other
         same = self._same(model)
         captured = self.captured.get(size) if same else None
         # Other sequences may be here since: tables are found for them before anybody makes some.
-        known = captured.tables if captured is not None and len(captured.tables) == len(session.banks) else None
-        for number, bank in enumerate(session.banks):
+        known = captured.tables if captured is not None and len(captured.tables) == len(banks) else None
+        for number, bank in enumerate(banks):
             tables = bank.mirror if known is None else known[number]
             right = tables is not None and tables.sequences == size
             if not (right and ((bank.mirror is tables and tables.fit()) or tables.bind(bank))) and session.ragged:
@@ -147,7 +167,7 @@ class Step:
         session.admit(batch, 1, given.get("attention_mask"), None, whys)
         if not session.stepping:
             raise Padded
-        found = [tables_of(bank) for bank in session.banks]
+        found = [tables_of(bank) for bank in banks]
         fresh = captured is None or captured.tables != found
         if fresh:
             captured = self._prepare(model, found, size, same)
@@ -220,9 +240,11 @@ class Step:
         try:
             if captured.whole is not None:
                 return captured.whole(cache.session, captured.ids, captured.positions)
-            return forward(
-                input_ids=captured.ids, position_ids=captured.positions, past_key_values=cache, use_cache=True
-            ).logits
+            assert self._model is not None
+            with selected(configs_of(self._model), NAME, cache.windows):
+                return forward(
+                    input_ids=captured.ids, position_ids=captured.positions, past_key_values=cache, use_cache=True
+                ).logits
         finally:
             cache.session.captured = False
 
@@ -236,6 +258,15 @@ def _unfit(session: Session) -> str | None:
     if session.devices[0].type == "cpu" and not choose(session.devices[0]).triton:
         return "the cache is on a CPU"
     return None
+
+
+def _device(session: Session) -> torch.device:
+    return session.stores[session.first].spec.device
+
+
+def _stamp(session: Session) -> object:
+    """What is found out about a session's next step stands while this is the same."""
+    return session.turn, session.recording, choose(_device(session))
 
 
 def _first(whys: Mapping[int, str | None]) -> str | None:
