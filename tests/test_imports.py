@@ -48,7 +48,7 @@ LAYERS = {
         "engine",
         "report",
     ),
-    "plan.measure": ("paths", "store", "attention", "recipe", "benchmark", "plan"),
+    "plan.measure": ("paths", "kernels", "store", "attention", "recipe", "benchmark", "plan"),
 }
 """Imports of any kind count: at the top of a module, in a function, or for types only."""
 KNOW_TRANSFORMERS = ("models", "generation", "cli", "evaluate", "benchmark", "calibrate")

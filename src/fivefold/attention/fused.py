@@ -17,7 +17,7 @@ from fivefold.kernels.packed_decode import Form, cpu, schedule
 from fivefold.store.bank import Bank
 from fivefold.store.group import RowGroup
 from fivefold.store.layer_cache import LayerCache
-from fivefold.store.rows import Bounds, Span
+from fivefold.store.rows import PAGE, Bounds, Span
 
 
 def attend_fused(
@@ -121,6 +121,24 @@ def unpack_fused(
     tables.sync_once()
     packed, _ = tables.pages(group)
     return kernel.unpack_pages(codec.form, packed.table[:, first:last], dtype)
+
+
+def gathers(layer: LayerCache) -> bool:
+    """Whether a kernel makes exact pages dense, wherever they lie: on a GPU."""
+    spec = layer.spec
+    plain = layer.exact_pool.layout.holds is None and spec.dtype.itemsize in (2, 4)
+    power = spec.head_dim >= 16 and not spec.head_dim & (spec.head_dim - 1)
+    return spec.device.type == "cuda" and plain and power and choose(spec.device).triton
+
+
+def gather_fused(layer: LayerCache, group: RowGroup, first: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of so many exact tokens from a column on, `[rows, tokens, head_dim]`, where it `gathers`."""
+    from fivefold.kernels.gather import triton as kernel
+
+    tables = tables_of(layer.bank)
+    tables.sync_once()
+    table = tables.pages(group)[1].table[:, first : first + -(-tokens // PAGE)]
+    return kernel.gather_pages(table, tokens, layer.spec.head_dim, layer.spec.dtype)
 
 
 def why_not(layer: LayerCache, device: torch.device, heads: int, large: bool = False) -> str | None:

@@ -355,8 +355,8 @@ class LayerCache(Holds):
                 window = slice(position - int(old.length), position - int(old.length) + count)
                 at = None if whole else slice(slot, slot + count)
                 shape = (-1, PAGE, dim) if whole else (len(rows), count, dim)
-                for name, x in zip(KV, (keys, values)):
-                    self.exact_pool.write(name, pages, x[:, window].reshape(shape), at)
+                parts = {name: x[:, window].reshape(shape) for name, x in zip(KV, (keys, values))}
+                self.exact_pool.write_fields(pages, parts, at)
                 position += count
 
     def _put(self, group: RowGroup, keys: torch.Tensor, values: torch.Tensor) -> bool:
