@@ -14,7 +14,7 @@ import torch
 
 from fivefold.attention.compensate import Left, beside, compensates, left_of_all
 from fivefold.attention.merge import with_sinks
-from fivefold.attention.watch import NUMBERS, Picked, Watch, bank_chooses, uniform
+from fivefold.attention.watch import NUMBERS, Aside, Picked, Watch, bank_chooses, uniform
 from fivefold.kernels.choice import choose
 from fivefold.kernels.device import sent
 from fivefold.kernels.packed_decode import schedule
@@ -87,6 +87,8 @@ class DeviceTables:
         """The bounds for which spans are written already."""
         self.watch: Watch | None = None
         """What is known of tokens that a policy chooses, once a step is a kernel's."""
+        self.aside: Aside | None = None
+        """Where that is brought up to date in a captured step."""
         self.picked: Picked | None = None
         """Of the step that is under way, where layers read what others pick."""
         self._uniform: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
@@ -333,6 +335,7 @@ class DeviceTables:
         if watches or role == "select":
             policy: Any = layer.policy
             if role == "select" or (policy.chooses and policy.watches):
+                self.join(1)  # whose scores are no longer held
                 scored = self._scores(queries, packed)
         left = None if self.listed else left_of_all(layer, queries, scaling)
         with_lse = bool(sinks is not None or left is not None or scored or self.left is not None)
@@ -341,9 +344,17 @@ class DeviceTables:
         if self.left is not None and compensates(layer):
             self.left.merge(layer, queries, scaling, out, lse)
         out, lse = beside(out, lse, left)
-        if watches or role == "select":
+        if role == "select" or (watches and self.aside is None):
             self._watch_step(layer, role, queries, scaling, lse, sinks, scored, packed)
+        elif watches and self.aside is not None:
+            with self.aside.reading(queries, lse, scored):
+                self._watch_step(layer, role, queries, scaling, lse, sinks, scored, packed)
         return with_sinks(out, lse, sinks)
+
+    def join(self, most: int = 0) -> None:
+        """Wait for what the watch makes of the attention of all layers of a captured step but the last `most`."""
+        if self.aside is not None:
+            self.aside.join(most)
 
     def _scores(self, queries: torch.Tensor, packed: schedule.Packed | None) -> dict[str, torch.Tensor]:
         """Where kernels leave the scores of a step: of exact slots, and of packed ones that are not KIVI's."""
@@ -451,6 +462,8 @@ class DeviceTables:
         """Before `update`: whether the step that comes watches tokens that are held, and where layers leave what others
         are to read."""
         self.picked = picked if self.listed else None
+        if self.aside is not None:
+            self.aside.forget()
         if self.joined and self.picked is not None:
             self._share_out(False)
             self._pages = self._ahead = None
@@ -459,6 +472,7 @@ class DeviceTables:
         if self.watches and watches:
             if self.watch is None:
                 self.watch = Watch(self, self.bank)
+                self.aside = Aside(self.device) if self.device.type == "cuda" else None
             if self.watch.adopt(self.bank):
                 self._ahead = None  # it was worked out without
 

@@ -11,7 +11,8 @@ layer's `held` gets it as ever (`Bank.settle`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -301,6 +302,37 @@ class Picked:
             rows = np.arange(len(self._picks)).reshape(-1, len(heads))[:, heads].reshape(-1)
             self._near[key] = sent(self._picks.device, rows)[0]
         return self._picks.index_select(0, self._near[key])
+
+
+class Aside:
+    """What a captured step makes of its attention: no later layer of it wants to know, so it runs on a stream of its
+    own, beside the products of the layers. What it reads is held until the layers' stream has waited for it (`join`)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._under_way: list[tuple[torch.cuda.Event, tuple[Any, ...]]] = []
+
+    @contextmanager
+    def reading(self, *held: Any) -> Iterator[None]:
+        """Within it, what is launched goes there, behind what the layers have come to."""
+        main = torch.cuda.current_stream(self._stream.device)
+        if not torch.cuda.is_current_stream_capturing():
+            yield
+            return
+        self._stream.wait_stream(main)
+        with torch.cuda.stream(self._stream):
+            yield
+        self._under_way.append((self._stream.record_event(), held))
+
+    def forget(self) -> None:
+        """Before a step: what one that failed left."""
+        self._under_way.clear()
+
+    def join(self, most: int = 0) -> None:
+        """Wait until all but the latest `most` are done."""
+        while len(self._under_way) > most:
+            event, _ = self._under_way.pop(0)
+            torch.cuda.current_stream(self._stream.device).wait_event(event)
 
 
 def uniform(rows: int, count: int, tile: int, programs: int) -> tuple[np.ndarray, np.ndarray]:

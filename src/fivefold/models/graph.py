@@ -219,10 +219,13 @@ class Step:
         cache.session.captured = True
         try:
             if captured.whole is not None:
-                return captured.whole(cache.session, captured.ids, captured.positions)
-            return forward(
-                input_ids=captured.ids, position_ids=captured.positions, past_key_values=cache, use_cache=True
-            ).logits
+                logits = captured.whole(cache.session, captured.ids, captured.positions)
+            else:
+                given = {"input_ids": captured.ids, "position_ids": captured.positions, "past_key_values": cache}
+                logits = forward(**given, use_cache=True).logits
+            for tables in captured.tables:
+                tables.join()
+            return logits
         finally:
             cache.session.captured = False
 
