@@ -116,7 +116,16 @@ def _page_slots(line, FIELD: tl.constexpr, there, PLACES: tl.constexpr):
 
 
 @triton.jit
-def _where(line, FIELD: tl.constexpr, KEPT: tl.constexpr, slots, token, DTYPE: tl.constexpr, D: tl.constexpr, PLACES: tl.constexpr):
+def _where(
+    line,
+    FIELD: tl.constexpr,
+    KEPT: tl.constexpr,
+    slots,
+    token,
+    DTYPE: tl.constexpr,
+    D: tl.constexpr,
+    PLACES: tl.constexpr,
+):
     """Where tokens `[T]` of a page begin: in its directions, or where they are kept, and whether they are."""
     WIDTH: tl.constexpr = D * DTYPE.primitive_bitwidth // 16
     at = line[FIELD] + token * WIDTH

@@ -497,9 +497,7 @@ def _processors_of(device: torch.device) -> int:
 
 def by_cuda(form: Reader, heads: int, device: torch.device) -> bool:
     """Whether `cuda.py` attends over packed pages of this form."""
-    if device.type != "cuda" or not isinstance(form, Form):
-        return False
-    return choose(device).path == "cuda" and cuda.supports(form, heads)
+    return device.type == "cuda" and choose(device).path == "cuda" and cuda.supports(form, heads)
 
 
 def programs_for(
@@ -512,8 +510,8 @@ def programs_for(
     for the last.
     """
     resident, team = (RESIDENT, 1) if form is None else (form.resident, form.team)
-    if isinstance(form, Form) and by_cuda(form, heads, device):
-        resident = cuda.resident(form, device)
+    if form is not None and by_cuda(form, heads, device):
+        resident = cuda.resident(form, device, 8 if isinstance(form, Form) else heads)
     packed, exact = (
         once if 8 * rows <= once else max(8 * once, 2 * rows)
         for rows, once in ((rows // team, resident * _processors(device)), (rows, RESIDENT * _processors(device)))
@@ -600,7 +598,7 @@ def decode(
                 )  # fmt: skip
             elif by_cuda(form, heads, device):
                 cuda.kernel(form, queries.dtype, None if joined is None else joined.dtype, device, SPAN)(
-                    count, queries, packed.table, joined, spans, starts[0], packed_out, packed_lse, scale
+                    count, queries, packed, joined, spans, starts[0], packed_out, packed_lse, scale
                 )
             else:
                 _packed[(count,)](
@@ -609,9 +607,16 @@ def decode(
                     STAGES=_STAGES[form.bits], num_warps=2, num_stages=_STAGES[form.bits], **common,
                 )  # fmt: skip
         elif packed is not None:
-            team = packed.form.team
-            _, packed_out, packed_lse = parts(programs[0], packed.table.shape[0] * packed.table.shape[1] // team, team)
-            packed.form.attend(packed, queries, scale, spans, starts[0], packed_out, packed_lse, packed_scores)
+            form, team = packed.form, packed.form.team
+            tiles = rows * packed.table.shape[1] // team + (0 if joined is None else joined.table.numel() // 2)
+            count, packed_out, packed_lse = parts(programs[0], tiles, team)
+            if by_cuda(form, heads, device):
+                kind = queries.dtype, None if joined is None else joined.dtype, device, SPAN, heads
+                cuda.kernel(form, *kind, packed_scores is not None)(
+                    count, queries, packed, joined, spans, starts[0], packed_out, packed_lse, scale, packed_scores
+                )
+            else:
+                form.attend(packed, queries, scale, spans, starts[0], packed_out, packed_lse, packed_scores)
         if exact is not None and joined is None:
             wide = exact.dtype.itemsize == 4
             picked = picks if packed is None else None
