@@ -305,8 +305,8 @@ class Picked:
 
 
 class Aside:
-    """What a captured step makes of its attention: no later layer of it wants to know, so it runs on a stream of its
-    own, beside the products of the layers. What it reads is held until the layers' stream has waited for it (`join`)."""
+    """What a captured step makes of its attention. No later layer of it wants to know, so it runs on a stream of its
+    own, beside the products of the layers; what it reads is held until these have waited for it (`join`)."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)

@@ -2,8 +2,8 @@
 
 Triton moves each operand through shared memory and waits there; this kernel loads words straight into the operands of
 the tensor cores, and its copies run ahead of it. It does what `triton._packed` does, and what `planar_decode` does for
-most of its pages, for heads of 64 or 128 numbers and up to 8 query heads a KV head; the rest, and what is not packed, is
-left to Triton.
+most of its pages, for heads of 64 or 128 numbers and up to 8 query heads a KV head; the rest, and what is not packed,
+is left to Triton.
 """
 
 from __future__ import annotations
