@@ -140,6 +140,12 @@ __device__ __forceinline__ void launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
+// Where this kernel was launched before the one in front of it was done: until it is.
+__device__ __forceinline__ void wait_for_others() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
 template <int PENDING>
 __device__ __forceinline__ void wait() {
@@ -306,8 +312,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     look(ahead, keys ? 3 : 0);
 #endif
   };
+  // Packed pages are none of what the kernel in front of this one writes, but queries and exact pages are.
+  static_assert(UNITS <= 3, "what comes first is a page");
+  if (first + PAIRS > last_packed) wait_for_others();
 #pragma unroll
   for (int unit = 0; unit < UNITS - 1; unit++) fetch(unit % 2 == 0, unit * UNIT);
+  wait_for_others();
 
   // The queries of head g, scaled by a power of two to be below 2^(6 - ROOM), and for channels 8t .. 8t + 7 of every
   // block.

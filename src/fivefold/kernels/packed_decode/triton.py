@@ -607,8 +607,9 @@ def decode(
                 )  # fmt: skip
             elif by_cuda(form, heads, device):
                 cuda.kernel(form, queries.dtype, None if joined is None else joined.dtype, device, SPAN)(
-                    count, queries, packed, joined, spans, starts[0], packed_out, packed_lse, scale
-                )
+                    count, queries, packed, joined, spans, starts[0], packed_out, packed_lse, scale,
+                    early=PDL_EXACT and pdl,
+                )  # fmt: skip
             else:
                 _packed[(count,)](
                     queries, packed.table, spans, starts[0], packed_out, packed_lse, scale, rows, packed.table.shape[1],
@@ -622,8 +623,9 @@ def decode(
             if by_cuda(form, heads, device):
                 kind = queries.dtype, None if joined is None else joined.dtype, device, SPAN, heads
                 cuda.kernel(form, *kind, packed_scores is not None)(
-                    count, queries, packed, joined, spans, starts[0], packed_out, packed_lse, scale, packed_scores
-                )
+                    count, queries, packed, joined, spans, starts[0], packed_out, packed_lse, scale, packed_scores,
+                    PDL_EXACT and pdl,
+                )  # fmt: skip
             else:
                 form.attend(packed, queries, scale, spans, starts[0], packed_out, packed_lse, packed_scores)
         if exact is not None and joined is None:
