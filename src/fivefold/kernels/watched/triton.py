@@ -108,25 +108,30 @@ def _picks(values, indices, spans, out, count, top, T: tl.constexpr, SPAN: tl.co
 
 
 @triton.jit
-def _noised(s, lse, row, head, slot, position, inside, table, newest, generated, draws, seed, layer, kv_heads,
-            first, last, steps):  # fmt: skip
-    """One query head's weights of some slots with noise and temperature (see `Noise`), 0 outside."""
+def _noised(scores, lse, row, slot, position, inside, table, newest, generated, columns, draws, seed, layer, kv_heads,
+            first, last, steps, HEADS: tl.constexpr, H: tl.constexpr):  # fmt: skip
+    """The query heads' weights of some slots with noise and temperature (see `Noise`), `[H, slots]`, 0 outside."""
+    head = tl.arange(0, H)
     where = newest.to(tl.int64) * 1000003 + head
     where = where * 1000003 + row % kv_heads
     where = ((where * 1000003 + layer) * 1000003 + seed) % draws
-    where = (where + draws) % draws  # a remainder may be negative
-    at = where.to(tl.int32) + position % draws  # in 32 bits: a remainder in 64 takes long, and these are many
+    where = tl.where(where < 0, where + draws, where).to(tl.int32)
+    # In 32 bits: a remainder in 64 takes long, and these are many.
+    at = where[:, None] + (position % draws)[None, :]
+    inside = inside[None, :] & (head < HEADS)[:, None]
     noise = tl.load(table + tl.where(at >= draws, at - draws, at), mask=inside, other=1.0)
+    s = tl.load(scores + (row * HEADS + head)[:, None] * columns + slot[None, :], mask=inside, other=0.0)
+    whole = tl.load(lse + row * HEADS + head, mask=head < HEADS, other=0.0)
     share = tl.minimum(tl.maximum(generated.to(tl.float32), 0.0), steps) / steps
     tau = first + (last - first) * share
-    x = ((s - lse) * 1.4426950408889634 + tl.log2(noise)) / tau
+    x = ((s - whole[:, None]) * 1.4426950408889634 + tl.log2(noise)) / tau
     return tl.where(inside, tl.exp2(x), 0.0)
 
 
 @triton.jit(do_not_specialize=("columns", "slots", "draws", "seed", "layer", "kv_heads"))
 def _noise_sums(
     scores, lse, positions, numbers, spans, out, table, columns, slots, draws, seed, layer, kv_heads, first, last,
-    steps, T: tl.constexpr, SPAN: tl.constexpr, NUMBERS: tl.constexpr, HEADS: tl.constexpr,
+    steps, T: tl.constexpr, SPAN: tl.constexpr, NUMBERS: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
     """The sums of a tile's noised weights, of each query head. Grid: (rows, tiles)."""
     row = tl.program_id(0).to(tl.int64)
@@ -138,23 +143,21 @@ def _noise_sums(
     inside = slot < stop
     position = tl.load(positions + row * slots + slot, mask=slot < stop - 1, other=0)
     position = tl.where(slot < stop - 1, position, newest)
-    for head in tl.static_range(HEADS):
-        total = 0.0
-        if tile * T < stop:
-            at = row * HEADS + head
-            s = tl.load(scores + at * columns + slot, mask=inside, other=0.0)
-            x = _noised(s, tl.load(lse + at), row, head, slot, position, inside, table, newest, generated, draws, seed,
-                        layer, kv_heads, first, last, steps)  # fmt: skip
-            total = tl.sum(x, 0)
-        tl.store(out + (row * HEADS + head) * tl.num_programs(1) + tile, total)
+    head = tl.arange(0, H)
+    total = tl.zeros([H], tl.float32)
+    if tile * T < stop:
+        x = _noised(scores, lse, row, slot, position, inside, table, newest, generated, columns, draws, seed, layer,
+                    kv_heads, first, last, steps, HEADS, H)  # fmt: skip
+        total = tl.sum(x, 1)
+    tl.store(out + (row * HEADS + head) * tl.num_programs(1) + tile, total, mask=head < HEADS)
 
 
 @triton.jit(do_not_specialize=("columns", "width", "slots", "draws", "seed", "layer", "kv_heads"))
 def _tally(
     scores, lse, given, sums, table, old, positions, low, numbers, spans, new, least, place,
     columns, width, slots, draws, seed, layer, kv_heads, first, last, steps,
-    T: tl.constexpr, SPAN: tl.constexpr, NUMBERS: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr,
-    GAIN: tl.constexpr, ORDER: tl.constexpr,
+    T: tl.constexpr, SPAN: tl.constexpr, NUMBERS: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr,
+    TILES: tl.constexpr, GAIN: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     """A tile of a row's statistic with what its slots received, and which of them goes first. Grid: (rows, tiles).
 
@@ -185,13 +188,13 @@ def _tally(
     if GAIN == 3:
         generated = tl.load(numbers + row * NUMBERS + 3)
         each = tl.arange(0, TILES)
-        for head in tl.static_range(HEADS):
-            at = row * HEADS + head
-            whole = tl.sum(tl.load(sums + at * tiles + each, mask=each < tiles, other=0.0), 0)
-            s = tl.load(scores + at * columns + slot, mask=slot < total, other=0.0)
-            x = _noised(s, tl.load(lse + at), row, head, slot, position, slot < total, table, newest, generated, draws,
-                        seed, layer, kv_heads, first, last, steps)  # fmt: skip
-            sum += x / whole
+        head = tl.arange(0, H)
+        at = (row * HEADS + head)[:, None] * tiles + each[None, :]
+        there = (head < HEADS)[:, None] & (each < tiles)[None, :]
+        whole = tl.maximum(tl.sum(tl.load(sums + at, mask=there, other=0.0), 1), 1e-38)
+        x = _noised(scores, lse, row, slot, position, slot < total, table, newest, generated, columns, draws, seed,
+                    layer, kv_heads, first, last, steps, HEADS, H)  # fmt: skip
+        sum += tl.sum(x / whole[:, None], 0)
     tl.store(new + row * slots + slot, sum, mask=slot < total)
     if ORDER == 1:
         sum = position.to(tl.float32)
@@ -444,7 +447,7 @@ def tally(
     place = torch.empty((rows, tiles), dtype=torch.int32, device=device)
     scores, lse, sums = (old if x is None else x for x in (scores, lse, None))
     table, draws, seed, bounds = old, 1, by if isinstance(by, int) else 0, (1.0, 1.0, 1.0)
-    settings = {"T": TILE, "SPAN": SPAN, "NUMBERS": NUMBERS, "HEADS": heads}
+    settings = {"T": TILE, "SPAN": SPAN, "NUMBERS": NUMBERS, "HEADS": heads, "H": triton.next_power_of_2(heads)}
     with on(device):
         if noise is not None:
             sums = torch.empty((rows, heads, tiles), dtype=torch.float32, device=device)
