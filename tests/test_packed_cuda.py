@@ -32,10 +32,11 @@ pytestmark = [
 LAUNCH = """
 extern "C" void launch(int blocks, int late, const Query* queries, const long long* table, const long long* exact,
                        const int* spans, const int* starts, float* out, float* lse, const float* balance, float* found,
-                       float scale, int rows, int columns, int exact_columns, int heads, int slots) {
+                       float* scored, float scale, int rows, int columns, int exact_columns, int heads, int slots,
+                       int exact_slots) {
   run(blocks, late, [&] {
-    packed(queries, table, exact, spans, starts, out, lse, balance, found, scale, rows, columns, exact_columns, heads,
-           slots);
+    packed(queries, table, exact, spans, starts, out, lse, balance, found, scored, scale, rows, columns,
+           exact_columns, heads, slots, exact_slots);
   });
 }
 """
@@ -43,12 +44,12 @@ extern "C" void launch(int blocks, int late, const Query* queries, const long lo
 
 def compiled(
     form: Reader, dtype: torch.dtype, exact: torch.dtype | None, pairs: int, folder: Path, heads: int = 8,
-    found: bool = False,
+    found: bool = False, scored: bool = False,
 ) -> ctypes.CDLL:  # fmt: skip
     source, library = folder / "packed.cpp", folder / "packed.so"
     header = Path(__file__).with_name("cuda_on_cpu.h")
     source.write_text(f'#define CUDA_ON_CPU\n#include "{header}"\n#include "{cuda.SOURCE}"\n{LAUNCH}')
-    values = cuda.definitions(form, dtype, exact, kernel.SPAN, pairs, 1, heads, found)
+    values = cuda.definitions(form, dtype, exact, kernel.SPAN, pairs, 1, heads, found, scored)
     options = [f"-D{name}={value}" for name, value in values.items()]
     command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", *options, str(source), "-o", str(library)]
     subprocess.run(command, check=True, timeout=120)
@@ -76,7 +77,7 @@ def test_the_source_does_as_the_reference(
     random.seed(0)
     pairs, resident = cuda.arrangement(form)
     assert pairs * resident == 4
-    launch = compiled(form, dtype, joined, pairs, tmp_path).launch
+    launch = compiled(form, dtype, joined, pairs, tmp_path, scored=joined is not None).launch
     columns, page, shared = 5, form.tokens, cuda.shared_bytes(form, pairs)
     assert shared < 1 << 18
     spans = [(0, 5 * page - form.group, 0, 0, 0), (page + 5, 2 * page, 0, 0, 0), (0, 0, 0, 0, 0), (3, 9, 0, 0, 0)]
@@ -106,9 +107,16 @@ def test_the_source_does_as_the_reference(
         starts = torch.from_numpy(kernel.starts_of(pages, (programs, 0 if joined else rows)))[0].contiguous()
         out = torch.full((programs, heads, form.head_dim), torch.nan)
         lse = torch.full((programs, heads), torch.nan)
-        pointers = [ctypes.c_void_p(x.data_ptr()) for x in (queries, table, slots, span, starts, out, lse, lse, lse)]
-        sizes = (rows, columns, slots.shape[1])
-        launch(programs, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), *sizes, heads, 0)
+        scores = torch.full((rows, heads, 64), torch.nan)
+        tensors = (queries, table, slots, span, starts, out, lse, lse, lse, scores)
+        pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
+        sizes = (rows, columns, slots.shape[1], heads, 0, 64)
+        launch(programs, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), *sizes)
+        if keys is not None:
+            there = (torch.arange(64) < span[:, 4, None])[:, None].expand_as(scores)
+            logs = (queries.double() * scaling) @ keys.double().nan_to_num(0).transpose(1, 2)
+            logs = logs.masked_fill(~seen[:, None], -1e30).float()
+            assert torch.allclose(scores[there], logs[there], 1e-2, 0.06) and scores[~there].isnan().all()
         for row in range(rows):
             part = slice(int(starts[row]), int(starts[row + 1]))
             if part.start == part.stop:
@@ -158,9 +166,9 @@ def test_pages_of_other_kinds(method: Method, dim: int, dtype: torch.dtype, head
         ].contiguous()
         out, lse = torch.full((programs, heads, dim), torch.nan), torch.full((programs, heads), torch.nan)
         found = torch.full((rows, heads, columns * page), torch.nan)
-        tensors = (queries, table, table, span, starts, out, lse, learned[0] if learned else lse, found)
+        tensors = (queries, table, table, span, starts, out, lse, learned[0] if learned else lse, found, lse)
         pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
-        sizes = (rows, columns, 0, heads, columns * page)
+        sizes = (rows, columns, 0, heads, columns * page, 0)
         launch(programs, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), *sizes)
         for row in range(2):
             part = slice(int(starts[row]), int(starts[row + 1]))

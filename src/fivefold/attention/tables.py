@@ -81,7 +81,7 @@ class DeviceTables:
         self.listed = choose(self.device).triton
         """Whether kernels want work lists."""
         self.watches = self.listed and bank_chooses(bank.layers)
-        self._share_out(not self.watches)
+        self._share_out(True)
         self._pages: np.ndarray | None = None
         self._ahead: np.ndarray | None = None
         """The bounds for which spans are written already."""
@@ -143,7 +143,7 @@ class DeviceTables:
 
     def _share_out(self, joins: bool) -> None:
         """How many programs work for these rows. joins: whether one kernel may attend over packed and exact pages,
-        which then says nothing of single slots."""
+        which then knows of no picks."""
         self.programs: tuple[int, int] | None = None
         if self.listed and self.device.type == "meta":
             self.programs = (1, 1)

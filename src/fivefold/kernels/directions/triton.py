@@ -31,7 +31,7 @@ from fivefold.kernels.packed_decode.triton import (
     _times,
 )  # fmt: skip
 
-_AHEAD = 64, 2
+_AHEAD = 64, 1
 """Tokens of a tile of directions as they are, and stages of the loop over tiles."""
 
 

@@ -69,20 +69,21 @@ class Kernel:
 
     def __call__(
         self, programs: int, queries: torch.Tensor, packed: Packed, exact: Exact | None, spans: torch.Tensor,
-        starts: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, scale: float, scores: torch.Tensor | None = None,
-        early: bool = False,
+        starts: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, scale: float, found: torch.Tensor | None = None,
+        scored: torch.Tensor | None = None, early: bool = False,
     ) -> None:  # fmt: skip
         """Leave the parts of `programs` programs in out `[programs, heads, head_dim]` and lse `[programs, heads]`;
-        scores: see `Reader.attend`. early: it may read packed pages before the kernel in front of it is done."""
+        found, scored: scores of packed and exact slots, see `triton.decode`. early: it may read packed pages before the kernel in front of it is done."""
         from cuda.bindings import driver
 
         rows, heads = queries.shape[:2]
         table = packed.table
         slots, learned = table if exact is None else exact.table, packed.learned[0] if packed.learned else lse
-        found = lse if scores is None else scores
-        pointers = [x.data_ptr() for x in (queries, table, slots, spans, starts, out, lse, learned, found)]
-        types = (*[ctypes.c_void_p] * 9, ctypes.c_float, *[ctypes.c_int] * 5)
-        values = (*pointers, scale, rows, table.shape[1], slots.shape[1], heads, found.shape[-1])
+        found, scored = (lse if x is None else x for x in (found, scored))
+        pointers = [x.data_ptr() for x in (queries, table, slots, spans, starts, out, lse, learned, found, scored)]
+        types = (*[ctypes.c_void_p] * 10, ctypes.c_float, *[ctypes.c_int] * 6)
+        sizes = rows, table.shape[1], slots.shape[1], heads, found.shape[-1], scored.shape[-1]
+        values = (*pointers, scale, *sizes)
         stream = torch.cuda.current_stream(queries.device).cuda_stream
         grid, block = (programs, 1, 1), (64 * self.pairs, 1, 1)
         with on(queries.device):
@@ -146,20 +147,20 @@ def _arrangement(form: Reader, device: torch.device, heads: int) -> tuple[int, i
 
 def definitions(
     form: Reader, dtype: torch.dtype, exact: torch.dtype | None, span: int, pairs: int, resident: int,
-    heads: int = 8, found: bool = False,
+    heads: int = 8, found: bool = False, scored: bool = False,
 ) -> dict[str, int]:  # fmt: skip
     """What `packed.cu` is compiled with. exact: of exact pages, None to leave them out; span: columns of a table of
-    spans; found: with scores of the packed slots."""
+    spans; found, scored: with scores of the packed slots, and of the exact ones."""
     return {
         **_shape(form, heads), "UNITS": UNITS, "PAIRS": pairs, "QUERIES": _QUERIES[dtype], "EXACT": _EXACT[exact],
-        "SPAN": span, "RESIDENT": resident, "FOUND": int(found),
+        "SPAN": span, "RESIDENT": resident, "FOUND": int(found), "SCORED": int(scored),
     }  # fmt: skip
 
 
 @cache
 def compiled(
     form: Reader, dtype: torch.dtype, exact: torch.dtype | None, capability: tuple[int, int], span: int, pairs: int,
-    resident: int, heads: int = 8, found: bool = False,
+    resident: int, heads: int = 8, found: bool = False, scored: bool = False,
 ) -> bytes:  # fmt: skip
     """The machine code for one form of pages.
 
@@ -169,7 +170,7 @@ def compiled(
 
     major, minor = capability
     options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
-    values = definitions(form, dtype, exact, span, pairs, resident, heads, found)
+    values = definitions(form, dtype, exact, span, pairs, resident, heads, found, scored)
     options += [f"-D{name}={value}" for name, value in values.items()]
     program = _done(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), b"packed.cu", 0, [], []))
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
@@ -185,18 +186,19 @@ def compiled(
 
 def kernel(
     form: Reader, dtype: torch.dtype, exact: torch.dtype | None, device: torch.device, span: int, heads: int = 8,
-    found: bool = False,
+    found: bool = False, scored: bool = False,
 ) -> Kernel:  # fmt: skip
     """The kernel for packed pages, dtypes of queries and exact pages (None: without them), and a device, on which it is
-    compiled and loaded once. heads: of a KV head; found: with scores."""
+    compiled and loaded once. heads: of a KV head; found, scored: with scores of packed slots, of exact
+    ones."""
     heads = 8 if isinstance(form, Form) else heads
-    return _kernel(form, dtype, exact, numbered(device), span, heads, found)
+    return _kernel(form, dtype, exact, numbered(device), span, heads, found, scored)
 
 
 @cache
 def _kernel(
     form: Reader, dtype: torch.dtype, exact: torch.dtype | None, device: torch.device, span: int, heads: int,
-    found: bool,
+    found: bool, scored: bool,
 ) -> Kernel:  # fmt: skip
     from cuda.bindings import driver
 
@@ -204,7 +206,7 @@ def _kernel(
         torch.cuda.current_stream().synchronize()  # makes the context
         pairs, resident = _arrangement(form, device, heads)
         capability = torch.cuda.get_device_capability(device)
-        code = compiled(form, dtype, exact, capability, span, pairs, resident, heads, found)
+        code = compiled(form, dtype, exact, capability, span, pairs, resident, heads, found, scored)
         module = _done(driver.cuModuleLoadData(code))
         function = _done(driver.cuModuleGetFunction(module, b"packed"))
         shared = shared_bytes(form, pairs, heads)

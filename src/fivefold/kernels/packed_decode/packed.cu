@@ -4,8 +4,8 @@
 // SPAN columns of a table of spans, RESIDENT programs on a processor. Of other pages than KIVI's (`planar_decode`):
 // BY_TOKEN, keys are quantised as values are; RECORD, a page's fields lie together (else the table has six addresses of
 // each); UNBIAS and BALANCED, see `Planar`; RANK of what is added to keys and to values as a product, KEY_OUT and
-// VALUE_OUT numbers of a channel and of a token that are added one by one, for up to HEADS query heads; FOUND, scores
-// are wanted; ROOM, so many bits more than KIVI's have scales.
+// VALUE_OUT numbers of a channel and of a token that are added one by one, for up to HEADS query heads; FOUND and SCORED,
+// scores of packed and of exact slots are wanted; ROOM, so many bits more than KIVI's have scales.
 // Two warps, a pair, work on a page; each takes 16 of its 32 rows and keeps a softmax of its own until the end. A program
 // has PAIRS of them, which take turns with its pages. The sides of a page, keys and values, are copied into a ring of
 // units ahead of their use.
@@ -212,13 +212,13 @@ __device__ __forceinline__ void copy_exact(u32 to, const char* from, int thread,
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     packed(const Query* __restrict__ queries, const long long* __restrict__ table, const long long* __restrict__ exact,
            const int* __restrict__ spans, const int* __restrict__ starts, float* __restrict__ out,
-           float* __restrict__ lse, const float* __restrict__ balance, float* __restrict__ found, float scale, int rows,
-           int columns, int exact_columns, int heads, int slots) {
+           float* __restrict__ lse, const float* __restrict__ balance, float* __restrict__ found,
+           float* __restrict__ scored, float scale, int rows, int columns, int exact_columns, int heads, int slots,
+           int exact_slots) {
   extern __shared__ __align__(128) char memory[];
   const int lane = threadIdx.x & 31, half = threadIdx.x >> 5 & 1, g = lane >> 2, t = lane & 3;
   const int pair_ = threadIdx.x / PAIR, thread = threadIdx.x % PAIR;
   const int part = blockIdx.x;
-  launch_dependents();
 
   int row = 0;
   for (int first = 0; first < rows; first += 32)
@@ -227,11 +227,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const int begin = starts[row], programs = starts[row + 1] - begin;
   const int* const span = spans + row * SPAN;
   const int low = span[0], high = span[1];
-  // Work is numbered: packed pages, then exact ones.
+  // Work is numbered: this program's share of the packed pages, then that of the exact ones.
   const int pages = high > low ? (high + TOKENS - 1) / TOKENS - low / TOKENS : 0;
-  const int stop = EXACT ? span[4] : 0, all = pages + (stop + 31) / 32;
-  const int first = int((long long)(part - begin) * all / programs);
-  const int last = int((long long)(part - begin + 1) * all / programs), last_packed = min(last, pages);
+  const int stop = EXACT ? span[4] : 0, exact_pages = (stop + 31) / 32;
+  const auto from = [&](int all, int n) { return int((long long)n * all / programs); };
+  const int first = from(pages, part - begin), last_packed = from(pages, part - begin + 1);
+  // Those that have a page more of one kind have one less of the other.
+  const int other = programs - 1 - (part - begin), first_exact = from(exact_pages, other);
+  const int last = last_packed + from(exact_pages, other + 1) - first_exact;
   table += ((long long)row * columns + low / TOKENS) * (RECORD ? 1 : 6);
 #if EXACT
   exact += (long long)row * exact_columns * 2;
@@ -292,7 +295,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     }
 #if EXACT
     else if (ahead < last) {
-      const int page = ahead - pages;
+      const int page = ahead - last_packed + first_exact;
       const char* from = reinterpret_cast<const char*>(exact[2 * page + (keys ? 0 : 1)] * 16);
       if (keys)
         copy_exact<true>(ring + unit, from, thread, [&](int r) { return seen(page * 32 + r); });
@@ -318,6 +321,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #pragma unroll
   for (int unit = 0; unit < UNITS - 1; unit++) fetch(unit % 2 == 0, unit * UNIT);
   wait_for_others();
+  launch_dependents();  // what they are given by those in front of this kernel is there
 
   // The queries of head g, scaled by a power of two to be below 2^(6 - ROOM), and for channels 8t .. 8t + 7 of every
   // block.
@@ -804,7 +808,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     float most[2] = {-1e30f, -1e30f};
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-      const bool held = seen((number - pages) * 32 + mine + k / 2 * 2);
+      const int slot = (number - last_packed + first_exact) * 32 + mine + k / 2 * 2, head = 2 * t + (k & 1);
+      const bool held = seen(slot);
+      if (SCORED && slot < stop & head < heads)
+        scored[((long long)row * heads + head) * exact_slots + slot] = held ? s[k] * scale * 0.6931471805599453f : -1e30f;
       s[k] = held ? fmaf(s[k], scale, -m[k & 1]) : -__int_as_float(0x7f800000);
       most[k & 1] = fmaxf(most[k & 1], s[k]);
     }

@@ -562,8 +562,8 @@ def decode(
     waiting for the device, if not given). picks: int32 `[rows, n]`, the packed slots that are attended on if there
     are packed pages, else the exact ones, whose span must then be `0, 0, n`; negative ones are none. The first of
     `starts` then shares out `PICKS` of them at a time. within: packed slots that the spans do not show are none either.
-    scores: float32 `[rows, query_heads, some]`, which takes the scaled scores of the exact slots (not of picked ones),
-    where these are not joined to the packed ones (`programs`). packed_scores: of the packed ones, see `Reader.attend`;
+    scores: float32 `[rows, query_heads, some]`, which takes the scaled scores of the exact slots (not of picked ones).
+    packed_scores: of the packed ones, see `Reader.attend`;
     not of KIVI's pages.
     Packed pages are attended on in float16, exact ones in their dtype, both with float32 sums.
     Returns the output in the dtype of the queries and, if asked for, the natural log-sum-exp, float32.
@@ -591,6 +591,16 @@ def decode(
         out = torch.empty((count, heads * team, dim), dtype=torch.float32, device=device)
         return count, out, torch.empty((count, heads * team), dtype=torch.float32, device=device)
 
+    def compiled_for_cuda(form: Reader, count: int) -> None:
+        """The parts of `count` programs by `cuda.py`."""
+        assert packed is not None
+        found, scored = packed_scores, None if joined is None else scores
+        kind = queries.dtype, None if joined is None else joined.dtype, device, SPAN, heads
+        cuda.kernel(form, *kind, found is not None, scored is not None)(
+            count, queries, packed, joined, spans, starts[0], packed_out, packed_lse, scale, found, scored,
+            early=PDL_EXACT and pdl,
+        )  # fmt: skip
+
     with on(device):
         packed_out, packed_lse = exact_out, exact_lse = queries, queries
         team = 1
@@ -606,10 +616,7 @@ def decode(
                     CHANNELS=form.channels, TILE=PICKS, WITHIN=within, num_warps=2, **common,
                 )  # fmt: skip
             elif by_cuda(form, heads, device):
-                cuda.kernel(form, queries.dtype, None if joined is None else joined.dtype, device, SPAN)(
-                    count, queries, packed, joined, spans, starts[0], packed_out, packed_lse, scale,
-                    early=PDL_EXACT and pdl,
-                )  # fmt: skip
+                compiled_for_cuda(form, count)
             else:
                 _packed[(count,)](
                     queries, packed.table, spans, starts[0], packed_out, packed_lse, scale, rows, packed.table.shape[1],
@@ -621,11 +628,7 @@ def decode(
             tiles = rows * packed.table.shape[1] // team + (0 if joined is None else joined.table.numel() // 2)
             count, packed_out, packed_lse = parts(programs[0], tiles, team)
             if by_cuda(form, heads, device):
-                kind = queries.dtype, None if joined is None else joined.dtype, device, SPAN, heads
-                cuda.kernel(form, *kind, packed_scores is not None)(
-                    count, queries, packed, joined, spans, starts[0], packed_out, packed_lse, scale, packed_scores,
-                    PDL_EXACT and pdl,
-                )  # fmt: skip
+                compiled_for_cuda(form, count)
             else:
                 form.attend(packed, queries, scale, spans, starts[0], packed_out, packed_lse, packed_scores)
         if exact is not None and joined is None:
