@@ -378,14 +378,13 @@ class DeviceTables:
         packed: schedule.Packed | None,
     ) -> None:
         """What a step's attention means for the tokens that are held, or picked."""
-        from fivefold.kernels.planar_decode.triton import received
         from fivefold.kernels.watched import triton
 
         total: Any = lse if sinks is None or lse is None else torch.logaddexp(lse, sinks)
         spans, given, scores = self.spans(layer), None, scored.get("scores")
         width = self.exact_columns * PAGE + (0 if packed is None else self.packed_columns * self.page)
         if "packed_scores" in scored:
-            given = received(scored["packed_scores"], total, spans, width)
+            given = scored["packed_scores"]
         elif scores is not None and packed is not None:
             given = triton.packed_received(queries, scaling, total, spans, packed, width)
         if role == "select":

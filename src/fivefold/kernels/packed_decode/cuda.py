@@ -73,7 +73,8 @@ class Kernel:
         scored: torch.Tensor | None = None, early: bool = False,
     ) -> None:  # fmt: skip
         """Leave the parts of `programs` programs in out `[programs, heads, head_dim]` and lse `[programs, heads]`;
-        found, scored: scores of packed and exact slots, see `triton.decode`. early: it may read packed pages before the kernel in front of it is done."""
+        found, scored: scores of packed and exact slots, see `triton.decode`. early: it may read packed pages before the
+        kernel in front of it is done."""
         from cuda.bindings import driver
 
         rows, heads = queries.shape[:2]

@@ -38,6 +38,18 @@ def _received(scores, lse, row, slot, high, stop, width, HEADS: tl.constexpr):
     return total
 
 
+@triton.jit
+def _received_packed(scores, lse, row, slot, low, high, width, HEADS: tl.constexpr):
+    """The weights of packed slots whose scores a kernel has left (`Reader.attend`)."""
+    inside = (slot >= low) & (slot < high)
+    total = tl.zeros(slot.shape, tl.float32)
+    for head in tl.static_range(HEADS):
+        s = tl.load(scores + (row * HEADS + head) * width + slot, mask=inside, other=0.0)
+        whole = tl.load(lse + row * HEADS + head) * 1.4426950408889634
+        total += tl.where(inside, tl.exp2(s - whole), 0.0)
+    return total
+
+
 @triton.jit(do_not_specialize=("rows", "columns", "heads", "width"))
 def _packed_received(
     queries, table, spans, lse, out, scale, rows, columns, heads, width,
@@ -161,7 +173,8 @@ def _tally(
 ):  # fmt: skip
     """A tile of a row's statistic with what its slots received, and which of them goes first. Grid: (rows, tiles).
 
-    GAIN: 0 nothing, 1 what `scores` say, 2 that and what is `given`, 3 what they say with noise. ORDER: what goes is 0
+    GAIN: 0 nothing, 1 what `scores` say, 2 that and what is `given`, 3 what they say with noise, 4 as 2, but what is
+    given are scores of packed slots. ORDER: what goes is 0
     the least of the statistic, 1 the oldest, 2 the least draw.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -181,10 +194,12 @@ def _tally(
     position = tl.load(positions + row * slots + slot, mask=before, other=0)
     position = tl.where(before, position, newest)
     sum = tl.load(old + row * slots + slot, mask=before, other=0.0)
-    if GAIN == 1 or GAIN == 2:
+    if GAIN == 1 or GAIN == 2 or GAIN == 4:
         sum += _received(scores, lse, row, slot, high, stop, columns, HEADS)
     if GAIN == 2:
         sum += tl.load(given + row * width + slot, mask=slot < high, other=0.0)
+    if GAIN == 4:
+        sum += _received_packed(given, lse, row, slot, tl.load(spans + row * SPAN), high, width, HEADS)
     if GAIN == 3:
         generated = tl.load(numbers + row * NUMBERS + 3)
         each = tl.arange(0, TILES)
@@ -434,13 +449,14 @@ def tally(
     int32 `[rows]` the slot of each row that the newest token shall have (its own where none goes, -1 of rows that
     `numbers` leaves out); ties go to the lowest slot. stash `[rows, 2, head_dim]`: the newest token's key and value.
 
-    scores `[rows, heads, some]` and lse `[rows, heads]`: of exact slots, None where nothing is added; given `[rows,
-    some]`: what packed slots received; noise: where nothing is packed. by: what goes is the "least" of the statistic,
-    the "oldest", or the least of `draws` of a seed. positions int32 `[rows, slots]`; low int32 `[rows]`: the tokens up
-    to this position never go; numbers: int32 `[rows, NUMBERS]`.
+    scores `[rows, heads, some]` and lse `[rows, heads]`: of exact slots, None where nothing is added; given: what packed
+    slots received `[rows, some]`, or their scores as `Reader.attend` leaves them `[rows, heads, some]`; noise: where
+    nothing is packed. by: what goes is the "least" of the statistic, the "oldest", or the least of `draws` of a seed.
+    positions int32 `[rows, slots]`; low int32 `[rows]`: the tokens up to this position never go; numbers: int32 `[rows,
+    NUMBERS]`.
     """
     rows, slots = old.shape
-    gain = 0 if scores is None else 3 if noise is not None else 1 if given is None else 2
+    gain = 0 if scores is None else 3 if noise is not None else 1 if given is None else 2 * (given.ndim - 1)
     heads, columns = (1, 1) if scores is None else scores.shape[1:]
     tiles, device = triton.cdiv(slots, TILE), old.device
     least = torch.empty((rows, tiles), dtype=torch.float32, device=device)
@@ -459,7 +475,7 @@ def tally(
             )  # fmt: skip
         _tally[(rows, tiles)](
             scores, lse, old if given is None else given, sums, table, old, positions, low, numbers, spans, new, least,
-            place, columns, 1 if given is None else given.shape[1], slots, draws, seed, layer, kv_heads, *bounds,
+            place, columns, 1 if given is None else given.shape[-1], slots, draws, seed, layer, kv_heads, *bounds,
             TILES=triton.next_power_of_2(tiles), GAIN=gain,
             ORDER=2 if isinstance(by, int) else int(by == "oldest"), **settings,
         )  # fmt: skip
