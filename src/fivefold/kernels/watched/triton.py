@@ -449,7 +449,7 @@ def tally(
     int32 `[rows]` the slot of each row that the newest token shall have (its own where none goes, -1 of rows that
     `numbers` leaves out); ties go to the lowest slot. stash `[rows, 2, head_dim]`: the newest token's key and value.
 
-    scores `[rows, heads, some]` and lse `[rows, heads]`: of exact slots, None where nothing is added; given: what packed
+    scores `[rows, heads, some]`, lse `[rows, heads]`: of exact slots, None where nothing is added; given: what packed
     slots received `[rows, some]`, or their scores as `Reader.attend` leaves them `[rows, heads, some]`; noise: where
     nothing is packed. by: what goes is the "least" of the statistic, the "oldest", or the least of `draws` of a seed.
     positions int32 `[rows, slots]`; low int32 `[rows]`: the tokens up to this position never go; numbers: int32 `[rows,
