@@ -9,6 +9,7 @@ and sent to fixed places on the device (`attention/tables.py`); after it, the po
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -119,6 +120,9 @@ class Step:
             self.failed, self.broken = f"{type(error).__name__}: {error}".splitlines()[0], True
             decoding.tell(session, f"decoding without a CUDA graph: {self.failed}", 6)
             return None
+        with suppress(RuntimeError):  # else the next change does it
+            for bank in session.banks:
+                bank.flush()  # while the device is busy with the step
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     def _step(
