@@ -4,6 +4,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -146,6 +147,25 @@ static void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
   product(c, a0, a1, a2, a3, b0, b1, half_to_float);
 }
 
+static void mma8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) { mma(c, a0, a1, 0, 0, b, 0); }
+static int atomicAdd(int* p, int x) {
+  if ((char*)p < memory || (char*)(p + 1) > memory + sizeof memory) abort();
+  const int before = *p;
+  *p = (int)((unsigned)before + (unsigned)x);
+  return before;
+}
+static int __float2int_rn(float x) { return (int)std::nearbyint((double)x); }
+static unsigned __vmaxu2(unsigned a, unsigned b) {
+  return std::max(a & 0xffffu, b & 0xffffu) | std::max(a & 0xffff0000u, b & 0xffff0000u);
+}
+static unsigned __reduce_max_sync(unsigned, unsigned x) {
+  const int place = meet({x});
+  unsigned out = 0;
+  for (int i = 0; i < 32; i++) out = std::max(out, of(place, i)[0]);
+  return out;
+}
+static void __syncwarp() { meet({}); }
+
 static bool late;
 static std::vector<std::pair<char*, const char*>> issued[FIBERS];
 static std::deque<std::vector<std::pair<char*, const char*>>> groups[FIBERS];
@@ -161,6 +181,7 @@ static void copy16(uint32_t where, const char* from, bool seen) {
   copy16(where, seen ? from : zeros);
 }
 static void launch_dependents() {}
+static void wait_for_others() {}
 static void commit() {
   groups[current].push_back(std::move(issued[current]));
   issued[current].clear();

@@ -15,8 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from fivefold.kernels.packed_decode import Form, cuda, decode_reference
+from fivefold.kernels.packed_decode import Form, Reader, cuda, decode_reference
+from fivefold.kernels.planar_decode import attend_planar
+from fivefold.methods.bits.gear import Gear
+from fivefold.methods.bits.mikv import MiKV
+from fivefold.methods.method import Method
 from test_packed_decode import exact_tier, packed_tier
+from test_planar_decode import packed_of, page_tier
 
 pytest.importorskip("triton", reason="needs Triton")
 kernel = importlib.import_module("fivefold.kernels.packed_decode.triton")
@@ -26,20 +31,25 @@ pytestmark = [
 ]
 LAUNCH = """
 extern "C" void launch(int blocks, int late, const Query* queries, const long long* table, const long long* exact,
-                       const int* spans, const int* starts, float* out, float* lse, float scale, int rows, int columns,
-                       int exact_columns, int heads) {
+                       const int* spans, const int* starts, float* out, float* lse, const float* balance, float* found,
+                       float* scored, float scale, int rows, int columns, int exact_columns, int heads, int slots,
+                       int exact_slots) {
   run(blocks, late, [&] {
-    packed(queries, table, exact, spans, starts, out, lse, scale, rows, columns, exact_columns, heads);
+    packed(queries, table, exact, spans, starts, out, lse, balance, found, scored, scale, rows, columns,
+           exact_columns, heads, slots, exact_slots);
   });
 }
 """
 
 
-def compiled(form: Form, dtype: torch.dtype, exact: torch.dtype | None, pairs: int, folder: Path) -> ctypes.CDLL:
+def compiled(
+    form: Reader, dtype: torch.dtype, exact: torch.dtype | None, pairs: int, folder: Path, heads: int = 8,
+    found: bool = False, scored: bool = False,
+) -> ctypes.CDLL:  # fmt: skip
     source, library = folder / "packed.cpp", folder / "packed.so"
     header = Path(__file__).with_name("cuda_on_cpu.h")
     source.write_text(f'#define CUDA_ON_CPU\n#include "{header}"\n#include "{cuda.SOURCE}"\n{LAUNCH}')
-    values = cuda.definitions(form, dtype, exact, kernel.SPAN, pairs, 1)
+    values = cuda.definitions(form, dtype, exact, kernel.SPAN, pairs, 1, heads, found, scored)
     options = [f"-D{name}={value}" for name, value in values.items()]
     command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", *options, str(source), "-o", str(library)]
     subprocess.run(command, check=True, timeout=120)
@@ -67,7 +77,7 @@ def test_the_source_does_as_the_reference(
     random.seed(0)
     pairs, resident = cuda.arrangement(form)
     assert pairs * resident == 4
-    launch = compiled(form, dtype, joined, pairs, tmp_path).launch
+    launch = compiled(form, dtype, joined, pairs, tmp_path, scored=joined is not None).launch
     columns, page, shared = 5, form.tokens, cuda.shared_bytes(form, pairs)
     assert shared < 1 << 18
     spans = [(0, 5 * page - form.group, 0, 0, 0), (page + 5, 2 * page, 0, 0, 0), (0, 0, 0, 0, 0), (3, 9, 0, 0, 0)]
@@ -97,9 +107,16 @@ def test_the_source_does_as_the_reference(
         starts = torch.from_numpy(kernel.starts_of(pages, (programs, 0 if joined else rows)))[0].contiguous()
         out = torch.full((programs, heads, form.head_dim), torch.nan)
         lse = torch.full((programs, heads), torch.nan)
-        pointers = [ctypes.c_void_p(x.data_ptr()) for x in (queries, table, slots, span, starts, out, lse)]
-        sizes = (rows, columns, slots.shape[1])
-        launch(programs, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), *sizes, heads)
+        scores = torch.full((rows, heads, 64), torch.nan)
+        tensors = (queries, table, slots, span, starts, out, lse, lse, lse, scores)
+        pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
+        sizes = (rows, columns, slots.shape[1], heads, 0, 64)
+        launch(programs, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), *sizes)
+        if keys is not None:
+            there = (torch.arange(64) < span[:, 4, None])[:, None].expand_as(scores)
+            logs = (queries.double() * scaling) @ keys.double().nan_to_num(0).transpose(1, 2)
+            logs = logs.masked_fill(~seen[:, None], -1e30).float()
+            assert torch.allclose(scores[there], logs[there], 1e-2, 0.06) and scores[~there].isnan().all()
         for row in range(rows):
             part = slice(int(starts[row]), int(starts[row + 1]))
             if part.start == part.stop:
@@ -110,3 +127,57 @@ def test_the_source_does_as_the_reference(
             found = (out[part].double() * (natural - total).exp()[..., None]).sum(0)
             assert (found - wanted[row]).norm() < (1e-2 if joined is torch.bfloat16 else 3e-3) * wanted[row].norm()
             assert (total - wanted_lse[row]).abs().max() < 0.06
+
+
+@pytest.mark.parametrize(
+    ("method", "dim", "dtype", "heads"),
+    [
+        (Gear(), 128, torch.bfloat16, 4),
+        (MiKV(), 128, torch.bfloat16, 4),
+        (Gear(bits=4, sparsity=0.05, rank=8), 64, torch.float32, 3),
+        (MiKV(low=4, group=64), 64, torch.float16, 5),
+        (Gear(base="kcvt", rank=2, sparsity=0.0), 64, torch.float32, 8),
+        (MiKV(low=3, balance=False, unbias=False, group=128), 128, torch.float32, 1),
+    ],
+    ids=lambda x: str(x).replace(" ", ""),
+)
+def test_pages_of_other_kinds(method: Method, dim: int, dtype: torch.dtype, heads: int, tmp_path: Path) -> None:
+    """What `test_planar_decode.py` asks of Triton's kernel: whole pages, cut ones, none; and the scores it leaves."""
+    torch.manual_seed(1)
+    np.random.seed(1)
+    columns, rows = 3, 3
+    tier, form = page_tier(method, dim, rows, columns, "cpu")
+    assert cuda.supports(form, heads)
+    pairs, resident = cuda.arrangement(form, heads=heads)
+    assert pairs * resident == 4
+    launch, page = compiled(form, dtype, None, pairs, tmp_path, heads, True).launch, form.tokens
+    assert cuda.shared_bytes(form, pairs, heads) < 1 << 18
+    span = torch.zeros(rows, kernel.SPAN, dtype=torch.int32)
+    span[:, :2] = torch.tensor([[0, 3 * page], [page - 40, 2 * page + 32], [0, 0]])
+    queries = (torch.randn(rows, heads, dim) * (1 if dtype is torch.float16 else 1e5)).to(dtype)
+    scaling = dim**-0.5 * (1 if dtype is torch.float16 else 1e-5)
+    learned = (torch.rand(rows, dim) + 0.5,) if form.balanced else ()
+    fields = tuple(tier.rows(name) for name in form.parts)
+    wanted, wanted_lse = attend_planar(form, queries, scaling, span, fields, learned)
+    table = packed_of(tier, form, learned).table.contiguous()
+    for late, programs in ((False, 3), (True, 5)):
+        starts = torch.from_numpy(kernel.starts_of(kernel.pages_of(span.numpy(), page), (programs, rows)))[
+            0
+        ].contiguous()
+        out, lse = torch.full((programs, heads, dim), torch.nan), torch.full((programs, heads), torch.nan)
+        found = torch.full((rows, heads, columns * page), torch.nan)
+        tensors = (queries, table, table, span, starts, out, lse, learned[0] if learned else lse, found, lse)
+        pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
+        sizes = (rows, columns, 0, heads, columns * page, 0)
+        launch(programs, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), *sizes)
+        for row in range(2):
+            part = slice(int(starts[row]), int(starts[row + 1]))
+            natural = lse[part].double() * math.log(2)
+            total = natural.logsumexp(0)
+            output = (out[part].double() * (natural - total).exp()[..., None]).sum(0)
+            assert (output - wanted[row]).norm() < 5e-3 * wanted[row].norm()
+            assert torch.allclose(total, wanted_lse[row], 3e-4, 3e-2)
+            low, high = span[row, :2].tolist()
+            seen = found[row, :, low:high].double() * math.log(2)
+            assert torch.allclose(seen.logsumexp(1), wanted_lse[row], 3e-4, 3e-2)
+            assert found[row, :, :low].isnan().all() and found[row, :, high:].isnan().all()

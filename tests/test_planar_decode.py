@@ -16,7 +16,6 @@ from fivefold.methods.method import Method
 from fivefold.store.spec import LayerSpec
 
 pytest.importorskip("triton", reason="needs Triton")
-from fivefold.kernels.planar_decode.triton import received
 from test_packed_decode import DEVICES, Tier, device, kernel, numbers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,9 +84,8 @@ def test_parts_are_those_of_the_reference(device, case) -> None:
         bound = 5e-3  # keys of some channels are 20 times as large, and float16
         assert (found[row].double() - wanted[row]).norm() < bound * wanted[row].norm()
         assert torch.allclose(lse[row].double(), wanted_lse[row], 3e-4, 3e-2)
-    got = received(scores, lse, spans, 2 * page + 5)
-    assert torch.allclose(got.sum(1), torch.tensor([3.0, 3.0, 0.0], device=device), 1e-2)
-    low, high = spans[1, :2].tolist()
-    weights = torch.zeros_like(got[1])
-    weights[low:high] = (scores[1, :, low:high] * 0.6931471805599453 - lse[1, :, None]).exp().sum(0)
-    assert torch.allclose(got[1], weights, 1e-3, 1e-5)
+    for row in range(2):
+        low, high = spans[row, :2].tolist()
+        weights = (scores[row, :, low:high] * 0.6931471805599453 - lse[row, :, None]).exp()
+        assert torch.allclose(weights.sum(1), torch.ones(heads, device=device), 1e-2)
+        assert scores[row, :, :low].isnan().all() and scores[row, :, high:].isnan().all()

@@ -80,7 +80,7 @@ def test_what_tokens_receive_and_what_is_picked(pages: dict[str, Any]) -> None:
     assert torch.allclose(found.cpu(), reference.rank(scores.cpu(), lse.cpu(), None, spans.cpu(), width), 1e-4, 1e-5)
 
 
-CHOICES = ("least", "oldest", "draws", "noise", "packed", "nothing")
+CHOICES = ("least", "oldest", "draws", "noise", "packed", "scored", "nothing")
 
 
 @pytest.mark.parametrize("pages", DEVICES, indirect=True)
@@ -89,9 +89,11 @@ def test_which_token_goes(pages: dict[str, Any], by: str) -> None:
     device, slots = pages["spans"].device, 600
     torch.manual_seed(CHOICES.index(by))
     spans = pages["spans"].clone()
-    if by != "packed":
+    if by not in ("packed", "scored"):
         spans[:, 1] = 0
     old, given = torch.rand(ROWS, slots, device=device), torch.rand(ROWS, 224, device=device)
+    if by == "scored":
+        given = torch.randn(ROWS, pages["scores"].shape[1], 224, device=device)
     old[:, 60:] = old[:, :1]  # ties go to the first
     positions = torch.stack([torch.randperm(slots, device=device) for _ in range(ROWS)]).int()
     low = torch.tensor([-1, 5, 400, -1], dtype=torch.int32, device=device)
@@ -103,7 +105,7 @@ def test_which_token_goes(pages: dict[str, Any], by: str) -> None:
         at = device if made is kernel else torch.device("cpu")
         noise = Noise(draws.to(at), 5, 0.8, 2.0, 100) if by == "noise" else None
         order = {"oldest": "oldest", "draws": 3}.get(by, "least")
-        some = (scores, pages["lse"], given if by == "packed" else None)
+        some = (scores, pages["lse"], given if by in ("packed", "scored") else None)
         some = [x if x is None else x.to(at) for x in some]
         known = [x.to(at) for x in (old, positions, low, counts, spans)]
         new = torch.zeros(ROWS, slots, device=at)

@@ -15,7 +15,7 @@ import torch
 from fivefold.attention.compensate import Left, beside, compensates, left_of_all
 from fivefold.attention.merge import with_sinks
 from fivefold.attention.sending import Sending
-from fivefold.attention.watch import NUMBERS, Picked, Watch, bank_chooses, uniform
+from fivefold.attention.watch import NUMBERS, Aside, Picked, Watch, bank_chooses, uniform
 from fivefold.kernels.choice import choose
 from fivefold.kernels.device import sent
 from fivefold.kernels.packed_decode import schedule
@@ -82,7 +82,7 @@ class DeviceTables:
         self.listed = choose(self.device).triton
         """Whether kernels want work lists."""
         self.watches = self.listed and bank_chooses(bank.layers)
-        self._share_out(not self.watches)
+        self._share_out(True)
         self._pages: np.ndarray | None = None
         self._ahead: np.ndarray | None = None
         """The bounds for which spans are written already."""
@@ -92,6 +92,8 @@ class DeviceTables:
         """Whether they have been sent; after `update`, whether what was sent is what the bank says."""
         self.watch: Watch | None = None
         """What is known of tokens that a policy chooses, once a step is a kernel's."""
+        self.aside: Aside | None = None
+        """Where that is brought up to date in a captured step."""
         self.picked: Picked | None = None
         """Of the step that is under way, where layers read what others pick."""
         self._uniform: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
@@ -144,7 +146,7 @@ class DeviceTables:
 
     def _share_out(self, joins: bool) -> None:
         """How many programs work for these rows. joins: whether one kernel may attend over packed and exact pages,
-        which then says nothing of single slots."""
+        which then knows of no picks."""
         self.programs: tuple[int, int] | None = None
         if self.listed and self.device.type == "meta":
             self.programs = (1, 1)
@@ -355,6 +357,7 @@ class DeviceTables:
         if watches or role == "select":
             policy: Any = layer.policy
             if role == "select" or (policy.chooses and policy.watches):
+                self.join(1)  # whose scores are no longer held
                 scored = self._scores(queries, packed)
         left = None if self.listed else left_of_all(layer, queries, scaling)
         with_lse = bool(sinks is not None or left is not None or scored or self.left is not None)
@@ -363,9 +366,17 @@ class DeviceTables:
         if self.left is not None and compensates(layer):
             self.left.merge(layer, queries, scaling, out, lse)
         out, lse = beside(out, lse, left)
-        if watches or role == "select":
+        if role == "select" or (watches and self.aside is None):
             self._watch_step(layer, role, queries, scaling, lse, sinks, scored, packed)
+        elif watches and self.aside is not None:
+            with self.aside.reading(queries, lse, scored):
+                self._watch_step(layer, role, queries, scaling, lse, sinks, scored, packed)
         return with_sinks(out, lse, sinks)
+
+    def join(self, most: int = 0) -> None:
+        """Wait for what the watch makes of the attention of all layers of a captured step but the last `most`."""
+        if self.aside is not None:
+            self.aside.join(most)
 
     def _scores(self, queries: torch.Tensor, packed: schedule.Packed | None) -> dict[str, torch.Tensor]:
         """Where kernels leave the scores of a step: of exact slots, and of packed ones that are not KIVI's."""
@@ -389,14 +400,13 @@ class DeviceTables:
         packed: schedule.Packed | None,
     ) -> None:
         """What a step's attention means for the tokens that are held, or picked."""
-        from fivefold.kernels.planar_decode.triton import received
         from fivefold.kernels.watched import triton
 
         total: Any = lse if sinks is None or lse is None else torch.logaddexp(lse, sinks)
         spans, given, scores = self.spans(layer), None, scored.get("scores")
         width = self.exact_columns * PAGE + (0 if packed is None else self.packed_columns * self.page)
         if "packed_scores" in scored:
-            given = received(scored["packed_scores"], total, spans, width)
+            given = scored["packed_scores"]
         elif scores is not None and packed is not None:
             given = triton.packed_received(queries, scaling, total, spans, packed, width)
         if role == "select":
@@ -487,6 +497,8 @@ class DeviceTables:
         """Before `update`: whether the step that comes watches tokens that are held, and where layers leave what others
         are to read."""
         self.picked = picked if self.listed else None
+        if self.aside is not None:
+            self.aside.forget()
         if self.joined and self.picked is not None:
             self._share_out(False)
             self._pages = self._ahead = None
@@ -497,6 +509,7 @@ class DeviceTables:
         if self.watches and watches:
             if self.watch is None:
                 self.watch = Watch(self, self.bank)
+                self.aside = Aside(self.device) if self.device.type == "cuda" else None
             if self.watch.adopt(self.bank):
                 self._ahead = None  # it was worked out without
 

@@ -11,7 +11,8 @@ layer's `held` gets it as ever (`Bank.settle`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -293,6 +294,37 @@ class Picked:
         """What a layer reads whose rows take over from these, int64 `[rows]`; None is each from its own."""
         assert self._picks is not None
         return self._picks if near is None else self._picks.index_select(0, near)
+
+
+class Aside:
+    """What a captured step makes of its attention. No later layer of it wants to know, so it runs on a stream of its
+    own, beside the products of the layers; what it reads is held until these have waited for it (`join`)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._under_way: list[tuple[torch.cuda.Event, tuple[Any, ...]]] = []
+
+    @contextmanager
+    def reading(self, *held: Any) -> Iterator[None]:
+        """Within it, what is launched goes there, behind what the layers have come to."""
+        main = torch.cuda.current_stream(self._stream.device)
+        if not torch.cuda.is_current_stream_capturing():
+            yield
+            return
+        self._stream.wait_stream(main)
+        with torch.cuda.stream(self._stream):
+            yield
+        self._under_way.append((self._stream.record_event(), held))
+
+    def forget(self) -> None:
+        """Before a step: what one that failed left."""
+        self._under_way.clear()
+
+    def join(self, most: int = 0) -> None:
+        """Wait until all but the latest `most` are done."""
+        while len(self._under_way) > most:
+            event, _ = self._under_way.pop(0)
+            torch.cuda.current_stream(self._stream.device).wait_event(event)
 
 
 def uniform(rows: int, count: int, tile: int, programs: int) -> tuple[np.ndarray, np.ndarray]:

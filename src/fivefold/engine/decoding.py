@@ -45,7 +45,8 @@ def way_of(session: Steps, store: LayerCache, whole: str | None) -> Way:
     """whole: why its step is not one call of a kernel, None if it is (see `Session.why_not_fused`)."""
     spec, choice = store.spec, choose(store.spec.device)
     form, heads = None if store.codec is None else store.codec.form, spec.query_heads // spec.kv_heads
-    name, better = _NAMES[choice.path], form is not None and cuda.supports(form, heads)
+    reader = None if store.codec is None else store.codec.reader
+    name, better = _NAMES[choice.path], reader is not None and cuda.supports(reader, heads)
     if choice.path == "cuda" and not better:
         name = _NAMES["triton"]  # what is not packed, and what CUDA C++ is not written for
     if whole is None:

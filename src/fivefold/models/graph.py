@@ -284,12 +284,15 @@ class Step:
         cache.session.captured = True
         try:
             if captured.whole is not None:
-                return captured.whole(cache.session, captured.ids, captured.positions)
-            assert self._model is not None
-            with selected(configs_of(self._model), NAME, cache.windows):
-                return forward(
-                    input_ids=captured.ids, position_ids=captured.positions, past_key_values=cache, use_cache=True
-                ).logits
+                logits = captured.whole(cache.session, captured.ids, captured.positions)
+            else:
+                assert self._model is not None
+                given = {"input_ids": captured.ids, "position_ids": captured.positions, "past_key_values": cache}
+                with selected(configs_of(self._model), NAME, cache.windows):
+                    logits = forward(**given, use_cache=True).logits
+            for tables in captured.tables:
+                tables.join()
+            return logits
         finally:
             cache.session.captured = False
 

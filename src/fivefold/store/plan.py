@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from fivefold.kernels.device import sent
 from fivefold.store.bank import Bank, BankLayer
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.held import Held
@@ -212,6 +213,8 @@ def _demote(
     values: torch.Tensor | None,
     revocable: int,
 ) -> None:
+    if keys is None and _demote_few(layer, group, plan, held, revocable):
+        return
     stop, order = int(group.bounds.packed_stop), plan.order
     chunk = []
     for name, new in zip(KV, (keys, values)):
@@ -222,6 +225,46 @@ def _demote(
     held = replace(held.select(torch.cat([first, order + stop], 1)), final=held.seen - revocable)
     layer.take_in(group, chunk[0], chunk[1], True, revocable, held)
     group.held = held
+
+
+def _demote_few(layer: PlannedLayer, group: RowGroup, plan: Demote, held: Held, revocable: int) -> bool:
+    """`_demote` in a step, where few of many tokens go: they come to stand in fresh pages in the place of the first
+    ones, and what stood there takes the slots that they leave. Nothing else is moved. False where that is not so."""
+    bank, bounds, order = layer.bank, group.bounds, plan.order
+    stop, slots = int(bounds.packed_stop), order.shape[1]
+    due = int(bounds.advanced(layer.packing_of(held), revocable).packed_stop) - stop
+    if due <= 0 or due % PAGE or 2 * due > slots or int(bounds.exact_tokens) != slots or int(bounds.pinned_pages):
+        return False
+    assert bank.change is not None
+    columns, places = due // PAGE, order
+    fresh = bank.change.allocate(bank.exact.pool, len(group.flat) * columns)
+    if not order.is_meta:
+        # Of each row as many others stand in the first slots as of those that go stand elsewhere.
+        index = order[:, :due].cpu().numpy()
+        stays = np.ones(index.shape, dtype=bool)
+        stays[np.nonzero(index < due)[0], index[index < due]] = False
+        (row, first), left = np.nonzero(stays), index[index >= due]
+        moved = np.tile(np.arange(slots), (len(index), 1))
+        moved[:, :due], moved[row, left] = index, first
+        places = sent(order.device, moved)[0]
+        goes, pool = group.tokens(places[:, :due] + stop), bank.exact.pool
+        at = [(x // PAGE, x % PAGE) for x in (first, left)]
+        pairs = np.unique(np.stack([group.flat[row], at[1][0]]), axis=1)
+        bank.exact.unshare(bank.change, *pairs)
+        for name, x in zip(KV, goes):
+            pool.write(name, fresh, x.reshape(-1, PAGE, layer.spec.head_dim))
+            if len(row):
+                table, rows = bank.exact.table, group.flat[row]
+                bank.write_later(
+                    name, table[rows, at[1][0]], at[1][1], pool.read_tokens(name, table[rows, at[0][0]], at[0][1])
+                )
+    bank.exact.move(bank.change, np.repeat(group.flat, columns), np.tile(np.arange(columns), len(group.flat)), fresh)
+    group.touched_exact()
+    stay = torch.arange(stop, device=order.device).expand(len(order), -1)
+    held = replace(held.select(torch.cat([stay, places + stop], 1)), final=held.seen - revocable)
+    layer.take_in(group, None, None, True, revocable, held)
+    group.held = held
+    return True
 
 
 def _evict_one(layer: PlannedLayer, group: RowGroup, plan: EvictOne, held: Held) -> None:

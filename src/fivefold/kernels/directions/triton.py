@@ -1,8 +1,8 @@
 """One decoding step over pages of shared directions, in Triton: `Directions.attend`.
 
-A token's norm is a factor of its score, and of its weight; where a token is kept as it is, its own score takes the
-place of that, and its weight goes to what is kept. Packed directions are read as `packed_decode/triton.py` reads KIVI's
-pages.
+A token's norm is a factor of its score, and of its weight. Where directions are as they are, a token that is kept is
+read from its own place. Packed ones are read as `packed_decode/triton.py` reads KIVI's pages: the own score of a token
+that is kept takes the place of the other, and its weight goes to what is kept.
 """
 
 from __future__ import annotations
@@ -26,9 +26,13 @@ from fivefold.kernels.packed_decode.triton import (
     _plane,
     _queries,
     _row,
+    _scaled,
     _share,
     _times,
 )  # fmt: skip
+
+_AHEAD = 64, 1
+"""Tokens of a tile of directions as they are, and stages of the loop over tiles."""
 
 
 @triton.jit
@@ -102,21 +106,60 @@ def _kept_values(acc, sums, kept, PLACES: tl.constexpr, D: tl.constexpr):
     return acc
 
 
+@triton.jit
+def _page_slots(line, FIELD: tl.constexpr, there, PLACES: tl.constexpr):
+    """Which slots of a page are kept, -1 for none: a tuple."""
+    out = ()
+    for place in tl.static_range(PLACES):
+        out = out + (tl.load(_field(line, FIELD, tl.int16, 2) + place, mask=there, other=-1).to(tl.int32),)
+    return out
+
+
+@triton.jit
+def _where(
+    line,
+    FIELD: tl.constexpr,
+    KEPT: tl.constexpr,
+    slots,
+    token,
+    DTYPE: tl.constexpr,
+    D: tl.constexpr,
+    PLACES: tl.constexpr,
+):
+    """Where tokens `[T]` of a page begin: in its directions, or where they are kept, and whether they are."""
+    WIDTH: tl.constexpr = D * DTYPE.primitive_bitwidth // 16
+    at = line[FIELD] + token * WIDTH
+    own = token < 0
+    for place in tl.static_range(PLACES):
+        mine = token == slots[place]
+        at = tl.where(mine, line[KEPT] + place * WIDTH, at)
+        own = own | mine
+    return tl.multiple_of((at * 2).to(tl.pointer_type(DTYPE)), 16), own
+
+
 @triton.jit(do_not_specialize=("rows", "columns", "heads"))
 def _plain(
     queries, table, spans, starts, out, lse, scale, rows, columns, heads,
     N: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr, NORMS: tl.constexpr, TOKENS: tl.constexpr, T: tl.constexpr,
-    PLACES: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    PLACES: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One share of a row's pages of directions as they are. Grid: (programs,)."""
+    """One share of a row's pages of directions as they are. Grid: (programs,).
+
+    A token that is kept is read from where it is, and its norm is 1. Addresses, and which tokens are kept, are read a
+    tile ahead: nobody waits for them.
+    """
     row = _row(starts, rows, R)
     if row >= rows:
         return
     work = tl.float32 if WIDE else DTYPE
     t = tl.arange(0, T)
     d = tl.arange(0, D)
-    wide = _queries(queries, row, heads, N, D).to(tl.float32) * scale
-    q = wide.to(work)
+    q = _queries(queries, row, heads, N, D)
+    if work == tl.float16:
+        q, unscale = _scaled(q)
+        scale = scale * unscale[None, :]
+    else:
+        q = q.to(work)
     low = tl.load(spans + row * SPAN)
     high = tl.load(spans + row * SPAN + 1)
     first, last = _share(starts, row, tl.cdiv(high, TOKENS) - low // TOKENS)
@@ -126,30 +169,30 @@ def _plain(
     acc = tl.zeros([D, N], tl.float32)
     first = (first + low // TOKENS) * TILES
     last = (last + low // TOKENS) * TILES
-    after = _line(table, row, columns, first // TILES, first < last, 8)
-    for tile in tl.range(first, last, num_stages=STAGES):
-        line = after
-        after = _line(table, row, columns, (tile + 1) // TILES, tile + 1 < last, 8)
+    line = _line(table, row, columns, first // TILES, first < last, 8)
+    key_slots = _page_slots(line, 2, first < last, PLACES)
+    value_slots = _page_slots(line, 5, first < last, PLACES)
+    for tile in range(first, last):
         token = tile % TILES * T + t
-        inside = token[:, None] * D + d[None, :]
         seen = (tile * T + t >= low) & (tile * T + t < high)
-        k = tl.load(_field(line, 0, DTYPE, 16) + inside, mask=seen[:, None], other=0.0).to(work)
-        v = tl.load(_field(line, 1, DTYPE, 16) + inside, mask=seen[:, None], other=0.0).to(work)
+        keys, key_own = _where(line, 0, 4, key_slots, token, DTYPE, D, PLACES)
+        values, value_own = _where(line, 1, 7, value_slots, token, DTYPE, D, PLACES)
+        k = tl.load(keys[:, None] + d[None, :], mask=seen[:, None], other=0.0).to(work)
+        v = tl.load(values[:, None] + d[None, :], mask=seen[:, None], other=0.0).to(work)
         key_norm = tl.load(_field(line, 3, NORMS, 16) + token, mask=seen, other=0.0).to(tl.float32)
         value_norm = tl.load(_field(line, 6, NORMS, 16) + token, mask=seen, other=0.0).to(tl.float32)
-        s = tl.dot(k, q, input_precision="ieee") * key_norm[:, None]
-        own = _kept_scores(wide, _field(line, 4, DTYPE, 16), PLACES, D)
-        s = _put(s, own, _slots(_field(line, 2, tl.int16, 2), PLACES), token, PLACES)
+        line = _line(table, row, columns, (tile + 1) // TILES, tile + 1 < last, 8)
+        s = tl.dot(k, q, input_precision="ieee") * scale * tl.where(key_own, 1.0, key_norm)[:, None]
         s = tl.where(seen[:, None], s, -1e30)
         above = tl.maximum(m, tl.max(s, 0))
         shrink = tl.exp2(m - above)
         m = above
         p = tl.where(seen[:, None], tl.exp2(s - m[None, :]), 0.0)
         weight = weight * shrink[None, :] + p
-        slots = _slots(_field(line, 5, tl.int16, 2), PLACES)
-        p, sums = _take(p, _nothing(PLACES, N), slots, token, PLACES)
-        acc = _kept_values(acc * shrink[None, :], sums, _field(line, 7, DTYPE, 16), PLACES, D)
-        acc = tl.dot(tl.trans(v), (p * value_norm[:, None]).to(work), acc, input_precision="ieee")
+        p = p * tl.where(value_own, 1.0, value_norm)[:, None]
+        key_slots = _page_slots(line, 2, tile + 1 < last, PLACES)
+        value_slots = _page_slots(line, 5, tile + 1 < last, PLACES)
+        acc = tl.dot(tl.trans(v), p.to(work), acc * shrink[None, :], input_precision="ieee")
     _leave(out, lse, tl.program_id(0), acc, m, tl.sum(weight, 0), heads, N, D)
 
 
@@ -286,10 +329,10 @@ def attend(
     given = rows, packed.table.shape[1], heads
     with on(device):
         if inner is None:
-            wide = form.dtype is torch.float32
+            tile, stages = (32, 1) if form.dtype is torch.float32 else _AHEAD
             _plain[(len(out),)](
-                queries, packed.table, spans, starts, out, lse, scale, *given, TOKENS=form.tokens, T=32 if wide else 64,
-                WIDE=interpreted, STAGES=1 if wide else 2, num_warps=2, num_stages=1, **common,
+                queries, packed.table, spans, starts, out, lse, scale, *given, TOKENS=form.tokens, T=tile,
+                WIDE=interpreted, num_warps=2, num_stages=stages, **common,
             )  # fmt: skip
         else:
             _planar[(len(out),)](

@@ -1,7 +1,11 @@
 // One share of the packed pages of a row: see cuda.py.
 //
 // Compiled for one form of pages: BITS, GROUP, CHANNELS, D (head_dim); UNITS of shared memory, the dtype of the QUERIES,
-// SPAN columns of a table of spans, RESIDENT programs on a processor.
+// SPAN columns of a table of spans, RESIDENT programs on a processor. Of other pages than KIVI's (`planar_decode`):
+// BY_TOKEN, keys are quantised as values are; RECORD, a page's fields lie together (else the table has six addresses of
+// each); UNBIAS and BALANCED, see `Planar`; RANK of what is added to keys and to values as a product, KEY_OUT and
+// VALUE_OUT numbers of a channel and of a token that are added one by one, for up to HEADS query heads; FOUND and SCORED,
+// scores of packed and of exact slots are wanted; ROOM, so many bits more than KIVI's have scales.
 // Two warps, a pair, work on a page; each takes 16 of its 32 rows and keeps a softmax of its own until the end. A program
 // has PAIRS of them, which take turns with its pages. The sides of a page, keys and values, are copied into a ring of
 // units ahead of their use.
@@ -22,10 +26,22 @@ constexpr int PLANES = BITS == 2 ? 8 : BITS == 3 ? 5 : BITS == 4 ? 4 : 2;
 constexpr int TOKENS = PLANES * 32, KEY_GROUPS = TOKENS / GROUP, VALUE_GROUPS = D / CHANNELS;
 constexpr int BLOCKS = D / 32;           // of 32 channels
 constexpr int ROW = D * 2, WORDS = 32 * ROW;
-constexpr int KEY_SIDE = WORDS + 2 * KEY_GROUPS * ROW, VALUE_SIDE = WORDS + 4 * TOKENS * VALUE_GROUPS;
-constexpr int UNIT = KEY_SIDE > VALUE_SIDE ? KEY_SIDE : VALUE_SIDE;
+constexpr int SCALES = 2 * TOKENS * VALUE_GROUPS;  // bytes of scales of tokens, and of their zero points
+constexpr int KEY_SIDE = WORDS + (BY_TOKEN ? 2 * SCALES : 2 * KEY_GROUPS * ROW), VALUE_SIDE = WORDS + 2 * SCALES;
+// What lies behind a side in its unit: the left factor, the right one, outliers; then the places of these.
+constexpr int KEY_MORE = 2 * (RANK * (TOKENS + D) + KEY_OUT * D), KEY_PLACES = KEY_OUT * D;
+constexpr int VALUE_MORE = 2 * (RANK * (TOKENS + D) + VALUE_OUT * TOKENS), VALUE_PLACES = VALUE_OUT * TOKENS;
+constexpr int LEFT = 2 * RANK * TOKENS, FACTORS = LEFT + RANK * ROW;
+constexpr int MORE = KEY_SIDE + VALUE_SIDE, PLACES = MORE + KEY_MORE + VALUE_MORE;  // where they lie in a record
+constexpr int KEY_UNIT = KEY_SIDE + KEY_MORE + KEY_PLACES, VALUE_UNIT = VALUE_SIDE + VALUE_MORE + VALUE_PLACES;
+constexpr int UNIT = KEY_UNIT > VALUE_UNIT ? KEY_UNIT : VALUE_UNIT;
+// Sums of what outliers add, in fixed point: of a pair for tokens, of each warp for channels; two heads side by side.
+constexpr int TOKEN_ROW = 8 * (TOKENS + 2), CHANNEL_ROW = 8 * (D + 4);
+constexpr int TOKEN_SUMS = KEY_OUT ? HEADS / 2 * TOKEN_ROW : 0, CHANNEL_SUMS = VALUE_OUT ? HEADS / 2 * CHANNEL_ROW : 0;
+constexpr int SUMS = TOKEN_SUMS + 2 * CHANNEL_SUMS;
 constexpr int PAIR = 64, THREADS = PAIR * PAIRS;
-static_assert(VALUE_GROUPS <= 8 && KEY_GROUPS <= 8, "groups are rows of an operand");
+static_assert(VALUE_GROUPS <= (BY_TOKEN ? 4 : 8) && KEY_GROUPS <= 8, "groups are rows of an operand");
+static_assert(RECORD || !(RANK || KEY_OUT || VALUE_OUT), "what is added is found by its record");
 
 // Where the field of a plane lies after a shift to the right (negative: left). Of keys any bit will do; the bits of
 // values are near each other, because the weights must make up for them in float16.
@@ -44,7 +60,7 @@ __device__ constexpr int value_class(int j) {
   return BITS == 2 ? value_bit(j) / 2 - 2 : BITS == 3 ? value_bit(j) / 3 - 1 : value_bit(j) / 4;
 }
 constexpr int TOP = BITS == 2 ? 8 : BITS == 3 ? 6 : BITS == 4 ? 4 : 0;      // the highest of value_bit
-constexpr int FOLD = BITS == 2 ? 3 : BITS == 3 ? 5 : BITS == 4 ? 5 : 13;    // weights are times 2^FOLD
+constexpr int FOLD = (BITS == 2 ? 3 : BITS == 3 ? 5 : BITS == 4 ? 5 : 13) - ROOM;  // weights are times 2^FOLD
 
 // What the hardware does. (tests/cuda_on_cpu.h does the same on a CPU.)
 #ifndef CUDA_ON_CPU
@@ -72,6 +88,11 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma8(float (&c)[4], u32 a0, u32 a1, u32 b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(b));
 }
 // Four 8x8 matrices of 16-bit numbers, transposed; a lane names row lane % 8 of matrix lane / 8.
 __device__ __forceinline__ void load_transposed(u32 (&a)[4], const char* p) {
@@ -119,6 +140,12 @@ __device__ __forceinline__ void launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
+// Where this kernel was launched before the one in front of it was done: until it is.
+__device__ __forceinline__ void wait_for_others() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
 template <int PENDING>
 __device__ __forceinline__ void wait() {
@@ -142,6 +169,9 @@ __device__ __forceinline__ u32 half2_pow2(int e) { return u32((e + 15) << 10) * 
 
 __device__ __forceinline__ uint4 load16(const char* p) { return *reinterpret_cast<const uint4*>(p); }
 __device__ __forceinline__ uint2 load8(const char* p) { return *reinterpret_cast<const uint2*>(p); }
+__device__ __forceinline__ u32 load4(const char* p) { return *reinterpret_cast<const u32*>(p); }
+__device__ __forceinline__ u32 load2(const char* p) { return *reinterpret_cast<const unsigned short*>(p); }
+__device__ __forceinline__ float load_half(const char* p) { return half_to_float(load2(p)); }
 
 // Blocks of 16 bytes of a side's words are swapped so that no two threads of a load meet in a bank. (Exclusive or of
 // bits of the row, so that the swap of a sum without carries is that of its parts together.)
@@ -161,6 +191,14 @@ __device__ __forceinline__ void copy(u32 to, const char* from, int thread) {
   }
 }
 
+template <int BYTES>
+__device__ __forceinline__ void copy_more(u32 to, const char* from, int thread) {
+#pragma unroll
+  for (int first = 0; first < BYTES / 16; first += PAIR)
+    if (first + PAIR <= BYTES / 16 || first + thread < BYTES / 16)
+      copy16(to + (first + thread) * 16, from + (first + thread) * 16);
+}
+
 // A side of an exact page: rows of 16-bit numbers, those that `seen(row)` says.
 template <bool KEYS, typename Seen>
 __device__ __forceinline__ void copy_exact(u32 to, const char* from, int thread, Seen seen) {
@@ -174,12 +212,13 @@ __device__ __forceinline__ void copy_exact(u32 to, const char* from, int thread,
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     packed(const Query* __restrict__ queries, const long long* __restrict__ table, const long long* __restrict__ exact,
            const int* __restrict__ spans, const int* __restrict__ starts, float* __restrict__ out,
-           float* __restrict__ lse, float scale, int rows, int columns, int exact_columns, int heads) {
+           float* __restrict__ lse, const float* __restrict__ balance, float* __restrict__ found,
+           float* __restrict__ scored, float scale, int rows, int columns, int exact_columns, int heads, int slots,
+           int exact_slots) {
   extern __shared__ __align__(128) char memory[];
   const int lane = threadIdx.x & 31, half = threadIdx.x >> 5 & 1, g = lane >> 2, t = lane & 3;
   const int pair_ = threadIdx.x / PAIR, thread = threadIdx.x % PAIR;
   const int part = blockIdx.x;
-  launch_dependents();
 
   int row = 0;
   for (int first = 0; first < rows; first += 32)
@@ -188,12 +227,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const int begin = starts[row], programs = starts[row + 1] - begin;
   const int* const span = spans + row * SPAN;
   const int low = span[0], high = span[1];
-  // Work is numbered: packed pages, then exact ones.
+  // Work is numbered: this program's share of the packed pages, then that of the exact ones.
   const int pages = high > low ? (high + TOKENS - 1) / TOKENS - low / TOKENS : 0;
-  const int stop = EXACT ? span[4] : 0, all = pages + (stop + 31) / 32;
-  const int first = int((long long)(part - begin) * all / programs);
-  const int last = int((long long)(part - begin + 1) * all / programs), last_packed = min(last, pages);
-  table += (long long)row * columns + low / TOKENS;
+  const int stop = EXACT ? span[4] : 0, exact_pages = (stop + 31) / 32;
+  const auto from = [&](int all, int n) { return int((long long)n * all / programs); };
+  const int first = from(pages, part - begin), last_packed = from(pages, part - begin + 1);
+  // Those that have a page more of one kind have one less of the other.
+  const int other = programs - 1 - (part - begin), first_exact = from(exact_pages, other);
+  const int last = last_packed + from(exact_pages, other + 1) - first_exact;
+  table += ((long long)row * columns + low / TOKENS) * (RECORD ? 1 : 6);
 #if EXACT
   exact += (long long)row * exact_columns * 2;
   const int sink = span[2], start = span[3], fading = span[5], faded = span[6];
@@ -206,20 +248,54 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const u32 ring = shared(own);
   // What is copied next: a side of a page.
   int ahead = first + pair_;
+#if RECORD
   long long address = ahead < last_packed ? table[ahead] * 16 : 0;
   long long next = ahead + PAIRS < last_packed ? table[ahead + PAIRS] * 16 : 0;
+#else
+  long long where[3];  // words, scales, zero points of the side that comes next
+  auto look = [&](int page, int side) {
+#pragma unroll
+    for (int n = 0; n < 3; n++) where[n] = page < last_packed ? table[6ll * page + side + n] * 16 : 0;
+  };
+  look(ahead, 0);
+#endif
   auto fetch = [&](bool keys, u32 unit) {
     if (ahead < last_packed) {
+#if RECORD
       const char* record = reinterpret_cast<const char*>(address) + thread * 16;
       keep(record);
       if (keys)
         copy<KEY_SIDE, true>(ring + unit, record, thread);
       else
         copy<VALUE_SIDE, false>(ring + unit, record + KEY_SIDE, thread);
+      record -= thread * 16;
+      if (keys) {
+        copy_more<KEY_MORE>(ring + unit + KEY_SIDE, record + MORE, thread);
+        copy_more<KEY_PLACES>(ring + unit + KEY_SIDE + KEY_MORE, record + PLACES, thread);
+      } else {
+        copy_more<VALUE_MORE>(ring + unit + VALUE_SIDE, record + MORE + KEY_MORE, thread);
+        copy_more<VALUE_PLACES>(ring + unit + VALUE_SIDE + VALUE_MORE, record + PLACES + KEY_PLACES, thread);
+      }
+#else
+      const char* words = reinterpret_cast<const char*>(where[0]) + thread * 16;
+      if (keys)
+        copy<WORDS, true>(ring + unit, words, thread);
+      else
+        copy<WORDS, false>(ring + unit, words, thread);
+      constexpr int EACH = BY_TOKEN ? SCALES : KEY_GROUPS * ROW;
+      const char *scales = reinterpret_cast<const char*>(where[1]), *zeros = reinterpret_cast<const char*>(where[2]);
+      if (keys) {
+        copy_more<EACH>(ring + unit + WORDS, scales, thread);
+        copy_more<EACH>(ring + unit + WORDS + EACH, zeros, thread);
+      } else {
+        copy_more<SCALES>(ring + unit + WORDS, scales, thread);
+        copy_more<SCALES>(ring + unit + WORDS + SCALES, zeros, thread);
+      }
+#endif
     }
 #if EXACT
     else if (ahead < last) {
-      const int page = ahead - pages;
+      const int page = ahead - last_packed + first_exact;
       const char* from = reinterpret_cast<const char*>(exact[2 * page + (keys ? 0 : 1)] * 16);
       if (keys)
         copy_exact<true>(ring + unit, from, thread, [&](int r) { return seen(page * 32 + r); });
@@ -228,17 +304,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     }
 #endif
     commit();
+#if RECORD
     if (!keys) {
       ahead += PAIRS;
       address = next;
       next = ahead + PAIRS < last_packed ? table[ahead + PAIRS] * 16 : 0;
     }
+#else
+    if (!keys) ahead += PAIRS;
+    look(ahead, keys ? 3 : 0);
+#endif
   };
+  // Packed pages are none of what the kernel in front of this one writes, but queries and exact pages are.
+  static_assert(UNITS <= 3, "what comes first is a page");
+  if (first + PAIRS > last_packed) wait_for_others();
 #pragma unroll
   for (int unit = 0; unit < UNITS - 1; unit++) fetch(unit % 2 == 0, unit * UNIT);
+  wait_for_others();
+  launch_dependents();  // what they are given by those in front of this kernel is there
 
-  // The queries of head g, scaled by a power of two to be below 64, and for channels 8t .. 8t + 7 of every block.
+  // The queries of head g, scaled by a power of two to be below 2^(6 - ROOM), and for channels 8t .. 8t + 7 of every
+  // block.
   u32 q[BLOCKS][4];
+#if BY_TOKEN
+  u32 group_sums;           // of the queries of head g: group 2t, 2t + 1 of four; lanes t > 1 have what rounding took
+  float off[VALUE_GROUPS][2];  // what UNBIAS takes off the scores of heads 2t, 2t + 1 for a squared scale
+#endif
+#if KEY_OUT
+  float by_channel[D / PAIR][HEADS];  // queries of channels `thread`, `thread + PAIR`, in fixed point
+#endif
   {
     float x[BLOCKS][8], most = 0;
 #pragma unroll
@@ -246,19 +340,63 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #pragma unroll
       for (int k = 0; k < 8; k++) {
         x[i][k] = g < heads ? number(queries[((long long)row * heads + g) * D + 32 * i + 8 * t + k]) : 0.f;
+        if (BALANCED) x[i][k] /= balance[(long long)row * D + 32 * i + 8 * t + k];
         most = fmaxf(most, fabsf(x[i][k]));
       }
 #pragma unroll
     for (int step = 16; step; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
     int e = (__float_as_int(most) >> 23) - 127;
-    e = max(-100, min(100, e)) - 5;
+    e = max(-100, min(100, e)) - 5 + ROOM;
     float f = pow2(-e);
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++)
 #pragma unroll
       for (int k = 0; k < 4; k++) q[i][k] = pair(x[i][2 * k] * f, x[i][2 * k + 1] * f);
     scale *= pow2(e);
+#if BY_TOKEN
+    float sums_of[4] = {}, squares[4] = {};
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++)
+#pragma unroll
+      for (int k = 0; k < 8; k++) {
+        const float y = half_to_float(q[i][k / 2] >> k % 2 * 16 & 0xffff);
+        sums_of[i * 32 / CHANNELS] += y, squares[i * 32 / CHANNELS] = fmaf(y, y, squares[i * 32 / CHANNELS]);
+      }
+    float rest[4];
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+#pragma unroll
+      for (int step = 1; step < 4; step *= 2) {
+        sums_of[n] += __shfl_xor_sync(~0u, sums_of[n], step);
+        squares[n] += __shfl_xor_sync(~0u, squares[n], step);
+      }
+      rest[n] = sums_of[n] - half_to_float(pair(sums_of[n], 0.f) & 0xffff);
+    }
+    group_sums = t == 0   ? pair(sums_of[0], sums_of[1])
+                 : t == 1 ? pair(sums_of[2], sums_of[3])
+                 : t == 2 ? pair(rest[0], rest[1])
+                          : pair(rest[2], rest[3]);
+#pragma unroll
+    for (int n = 0; n < VALUE_GROUPS; n++)
+#pragma unroll
+      for (int k = 0; k < 2; k++)  // ln 2 / 24 of the square of what a score to the base 2 is multiplied with
+        off[n][k] = __shfl_sync(~0u, squares[n], (2 * t + k) * 4) * scale * 0.02888113252333105f;
+#endif
+#if KEY_OUT
+#pragma unroll
+    for (int c = 0; c < D / PAIR; c++)
+#pragma unroll
+      for (int h = 0; h < HEADS; h++) {
+        const int channel = thread + c * PAIR;
+        float y = h < heads ? number(queries[((long long)row * heads + h) * D + channel]) : 0.f;
+        if (BALANCED) y /= balance[(long long)row * D + channel];
+        by_channel[c][h] = y * f * 128.f;
+      }
+#endif
   }
+  char* const token_sums = memory + PAIRS * UNITS * UNIT + pair_ * SUMS;
+  char* const channel_sums = token_sums + TOKEN_SUMS + half * CHANNEL_SUMS;
+  for (int at = thread * 8; at < SUMS; at += PAIR * 8) *reinterpret_cast<uint2*>(token_sums + at) = uint2{0, 0};
 
   // [channels g and g + 8 of 16] x [heads 2t, 2t + 1]; [zero points of value group g, sum of weights] x the same heads.
   float acc[2 * BLOCKS][4] = {}, sums[CLASSES][4] = {};
@@ -277,6 +415,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   keep(key_at[0]), keep(key_at[1]), keep(value_at[0]), keep(value_at[1]), keep(value_at[2]), keep(value_at[3]);
   u32 key_zero = WORDS + 16 * t + (KEY_GROUPS + g % KEY_GROUPS) * ROW, by_token = WORDS + 2 * (half * 16 + 4 * t);
   keep(key_zero), keep(by_token);
+#if BY_TOKEN
+  const u32 key_tokens = WORDS + 2 * mine;
+#endif
 
   u32 here = 0, behind = (UNITS - 1) * UNIT;  // the unit that is read, and the one before
   auto turn = [&]() {
@@ -316,26 +457,60 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     // Keys.
     const char* side = turn();
     fetch(UNITS % 2 == 0 ? false : true, behind);
+#if KEY_OUT
+#pragma unroll
+    for (int c = 0; c < D / PAIR; c++) {
+      const char* outliers = side + KEY_SIDE + FACTORS + (thread + c * PAIR) * 2 * KEY_OUT;
+      const char* places = side + KEY_SIDE + KEY_MORE + (thread + c * PAIR) * KEY_OUT;
+#pragma unroll
+      for (int n = 0; n < KEY_OUT; n += 2) {
+        const u32 two = load4(outliers + 2 * n), at = load2(places + n);
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          const float outlier = half_to_float(k ? two >> 16 : two & 0xffff);
+          char* to = token_sums + (k ? at >> 8 : at & 0xff) * 8;
+#pragma unroll
+          for (int h = 0; h < HEADS; h++)
+            atomicAdd(reinterpret_cast<int*>(to + h / 2 * TOKEN_ROW + h % 2 * 4), __float2int_rn(outlier * by_channel[c][h]));
+        }
+      }
+    }
+#endif
     float s[PLANES][4];
     float z[2][4] = {};
 #pragma unroll
     for (int j = 0; j < PLANES; j++) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.f;
+#if RANK
+    float r[2][4] = {};
+#endif
+#if BY_TOKEN
+    float part[PLANES][4];  // of a group of channels
+    const char* scales = side + key_tokens;
+#else
     const char* scales = side + WORDS + 16 * t;
+#endif
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++) {
       const char* at = side + key_at[i % 2] + i / 2 * 128;
       const uint4 w0 = load16(at), w1 = load16(at + 2 * ROW);
       const u32 w[2][4] = {{w0.x, w0.y, w0.z, w0.w}, {w1.x, w1.y, w1.z, w1.w}};
-      {
+      if (!BY_TOKEN) {
         // Of the first product rows g, of the second rows g + 8: so the four words stay in the registers they came to.
         const uint4 zero = load16(side + key_zero + 64 * i);
         mma(z[0], zero.x, zero.y, zero.z, zero.w, q[i][0], q[i][2]);
         mma(z[1], zero.x, zero.y, zero.z, zero.w, q[i][1], q[i][3]);
       }
+#if RANK
+      {
+        const uint4 right = load16(side + KEY_SIDE + LEFT + g % RANK * ROW + 16 * t + 64 * i);
+        mma(r[0], right.x, right.y, right.z, right.w, q[i][0], q[i][2]);
+        mma(r[1], right.x, right.y, right.z, right.w, q[i][1], q[i][3]);
+      }
+#endif
       u32 v[2][4], b[4];
 #pragma unroll
       for (int j = 0; j < PLANES; j++) {
-        if (j * 32 % GROUP == 0) {
+        if (!BY_TOKEN && j * 32 % GROUP == 0) {
           const uint4 x = load16(scales + j * 32 / GROUP * ROW + 64 * i);
           b[0] = mul2(x.x, q[i][0]), b[1] = mul2(x.y, q[i][1]), b[2] = mul2(x.z, q[i][2]), b[3] = mul2(x.w, q[i][3]);
         }
@@ -345,11 +520,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #pragma unroll
           for (int k = 0; k < 4; k++) v[0][k] = w[0][k] >> key_shift(j), v[1][k] = w[1][k] >> key_shift(j);
         }
+#if BY_TOKEN
+        if (i * 32 % CHANNELS == 0) part[j][0] = part[j][1] = part[j][2] = part[j][3] = 0.f;
+        mma(part[j], v[0][0] & mask, v[1][0] & mask, v[0][1] & mask, v[1][1] & mask, q[i][0], q[i][1]);
+        mma(part[j], v[0][2] & mask, v[1][2] & mask, v[0][3] & mask, v[1][3] & mask, q[i][2], q[i][3]);
+        if ((i + 1) * 32 % CHANNELS == 0) {  // scales of tokens `mine` and `mine + 2`
+          const int n = i * 32 / CHANNELS;
+          const char* at = scales + (j * VALUE_GROUPS + n) * 64;
+          const float step[2] = {load_half(at), load_half(at + 4)};
+#pragma unroll
+          for (int k = 0; k < 4; k++) {
+            if (UNBIAS) part[j][k] = fmaf(-step[k / 2], off[n][k & 1] * pow2(key_bit(j) - 24), part[j][k]);
+            s[j][k] = fmaf(step[k / 2], part[j][k], s[j][k]);
+          }
+        }
+#else
         mma(s[j], v[0][0] & mask, v[1][0] & mask, v[0][1] & mask, v[1][1] & mask, b[0], b[1]);
         mma(s[j], v[0][2] & mask, v[1][2] & mask, v[0][3] & mask, v[1][3] & mask, b[2], b[3]);
+#endif
       }
     }
     done();
+#if RANK
+    const u32 turned = transposed(pair((r[0][0] + r[1][2]) * scale, (r[0][1] + r[1][3]) * scale));
+#endif
+#if KEY_OUT
+    sync_pair(pair_);  // until all outliers are there
+#endif
 
     // Softmax: log2 of the weights of rows g and g + 8 of every plane, heads 2t and 2t + 1, as they will be multiplied.
     float top[CLASSES][2];
@@ -358,7 +555,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     float zero[CLASSES][2];
 #pragma unroll
     for (int j = 0; j < PLANES; j++) {
-      if (j * 32 % GROUP == 0) {
+      if (!BY_TOKEN && j * 32 % GROUP == 0) {
 #pragma unroll
         for (int k = 0; k < 2; k++) {
           const float x = fmaf(__shfl_sync(~0u, z[0][k] + z[1][k + 2], j * 32 / GROUP * 4 + t), scale, -m[k]);
@@ -368,11 +565,50 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       }
       const float f = scale * pow2(24 - key_bit(j));
       const int c = value_class(j);
+#if BY_TOKEN
+      float zeros[4] = {};
+      {
+        const char* at = scales + SCALES + j * VALUE_GROUPS * 64;  // of the groups that `group_sums` has
+        const char *even = at + 2 * t % 4 % VALUE_GROUPS * 64, *odd = at + (2 * t + 1) % 4 % VALUE_GROUPS * 64;
+        mma8(zeros, load2(even) | load2(odd) << 16, load2(even + 4) | load2(odd + 4) << 16, group_sums);
+      }
+#endif
 #pragma unroll
       for (int k = 0; k < 4; k++) {
+#if BY_TOKEN
+        zero[c][k & 1] = fmaf(zeros[k], scale, -m[k & 1]) + (FOLD + TOP - class_bit(c));
+#endif
         s[j][k] = fmaf(s[j][k], f, zero[c][k & 1]);
-        top[c][k & 1] = fmaxf(top[c][k & 1], s[j][k]);
       }
+#if RANK
+      {
+        const char* at = side + KEY_SIDE + (j * 32 + mine) * 2 * RANK + 4 * t;
+        const bool there = 2 * t < RANK;
+        mma8(s[j], there ? load4(at) : 0, there ? load4(at + 4 * RANK) : 0, turned);
+      }
+#endif
+#if KEY_OUT
+      if (2 * t < HEADS) {
+#pragma unroll
+        for (int k = 0; k < 4; k += 2) {
+          uint2* at = reinterpret_cast<uint2*>(token_sums + t * TOKEN_ROW + (j * 32 + mine + k) * 8);
+          const uint2 x = *at;
+          s[j][k] = fmaf(float(int(x.x)), scale / 128.f, s[j][k]);
+          s[j][k + 1] = fmaf(float(int(x.y)), scale / 128.f, s[j][k + 1]);
+          *at = uint2{0, 0};
+        }
+      }
+#endif
+#if FOUND
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const int token = page * TOKENS + j * 32 + mine + k / 2 * 2, head = 2 * t + (k & 1);
+        if (head < heads & token >= low & token < high)
+          found[((long long)row * heads + head) * slots + token] = s[j][k] + m[k & 1] - (FOLD + TOP - class_bit(c));
+      }
+#endif
+#pragma unroll
+      for (int k = 0; k < 4; k++) top[c][k & 1] = fmaxf(top[c][k & 1], s[j][k]);
     }
     bool above = fresh | (page * TOKENS < low) | (page * TOKENS + TOKENS > high);
 #pragma unroll
@@ -398,13 +634,68 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     u32 p[PLANES][2];  // tokens 4t .. 4t + 3 of head g
 #pragma unroll
     for (int j = 0; j < PLANES; j++) {
-      p[j][0] = transposed(pair(exp2_(s[j][0]), exp2_(s[j][1])));
-      p[j][1] = transposed(pair(exp2_(s[j][2]), exp2_(s[j][3])));
+#pragma unroll
+      for (int k = 0; k < 4; k++) s[j][k] = exp2_(s[j][k]);
+      p[j][0] = transposed(pair(s[j][0], s[j][1]));
+      p[j][1] = transposed(pair(s[j][2], s[j][3]));
     }
 
     // Values.
     side = turn();
     fetch(UNITS % 2 == 0 ? true : false, behind);
+#if VALUE_OUT
+    {
+      // Their largest magnitude says what is the unit of the sums.
+      const char* outliers = side + VALUE_SIDE + FACTORS + mine * 2 * VALUE_OUT;
+      const char* places = side + VALUE_SIDE + VALUE_MORE + mine * VALUE_OUT;
+      u32 largest = 0;
+#pragma unroll
+      for (int j = 0; j < PLANES; j++)
+#pragma unroll
+        for (int n = 0; n < 2 * VALUE_OUT; n += 2) {
+          const int token = j * 32 + n / VALUE_OUT * 2;
+          largest = __vmaxu2(largest, load4(outliers + (token * VALUE_OUT + n % VALUE_OUT) * 2) & 0x7fff7fffu);
+        }
+      largest = __reduce_max_sync(~0u, max(largest & 0xffff, largest >> 16));
+      const int e = max(-24, (__float_as_int(half_to_float(largest)) >> 23) - 127);
+      if (2 * t < HEADS) {
+#pragma unroll
+        for (int j = 0; j < PLANES; j++) {
+          const float unit = pow2(22 - e) * pow2(value_bit(j) - TOP - FOLD);
+#pragma unroll
+          for (int n = 0; n < 2 * VALUE_OUT; n += 2) {
+            const int later = n / VALUE_OUT, token = j * 32 + later * 2;
+            const u32 two = load4(outliers + (token * VALUE_OUT + n % VALUE_OUT) * 2);
+            const u32 at = load2(places + token * VALUE_OUT + n % VALUE_OUT);
+#pragma unroll
+            for (int o = 0; o < 2; o++) {
+              const float outlier = half_to_float(o ? two >> 16 : two & 0xffff) * unit;
+              int* to = reinterpret_cast<int*>(channel_sums + t * CHANNEL_ROW + (o ? at >> 8 : at & 0xff) * 8);
+#pragma unroll
+              for (int k = 0; k < 2; k++) atomicAdd(to + k, __float2int_rn(outlier * s[j][later * 2 + k]));
+            }
+          }
+        }
+      }
+      __syncwarp();
+      if (2 * t < HEADS) {
+        const float back = pow2(e - 22) * pow2(FOLD + TOP - 24);
+#pragma unroll
+        for (int i = 0; i < 2 * BLOCKS; i++)
+#pragma unroll
+          for (int k = 0; k < 4; k += 2) {
+            uint2* at = reinterpret_cast<uint2*>(channel_sums + t * CHANNEL_ROW + (16 * i + g + 4 * k) * 8);
+            const uint2 x = *at;
+            acc[i][k] = fmaf(float(int(x.x)), back, acc[i][k]);
+            acc[i][k + 1] = fmaf(float(int(x.y)), back, acc[i][k + 1]);
+            *at = uint2{0, 0};
+          }
+      }
+    }
+#endif
+#if RANK
+    float through[CLASSES][4] = {};
+#endif
     constexpr int PLANE = VALUE_GROUPS * 64;
     const char* value_scales = side + by_token;
     const char* zeros = value_scales + 2 * TOKENS * VALUE_GROUPS + g % VALUE_GROUPS * 64;
@@ -413,11 +704,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       constexpr u32 ONE = 0x3c003c00u;
       const u32* a = reinterpret_cast<const u32*>(zeros + j * PLANE);
       mma(sums[value_class(j)], a[0], ONE, a[1], ONE, p[j][0], p[j][1]);
+#if RANK
+      {  // row g is column g of the left factor
+        const char* at = side + VALUE_SIDE + ((j * 32 + half * 16 + 4 * t) * RANK + g % RANK) * 2;
+        const u32 x = load2(at) | load2(at + 2 * RANK) << 16, y = load2(at + 4 * RANK) | load2(at + 6 * RANK) << 16;
+        mma(through[value_class(j)], x, 0, y, 0, p[j][0], p[j][1]);
+      }
+#endif
       if (VALUE_GROUPS == 1) {
         const uint2 x = load8(value_scales + j * PLANE);
         p[j][0] = mul2(p[j][0], x.x), p[j][1] = mul2(p[j][1], x.y);
       }
     }
+#if RANK
+    {
+      float x[2] = {};
+#pragma unroll
+      for (int c = 0; c < CLASSES; c++)
+#pragma unroll
+        for (int k = 0; k < 2; k++) x[k] = fmaf(through[c][k], pow2(class_bit(c) - TOP), x[k]);
+      u32 b = transposed(pair(x[0], x[1]));
+      if (2 * t >= RANK) b = 0;
+#pragma unroll
+      for (int i = 0; i < BLOCKS; i++) {
+        u32 right[4];
+        load_transposed(right, side + VALUE_SIDE + LEFT + lane % 8 % RANK * ROW + lane / 8 * 16 + 64 * i);
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+          float c[4] = {};
+          mma8(c, right[2 * n], right[2 * n + 1], b);
+#pragma unroll
+          for (int k = 0; k < 4; k++) acc[2 * i + n][k] = fmaf(c[k], pow2(TOP - 24), acc[2 * i + n][k]);
+        }
+      }
+    }
+#endif
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++) {
       u32 w[2][4];  // channels g and g + 8 of 16, tokens 4t .. 4t + 3
@@ -487,7 +808,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     float most[2] = {-1e30f, -1e30f};
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-      const bool held = seen((number - pages) * 32 + mine + k / 2 * 2);
+      const int slot = (number - last_packed + first_exact) * 32 + mine + k / 2 * 2, head = 2 * t + (k & 1);
+      const bool held = seen(slot);
+      if (SCORED && slot < stop & head < heads)
+        scored[((long long)row * heads + head) * exact_slots + slot] = held ? s[k] * scale * 0.6931471805599453f : -1e30f;
       s[k] = held ? fmaf(s[k], scale, -m[k & 1]) : -__int_as_float(0x7f800000);
       most[k & 1] = fmaxf(most[k & 1], s[k]);
     }

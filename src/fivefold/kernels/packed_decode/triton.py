@@ -75,6 +75,8 @@ RESIDENT = 4
 
 PDL = True
 """Launch what merges the parts before the kernel that leaves them is done (programmatic dependent launch)."""
+PDL_EXACT = False
+"""Launch the kernel for exact pages before the one in front of it is done, too."""
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -296,7 +298,8 @@ def _packed(
 def _exact(
     queries, table, spans, starts, picks, out, lse, scores, scale, rows, columns, heads, width,
     DTYPE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr,
-    TILE: tl.constexpr, WIDE: tl.constexpr, PICKED: tl.constexpr, SCORED: tl.constexpr,
+    TILE: tl.constexpr, WIDE: tl.constexpr, PICKED: tl.constexpr, SCORED: tl.constexpr, WAITS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One share of the exact slots of a row, in tiles of TILE. table: `[rows, columns, 2]`. Grid: (programs,).
 
@@ -304,12 +307,16 @@ def _exact(
     WIDE multiplies in float32 whatever the pages hold: the interpreter has no products of bfloat16. SCORED: scaled
     scores go to `scores [rows, heads, width]`, -1e30 where a slot is not seen.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     row = _row(starts, rows, R)
     if row >= rows:
         return
     work = tl.float32 if WIDE else DTYPE
     t = tl.arange(0, T)
     d = tl.arange(0, D)
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
     q = _queries(queries, row, heads, N, D)
     if work == tl.float16:
         q, unscale = _scaled(q)
@@ -468,6 +475,7 @@ def _combine(
     first_exact = tl.load(exact_starts + row)
     last_exact = tl.load(exact_starts + row + 1)
     if WAITS:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     m = -1e30
     total = 0.0
@@ -497,9 +505,7 @@ def _processors_of(device: torch.device) -> int:
 
 def by_cuda(form: Reader, heads: int, device: torch.device) -> bool:
     """Whether `cuda.py` attends over packed pages of this form."""
-    if device.type != "cuda" or not isinstance(form, Form):
-        return False
-    return choose(device).path == "cuda" and cuda.supports(form, heads)
+    return device.type == "cuda" and choose(device).path == "cuda" and cuda.supports(form, heads)
 
 
 def programs_for(
@@ -512,8 +518,8 @@ def programs_for(
     for the last.
     """
     resident, team = (RESIDENT, 1) if form is None else (form.resident, form.team)
-    if isinstance(form, Form) and by_cuda(form, heads, device):
-        resident = cuda.resident(form, device)
+    if form is not None and by_cuda(form, heads, device):
+        resident = cuda.resident(form, device, 8 if isinstance(form, Form) else heads)
     packed, exact = (
         once if 8 * rows <= once else max(8 * once, 2 * rows)
         for rows, once in ((rows // team, resident * _processors(device)), (rows, RESIDENT * _processors(device)))
@@ -556,8 +562,8 @@ def decode(
     waiting for the device, if not given). picks: int32 `[rows, n]`, the packed slots that are attended on if there
     are packed pages, else the exact ones, whose span must then be `0, 0, n`; negative ones are none. The first of
     `starts` then shares out `PICKS` of them at a time. within: packed slots that the spans do not show are none either.
-    scores: float32 `[rows, query_heads, some]`, which takes the scaled scores of the exact slots (not of picked ones),
-    where these are not joined to the packed ones (`programs`). packed_scores: of the packed ones, see `Reader.attend`;
+    scores: float32 `[rows, query_heads, some]`, which takes the scaled scores of the exact slots (not of picked ones).
+    packed_scores: of the packed ones, see `Reader.attend`;
     not of KIVI's pages.
     Packed pages are attended on in float16, exact ones in their dtype, both with float32 sums.
     Returns the output in the dtype of the queries and, if asked for, the natural log-sum-exp, float32.
@@ -571,6 +577,7 @@ def decode(
     programs = programs or programs_for(rows, device, form, heads, None if exact is None else exact.dtype)
     joined = exact if programs[1] == 0 else None
     """Exact pages that the kernel of the packed ones attends over."""
+    pdl = PDL and early(device)
     if starts is None:
         page, team = (TILE, 1) if packed is None else (packed.form.tokens, packed.form.team)
         pages = pages_of(spans.cpu().numpy(), page, team, joined is not None)
@@ -583,6 +590,16 @@ def decode(
         count = max(1, min(programs, most))
         out = torch.empty((count, heads * team, dim), dtype=torch.float32, device=device)
         return count, out, torch.empty((count, heads * team), dtype=torch.float32, device=device)
+
+    def compiled_for_cuda(form: Reader, count: int) -> None:
+        """The parts of `count` programs by `cuda.py`."""
+        assert packed is not None
+        found, scored = packed_scores, None if joined is None else scores
+        kind = queries.dtype, None if joined is None else joined.dtype, device, SPAN, heads
+        cuda.kernel(form, *kind, found is not None, scored is not None)(
+            count, queries, packed, joined, spans, starts[0], packed_out, packed_lse, scale, found, scored,
+            early=PDL_EXACT and pdl,
+        )  # fmt: skip
 
     with on(device):
         packed_out, packed_lse = exact_out, exact_lse = queries, queries
@@ -599,9 +616,7 @@ def decode(
                     CHANNELS=form.channels, TILE=PICKS, WITHIN=within, num_warps=2, **common,
                 )  # fmt: skip
             elif by_cuda(form, heads, device):
-                cuda.kernel(form, queries.dtype, None if joined is None else joined.dtype, device, SPAN)(
-                    count, queries, packed.table, joined, spans, starts[0], packed_out, packed_lse, scale
-                )
+                compiled_for_cuda(form, count)
             else:
                 _packed[(count,)](
                     queries, packed.table, spans, starts[0], packed_out, packed_lse, scale, rows, packed.table.shape[1],
@@ -609,9 +624,13 @@ def decode(
                     STAGES=_STAGES[form.bits], num_warps=2, num_stages=_STAGES[form.bits], **common,
                 )  # fmt: skip
         elif packed is not None:
-            team = packed.form.team
-            _, packed_out, packed_lse = parts(programs[0], packed.table.shape[0] * packed.table.shape[1] // team, team)
-            packed.form.attend(packed, queries, scale, spans, starts[0], packed_out, packed_lse, packed_scores)
+            form, team = packed.form, packed.form.team
+            tiles = rows * packed.table.shape[1] // team + (0 if joined is None else joined.table.numel() // 2)
+            count, packed_out, packed_lse = parts(programs[0], tiles, team)
+            if by_cuda(form, heads, device):
+                compiled_for_cuda(form, count)
+            else:
+                form.attend(packed, queries, scale, spans, starts[0], packed_out, packed_lse, packed_scores)
         if exact is not None and joined is None:
             wide = exact.dtype.itemsize == 4
             picked = picks if packed is None else None
@@ -621,12 +640,13 @@ def decode(
                 queries, exact.table, spans, starts[1], spans if picked is None else picked, exact_out, exact_lse,
                 exact_lse if scores is None else scores, scale, rows, exact.table.shape[1], heads,
                 1 if scores is None else scores.shape[2], DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE,
-                TILE=TILE, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None, num_warps=2,
-                num_stages=1 if wide else 3, **common,
+                TILE=TILE, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None,
+                WAITS=PDL_EXACT and pdl, EARLY=pdl, num_warps=2, num_stages=1 if wide else 3,
+                **({"launch_pdl": True} if PDL_EXACT and pdl else {}), **common,
             )  # fmt: skip
         merged = torch.empty_like(queries)
         merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
-        waits = PDL and packed is not None and joined is exact and early(device)
+        waits = pdl and (exact is not joined or packed is not None)
         _combine[(rows, heads)](
             packed_out, packed_lse, exact_out, exact_lse, starts[0], starts[1], merged,
             merged_lse if with_lse else exact_lse,

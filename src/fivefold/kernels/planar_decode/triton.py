@@ -14,7 +14,6 @@ import torch
 import triton
 import triton.language as tl
 
-from fivefold.kernels.device import on
 from fivefold.kernels.packed_decode.reader import Packed
 from fivefold.kernels.packed_decode.schedule import SPAN
 from fivefold.kernels.packed_decode.triton import _SHIFTS, _code_planes, _leave, _queries, _row, _share
@@ -255,30 +254,3 @@ def attend(
         R=triton.next_power_of_2(rows), ASM=queries.device.type == "cuda", FOUND=scores is not None,
         num_warps=warps, num_stages=1, maxnreg=registers,
     )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=("heads", "slots", "width"))
-def _received(scores, lse, spans, out, heads, slots, width, T: tl.constexpr, SPAN: tl.constexpr):
-    """The weights of a tile of packed slots, the query heads of a row together. Grid: (rows, tiles)."""
-    row = tl.program_id(0).to(tl.int64)
-    slot = tl.program_id(1) * T + tl.arange(0, T)
-    seen = (slot >= tl.load(spans + row * SPAN)) & (slot < tl.load(spans + row * SPAN + 1))
-    total = tl.zeros([T], tl.float32)
-    for head in range(heads):
-        s = tl.load(scores + (row * heads + head) * slots + slot, mask=seen, other=-1e30)
-        total += tl.where(seen, tl.exp2(s - tl.load(lse + row * heads + head) * 1.4426950408889634), 0.0)
-    tl.store(out + row * width + slot, total, mask=slot < width)
-
-
-def received(scores: torch.Tensor, lse: torch.Tensor, spans: torch.Tensor, width: int) -> torch.Tensor:
-    """What packed slots received in a step, the query heads of a row together: float32 `[rows, width]`, 0 where nothing
-    is seen.
-
-    scores: as `Reader.attend` leaves them, float32 `[rows, query_heads, slots]`; lse: natural, of the whole step,
-    float32 `[rows, query_heads]`; width: at least as many as slots are seen.
-    """
-    rows, heads, slots = scores.shape
-    out = torch.empty((rows, width), dtype=torch.float32, device=scores.device)
-    with on(scores.device):
-        _received[rows, triton.cdiv(width, 1024)](scores, lse, spans, out, heads, slots, width, T=1024, SPAN=SPAN)
-    return out

@@ -3,6 +3,8 @@ keys and values `[rows, slots, head_dim]` of exact slots."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from fivefold.kernels.watched import PRIME, Noise, draws
@@ -72,7 +74,11 @@ def tally(
             )
         elif scores is not None and lse is not None:
             now[high:] += _received(scores[row], lse[row], stop)
-            if given is not None:
+            if given is not None and given.ndim == 3:  # scores of packed slots, to the base 2
+                weights = (given[row] * math.log(2) - lse[row][:, None]).exp().sum(0)
+                first = int(spans[row, 0])
+                now[first:high] += weights[first:high]
+            elif given is not None:
                 now[:high] += given[row, :high]
         new[row, :total] = now
         order = where.float() if by == "oldest" else now

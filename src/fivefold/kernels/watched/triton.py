@@ -38,6 +38,18 @@ def _received(scores, lse, row, slot, high, stop, width, HEADS: tl.constexpr):
     return total
 
 
+@triton.jit
+def _received_packed(scores, lse, row, slot, low, high, width, HEADS: tl.constexpr):
+    """The weights of packed slots whose scores a kernel has left (`Reader.attend`)."""
+    inside = (slot >= low) & (slot < high)
+    total = tl.zeros(slot.shape, tl.float32)
+    for head in tl.static_range(HEADS):
+        s = tl.load(scores + (row * HEADS + head) * width + slot, mask=inside, other=0.0)
+        whole = tl.load(lse + row * HEADS + head) * 1.4426950408889634
+        total += tl.where(inside, tl.exp2(s - whole), 0.0)
+    return total
+
+
 @triton.jit(do_not_specialize=("rows", "columns", "heads", "width"))
 def _packed_received(
     queries, table, spans, lse, out, scale, rows, columns, heads, width,
@@ -108,25 +120,30 @@ def _picks(values, indices, spans, out, count, top, T: tl.constexpr, SPAN: tl.co
 
 
 @triton.jit
-def _noised(s, lse, row, head, slot, position, inside, table, newest, generated, draws, seed, layer, kv_heads,
-            first, last, steps):  # fmt: skip
-    """One query head's weights of some slots with noise and temperature (see `Noise`), 0 outside."""
+def _noised(scores, lse, row, slot, position, inside, table, newest, generated, columns, draws, seed, layer, kv_heads,
+            first, last, steps, HEADS: tl.constexpr, H: tl.constexpr):  # fmt: skip
+    """The query heads' weights of some slots with noise and temperature (see `Noise`), `[H, slots]`, 0 outside."""
+    head = tl.arange(0, H)
     where = newest.to(tl.int64) * 1000003 + head
     where = where * 1000003 + row % kv_heads
     where = ((where * 1000003 + layer) * 1000003 + seed) % draws
-    where = (where + draws) % draws  # a remainder may be negative
-    at = where.to(tl.int32) + position % draws  # in 32 bits: a remainder in 64 takes long, and these are many
+    where = tl.where(where < 0, where + draws, where).to(tl.int32)
+    # In 32 bits: a remainder in 64 takes long, and these are many.
+    at = where[:, None] + (position % draws)[None, :]
+    inside = inside[None, :] & (head < HEADS)[:, None]
     noise = tl.load(table + tl.where(at >= draws, at - draws, at), mask=inside, other=1.0)
+    s = tl.load(scores + (row * HEADS + head)[:, None] * columns + slot[None, :], mask=inside, other=0.0)
+    whole = tl.load(lse + row * HEADS + head, mask=head < HEADS, other=0.0)
     share = tl.minimum(tl.maximum(generated.to(tl.float32), 0.0), steps) / steps
     tau = first + (last - first) * share
-    x = ((s - lse) * 1.4426950408889634 + tl.log2(noise)) / tau
+    x = ((s - whole[:, None]) * 1.4426950408889634 + tl.log2(noise)) / tau
     return tl.where(inside, tl.exp2(x), 0.0)
 
 
 @triton.jit(do_not_specialize=("columns", "slots", "draws", "seed", "layer", "kv_heads"))
 def _noise_sums(
     scores, lse, positions, numbers, spans, out, table, columns, slots, draws, seed, layer, kv_heads, first, last,
-    steps, T: tl.constexpr, SPAN: tl.constexpr, NUMBERS: tl.constexpr, HEADS: tl.constexpr,
+    steps, T: tl.constexpr, SPAN: tl.constexpr, NUMBERS: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
     """The sums of a tile's noised weights, of each query head. Grid: (rows, tiles)."""
     row = tl.program_id(0).to(tl.int64)
@@ -138,27 +155,26 @@ def _noise_sums(
     inside = slot < stop
     position = tl.load(positions + row * slots + slot, mask=slot < stop - 1, other=0)
     position = tl.where(slot < stop - 1, position, newest)
-    for head in tl.static_range(HEADS):
-        total = 0.0
-        if tile * T < stop:
-            at = row * HEADS + head
-            s = tl.load(scores + at * columns + slot, mask=inside, other=0.0)
-            x = _noised(s, tl.load(lse + at), row, head, slot, position, inside, table, newest, generated, draws, seed,
-                        layer, kv_heads, first, last, steps)  # fmt: skip
-            total = tl.sum(x, 0)
-        tl.store(out + (row * HEADS + head) * tl.num_programs(1) + tile, total)
+    head = tl.arange(0, H)
+    total = tl.zeros([H], tl.float32)
+    if tile * T < stop:
+        x = _noised(scores, lse, row, slot, position, inside, table, newest, generated, columns, draws, seed, layer,
+                    kv_heads, first, last, steps, HEADS, H)  # fmt: skip
+        total = tl.sum(x, 1)
+    tl.store(out + (row * HEADS + head) * tl.num_programs(1) + tile, total, mask=head < HEADS)
 
 
 @triton.jit(do_not_specialize=("columns", "width", "slots", "draws", "seed", "layer", "kv_heads"))
 def _tally(
     scores, lse, given, sums, table, old, positions, low, numbers, spans, new, least, place,
     columns, width, slots, draws, seed, layer, kv_heads, first, last, steps,
-    T: tl.constexpr, SPAN: tl.constexpr, NUMBERS: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr,
-    GAIN: tl.constexpr, ORDER: tl.constexpr,
+    T: tl.constexpr, SPAN: tl.constexpr, NUMBERS: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr,
+    TILES: tl.constexpr, GAIN: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     """A tile of a row's statistic with what its slots received, and which of them goes first. Grid: (rows, tiles).
 
-    GAIN: 0 nothing, 1 what `scores` say, 2 that and what is `given`, 3 what they say with noise. ORDER: what goes is 0
+    GAIN: 0 nothing, 1 what `scores` say, 2 that and what is `given`, 3 what they say with noise, 4 as 2, but what is
+    given are scores of packed slots. ORDER: what goes is 0
     the least of the statistic, 1 the oldest, 2 the least draw.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -178,20 +194,22 @@ def _tally(
     position = tl.load(positions + row * slots + slot, mask=before, other=0)
     position = tl.where(before, position, newest)
     sum = tl.load(old + row * slots + slot, mask=before, other=0.0)
-    if GAIN == 1 or GAIN == 2:
+    if GAIN == 1 or GAIN == 2 or GAIN == 4:
         sum += _received(scores, lse, row, slot, high, stop, columns, HEADS)
     if GAIN == 2:
         sum += tl.load(given + row * width + slot, mask=slot < high, other=0.0)
+    if GAIN == 4:
+        sum += _received_packed(given, lse, row, slot, tl.load(spans + row * SPAN), high, width, HEADS)
     if GAIN == 3:
         generated = tl.load(numbers + row * NUMBERS + 3)
         each = tl.arange(0, TILES)
-        for head in tl.static_range(HEADS):
-            at = row * HEADS + head
-            whole = tl.sum(tl.load(sums + at * tiles + each, mask=each < tiles, other=0.0), 0)
-            s = tl.load(scores + at * columns + slot, mask=slot < total, other=0.0)
-            x = _noised(s, tl.load(lse + at), row, head, slot, position, slot < total, table, newest, generated, draws,
-                        seed, layer, kv_heads, first, last, steps)  # fmt: skip
-            sum += x / whole
+        head = tl.arange(0, H)
+        at = (row * HEADS + head)[:, None] * tiles + each[None, :]
+        there = (head < HEADS)[:, None] & (each < tiles)[None, :]
+        whole = tl.maximum(tl.sum(tl.load(sums + at, mask=there, other=0.0), 1), 1e-38)
+        x = _noised(scores, lse, row, slot, position, slot < total, table, newest, generated, columns, draws, seed,
+                    layer, kv_heads, first, last, steps, HEADS, H)  # fmt: skip
+        sum += tl.sum(x / whole[:, None], 0)
     tl.store(new + row * slots + slot, sum, mask=slot < total)
     if ORDER == 1:
         sum = position.to(tl.float32)
@@ -431,20 +449,21 @@ def tally(
     int32 `[rows]` the slot of each row that the newest token shall have (its own where none goes, -1 of rows that
     `numbers` leaves out); ties go to the lowest slot. stash `[rows, 2, head_dim]`: the newest token's key and value.
 
-    scores `[rows, heads, some]` and lse `[rows, heads]`: of exact slots, None where nothing is added; given `[rows,
-    some]`: what packed slots received; noise: where nothing is packed. by: what goes is the "least" of the statistic,
-    the "oldest", or the least of `draws` of a seed. positions int32 `[rows, slots]`; low int32 `[rows]`: the tokens up
-    to this position never go; numbers: int32 `[rows, NUMBERS]`.
+    scores `[rows, heads, some]`, lse `[rows, heads]`: of exact slots, None where nothing is added; given: what packed
+    slots received `[rows, some]`, or their scores as `Reader.attend` leaves them `[rows, heads, some]`; noise: where
+    nothing is packed. by: what goes is the "least" of the statistic, the "oldest", or the least of `draws` of a seed.
+    positions int32 `[rows, slots]`; low int32 `[rows]`: the tokens up to this position never go; numbers: int32 `[rows,
+    NUMBERS]`.
     """
     rows, slots = old.shape
-    gain = 0 if scores is None else 3 if noise is not None else 1 if given is None else 2
+    gain = 0 if scores is None else 3 if noise is not None else 1 if given is None else 2 * (given.ndim - 1)
     heads, columns = (1, 1) if scores is None else scores.shape[1:]
     tiles, device = triton.cdiv(slots, TILE), old.device
     least = torch.empty((rows, tiles), dtype=torch.float32, device=device)
     place = torch.empty((rows, tiles), dtype=torch.int32, device=device)
     scores, lse, sums = (old if x is None else x for x in (scores, lse, None))
     table, draws, seed, bounds = old, 1, by if isinstance(by, int) else 0, (1.0, 1.0, 1.0)
-    settings = {"T": TILE, "SPAN": SPAN, "NUMBERS": NUMBERS, "HEADS": heads}
+    settings = {"T": TILE, "SPAN": SPAN, "NUMBERS": NUMBERS, "HEADS": heads, "H": triton.next_power_of_2(heads)}
     with on(device):
         if noise is not None:
             sums = torch.empty((rows, heads, tiles), dtype=torch.float32, device=device)
@@ -456,7 +475,7 @@ def tally(
             )  # fmt: skip
         _tally[(rows, tiles)](
             scores, lse, old if given is None else given, sums, table, old, positions, low, numbers, spans, new, least,
-            place, columns, 1 if given is None else given.shape[1], slots, draws, seed, layer, kv_heads, *bounds,
+            place, columns, 1 if given is None else given.shape[-1], slots, draws, seed, layer, kv_heads, *bounds,
             TILES=triton.next_power_of_2(tiles), GAIN=gain,
             ORDER=2 if isinstance(by, int) else int(by == "oldest"), **settings,
         )  # fmt: skip
