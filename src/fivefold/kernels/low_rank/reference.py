@@ -48,6 +48,7 @@ class Features(Reader):
     ups: Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
     positional: ClassVar[bool] = True
+    whole: ClassVar[bool] = True
 
     @property
     def fields(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -123,8 +124,9 @@ class Features(Reader):
 class Prepared:
     """What kernels read: in `Features.work`, the number of features a multiple of 16 (those behind are zero).
 
-    keys, values `[blocks, team, features, head_dim]`, channels of keys in the paired order; angles float64 `[head_dim /
-    2]`, 0 for what is not turned; waves `[TILE, head_dim]`, their cosines and sines side by side for a tile's slots.
+    keys `[blocks, team, features / 8, head_dim, 8]`, channels in the paired order, and values `[blocks, team, features,
+    head_dim]`; angles float64 `[head_dim / 2]`, 0 for what is not turned; waves `[TILE, head_dim]`, their cosines and
+    sines side by side for a tile's slots.
     """
 
     keys: torch.Tensor
@@ -152,7 +154,8 @@ def prepare(form: Features) -> Prepared:
     )
     angles = torch.nn.functional.pad(form.inv_freq.double().to(device), (0, dim // 2 - form.pairs))
     turned = torch.arange(max(TILE, form.tokens), device=device)[:, None] * angles
-    made = (keys.transpose(1, 2), values.transpose(1, 2), torch.stack([turned.cos(), turned.sin()], 2).flatten(1))
+    blocked = keys.transpose(1, 2).unflatten(2, (-1, 8)).transpose(3, 4)
+    made = (blocked, values.transpose(1, 2), torch.stack([turned.cos(), turned.sin()], 2).flatten(1))
     keys, values, waves = (x.to(form.work).contiguous() for x in made)
     return Prepared(keys, values, angles, waves)
 

@@ -117,25 +117,51 @@ def compiled(
     pairs: int,
     resident: int,
 ) -> bytes:
-    """The machine code for one form of pages.
+    """The machine code for one form of pages."""
+    return machine_code(SOURCE, definitions(form, dtype, exact, span, pairs, resident), capability)
+
+
+def machine_code(source: Path, definitions: dict[str, int], capability: tuple[int, int], variant: str = "") -> bytes:
+    """CUDA C++ compiled by NVRTC for a compute capability. variant: "a" for what only this one has.
 
     Raises RuntimeError with the compiler's words if it cannot be compiled.
     """
     from cuda.bindings import nvrtc
 
     major, minor = capability
-    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
-    options += [f"-D{name}={value}" for name, value in definitions(form, dtype, exact, span, pairs, resident).items()]
-    program = _done(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), b"packed.cu", 0, [], []))
+    options = [f"--gpu-architecture=sm_{major}{minor}{variant}", "--std=c++17"]
+    options += [f"-D{name}={value}" for name, value in definitions.items()]
+    program = _done(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], []))
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = b" " * _done(nvrtc.nvrtcGetProgramLogSize(program))
         _done(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"packed.cu does not compile here (FIVEFOLD_KERNELS=triton does without it): {log.decode()}")
+        raise RuntimeError(
+            f"{source.name} does not compile here (FIVEFOLD_KERNELS=triton does without it): {log.decode()}"
+        )
     code = b" " * _done(nvrtc.nvrtcGetCUBINSize(program))
     _done(nvrtc.nvrtcGetCUBIN(program, code))
     _done(nvrtc.nvrtcDestroyProgram(program))
     return code
+
+
+def loaded(
+    source: Path, name: str, definitions: dict[str, int], shared: int, device: torch.device, variant: str = ""
+) -> Any:
+    """A function of a source, compiled and loaded on a device, the current one; shared: bytes of shared memory that a
+    program of it takes."""
+    torch.cuda.current_stream().synchronize()  # makes the context
+    return _function(machine_code(source, definitions, torch.cuda.get_device_capability(device), variant), name, shared)
+
+
+def _function(code: bytes, name: str, shared: int) -> Any:
+    from cuda.bindings import driver
+
+    module = _done(driver.cuModuleLoadData(code))
+    function = _done(driver.cuModuleGetFunction(module, name.encode()))
+    attributes = driver.CUfunction_attribute
+    _done(driver.cuFuncSetAttribute(function, attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
+    return function
 
 
 def kernel(form: Form, dtype: torch.dtype, exact: torch.dtype | None, device: torch.device, span: int) -> Kernel:
@@ -146,17 +172,12 @@ def kernel(form: Form, dtype: torch.dtype, exact: torch.dtype | None, device: to
 
 @cache
 def _kernel(form: Form, dtype: torch.dtype, exact: torch.dtype | None, device: torch.device, span: int) -> Kernel:
-    from cuda.bindings import driver
-
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # makes the context
         pairs, resident = _arrangement(form, device)
         code = compiled(form, dtype, exact, torch.cuda.get_device_capability(device), span, pairs, resident)
-        module = _done(driver.cuModuleLoadData(code))
-        function = _done(driver.cuModuleGetFunction(module, b"packed"))
         shared = shared_bytes(form, pairs)
-        attributes = driver.CUfunction_attribute
-        _done(driver.cuFuncSetAttribute(function, attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
+        function = _function(code, "packed", shared)
     return Kernel(function, shared, pairs)
 
 

@@ -452,11 +452,11 @@ def _merge(out, lse, first, last, head, heads, m, total, acc, D: tl.constexpr, P
 def _combine(
     packed_out, packed_lse, exact_out, exact_lse, starts, exact_starts, merged, merged_lse,
     D: tl.constexpr, P: tl.constexpr, WITH_LSE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
-    TEAM: tl.constexpr, WAITS: tl.constexpr,
+    TEAM: tl.constexpr, WHOLE: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts of one head of a row. Grid: (rows, heads).
 
-    TEAM: see `Reader`. WAITS: it was launched before the kernel in front of it was done.
+    TEAM, WHOLE: see `Reader`. WAITS: it was launched before the kernel in front of it was done.
     """
     row = tl.program_id(0)
     head = tl.program_id(1)
@@ -465,6 +465,8 @@ def _combine(
     lead = row // TEAM * TEAM
     first = tl.load(starts + lead)
     last = tl.load(starts + lead + 1)
+    if WHOLE:
+        last = tl.minimum(last, first + 1)
     first_exact = tl.load(exact_starts + row)
     last_exact = tl.load(exact_starts + row + 1)
     if WAITS:
@@ -631,6 +633,7 @@ def decode(
             packed_out, packed_lse, exact_out, exact_lse, starts[0], starts[1], merged,
             merged_lse if with_lse else exact_lse,
             D=dim, P=64, WITH_LSE=with_lse, PACKED=packed is not None, EXACT=exact is not joined, TEAM=team,
-            WAITS=waits, num_warps=8, **({"launch_pdl": True} if waits else {}),
+            WHOLE=packed is not None and packed.form.whole, WAITS=waits, num_warps=8,
+            **({"launch_pdl": True} if waits else {}),
         )  # fmt: skip
     return merged, merged_lse
