@@ -46,7 +46,7 @@ def alone(
     exact tokens, and all merged. settings: of the Triton kernel, which is then taken."""
     ups = tuple(torch.randn(heads // team, team * rank, team * dim, device=DEVICE) * 0.05 for _ in range(2))
     form = Features(
-        ranks=(rank, rank), bits=bits, head_dim=dim, dtype=dtype, team=team, blocks=heads // team,
+        ranks=(rank, rank), bits=bits, head_dim=dim, dtype=dtype, team=team, blocks=heads // team, queries=query,
         inv_freq=500000.0 ** -(torch.arange(dim // 2).double() / (dim // 2)), neighbours=False, ups=lambda: ups,
     )  # fmt: skip
     columns, bytes_ = -(-context // form.tokens), form.nbytes

@@ -16,16 +16,16 @@ static void turn(float angle, float* cosine, float* sine) { *cosine = cosf(angle
 
 struct Copy { uint32_t to; const char* from; uint32_t bytes; };
 struct Barrier {
-  long done = 0, missing = 0;
+  long done = 0, missing = 0, left = 1, count = 1;
   bool arrived = false;
   std::vector<Copy> waiting;
 };
 static std::map<uint32_t, Barrier> coming;
-static void barrier_init(uint32_t at) { coming[at] = {}; }
+static void barrier_init(uint32_t at, uint32_t count) { coming[at] = {}, coming[at].left = coming[at].count = count; }
 static void barriers_ready() {}
 static void before_copies() {}
 static void settle(Barrier& barrier) {
-  if (barrier.arrived && !barrier.missing) barrier.arrived = false, barrier.done++;
+  if (barrier.arrived && !barrier.missing) barrier.arrived = false, barrier.left = barrier.count, barrier.done++;
 }
 static void expect(uint32_t at, uint32_t bytes) {
   if (coming.at(at).arrived) abort();
@@ -41,6 +41,19 @@ static void copy(uint32_t to, const char* from, uint32_t bytes, uint32_t at) {
   Barrier& barrier = coming.at(at);
   if (late) barrier.waiting.push_back({to, from, bytes});
   else bring(barrier, {to, from, bytes}), settle(barrier);
+}
+// `copy16` keeps what is late in `issued`.
+static void arrive_copied(uint32_t at) {
+  Barrier& barrier = coming.at(at);
+  if (barrier.left-- <= 0) abort();
+  for (auto [to, from] : issued[current]) barrier.waiting.push_back({shared(to), from, 16}), barrier.missing += 16;
+  issued[current].clear();
+  barrier.arrived = barrier.left == 0;
+  settle(barrier);
+}
+static long long shuffled(long long x, int lane) {
+  const int place = meet({(uint32_t)x, (uint32_t)(x >> 32)});
+  return (long long)((uint64_t)of(place, lane)[1] << 32 | of(place, lane)[0]);
 }
 static void await(uint32_t at, uint32_t phase) {
   Barrier& barrier = coming.at(at);
@@ -75,8 +88,8 @@ static float number_of(uint32_t x) {
 #endif
 }
 static void product(float (&c)[32], const uint32_t (&a)[4], uint64_t b, int add) {
-  const char* const start = memory + (b & 0x3fff) * 16;
-  const long eight_deep = (b >> 16 & 0x3fff) * 16, eight_wide = (b >> 32 & 0x3fff) * 16;
+  if (b >> 62 != 3) abort();
+  const long start = (b & 0x3fff) * 16, eight_wide = (b >> 32 & 0x3fff) * 16;
   const int place = meet({a[0], a[1], a[2], a[3]}), g = current % 32 / 4, t = current % 4;
   for (int i = 0; i < 32; i++) {
     const int column = i / 4 * 8 + 2 * t + i % 2, below = i / 2 % 2;
@@ -84,7 +97,8 @@ static void product(float (&c)[32], const uint32_t (&a)[4], uint64_t b, int add)
     for (int k = 0; k < 16; k++) {
       const uint32_t x = of(place, 4 * g + k % 8 / 2)[k / 8 * 2 + below] >> k % 2 * 16 & 0xffff;
       uint16_t y;
-      memcpy(&y, start + k / 8 * eight_deep + column / 8 * eight_wide + column % 8 * 16 + k % 8 * 2, 2);
+      const long at = start + column / 8 * eight_wide + column % 8 * 32 + k * 2;
+      memcpy(&y, memory + (at ^ (at >> 3 & 16)), 2);
       sum += (double)number_of(x) * number_of(y);
     }
     c[i] = sum;

@@ -32,20 +32,20 @@ SHARED = 227 << 10
 _QUERIES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
-def supports(form: Features, heads: int, device: torch.device) -> bool:
-    """Whether it runs on a device for these pages and that many query heads a kv head."""
-    return device.type == "cuda" and choose(device).path == "cuda" and _hopper(numbered(device)) and fits(form, heads)
+def supports(form: Features, device: torch.device) -> bool:
+    """Whether it reads these pages on a device."""
+    return device.type == "cuda" and choose(device).path == "cuda" and _hopper(numbered(device)) and fits(form)
 
 
-def fits(form: Features, heads: int) -> bool:
-    """Whether there is a kernel for these pages and that many query heads a kv head."""
+def fits(form: Features) -> bool:
+    """Whether there is a kernel for these pages."""
     return (
         form.head_dim in (64, 128)
         and form.work.itemsize == 2
         and not any(rank % 2 for rank in form.ranks)
         and sum(padded(form.team * rank) for rank in form.ranks) <= HELD
         and form.team <= 32
-        and group(form, heads) > 0
+        and group(form) > 0
     )
 
 
@@ -59,29 +59,29 @@ def shared_bytes(form: Features, heads_at_once: int) -> int:
     up = padded(form.team * form.ranks[0]) * form.head_dim * 2
     sides = (form.side(rank) if form.bits else UNIT * rank * 2 for rank in form.ranks)
     words = form.head_dim // 2 * COLUMNS
-    used = heads_at_once * up + WORKERS * form.team * sum(sides) + words * 8 + WORKERS * words * 4
+    used = heads_at_once * up + WORKERS * form.team * sum(sides) + words * 8 + WORKERS * words * 8
     used += 16 * WORKERS + 16
     merged = 4 * WORKERS * 4 * (16 + 9 * padded(form.team * form.ranks[1]))
     return max(used, merged)
 
 
-def group(form: Features, heads: int) -> int:
+def group(form: Features) -> int:
     """How many kv heads of a team a program makes the keys of: as many as fit; 0 if not one does."""
     fit = (
         n
         for n in range(form.team, 0, -1)
-        if form.team % n == 0 and n * heads <= COLUMNS and shared_bytes(form, n) <= SHARED
+        if form.team % n == 0 and n * form.queries <= COLUMNS and shared_bytes(form, n) <= SHARED
     )
     return next(fit, 0)
 
 
-def definitions(form: Features, heads: int, dtype: torch.dtype) -> dict[str, int]:
+def definitions(form: Features, dtype: torch.dtype) -> dict[str, int]:
     """What `features.cu` is compiled with; dtype: of queries."""
     return {
         "HEADS": form.team, "RK": form.ranks[0], "RV": form.ranks[1], "BITS": form.bits or 0,
-        "KIND": 2 if form.work == torch.bfloat16 else 1, "D": form.head_dim, "M": heads, "QUERIES": _QUERIES[dtype],
+        "KIND": 2 if form.work == torch.bfloat16 else 1, "D": form.head_dim, "M": form.queries, "QUERIES": _QUERIES[dtype],
         "ROPE": form.pairs, "NEIGHBOURS": int(form.neighbours), "SPAN": SPAN, "BLOCKS": form.blocks,
-        "GROUP": group(form, heads),
+        "GROUP": group(form),
     }  # fmt: skip
 
 
@@ -100,9 +100,9 @@ def features(
     launched programs share a team's heads out, and processors."""
     from cuda.bindings import driver
 
-    (rows, columns), heads, device, made = table.shape, queries.shape[1], queries.device, form.prepared
-    function, shared, processors = _kernel(form, heads, queries.dtype, numbered(device))
-    split = form.team // group(form, heads)
+    (rows, columns), device, made = table.shape, queries.device, form.prepared
+    function, shared, processors = _kernel(form, queries.dtype, numbered(device))
+    split = form.team // group(form)
     programs = min(len(sums), processors // split + rows // form.team) * split
     pointers = [
         x.data_ptr() for x in (queries, table, spans, starts, made.keys, made.waves, made.angles, sums, sums_lse)
@@ -118,10 +118,10 @@ def features(
     return split, processors
 
 
-def _kernel(form: Features, heads: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, int, int]:
+def _kernel(form: Features, dtype: torch.dtype, device: torch.device) -> tuple[Any, int, int]:
     """The kernel, loaded; bytes of shared memory that it takes; processors of the device."""
-    shared = shared_bytes(form, group(form, heads))
-    return _loaded(tuple(definitions(form, heads, dtype).items()), shared, device)
+    shared = shared_bytes(form, group(form))
+    return _loaded(tuple(definitions(form, dtype).items()), shared, device)
 
 
 @cache

@@ -11,7 +11,10 @@
 // at once. Keys come out of a product (wgmma, 64 channels of a head at a time) where the next one (mma, with the queries)
 // wants them: they are turned and rounded in between, and never stored. The queries are turned back to where the unit
 // begins, so that one table of 64 angles serves all.
-// Values are never made: features are summed by their weights, features as the rows of the product.
+// Values are never made: features are summed by their weights, features as the rows of the product. That is done while
+// the first products of the next unit are under way.
+// Which tokens are rows g and g + 8 of a warp is free: every fourth, so that no two threads of a load meet in a bank,
+// whatever odd number of words a row has. Rows that are a power of two are swapped in blocks of 16 bytes instead.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -27,10 +30,16 @@ constexpr int SPLIT = HEADS / GROUP, COLUMNS = GROUP * M;
 constexpr int WORKERS = 2, THREADS = 128 * WORKERS;
 constexpr int UP = NK * D * 2;  // bytes of the matrix of a head
 constexpr int QUERY_WORDS = D / 2 * 8;
+// Blocks of 16 bytes of a row of features that are swapped among each other, less one.
+__device__ constexpr int swapped(int rank) {
+  const int blocks = rank / 8;
+  return BITS || rank % 8 || (blocks & (blocks - 1)) || blocks < 2 ? 0 : blocks < 8 ? blocks - 1 : 7;
+}
+constexpr bool SWAP = swapped(RK) && swapped(RV);
 // Shared memory: matrices; features of keys and of values of each worker; queries; queries turned of each; barriers.
 constexpr int AT_UNITS = GROUP * UP, WORKER = HEADS * (COPY_K + COPY_V);
 constexpr int AT_QUERIES = AT_UNITS + WORKERS * WORKER, AT_TURNED = AT_QUERIES + QUERY_WORDS * 8;
-constexpr int AT_BARRIERS = AT_TURNED + WORKERS * QUERY_WORDS * 4;
+constexpr int AT_BARRIERS = AT_TURNED + WORKERS * QUERY_WORDS * 8;
 static_assert(RK % 2 == 0 && RV % 2 == 0 && COLUMNS <= 8 && HEADS <= 32 && HEADS % GROUP == 0, "");
 static_assert(COPY_K % 16 == 0 && COPY_V % 16 == 0 && SIDE_K % 16 == 0, "copies are of 16 bytes");
 
@@ -83,8 +92,8 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 __device__ __forceinline__ u32 shared(const char* p) { return (u32)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ void barrier_init(u32 at) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at) : "memory");
+__device__ __forceinline__ void barrier_init(u32 at, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
 }
 __device__ __forceinline__ void barriers_ready() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -107,6 +116,14 @@ __device__ __forceinline__ void copy(u32 to, const char* from, u32 bytes, u32 ba
                "l"(from), "r"(bytes), "r"(barrier)
                : "memory");
 }
+__device__ __forceinline__ void copy16(u32 to, const char* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+}
+// This thread arrives once its copies of 16 bytes have.
+__device__ __forceinline__ void arrive_copied(u32 barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ long long shuffled(long long x, int lane) { return __shfl_sync(~0u, x, lane); }
 // What was written here comes before copies that are started later.
 __device__ __forceinline__ void before_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void sync_worker(int worker) {
@@ -121,7 +138,8 @@ __device__ __forceinline__ void products_wait(float (&c)[32]) {
 #pragma unroll
   for (int i = 0; i < 32; i++) asm volatile("" : "+f"(c[i])::"memory");  // nobody reads them before
 }
-// c [64, 64] = a [64, 16] b (+ c): a in registers, b as 8x8 blocks of 128 bytes in shared memory.
+// c [64, 64] = a [64, 16] b (+ c): a in registers, b in shared memory, 32 bytes a column, blocks of 16 bytes swapped in
+// four of every eight.
 __device__ __forceinline__ void product(float (&c)[32], const u32 (&a)[4], u64 b, int add) {
   asm volatile(
       "{.reg .pred p;\n"
@@ -163,7 +181,7 @@ __device__ __forceinline__ u32 word(const char* p) { return *reinterpret_cast<co
 // A pair of features, `at` bytes within a row's, of a token: of numbers; or of planes of words, scales and zero points.
 template <int RANK>
 __device__ __forceinline__ u32 feature(const char* side, int at, int token, int plane, u32 scale, u32 zero) {
-  const u32 x = word(side + token * (RANK * 2) + at);
+  const u32 x = word(side + token * (RANK * 2) + (SWAP ? at ^ (token / 4 & swapped(RANK)) << 4 : at));
   if (!BITS) return x;
   constexpr u32 MASK = ((1u << (BITS ? BITS : 1)) - 1) * 0x10001u;
   return fma2(sub2(((x >> (plane * BITS)) & MASK) | 0x64006400u, 0x64006400u), scale, zero);
@@ -174,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
              const int* __restrict__ starts, const char* __restrict__ ups, const u32* __restrict__ waves,
              const double* __restrict__ angles, float* __restrict__ sums, float* __restrict__ sums_lse, float scale,
              int rows, int columns, int processors) {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(1024) char memory[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3, worker = threadIdx.x >> 7, thread = threadIdx.x & 127;
   const int g = lane >> 2, t = lane & 3;
   const int split = blockIdx.x % SPLIT;
@@ -212,11 +230,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   char* const keys = memory + AT_UNITS + worker * WORKER;
   char* const values = keys + HEADS * COPY_K;
   float2* const raw = reinterpret_cast<float2*>(memory + AT_QUERIES);
-  u32* const turned = reinterpret_cast<u32*>(memory + AT_TURNED) + worker * QUERY_WORDS;
+  u32* const turned = reinterpret_cast<u32*>(memory + AT_TURNED) + worker * QUERY_WORDS * 2;
   const u32 barriers = shared(memory + AT_BARRIERS), up_came = barriers + WORKERS * 16;
   const u32 keys_came = barriers + worker * 16, values_came = keys_came + 8;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < 2 * WORKERS + 1; i++) barrier_init(barriers + 8 * i);
+    for (int i = 0; i < 2 * WORKERS + 1; i++) barrier_init(barriers + 8 * i, SWAP && i < 2 * WORKERS ? 128 : 1);
     barriers_ready();
   }
   __syncthreads();
@@ -225,29 +243,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int i = 0; i < GROUP; i++)
       copy(shared(memory) + i * UP, ups + (long long)(team % BLOCKS * HEADS + split * GROUP + i) * UP, UP, up_came);
   }
-  // The record of this lane's row, of the unit that is copied next.
-  auto record = [&](int unit) -> const char* {
-    const bool there = warp == 0 && lane < HEADS && unit < last;
-    return there ? reinterpret_cast<const char*>(table[(long long)(team * HEADS + lane) * columns + unit / UNITS] * 16) : 0;
+  // The record of this lane's row.
+  auto record = [&](int unit) -> long long {
+    const bool there = (SWAP || warp == 0) && lane < HEADS && unit < last;
+    return there ? table[(long long)(team * HEADS + lane) * columns + unit / UNITS] * 16 : 0;
   };
-  auto fetch_keys = [&](int unit, const char* from) {
-    if (warp || unit >= last) return;
-    if (lane == 0) expect(keys_came, HEADS * COPY_K);
-    sync_warp();
-    const int at = BITS ? 0 : unit % UNITS * COPY_K;
-    if (lane < HEADS) copy(shared(keys) + lane * COPY_K, from + at, COPY_K, keys_came);
+  auto fetch = [&](bool is_keys, int unit, long long from) {
+    if (unit >= last) return;
+    const u32 to = shared(is_keys ? keys : values), came = is_keys ? keys_came : values_came;
+    const int bytes = is_keys ? COPY_K : COPY_V, at = (is_keys ? 0 : SIDE_K) + (BITS ? 0 : unit % UNITS * bytes);
+    if (SWAP) {
+      const int rank = is_keys ? RK : RV, blocks = rank / 8;
+#pragma unroll
+      for (int row = 0; row < HEADS; row++) {
+        const char* const source = reinterpret_cast<const char*>(shuffled(from, row)) + at;
+        for (int i = thread; i < UNIT * blocks; i += 128)
+          copy16(to + row * bytes + (i ^ (i / blocks / 4 & swapped(rank))) * 16, source + i * 16);
+      }
+      arrive_copied(came);
+    } else if (warp == 0) {
+      if (lane == 0) expect(came, HEADS * bytes);
+      sync_warp();
+      if (lane < HEADS) copy(to + lane * bytes, reinterpret_cast<const char*>(from) + at, bytes, came);
+    }
   };
-  auto fetch_values = [&](int unit, const char* from) {
-    if (warp || unit >= last) return;
-    if (lane == 0) expect(values_came, HEADS * COPY_V);
-    sync_warp();
-    const int at = SIDE_K + (BITS ? 0 : unit % UNITS * COPY_V);
-    if (lane < HEADS) copy(shared(values) + lane * COPY_V, from + at, COPY_V, values_came);
-  };
-  const char* ahead = record(first + worker);
-  fetch_keys(first + worker, ahead);
-  fetch_values(first + worker, ahead);
-  ahead = record(first + worker + WORKERS);
+  long long here = record(first + worker), ahead = record(first + worker + WORKERS);
+  fetch(true, first + worker, here);
 
   // Queries as the right operand wants them: word i is of pair 4 * (i / 32) + i % 4 and query head i % 32 / 4.
   for (int i = threadIdx.x; i < QUERY_WORDS; i += THREADS) {
@@ -261,33 +282,74 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     raw[i] = x;
   }
-  u32 wave[2][D / 8];  // cosine and sine of tokens g and g + 8 of a warp's 16, and pairs 4 i + t
+  // Of a unit's tokens rows g and g + 8 of this warp are own + 4 g and the next; they lie in one plane of 32.
+  const int own = 32 * (warp >> 1) + 2 * (warp & 1);
+  u32 wave[2][D / 8];  // cosine and sine of both, and of pairs 4 i + t
 #pragma unroll
   for (int i = 0; i < D / 8; i++)
 #pragma unroll
-    for (int r = 0; r < 2; r++) wave[r][i] = waves[(16 * warp + g + 8 * r) * (D / 2) + 4 * i + t];
+    for (int r = 0; r < 2; r++) wave[r][i] = waves[(own + 4 * g + r) * (D / 2) + 4 * i + t];
   __syncthreads();
   await(up_came, 0);
 
-  // Blocks of 8 channels are 128 bytes apart, those of 8 features D * 16.
-  const u64 matrix = u64(shared(memory) >> 4 & 0x3fff) | u64(D) << 16 | u64(8) << 32;
-  float sum[VSTEPS][4] = {}, m0 = -1e30f, m1 = -1e30f, total0 = 0, total1 = 0;
-  u32 phase = 0;
-  for (int unit = first + worker; unit < last; unit += WORKERS, phase ^= 1) {
-    const int begin = unit * UNIT;
-    const bool edge = begin < low_ || begin + UNIT > high_;
-    const int token = begin + 16 * warp;  // this warp's first
-    const int plane = BITS ? token % TOKENS / 32 : 0, slot = BITS ? token % 32 : 16 * warp;
-    const bool none = BITS && (token / 32 * 32 >= high_ || token / 32 * 32 + 32 <= low_);
+  // Queries turned back to where a unit begins, for its keys.
+  auto turn_queries = [&](int unit, u32* to) {
 #pragma unroll
     for (int i = 0; i < D / 32; i++) {
-      double turns = double(position + begin) * angles[16 * i + 4 * warp + t] * 0.15915494309189535;
+      double turns = double(position + unit * UNIT) * angles[16 * i + 4 * warp + t] * 0.15915494309189535;
       turns -= floor(turns);
       float cosine, sine;
       turn(float(turns > 0.5 ? turns - 1 : turns) * 6.283185307179586f, &cosine, &sine);
       const float2 x = raw[128 * i + thread];
-      turned[128 * i + thread] = pair(x.x * cosine + x.y * sine, x.y * cosine - x.x * sine);
+      to[128 * i + thread] = pair(x.x * cosine + x.y * sine, x.y * cosine - x.x * sine);
     }
+  };
+  if (first + worker < last) turn_queries(first + worker, turned);
+
+  // Columns of 32 bytes, so 256 bytes for eight; 16 features are D * 32 bytes apart.
+  const u64 matrix = u64(shared(memory) >> 4 & 0x3fff) | u64(1) << 16 | u64(16) << 32 | u64(3) << 62;
+  float sum[VSTEPS][4] = {}, m0 = -1e30f, m1 = -1e30f, total0 = 0, total1 = 0;
+  u32 phase = 0, b0 = 0, b1 = 0;
+  // Add the values of a unit, by the weights b0 and b1.
+  auto add_values = [&](int unit, u32 phase) {
+    const int token = unit * UNIT + own, slot = BITS ? token % 32 : own, plane = BITS ? token % TOKENS / 32 : 0;
+    const bool none = BITS && (token / 32 * 32 >= high_ || token / 32 * 32 + 32 <= low_);
+    await(values_came, phase);
+    if (!BITS && (unit * UNIT < low_ || unit * UNIT + UNIT > high_)) {  // what is not seen may be anything
+      for (int i = lane; i < HEADS * 16; i += 32) {
+        const int one = i % 8 * 4 + i / 8 % 2;
+        if (token + one >= low_ && token + one < high_) continue;
+        u32* const to = reinterpret_cast<u32*>(values + i / 16 * COPY_V + (slot + one) * (RV * 2));
+        for (int k = 0; k < RV / 2; k++) to[k] = 0;
+      }
+      before_copies();
+      sync_warp();
+    }
+#pragma unroll
+    for (int i = 0; i < VSTEPS; i++) {
+      const int f = 16 * i + 2 * g, row = f / RV, at = (f - row * RV) * 2;
+      const char* const side = values + row * COPY_V;
+      u32 x[4] = {};
+      if (16 * i + 16 <= HEADS * RV || f < HEADS * RV) {
+        u32 step = 0, zero = 0;
+        if (BITS && !none) {
+          step = word(side + 64 * RV + plane * (RV * 2) + at);
+          zero = word(side + 64 * RV + (PLANES + plane) * (RV * 2) + at);
+        }
+#pragma unroll
+        for (int k = 0; k < 4; k++) x[k] = feature<RV>(side, at, slot + 8 * t + k % 2 * 4 + k / 2, plane, step, zero);
+      }
+      // Of a pair of features the first is row g, the second row g + 8.
+      mma(sum[i], __byte_perm(x[0], x[1], 0x5410), __byte_perm(x[0], x[1], 0x7632), __byte_perm(x[2], x[3], 0x5410),
+          __byte_perm(x[2], x[3], 0x7632), b0, b1);
+    }
+  };
+  int done = -1;  // the unit whose values come next
+  for (int unit = first + worker; unit < last; unit += WORKERS, phase ^= 1) {
+    const bool edge = unit * UNIT < low_ || unit * UNIT + UNIT > high_;
+    const int token = unit * UNIT + own;  // of row 0
+    const int plane = BITS ? token % TOKENS / 32 : 0, slot = BITS ? token % 32 : own;
+    const bool none = BITS && (token / 32 * 32 >= high_ || token / 32 * 32 + 32 <= low_);
 
     u32 a[KSTEPS][4];
     await(keys_came, phase);
@@ -304,22 +366,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             step = word(side + 64 * RK + plane * (RK * 2) + at);
             zero = word(side + 64 * RK + (PLANES + plane) * (RK * 2) + at);
           }
-          a[i][2 * half] = feature<RK>(side, at, slot + g, plane, step, zero);
-          a[i][2 * half + 1] = feature<RK>(side, at, slot + g + 8, plane, step, zero);
+          a[i][2 * half] = feature<RK>(side, at, slot + 4 * g, plane, step, zero);
+          a[i][2 * half + 1] = feature<RK>(side, at, slot + 4 * g + 1, plane, step, zero);
         }
       }
     sync_worker(worker);
-    fetch_keys(unit + WORKERS, ahead);
+    fetch(true, unit + WORKERS, ahead);
 
     float s[4] = {}, c[2][32];
     auto start = [&](int n) {
       products_begin();
 #pragma unroll
       for (int i = 0; i < KSTEPS; i++)
-        product(c[n & 1], a[i], matrix + (n % GROUP * UP + n / GROUP * 1024 + i * D * 32) / 16, i > 0);
+        product(c[n & 1], a[i], matrix + (n % GROUP * UP + n / GROUP * 2048 + i * D * 32) / 16, i > 0);
       products_commit();
     };
     start(0);
+    if (done >= 0) {
+      add_values(done, phase ^ 1);
+      sync_worker(worker);
+    }
+    done = unit;
+    fetch(false, unit, here);
+    here = ahead, ahead = record(unit + 2 * WORKERS);
+    const u32* const query = turned + phase * QUERY_WORDS;
+    if (unit + WORKERS < last) turn_queries(unit + WORKERS, turned + (phase ^ 1) * QUERY_WORDS);
 #pragma unroll
     for (int n = 0; n < CHUNKS * GROUP; n++) {
       float(&x)[32] = c[n & 1];
@@ -343,15 +414,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             const float cosine = first_of(w), sine = second_of(w);
             k[j][r] = pair(one * cosine - other * sine, other * cosine + one * sine);
           }
-        const u32* const q = turned + (8 * chunk + 2 * i) * 32 + lane;
+        const u32* const q = query + (8 * chunk + 2 * i) * 32 + lane;
         mma(s, k[0][0], k[0][1], k[1][0], k[1][1], mine ? q[0] : 0, mine ? q[32] : 0);
       }
     }
 
-    // Tokens g and g + 8 of query heads 2t and 2t + 1.
+    // Tokens `token + 4 g` and the next, of query heads 2t and 2t + 1.
     bool seen0 = true, seen1 = true;
     if (edge) {
-      seen0 = token + g >= low_ && token + g < high_, seen1 = token + g + 8 >= low_ && token + g + 8 < high_;
+      const int one = token + 4 * g;
+      seen0 = one >= low_ && one < high_, seen1 = one + 1 >= low_ && one + 1 < high_;
       if (!seen0) s[0] = s[1] = -1e30f;
       if (!seen1) s[2] = s[3] = -1e30f;
     }
@@ -372,42 +444,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const float p0 = seen0 ? exp2_(s[0] - m0) : 0, p1 = seen0 ? exp2_(s[1] - m1) : 0;
     const float p2 = seen1 ? exp2_(s[2] - m0) : 0, p3 = seen1 ? exp2_(s[3] - m1) : 0;
     total0 += p0 + p2, total1 += p1 + p3;
-    const u32 b0 = transposed(pair(p0, p1)), b1 = transposed(pair(p2, p3));
-
-    await(values_came, phase);
-    if (!BITS && edge) {  // what is not seen may be anything
-      for (int i = lane; i < HEADS * 16; i += 32) {
-        const int one = token + i % 16;
-        if (one >= low_ && one < high_) continue;
-        u32* const to = reinterpret_cast<u32*>(values + i / 16 * COPY_V + (slot + i % 16) * (RV * 2));
-        for (int k = 0; k < RV / 2; k++) to[k] = 0;
-      }
-      before_copies();
-      sync_warp();
-    }
-#pragma unroll
-    for (int i = 0; i < VSTEPS; i++) {
-      const int f = 16 * i + 2 * g, row = f / RV, at = (f - row * RV) * 2;
-      const char* const side = values + row * COPY_V;
-      u32 x[4] = {};
-      if (16 * i + 16 <= HEADS * RV || f < HEADS * RV) {
-        u32 step = 0, zero = 0;
-        if (BITS && !none) {
-          step = word(side + 64 * RV + plane * (RV * 2) + at);
-          zero = word(side + 64 * RV + (PLANES + plane) * (RV * 2) + at);
-        }
-#pragma unroll
-        for (int k = 0; k < 4; k++)
-          x[k] = feature<RV>(side, at, slot + 2 * t + k % 2 + k / 2 * 8, plane, step, zero);
-      }
-      // Of a pair of features the first is row g, the second row g + 8.
-      mma(sum[i], __byte_perm(x[0], x[1], 0x5410), __byte_perm(x[0], x[1], 0x7632), __byte_perm(x[2], x[3], 0x5410),
-          __byte_perm(x[2], x[3], 0x7632), b0, b1);
-    }
-    sync_worker(worker);
-    fetch_values(unit + WORKERS, ahead);
-    ahead = record(unit + 2 * WORKERS);
+    b0 = transposed(pair(p0, p1)), b1 = transposed(pair(p2, p3));
   }
+  if (done >= 0) add_values(done, phase ^ 1);
 
   // Merge what the warps have, in the memory of what is no longer needed.
 #pragma unroll

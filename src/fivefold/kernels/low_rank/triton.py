@@ -99,11 +99,11 @@ def _tile(
 
 @triton.jit
 def _products(x, up, first, D: tl.constexpr, T: tl.constexpr, N: tl.constexpr, F: tl.constexpr):
-    """x (a tuple of tiles of features) times columns first.. of `up [F / 8, D, 8]`: float32 `[T, N]`."""
+    """x (a tuple of tiles of features) times columns first.. of `up [F, D]`: float32 `[T, N]`."""
     out = tl.zeros([T, N], tl.float32)
     for c in tl.static_range(_count(F)):
         k = _start(F, c) + tl.arange(0, _size(F, c))
-        at = up + (k // 8 * (D * 8) + k % 8)[:, None] + ((first + tl.arange(0, N)) * 8)[None, :]
+        at = up + k[:, None] * D + (first + tl.arange(0, N))[None, :]
         out = tl.dot(x[c], tl.load(at).to(x[c].dtype), out, input_precision="ieee")
     return out
 
@@ -320,7 +320,7 @@ def attend(
     lse: torch.Tensor,
     settings: dict[str, int] | None = None,
 ) -> None:
-    """`Reader.attend` of `Features`. settings: what `settings_of` gives, to try others."""
+    """`Reader.attend` of `Features`. settings: what `settings_of` gives, to try others; of the kernel in Triton."""
     rows, heads, dim = queries.shape
     device, made, programs = queries.device, form.prepared, len(out)
     nk, nv = (padded(form.team * rank) for rank in form.ranks)
@@ -331,7 +331,7 @@ def attend(
     sums, sums_lse = empty(programs, form.team * heads, nv), empty(programs, form.team * heads)
     split = processors = 0
     with on(device):
-        if settings is None and cuda.supports(form, heads, device):
+        if made.blocked:
             split, processors = cuda.features(form, packed.table, queries, scale, spans, starts, sums, sums_lse)
         else:
             given = {**settings_of(form, _room(device)), **(settings or {})}
