@@ -76,6 +76,7 @@ static void sync_worker(int worker) {
   while (workers_synced[worker] < 128 * worker_syncing[me]) turn_over();
 }
 
+static void await_kernel() {}
 static void products_begin() {}
 static void products_commit() {}
 template <int PENDING>

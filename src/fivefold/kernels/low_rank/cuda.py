@@ -29,6 +29,8 @@ HELD = 512
 """Features of keys and of values together that there are registers for."""
 SHARED = 227 << 10
 """Bytes of shared memory that a program may have on Hopper."""
+EARLY = True
+"""Whether it starts before the kernel in front of it has ended (programmatic dependent launch)."""
 _QUERIES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -79,9 +81,9 @@ def definitions(form: Features, dtype: torch.dtype) -> dict[str, int]:
     """What `features.cu` is compiled with; dtype: of queries."""
     return {
         "HEADS": form.team, "RK": form.ranks[0], "RV": form.ranks[1], "BITS": form.bits or 0,
-        "KIND": 2 if form.work == torch.bfloat16 else 1, "D": form.head_dim, "M": form.queries, "QUERIES": _QUERIES[dtype],
-        "ROPE": form.pairs, "NEIGHBOURS": int(form.neighbours), "SPAN": SPAN, "BLOCKS": form.blocks,
-        "GROUP": group(form),
+        "KIND": 2 if form.work == torch.bfloat16 else 1, "D": form.head_dim, "M": form.queries,
+        "QUERIES": _QUERIES[dtype], "ROPE": form.pairs, "NEIGHBOURS": int(form.neighbours), "SPAN": SPAN,
+        "BLOCKS": form.blocks, "GROUP": group(form),
     }  # fmt: skip
 
 
@@ -104,15 +106,22 @@ def features(
     function, shared, processors = _kernel(form, queries.dtype, numbered(device))
     split = form.team // group(form)
     programs = min(len(sums), processors // split + rows // form.team) * split
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = programs, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = 128 * WORKERS, 1, 1
+    config.sharedMemBytes, config.hStream = shared, torch.cuda.current_stream(device).cuda_stream
+    if EARLY:
+        early = driver.CUlaunchAttribute()
+        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        early.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [early], 1
     pointers = [
         x.data_ptr() for x in (queries, table, spans, starts, made.keys, made.waves, made.angles, sums, sums_lse)
     ]
     types = (*[ctypes.c_void_p] * 9, ctypes.c_float, *[ctypes.c_int] * 3)
     values = (*pointers, scale, rows, columns, processors)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    grid, block = (programs, 1, 1), (128 * WORKERS, 1, 1)
     with on(device):
-        (error,) = driver.cuLaunchKernel(function, *grid, *block, shared, stream, (values, types), 0)
+        (error,) = driver.cuLaunchKernelEx(config, function, (values, types), 0)
     if int(error):
         raise RuntimeError(f"CUDA: {error!r}")
     return split, processors

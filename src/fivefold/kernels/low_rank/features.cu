@@ -132,6 +132,9 @@ __device__ __forceinline__ void sync_worker(int worker) {
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// The kernel in front of this one is done; the one behind it may be made ready.
+__device__ __forceinline__ void await_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 template <int PENDING>
 __device__ __forceinline__ void products_wait(float (&c)[32]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
@@ -220,7 +223,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     left -= __shfl_sync(~0u, sum, 31);
   }
-  if (team < 0) return;
+  if (team < 0) {
+    await_kernel();
+    return;
+  }
 
   const int* const span = spans + team * HEADS * SPAN;
   const int low_ = span[0], high_ = span[1], position = span[7];
@@ -267,6 +273,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       if (lane < HEADS) copy(to + lane * bytes, reinterpret_cast<const char*>(from) + at, bytes, came);
     }
   };
+  // Of a unit's tokens rows g and g + 8 of this warp are own + 4 g and the next; they lie in one plane of 32.
+  const int own = 32 * (warp >> 1) + 2 * (warp & 1);
+  u32 wave[2][D / 8];  // cosine and sine of both, and of pairs 4 i + t
+#pragma unroll
+  for (int i = 0; i < D / 8; i++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) wave[r][i] = waves[(own + 4 * g + r) * (D / 2) + 4 * i + t];
+  // Until here nothing was read that the kernel in front of this one may have written.
+  await_kernel();
   long long here = record(first + worker), ahead = record(first + worker + WORKERS);
   fetch(true, first + worker, here);
 
@@ -282,13 +297,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     raw[i] = x;
   }
-  // Of a unit's tokens rows g and g + 8 of this warp are own + 4 g and the next; they lie in one plane of 32.
-  const int own = 32 * (warp >> 1) + 2 * (warp & 1);
-  u32 wave[2][D / 8];  // cosine and sine of both, and of pairs 4 i + t
-#pragma unroll
-  for (int i = 0; i < D / 8; i++)
-#pragma unroll
-    for (int r = 0; r < 2; r++) wave[r][i] = waves[(own + 4 * g + r) * (D / 2) + 4 * i + t];
   __syncthreads();
   await(up_came, 0);
 
@@ -448,6 +456,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   }
   if (done >= 0) add_values(done, phase ^ 1);
 
+  launch_dependents();
   // Merge what the warps have, in the memory of what is no longer needed.
 #pragma unroll
   for (int step = 4; step < 32; step *= 2) {

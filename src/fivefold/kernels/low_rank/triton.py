@@ -247,6 +247,8 @@ def _expand(
     SPLIT: 0 where every program of the team has a part, else as `cuda.features` says. WAITS: it was launched before the
     kernel in front of it was done.
     """
+    if WAITS:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
     heads = tl.num_programs(1)
     mine = row % HEADS * heads + tl.program_id(1)

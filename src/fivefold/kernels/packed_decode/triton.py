@@ -296,16 +296,19 @@ def _packed(
 def _exact(
     queries, table, spans, starts, picks, out, lse, scores, scale, rows, columns, heads, width,
     DTYPE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr,
-    TILE: tl.constexpr, WIDE: tl.constexpr, PICKED: tl.constexpr, SCORED: tl.constexpr,
+    TILE: tl.constexpr, WIDE: tl.constexpr, PICKED: tl.constexpr, SCORED: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """One share of the exact slots of a row, in tiles of TILE. table: `[rows, columns, 2]`. Grid: (programs,).
 
     PICKED: of the slots named in `picks`, a row's `stop` of them one behind the other; negative ones are none.
     WIDE multiplies in float32 whatever the pages hold: the interpreter has no products of bfloat16. SCORED: scaled
-    scores go to `scores [rows, heads, width]`, -1e30 where a slot is not seen.
+    scores go to `scores [rows, heads, width]`, -1e30 where a slot is not seen. WAITS: see `_combine`; it reads nothing
+    that the kernel in front of it leaves.
     """
     row = _row(starts, rows, R)
     if row >= rows:
+        if WAITS:
+            tl.extra.cuda.gdc_wait()
         return
     work = tl.float32 if WIDE else DTYPE
     t = tl.arange(0, T)
@@ -351,6 +354,8 @@ def _exact(
         p = tl.where(seen[:, None], tl.exp2(s - m[None, :]), 0.0)
         weight = weight * shrink[None, :] + p
         acc = tl.dot(tl.trans(v), p.to(work), acc * shrink[None, :], input_precision="ieee")
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
     _leave(out, lse, tl.program_id(0), acc, m, tl.sum(weight, 0), heads, N, D)
 
 
@@ -588,6 +593,7 @@ def decode(
 
     with on(device):
         packed_out, packed_lse = exact_out, exact_lse = queries, queries
+        whole = packed is not None and packed.form.whole
         team = 1
         if packed is not None and isinstance(packed.form, Form):
             form = packed.form
@@ -618,22 +624,23 @@ def decode(
             wide = exact.dtype.itemsize == 4
             picked = picks if packed is None else None
             slots = exact.table.shape[1] * 32 if picked is None else picked.shape[1]
+            waits = PDL and whole and scores is None and early(device)
             count, exact_out, exact_lse = parts(programs[1], -(-slots // TILE) * rows)
             _exact[(count,)](
                 queries, exact.table, spans, starts[1], spans if picked is None else picked, exact_out, exact_lse,
                 exact_lse if scores is None else scores, scale, rows, exact.table.shape[1], heads,
                 1 if scores is None else scores.shape[2], DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE,
-                TILE=TILE, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None, num_warps=2,
-                num_stages=1 if wide else 3, **common,
+                TILE=TILE, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None, WAITS=waits,
+                num_warps=2, num_stages=1 if wide else 3, **common, **({"launch_pdl": True} if waits else {}),
             )  # fmt: skip
         merged = torch.empty_like(queries)
         merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
-        waits = PDL and packed is not None and joined is exact and early(device)
+        waits = PDL and packed is not None and (joined is exact or (whole and scores is None)) and early(device)
         _combine[(rows, heads)](
             packed_out, packed_lse, exact_out, exact_lse, starts[0], starts[1], merged,
             merged_lse if with_lse else exact_lse,
             D=dim, P=64, WITH_LSE=with_lse, PACKED=packed is not None, EXACT=exact is not joined, TEAM=team,
-            WHOLE=packed is not None and packed.form.whole, WAITS=waits, num_warps=8,
+            WHOLE=whole, WAITS=waits, num_warps=8,
             **({"launch_pdl": True} if waits else {}),
         )  # fmt: skip
     return merged, merged_lse
