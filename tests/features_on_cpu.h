@@ -79,8 +79,8 @@ static void sync_worker(int worker) {
 static void await_kernel() {}
 static void products_begin() {}
 static void products_commit() {}
-template <int PENDING>
-static void products_wait(float (&)[32]) {}
+template <int PENDING, int N>
+static void products_wait(float (&)[N]) {}
 static float number_of(uint32_t x) {
 #if EXACT == 2
   return brain(x);
@@ -88,11 +88,12 @@ static float number_of(uint32_t x) {
   return half_to_float(x);
 #endif
 }
-static void product(float (&c)[32], const uint32_t (&a)[4], uint64_t b, int add) {
+template <int N>
+static void product(float (&c)[N], const uint32_t (&a)[4], uint64_t b, int add) {
   if (b >> 62 != 3) abort();
   const long start = (b & 0x3fff) * 16, eight_wide = (b >> 32 & 0x3fff) * 16;
   const int place = meet({a[0], a[1], a[2], a[3]}), g = current % 32 / 4, t = current % 4;
-  for (int i = 0; i < 32; i++) {
+  for (int i = 0; i < N; i++) {
     const int column = i / 4 * 8 + 2 * t + i % 2, below = i / 2 % 2;
     double sum = add ? c[i] : 0;
     for (int k = 0; k < 16; k++) {

@@ -20,7 +20,9 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 constexpr int NK = (HEADS * RK + 15) / 16 * 16, NV = (HEADS * RV + 15) / 16 * 16;
-constexpr int KSTEPS = NK / 16, VSTEPS = NV / 16, CHUNKS = D / 64;
+constexpr int WIDTH = 64;  // channels of keys that are made at a time
+constexpr int KSTEPS = NK / 16, VSTEPS = NV / 16, CHUNKS = D / WIDTH;
+constexpr int BUFFERS = WIDTH == 64 ? 2 : 1;  // of such keys
 constexpr int PLANES = BITS ? 16 / (BITS ? BITS : 1) : 1, TOKENS = BITS ? 32 * PLANES : 128;
 constexpr int UNIT = 64, UNITS = TOKENS / UNIT;
 constexpr int SIDE_K = BITS ? (64 + 4 * PLANES) * RK : TOKENS * RK * 2;  // bytes of a page
@@ -135,25 +137,43 @@ __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_g
 // The kernel in front of this one is done; the one behind it may be made ready.
 __device__ __forceinline__ void await_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-template <int PENDING>
-__device__ __forceinline__ void products_wait(float (&c)[32]) {
+template <int PENDING, int N>
+__device__ __forceinline__ void products_wait(float (&c)[N]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 #pragma unroll
-  for (int i = 0; i < 32; i++) asm volatile("" : "+f"(c[i])::"memory");  // nobody reads them before
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(c[i])::"memory");  // nobody reads them before
 }
-// c [64, 64] = a [64, 16] b (+ c): a in registers, b in shared memory, 32 bytes a column, blocks of 16 bytes swapped in
+// c [64, 64 or 128] = a [64, 16] b (+ c): a in registers, b in shared memory, 32 bytes a column, blocks of 16 bytes swapped in
 // four of every eight.
 __device__ __forceinline__ void product(float (&c)[32], const u32 (&a)[4], u64 b, int add) {
   asm volatile(
       "{.reg .pred p;\n"
       "setp.ne.b32 p, %37, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32." NUMBERS "." NUMBERS
-      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,"
-      "%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, 0;}\n"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]), "+f"(c[8]),
-        "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]),
-        "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]),
-        "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])
+      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,"
+      "%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, 0;}\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
+        "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),
+        "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),
+        "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+__device__ __forceinline__ void product(float (&c)[64], const u32 (&a)[4], u64 b, int add) {
+  asm volatile(
+      "{.reg .pred p;\n"
+      "setp.ne.b32 p, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." NUMBERS "." NUMBERS
+      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,"
+      "%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,"
+      "%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, p, 1, 1, 0;}\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
+        "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),
+        "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),
+        "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31]),
+        "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35]), "+f"(c[36]), "+f"(c[37]), "+f"(c[38]), "+f"(c[39]),
+        "+f"(c[40]), "+f"(c[41]), "+f"(c[42]), "+f"(c[43]), "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47]),
+        "+f"(c[48]), "+f"(c[49]), "+f"(c[50]), "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55]),
+        "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
 __device__ __forceinline__ void turn(float angle, float* cosine, float* sine) {
@@ -381,12 +401,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     sync_worker(worker);
     fetch(true, unit + WORKERS, ahead);
 
-    float s[4] = {}, c[2][32];
+    float s[4] = {}, c[BUFFERS][WIDTH / 2];
     auto start = [&](int n) {
       products_begin();
 #pragma unroll
       for (int i = 0; i < KSTEPS; i++)
-        product(c[n & 1], a[i], matrix + (n % GROUP * UP + n / GROUP * 2048 + i * D * 32) / 16, i > 0);
+        product(c[n % BUFFERS], a[i], matrix + (n % GROUP * UP + n / GROUP * WIDTH * 32 + i * D * 32) / 16, i > 0);
       products_commit();
     };
     start(0);
@@ -401,8 +421,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (unit + WORKERS < last) turn_queries(unit + WORKERS, turned + (phase ^ 1) * QUERY_WORDS);
 #pragma unroll
     for (int n = 0; n < CHUNKS * GROUP; n++) {
-      float(&x)[32] = c[n & 1];
-      if (n + 1 < CHUNKS * GROUP) {
+      float(&x)[WIDTH / 2] = c[n % BUFFERS];
+      if (BUFFERS == 2 && n + 1 < CHUNKS * GROUP) {
         start(n + 1);
         products_wait<1>(x);
       } else {
@@ -411,20 +431,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       const int chunk = n / GROUP;
       const bool mine = GROUP == 1 || g / M == n % GROUP;
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
+      for (int i = 0; i < WIDTH / 16; i++) {
         u32 k[2][2];
 #pragma unroll
         for (int j = 0; j < 2; j++)
 #pragma unroll
           for (int r = 0; r < 2; r++) {
-            const u32 w = wave[r][8 * chunk + 2 * i + j];
+            const u32 w = wave[r][WIDTH / 8 * chunk + 2 * i + j];
             const float one = x[4 * (2 * i + j) + 2 * r], other = x[4 * (2 * i + j) + 2 * r + 1];
             const float cosine = first_of(w), sine = second_of(w);
             k[j][r] = pair(one * cosine - other * sine, other * cosine + one * sine);
           }
-        const u32* const q = query + (8 * chunk + 2 * i) * 32 + lane;
+        const u32* const q = query + (WIDTH / 8 * chunk + 2 * i) * 32 + lane;
         mma(s, k[0][0], k[0][1], k[1][0], k[1][1], mine ? q[0] : 0, mine ? q[32] : 0);
       }
+      if (BUFFERS == 1 && n + 1 < CHUNKS * GROUP) start(n + 1);
     }
 
     // Tokens `token + 4 g` and the next, of query heads 2t and 2t + 1.
