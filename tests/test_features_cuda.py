@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import math
 import shutil
 import subprocess
@@ -18,6 +19,8 @@ from fivefold.kernels.low_rank.reference import blocked_keys
 from fivefold.kernels.packed_decode.schedule import SPAN, pages_of, starts_of
 from test_low_rank import form_of, pages, records
 
+pytest.importorskip("triton", reason="needs Triton")
+kernel = importlib.import_module("fivefold.kernels.low_rank.triton")
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
@@ -25,9 +28,10 @@ pytestmark = [
 LAUNCH = """
 extern "C" void launch(int blocks, int late, const Query* queries, const long long* table, const int* spans,
                        const int* starts, const char* ups, const uint32_t* waves, const double* angles, float* sums,
-                       float* sums_lse, float scale, int rows, int columns, int processors) {
+                       float* sums_lse, float* scores, float scale, int rows, int columns, int processors) {
   run(blocks, late, [&] {
-    features(queries, table, spans, starts, ups, waves, angles, sums, sums_lse, scale, rows, columns, processors);
+    features(queries, table, spans, starts, ups, waves, angles, sums, sums_lse, scores, scale, rows, columns,
+             processors);
   });
 }
 """
@@ -63,9 +67,15 @@ def expanded(form: Features, sums: torch.Tensor, lse: torch.Tensor, heads: int) 
     ],
     ids=["half", "bits4", "bits8", "brain", "swapped"],
 )
-def test_the_source_does_as_the_reference(shape, heads, dtype, tmp_path):
+@pytest.mark.parametrize("alone", [False, True], ids=["", "scores"])
+def test_the_source_does_as_the_reference(shape, heads, dtype, alone, tmp_path, monkeypatch):
     """Teams of one program, of several and of none; units that are seen in part; copies at once, and as late as may be.
-    What is not seen, and is in no plane of codes that is, is not a number."""
+    What is not seen, and is in no plane of codes that is, is not a number. alone: it leaves scores."""
+    if alone:
+        monkeypatch.setattr(cuda, "HELD", 0)
+        if "bits" in shape or shape["heads"] * shape["ranks"][1] % 16:
+            assert not cuda.fits(form_of("cpu", queries=heads, **shape))
+            return
     torch.manual_seed(heads)
     form = form_of("cpu", queries=heads, **shape)
     assert cuda.fits(form) and cuda.shared_bytes(form, cuda.group(form)) < 1 << 18
@@ -90,19 +100,24 @@ def test_the_source_does_as_the_reference(shape, heads, dtype, tmp_path):
     queries = (torch.randn(rows, heads, form.head_dim) * 2).to(dtype)
     scaling = form.head_dim**-0.5
     wanted, wanted_lse = decode_reference(queries, scaling, spans, form, fields)
-    split = form.team // cuda.group(form)
     bound = 2e-2 if form.work == torch.bfloat16 else 3e-3
-    for late, programs, processors in ((False, 4, 99), (True, 7, 4 * split)):
+    for late, programs, most in ((False, 4, 99), (True, 7, 4)):
+        split = form.team // cuda.group(form)
+        processors = most * split
         starts = torch.from_numpy(starts_of(pages_of(spans.numpy(), page, form.team), (programs, 0)))[0].contiguous()
         features = cuda.padded(form.team * form.ranks[1])
         sums = torch.full((programs, form.team * heads, features), math.nan)
         lse = torch.full(sums.shape[:2], math.nan)
         made = form.prepared
         keys = blocked_keys(made.keys)
-        tensors = (queries, table, spans, starts, keys, made.waves, made.angles, sums, lse)
+        scores = torch.full((rows // form.team, columns * page, form.team * heads), math.nan)
+        tensors = (queries, table, spans, starts, keys, made.waves, made.angles, sums, lse, scores)
         pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
         blocks = min(programs, processors // split + rows // form.team) * split
         launch(blocks, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), rows, columns, processors)
+        if alone:
+            kernel.weigh(form, table, heads, scores, spans, starts, sums, lse)
+            split, processors = 0, 1
         each = max(1, -(-int(starts[rows]) * split // processors))
         counts = np.diff(starts.numpy()[:: form.team])
         for team, count in enumerate(counts):
@@ -114,4 +129,4 @@ def test_the_source_does_as_the_reference(shape, heads, dtype, tmp_path):
             found, total = expanded(form, sums[part], lse[part], heads)
             assert (found - wanted[mine]).norm() < bound * wanted[mine].norm()
             assert (total - wanted_lse[mine]).abs().max() < 20 * bound
-        assert sum(max(1, int(count) // each) for count in counts if count) <= blocks // split
+        assert alone or sum(max(1, int(count) // each) for count in counts if count) <= blocks // split

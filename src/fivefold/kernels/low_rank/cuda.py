@@ -25,8 +25,8 @@ UNIT = 64
 """Tokens that one of them works on at a time."""
 COLUMNS = 8
 """Query heads of a program, at most."""
-HELD = 512
-"""Features of keys and of values together that there are registers for."""
+HELD, KEYS = 512, 512
+"""Features of keys and of values together, and of keys alone, that there are registers for."""
 SHARED = 227 << 10
 """Bytes of shared memory that a program may have on Hopper."""
 EARLY = True
@@ -45,8 +45,9 @@ def fits(form: Features) -> bool:
         form.head_dim in (64, 128)
         and form.work.itemsize == 2
         and not any(rank % 2 for rank in form.ranks)
-        and sum(padded(form.team * rank) for rank in form.ranks) <= HELD
+        and padded(form.team * form.ranks[0]) <= KEYS
         and form.team <= 32
+        and not (scores_alone(form) and (form.bits or form.team * form.ranks[1] % 16))
         and group(form) > 0
     )
 
@@ -56,15 +57,21 @@ def _hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
+def scores_alone(form: Features) -> bool:
+    """Whether it leaves scores, and values are summed by another kernel."""
+    return sum(padded(form.team * rank) for rank in form.ranks) > HELD
+
+
 def shared_bytes(form: Features, heads_at_once: int) -> int:
     """Of a program that makes the keys of so many heads: see `features.cu`."""
     up = padded(form.team * form.ranks[0]) * form.head_dim * 2
-    sides = (form.side(rank) if form.bits else UNIT * rank * 2 for rank in form.ranks)
-    words = form.head_dim // 2 * COLUMNS
-    used = heads_at_once * up + WORKERS * form.team * sum(sides) + words * 8 + WORKERS * words * 8
+    keys, values = (form.side(rank) if form.bits else UNIT * rank * 2 for rank in form.ranks)
+    words, alone = form.head_dim // 2 * COLUMNS, scores_alone(form)
+    units = form.team * (keys if alone else WORKERS * (keys + values))
+    used = heads_at_once * up + units + words * 8 + WORKERS * words * 8
     used += 16 * WORKERS + 16
     merged = 4 * WORKERS * 4 * (16 + 9 * padded(form.team * form.ranks[1]))
-    return max(used, merged)
+    return used if alone else max(used, merged)
 
 
 def group(form: Features) -> int:
@@ -83,7 +90,7 @@ def definitions(form: Features, dtype: torch.dtype) -> dict[str, int]:
         "HEADS": form.team, "RK": form.ranks[0], "RV": form.ranks[1], "BITS": form.bits or 0,
         "KIND": 2 if form.work == torch.bfloat16 else 1, "D": form.head_dim, "M": form.queries,
         "QUERIES": _QUERIES[dtype], "ROPE": form.pairs, "NEIGHBOURS": int(form.neighbours), "SPAN": SPAN,
-        "BLOCKS": form.blocks, "GROUP": group(form),
+        "BLOCKS": form.blocks, "GROUP": group(form), "SCORES": int(scores_alone(form)),
     }  # fmt: skip
 
 
@@ -96,10 +103,12 @@ def features(
     starts: torch.Tensor,
     sums: torch.Tensor,
     sums_lse: torch.Tensor,
+    scores: torch.Tensor,
 ) -> tuple[int, int]:
     """Leave weighted features, divided, in sums, float32 `[programs, team * heads, features]`, and their log-sum-exp in
     sums_lse: of a team's first programs only. Which these are, `_expand` works out from what is returned: how many
-    launched programs share a team's heads out, and processors."""
+    launched programs share a team's heads out, and processors. Where `scores_alone` leave these, to the base 2, in
+    scores, float32 `[teams, slots, team * heads]`."""
     from cuda.bindings import driver
 
     (rows, columns), device, made = table.shape, queries.device, form.prepared
@@ -115,10 +124,9 @@ def features(
         early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         early.value.programmaticStreamSerializationAllowed = 1
         config.attrs, config.numAttrs = [early], 1
-    pointers = [
-        x.data_ptr() for x in (queries, table, spans, starts, made.keys, made.waves, made.angles, sums, sums_lse)
-    ]
-    types = (*[ctypes.c_void_p] * 9, ctypes.c_float, *[ctypes.c_int] * 3)
+    tensors = (queries, table, spans, starts, made.keys, made.waves, made.angles, sums, sums_lse, scores)
+    pointers = [x.data_ptr() for x in tensors]
+    types = (*[ctypes.c_void_p] * 10, ctypes.c_float, *[ctypes.c_int] * 3)
     values = (*pointers, scale, rows, columns, processors)
     with on(device):
         (error,) = driver.cuLaunchKernelEx(config, function, (values, types), 0)

@@ -11,6 +11,8 @@
 // at once. Keys come out of a product (wgmma, 64 channels of a head at a time) where the next one (mma, with the queries)
 // wants them: they are turned and rounded in between, and never stored. The queries are turned back to where the unit
 // begins, so that one table of 64 angles serves all.
+// With SCORES it leaves these, float32 [teams, slots, HEADS * M], and that is all: where features are so many that there
+// are no registers for sums of values, nor memory for two units of keys, of which the groups then have one in turn.
 // Values are never made: features are summed by their weights, features as the rows of the product. That is done while
 // the first products of the next unit are under way.
 // Which tokens are rows g and g + 8 of a warp is free: every fourth, so that no two threads of a load meet in a bank,
@@ -39,8 +41,8 @@ __device__ constexpr int swapped(int rank) {
 }
 constexpr bool SWAP = swapped(RK) && swapped(RV);
 // Shared memory: matrices; features of keys and of values of each worker; queries; queries turned of each; barriers.
-constexpr int AT_UNITS = GROUP * UP, WORKER = HEADS * (COPY_K + COPY_V);
-constexpr int AT_QUERIES = AT_UNITS + WORKERS * WORKER, AT_TURNED = AT_QUERIES + QUERY_WORDS * 8;
+constexpr int AT_UNITS = GROUP * UP, WORKER = HEADS * (COPY_K + (SCORES ? 0 : COPY_V));
+constexpr int AT_QUERIES = AT_UNITS + (SCORES ? 1 : WORKERS) * WORKER, AT_TURNED = AT_QUERIES + QUERY_WORDS * 8;
 constexpr int AT_BARRIERS = AT_TURNED + WORKERS * QUERY_WORDS * 8;
 static_assert(RK % 2 == 0 && RV % 2 == 0 && COLUMNS <= 8 && HEADS <= 32 && HEADS % GROUP == 0, "");
 static_assert(COPY_K % 16 == 0 && COPY_V % 16 == 0 && SIDE_K % 16 == 0, "copies are of 16 bytes");
@@ -213,8 +215,8 @@ __device__ __forceinline__ u32 feature(const char* side, int at, int token, int 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     features(const Query* __restrict__ queries, const long long* __restrict__ table, const int* __restrict__ spans,
              const int* __restrict__ starts, const char* __restrict__ ups, const u32* __restrict__ waves,
-             const double* __restrict__ angles, float* __restrict__ sums, float* __restrict__ sums_lse, float scale,
-             int rows, int columns, int processors) {
+             const double* __restrict__ angles, float* __restrict__ sums, float* __restrict__ sums_lse,
+             float* __restrict__ scores, float scale, int rows, int columns, int processors) {
   extern __shared__ __align__(1024) char memory[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3, worker = threadIdx.x >> 7, thread = threadIdx.x & 127;
   const int g = lane >> 2, t = lane & 3;
@@ -253,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const int base = low_ / UNIT, all = high_ > low_ ? (high_ + UNIT - 1) / UNIT - base : 0;
   const int first = base + int((long long)share * all / shares), last = base + int((long long)(share + 1) * all / shares);
 
-  char* const keys = memory + AT_UNITS + worker * WORKER;
+  char* const keys = memory + AT_UNITS + (SCORES ? 0 : worker * WORKER);
   char* const values = keys + HEADS * COPY_K;
   float2* const raw = reinterpret_cast<float2*>(memory + AT_QUERIES);
   u32* const turned = reinterpret_cast<u32*>(memory + AT_TURNED) + worker * QUERY_WORDS * 2;
@@ -274,9 +276,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const bool there = (SWAP || warp == 0) && lane < HEADS && unit < last;
     return there ? table[(long long)(team * HEADS + lane) * columns + unit / UNITS] * 16 : 0;
   };
-  auto fetch = [&](bool is_keys, int unit, long long from) {
+  auto fetch = [&](bool is_keys, int unit, long long from, int whose) {
     if (unit >= last) return;
-    const u32 to = shared(is_keys ? keys : values), came = is_keys ? keys_came : values_came;
+    const u32 to = shared(is_keys ? keys : values), came = barriers + whose * 16 + (is_keys ? 0 : 8);
     const int bytes = is_keys ? COPY_K : COPY_V, at = (is_keys ? 0 : SIDE_K) + (BITS ? 0 : unit % UNITS * bytes);
     if (SWAP) {
       const int rank = is_keys ? RK : RV, blocks = rank / 8;
@@ -302,8 +304,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int r = 0; r < 2; r++) wave[r][i] = waves[(own + 4 * g + r) * (D / 2) + 4 * i + t];
   // Until here nothing was read that the kernel in front of this one may have written.
   await_kernel();
-  long long here = record(first + worker), ahead = record(first + worker + WORKERS);
-  fetch(true, first + worker, here);
+  constexpr int NEXT = SCORES ? 1 : WORKERS;  // the unit whose keys come next
+  long long here = record(first + worker), ahead = record(first + worker + NEXT);
+  if (!SCORES || worker == 0) fetch(true, first + worker, here, worker);
 
   // Queries as the right operand wants them: word i is of pair 4 * (i / 32) + i % 4 and query head i % 32 / 4.
   for (int i = threadIdx.x; i < QUERY_WORDS; i += THREADS) {
@@ -399,7 +402,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
       }
     sync_worker(worker);
-    fetch(true, unit + WORKERS, ahead);
+    fetch(true, unit + NEXT, ahead, SCORES ? 1 - worker : worker);
 
     float s[4] = {}, c[BUFFERS][WIDTH / 2];
     auto start = [&](int n) {
@@ -410,13 +413,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       products_commit();
     };
     start(0);
-    if (done >= 0) {
-      add_values(done, phase ^ 1);
-      sync_worker(worker);
+    if (!SCORES) {
+      if (done >= 0) {
+        add_values(done, phase ^ 1);
+        sync_worker(worker);
+      }
+      done = unit;
+      fetch(false, unit, here, worker);
     }
-    done = unit;
-    fetch(false, unit, here);
-    here = ahead, ahead = record(unit + 2 * WORKERS);
+    here = ahead, ahead = record(unit + WORKERS + NEXT);
     const u32* const query = turned + phase * QUERY_WORDS;
     if (unit + WORKERS < last) turn_queries(unit + WORKERS, turned + (phase ^ 1) * QUERY_WORDS);
 #pragma unroll
@@ -449,6 +454,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
 
     // Tokens `token + 4 g` and the next, of query heads 2t and 2t + 1.
+    if (SCORES) {
+      const long long place = ((long long)team * columns * TOKENS + token + 4 * g) * (HEADS * M) + split * COLUMNS + 2 * t;
+#pragma unroll
+      for (int k = 0; k < 4; k++)
+        if (2 * t + k % 2 < COLUMNS) scores[place + k / 2 * (HEADS * M) + k % 2] = s[k];
+      continue;
+    }
     bool seen0 = true, seen1 = true;
     if (edge) {
       const int one = token + 4 * g;
@@ -475,6 +487,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     total0 += p0 + p2, total1 += p1 + p3;
     b0 = transposed(pair(p0, p1)), b1 = transposed(pair(p2, p3));
   }
+  if (SCORES) return;
   if (done >= 0) add_values(done, phase ^ 1);
 
   launch_dependents();

@@ -286,6 +286,56 @@ def _expand(
         tl.store(lse + at, tl.where(some, m + tl.log2(safe), -1e30))
 
 
+@triton.jit(do_not_specialize=("rows", "columns"))
+def _weigh(
+    scores, table, spans, starts, sums, sums_lse, rows, columns, M: tl.constexpr, NQ: tl.constexpr, HEADS: tl.constexpr,
+    RV: tl.constexpr, RP: tl.constexpr, NV: tl.constexpr, DTYPE: tl.constexpr, TOKENS: tl.constexpr,
+    OFFSET: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Sum one row's features of values by `scores [teams, columns * TOKENS, HEADS * M]` of a share of a team's pages.
+    Grid: (programs, HEADS). RP: at least RV. See `_features` for the rest; numbers alone, none in bits."""
+    row = _row(starts, rows, R)
+    if row >= rows:
+        return
+    work = tl.float32 if WIDE else DTYPE
+    first_row = row // HEADS * HEADS
+    source = tl.program_id(1)
+    begin = tl.load(starts + first_row)
+    programs = tl.load(starts + first_row + HEADS) - begin
+    share = tl.program_id(0) - begin
+    low = tl.load(spans + first_row * SPAN)
+    high = tl.load(spans + first_row * SPAN + 1)
+    tiles = tl.cdiv(high, TOKENS) - low // TOKENS
+    t = tl.arange(0, TOKENS)
+    q = tl.arange(0, NQ)
+    f = tl.arange(0, RP)
+    scores += (row // HEADS).to(tl.int64) * columns * TOKENS * (HEADS * M)
+    m = tl.full([NQ], -1e30, tl.float32)
+    weight = tl.zeros([TOKENS, NQ], tl.float32)
+    acc = tl.zeros([RP, NQ], tl.float32)
+    for tile in range(low // TOKENS + share * tiles // programs, low // TOKENS + (share + 1) * tiles // programs):
+        token = tile * TOKENS + t
+        seen = (token >= low) & (token < high)
+        record = tl.load(table + (first_row + source) * columns + tile) * 16 + OFFSET
+        values = tl.multiple_of(record.to(tl.pointer_type(DTYPE)), 16) + (t[:, None] * RV + f[None, :])
+        v = tl.load(values, mask=seen[:, None] & (f < RV)[None, :], other=0.0).to(work)
+        at = scores + token.to(tl.int64)[:, None] * (HEADS * M) + q[None, :]
+        s = tl.load(at, mask=seen[:, None] & (q < HEADS * M)[None, :], other=-1e30)
+        above = tl.maximum(m, tl.max(s, 0))
+        shrink = tl.exp2(m - above)
+        m = above
+        p = tl.where(seen[:, None], tl.exp2(s - m[None, :]), 0.0)
+        weight = weight * shrink[None, :] + p
+        acc = tl.dot(tl.trans(v), p.to(work), acc * shrink[None, :], input_precision="ieee")
+    total = tl.sum(weight, 0)
+    safe = tl.where(total > 0, total, 1.0)
+    place = tl.program_id(0) * (HEADS * M) + q
+    to = sums + place[None, :] * NV + (source * RV + f)[:, None]
+    tl.store(to, acc / safe[None, :], mask=(q < HEADS * M)[None, :] & (f < RV)[:, None])
+    if source == 0:
+        tl.store(sums_lse + place, tl.where(total > 0, m + tl.log2(safe), -1e30), mask=q < HEADS * M)
+
+
 def settings_of(form: Features, room: int = 220 << 10) -> dict[str, int]:
     """How a form's pages are worked on: slots of a tile, pairs of channels at a time, stages, warps; room: bytes of
     shared memory."""
@@ -301,6 +351,21 @@ def settings_of(form: Features, room: int = 220 << 10) -> dict[str, int]:
         else:
             break
     return {"T": tokens, "PB": pairs, "STAGES": stages, "num_warps": 8 if tokens > 64 else 4}
+
+
+def weigh(
+    form: Features, table: torch.Tensor, heads: int, scores: torch.Tensor, spans: torch.Tensor, starts: torch.Tensor,
+    sums: torch.Tensor, sums_lse: torch.Tensor,
+) -> None:  # fmt: skip
+    """Sums of values' features by their scores, of every program: see `_weigh`; heads: query heads a row."""
+    rows, columns = table.shape
+    nq, rank = max(16, triton.next_power_of_2(heads * form.team)), form.ranks[1]
+    _weigh[(len(sums), form.team)](
+        scores, table, spans, starts, sums, sums_lse, rows, columns, M=heads, NQ=nq, HEADS=form.team, RV=rank,
+        RP=max(16, triton.next_power_of_2(rank)), NV=padded(form.team * rank), DTYPE=_TYPES[form.work],
+        TOKENS=form.tokens, OFFSET=form.side(form.ranks[0]), SPAN=SPAN, R=triton.next_power_of_2(rows),
+        WIDE=table.device.type != "cuda", num_warps=4, num_stages=3,
+    )  # fmt: skip
 
 
 def _room(device: torch.device) -> int:
@@ -334,7 +399,14 @@ def attend(
     split = processors = 0
     with on(device):
         if made.blocked:
-            split, processors = cuda.features(form, packed.table, queries, scale, spans, starts, sums, sums_lse)
+            alone = cuda.scores_alone(form)
+            slots = packed.table.shape[1] * form.tokens
+            scores = empty(rows // form.team, slots, form.team * heads) if alone else sums
+            made_by = cuda.features(form, packed.table, queries, scale, spans, starts, sums, sums_lse, scores)
+            if alone:
+                weigh(form, packed.table, heads, scores, spans, starts, sums, sums_lse)
+            else:
+                split, processors = made_by
         else:
             given = {**settings_of(form, _room(device)), **(settings or {})}
             nq = max(16, triton.next_power_of_2(heads * form.team))
