@@ -27,6 +27,8 @@ class Reader:
     positional: ClassVar[bool] = False
     """Whether it wants to know positions: column 7 of the spans then has that of the first packed slot, as the model
     counts them, and slots count on from there."""
+    whole: ClassVar[bool] = False
+    """Whether `attend` merges: the part of a row's (or a team's) first program is all, the others are not set."""
     scores: ClassVar[bool] = False
     """Whether `attend` leaves scores where it is asked to."""
     team: int = 1

@@ -75,8 +75,6 @@ RESIDENT = 4
 
 PDL = True
 """Launch what merges the parts before the kernel that leaves them is done (programmatic dependent launch)."""
-PDL_EXACT = False
-"""Launch the kernel for exact pages before the one in front of it is done, too."""
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -305,18 +303,19 @@ def _exact(
 
     PICKED: of the slots named in `picks`, a row's `stop` of them one behind the other; negative ones are none.
     WIDE multiplies in float32 whatever the pages hold: the interpreter has no products of bfloat16. SCORED: scaled
-    scores go to `scores [rows, heads, width]`, -1e30 where a slot is not seen.
+    scores go to `scores [rows, heads, width]`, -1e30 where a slot is not seen. WAITS: see `_combine`; it reads nothing
+    that the kernel in front of it leaves.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     row = _row(starts, rows, R)
     if row >= rows:
+        if WAITS:
+            tl.extra.cuda.gdc_wait()
         return
     work = tl.float32 if WIDE else DTYPE
     t = tl.arange(0, T)
     d = tl.arange(0, D)
-    if WAITS:
-        tl.extra.cuda.gdc_wait()
     q = _queries(queries, row, heads, N, D)
     if work == tl.float16:
         q, unscale = _scaled(q)
@@ -358,6 +357,8 @@ def _exact(
         p = tl.where(seen[:, None], tl.exp2(s - m[None, :]), 0.0)
         weight = weight * shrink[None, :] + p
         acc = tl.dot(tl.trans(v), p.to(work), acc * shrink[None, :], input_precision="ieee")
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
     _leave(out, lse, tl.program_id(0), acc, m, tl.sum(weight, 0), heads, N, D)
 
 
@@ -459,11 +460,11 @@ def _merge(out, lse, first, last, head, heads, m, total, acc, D: tl.constexpr, P
 def _combine(
     packed_out, packed_lse, exact_out, exact_lse, starts, exact_starts, merged, merged_lse,
     D: tl.constexpr, P: tl.constexpr, WITH_LSE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
-    TEAM: tl.constexpr, WAITS: tl.constexpr,
+    TEAM: tl.constexpr, WHOLE: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts of one head of a row. Grid: (rows, heads).
 
-    TEAM: see `Reader`. WAITS: it was launched before the kernel in front of it was done.
+    TEAM, WHOLE: see `Reader`. WAITS: it was launched before the kernel in front of it was done.
     """
     row = tl.program_id(0)
     head = tl.program_id(1)
@@ -472,6 +473,8 @@ def _combine(
     lead = row // TEAM * TEAM
     first = tl.load(starts + lead)
     last = tl.load(starts + lead + 1)
+    if WHOLE:
+        last = tl.minimum(last, first + 1)
     first_exact = tl.load(exact_starts + row)
     last_exact = tl.load(exact_starts + row + 1)
     if WAITS:
@@ -598,11 +601,11 @@ def decode(
         kind = queries.dtype, None if joined is None else joined.dtype, device, SPAN, heads
         cuda.kernel(form, *kind, found is not None, scored is not None)(
             count, queries, packed, joined, spans, starts[0], packed_out, packed_lse, scale, found, scored,
-            early=PDL_EXACT and pdl,
         )  # fmt: skip
 
     with on(device):
         packed_out, packed_lse = exact_out, exact_lse = queries, queries
+        whole = packed is not None and packed.form.whole
         team = 1
         if packed is not None and isinstance(packed.form, Form):
             form = packed.form
@@ -635,14 +638,14 @@ def decode(
             wide = exact.dtype.itemsize == 4
             picked = picks if packed is None else None
             slots = exact.table.shape[1] * 32 if picked is None else picked.shape[1]
+            waits = pdl and whole and scores is None
             count, exact_out, exact_lse = parts(programs[1], -(-slots // TILE) * rows)
             _exact[(count,)](
                 queries, exact.table, spans, starts[1], spans if picked is None else picked, exact_out, exact_lse,
                 exact_lse if scores is None else scores, scale, rows, exact.table.shape[1], heads,
                 1 if scores is None else scores.shape[2], DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE,
-                TILE=TILE, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None,
-                WAITS=PDL_EXACT and pdl, EARLY=pdl, num_warps=2, num_stages=1 if wide else 3,
-                **({"launch_pdl": True} if PDL_EXACT and pdl else {}), **common,
+                TILE=TILE, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None, WAITS=waits, EARLY=pdl,
+                num_warps=2, num_stages=1 if wide else 3, **common, **({"launch_pdl": True} if waits else {}),
             )  # fmt: skip
         merged = torch.empty_like(queries)
         merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
@@ -651,6 +654,7 @@ def decode(
             packed_out, packed_lse, exact_out, exact_lse, starts[0], starts[1], merged,
             merged_lse if with_lse else exact_lse,
             D=dim, P=64, WITH_LSE=with_lse, PACKED=packed is not None, EXACT=exact is not joined, TEAM=team,
-            WAITS=waits, num_warps=8, **({"launch_pdl": True} if waits else {}),
+            WHOLE=whole, WAITS=waits, num_warps=8,
+            **({"launch_pdl": True} if waits else {}),
         )  # fmt: skip
     return merged, merged_lse
