@@ -39,6 +39,10 @@ def options_of(vllm_config: Any) -> Options:
     return Options.parse(text)
 
 
+_served: dict[int, Pages] = {}
+"""By head_dim, of the model that was built last: `customize_spec` is told neither the layer nor a configuration."""
+
+
 @dataclass
 class Prefill:
     """A request with several new tokens, or with one behind others with several.
@@ -212,8 +216,7 @@ class KiviBackend(AttentionBackend):
             return spec
         if not isinstance(spec, FullAttentionSpec):
             raise UnsupportedModelError(f"layers of the kind {type(spec).__name__} are not served: serve it without a recipe.")
-        config = get_current_vllm_config()
-        pages = options_of(config).pages(spec.head_size, config.model_config.dtype)
+        pages = _served[spec.head_size]
         return replace(
             spec, block_size=pages.block, dtype=torch.int8, tokens_per_state=pages.form.tokens,
             state_content_bytes=pages.form.nbytes,
@@ -258,7 +261,7 @@ class Impl(AttentionImpl):  # type: ignore[misc]
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
         layers = config.compilation_config.static_forward_context
         others = [layer for layer in layers.values() if isinstance(layer, Exact)]
-        pages = options.pages(head_size, config.model_config.dtype)
+        pages = _served[head_size] = options.pages(head_size, config.model_config.dtype)
         shared = others[0].shared if others else Shared(pages, self.num_kv_heads)
         if (shared.pages, shared.kv_heads) != (pages, self.num_kv_heads):
             raise UnsupportedModelError(
