@@ -35,7 +35,8 @@ class Place:
     def of(cls, cache: torch.Tensor) -> Place:
         steps = [x * cache.element_size() for x in cache.stride()[:3]]
         assert cache.stride(3) == 1 and not any(x % UNIT for x in (cache.data_ptr(), *steps)), (cache.shape, steps)
-        return cls(cache.data_ptr() // UNIT, *(x // UNIT for x in steps), cache.shape[2])
+        block, head, page = (x // UNIT for x in steps)
+        return cls(cache.data_ptr() // UNIT, block, head, page, cache.shape[2])
 
 
 class Tables:
@@ -53,12 +54,12 @@ class Tables:
         self.pages, self.kv_heads, self.requests, self.device = pages, kv_heads, requests, device
         self.packed_columns = -(-tokens // pages.block) * pages.together
         self.exact_columns = pages.columns
-        rows, long = requests * kv_heads, {"dtype": torch.int64, "device": device}
+        rows, long = requests * kv_heads, torch.int64
         self.spans = torch.zeros((rows, SPAN), dtype=torch.int32, device=device)
-        self.packed = torch.zeros((rows, self.packed_columns), **long)
-        self.exact = torch.zeros((rows, self.exact_columns, 2), **long)
-        self.due = torch.full((rows, 2), -1, **long)
-        self.sources = torch.zeros((rows, pages.form.group // PAGE, 2), **long)
+        self.packed = torch.zeros((rows, self.packed_columns), dtype=long, device=device)
+        self.exact = torch.zeros((rows, self.exact_columns, 2), dtype=long, device=device)
+        self.due = torch.full((rows, 2), -1, dtype=long, device=device)
+        self.sources = torch.zeros((rows, pages.form.group // PAGE, 2), dtype=long, device=device)
 
     def fill(
         self,
@@ -119,6 +120,40 @@ class Tables:
         sources = spread(_exact_at(exact, exact_blocks, where)[0], exact.head)
         self.sources[rows, :, 0] = sources
         self.sources[rows, :, 1] = sources + size
+
+
+@dataclass
+class Prefill:
+    """A request with several new tokens, or with one behind others with several.
+
+    number: its row in the block tables; first, last: its tokens of the batch; known: tokens that there were before.
+    """
+
+    number: int
+    first: int
+    last: int
+    known: int
+
+
+@dataclass
+class Step:
+    """What all layers know of a step: filled by the builder of whichever group comes last.
+
+    decodes: how many requests, the first ones, have one new token each and are in `tables`; longest: tokens of the
+    longest of them, the newest included (an upper bound); completes: whether one of them may complete a group.
+    packed_blocks, exact_blocks: vLLM's block tables `[requests, some]`; exact_slots: `[tokens]`, where the exact tier
+    has the batch's tokens (`block * tokens of a block + token`).
+    """
+
+    tables: Tables
+    tokens: int
+    decodes: int
+    longest: int
+    completes: bool
+    prefills: list[Prefill]
+    packed_blocks: torch.Tensor
+    exact_blocks: torch.Tensor
+    exact_slots: torch.Tensor
 
 
 def _exact_at(exact: Place, blocks: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
