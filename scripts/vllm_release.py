@@ -176,6 +176,7 @@ def preemption() -> None:
 
 def parallel() -> None:
     """Two processes, each with half of the heads: the same tokens, about twice the capacity."""
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     folder, texts, recipe = llama(), prompts(), "kivi(bits=4, residual=0)"
     wanted = [Reference(folder).tokens(ids, recipe) for ids in texts]
     llm = engine(folder, recipe, tensor_parallel_size=2, distributed_executor_backend="mp")

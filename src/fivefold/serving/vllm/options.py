@@ -123,9 +123,8 @@ class Pages:
         return packed * self.form.nbytes // self.form.tokens + (tokens - packed) * self.exact_bytes // PAGE
 
     def blocks_of(self, tokens: int) -> int:
-        """Blocks that vLLM holds for a KV head of so many tokens: of packed pages, and of exact ones (one more than
-        fit, where they do not begin at a page's start)."""
-        return -(-tokens // self.block) + min(-(-tokens // PAGE), -(-(self.window - 1) // PAGE) + 1)
+        """Blocks that vLLM holds for so many tokens: of packed pages, and of exact ones."""
+        return -(-tokens // self.block) + min(-(-tokens // PAGE), self.columns)
 
 
 @dataclass(frozen=True)
