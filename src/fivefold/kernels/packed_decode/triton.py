@@ -20,6 +20,7 @@ What makes the packed loop fast:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -578,6 +579,11 @@ def decode(
             pages[0] = -(-picks.shape[1] // PICKS)
         starts = torch.from_numpy(starts_of(pages, programs)).to(device)
     common = {"N": n, "D": dim, "SPAN": SPAN, "R": triton.next_power_of_2(rows)}
+    # Only CUDA C++ counts from a base.
+    if packed is not None and packed.base and not (picks is None and by_cuda(packed.form, heads, device)):
+        packed = replace(packed, table=packed.table + packed.base, base=0)
+    if exact is not None and exact.base and joined is None:
+        exact = replace(exact, table=exact.table + exact.base, base=0)
 
     def parts(programs: int, most: int, team: int = 1) -> tuple[int, torch.Tensor, torch.Tensor]:
         count = max(1, min(programs, most))
@@ -600,7 +606,7 @@ def decode(
                 )  # fmt: skip
             elif by_cuda(form, heads, device):
                 cuda.kernel(form, queries.dtype, None if joined is None else joined.dtype, device, SPAN)(
-                    count, queries, packed.table, joined, spans, starts[0], packed_out, packed_lse, scale
+                    count, queries, packed, joined, spans, starts[0], packed_out, packed_lse, scale
                 )
             else:
                 _packed[(count,)](
