@@ -1,0 +1,430 @@
+"""KIVI's pages in the blocks of a serving engine, in Triton: see `reference.py` for what each kernel computes.
+
+Nothing here waits for the host, and grids depend on sizes that a CUDA graph fixes: `step` (a token of every request:
+written, and packed where it makes a group full) and `store` and `pack` (a chunk of prompts) run in a layer, `tables` and
+`exact_tables` once in a step, before its layers. The arithmetic of packing is that of `kernels/pack`, bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fivefold.kernels.device import on
+from fivefold.kernels.pack.triton import _codes, _ends, _most, _step
+from fivefold.kernels.packed_decode.reference import Form
+from fivefold.kernels.packed_decode.schedule import PAGE, SPAN, TILE
+from fivefold.kernels.paged_pack.reference import Blocks, exact_columns
+
+COLUMNS = 128
+"""Columns of a table that a program fills."""
+_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+@triton.jit
+def _at(memory, table, row, page, head, table_stride, block, head_stride, state, STATES: tl.constexpr):
+    """Address of a page of a request, in bytes; strides in units of 16."""
+    number = tl.load(table + row * table_stride + page // STATES).to(tl.int64)
+    return memory.to(tl.int64) + (number * block + head * head_stride + page % STATES * state) * 16
+
+
+@triton.jit
+def _tokens(new, stride, begin, known, first, page, r, d, DTYPE: tl.constexpr, D: tl.constexpr):
+    """Tokens first + r, float32 `[rows, channels]`: new ones from this step's, older ones from their exact page, an
+    address in bytes."""
+    fresh = first + r >= known
+    source = new + (begin + first + r - known)[:, None].to(tl.int64) * stride + d[None, :]
+    x = tl.load(source, mask=fresh[:, None], other=0.0)
+    if first < known:
+        held = tl.multiple_of(page.to(tl.pointer_type(DTYPE)), 16) + r[:, None] * D + d[None, :]
+        x = tl.where(fresh[:, None], x, tl.load(held, mask=(first + r < known)[:, None], other=0.0))
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _keys(
+    keys, stride, begin, known, page, held, record, peak, plane, end, part,
+    D: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, DTYPE: tl.constexpr,
+    FUSED: tl.constexpr,
+):  # fmt: skip
+    """Planes [plane, end) of some channels of the keys of a page."""
+    STEPS: tl.constexpr = 2**BITS - 1
+    PLANES: tl.constexpr = TOKENS // 32
+    r = tl.arange(0, 32)
+    d = part * W + tl.arange(0, W)
+    inside = r[:, None] * D + d[None, :]
+    scales = record.to(tl.pointer_type(tl.float16)) + 32 * D + d
+    zeros = scales + PLANES * D
+    words = tl.load(record + inside, mask=plane > 0, other=0).to(tl.int32) & ((1 << (BITS * plane)) - 1)
+    most = tl.zeros([32, W], tl.float32)
+    for j in range(plane, end):
+        x = _tokens(keys, stride, begin, known, page * TOKENS + j * 32, held, r, d, DTYPE, D)
+        scale, zero = _ends(tl.min(x, 0), tl.max(x, 0), STEPS)
+        tl.store(scales + j * D, scale)
+        tl.store(zeros + j * D, zero)
+        step, inverse = _step(scale)
+        most = _most(most, x)
+        codes = _codes(x, zero.to(tl.float32)[None, :], step[None, :], inverse[None, :], STEPS, FUSED)
+        words |= codes << (BITS * j)
+    for j in range(end, PLANES):
+        tl.store(scales + j * D, tl.zeros([W], tl.float16))
+        tl.store(zeros + j * D, tl.zeros([W], tl.float16))
+    tl.store(record + inside, words.to(tl.int16))
+    tl.atomic_max(peak, tl.max(tl.max(most, 1), 0).to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _values(
+    values, stride, begin, known, page, held, record, peak, plane, end, part,
+    D: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    DTYPE: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """The same of values."""
+    STEPS: tl.constexpr = 2**BITS - 1
+    GROUPS: tl.constexpr = W // CHANNELS
+    PLANE: tl.constexpr = 32 * (D // CHANNELS)
+    ROWS: tl.constexpr = 2048 // W  # of the 32
+    SHARES: tl.constexpr = 32 // ROWS
+    r = part % SHARES * ROWS + tl.arange(0, ROWS)
+    d = part // SHARES * W + tl.arange(0, W)
+    g = part // SHARES * GROUPS + tl.arange(0, GROUPS)
+    inside = r[:, None] * D + d[None, :]
+    scales = record.to(tl.pointer_type(tl.float16)) + 32 * D + g[None, :] * 32 + r[:, None]
+    zeros = scales + TOKENS // 32 * PLANE
+    words = tl.load(record + inside, mask=plane > 0, other=0).to(tl.int32) & ((1 << (BITS * plane)) - 1)
+    most = tl.zeros([ROWS, W], tl.float32)
+    for j in range(plane, end):
+        x = _tokens(values, stride, begin, known, page * TOKENS + j * 32, held, r, d, DTYPE, D)
+        most = _most(most, x)
+        x = tl.reshape(x, [ROWS, GROUPS, CHANNELS])
+        scale, zero = _ends(tl.min(x, 2), tl.max(x, 2), STEPS)
+        tl.store(scales + j * PLANE, scale)
+        tl.store(zeros + j * PLANE, zero)
+        step, inverse = _step(scale)
+        shift = zero.to(tl.float32)
+        codes = _codes(x, shift[:, :, None], step[:, :, None], inverse[:, :, None], STEPS, FUSED)
+        words |= tl.reshape(codes, [ROWS, W]) << (BITS * j)
+    for j in range(end, TOKENS // 32):
+        tl.store(scales + j * PLANE, tl.zeros([ROWS, GROUPS], tl.float16))
+        tl.store(zeros + j * PLANE, tl.zeros([ROWS, GROUPS], tl.float16))
+    tl.store(record + inside, words.to(tl.int16))
+    tl.atomic_max(peak, tl.max(tl.max(most, 1), 0).to(tl.int32, bitcast=True))
+
+
+@triton.jit(do_not_specialize=("table_stride", "exact_table_stride"))
+def _pack_blocks(
+    keys, values, key_stride, value_stride, packed, packed_table, exact, exact_table, query_starts, lengths, slots,
+    pages, peak, packed_block, packed_head, packed_state, table_stride, exact_block, exact_head, exact_state,
+    exact_table_stride,
+    D: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr, STATES: tl.constexpr, EXACT_STATES: tl.constexpr, DTYPE: tl.constexpr, SIDE: tl.constexpr,
+    STEP: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """The groups of some channels of a page that are full now. Grid: (requests or pages, kv_heads, D / KEY_WIDTH +
+    D / 64).
+
+    STEP: every request has one new token, and it is written where `slots` says first. SIDE: 16 bytes of a side of an
+    exact page.
+    """
+    item = tl.program_id(0)
+    head = tl.program_id(1)
+    part = tl.program_id(2)
+    PLANES: tl.constexpr = TOKENS // 32
+    KEY_PARTS: tl.constexpr = D // KEY_WIDTH
+    keys += head * D
+    values += head * D
+    if STEP:
+        row = item
+        begin = item
+        length = tl.load(lengths + item)
+        slot = tl.load(slots + item).to(tl.int64)
+        if (slot < 0) | (length <= 0):
+            return
+        known = length - 1
+        page = known // TOKENS
+        if part == 0:
+            d = tl.arange(0, D)
+            number = slot // 32
+            place = number // EXACT_STATES * exact_block + head * exact_head + number % EXACT_STATES * exact_state
+            to = tl.multiple_of((exact.to(tl.int64) + place * 16).to(tl.pointer_type(DTYPE)), 16) + slot % 32 * D + d
+            tl.store(to, tl.load(keys + item.to(tl.int64) * key_stride + d))
+            tl.store(to + 32 * D, tl.load(values + item.to(tl.int64) * value_stride + d))
+        if length % 32 != 0:
+            return
+    else:
+        row = tl.load(pages + 2 * item)
+        if row < 0:
+            return
+        page = tl.load(pages + 2 * item + 1)
+        begin = tl.load(query_starts + row)
+        length = tl.load(lengths + row)
+        known = length - (tl.load(query_starts + row + 1) - begin)
+    plane = tl.maximum(known // 32 - page * PLANES, 0)
+    end = tl.minimum(length // 32 - page * PLANES, PLANES)
+    if plane >= end:
+        return
+    place = _at(
+        packed, packed_table, row, page, head, table_stride, packed_block, packed_head, packed_state, STATES
+    )  # fmt: skip
+    record = tl.multiple_of(place.to(tl.pointer_type(tl.int16)), 16)
+    # Of older tokens only the open group is wanted, which is one exact page.
+    held = exact.to(tl.int64)
+    if known % 32 != 0:
+        held = _at(
+            exact, exact_table, row, known // 32, head, exact_table_stride, exact_block, exact_head, exact_state,
+            EXACT_STATES,
+        )  # fmt: skip
+    if part < KEY_PARTS:
+        _keys(
+            keys, key_stride, begin, known, page, held, record, peak, plane, end, part,
+            D, KEY_WIDTH, BITS, TOKENS, DTYPE, FUSED,
+        )  # fmt: skip
+    else:
+        KEY_SIDE: tl.constexpr = 32 * D + 2 * PLANES * D
+        _values(
+            values, value_stride, begin, known, page, held + SIDE * 16, record + KEY_SIDE, peak, plane, end,
+            part - KEY_PARTS, D, VALUE_WIDTH, BITS, TOKENS, CHANNELS, DTYPE, FUSED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store(
+    keys, values, key_stride, value_stride, exact, slots, block, head_stride, state,
+    H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, STATES: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """New tokens into their exact pages. Grid: (tokens,)."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token).to(tl.int64)
+    if slot < 0:
+        return
+    h = tl.arange(0, HEADS)
+    d = tl.arange(0, D)
+    live = (h < H)[:, None]
+    number = slot // 32
+    place = exact.to(tl.int64) + (number // STATES * block + number % STATES * state) * 16
+    to = tl.multiple_of(place.to(tl.pointer_type(DTYPE)), 16) + slot % 32 * D
+    to += h[:, None] * (head_stride * (16 // (DTYPE.primitive_bitwidth // 8))) + d[None, :]
+    inside = h[:, None] * D + d[None, :]
+    tl.store(to, tl.load(keys + token * key_stride + inside, mask=live), mask=live)
+    tl.store(to + 32 * D, tl.load(values + token * value_stride + inside, mask=live), mask=live)
+
+
+@triton.jit
+def _listed(pages, heads, programs, i, requests, starts, H: tl.constexpr, HEADS: tl.constexpr):
+    """A work list (`starts_reference`) of pages `[requests]`."""
+    total = tl.sum(pages, 0) * heads
+    low = tl.maximum(1, tl.cdiv(total, tl.maximum(1, programs)))
+    high = tl.maximum(low, tl.max(pages, 0))
+    for _ in range(24):
+        middle = (low + high) // 2
+        fits = tl.sum(tl.cdiv(pages, middle), 0) * heads <= programs
+        searching = low < high
+        low = tl.where(searching & (fits == 0), middle + 1, low)
+        high = tl.where(searching & fits, middle, high)
+    shares = tl.cdiv(pages, low)
+    even = tl.minimum(pages, tl.maximum(1, pages * programs // tl.maximum(1, total)))
+    worse = tl.max((tl.cdiv(pages, tl.maximum(1, even)) > low).to(tl.int32), 0)
+    worse = (worse > 0) | (tl.sum(even, 0) * heads > programs)
+    shares = tl.where(worse, shares, even)
+    before = (tl.cumsum(shares, 0) - shares) * heads
+    h = tl.arange(0, HEADS)[None, :]
+    to = starts + i[:, None] * heads + h
+    tl.store(to, before[:, None] + h * shares[:, None], mask=(i < requests)[:, None] & (h < heads))
+    tl.store(starts + requests * heads, tl.sum(shares, 0) * heads)
+
+
+@triton.jit
+def _starting(lengths, query_starts, i, live, residual):
+    """Tokens, and the first that is read exactly (`seen_from`)."""
+    length = tl.load(lengths + i, mask=live, other=0)
+    new = tl.load(query_starts + i + 1, mask=live, other=0) - tl.load(query_starts + i, mask=live, other=0)
+    return length, tl.maximum(length - new - residual, 0) // 32 * 32
+
+
+@triton.jit(do_not_specialize=(
+    "table_stride", "columns", "starts_stride", "requests", "decodes", "residual", "programs", "exact_programs", "block",
+    "head_stride", "state",
+))  # fmt: skip
+def _tables(
+    lengths, query_starts, blocks, table, spans, starts, table_stride, columns, starts_stride, requests, decodes,
+    residual, programs, exact_programs, block, head_stride, state,
+    H: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, STATES: tl.constexpr,
+    SPAN: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Grid: (requests, 1 + columns / COLUMNS): spans, and in the first program the work lists; then the pages."""
+    row = tl.program_id(0)
+    h = tl.arange(0, HEADS)
+    length, start = _starting(lengths, query_starts, row, row < requests, residual)
+    if tl.program_id(1) == 0:
+        stop = tl.where(row < decodes, length - start, 0)
+        start = tl.where(row < decodes, start, 0)
+        s = tl.arange(0, SPAN)
+        span = tl.where(s == 1, start, tl.where(s == 4, stop, 0))
+        to = spans + (row * H + h[:, None]) * SPAN + s[None, :]
+        tl.store(to, tl.broadcast_to(span[None, :], [HEADS, SPAN]), mask=(h < H)[:, None])
+        if row == 0:
+            i = tl.arange(0, R)
+            every, first = _starting(lengths, query_starts, i, i < decodes, residual)
+            packed = tl.cdiv(first, TOKENS)
+            if exact_programs == 0:
+                _listed(packed + tl.cdiv(every - first, 32), H, programs, i, requests, starts, H, HEADS)
+                packed *= 0
+                _listed(packed, H, exact_programs, i, requests, starts + starts_stride, H, HEADS)
+            else:
+                _listed(packed, H, programs, i, requests, starts, H, HEADS)
+                exact = tl.cdiv(every - first, TILE)
+                _listed(exact, H, exact_programs, i, requests, starts + starts_stride, H, HEADS)
+    else:
+        c = (tl.program_id(1) - 1) * COLUMNS + tl.arange(0, COLUMNS)
+        live = c < tl.cdiv(start, TOKENS)
+        number = tl.load(blocks + row * table_stride + c // STATES, mask=live, other=0).to(tl.int64)
+        address = number * block + c % STATES * state
+        for head in range(H):
+            to = table + (row * H + head).to(tl.int64) * columns + c
+            tl.store(to, address + head * head_stride, mask=live)
+
+
+@triton.jit(do_not_specialize=("table_stride", "residual", "block", "head_stride", "state"))
+def _exact_tables(
+    lengths, query_starts, blocks, table, table_stride, residual, block, head_stride, state,
+    H: tl.constexpr, HEADS: tl.constexpr, COUNT: tl.constexpr, C: tl.constexpr, STATES: tl.constexpr,
+    SIDE: tl.constexpr,
+):  # fmt: skip
+    """Grid: (requests,). SIDE: 16 bytes of a side of a page."""
+    row = tl.program_id(0)
+    length, start = _starting(lengths, query_starts, row, row >= 0, residual)
+    c = tl.arange(0, C)
+    live = (c < COUNT) & (start + c * 32 < length)
+    page = start // 32 + c
+    number = tl.load(blocks + row * table_stride + page // STATES, mask=live, other=0).to(tl.int64)
+    h = tl.arange(0, HEADS)[:, None]
+    address = (number * block + page % STATES * state)[None, :] + h * head_stride
+    to = table + ((row * H + h) * COUNT + c[None, :]) * 2
+    seen = live[None, :] & (h < H)
+    tl.store(to, address, mask=seen)
+    tl.store(to + 1, address + SIDE, mask=seen)
+
+
+def _strides(blocks: Blocks) -> tuple[int, int, int]:
+    """Of a block, a KV head, a state, in units of 16 bytes."""
+    block, head, state, _ = blocks.memory.stride()
+    return block // 16, head // 16, state // 16
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """`[tokens, kv_heads, head_dim]` with the numbers of a token in succession."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def _launch(
+    form: Form, count: int, keys: torch.Tensor, values: torch.Tensor, packed: Blocks, exact: Blocks,
+    query_starts: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor, pages: torch.Tensor, peak: torch.Tensor,
+    step: bool,
+) -> None:  # fmt: skip
+    assert form.group == PAGE
+    keys, values = _dense(keys), _dense(values)
+    device, heads, dim = keys.device, keys.shape[1], form.head_dim
+    value_width = max(64, form.channels)
+    with on(device):
+        _pack_blocks[(count, heads, dim // 64 + dim // 64)](
+            keys, values, keys.stride(0), values.stride(0), packed.memory, packed.table, exact.memory, exact.table,
+            query_starts, lengths, slots, pages, peak, *_strides(packed), packed.table.stride(0), *_strides(exact),
+            exact.table.stride(0),
+            D=dim, KEY_WIDTH=64, VALUE_WIDTH=value_width, BITS=form.bits, TOKENS=form.tokens, CHANNELS=form.channels,
+            STATES=packed.states, EXACT_STATES=exact.states, DTYPE=_TYPES[keys.dtype],
+            SIDE=PAGE * dim * keys.dtype.itemsize // 16, STEP=step, FUSED=device.type == "cuda", num_warps=2,
+        )  # fmt: skip
+
+
+def step(
+    form: Form,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    packed: Blocks,
+    exact: Blocks,
+    lengths: torch.Tensor,
+    slots: torch.Tensor,
+    peak: torch.Tensor,
+) -> None:
+    """Write one new token of each request, `[requests, kv_heads, head_dim]`, and pack the groups that are full now:
+    `append_reference` and `pack_reference` in one launch. What is not a token has a negative slot.
+
+    peak: int32 `[1]`, the largest absolute value that was packed so far, as the bits of a float32 (infinity for NaN).
+    """
+    _launch(form, len(lengths), keys, values, packed, exact, lengths, lengths, slots, lengths, peak, True)
+
+
+def pack(
+    form: Form,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    packed: Blocks,
+    exact: Blocks,
+    query_starts: torch.Tensor,
+    lengths: torch.Tensor,
+    pages: torch.Tensor,
+    peak: torch.Tensor,
+) -> None:
+    """`pack_reference` in one launch; peak: see `step`. It reads the exact memory as it was before this step, or after
+    `store`."""
+    if len(pages):
+        _launch(form, len(pages), keys, values, packed, exact, query_starts, lengths, lengths, pages, peak, False)
+
+
+def store(keys: torch.Tensor, values: torch.Tensor, exact: Blocks, slots: torch.Tensor) -> None:
+    """`append_reference` in one launch."""
+    keys, values = _dense(keys), _dense(values)
+    tokens, heads, dim = keys.shape
+    if tokens:
+        with on(keys.device):
+            _store[(tokens,)](
+                keys, values, keys.stride(0), values.stride(0), exact.memory, slots, *_strides(exact), H=heads,
+                HEADS=triton.next_power_of_2(heads), D=dim, STATES=exact.states, DTYPE=_TYPES[keys.dtype], num_warps=4,
+            )  # fmt: skip
+
+
+def tables(
+    form: Form,
+    packed: Blocks,
+    query_starts: torch.Tensor,
+    lengths: torch.Tensor,
+    residual: int,
+    decodes: int,
+    programs: tuple[int, int],
+    longest: int,
+    table: torch.Tensor,
+    spans: torch.Tensor,
+    starts: torch.Tensor,
+    most: int,
+) -> None:
+    """`tables_reference` into what is given: table int64 `[>= requests * kv_heads, columns]`, spans, starts int32
+    `[2, > requests * kv_heads]`. longest: no request has more tokens. most: requests there may be, so that one kernel
+    serves all batches."""
+    heads, columns = packed.memory.shape[1], min(table.shape[1], -(-longest // form.tokens))
+    with on(lengths.device):
+        _tables[(len(lengths), 1 + -(-columns // COLUMNS))](
+            lengths, query_starts, packed.table, table, spans, starts, packed.table.stride(0), table.shape[1],
+            starts.stride(0), len(lengths), decodes, residual, *programs, *_strides(packed),
+            H=heads, HEADS=triton.next_power_of_2(heads), R=triton.next_power_of_2(most), TOKENS=form.tokens,
+            STATES=packed.states, SPAN=SPAN, TILE=TILE, COLUMNS=COLUMNS, num_warps=4,
+        )  # fmt: skip
+
+
+def exact_tables(
+    exact: Blocks,
+    head_dim: int,
+    dtype: torch.dtype,
+    query_starts: torch.Tensor,
+    lengths: torch.Tensor,
+    residual: int,
+    table: torch.Tensor,
+) -> None:
+    """`exact_tables_reference` into table int64 `[>= requests * kv_heads, exact_columns(residual), 2]`."""
+    heads, count = exact.memory.shape[1], exact_columns(residual)
+    with on(lengths.device):
+        _exact_tables[(len(lengths),)](
+            lengths, query_starts, exact.table, table, exact.table.stride(0), residual, *_strides(exact),
+            H=heads, HEADS=triton.next_power_of_2(heads), COUNT=count, C=triton.next_power_of_2(count),
+            STATES=exact.states, SIDE=PAGE * head_dim * dtype.itemsize // 16, num_warps=1,
+        )  # fmt: skip
