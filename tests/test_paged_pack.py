@@ -154,31 +154,61 @@ def test_a_chunk_is_packed_as_the_reference(device: str, form: Form, dtype: torc
         assert torch.equal(found, wanted)
 
 
+def buffers(rows: int, columns: int, residual: int, device: str) -> paged_pack.Tables:
+    long = {"dtype": torch.int64, "device": device}
+    return paged_pack.Tables(
+        torch.zeros((rows, columns), **long),
+        torch.zeros((rows, exact_columns(residual), 2), **long),
+        torch.full((rows, schedule.SPAN), -1, dtype=torch.int32, device=device),
+        torch.full((2, rows + 1), -1, dtype=torch.int32, device=device),
+    )
+
+
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
 @pytest.mark.parametrize("residual", [0, 128])
 @pytest.mark.parametrize("joined", [False, True])
 def test_tables(device: str, residual: int, joined: bool) -> None:
+    """Also of a request that is padding, and of one whose first tokens a prefix hit brought."""
     torch.manual_seed(0)
     np.random.seed(2)
-    form, dtype = Form(4, 32, 32, 64), torch.bfloat16
-    served = Served(form, [300, 159, 128, 0, 31, 500, 0], [1, 1, 1, 1, 1, 40, 0], dtype, device, heads=3)
-    starts, lengths, _, _ = served.on(device)
-    rows, columns, decodes = 21, 7, 5
-    table = torch.zeros((30, columns), dtype=torch.int64, device=device)
-    spans = torch.full((30, schedule.SPAN), -1, dtype=torch.int32, device=device)
-    work = torch.full((2, 31), -1, dtype=torch.int32, device=device)
-    slots = torch.zeros((30, exact_columns(residual), 2), dtype=torch.int64, device=device)
-    programs = (40, 0) if joined else (24, 32)
-    kernel.tables(form, served.packed, starts, lengths, residual, decodes, programs, 600, table, spans, work, 10)
-    kernel.exact_tables(served.exact, form.head_dim, dtype, starts, lengths, residual, slots)
-    wanted = paged_pack.tables_reference(
-        form, served.packed, starts, lengths, residual, decodes, programs, columns
-    )  # fmt: skip
-    assert torch.equal(table[:rows].cpu(), wanted[0])
-    assert torch.equal(spans[:rows].cpu(), wanted[1])
-    assert torch.equal(work[:, : rows + 1].cpu(), wanted[2])
-    exact = paged_pack.exact_tables_reference(served.exact, form.head_dim, dtype, starts, lengths, residual)
-    assert torch.equal(slots[:rows].cpu(), exact)
+    form, dtype, heads = Form(4, 32, 32, 64), torch.bfloat16, 3
+    served = Served(form, [300, 159, 128, 0, 31, 500], [1, 1, 1, 1, 1, 1], dtype, device, heads)
+    lengths = torch.tensor([*served.lengths, 0], dtype=torch.int32).to(device)
+    more = torch.zeros(1, served.packed.table.shape[1], dtype=torch.int32, device=device)
+    packed = Blocks(served.packed.memory, torch.cat([served.packed.table, more]))
+    more = torch.zeros(1, served.exact.table.shape[1], dtype=torch.int32, device=device)
+    exact = Blocks(served.exact.memory, torch.cat([served.exact.table, more]))
+    exact.table[2, :4] = 0
+    found, programs = buffers(30, 7, residual, device), (40, 0) if joined else (24, 32)
+    kernel.tables(form, packed.place, packed.table, exact.place, exact.table, heads, dtype, lengths, residual, programs,
+                  600, found, 10)  # fmt: skip
+    wanted = paged_pack.tables_reference(form, packed, exact, dtype, lengths, residual, programs, 7)
+    assert torch.equal(found.packed[:21].cpu(), wanted.packed)
+    assert torch.equal(found.spans[:21].cpu(), wanted.spans)
+    assert torch.equal(found.starts[:, :22].cpu(), wanted.starts)
+    live = torch.arange(exact_columns(residual)) * 32 < wanted.spans[:, 4:5]
+    assert torch.equal(found.exact[:21].cpu()[live], wanted.exact[live])
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize(("form", "dtype"), list(zip(FORMS, DTYPES)), ids=str)
+def test_gathering_reads_what_is_packed_and_what_is_exact(device: str, form: Form, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    np.random.seed(4)
+    known = form.tokens + 75
+    served = Served(form, [40, known], [1, 1], dtype, device)
+    served.exact.table[1, : form.tokens // 32 + 1] = 0  # also behind start
+    start = form.tokens
+    for first, last in ((32, known), (form.tokens, form.tokens + 32)):
+        found = [torch.full((last - first + 3, 2, form.head_dim), torch.nan, dtype=dtype, device=device) for _ in "kv"]
+        kernel.gather(form, served.packed, served.exact, 1, first, last, start, *found)
+        wanted = paged_pack.gather_reference(form, served.packed, served.exact, dtype, 1, first, last, start)
+        for x, y in zip(found, wanted):
+            assert x[last - first :].isnan().all()
+            torch.testing.assert_close(x[: last - first], y, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    first = form.tokens + 32  # from here on exact
+    found = paged_pack.gather_reference(form, served.packed, served.exact, dtype, 1, first, known, start)
+    assert torch.equal(found[0], served.keys[1, first:known]) and torch.equal(found[1], served.values[1, first:known])
 
 
 def test_work_lists_share_out_all_pages() -> None:
@@ -204,22 +234,22 @@ def test_decoding_reads_what_the_tables_say(device: str, residual: int) -> None:
     form, dtype, heads = Form(2, 32, 32, 64), torch.bfloat16, 2
     known = [300, 31, 600, 0]
     served = Served(form, known, [1] * 4, dtype, device, heads)
-    starts, lengths, slots, _ = served.on(device)
+    _, lengths, slots, _ = served.on(device)
     peak = torch.zeros(1, dtype=torch.int32, device=device)
     kernel.step(form, *served.new, served.packed, served.exact, lengths, slots, peak)
     rows = 4 * heads
     programs = attention.programs_for(rows, torch.device(device), form, 3, dtype)
-    table = torch.zeros((rows, 3), dtype=torch.int64, device=device)
-    spans = torch.zeros((rows, schedule.SPAN), dtype=torch.int32, device=device)
-    work = torch.zeros((2, rows + 1), dtype=torch.int32, device=device)
-    places = torch.zeros((rows, exact_columns(residual), 2), dtype=torch.int64, device=device)
-    kernel.tables(form, served.packed, starts, lengths, residual, 4, programs, 601, table, spans, work, 4)
-    kernel.exact_tables(served.exact, form.head_dim, dtype, starts, lengths, residual, places)
+    tables = buffers(rows, 3, residual, device)
+    kernel.tables(form, served.packed.place, served.packed.table, served.exact.place, served.exact.table, heads, dtype,
+                  lengths, residual, programs, 601, tables, 4)  # fmt: skip
     queries = torch.randn(rows, 3, form.head_dim, device=device).to(dtype)
+    packed = schedule.Packed(tables.packed, form, base=served.packed.place.base)
+    exact = schedule.Exact(tables.exact, dtype, base=served.exact.place.base)
+    out = torch.empty_like(queries)
     found, _ = attention.decode(
-        queries, form.head_dim**-0.5, spans, schedule.Packed(table, form, base=served.packed.base),
-        schedule.Exact(places, dtype, base=served.exact.base), starts=work, programs=programs,
-    )  # fmt: skip
+        queries, form.head_dim**-0.5, tables.spans, packed, exact, starts=tables.starts, programs=programs, out=out
+    )
+    assert found is out
     for request, length in enumerate(served.lengths.tolist()):
         start = seen_from(length - 1, residual)
         assert start == [288, 0, 576, 0][request] - (0 if residual == 0 else [128, 0, 128, 0][request])

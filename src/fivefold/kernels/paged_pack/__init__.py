@@ -1,16 +1,20 @@
 """KIVI's pages in the blocks of a serving engine. `triton.py` needs Triton and is imported only where it is used."""
 
 from fivefold.kernels.paged_pack.reference import (
+    NULL,
     Blocks,
+    Place,
     Tables,
     append_reference,
-    exact_tables_reference,
+    exact_columns,
+    gather_reference,
     pack_reference,
+    seen_from,
     starts_reference,
     tables_reference,
 )
 
 __all__ = [
-    "Blocks", "Tables", "append_reference", "exact_tables_reference", "pack_reference", "starts_reference",
-    "tables_reference",
+    "NULL", "Blocks", "Place", "Tables", "append_reference", "exact_columns", "gather_reference", "pack_reference",
+    "seen_from", "starts_reference", "tables_reference",
 ]  # fmt: skip

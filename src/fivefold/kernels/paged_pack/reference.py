@@ -5,13 +5,14 @@ The engine owns two memories of a layer, int8 `[blocks, kv_heads, states, bytes]
 packed   pages of `Form.tokens` tokens, `Form.nbytes` bytes each
 exact    pages of 32 tokens: keys `[32, head_dim]`, then values, in the model's dtype
 
-and a table of blocks for each: int32 `[requests, columns]`, column c of which has the tokens from c * states * (tokens of
-a page) on. A request has `lengths` tokens, of which those from `query_starts[r]` to `query_starts[r + 1]` of this step's
-are new. Tokens lie in the exact memory until the group of 32 is full; then it is packed, so what is packed is always
-whole groups of the text from its beginning, and may be shared by requests that begin alike.
+and a table of blocks for each: int32 `[requests, columns]`, column c of which has the tokens from c * states * (tokens
+of a page) on. A request has `lengths` tokens. Tokens lie in the exact memory until the group of 32 is full; then it is
+packed, so what is packed is always whole groups of the text from its beginning, and requests that begin alike may share
+it.
 
-What is read packed is `[0, start)`, start being the tokens known before this step less the residual, in whole groups; the
-rest is read exactly.
+What is read packed is `[0, start)`, start being the tokens known before this step less the residual, in whole groups;
+the rest is read exactly. Where the exact table has the null block, which is the engine's word for none, the group is
+read packed too (what a prefix hit brought).
 """
 
 from __future__ import annotations
@@ -22,35 +23,59 @@ import numpy as np
 import torch
 
 from fivefold.kernels.pack import reference as pack
-from fivefold.kernels.packed_decode.reference import Form
+from fivefold.kernels.packed_decode.reference import Form, decode_page
 from fivefold.kernels.packed_decode.schedule import PAGE, SPAN, TILE
+
+NULL = 0
+"""The block that stands in a table where a request holds none."""
+UNIT = 16
+"""Addresses and strides are counted in so many bytes."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """How the pages of a layer lie in memory `[blocks, kv_heads, pages, bytes]`: page p of block b and head h is at
+    `base + b * block + h * head + p * page`, in units of 16 bytes. pages: of a block."""
+
+    base: int
+    block: int
+    head: int
+    page: int
+    pages: int
+
+    @classmethod
+    def of(cls, memory: torch.Tensor) -> Place:
+        steps = [x * memory.element_size() for x in memory.stride()[:3]]
+        assert memory.stride(3) == 1 and not any(x % UNIT for x in (memory.data_ptr(), *steps)), (memory.shape, steps)
+        return cls(memory.data_ptr() // UNIT, *(x // UNIT for x in steps), memory.shape[2])
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The memory of a layer for one kind of pages, int8 `[blocks, kv_heads, states, bytes]` (the last axis is
-    contiguous, the strides of the others multiples of 16), and the table of blocks, int32 `[requests, columns]`."""
+    """The memory of a layer for one kind of pages, int8 `[blocks, kv_heads, pages, bytes]` (its last axis contiguous,
+    the strides of the others multiples of 16), and the table of blocks, int32 `[requests, columns]`."""
 
     memory: torch.Tensor
     table: torch.Tensor
 
     @property
-    def states(self) -> int:
-        return self.memory.shape[2]
+    def place(self) -> Place:
+        return Place.of(self.memory)
 
-    @property
-    def base(self) -> int:
-        """Where the memory begins, in units of 16 bytes."""
-        return self.memory.data_ptr() // 16
-
-    def place(self, request: int, page: int) -> tuple[int, int]:
-        """Block and state of a page of a request."""
-        return int(self.table[request, page // self.states]), page % self.states
+    def find(self, request: int, page: int) -> tuple[int, int]:
+        """Block of a page of a request, and the page's number in it."""
+        pages = self.memory.shape[2]
+        return int(self.table[request, page // pages]), page % pages
 
     def view(self, request: int, page: int) -> torch.Tensor:
         """A page of every KV head, int8 `[kv_heads, bytes]`."""
-        block, state = self.place(request, page)
-        return self.memory[block, :, state]
+        block, number = self.find(request, page)
+        return self.memory[block, :, number]
+
+    def addresses(self, request: int, page: int) -> torch.Tensor:
+        """Of a page of every KV head, from the base: int64 `[kv_heads]`."""
+        (block, number), place = self.find(request, page), self.place
+        return block * place.block + torch.arange(self.memory.shape[1]) * place.head + number * place.page
 
 
 @dataclass(frozen=True)
@@ -75,7 +100,7 @@ def exact_columns(residual: int) -> int:
 
 def seen_from(known: int, residual: int) -> int:
     """The first token that is read exactly, if so many were known before this step."""
-    return max(0, (known - residual) // PAGE * PAGE)
+    return max(0, known - residual) // PAGE * PAGE
 
 
 def sides(page: torch.Tensor, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
@@ -86,7 +111,7 @@ def sides(page: torch.Tensor, head_dim: int, dtype: torch.dtype) -> torch.Tensor
 def append_reference(keys: torch.Tensor, values: torch.Tensor, exact: Blocks, slots: torch.Tensor) -> None:
     """Write new tokens `[tokens, kv_heads, head_dim]` where `slots [tokens]` says: block * tokens of a block + token;
     negative ones nowhere."""
-    span = exact.states * PAGE
+    span = exact.memory.shape[2] * PAGE
     for token, slot in enumerate(slots.tolist()):
         if slot >= 0:
             page = sides(exact.memory[slot // span, :, slot % span // PAGE], keys.shape[2], keys.dtype)
@@ -132,55 +157,60 @@ def pack_reference(
 def tables_reference(
     form: Form,
     packed: Blocks,
-    query_starts: torch.Tensor,
+    exact: Blocks,
+    dtype: torch.dtype,
     lengths: torch.Tensor,
     residual: int,
-    decodes: int,
     programs: tuple[int, int],
     columns: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`Tables.packed` of `columns` columns, `spans` and `starts`. Only the first `decodes` requests get work; the others
-    have their packed pages in the table, for what is read of them otherwise."""
-    memory, heads, requests = packed.memory, packed.memory.shape[1], len(lengths)
+) -> Tables:
+    """The tables of requests that have one new token each (or no token at all). columns: of `Tables.packed`."""
+    heads, requests = packed.memory.shape[1], len(lengths)
     table = torch.zeros((requests, heads, columns), dtype=torch.int64)
+    slots = torch.zeros((requests, heads, exact_columns(residual), 2), dtype=torch.int64)
     spans = torch.zeros((requests, heads, SPAN), dtype=torch.int32)
     pages = np.zeros((2, requests), dtype=np.int64)
     for request, length in enumerate(lengths.tolist()):
-        begin, end = query_starts[request : request + 2].tolist()
-        start = seen_from(length - (end - begin), residual)
-        for page in range(-(-start // form.tokens)):
-            block, state = packed.place(request, page)
-            first = block * memory.stride(0) + state * memory.stride(2)
-            table[request, :, page] = (first + torch.arange(heads) * memory.stride(1)) // 16
-        if request < decodes:
-            spans[request, :, 1], spans[request, :, 4] = start, length - start
-            seen = -(-start // form.tokens), length - start
-            joined = programs[1] == 0
-            pages[:, request] = (seen[0] - (-seen[1] // PAGE), 0) if joined else (seen[0], -(-seen[1] // TILE))
-    starts = [starts_reference(pages[kind], heads, programs[kind]) for kind in range(2)]
-    return table.flatten(0, 1), spans.flatten(0, 1), torch.from_numpy(np.stack(starts))
+        start, left_out = seen_from(length - 1, residual), 0
+        for column, token in enumerate(range(start, length, PAGE)):
+            slots[request, :, column, 0] = exact.addresses(request, token // PAGE)
+            left_out += PAGE * (exact.find(request, token // PAGE)[0] == NULL)
+        for page in range(-(-(start + left_out) // form.tokens)):
+            table[request, :, page] = packed.addresses(request, page)
+        spans[request, :, 1], spans[request, :, 3] = start + left_out, left_out
+        spans[request, :, 4] = length - start
+        # As many packed pages as there are at most.
+        seen = -(-seen_from(length - 1, 0) // form.tokens), length - start
+        pages[:, request] = (seen[0] - (-seen[1] // PAGE), 0) if programs[1] == 0 else (seen[0], -(-seen[1] // TILE))
+    slots[..., 1] = slots[..., 0] + PAGE * form.head_dim * dtype.itemsize // UNIT
+    starts = np.stack([starts_reference(pages[kind], heads, programs[kind]) for kind in range(2)])
+    return Tables(table.flatten(0, 1), slots.flatten(0, 1), spans.flatten(0, 1), torch.from_numpy(starts))
 
 
-def exact_tables_reference(
+def gather_reference(
+    form: Form,
+    packed: Blocks,
     exact: Blocks,
-    head_dim: int,
     dtype: torch.dtype,
-    query_starts: torch.Tensor,
-    lengths: torch.Tensor,
-    residual: int,
-) -> torch.Tensor:
-    """`Tables.exact`."""
-    memory, heads, requests = exact.memory, exact.memory.shape[1], len(lengths)
-    table = torch.zeros((requests, heads, exact_columns(residual), 2), dtype=torch.int64)
-    for request, length in enumerate(lengths.tolist()):
-        begin, end = query_starts[request : request + 2].tolist()
-        start = seen_from(length - (end - begin), residual)
-        for column, token in enumerate(range(start, length, PAGE)[: table.shape[2]]):
-            block, state = exact.place(request, token // PAGE)
-            first = (block * memory.stride(0) + state * memory.stride(2) + torch.arange(heads) * memory.stride(1)) // 16
-            table[request, :, column, 0] = first
-            table[request, :, column, 1] = first + PAGE * head_dim * dtype.itemsize // 16
-    return table.flatten(0, 1)
+    request: int,
+    first: int,
+    last: int,
+    start: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values `[last - first, kv_heads, head_dim]` of tokens of a request: packed ones below `start`, and where
+    there is no exact block. first: a multiple of 32."""
+    parts = []
+    for token in range(first, last, PAGE):
+        if token < start or exact.find(request, token // PAGE)[0] == NULL:
+            record = packed.view(request, token // form.tokens)[:, : form.nbytes].contiguous().view(torch.int16)
+            inside = token % form.tokens
+            both = decode_page(form, pack.fields_of(form, record), dtype)
+            both = torch.stack([x[:, inside : inside + PAGE] for x in both], 1)
+        else:
+            both = sides(exact.view(request, token // PAGE), form.head_dim, dtype)
+        parts.append(both[:, :, : last - token])
+    keys, values = torch.cat(parts, 2).transpose(0, 1).transpose(1, 2)
+    return keys, values
 
 
 def starts_reference(pages: np.ndarray, heads: int, programs: int) -> np.ndarray:

@@ -1,8 +1,9 @@
 """KIVI's pages in the blocks of a serving engine, in Triton: see `reference.py` for what each kernel computes.
 
-Nothing here waits for the host, and grids depend on sizes that a CUDA graph fixes: `step` (a token of every request:
-written, and packed where it makes a group full) and `store` and `pack` (a chunk of prompts) run in a layer, `tables` and
-`exact_tables` once in a step, before its layers. The arithmetic of packing is that of `kernels/pack`, bit for bit.
+Nothing here waits for the host. `step` (a token of every request: written, and packed where it makes a group full) runs
+in a layer of a CUDA graph, whose sizes alone its grid depends on; `tables` once in a step, before the graph; `gather`,
+`pack` and `store` in the layers of a chunk of prompts. The arithmetic of packing is that of
+`kernels/pack`, bit for bit.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from fivefold.kernels.device import on
 from fivefold.kernels.pack.triton import _codes, _ends, _most, _step
 from fivefold.kernels.packed_decode.reference import Form
 from fivefold.kernels.packed_decode.schedule import PAGE, SPAN, TILE
-from fivefold.kernels.paged_pack.reference import Blocks, exact_columns
+from fivefold.kernels.paged_pack.reference import Blocks, Place, Tables
 
 COLUMNS = 128
 """Columns of a table that a program fills."""
@@ -234,82 +235,109 @@ def _listed(pages, heads, programs, i, requests, starts, H: tl.constexpr, HEADS:
     tl.store(starts + requests * heads, tl.sum(shares, 0) * heads)
 
 
-@triton.jit
-def _starting(lengths, query_starts, i, live, residual):
-    """Tokens, and the first that is read exactly (`seen_from`)."""
-    length = tl.load(lengths + i, mask=live, other=0)
-    new = tl.load(query_starts + i + 1, mask=live, other=0) - tl.load(query_starts + i, mask=live, other=0)
-    return length, tl.maximum(length - new - residual, 0) // 32 * 32
-
-
 @triton.jit(do_not_specialize=(
-    "table_stride", "columns", "starts_stride", "requests", "decodes", "residual", "programs", "exact_programs", "block",
-    "head_stride", "state",
+    "packed_stride", "exact_stride", "columns", "starts_stride", "requests", "residual", "programs", "exact_programs",
+    "packed_block", "packed_head", "packed_page", "exact_block", "exact_head", "exact_page",
 ))  # fmt: skip
 def _tables(
-    lengths, query_starts, blocks, table, spans, starts, table_stride, columns, starts_stride, requests, decodes,
-    residual, programs, exact_programs, block, head_stride, state,
-    H: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, STATES: tl.constexpr,
-    SPAN: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+    lengths, packed_blocks, exact_blocks, table, slots, spans, starts, packed_stride, exact_stride, columns,
+    starts_stride, requests, residual, programs, exact_programs, packed_block, packed_head, packed_page, exact_block,
+    exact_head, exact_page,
+    H: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, PAGES: tl.constexpr,
+    EXACT_PAGES: tl.constexpr, COUNT: tl.constexpr, C: tl.constexpr, SIDE: tl.constexpr, SPAN: tl.constexpr,
+    TILE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (requests, 1 + columns / COLUMNS): spans, and in the first program the work lists; then the pages."""
+    """Grid: (requests, 1 + columns / COLUMNS): spans and exact pages, and in the first program the work lists; then
+    packed pages. SIDE: 16 bytes of a side of an exact page."""
     row = tl.program_id(0)
-    h = tl.arange(0, HEADS)
-    length, start = _starting(lengths, query_starts, row, row < requests, residual)
+    length = tl.load(lengths + row)
+    start = tl.maximum(length - 1 - residual, 0) // 32 * 32
+    # Exact pages that are none.
+    c = tl.arange(0, C)
+    page = start // 32 + c
+    live = (c < COUNT) & (page * 32 < length)
+    number = tl.load(exact_blocks + row * exact_stride + page // EXACT_PAGES, mask=live, other=0)
+    left_out = tl.sum((live & (number == 0)).to(tl.int32), 0) * 32
     if tl.program_id(1) == 0:
-        stop = tl.where(row < decodes, length - start, 0)
-        start = tl.where(row < decodes, start, 0)
+        h = tl.arange(0, HEADS)[:, None]
+        address = number.to(tl.int64) * exact_block + page % EXACT_PAGES * exact_page
+        address = address[None, :] + h * exact_head
+        to = slots + ((row * H + h) * COUNT + c[None, :]) * 2
+        seen = live[None, :] & (h < H)
+        tl.store(to, address, mask=seen)
+        tl.store(to + 1, address + SIDE, mask=seen)
         s = tl.arange(0, SPAN)
-        span = tl.where(s == 1, start, tl.where(s == 4, stop, 0))
-        to = spans + (row * H + h[:, None]) * SPAN + s[None, :]
-        tl.store(to, tl.broadcast_to(span[None, :], [HEADS, SPAN]), mask=(h < H)[:, None])
+        stop = tl.maximum(length - start, 0)
+        span = tl.where(s == 1, start + left_out, tl.where(s == 3, left_out, tl.where(s == 4, stop, 0)))
+        to = spans + (row * H + h) * SPAN + s[None, :]
+        tl.store(to, tl.broadcast_to(span[None, :], [HEADS, SPAN]), mask=h < H)
         if row == 0:
             i = tl.arange(0, R)
-            every, first = _starting(lengths, query_starts, i, i < decodes, residual)
-            packed = tl.cdiv(first, TOKENS)
+            every = tl.load(lengths + i, mask=i < requests, other=0)
+            packed = tl.cdiv(tl.maximum(every - 1, 0) // 32 * 32, TOKENS)
+            exact = tl.maximum(every - tl.maximum(every - 1 - residual, 0) // 32 * 32, 0)
             if exact_programs == 0:
-                _listed(packed + tl.cdiv(every - first, 32), H, programs, i, requests, starts, H, HEADS)
-                packed *= 0
-                _listed(packed, H, exact_programs, i, requests, starts + starts_stride, H, HEADS)
+                _listed(packed + tl.cdiv(exact, 32), H, programs, i, requests, starts, H, HEADS)
+                _listed(packed * 0, H, 0, i, requests, starts + starts_stride, H, HEADS)
             else:
                 _listed(packed, H, programs, i, requests, starts, H, HEADS)
-                exact = tl.cdiv(every - first, TILE)
-                _listed(exact, H, exact_programs, i, requests, starts + starts_stride, H, HEADS)
+                _listed(tl.cdiv(exact, TILE), H, exact_programs, i, requests, starts + starts_stride, H, HEADS)
     else:
         c = (tl.program_id(1) - 1) * COLUMNS + tl.arange(0, COLUMNS)
-        live = c < tl.cdiv(start, TOKENS)
-        number = tl.load(blocks + row * table_stride + c // STATES, mask=live, other=0).to(tl.int64)
-        address = number * block + c % STATES * state
+        live = c < tl.cdiv(start + left_out, TOKENS)
+        number = tl.load(packed_blocks + row * packed_stride + c // PAGES, mask=live, other=0)
+        address = number.to(tl.int64) * packed_block + c % PAGES * packed_page
         for head in range(H):
             to = table + (row * H + head).to(tl.int64) * columns + c
-            tl.store(to, address + head * head_stride, mask=live)
+            tl.store(to, address + head * packed_head, mask=live)
 
 
-@triton.jit(do_not_specialize=("table_stride", "residual", "block", "head_stride", "state"))
-def _exact_tables(
-    lengths, query_starts, blocks, table, table_stride, residual, block, head_stride, state,
-    H: tl.constexpr, HEADS: tl.constexpr, COUNT: tl.constexpr, C: tl.constexpr, STATES: tl.constexpr,
-    SIDE: tl.constexpr,
+@triton.jit(do_not_specialize=("packed_row", "exact_row", "first", "last", "start"))
+def _gather(
+    packed, packed_row, exact, exact_row, keys, values, first, last, start, packed_block, packed_head, packed_page,
+    exact_block, exact_head, exact_page,
+    H: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    PAGES: tl.constexpr, EXACT_PAGES: tl.constexpr, SIDE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (requests,). SIDE: 16 bytes of a side of a page."""
-    row = tl.program_id(0)
-    length, start = _starting(lengths, query_starts, row, row >= 0, residual)
-    c = tl.arange(0, C)
-    live = (c < COUNT) & (start + c * 32 < length)
-    page = start // 32 + c
-    number = tl.load(blocks + row * table_stride + page // STATES, mask=live, other=0).to(tl.int64)
-    h = tl.arange(0, HEADS)[:, None]
-    address = (number * block + page % STATES * state)[None, :] + h * head_stride
-    to = table + ((row * H + h) * COUNT + c[None, :]) * 2
-    seen = live[None, :] & (h < H)
-    tl.store(to, address, mask=seen)
-    tl.store(to + 1, address + SIDE, mask=seen)
+    """32 tokens of one side of a head, `[tokens, H, D]`. Grid: (groups, H, 2). packed_row, exact_row: the request's
+    tables of blocks."""
+    token = first + tl.program_id(0) * 32
+    head = tl.program_id(1)
+    side = tl.program_id(2)
+    r = tl.arange(0, 32)
+    d = tl.arange(0, D)
+    inside = r[:, None] * D + d[None, :]
+    to = (keys if side == 0 else values) + (token - first + r).to(tl.int64)[:, None] * (H * D) + head * D + d[None, :]
+    live = (token + r < last)[:, None]
+    page = token // 32
+    number = tl.load(exact_row + page // EXACT_PAGES).to(tl.int64)
+    if (token < start) | (number == 0):
+        place = token // TOKENS
+        number = tl.load(packed_row + place // PAGES).to(tl.int64)
+        address = packed.to(tl.int64) + (number * packed_block + head * packed_head + place % PAGES * packed_page) * 16
+        PLANES: tl.constexpr = TOKENS // 32
+        words = tl.multiple_of(address.to(tl.pointer_type(tl.int16)), 16) + side * (32 * D + 2 * PLANES * D)
+        scales = words.to(tl.pointer_type(tl.float16)) + 32 * D
+        j = token % TOKENS // 32
+        codes = ((tl.load(words + inside).to(tl.int32) >> (BITS * j)) & (2**BITS - 1)).to(tl.float32)
+        if side == 0:
+            at = (j * D + d)[None, :] + tl.zeros([32, 1], tl.int32)
+            zeros = scales + PLANES * D
+        else:
+            at = j * 32 * (D // CHANNELS) + (d // CHANNELS * 32)[None, :] + r[:, None]
+            zeros = scales + TOKENS * (D // CHANNELS)
+        x = codes * tl.load(scales + at).to(tl.float32) + tl.load(zeros + at).to(tl.float32)
+        tl.store(to, x.to(DTYPE), mask=live)
+    else:
+        place = exact.to(tl.int64) + (
+            number * exact_block + head * exact_head + page % EXACT_PAGES * exact_page + side * SIDE
+        ) * 16  # fmt: skip
+        tl.store(to, tl.load(tl.multiple_of(place.to(tl.pointer_type(DTYPE)), 16) + inside), mask=live)
 
 
-def _strides(blocks: Blocks) -> tuple[int, int, int]:
-    """Of a block, a KV head, a state, in units of 16 bytes."""
-    block, head, state, _ = blocks.memory.stride()
-    return block // 16, head // 16, state // 16
+def _strides(place: Place) -> tuple[int, int, int]:
+    """Of a block, a KV head, a page of it, in units of 16 bytes."""
+    return place.block, place.head, place.page
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
@@ -325,14 +353,14 @@ def _launch(
     assert form.group == PAGE
     keys, values = _dense(keys), _dense(values)
     device, heads, dim = keys.device, keys.shape[1], form.head_dim
-    value_width = max(64, form.channels)
+    value_width, places = max(64, form.channels), (packed.place, exact.place)
     with on(device):
         _pack_blocks[(count, heads, dim // 64 + dim // 64)](
             keys, values, keys.stride(0), values.stride(0), packed.memory, packed.table, exact.memory, exact.table,
-            query_starts, lengths, slots, pages, peak, *_strides(packed), packed.table.stride(0), *_strides(exact),
-            exact.table.stride(0),
+            query_starts, lengths, slots, pages, peak, *_strides(places[0]), packed.table.stride(0),
+            *_strides(places[1]), exact.table.stride(0),
             D=dim, KEY_WIDTH=64, VALUE_WIDTH=value_width, BITS=form.bits, TOKENS=form.tokens, CHANNELS=form.channels,
-            STATES=packed.states, EXACT_STATES=exact.states, DTYPE=_TYPES[keys.dtype],
+            STATES=places[0].pages, EXACT_STATES=places[1].pages, DTYPE=_TYPES[keys.dtype],
             SIDE=PAGE * dim * keys.dtype.itemsize // 16, STEP=step, FUSED=device.type == "cuda", num_warps=2,
         )  # fmt: skip
 
@@ -366,8 +394,8 @@ def pack(
     pages: torch.Tensor,
     peak: torch.Tensor,
 ) -> None:
-    """`pack_reference` in one launch; peak: see `step`. It reads the exact memory as it was before this step, or after
-    `store`."""
+    """`pack_reference` in one launch; peak: see `step`. It reads the exact memory as it was before `store`, which may
+    take blocks of older tokens."""
     if len(pages):
         _launch(form, len(pages), keys, values, packed, exact, query_starts, lengths, lengths, pages, peak, False)
 
@@ -375,56 +403,66 @@ def pack(
 def store(keys: torch.Tensor, values: torch.Tensor, exact: Blocks, slots: torch.Tensor) -> None:
     """`append_reference` in one launch."""
     keys, values = _dense(keys), _dense(values)
-    tokens, heads, dim = keys.shape
+    (tokens, heads, dim), place = keys.shape, exact.place
     if tokens:
         with on(keys.device):
             _store[(tokens,)](
-                keys, values, keys.stride(0), values.stride(0), exact.memory, slots, *_strides(exact), H=heads,
-                HEADS=triton.next_power_of_2(heads), D=dim, STATES=exact.states, DTYPE=_TYPES[keys.dtype], num_warps=4,
+                keys, values, keys.stride(0), values.stride(0), exact.memory, slots, *_strides(place), H=heads,
+                HEADS=triton.next_power_of_2(heads), D=dim, STATES=place.pages, DTYPE=_TYPES[keys.dtype], num_warps=4,
             )  # fmt: skip
 
 
 def tables(
     form: Form,
-    packed: Blocks,
-    query_starts: torch.Tensor,
+    packed: Place,
+    packed_blocks: torch.Tensor,
+    exact: Place,
+    exact_blocks: torch.Tensor,
+    kv_heads: int,
+    dtype: torch.dtype,
     lengths: torch.Tensor,
     residual: int,
-    decodes: int,
     programs: tuple[int, int],
     longest: int,
-    table: torch.Tensor,
-    spans: torch.Tensor,
-    starts: torch.Tensor,
+    out: Tables,
     most: int,
 ) -> None:
-    """`tables_reference` into what is given: table int64 `[>= requests * kv_heads, columns]`, spans, starts int32
-    `[2, > requests * kv_heads]`. longest: no request has more tokens. most: requests there may be, so that one kernel
-    serves all batches."""
-    heads, columns = packed.memory.shape[1], min(table.shape[1], -(-longest // form.tokens))
+    """`tables_reference` into `out`, whose tensors have at least as many rows. packed_blocks, exact_blocks: tables of
+    blocks, int32 `[requests, columns]`. longest: no request has more tokens; most: requests there may ever be, so that
+    one kernel serves all batches."""
+    requests, count = len(lengths), out.exact.shape[1]
+    columns = min(out.packed.shape[1], -(-longest // form.tokens))
     with on(lengths.device):
-        _tables[(len(lengths), 1 + -(-columns // COLUMNS))](
-            lengths, query_starts, packed.table, table, spans, starts, packed.table.stride(0), table.shape[1],
-            starts.stride(0), len(lengths), decodes, residual, *programs, *_strides(packed),
-            H=heads, HEADS=triton.next_power_of_2(heads), R=triton.next_power_of_2(most), TOKENS=form.tokens,
-            STATES=packed.states, SPAN=SPAN, TILE=TILE, COLUMNS=COLUMNS, num_warps=4,
+        _tables[(requests, 1 + -(-columns // COLUMNS))](
+            lengths, packed_blocks, exact_blocks, out.packed, out.exact, out.spans, out.starts,
+            packed_blocks.stride(0), exact_blocks.stride(0), out.packed.shape[1], out.starts.stride(0), requests,
+            residual, *programs, *_strides(packed), *_strides(exact),
+            H=kv_heads, HEADS=triton.next_power_of_2(kv_heads), R=triton.next_power_of_2(most), TOKENS=form.tokens,
+            PAGES=packed.pages, EXACT_PAGES=exact.pages, COUNT=count, C=triton.next_power_of_2(count),
+            SIDE=PAGE * form.head_dim * dtype.itemsize // 16, SPAN=SPAN, TILE=TILE, COLUMNS=COLUMNS, num_warps=4,
         )  # fmt: skip
 
 
-def exact_tables(
+def gather(
+    form: Form,
+    packed: Blocks,
     exact: Blocks,
-    head_dim: int,
-    dtype: torch.dtype,
-    query_starts: torch.Tensor,
-    lengths: torch.Tensor,
-    residual: int,
-    table: torch.Tensor,
+    request: int,
+    first: int,
+    last: int,
+    start: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
 ) -> None:
-    """`exact_tables_reference` into table int64 `[>= requests * kv_heads, exact_columns(residual), 2]`."""
-    heads, count = exact.memory.shape[1], exact_columns(residual)
-    with on(lengths.device):
-        _exact_tables[(len(lengths),)](
-            lengths, query_starts, exact.table, table, exact.table.stride(0), residual, *_strides(exact),
-            H=heads, HEADS=triton.next_power_of_2(heads), COUNT=count, C=triton.next_power_of_2(count),
-            STATES=exact.states, SIDE=PAGE * head_dim * dtype.itemsize // 16, num_warps=1,
+    """`gather_reference` in one launch, into contiguous `[>= last - first, kv_heads, head_dim]`."""
+    if last <= first:
+        return
+    heads, places = keys.shape[1], (packed.place, exact.place)
+    with on(keys.device):
+        _gather[(-(-(last - first) // PAGE), heads, 2)](
+            packed.memory, packed.table[request], exact.memory, exact.table[request], keys, values, first, last, start,
+            *_strides(places[0]), *_strides(places[1]),
+            H=heads, D=form.head_dim, BITS=form.bits, TOKENS=form.tokens, CHANNELS=form.channels,
+            PAGES=places[0].pages, EXACT_PAGES=places[1].pages, SIDE=PAGE * form.head_dim * keys.element_size() // 16,
+            DTYPE=_TYPES[keys.dtype], num_warps=4,
         )  # fmt: skip
