@@ -52,7 +52,6 @@ class Served:
     ) -> None:
         self.form, self.dtype = form, dtype
         self.lengths = torch.tensor(known, dtype=torch.int32) + torch.tensor(new, dtype=torch.int32)
-        self.starts = torch.tensor([0, *np.cumsum(new)], dtype=torch.int32)
         longest, requests, dim = int(self.lengths.max()), len(known), form.head_dim
         self.packed = blocks(requests, longest, form.tokens, form.nbytes, heads, 2, device)
         self.exact = blocks(requests, longest, 32, 64 * dim * dtype.itemsize, heads, 1, device)
@@ -62,12 +61,10 @@ class Served:
         for request, count in enumerate(known):
             at = self.slots(request, 0, count)
             paged_pack.append_reference(self.keys[request, :count], self.values[request, :count], self.exact, at)
-            whole = torch.tensor([[request, page] for page in range(-(-count // form.tokens))], dtype=torch.int32)
-            begins = torch.zeros(requests + 1, dtype=torch.int32)
-            begins[request + 1 :] = count
+            whole = [[request, page, 0, 0, count] for page in range(-(-count // form.tokens))]
             paged_pack.pack_reference(
-                form, self.keys[request], self.values[request], self.packed, self.exact, begins,
-                torch.full((requests,), count), whole.reshape(-1, 2),
+                form, self.keys[request], self.values[request], self.packed, self.exact,
+                torch.tensor(whole, dtype=torch.int32).view(-1, 5),
             )  # fmt: skip
         # As vLLM has them: keys and values are parts of one wider product.
         both = [
@@ -76,22 +73,19 @@ class Served:
         wide = torch.cat([torch.full_like(both[0], torch.nan), *both], 1)
         self.new = wide[:, heads : 2 * heads], wide[:, 2 * heads :]
         self.new_slots = torch.cat([self.slots(r, known[r], known[r] + new[r]) for r in range(requests)])
-        self.pages = torch.tensor(
-            [
-                [r, p]
-                for r in range(requests)
-                for p in range(known[r] // form.tokens, -(-(known[r] + new[r]) // form.tokens))
-            ]
-            + [[-1, 0]],
-            dtype=torch.int32,
-        )
+        pages = [
+            [r, p, begin, k, k + n]
+            for r, (begin, k, n) in enumerate(zip(np.cumsum([0, *new]), known, new))
+            for p in range(k // form.tokens, -(-(k + n) // form.tokens))
+        ]
+        self.pages = torch.tensor([*pages, [-1, 0, 0, 0, 0]], dtype=torch.int32)
 
     def slots(self, request: int, first: int, last: int) -> torch.Tensor:
         at = torch.arange(first, last)
         return self.exact.table[request].cpu().long()[at // 32] * 32 + at % 32
 
     def on(self, device: str) -> tuple[torch.Tensor, ...]:
-        return tuple(x.to(device) for x in (self.starts, self.lengths, self.new_slots, self.pages))
+        return tuple(x.to(device) for x in (self.lengths, self.new_slots, self.pages))
 
 
 def twin(x: Blocks) -> Blocks:
@@ -115,14 +109,14 @@ def test_a_step_writes_and_packs_as_the_reference(device: str, form: Form, dtype
     page = form.tokens
     known = [4, 31, page - 1, page + 31, page + 63, 0]
     served = Served(form, known, [1] * len(known), dtype, device)
-    starts, lengths, slots, _ = served.on(device)
+    lengths, slots, _ = served.on(device)
     slots[3] = -1
     packed, exact = twin(served.packed), twin(served.exact)
     peak = torch.zeros(1, dtype=torch.int32, device=device)
     kernel.step(form, *served.new, packed, exact, lengths, slots, peak)
     paged_pack.append_reference(*served.new, served.exact, slots)
-    pages = torch.tensor([[r, k // page] for r, k in enumerate(known) if r != 3])
-    paged_pack.pack_reference(form, *served.new, served.packed, served.exact, starts, lengths, pages)
+    pages = torch.tensor([[r, k // page, r, k, k + 1] for r, k in enumerate(known) if r != 3])
+    paged_pack.pack_reference(form, *served.new, served.packed, served.exact, pages)
     assert torch.equal(packed.memory, served.packed.memory)
     assert torch.equal(exact.memory, served.exact.memory)
     largest = max(float(x[r, k - 31 : k + 1].abs().max()) for x in (served.keys, served.values)
@@ -138,13 +132,15 @@ def test_a_chunk_is_packed_as_the_reference(device: str, form: Form, dtype: torc
     np.random.seed(1)
     page = form.tokens
     served = Served(form, [0, page - 45, 64, 5], [page + 40, page, 96, 20], dtype, device)
-    starts, lengths, slots, pages = served.on(device)
+    _, slots, pages = served.on(device)
     packed, exact = twin(served.packed), twin(served.exact)
     peak = torch.zeros(1, dtype=torch.int32, device=device)
+    slots[: form.tokens] = slots[: form.tokens] % 32  # in the null block
+    kernel.pack(form, *served.new, packed, exact, pages, peak)
     kernel.store(*served.new, exact, slots)
-    kernel.pack(form, *served.new, packed, exact, starts, lengths, pages, peak)
+    paged_pack.pack_reference(form, *served.new, served.packed, served.exact, pages)
+    slots[: form.tokens] = -1
     paged_pack.append_reference(*served.new, served.exact, slots)
-    paged_pack.pack_reference(form, *served.new, served.packed, served.exact, starts, lengths, pages)
     assert torch.equal(packed.memory, served.packed.memory)
     assert torch.equal(exact.memory, served.exact.memory)
     # The pages hold what `pack_pages` makes of the whole text.
@@ -234,7 +230,7 @@ def test_decoding_reads_what_the_tables_say(device: str, residual: int) -> None:
     form, dtype, heads = Form(2, 32, 32, 64), torch.bfloat16, 2
     known = [300, 31, 600, 0]
     served = Served(form, known, [1] * 4, dtype, device, heads)
-    _, lengths, slots, _ = served.on(device)
+    lengths, slots, _ = served.on(device)
     peak = torch.zeros(1, dtype=torch.int32, device=device)
     kernel.step(form, *served.new, served.packed, served.exact, lengths, slots, peak)
     rows = 4 * heads

@@ -124,19 +124,18 @@ def pack_reference(
     values: torch.Tensor,
     packed: Blocks,
     exact: Blocks,
-    query_starts: torch.Tensor,
-    lengths: torch.Tensor,
     pages: torch.Tensor,
 ) -> None:
-    """Pack the groups that this step's new tokens `[tokens, kv_heads, head_dim]` make full, of the pages int32
-    `[n, 2]` that are named: a request, and a page of it. Negative requests are none."""
+    """Pack the groups that this step's new tokens `[tokens, kv_heads, head_dim]` make full.
+
+    pages: int32 `[n, 5]`, each with a request (none if negative), a page of it, its first new token among all, the
+    tokens that it had before, and those that it has.
+    """
     dim = form.head_dim
-    for request, page in pages.tolist():
+    for request, page, begin, known, length in pages.tolist():
         if request < 0:
             continue
-        begin, end = query_starts[request : request + 2].tolist()
-        length = int(lengths[request])
-        known = length - (end - begin)
+        end = begin + length - known
         first = max(known // PAGE * PAGE, page * form.tokens)
         last = min(length // PAGE * PAGE, (page + 1) * form.tokens)
         if first >= last:

@@ -115,7 +115,7 @@ def _values(
 
 @triton.jit(do_not_specialize=("table_stride", "exact_table_stride"))
 def _pack_blocks(
-    keys, values, key_stride, value_stride, packed, packed_table, exact, exact_table, query_starts, lengths, slots,
+    keys, values, key_stride, value_stride, packed, packed_table, exact, exact_table, lengths, slots,
     pages, peak, packed_block, packed_head, packed_state, table_stride, exact_block, exact_head, exact_state,
     exact_table_stride,
     D: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr,
@@ -154,13 +154,13 @@ def _pack_blocks(
         if length % 32 != 0:
             return
     else:
-        row = tl.load(pages + 2 * item)
+        row = tl.load(pages + 5 * item)
         if row < 0:
             return
-        page = tl.load(pages + 2 * item + 1)
-        begin = tl.load(query_starts + row)
-        length = tl.load(lengths + row)
-        known = length - (tl.load(query_starts + row + 1) - begin)
+        page = tl.load(pages + 5 * item + 1)
+        begin = tl.load(pages + 5 * item + 2)
+        known = tl.load(pages + 5 * item + 3)
+        length = tl.load(pages + 5 * item + 4)
     plane = tl.maximum(known // 32 - page * PLANES, 0)
     end = tl.minimum(length // 32 - page * PLANES, PLANES)
     if plane >= end:
@@ -197,7 +197,7 @@ def _store(
     """New tokens into their exact pages. Grid: (tokens,)."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
-    if slot < 0:
+    if slot < 32 * STATES:  # the null block, too
         return
     h = tl.arange(0, HEADS)
     d = tl.arange(0, D)
@@ -347,8 +347,7 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
 
 def _launch(
     form: Form, count: int, keys: torch.Tensor, values: torch.Tensor, packed: Blocks, exact: Blocks,
-    query_starts: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor, pages: torch.Tensor, peak: torch.Tensor,
-    step: bool,
+    lengths: torch.Tensor, slots: torch.Tensor, pages: torch.Tensor, peak: torch.Tensor, step: bool,
 ) -> None:  # fmt: skip
     assert form.group == PAGE
     keys, values = _dense(keys), _dense(values)
@@ -357,8 +356,8 @@ def _launch(
     with on(device):
         _pack_blocks[(count, heads, dim // 64 + dim // 64)](
             keys, values, keys.stride(0), values.stride(0), packed.memory, packed.table, exact.memory, exact.table,
-            query_starts, lengths, slots, pages, peak, *_strides(places[0]), packed.table.stride(0),
-            *_strides(places[1]), exact.table.stride(0),
+            lengths, slots, pages, peak, *_strides(places[0]), packed.table.stride(0), *_strides(places[1]),
+            exact.table.stride(0),
             D=dim, KEY_WIDTH=64, VALUE_WIDTH=value_width, BITS=form.bits, TOKENS=form.tokens, CHANNELS=form.channels,
             STATES=places[0].pages, EXACT_STATES=places[1].pages, DTYPE=_TYPES[keys.dtype],
             SIDE=PAGE * dim * keys.dtype.itemsize // 16, STEP=step, FUSED=device.type == "cuda", num_warps=2,
@@ -380,7 +379,7 @@ def step(
 
     peak: int32 `[1]`, the largest absolute value that was packed so far, as the bits of a float32 (infinity for NaN).
     """
-    _launch(form, len(lengths), keys, values, packed, exact, lengths, lengths, slots, lengths, peak, True)
+    _launch(form, len(lengths), keys, values, packed, exact, lengths, slots, lengths, peak, True)
 
 
 def pack(
@@ -389,19 +388,17 @@ def pack(
     values: torch.Tensor,
     packed: Blocks,
     exact: Blocks,
-    query_starts: torch.Tensor,
-    lengths: torch.Tensor,
     pages: torch.Tensor,
     peak: torch.Tensor,
 ) -> None:
     """`pack_reference` in one launch; peak: see `step`. It reads the exact memory as it was before `store`, which may
     take blocks of older tokens."""
     if len(pages):
-        _launch(form, len(pages), keys, values, packed, exact, query_starts, lengths, lengths, pages, peak, False)
+        _launch(form, len(pages), keys, values, packed, exact, pages, pages, pages, peak, False)
 
 
 def store(keys: torch.Tensor, values: torch.Tensor, exact: Blocks, slots: torch.Tensor) -> None:
-    """`append_reference` in one launch."""
+    """`append_reference` in one launch, except that nothing is written to the null block."""
     keys, values = _dense(keys), _dense(values)
     (tokens, heads, dim), place = keys.shape, exact.place
     if tokens:

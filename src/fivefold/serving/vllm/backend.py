@@ -63,7 +63,8 @@ class Step:
     decodes: how many requests, the first ones, have one new token each and are in `tables`; longest: tokens of the
     longest of them, the newest included (an upper bound); completes: whether one of them may complete a group.
     packed_blocks, exact_blocks: vLLM's block tables `[requests, some]`; exact_slots: `[tokens]`, where the exact tier
-    has the batch's tokens (`block * tokens of a block + token`).
+    has the batch's tokens (`block * tokens of a block + token`). lengths: tokens of each request, where vLLM has them;
+    plan: a path's own.
     """
 
     tables: Tables
@@ -75,10 +76,16 @@ class Step:
     packed_blocks: torch.Tensor
     exact_blocks: torch.Tensor
     exact_slots: torch.Tensor
+    lengths: torch.Tensor | None = None
+    plan: Any = None
 
 
 class Path(Protocol):
     """What computes a layer."""
+
+    def prepare(self, step: Step) -> None:
+        """Before the layers of a step, outside of a graph."""
+        ...
 
     def forward(
         self, shared: Shared, impl: Impl, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -110,15 +117,18 @@ class Shared:
         if self.tables is not None:
             return
         requests, tokens = vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len
-        self.tables = Tables(self.pages, self.kv_heads, requests, tokens, device)
         if device.type == "cpu":
             from fivefold.serving.vllm.cpu import CpuPath
 
+            self.tables = Tables(self.pages, self.kv_heads, requests, tokens, device)
             self.path = CpuPath(self.pages)
         else:
-            from fivefold.serving.vllm.cuda import CudaPath  # type: ignore[import-not-found]
+            from fivefold.serving.vllm.cuda import CudaPath, CudaTables
 
-            self.path = CudaPath(self.pages)
+            model = vllm_config.model_config
+            shared_by = model.get_num_attention_heads(vllm_config.parallel_config) // self.kv_heads
+            self.tables = CudaTables(self.pages, self.kv_heads, requests, tokens, device, shared_by)
+            self.path = CudaPath(self.pages, device)
 
     def offer(self, kind: str, metadata: Any, layers: dict[str, Any], name: str) -> Step:
         """A group's part of a step; the step is complete when both have come."""
@@ -158,6 +168,9 @@ class Shared:
                 self.packed_place, self.exact_place, step.packed_blocks[:decodes], step.exact_blocks[:decodes],
                 packed.seq_lens[:decodes], step.longest,
             )  # fmt: skip
+        step.lengths = packed.seq_lens
+        assert self.path is not None
+        self.path.prepare(step)
 
 
 def _lengths(metadata: Any) -> list[int]:
