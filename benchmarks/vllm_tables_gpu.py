@@ -4,8 +4,8 @@
 
 Llama-3-8B's shape: 32 layers of 8 KV heads of 128 numbers, 4 query heads each. `own_ms` is a graph of 32 layers that
 append a token and attend, pages of a row one behind the other; `blocks_ms` the same over blocks of `[kv_heads, pages]`
-in random order with vLLM's tables, exact tokens in blocks of their own (residual 128). `packing_ms` is a step that fills
-every group, `tables_ms` the kernel before a step, `fill_ms` the host's part of it. Replays alternate, medians by
+in random order with vLLM's tables, exact tokens in blocks of their own (residual 128). `packing_ms` is a step that
+fills every group, `tables_ms` the kernel before a step, `fill_ms` the host's part of it. Replays alternate, medians by
 events. Of a chunk of 8192 tokens of a layer: `pack_ms`, `store_ms`, and `gather_ms` of as many tokens before it.
 """
 

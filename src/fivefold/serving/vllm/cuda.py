@@ -1,6 +1,6 @@
-"""A layer on a GPU. A step of one token a request is three launches, which a CUDA graph holds: the token is written (and
-its group packed, if it is full now), attended for by Fivefold's decoding kernels, and the parts are merged. A chunk of a
-prompt attends by FlashAttention: to itself as it is, and to what was there before, decoded a piece at a time.
+"""A layer on a GPU. A step of one token a request is three launches, which a CUDA graph holds: the token is written
+(and its group packed, if it is full now), attended for by Fivefold's decoding kernels, and the parts are merged. A chunk
+of a prompt attends by FlashAttention: to itself as it is, and to what was there before, decoded a piece at a time.
 
 Nothing waits for the device. How large packed numbers are comes back when it comes (`CudaPath.watch`).
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from fivefold.errors import CacheStateError, NonFiniteError
 from fivefold.kernels import paged_pack
 from fivefold.kernels.choice import choose
 from fivefold.kernels.device import coming
-from fivefold.kernels.paged_pack import Blocks, Place
 from fivefold.kernels.packed_decode import schedule
+from fivefold.kernels.paged_pack import Blocks, Place
 from fivefold.serving.vllm.options import PAGE, Pages
 from fivefold.serving.vllm.tables import Tables
 
@@ -91,14 +92,16 @@ class Plan:
 class CudaPath:
     """See `backend.Path`."""
 
-    def __init__(self, pages: Pages, device: torch.device) -> None:
+    def __init__(self, pages: Pages, device: torch.device, attention: Any = None) -> None:
+        """attention: what chunks of prompts attend with, in place of `Flash`."""
         choice = choose(device)
         if not choice.triton:
             raise CacheStateError(
-                f"the plug-in needs Fivefold's kernels on a GPU, which do not run here: {choice.why}. Install Triton, and "
-                "set FIVEFOLD_KERNELS=auto or unset it."
+                f"the plug-in needs Fivefold's kernels on a GPU, which do not run here: {choice.why}. Install Triton, "
+                "and set FIVEFOLD_KERNELS=auto or unset it."
             )
         self.pages, self.device = pages, device
+        self._attention = cache(attention or Flash)
         self.peak = torch.zeros(1, dtype=torch.int32, device=device)
         self._coming: Callable[[], list[float]] | None = None
         self._steps = 0
@@ -112,7 +115,7 @@ class CudaPath:
 
     def watch(self) -> None:
         """Raise `NonFiniteError` if what was packed some steps ago is too large to be attended on packed."""
-        if torch.cuda.is_current_stream_capturing():
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return
         if self._coming is not None:
             (peak,) = self._coming()
@@ -162,7 +165,7 @@ class CudaPath:
         """Chunks of prompts. What is there exactly is read before anything is written: it may be the same blocks."""
         from fivefold.kernels.paged_pack import triton as kernel
 
-        plan, attend = step.plan, _Attention(impl.scale, query.shape[2])
+        plan, attend = step.plan, self._attention(impl.scale, query.shape[2])
         for run in plan.runs:
             at = slice(run.first, run.last)
             sizes = run.ends, run.ends, run.longest, run.longest
@@ -175,7 +178,7 @@ class CudaPath:
         kernel.store(key[at], value[at], exact, step.exact_slots[at])
 
     def _behind(
-        self, attend: _Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor,
+        self, attend: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor,
         packed: Blocks, exact: Blocks, one: Any, ends: torch.Tensor, pieces: list[torch.Tensor],
     ) -> None:  # fmt: skip
         """A chunk behind `one.known` tokens: over pieces of those, and over the last of them and itself."""
@@ -235,7 +238,8 @@ class CudaPath:
                 pages += [one.number, page, one.first, one.known, length]
         close()
         listed = keep(pages)
-        host = torch.tensor(numbers, dtype=torch.int32).pin_memory()
+        host = torch.tensor(numbers, dtype=torch.int32)
+        host = host.pin_memory() if self.device.type == "cuda" else host
         device = host.to(self.device, non_blocking=True)
 
         def sent(part: int) -> torch.Tensor:
@@ -248,7 +252,7 @@ class CudaPath:
         )
 
 
-class _Attention:
+class Flash:
     """vLLM's FlashAttention over tokens `[tokens, heads, head_dim]`."""
 
     def __init__(self, scale: float, head_dim: int) -> None:
