@@ -17,7 +17,7 @@ from fivefold.serving.vllm.options import Options, Pages
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
-HEADS, SHARED_BY, BLOCKS = 2, 3, 40
+HEADS, SHARED_BY, BLOCKS = 2, 2, 40
 
 
 class Plain:

@@ -16,6 +16,6 @@ from fivefold.kernels.paged_pack.reference import (
 )
 
 __all__ = [
-    "NULL", "UNIT", "Blocks", "Place", "Tables", "append_reference", "exact_columns", "gather_reference", "pack_reference",
-    "seen_from", "starts_reference", "tables_reference",
+    "NULL", "UNIT", "Blocks", "Place", "Tables", "append_reference", "exact_columns", "gather_reference",
+    "pack_reference", "seen_from", "starts_reference", "tables_reference",
 ]  # fmt: skip

@@ -12,9 +12,11 @@ import os
 from functools import wraps
 from typing import Any
 
-from fivefold.serving.vllm.options import KEY, RECIPE, Facts, Options, check_version, recipe_text
+from fivefold.errors import RecipeError
+from fivefold.serving.vllm.options import NO_RECIPE, RECIPE, Facts, Options, check_version, recipe_text
 
 __all__ = ["register"]
+_told: dict[str, str] = {}
 _BACKEND = "fivefold.serving.vllm.backend.KiviBackend"
 
 
@@ -69,26 +71,28 @@ def prepare(config: Any) -> None:
 
     cpu = current_platform.is_cpu()
     chosen = config.attention_config.backend
-    given = recipe_text(config.additional_config, None)
-    text = given or os.environ.get(RECIPE)
+    if os.environ.get(RECIPE) == _told.pop("recipe", None):
+        os.environ.pop(RECIPE, None)  # of an engine before, in this process
+    text = recipe_text(config.additional_config, os.environ.get(RECIPE))
     if text is None:
         if cpu:
             _register(False)
+        elif chosen == AttentionBackendEnum.CUSTOM and AttentionBackendEnum.CUSTOM.get_path() == _BACKEND:
+            raise RecipeError(NO_RECIPE)
         return
     check_version(vllm.__version__)
     options = Options.parse(text)
     options.check(facts_of(config))
     if cpu:
-        os.environ[RECIPE] = text  # workers register before they have a configuration
+        if RECIPE not in os.environ:  # workers register before they have a configuration
+            os.environ[RECIPE] = _told["recipe"] = text
         _register(True)
     elif chosen is None:
         config.attention_config.backend = AttentionBackendEnum.CUSTOM
     elif chosen != AttentionBackendEnum.CUSTOM:
-        from fivefold.errors import RecipeError
-
         raise RecipeError(
-            f"{options.recipe} needs Fivefold's attention backend, and {chosen.name} is chosen: write --attention-backend "
-            "CUSTOM."
+            f"{options.recipe} needs Fivefold's attention backend, and {chosen.name} is chosen: write "
+            "--attention-backend CUSTOM."
         )
 
 
@@ -121,6 +125,3 @@ def facts_of(config: Any) -> Facts:
         cache_dtype=str(config.cache_config.cache_dtype),
         cpu=current_platform.is_cpu(),
     )
-
-
-assert KEY

@@ -1,14 +1,15 @@
 """The attention backend that vLLM calls: its blocks are Fivefold's packed pages (see `options.Pages`).
 
-`Impl` is a layer, `Builder` makes the metadata of a step (`Step`), once for all layers, and a `Path` computes: `cpu.py`
-on a CPU, `cuda.py` on a GPU.
+`Impl` is a layer, `Builder` makes the metadata of a step (`tables.Step`), once for all layers, and a `Path` computes:
+`cpu.py` on a CPU, `cuda.py` on a GPU.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from itertools import pairwise
+from typing import Any, ClassVar, Protocol
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -24,60 +25,20 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from fivefold.errors import RecipeError, UnsupportedModelError
 from fivefold.serving.vllm.exact import Exact, ExactSpec, register_spec
-from fivefold.serving.vllm.options import KEY, RECIPE, Options, Pages, recipe_text
-from fivefold.serving.vllm.tables import Place, Tables
+from fivefold.serving.vllm.options import NO_RECIPE, RECIPE, Options, Pages, recipe_text
+from fivefold.serving.vllm.tables import Place, Prefill, Step, Tables
 
 
 def options_of(vllm_config: Any) -> Options:
     """The recipe that vLLM was started with. Raises `RecipeError` if there is none."""
     text = recipe_text(vllm_config.additional_config, os.environ.get(RECIPE))
     if text is None:
-        raise RecipeError(
-            f"the attention backend CUSTOM is Fivefold's and has no recipe: add --additional-config "
-            f"""'{{"{KEY}": "kivi(bits=4)"}}', or set {RECIPE}."""
-        )
+        raise RecipeError(NO_RECIPE)
     return Options.parse(text)
 
 
 _served: dict[int, Pages] = {}
 """By head_dim, of the model that was built last: `customize_spec` is told neither the layer nor a configuration."""
-
-
-@dataclass
-class Prefill:
-    """A request with several new tokens, or with one behind others with several.
-
-    number: its row in the block tables; first, last: its tokens of the batch; known: tokens that there were before.
-    """
-
-    number: int
-    first: int
-    last: int
-    known: int
-
-
-@dataclass
-class Step:
-    """What all layers know of a step: filled by the builder of whichever group comes last.
-
-    decodes: how many requests, the first ones, have one new token each and are in `tables`; longest: tokens of the
-    longest of them, the newest included (an upper bound); completes: whether one of them may complete a group.
-    packed_blocks, exact_blocks: vLLM's block tables `[requests, some]`; exact_slots: `[tokens]`, where the exact tier
-    has the batch's tokens (`block * tokens of a block + token`). lengths: tokens of each request, where vLLM has them;
-    plan: a path's own.
-    """
-
-    tables: Tables
-    tokens: int
-    decodes: int
-    longest: int
-    completes: bool
-    prefills: list[Prefill]
-    packed_blocks: torch.Tensor
-    exact_blocks: torch.Tensor
-    exact_slots: torch.Tensor
-    lengths: torch.Tensor | None = None
-    plan: Any = None
 
 
 class Path(Protocol):
@@ -132,13 +93,15 @@ class Shared:
 
     def offer(self, kind: str, metadata: Any, layers: dict[str, Any], name: str) -> Step:
         """A group's part of a step; the step is complete when both have come."""
-        if kind == "packed" and self.packed_place is None:
+        if kind == "packed":
             self.packed_place = Place.of(layers[name].kv_cache)
-        if kind == "exact" and self.exact_place is None:
+        if kind == "exact":
             self.exact_place = Place.of(layers[name].kv_cache)
         other = self._offers.pop("exact" if kind == "packed" else "packed", None)
         if other is None:
-            step = Step(self.tables, 0, 0, 0, False, [], *[metadata.block_table_tensor] * 2, metadata.slot_mapping)  # type: ignore[arg-type]
+            assert self.tables is not None
+            table = metadata.block_table_tensor
+            step = Step(self.tables, 0, 0, 0, False, [], table, table, metadata.slot_mapping)
             self._offers[kind] = metadata, step
             return step
         packed, exact = (metadata, other[0]) if kind == "packed" else (other[0], metadata)
@@ -151,7 +114,7 @@ class Shared:
         step.exact_slots, step.tokens = exact.slot_mapping, packed.num_actual_tokens
         count = packed.num_reqs
         starts = packed.query_start_loc_cpu[: count + 1].tolist()
-        new = [last - first for first, last in zip(starts, starts[1:])]
+        new = [last - first for first, last in pairwise(starts)]
         step.decodes = decodes = next((i for i, n in enumerate(new) if n > 1), count)
         if decodes < count or packed.seq_lens.device.type == "cpu":
             lengths = _lengths(packed)
@@ -179,7 +142,7 @@ def _lengths(metadata: Any) -> list[int]:
     return list(map(int, known.tolist()))
 
 
-class Builder(AttentionMetadataBuilder):  # type: ignore[misc]
+class Builder(AttentionMetadataBuilder):
     """Makes the metadata of a step, of packed layers or of their companions."""
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
@@ -200,7 +163,7 @@ class Builder(AttentionMetadataBuilder):  # type: ignore[misc]
 class KiviBackend(AttentionBackend):
     """Fivefold's `kivi` pages as vLLM's blocks."""
 
-    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
+    supported_dtypes: ClassVar = [torch.float16, torch.bfloat16, torch.float32]
     forward_includes_kv_cache_update = True
 
     @staticmethod
@@ -228,7 +191,9 @@ class KiviBackend(AttentionBackend):
         if isinstance(spec, ExactSpec) or spec.state_content_bytes is not None:
             return spec
         if not isinstance(spec, FullAttentionSpec):
-            raise UnsupportedModelError(f"layers of the kind {type(spec).__name__} are not served: serve it without a recipe.")
+            raise UnsupportedModelError(
+                f"layers of the kind {type(spec).__name__} are not served: serve it without a recipe."
+            )
         pages = _served[spec.head_size]
         return replace(
             spec, block_size=pages.block, dtype=torch.int8, tokens_per_state=pages.form.tokens,
@@ -236,7 +201,7 @@ class KiviBackend(AttentionBackend):
         )  # fmt: skip
 
 
-class Impl(AttentionImpl):  # type: ignore[misc]
+class Impl(AttentionImpl):
     """A layer's attention."""
 
     def __init__(
@@ -257,13 +222,13 @@ class Impl(AttentionImpl):  # type: ignore[misc]
         options = options_of(config)
         what = {
             "ALiBi": alibi_slopes, "a sliding window": sliding_window, "capped scores": logits_soft_cap,
-            "shared KV layers": kv_sharing_target_layer_name, **{name: value for name, value in settings.items()},
+            "shared KV layers": kv_sharing_target_layer_name, **settings,
         }  # fmt: skip
         for name, value in what.items():
             if value:
                 raise UnsupportedModelError(
-                    f"{config.model_config.model} has {name}, which {options.recipe} does not serve inside vLLM: serve it "
-                    "without a recipe."
+                    f"{config.model_config.model} has {name}, which {options.recipe} does not serve inside vLLM: "
+                    "serve it without a recipe."
                 )
         if str(getattr(attn_type, "value", attn_type)) != "decoder":
             raise UnsupportedModelError(

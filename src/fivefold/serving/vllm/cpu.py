@@ -9,13 +9,13 @@ import torch
 from fivefold.attention.merge import attend, merge
 from fivefold.errors import NonFiniteError
 from fivefold.kernels.choice import choose
-from fivefold.kernels.pack import pack_pages
 from fivefold.kernels.pack import cpu as packing
+from fivefold.kernels.pack import pack_pages
 from fivefold.kernels.pack.reference import fields_of
 from fivefold.kernels.packed_decode import cpu as decoding
 from fivefold.kernels.packed_decode import decode_page
 from fivefold.serving.vllm.options import PAGE, Pages
-from fivefold.serving.vllm.tables import NULL, Place
+from fivefold.serving.vllm.tables import NULL, Place, Prefill
 
 BLOCK = 2048
 """Packed tokens that a prefill decodes at a time."""
@@ -38,14 +38,12 @@ class CpuPath:
     ) -> None:  # fmt: skip
         decodes, prefills = step.decodes, step.prefills
         if not self.compiled:
-            from fivefold.serving.vllm.backend import Prefill
-
             lengths = step.tables.spans[: decodes * impl.num_kv_heads : impl.num_kv_heads, [1, 3, 4]].tolist()
             before = [Prefill(i, i, i + 1, p - e + n - 1) for i, (p, e, n) in enumerate(lengths)]
             decodes, prefills = 0, [*before, *prefills]
         if decodes:
-            new = [x[:decodes] for x in (query, key, value)]
-            output[:decodes] = self.decode(*new, packed, exact, step, impl.scale)
+            now = slice(0, decodes)
+            output[now] = self.decode(query[now], key[now], value[now], packed, exact, step, impl.scale)
         for one in prefills:
             tokens = slice(one.first, one.last)
             output[tokens] = self.prefill(
@@ -67,8 +65,8 @@ class CpuPath:
         spans = tables.spans[rows]
         there = decoding.Exact(tables.exact[rows] + exact_base, dtype)
         pages = decoding.Packed(tables.packed[rows, :columns] + packed_base, form)
-        new = [x.reshape(count * kv_heads, dim).contiguous() for x in (key, value)]
-        decoding.append(*new, spans, there)
+        keys, values = (x.reshape(count * kv_heads, dim).contiguous() for x in (key, value))
+        decoding.append(keys, values, spans, there)
         queries = query.reshape(count * kv_heads, heads // kv_heads, dim).contiguous()
         out, _ = decoding.decode(queries, scale, spans, pages, there)
         if step.completes:
@@ -86,7 +84,7 @@ class CpuPath:
         """New tokens of a request behind `known` ones: attend over what is packed, what is exact and themselves, pack
         the groups that are complete now, and leave exactly what the next step reads so."""
         pages, form = self.pages, self.pages.form
-        new, kv_heads, dim = key.shape
+        new, kv_heads, _ = key.shape
         shared_by = query.shape[1] // kv_heads
         start = pages.packed(known)
         held, start = self._held(exact, exact_blocks, start, known)
@@ -100,8 +98,8 @@ class CpuPath:
             k, v = self._decoded(packed, packed_blocks, first, stop, query.dtype)
             parts.append(attend(queries, _spread(k, shared_by), _spread(v, shared_by), scale))
         if held.shape[2]:
-            parts.append(attend(queries, *(_spread(x, shared_by) for x in held), scale))
-        parts.append(attend(queries, *(_spread(x, shared_by) for x in own), scale, causal=True))
+            parts.append(attend(queries, _spread(held[0], shared_by), _spread(held[1], shared_by), scale))
+        parts.append(attend(queries, _spread(own[0], shared_by), _spread(own[1], shared_by), scale, causal=True))
         out = merge(parts)[0].to(query.dtype).flatten(0, 1).transpose(0, 1)
 
         self._pack(recent, start, known, packed, packed_blocks)
@@ -110,11 +108,6 @@ class CpuPath:
 
     # -- exact tokens -------------------------------------------------------------------------------------
 
-    def _at(self, exact: torch.Tensor, blocks: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Blocks, and states of them, of exact pages first..last of a request."""
-        page = torch.arange(first, last)
-        return blocks[page // exact.shape[2]].long(), page % exact.shape[2]
-
     def _tokens(self, exact: torch.Tensor) -> torch.Tensor:
         """Exact blocks as `[blocks, kv_heads, pages, 2, 32, head_dim]` of numbers."""
         return exact.view(self.pages.dtype).unflatten(3, (2, PAGE, self.pages.form.head_dim))
@@ -122,7 +115,7 @@ class CpuPath:
     def _held(self, exact: torch.Tensor, blocks: torch.Tensor, start: int, known: int) -> tuple[torch.Tensor, int]:
         """Keys and values `[2, kv_heads, tokens, head_dim]` that are read exactly, and the position of the first: later
         than `start` where a prefix hit left some out."""
-        block, state = self._at(exact, blocks, start // PAGE, -(-known // PAGE))
+        block, state = _at(exact, blocks, start // PAGE, -(-known // PAGE))
         there = (block != NULL).nonzero()[:, 0]
         left = int(there[0]) if len(there) else len(block)
         start = min(known, start + left * PAGE)
@@ -136,22 +129,17 @@ class CpuPath:
             return
         kept = recent[:, :, first - at :]
         kept = torch.nn.functional.pad(kept, (0, 0, 0, -(length - first) % PAGE))
-        block, state = self._at(exact, blocks, first // PAGE, -(-length // PAGE))
+        block, state = _at(exact, blocks, first // PAGE, -(-length // PAGE))
         self._tokens(exact)[block, :, state] = kept.unflatten(2, (-1, PAGE)).permute(2, 1, 0, 3, 4)
 
     # -- packed tokens ------------------------------------------------------------------------------------
-
-    def _records(self, packed: torch.Tensor, blocks: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, ...]:
-        """Blocks and states of packed pages first..last of a request."""
-        page = torch.arange(first, last)
-        return blocks[page // packed.shape[2]].long(), page % packed.shape[2]
 
     def _decoded(
         self, packed: torch.Tensor, blocks: torch.Tensor, first: int, stop: int, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Packed tokens first..stop, `[kv_heads, tokens, head_dim]` each; first is the beginning of a page."""
         form = self.pages.form
-        block, state = self._records(packed, blocks, first // form.tokens, -(-stop // form.tokens))
+        block, state = _at(packed, blocks, first // form.tokens, -(-stop // form.tokens))
         records = packed[block, :, state].transpose(0, 1)  # [kv_heads, pages, bytes]
         heads, count = records.shape[:2]
         fields = fields_of(form, records.flatten(0, 1).contiguous().view(torch.int16))
@@ -170,10 +158,12 @@ class CpuPath:
             self._pack_pages(recent[:, :, first - at : last - at], first, whole, packed, blocks)
             first = last
 
-    def _pack_pages(self, tokens: torch.Tensor, first: int, count: int, packed: torch.Tensor, blocks: torch.Tensor) -> None:
+    def _pack_pages(
+        self, tokens: torch.Tensor, first: int, count: int, packed: torch.Tensor, blocks: torch.Tensor
+    ) -> None:
         """Tokens `[2, kv_heads, tokens, head_dim]` from position `first` on into `count` pages."""
         form, heads = self.pages.form, tokens.shape[1]
-        block, state = self._records(packed, blocks, first // form.tokens, first // form.tokens + count)
+        block, state = _at(packed, blocks, first // form.tokens, first // form.tokens + count)
         slot = first % form.tokens
         if not self.compiled:
             old = packed[block, :, state].transpose(0, 1).flatten(0, 1).contiguous().view(torch.int16)
@@ -197,11 +187,17 @@ class CpuPath:
         _check(float(packing.pack_exact(form, sources, places, self.pages.dtype).max()))
 
 
+def _at(cache: torch.Tensor, blocks: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where pages first..last of a request are: their blocks, and their numbers in these."""
+    page = torch.arange(first, last)
+    return blocks[page // cache.shape[2]].long(), page % cache.shape[2]
+
+
 def _check(peak: float) -> None:
     if not peak <= LARGEST:
         raise NonFiniteError(
-            f"keys or values reach {peak:g}, and packed pages hold finite numbers up to {LARGEST:.0f}: serve the model in "
-            "another --dtype, or without a recipe."
+            f"keys or values reach {peak:g}, and packed pages hold finite numbers up to {LARGEST:.0f}: serve the model "
+            "in another --dtype, or without a recipe."
         )
 
 

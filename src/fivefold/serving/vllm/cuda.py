@@ -1,6 +1,6 @@
 """A layer on a GPU. A step of one token a request is three launches, which a CUDA graph holds: the token is written
-(and its group packed, if it is full now), attended for by Fivefold's decoding kernels, and the parts are merged. A chunk
-of a prompt attends by FlashAttention: to itself as it is, and to what was there before, decoded a piece at a time.
+(and its group packed, if it is full now), Fivefold's decoding kernels attend, and the parts are merged. A chunk of a
+prompt attends by FlashAttention: to itself as it is, and to what was there before, decoded a piece at a time.
 
 Nothing waits for the device. How large packed numbers are comes back when it comes (`CudaPath.watch`).
 """

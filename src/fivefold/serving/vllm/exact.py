@@ -25,7 +25,7 @@ from fivefold.serving.vllm.options import PAGE, Pages
 
 @dataclass(frozen=True, kw_only=True)
 class ExactSpec(SlidingWindowSpec):
-    """Pages of 32 exact tokens, a state each: `[32, head_dim]` keys, then values. `group`, `residual`: of the recipe."""
+    """Pages of 32 exact tokens, a state each: `[32, head_dim]` keys, then values. group, residual: of the recipe."""
 
     group: int
     residual: int
@@ -125,7 +125,9 @@ class ExactManager(SlidingWindowManager):
         self._live[request_id] = [place for place in live if place not in spare] + list(range(keep, last))
         return fresh
 
-    def remove_skipped_blocks(self, request_id: str, processed_computed_tokens: int, *args: Any, **settings: Any) -> None:
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, *args: Any, **settings: Any
+    ) -> None:
         live = self._live.get(request_id)
         if not live:
             return
@@ -186,7 +188,7 @@ class ExactBackend(AttentionBackend):
         return [MultipleOf(1)]
 
 
-class Exact(torch.nn.Module, AttentionLayerBase):  # type: ignore[misc]
+class Exact(torch.nn.Module, AttentionLayerBase):
     """The companion of a layer. `shared` is what all layers of a model have in common (`backend.Shared`)."""
 
     def __init__(self, shared: Any, pages: Pages, kv_heads: int) -> None:

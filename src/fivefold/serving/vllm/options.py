@@ -14,11 +14,26 @@ from fivefold.methods.bits.kivi import Kivi, KiviCodec
 from fivefold.recipe import Recipe
 from fivefold.store.spec import DTYPES, LayerSpec
 
-__all__ = ["KEY", "RECIPE", "VERSIONS", "Facts", "Options", "Pages", "VersionError", "check_version", "recipe_text"]
+__all__ = [
+    "KEY",
+    "NO_RECIPE",
+    "RECIPE",
+    "VERSIONS",
+    "Facts",
+    "Options",
+    "Pages",
+    "VersionError",
+    "check_version",
+    "recipe_text",
+]
 RECIPE = "FIVEFOLD_RECIPE"
 """The environment variable that names a recipe."""
 KEY = "fivefold"
 """Under it `--additional-config` has the recipe."""
+NO_RECIPE = (
+    f"the attention backend CUSTOM is Fivefold's and has no recipe: add --additional-config "
+    f"""'{{"{KEY}": "kivi(bits=4)"}}', or set {RECIPE}."""
+)
 VERSIONS = (0, 29), (0, 34)
 """Versions of vLLM that the plug-in knows: from the first, below the second."""
 PAGE = 32
@@ -37,7 +52,8 @@ def check_version(version: str) -> None:
     (low, high) = ("{}.{}".format(*one) for one in VERSIONS)
     if found is None or not VERSIONS[0] <= tuple(map(int, found.groups())) < VERSIONS[1]:
         raise VersionError(
-            f"vLLM {version} is none that Fivefold's plug-in knows: install vllm>={low},<{high}, or run without a recipe."
+            f"vLLM {version} is none that Fivefold's plug-in knows: install vllm>={low},<{high}, or run it without a "
+            "recipe."
         )
 
 
@@ -114,8 +130,8 @@ class Pages:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is asked of a model that is to be served. `window`: of layers that have a sliding one; speculation, pipeline:
-    what vLLM was told."""
+    """What is asked of a model that is to be served. window: of layers that have a sliding one; dtype and what stands
+    behind `hybrid`: what vLLM was told."""
 
     model: str
     head_dim: int
@@ -152,7 +168,8 @@ class Options:
         for one in recipe.methods:
             if one.slot in ("tokens", "reads"):
                 raise RecipeError(
-                    f"{one.name} chooses tokens for each head, and in vLLM one table serves all heads of a layer: {remedy}."
+                    f"{one.name} chooses tokens for each head, and in vLLM one table serves all heads of a layer: "
+                    f"{remedy}."
                 )
             if not isinstance(one, Kivi):
                 raise RecipeError(f"{one.name} is not served by vLLM's blocks: {remedy}.")
@@ -161,7 +178,8 @@ class Options:
         if lists := method.by_layer():
             name = next(iter(lists))
             raise RecipeError(
-                f"{recipe} has values by layer ({name}), and vLLM's blocks are alike in all layers: give {name} one number."
+                f"{recipe} has values by layer ({name}), and vLLM's blocks are alike in all layers: give {name} one "
+                "number."
             )
         if method.unbias:
             raise RecipeError(f"{recipe}: no kernel of the plug-in corrects scores: leave unbias out.")

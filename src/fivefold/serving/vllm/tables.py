@@ -8,13 +8,16 @@ Addresses are in units of 16 bytes and relative: `Place.base` of the layer is to
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
 from fivefold.kernels.packed_decode.schedule import SPAN
 from fivefold.kernels.paged_pack import NULL, UNIT, Place
 from fivefold.serving.vllm.options import PAGE, Pages
 
-__all__ = ["NULL", "Place", "Tables"]
+__all__ = ["NULL", "UNIT", "Place", "Prefill", "Step", "Tables"]
 
 
 class Tables:
@@ -32,12 +35,12 @@ class Tables:
         self.pages, self.kv_heads, self.requests, self.device = pages, kv_heads, requests, device
         self.packed_columns = -(-tokens // pages.block) * pages.together
         self.exact_columns = pages.columns
-        rows, long = requests * kv_heads, {"dtype": torch.int64, "device": device}
+        rows, long = requests * kv_heads, torch.int64
         self.spans = torch.zeros((rows, SPAN), dtype=torch.int32, device=device)
-        self.packed = torch.zeros((rows, self.packed_columns), **long)
-        self.exact = torch.zeros((rows, self.exact_columns, 2), **long)
-        self.due = torch.full((rows, 2), -1, **long)
-        self.sources = torch.zeros((rows, pages.form.group // PAGE, 2), **long)
+        self.packed = torch.zeros((rows, self.packed_columns), dtype=long, device=device)
+        self.exact = torch.zeros((rows, self.exact_columns, 2), dtype=long, device=device)
+        self.due = torch.full((rows, 2), -1, dtype=long, device=device)
+        self.sources = torch.zeros((rows, pages.form.group // PAGE, 2), dtype=long, device=device)
 
     def fill(
         self,
@@ -98,6 +101,43 @@ class Tables:
         sources = spread(_exact_at(exact, exact_blocks, where)[0], exact.head)
         self.sources[rows, :, 0] = sources
         self.sources[rows, :, 1] = sources + size
+
+
+@dataclass
+class Prefill:
+    """A request with several new tokens, or with one behind others with several.
+
+    number: its row in the block tables; first, last: its tokens of the batch; known: tokens that there were before.
+    """
+
+    number: int
+    first: int
+    last: int
+    known: int
+
+
+@dataclass
+class Step:
+    """What all layers know of a step: filled by the builder of whichever group comes last.
+
+    decodes: how many requests, the first ones, have one new token each and are in `tables`; longest: tokens of the
+    longest of them, the newest included (an upper bound); completes: whether one of them may complete a group.
+    packed_blocks, exact_blocks: vLLM's block tables `[requests, some]`; exact_slots: `[tokens]`, where the exact tier
+    has the batch's tokens (`block * tokens of a block + token`). lengths: tokens of each request, where vLLM has them;
+    plan: a path's own.
+    """
+
+    tables: Tables
+    tokens: int
+    decodes: int
+    longest: int
+    completes: bool
+    prefills: list[Prefill]
+    packed_blocks: torch.Tensor
+    exact_blocks: torch.Tensor
+    exact_slots: torch.Tensor
+    lengths: torch.Tensor | None = None
+    plan: Any = None
 
 
 def _exact_at(exact: Place, blocks: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
