@@ -27,9 +27,10 @@ pytestmark = [
 LAUNCH = """
 extern "C" void launch(int blocks, int late, const Query* queries, const long long* table, const long long* exact,
                        const int* spans, const int* starts, float* out, float* lse, float scale, int rows, int columns,
-                       int exact_columns, int heads) {
+                       int exact_columns, int heads, long long base, long long exact_base) {
   run(blocks, late, [&] {
-    packed(queries, table, exact, spans, starts, out, lse, scale, rows, columns, exact_columns, heads);
+    packed(queries, table, exact, spans, starts, out, lse, scale, rows, columns, exact_columns, heads, base,
+           exact_base);
   });
 }
 """
@@ -92,6 +93,9 @@ def test_the_source_does_as_the_reference(
             poisoned = x.masked_fill(~seen[..., None], torch.nan).unflatten(1, (2, 32))
             store.pool.write(name, store.table.reshape(-1), poisoned.flatten(0, 1))
     wanted, wanted_lse = decode_reference(queries, scaling, span, form, fields, keys, values)
+    bases = [int(x.min()) - 7 for x in (table, slots)]  # from which addresses are counted
+    table, slots = (x - base for x, base in zip((table, slots), bases))
+    bases = [ctypes.c_longlong(base) for base in bases]
     for late, programs in ((False, 4), (True, 6)):
         pages = kernel.pages_of(span.numpy(), page, joined=joined is not None)
         starts = torch.from_numpy(kernel.starts_of(pages, (programs, 0 if joined else rows)))[0].contiguous()
@@ -99,7 +103,7 @@ def test_the_source_does_as_the_reference(
         lse = torch.full((programs, heads), torch.nan)
         pointers = [ctypes.c_void_p(x.data_ptr()) for x in (queries, table, slots, span, starts, out, lse)]
         sizes = (rows, columns, slots.shape[1])
-        launch(programs, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), *sizes, heads)
+        launch(programs, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), *sizes, heads, *bases)
         for row in range(rows):
             part = slice(int(starts[row]), int(starts[row + 1]))
             if part.start == part.stop:

@@ -17,7 +17,7 @@ import torch
 
 from fivefold.kernels.device import numbered, on
 from fivefold.kernels.packed_decode.reference import Form
-from fivefold.kernels.packed_decode.schedule import Exact
+from fivefold.kernels.packed_decode.schedule import Exact, Packed
 
 SOURCE = Path(__file__).with_name("packed.cu")
 PAIRS = 4
@@ -55,17 +55,18 @@ class Kernel:
     pairs: int
 
     def __call__(
-        self, programs: int, queries: torch.Tensor, table: torch.Tensor, exact: Exact | None, spans: torch.Tensor,
+        self, programs: int, queries: torch.Tensor, packed: Packed, exact: Exact | None, spans: torch.Tensor,
         starts: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, scale: float,
     ) -> None:  # fmt: skip
         """Leave the parts of `programs` programs in out `[programs, heads, head_dim]` and lse `[programs, heads]`."""
         from cuda.bindings import driver
 
         rows, heads = queries.shape[:2]
-        slots = table if exact is None else exact.table
+        table, base = packed.table, packed.base
+        slots, exact_base = (table, base) if exact is None else (exact.table, exact.base)
         pointers = [x.data_ptr() for x in (queries, table, slots, spans, starts, out, lse)]
-        types = (*[ctypes.c_void_p] * 7, ctypes.c_float, *[ctypes.c_int] * 4)
-        values = (*pointers, scale, rows, table.shape[1], slots.shape[1], heads)
+        types = (*[ctypes.c_void_p] * 7, ctypes.c_float, *[ctypes.c_int] * 4, *[ctypes.c_longlong] * 2)
+        values = (*pointers, scale, rows, table.shape[1], slots.shape[1], heads, base, exact_base)
         stream = torch.cuda.current_stream(queries.device).cuda_stream
         grid, block = (programs, 1, 1), (64 * self.pairs, 1, 1)
         with on(queries.device):

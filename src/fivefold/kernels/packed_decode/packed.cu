@@ -1,7 +1,8 @@
 // One share of the packed pages of a row: see cuda.py.
 //
 // Compiled for one form of pages: BITS, GROUP, CHANNELS, D (head_dim); UNITS of shared memory, the dtype of the QUERIES,
-// SPAN columns of a table of spans, RESIDENT programs on a processor.
+// SPAN columns of a table of spans, RESIDENT programs on a processor. Tables have addresses in units of 16 bytes, counted
+// from base and exact_base.
 // Two warps, a pair, work on a page; each takes 16 of its 32 rows and keeps a softmax of its own until the end. A program
 // has PAIRS of them, which take turns with its pages. The sides of a page, keys and values, are copied into a ring of
 // units ahead of their use.
@@ -174,7 +175,8 @@ __device__ __forceinline__ void copy_exact(u32 to, const char* from, int thread,
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     packed(const Query* __restrict__ queries, const long long* __restrict__ table, const long long* __restrict__ exact,
            const int* __restrict__ spans, const int* __restrict__ starts, float* __restrict__ out,
-           float* __restrict__ lse, float scale, int rows, int columns, int exact_columns, int heads) {
+           float* __restrict__ lse, float scale, int rows, int columns, int exact_columns, int heads, long long base,
+           long long exact_base) {
   extern __shared__ __align__(128) char memory[];
   const int lane = threadIdx.x & 31, half = threadIdx.x >> 5 & 1, g = lane >> 2, t = lane & 3;
   const int pair_ = threadIdx.x / PAIR, thread = threadIdx.x % PAIR;
@@ -206,8 +208,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const u32 ring = shared(own);
   // What is copied next: a side of a page.
   int ahead = first + pair_;
-  long long address = ahead < last_packed ? table[ahead] * 16 : 0;
-  long long next = ahead + PAIRS < last_packed ? table[ahead + PAIRS] * 16 : 0;
+  auto place = [&](int number) { return number < last_packed ? (base + table[number]) * 16 : 0; };
+  long long address = place(ahead), next = place(ahead + PAIRS);
   auto fetch = [&](bool keys, u32 unit) {
     if (ahead < last_packed) {
       const char* record = reinterpret_cast<const char*>(address) + thread * 16;
@@ -220,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #if EXACT
     else if (ahead < last) {
       const int page = ahead - pages;
-      const char* from = reinterpret_cast<const char*>(exact[2 * page + (keys ? 0 : 1)] * 16);
+      const char* from = reinterpret_cast<const char*>((exact_base + exact[2 * page + (keys ? 0 : 1)]) * 16);
       if (keys)
         copy_exact<true>(ring + unit, from, thread, [&](int r) { return seen(page * 32 + r); });
       else
@@ -231,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     if (!keys) {
       ahead += PAIRS;
       address = next;
-      next = ahead + PAIRS < last_packed ? table[ahead + PAIRS] * 16 : 0;
+      next = place(ahead + PAIRS);
     }
   };
 #pragma unroll

@@ -44,6 +44,10 @@ _served: dict[int, Pages] = {}
 class Path(Protocol):
     """What computes a layer."""
 
+    def prepare(self, step: Step) -> None:
+        """Before the layers of a step, outside of a graph."""
+        ...
+
     def forward(
         self, shared: Shared, impl: Impl, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         packed: torch.Tensor, exact: torch.Tensor, step: Step, output: torch.Tensor,
@@ -74,21 +78,24 @@ class Shared:
         if self.tables is not None:
             return
         requests, tokens = vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len
-        self.tables = Tables(self.pages, self.kv_heads, requests, tokens, device)
         if device.type == "cpu":
             from fivefold.serving.vllm.cpu import CpuPath
 
+            self.tables = Tables(self.pages, self.kv_heads, requests, tokens, device)
             self.path = CpuPath(self.pages)
         else:
-            from fivefold.serving.vllm.cuda import CudaPath  # type: ignore[import-not-found]
+            from fivefold.serving.vllm.cuda import CudaPath, CudaTables
 
-            self.path = CudaPath(self.pages)
+            model = vllm_config.model_config
+            shared_by = model.get_num_attention_heads(vllm_config.parallel_config) // self.kv_heads
+            self.tables = CudaTables(self.pages, self.kv_heads, requests, tokens, device, shared_by)
+            self.path = CudaPath(self.pages, device)
 
     def offer(self, kind: str, metadata: Any, layers: dict[str, Any], name: str) -> Step:
         """A group's part of a step; the step is complete when both have come."""
-        if kind == "packed" and self.packed_place is None:
+        if kind == "packed":
             self.packed_place = Place.of(layers[name].kv_cache)
-        if kind == "exact" and self.exact_place is None:
+        if kind == "exact":
             self.exact_place = Place.of(layers[name].kv_cache)
         other = self._offers.pop("exact" if kind == "packed" else "packed", None)
         if other is None:
@@ -124,6 +131,9 @@ class Shared:
                 self.packed_place, self.exact_place, step.packed_blocks[:decodes], step.exact_blocks[:decodes],
                 packed.seq_lens[:decodes], step.longest,
             )  # fmt: skip
+        step.lengths = packed.seq_lens
+        assert self.path is not None
+        self.path.prepare(step)
 
 
 def _lengths(metadata: Any) -> list[int]:

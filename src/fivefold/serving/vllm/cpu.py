@@ -29,6 +29,9 @@ class CpuPath:
         self.pages = pages
         self.compiled = choose(torch.device("cpu")).path == "cpp"
 
+    def prepare(self, step: Any) -> None:
+        pass
+
     def forward(
         self, shared: Any, impl: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         packed: torch.Tensor, exact: torch.Tensor, step: Any, output: torch.Tensor,

@@ -9,34 +9,15 @@ Addresses are in units of 16 bytes and relative: `Place.base` of the layer is to
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fivefold.kernels.packed_decode.schedule import SPAN
+from fivefold.kernels.paged_pack import NULL, UNIT, Place
 from fivefold.serving.vllm.options import PAGE, Pages
 
-UNIT = 16
-NULL = 0
-"""The block that vLLM writes into a table where a request holds none."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """How the pages of a layer lie in a view `[blocks, kv_heads, pages, bytes]` of vLLM's memory: page p of block b and
-    head h is at `base + b * block + h * head + p * page`, in units of 16 bytes."""
-
-    base: int
-    block: int
-    head: int
-    page: int
-    pages: int
-
-    @classmethod
-    def of(cls, cache: torch.Tensor) -> Place:
-        steps = [x * cache.element_size() for x in cache.stride()[:3]]
-        assert cache.stride(3) == 1 and not any(x % UNIT for x in (cache.data_ptr(), *steps)), (cache.shape, steps)
-        block, head, page = (x // UNIT for x in steps)
-        return cls(cache.data_ptr() // UNIT, block, head, page, cache.shape[2])
+__all__ = ["NULL", "UNIT", "Place", "Prefill", "Step", "Tables"]
 
 
 class Tables:
@@ -142,7 +123,8 @@ class Step:
     decodes: how many requests, the first ones, have one new token each and are in `tables`; longest: tokens of the
     longest of them, the newest included (an upper bound); completes: whether one of them may complete a group.
     packed_blocks, exact_blocks: vLLM's block tables `[requests, some]`; exact_slots: `[tokens]`, where the exact tier
-    has the batch's tokens (`block * tokens of a block + token`).
+    has the batch's tokens (`block * tokens of a block + token`). lengths: tokens of each request, where vLLM has them;
+    plan: a path's own.
     """
 
     tables: Tables
@@ -154,31 +136,11 @@ class Step:
     packed_blocks: torch.Tensor
     exact_blocks: torch.Tensor
     exact_slots: torch.Tensor
+    lengths: torch.Tensor | None = None
+    plan: Any = None
 
 
 def _exact_at(exact: Place, blocks: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Relative addresses of exact pages `[requests, n]`, by their numbers in the text, and their blocks' ids."""
     found = blocks.gather(1, (pages // exact.pages).clamp_max(blocks.shape[1] - 1)).long()
     return found * exact.block + pages % exact.pages * exact.page, found
-
-
-def starts_on_device(pages: torch.Tensor, programs: tuple[int, int]) -> torch.Tensor:
-    """`schedule.starts_of` without the host: int32 `[2, rows + 1]`.
-
-    pages: `[2, rows]`, of packed and of exact pieces of work. Programs get at most 1/32 more than the least that is
-    possible, where there are more programs than rows.
-    """
-    out = torch.zeros((2, pages.shape[1] + 1), dtype=torch.int32, device=pages.device)
-    for kind, most in enumerate(programs):
-        if most == 0:
-            continue
-        mine = pages[kind].long()
-        least = (mine.sum() + most - 1).div(most, rounding_mode="floor").clamp_min(1)
-        steps = torch.arange(65, device=pages.device)
-        each = least + (least * steps + 31) // 32
-        each = torch.cat([each, mine.max().clamp_min(1)[None]])
-        fits = ((mine[:, None] + each - 1) // each).sum(0) <= most
-        fits[-1] = True
-        each = each[fits.int().argmax()]
-        out[kind, 1:] = ((mine + each - 1) // each).cumsum(0)
-    return out
