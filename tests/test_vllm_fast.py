@@ -19,10 +19,10 @@ from fivefold.errors import FivefoldError, RecipeError, UnsupportedModelError
 from fivefold.kernels.choice import choose
 from fivefold.kernels.pack import pack_reference
 from fivefold.kernels.pack.reference import fields_of
-from fivefold.kernels.packed_decode import decode_page, schedule
+from fivefold.kernels.packed_decode import decode_page
 from fivefold.serving.vllm.cpu import CpuPath
 from fivefold.serving.vllm.options import Facts, Options, Pages, VersionError, check_version, recipe_text
-from fivefold.serving.vllm.tables import NULL, Place, Prefill, Step, Tables, starts_on_device
+from fivefold.serving.vllm.tables import NULL, Place, Prefill, Step, Tables
 from recipes import SHAPE
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -217,23 +217,6 @@ def test_tables_against_plain_python(text: str) -> None:
                 assert sources[:, 0].tolist() == wanted
                 assert (sources[:, 1] - sources[:, 0]).tolist() == [pages.exact_bytes // 2] * len(wanted)
     assert not tables.spans[requests * heads :].any()
-
-
-@pytest.mark.parametrize("rows", [1, 7, 64])
-def test_work_lists_without_the_host(rows: int) -> None:
-    random.seed(rows)
-    for programs in ((264, 0), (264, 528), (rows, rows)):
-        pages = torch.tensor([[random.choice((0, 1, 3, 500)) for _ in range(rows)] for _ in range(2)])
-        starts = starts_on_device(pages, programs)
-        wanted = schedule.starts_of(pages.numpy() * (torch.tensor(programs)[:, None] > 0).numpy(), programs)
-        for kind, most in enumerate(programs):
-            shares = starts[kind].diff()
-            assert starts[kind, 0] == 0 and starts[kind, -1] <= most
-            if most:
-                assert ((shares > 0) == (pages[kind] > 0)).all()
-                each = -(-pages[kind] // shares.clamp_min(1)).max()
-                best = -(-pages[kind] // torch.from_numpy(wanted[kind]).diff().clamp_min(1)).max()
-                assert each <= best * 34 / 32 + 1
 
 
 # -- a layer on a CPU ---------------------------------------------------------------------------------------------

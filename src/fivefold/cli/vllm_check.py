@@ -65,7 +65,7 @@ def vllm_check(
         err.print(f"Starting vLLM {there.version} {'with its own cache' if one is None else 'with ' + one} ...")
         found[name] = _ask({**wanted, "recipe": one})
     rows = [
-        _compare(served, recipe, *each) for each in zip(ids, found["fivefold"]["tokens"], found["fivefold"]["logprobs"])
+        compare(served, recipe, *each) for each in zip(ids, found["fivefold"]["tokens"], found["fivefold"]["logprobs"])
     ]
     result = {
         "model": model_name(model), "recipe": recipe, "vllm": found["stock"]["version"], "dtype": settings["dtype"],
@@ -97,7 +97,7 @@ def _ask(wanted: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def _compare(model: Any, recipe: str, ids: list[int], tokens: list[int], logprobs: list[Any]) -> dict[str, Any]:
+def compare(model: Any, recipe: str, ids: list[int], tokens: list[int], logprobs: list[Any]) -> dict[str, Any]:
     """vLLM's tokens beside those of Fivefold in transformers, which reads on with vLLM's.
 
     kl: of vLLM's distribution from Fivefold's, a mean over the tokens; over vLLM's likeliest ones, and all others as if
