@@ -116,6 +116,13 @@ def test_models_that_are_refused(changed: dict, said: str) -> None:
     assert isinstance(error.value, FivefoldError) and "\n" not in str(error.value)
 
 
+def test_groups_that_no_gpu_packs() -> None:
+    options = Options.parse("kivi(bits=4, group=64)")
+    options.check(FACTS)
+    with pytest.raises(UnsupportedModelError, match="groups of 64 tokens are not served; write group=32"):
+        options.check(replace(FACTS, cpu=False))
+
+
 # -- sizes --------------------------------------------------------------------------------------------------------
 
 

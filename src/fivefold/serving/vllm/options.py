@@ -201,7 +201,10 @@ class Options:
 
     def check(self, facts: Facts) -> None:
         """Raise `UnsupportedModelError` if the plug-in cannot serve a model."""
-        if why := _lacking(facts):
+        why = _lacking(facts)
+        if why is None and not facts.cpu and self.method.group != PAGE:
+            why = f"on a GPU groups of {self.method.group} tokens are not served; write group={PAGE}"
+        if why:
             raise UnsupportedModelError(f"{facts.model} cannot be served with {self.recipe}: {why}.")
 
 
