@@ -270,6 +270,29 @@ def preemption() -> None:
         same=list(map(same, got, wanted)), of=200)  # fmt: skip
 
 
+def automatic() -> None:
+    """`--max-model-len auto`: the longest that fits, and one request of nearly that length is served."""
+    recipe, folder = "kivi(bits=4)", llama()
+    reference = Reference(folder)
+    llm = engine(folder, recipe, max_model_len=-1, kv_cache_memory_bytes=6 << 20, max_num_batched_tokens=4096)
+    longest = llm.llm_engine.vllm_config.model_config.max_model_len
+    (ids,) = prompts((longest - TOKENS,))
+    got, _ = ask(llm, [ids])
+    sizes = [4096] if len(ids) > 4096 else None
+    agree = same(got[0], reference.tokens(ids, recipe, sizes))
+    say(f"{recipe}: max_model_len auto in 6 MiB", agree == TOKENS and 512 < longest < 32768, max_model_len=longest,
+        capacity=capacity(llm), same=agree, of=TOKENS)  # fmt: skip
+
+
+def compiled() -> None:
+    """With torch.compile, as vLLM starts if nothing is said."""
+    recipe, folder, texts = "kivi(bits=4)", llama(), prompts()
+    wanted = [Reference(folder).tokens(ids, recipe) for ids in texts]
+    llm = engine(folder, recipe, enforce_eager=False)
+    got, _ = ask(llm, texts)
+    say(f"{recipe}: torch.compile", got == wanted, same=list(map(same, got, wanted)), of=TOKENS)
+
+
 def parallel() -> None:
     """Two processes, each with half of the heads: the same tokens, about twice the capacity."""
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0|1")
@@ -447,6 +470,8 @@ def refusals() -> None:
         ("some windows", str(gemma), "kivi(bits=4)", {}),
         ("pipeline", folder, "kivi(bits=4)", {"pipeline_parallel_size": 2}),
         ("speculation", folder, "kivi(bits=4)", {"speculative_config": GUESSES}),
+        ("block size", folder, "kivi(bits=4)", {"block_size": 64}),
+        ("one group", folder, "kivi(bits=4)", {"disable_hybrid_kv_cache_manager": True}),
         ("fp8", folder, "kivi(bits=4)", {"kv_cache_dtype": "fp8"}),
     ):  # fmt: skip
         try:
@@ -468,7 +493,8 @@ def refusals() -> None:
 
 GROUPS = {
     **{f"kivi{number}-{residual}": (bits, number, residual) for number in (4, 2, 3, 8) for residual in (0, 128)},
-    "manager": (manager,), "chunks": (chunks,), "preemption": (preemption,),
+    "manager": (manager,), "chunks": (chunks,), "preemption": (preemption,), "auto": (automatic,),
+    "compiled": (compiled,),
     "parallel": (parallel,), "shapes": (shapes,), "smollm2": (smollm2,),
     "capacity": (tokens_per_gib,), "server": (server,), "refusals": (refusals,),
 }  # fmt: skip

@@ -104,6 +104,8 @@ def test_recipes_that_are_refused(recipe: str, said: str) -> None:
         ({"cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         ({"speculation": "ngram"}, "speculation (ngram)"),
         ({"pipeline": 2}, "pipeline parallel (2)"),
+        ({"block_size": 16}, "--block-size 16"),
+        ({"one_group": True}, "--disable-hybrid-kv-cache-manager"),
         ({"context_parallel": 2}, "context parallel (2)"),
     ],
 )

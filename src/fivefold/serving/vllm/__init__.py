@@ -165,5 +165,7 @@ def facts_of(config: Any) -> Facts:
         pipeline=parallel.pipeline_parallel_size,
         context_parallel=parallel.decode_context_parallel_size,
         cache_dtype=str(config.cache_config.cache_dtype),
+        block_size=config.cache_config.block_size if config.cache_config.user_specified_block_size else None,
+        one_group=bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
         cpu=current_platform.is_cpu(),
     )

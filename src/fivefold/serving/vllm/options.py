@@ -147,6 +147,8 @@ class Facts:
     pipeline: int = 1
     context_parallel: int = 1
     cache_dtype: str = "auto"
+    block_size: int | None = None
+    one_group: bool = False
     cpu: bool = True
 
 
@@ -240,6 +242,13 @@ def _lacking(facts: Facts) -> str | None:
         return f"its dtype {str(facts.dtype).removeprefix('torch.')} is none of {names}; add --dtype bfloat16"
     if facts.cache_dtype != "auto":
         return f"--kv-cache-dtype {facts.cache_dtype} packs the cache too; leave it out"
+    if facts.block_size is not None:
+        return f"blocks are as large as the recipe's pages; leave --block-size {facts.block_size} out"
+    if facts.one_group:
+        return (
+            "exact and packed tokens need vLLM's hybrid KV cache manager, which --disable-hybrid-kv-cache-manager or a KV "
+            "connector turns off; leave that out"
+        )
     if facts.speculation is not None:
         return f"speculation ({facts.speculation}) takes tokens back, which packed pages cannot; leave it out"
     if facts.pipeline > 1:
