@@ -246,8 +246,8 @@ def _lacking(facts: Facts) -> str | None:
         return f"blocks are as large as the recipe's pages; leave --block-size {facts.block_size} out"
     if facts.one_group:
         return (
-            "exact and packed tokens need vLLM's hybrid KV cache manager, which --disable-hybrid-kv-cache-manager or a KV "
-            "connector turns off; leave that out"
+            "exact and packed tokens need vLLM's hybrid KV cache manager, which --disable-hybrid-kv-cache-manager or a "
+            "KV connector turns off; leave that out"
         )
     if facts.speculation is not None:
         return f"speculation ({facts.speculation}) takes tokens back, which packed pages cannot; leave it out"
