@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,23 +85,38 @@ class Reference:
 
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
 
-    def tokens(self, ids: list[int], recipe: str, chunks: list[int] | None = None, count: int = TOKENS) -> list[int]:
-        """Greedy tokens behind a prompt that is read in chunks of these sizes (the last one again and again)."""
+    def tokens(
+        self, ids: list[int], recipe: str, chunks: list[int] | None = None, count: int = TOKENS, hit: bool = False
+    ) -> list[int]:
+        """Greedy tokens behind a prompt that is read in chunks of these sizes (the last one again and again). hit: all
+        of the first chunk is packed, whatever the residual."""
         import torch
 
         import fivefold
+        from fivefold.recipe import Recipe
 
-        cache = fivefold.compress(self.model, recipe)
+        (method,) = Recipe.parse(recipe).methods
+        cache = fivefold.compress(self.model, str(replace(method, residual=0)) if hit else recipe)
         sizes, at, out = list(chunks or [len(ids)]), 0, []
         with torch.inference_mode():
             while at < len(ids):
                 size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
                 logits = self.model(torch.tensor([ids[at : at + size]]), past_key_values=cache).logits[0, -1]
                 at += size
+                if hit:
+                    keep(cache, method.residual)
             for _ in range(count):
                 out.append(int(logits.argmax()))
                 logits = self.model(torch.tensor([[out[-1]]]), past_key_values=cache).logits[0, -1]
         return out
+
+
+def keep(cache: Any, residual: int) -> None:
+    """From now on so many recent tokens stay exact; what is packed stays packed."""
+    for layer in cache.session.stores.values():
+        bank = layer.bank
+        layer.residual, layer.packing = residual, replace(layer.packing, residual=residual)
+        bank.packing, bank.residual[:], bank.due = layer.packing, residual, None
 
 
 def engine(folder: str, recipe: str | None, **settings: Any) -> Any:
@@ -168,14 +184,12 @@ def bits(number: int, residual: int) -> None:
     say(f"{recipe}: a batch of {len(texts)}", got == wanted, prompts=LENGTHS, same=list(map(same, got, wanted)),
         same_as_full=list(map(same, got, full)), of=TOKENS)  # fmt: skip
     again, hits = ask(llm, texts[-1:])
-    cut = reference.tokens(texts[-1], recipe, [hits[0], len(texts[-1]) - hits[0]])
+    sizes = [hits[0], len(texts[-1]) - hits[0]]
+    cut = reference.tokens(texts[-1], recipe, sizes, hit=True)
+    exact = reference.tokens(texts[-1], recipe, sizes)
     facts = {"cached": hits[0], "same": same(again[0], cut), "same_as_without": same(again[0], wanted[-1])}
-    # With a residual, what the hit brought is read packed; see docs/vllm.md.
-    say(
-        f"{recipe}: a prefix hit, as a session that reads in two chunks",
-        hits[0] > 0 and (residual or again[0] == cut),
-        **facts,
-    )
+    facts |= {"same_as_exact_before_the_cut": same(again[0], exact), "of": TOKENS}
+    say(f"{recipe}: a prefix hit, as two chunks, the first one packed", hits[0] > 0 and again[0] == cut, **facts)
 
 
 def chunks() -> None:
