@@ -95,8 +95,8 @@ class Reference:
         import fivefold
         from fivefold.recipe import Recipe
 
-        (method,) = Recipe.parse(recipe).methods
-        cache = fivefold.compress(self.model, str(replace(method, residual=0)) if hit else recipe)
+        methods = Recipe.parse(recipe).methods
+        cache = fivefold.compress(self.model, str(replace(methods[0], residual=0)) if hit else recipe)
         sizes, at, out = list(chunks or [len(ids)]), 0, []
         with torch.inference_mode():
             while at < len(ids):
@@ -104,7 +104,7 @@ class Reference:
                 logits = self.model(torch.tensor([ids[at : at + size]]), past_key_values=cache).logits[0, -1]
                 at += size
                 if hit:
-                    keep(cache, method.residual)
+                    keep(cache, methods[0].residual)
             for _ in range(count):
                 out.append(int(logits.argmax()))
                 logits = self.model(torch.tensor([[out[-1]]]), past_key_values=cache).logits[0, -1]
