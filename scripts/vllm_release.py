@@ -206,6 +206,18 @@ def chunks() -> None:
         gc.collect()
 
 
+def twice() -> None:
+    """A prompt twice in a batch: the second one hits blocks that the first one fills in the same step."""
+    folder, recipe = llama(), "kivi(bits=4, residual=0)"
+    reference, llm = Reference(folder), engine(folder, recipe)
+    for length in (513, 700):
+        (ids,) = prompts((length,), length)
+        got, hits = ask(llm, [ids, ids, ids])
+        wanted = [reference.tokens(ids, recipe, [hit, length - hit] if hit else None) for hit in hits]
+        say(f"{recipe}: {length} tokens three times in a batch", got == wanted and max(hits) == 512, cached=hits,
+            same=list(map(same, got, wanted)), of=TOKENS)  # fmt: skip
+
+
 def manager() -> None:
     """The blocks of exact pages, handed out and taken back at random: each page that a step reads has a block, no block
     has two owners, and none is lost."""
@@ -507,7 +519,7 @@ def refusals() -> None:
 
 GROUPS = {
     **{f"kivi{number}-{residual}": (bits, number, residual) for number in (4, 2, 3, 8) for residual in (0, 128)},
-    "manager": (manager,), "chunks": (chunks,), "preemption": (preemption,), "auto": (automatic,),
+    "manager": (manager,), "twice": (twice,), "chunks": (chunks,), "preemption": (preemption,), "auto": (automatic,),
     "compiled": (compiled,),
     "parallel": (parallel,), "shapes": (shapes,), "smollm2": (smollm2,),
     "capacity": (tokens_per_gib,), "server": (server,), "refusals": (refusals,),
