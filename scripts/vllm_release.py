@@ -359,6 +359,43 @@ def shapes() -> None:
         gc.collect()
 
 
+FAMILIES = ("qwen2", "qwen3", "mistral", "phi3", "granite", "gpt_neox", "olmo2", "qwen3_moe")
+
+
+def families() -> None:
+    """Models of other kinds that have full attention."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    recipe, texts = "kivi(bits=4, residual=32)", prompts((5, 300))
+    for name in FAMILIES:
+        folder = FOLDER / name
+        if not (folder / "config.json").exists():
+            torch.manual_seed(0)
+            more = {"mistral": {"sliding_window": None}, "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2}}
+            heads = 4 if name == "gpt_neox" else 2
+            config = AutoConfig.for_model(
+                name, vocab_size=WORDS, hidden_size=256, intermediate_size=256, moe_intermediate_size=128,
+                num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=heads, head_dim=64,
+                max_position_embeddings=4096, initializer_range=0.1, tie_word_embeddings=False, pad_token_id=0,
+                bos_token_id=1, eos_token_id=2, **more.get(name, {}),
+            )  # fmt: skip
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        reference = Reference(str(folder))
+        wanted = [reference.tokens(ids, recipe) for ids in texts]
+        try:
+            llm = engine(str(folder), recipe)
+        except Exception as error:
+            say(f"{recipe}: {name}", False, error=f"{type(error).__name__}: {error}"[:300])
+            continue
+        got, _ = ask(llm, texts)
+        kl = divergence(llm, reference, recipe, texts)
+        say(f"{recipe}: {name}", max(kl) < BOUND["float32"], same=list(map(same, got, wanted)), of=TOKENS,
+            kl=[float(f"{x:.2g}") for x in kl])  # fmt: skip
+        del llm
+        gc.collect()
+
+
 def smollm2() -> None:
     from transformers import AutoTokenizer
 
@@ -521,7 +558,7 @@ GROUPS = {
     **{f"kivi{number}-{residual}": (bits, number, residual) for number in (4, 2, 3, 8) for residual in (0, 128)},
     "manager": (manager,), "twice": (twice,), "chunks": (chunks,), "preemption": (preemption,), "auto": (automatic,),
     "compiled": (compiled,),
-    "parallel": (parallel,), "shapes": (shapes,), "smollm2": (smollm2,),
+    "parallel": (parallel,), "shapes": (shapes,), "families": (families,), "smollm2": (smollm2,),
     "capacity": (tokens_per_gib,), "server": (server,), "refusals": (refusals,),
 }  # fmt: skip
 OWN_PROCESSES = ("parallel",)
