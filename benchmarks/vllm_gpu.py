@@ -6,9 +6,9 @@
 
 `time` serves Llama-3-8B's shape with random weights in bfloat16, torch.compile and CUDA graphs on, and writes for each
 case (requests x tokens of context) the time of a step, (t(65 tokens) - t(1 token)) / 64 on the clock of the client,
-median of 3; the prompts are not computed but filled in (`vllm_prefilled.py`), save those of a case that ends in r, whose
-time until the first token is written too. `check` serves a small model with random weights and compares: each greedy token
-with what Fivefold in transformers (in plain PyTorch) finds likeliest behind the same tokens.
+median of 3; the prompts are not computed but filled in (`vllm_prefilled.py`), save those of a case that ends in r,
+whose time until the first token is written too. `check` serves a small model with random weights and compares: each
+greedy token with what Fivefold in transformers (in plain PyTorch) finds likeliest behind the same tokens.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def timed(out: Path, cache: str, cases: list[str], settings: dict[str, Any]) -> 
     kept = facts.cache_config
     keep(out, "engines", {
         "cache": cache, "start_s": round(time.perf_counter() - began, 1), "vllm": vllm.__version__,
-        "torch": torch.__version__, "tokens": getattr(kept, "kv_cache_size_tokens", None), "blocks": kept.num_gpu_blocks,
+        "torch": torch.__version__, "tokens": getattr(kept, "kv_cache_size_tokens", None),
+        "blocks": kept.num_gpu_blocks,
         "graphs": str(facts.compilation_config.cudagraph_mode), "max_num_seqs": facts.scheduler_config.max_num_seqs,
         "async": facts.scheduler_config.async_scheduling,
     })  # fmt: skip
