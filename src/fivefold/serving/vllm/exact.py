@@ -44,8 +44,10 @@ class ExactSpec(SlidingWindowSpec):
         return False
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
-        """Those of a window, and one for the step that is in flight; however large chunks are."""
-        return -(-min(self.sliding_window, max_model_len) // self.block_size) + 1
+        """Those of a window, however large chunks are: what begins in the window ends with it, and what a step no
+        longer reads, the next one's tokens go to."""
+        blocks = -(-min(self.sliding_window, max_model_len) // self.block_size)
+        return blocks + (self.block_size > PAGE)  # larger ones may begin before the window does
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         blocks = self.max_admission_blocks_per_request(0, vllm_config.model_config.max_model_len)
@@ -53,8 +55,12 @@ class ExactSpec(SlidingWindowSpec):
 
 
 class ExactManager(SlidingWindowManager):
-    """Blocks for what the next step reads exactly, and no others. A chunk's take over those of the chunk before, which
-    a step reads before it writes (`Path.prefill`)."""
+    """Blocks for what the next step reads exactly, and no others.
+
+    New tokens take over blocks that are not needed any more, also while steps before are still under way: a device does
+    one step after the other. A chunk takes those that it reads itself, too, since it reads before it writes
+    (`Path.forward`); a decoding step, which writes first, only those that it does not read.
+    """
 
     def __init__(self, kv_cache_spec: ExactSpec, **settings: Any) -> None:
         super().__init__(kv_cache_spec, **settings)
@@ -70,10 +76,8 @@ class ExactManager(SlidingWindowManager):
         return max(0, num_computed_tokens - spec.residual) // spec.group * spec.group
 
     def _spare(self, request: str, num_tokens: int, known: int) -> list[int]:
-        """Places of blocks that a chunk up to `num_tokens` can take over."""
-        if num_tokens - known <= 1:  # a decoding step writes before it reads
-            return []
-        keep = self.get_num_skipped_tokens(num_tokens) // self.block_size
+        """Places of blocks that the tokens behind `known` can take over, up to `num_tokens`."""
+        keep = self.get_num_skipped_tokens(num_tokens if num_tokens - known > 1 else known) // self.block_size
         return [place for place in self._live.get(request, ()) if place < keep]
 
     def get_num_blocks_to_allocate(

@@ -123,9 +123,8 @@ class Pages:
         return packed * self.form.nbytes // self.form.tokens + (tokens - packed) * self.exact_bytes // PAGE
 
     def blocks_of(self, tokens: int) -> int:
-        """Blocks that vLLM holds for a KV head of so many tokens: of packed pages, and of exact ones (one more than
-        fit, where they do not begin at a page's start)."""
-        return -(-tokens // self.block) + min(-(-tokens // PAGE), -(-(self.window - 1) // PAGE) + 1)
+        """Blocks that vLLM holds for so many tokens: of packed pages, and of exact ones."""
+        return -(-tokens // self.block) + min(-(-tokens // PAGE), self.columns)
 
 
 @dataclass(frozen=True)
@@ -148,6 +147,8 @@ class Facts:
     pipeline: int = 1
     context_parallel: int = 1
     cache_dtype: str = "auto"
+    block_size: int | None = None
+    one_group: bool = False
     cpu: bool = True
 
 
@@ -202,7 +203,10 @@ class Options:
 
     def check(self, facts: Facts) -> None:
         """Raise `UnsupportedModelError` if the plug-in cannot serve a model."""
-        if why := _lacking(facts):
+        why = _lacking(facts)
+        if why is None and not facts.cpu and self.method.group != PAGE:
+            why = f"on a GPU groups of {self.method.group} tokens are not served; write group={PAGE}"
+        if why:
             raise UnsupportedModelError(f"{facts.model} cannot be served with {self.recipe}: {why}.")
 
 
@@ -238,6 +242,13 @@ def _lacking(facts: Facts) -> str | None:
         return f"its dtype {str(facts.dtype).removeprefix('torch.')} is none of {names}; add --dtype bfloat16"
     if facts.cache_dtype != "auto":
         return f"--kv-cache-dtype {facts.cache_dtype} packs the cache too; leave it out"
+    if facts.block_size is not None:
+        return f"blocks are as large as the recipe's pages; leave --block-size {facts.block_size} out"
+    if facts.one_group:
+        return (
+            "exact and packed tokens need vLLM's hybrid KV cache manager, which --disable-hybrid-kv-cache-manager or a "
+            "KV connector turns off; leave that out"
+        )
     if facts.speculation is not None:
         return f"speculation ({facts.speculation}) takes tokens back, which packed pages cannot; leave it out"
     if facts.pipeline > 1:
