@@ -17,7 +17,8 @@ from fivefold.serving.vllm.options import Options, Pages
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
-HEADS, SHARED_BY, BLOCKS = 2, 2, 40
+HEADS, SHARED_BY, BLOCKS = 1, 2, 40
+pytestmark = [pytest.mark.gpu] if GPU else []  # otherwise in the interpreter
 
 
 class Plain:

@@ -47,7 +47,8 @@ class Place:
     def of(cls, memory: torch.Tensor) -> Place:
         steps = [x * memory.element_size() for x in memory.stride()[:3]]
         assert memory.stride(3) == 1 and not any(x % UNIT for x in (memory.data_ptr(), *steps)), (memory.shape, steps)
-        return cls(memory.data_ptr() // UNIT, *(x // UNIT for x in steps), memory.shape[2])
+        block, head, page = (x // UNIT for x in steps)
+        return cls(memory.data_ptr() // UNIT, block, head, page, memory.shape[2])
 
 
 @dataclass(frozen=True)
@@ -203,8 +204,8 @@ def gather_reference(
         if token < start or exact.find(request, token // PAGE)[0] == NULL:
             record = packed.view(request, token // form.tokens)[:, : form.nbytes].contiguous().view(torch.int16)
             inside = token % form.tokens
-            both = decode_page(form, pack.fields_of(form, record), dtype)
-            both = torch.stack([x[:, inside : inside + PAGE] for x in both], 1)
+            decoded = decode_page(form, pack.fields_of(form, record), dtype)
+            both = torch.stack([x[:, inside : inside + PAGE] for x in decoded], 1)
         else:
             both = sides(exact.view(request, token // PAGE), form.head_dim, dtype)
         parts.append(both[:, :, : last - token])

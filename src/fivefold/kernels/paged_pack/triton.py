@@ -260,8 +260,8 @@ def _tables(
     left_out = tl.sum((live & (number == 0)).to(tl.int32), 0) * 32
     if tl.program_id(1) == 0:
         h = tl.arange(0, HEADS)[:, None]
-        address = number.to(tl.int64) * exact_block + page % EXACT_PAGES * exact_page
-        address = address[None, :] + h * exact_head
+        at = number.to(tl.int64) * exact_block + page % EXACT_PAGES * exact_page
+        address = at[None, :] + h * exact_head
         to = slots + ((row * H + h) * COUNT + c[None, :]) * 2
         seen = live[None, :] & (h < H)
         tl.store(to, address, mask=seen)
@@ -269,8 +269,8 @@ def _tables(
         s = tl.arange(0, SPAN)
         stop = tl.maximum(length - start, 0)
         span = tl.where(s == 1, start + left_out, tl.where(s == 3, left_out, tl.where(s == 4, stop, 0)))
-        to = spans + (row * H + h) * SPAN + s[None, :]
-        tl.store(to, tl.broadcast_to(span[None, :], [HEADS, SPAN]), mask=h < H)
+        span_to = spans + (row * H + h) * SPAN + s[None, :]
+        tl.store(span_to, tl.broadcast_to(span[None, :], [HEADS, SPAN]), mask=h < H)
         if row == 0:
             i = tl.arange(0, R)
             every = tl.load(lengths + i, mask=i < requests, other=0)
@@ -283,13 +283,12 @@ def _tables(
                 _listed(packed, H, programs, i, requests, starts, H, HEADS)
                 _listed(tl.cdiv(exact, TILE), H, exact_programs, i, requests, starts + starts_stride, H, HEADS)
     else:
-        c = (tl.program_id(1) - 1) * COLUMNS + tl.arange(0, COLUMNS)
-        live = c < tl.cdiv(start + left_out, TOKENS)
-        number = tl.load(packed_blocks + row * packed_stride + c // PAGES, mask=live, other=0)
-        address = number.to(tl.int64) * packed_block + c % PAGES * packed_page
+        column = (tl.program_id(1) - 1) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = column < tl.cdiv(start + left_out, TOKENS)
+        block = tl.load(packed_blocks + row * packed_stride + column // PAGES, mask=inside, other=0)
+        first = block.to(tl.int64) * packed_block + column % PAGES * packed_page
         for head in range(H):
-            to = table + (row * H + head).to(tl.int64) * columns + c
-            tl.store(to, address + head * packed_head, mask=live)
+            tl.store(table + (row * H + head).to(tl.int64) * columns + column, first + head * packed_head, mask=inside)
 
 
 @triton.jit(do_not_specialize=("packed_row", "exact_row", "first", "last", "start"))
@@ -312,9 +311,9 @@ def _gather(
     page = token // 32
     number = tl.load(exact_row + page // EXACT_PAGES).to(tl.int64)
     if (token < start) | (number == 0):
-        place = token // TOKENS
-        number = tl.load(packed_row + place // PAGES).to(tl.int64)
-        address = packed.to(tl.int64) + (number * packed_block + head * packed_head + place % PAGES * packed_page) * 16
+        whole = token // TOKENS
+        block = tl.load(packed_row + whole // PAGES).to(tl.int64)
+        address = packed.to(tl.int64) + (block * packed_block + head * packed_head + whole % PAGES * packed_page) * 16
         PLANES: tl.constexpr = TOKENS // 32
         words = tl.multiple_of(address.to(tl.pointer_type(tl.int16)), 16) + side * (32 * D + 2 * PLANES * D)
         scales = words.to(tl.pointer_type(tl.float16)) + 32 * D

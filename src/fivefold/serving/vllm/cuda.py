@@ -132,8 +132,8 @@ class CudaPath:
     ) -> None:  # fmt: skip
         places = Blocks(packed, step.packed_blocks), Blocks(exact, step.exact_blocks)
         if step.decodes:
-            new = [x[: step.decodes] for x in (query, key, value, output)]
-            self.decode(*new, *places, step, impl.scale)
+            at = slice(step.decodes)
+            self.decode(query[at], key[at], value[at], output[at], *places, step, impl.scale)
         if step.plan is not None:
             self.prefill(query, key, value, output, *places, step, impl)
 
