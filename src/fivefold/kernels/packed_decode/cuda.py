@@ -77,13 +77,14 @@ class Kernel:
         from cuda.bindings import driver
 
         rows, heads = queries.shape[:2]
-        table = packed.table
-        slots, learned = table if exact is None else exact.table, packed.learned[0] if packed.learned else lse
+        table, base = packed.table, packed.base
+        slots, exact_base = (table, base) if exact is None else (exact.table, exact.base)
+        learned = packed.learned[0] if packed.learned else lse
         found, scored = (lse if x is None else x for x in (found, scored))
         pointers = [x.data_ptr() for x in (queries, table, slots, spans, starts, out, lse, learned, found, scored)]
-        types = (*[ctypes.c_void_p] * 10, ctypes.c_float, *[ctypes.c_int] * 6)
+        types = (*[ctypes.c_void_p] * 10, ctypes.c_float, *[ctypes.c_int] * 6, *[ctypes.c_longlong] * 2)
         sizes = rows, table.shape[1], slots.shape[1], heads, found.shape[-1], scored.shape[-1]
-        values = (*pointers, scale, *sizes)
+        values = (*pointers, scale, *sizes, base, exact_base)
         stream = torch.cuda.current_stream(queries.device).cuda_stream
         grid, block = (programs, 1, 1), (64 * self.pairs, 1, 1)
         with on(queries.device):

@@ -85,8 +85,10 @@ class Reader:
 class Packed:
     """Packed pages: what reads them, and table int64 `[rows, columns]` of their addresses in units of `form.unit`
     bytes, `[rows, columns, fields]` where it wants those of several fields. learned: tensors `[rows, ...]` that it
-    reads besides (`Reader.learned`)."""
+    reads besides (`Reader.learned`). base: what is added to every address, so that layers may have a table in common;
+    for a `Form`."""
 
     table: torch.Tensor
     form: Reader
     learned: tuple[torch.Tensor, ...] = ()
+    base: int = 0

@@ -20,6 +20,7 @@ What makes the packed loop fast:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -557,6 +558,7 @@ def decode(
     scores: torch.Tensor | None = None,
     within: bool = False,
     packed_scores: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one query per row and head over packed and exact pages: see `decode_reference`.
 
@@ -566,8 +568,8 @@ def decode(
     are packed pages, else the exact ones, whose span must then be `0, 0, n`; negative ones are none. The first of
     `starts` then shares out `PICKS` of them at a time. within: packed slots that the spans do not show are none either.
     scores: float32 `[rows, query_heads, some]`, which takes the scaled scores of the exact slots (not of picked ones).
-    packed_scores: of the packed ones, see `Reader.attend`;
-    not of KIVI's pages.
+    packed_scores: of the packed ones, see `Reader.attend`; not of KIVI's pages. out: takes the output, contiguous and
+    of the queries' shape.
     Packed pages are attended on in float16, exact ones in their dtype, both with float32 sums.
     Returns the output in the dtype of the queries and, if asked for, the natural log-sum-exp, float32.
     """
@@ -588,6 +590,11 @@ def decode(
             pages[0] = -(-picks.shape[1] // PICKS)
         starts = torch.from_numpy(starts_of(pages, programs)).to(device)
     common = {"N": n, "D": dim, "SPAN": SPAN, "R": triton.next_power_of_2(rows)}
+    # Only CUDA C++ counts from a base.
+    if packed is not None and packed.base and not (picks is None and by_cuda(packed.form, heads, device)):
+        packed = replace(packed, table=packed.table + packed.base, base=0)
+    if exact is not None and exact.base and joined is None:
+        exact = replace(exact, table=exact.table + exact.base, base=0)
 
     def parts(programs: int, most: int, team: int = 1) -> tuple[int, torch.Tensor, torch.Tensor]:
         count = max(1, min(programs, most))
@@ -647,7 +654,7 @@ def decode(
                 TILE=TILE, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None, WAITS=waits, EARLY=pdl,
                 num_warps=2, num_stages=1 if wide else 3, **common, **({"launch_pdl": True} if waits else {}),
             )  # fmt: skip
-        merged = torch.empty_like(queries)
+        merged = torch.empty_like(queries) if out is None else out
         merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
         waits = pdl and (exact is not joined or packed is not None)
         _combine[(rows, heads)](
