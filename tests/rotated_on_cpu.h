@@ -9,4 +9,3 @@ static float cos_(float x) { return cosf(x); }
 static float sin_(float x) { return sinf(x); }
 static float rsqrtf(float x) { return 1 / sqrtf(x); }
 static unsigned atomicOr(unsigned* at, unsigned x) { const unsigned old = *at; return *at |= x, old; }
-static int atomicAdd(int* at, int x) { const int old = *at; return *at += x, old; }

@@ -172,7 +172,8 @@ def test_pages_of_other_kinds(method: Method, dim: int, dtype: torch.dtype, head
         tensors = (queries, table, table, span, starts, out, lse, learned[0] if learned else lse, found, lse)
         pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
         sizes = (rows, columns, 0, heads, columns * page, 0)
-        launch(programs, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), *sizes)
+        bases = (ctypes.c_longlong(0),) * 2
+        launch(programs, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), *sizes, *bases)
         for row in range(2):
             part = slice(int(starts[row]), int(starts[row + 1]))
             natural = lse[part].double() * math.log(2)
