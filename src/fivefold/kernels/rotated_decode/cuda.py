@@ -56,7 +56,7 @@ class Shape:
         """Why there is no kernel for it, in a few words; None if there is one."""
         if self.head_dim not in (64, 128) or self.channels < 32 or self.head_dim % self.channels:
             return f"heads of {self.head_dim} channels in groups of {self.channels}"
-        if self.team & (self.team - 1) or self.each * self.team > 16:
+        if self.team & (self.team - 1) or self.heads > 8 or self.each * self.team > 32:
             return f"{self.team} heads of {self.heads} queries"
         if self.kv_heads * self.head_dim > 1 << 15 or self.kv_heads > 32 * self.team:
             return f"{self.kv_heads} kv heads"
