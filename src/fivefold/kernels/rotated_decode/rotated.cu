@@ -338,8 +338,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       commit();
       {
         // Parts of 2**64 of a revolution: what is beyond a whole one falls off by itself.
-        const long long position = (long long)base + slot;
-        const float angle = float(int((revolutions * position) >> 32)) * 1.4629180792671596e-09f;
+        const u64 position = (u64)((long long)base + slot);
+        const float angle = float(int(((u64)revolutions * position) >> 32)) * 1.4629180792671596e-09f;
         const float c = cos_(angle), s_ = sin_(angle);
 #pragma unroll
         for (int i = 0; i < ASKED; i++) {
