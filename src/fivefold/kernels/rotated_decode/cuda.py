@@ -139,8 +139,8 @@ class Kernel:
     def __call__(
         self, programs: int, device: torch.device, *arguments: tuple[Any, Any], early: bool = False
     ) -> None:  # fmt: skip
-        """arguments: values and their ctypes, None for a tensor. early: it may begin before the kernel in front of it is
-        done."""
+        """arguments: values and their ctypes, None for a tensor. early: it may begin before the kernel in front of it
+        is done."""
         from cuda.bindings import driver
 
         values = tuple(x.data_ptr() if kind is None else x for x, kind in arguments)
