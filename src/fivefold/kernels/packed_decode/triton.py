@@ -75,8 +75,9 @@ RESIDENT = 4
 
 PDL = True
 """Launch what merges the parts before the kernel that leaves them is done (programmatic dependent launch)."""
-PDL_EXACT = False
-"""Launch the kernel for exact pages before the one in front of it is done, too."""
+AHEAD = True
+"""In a captured step, launch the first of them before the kernel in front of it is done, too. (Outside of one that may be
+what writes the tables.)"""
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -578,6 +579,8 @@ def decode(
     joined = exact if programs[1] == 0 else None
     """Exact pages that the kernel of the packed ones attends over."""
     pdl = PDL and early(device)
+    # Where scores are wanted a captured step may also wait for what read those of an earlier layer.
+    ahead = AHEAD and pdl and scores is None and packed_scores is None and torch.cuda.is_current_stream_capturing()
     if starts is None:
         page, team = (TILE, 1) if packed is None else (packed.form.tokens, packed.form.team)
         pages = pages_of(spans.cpu().numpy(), page, team, joined is not None)
@@ -598,7 +601,7 @@ def decode(
         kind = queries.dtype, None if joined is None else joined.dtype, device, SPAN, heads
         cuda.kernel(form, *kind, found is not None, scored is not None)(
             count, queries, packed, joined, spans, starts[0], packed_out, packed_lse, scale, found, scored,
-            early=PDL_EXACT and pdl,
+            early=ahead,
         )  # fmt: skip
 
     with on(device):
@@ -641,8 +644,8 @@ def decode(
                 exact_lse if scores is None else scores, scale, rows, exact.table.shape[1], heads,
                 1 if scores is None else scores.shape[2], DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE,
                 TILE=TILE, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None,
-                WAITS=PDL_EXACT and pdl, EARLY=pdl, num_warps=2, num_stages=1 if wide else 3,
-                **({"launch_pdl": True} if PDL_EXACT and pdl else {}), **common,
+                WAITS=ahead and packed is None, EARLY=pdl, num_warps=2, num_stages=1 if wide else 3,
+                **({"launch_pdl": True} if ahead and packed is None else {}), **common,
             )  # fmt: skip
         merged = torch.empty_like(queries)
         merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
