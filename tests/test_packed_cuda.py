@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import quick
 from fivefold.kernels.packed_decode import Form, Reader, cuda, decode_reference
 from fivefold.kernels.planar_decode import attend_planar
 from fivefold.methods.bits.gear import Gear
@@ -129,18 +130,19 @@ def test_the_source_does_as_the_reference(
             assert (total - wanted_lse[row]).abs().max() < 0.06
 
 
-@pytest.mark.parametrize(
-    ("method", "dim", "dtype", "heads"),
-    [
-        (Gear(), 128, torch.bfloat16, 4),
-        (MiKV(), 128, torch.bfloat16, 4),
-        (Gear(bits=4, sparsity=0.05, rank=8), 64, torch.float32, 3),
-        (MiKV(low=4, group=64), 64, torch.float16, 5),
-        (Gear(base="kcvt", rank=2, sparsity=0.0), 64, torch.float32, 8),
-        (MiKV(low=3, balance=False, unbias=False, group=128), 128, torch.float32, 1),
-    ],
-    ids=lambda x: str(x).replace(" ", ""),
-)
+OTHERS = [
+    (Gear(), 64, torch.float32, 3),
+    (MiKV(), 64, torch.bfloat16, 4),
+    (Gear(), 128, torch.bfloat16, 4),
+    (MiKV(), 128, torch.bfloat16, 4),
+    (Gear(bits=4, sparsity=0.05, rank=8), 64, torch.float32, 3),
+    (MiKV(low=4, group=64), 64, torch.float16, 5),
+    (Gear(base="kcvt", rank=2, sparsity=0.0), 64, torch.float32, 8),
+    (MiKV(low=3, balance=False, unbias=False, group=128), 128, torch.float32, 1),
+]
+
+
+@pytest.mark.parametrize(("method", "dim", "dtype", "heads"), quick(OTHERS, 2), ids=lambda x: str(x).replace(" ", ""))
 def test_pages_of_other_kinds(method: Method, dim: int, dtype: torch.dtype, heads: int, tmp_path: Path) -> None:
     """What `test_planar_decode.py` asks of Triton's kernel: whole pages, cut ones, none; and the scores it leaves."""
     torch.manual_seed(1)

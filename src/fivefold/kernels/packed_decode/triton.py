@@ -76,8 +76,8 @@ RESIDENT = 4
 PDL = True
 """Launch what merges the parts before the kernel that leaves them is done (programmatic dependent launch)."""
 AHEAD = True
-"""In a captured step, launch the first of them before the kernel in front of it is done, too. (Outside of one that may be
-what writes the tables.)"""
+"""In a captured step, launch the first of them before the kernel in front of it is done, too. (Outside of one that may
+be what writes the tables.)"""
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
