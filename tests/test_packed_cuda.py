@@ -142,9 +142,10 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize(("method", "dim", "dtype", "heads"), quick(OTHERS, 2), ids=lambda x: str(x).replace(" ", ""))
-def test_pages_of_other_kinds(method: Method, dim: int, dtype: torch.dtype, heads: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", quick(OTHERS, 2), ids=lambda case: f"{case[0]}-{case[1]}".replace(" ", ""))
+def test_pages_of_other_kinds(case: tuple[Method, int, torch.dtype, int], tmp_path: Path) -> None:
     """What `test_planar_decode.py` asks of Triton's kernel: whole pages, cut ones, none; and the scores it leaves."""
+    method, dim, dtype, heads = case
     torch.manual_seed(1)
     np.random.seed(1)
     columns, rows = 3, 3
