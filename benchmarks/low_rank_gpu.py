@@ -20,8 +20,8 @@ from fivefold.benchmark import decode as bench
 from fivefold.kernels.low_rank import Features
 from fivefold.kernels.low_rank import triton as kernel
 from fivefold.kernels.packed_decode.reader import Packed
-from fivefold.kernels.packed_decode.schedule import SPAN, pages_of, starts_of
-from fivefold.kernels.packed_decode.triton import programs_for
+from fivefold.kernels.packed_decode.schedule import SPAN, Exact, pages_of, starts_of
+from fivefold.kernels.packed_decode.triton import decode, programs_for
 from fivefold.recipe import Recipe
 
 DEVICE = torch.device("cuda")
@@ -29,37 +29,50 @@ SMALL = ("full()", "cskv()", "cskv(bits=4)", "kv_heads()", "minicache()", "minic
 LARGE = ("full()", "cskv()", "cskv(bits=4)", "kv_heads(group=2)", "kv_heads()", "minicache()",
          "minicache() + kivi(bits=4)")  # fmt: skip
 
-VARIANTS: tuple[dict[str, int], ...] = (
-    {}, {"STAGES": 1}, {"PB": 0}, {"T": 64, "num_warps": 4, "STAGES": 1}, {"T": 64, "num_warps": 4}, {"num_warps": 4},
-)  # fmt: skip
-"""PB 0: half of the channels at a time."""
+SHAPES: dict[str, dict[str, Any]] = {
+    "cskv()": {"rank": 26},
+    "cskv(bits=4)": {"rank": 26, "bits": 4},
+    "kv_heads(group=2)": {"rank": 64, "team": 2, "dtype": torch.bfloat16},
+    "kv_heads()": {"rank": 64, "dtype": torch.bfloat16},
+}
+"""A layer of Llama-3-8B's shape: 8 kv heads, 4 query heads each, head_dim 128."""
 
 
-def alone(context: int, heads: int, query: int, dim: int, rank: int, layers: int = 4, **settings: int) -> float:
-    """Milliseconds of the kernels over the features of a layer, cycling over `layers` of them."""
+def alone(
+    context: int, rank: int, bits: int | None = None, team: int = 8, dtype: torch.dtype = torch.float16, heads: int = 8,
+    query: int = 4, dim: int = 128, layers: int = 4, whole: bool = False, settings: dict[str, int] | None = None,
+) -> float:  # fmt: skip
+    """Microseconds of the kernels over the features of a layer, cycling over `layers` of them; whole: with a window of
+    exact tokens, and all merged. settings: of the Triton kernel, which is then taken."""
+    ups = tuple(torch.randn(heads // team, team * rank, team * dim, device=DEVICE) * 0.05 for _ in range(2))
     form = Features(
-        ranks=(rank, rank), bits=None, head_dim=dim, dtype=torch.float16, team=heads, blocks=1,
-        inv_freq=500000.0 ** -(torch.arange(dim // 2).double() / (dim // 2)), neighbours=False,
-        ups=lambda: tuple(torch.randn(1, heads * rank, heads * dim, device=DEVICE) * 0.05 for _ in range(2)),
+        ranks=(rank, rank), bits=bits, head_dim=dim, dtype=dtype, team=team, blocks=heads // team, queries=query,
+        inv_freq=500000.0 ** -(torch.arange(dim // 2).double() / (dim // 2)), neighbours=False, ups=lambda: ups,
     )  # fmt: skip
     columns, bytes_ = -(-context // form.tokens), form.nbytes
-    tables, memory = [], []
+    packed, memory = [], []
     for _ in range(layers):
-        memory.append(torch.randn(heads * columns, bytes_ // 2, device=DEVICE, dtype=torch.float16))
+        memory.append(torch.randn(heads * columns, bytes_ // 2, device=DEVICE).to(form.work))
         at = torch.randperm(heads * columns, device=DEVICE) * bytes_
-        tables.append(((memory[-1].data_ptr() + at) >> 4).view(heads, columns))
+        packed.append(Packed(((memory[-1].data_ptr() + at) >> 4).view(heads, columns), form))
+    window = torch.randn(2, heads, 2, 32, dim, device=DEVICE, dtype=torch.bfloat16)
+    at = torch.arange(heads * 2, device=DEVICE).view(heads, 2) * (32 * dim * 2)
+    exact = Exact(torch.stack([(x.data_ptr() + at) >> 4 for x in window], 2), torch.bfloat16)
     spans = torch.zeros(heads, SPAN, dtype=torch.int32)
-    spans[:, 1] = context
+    spans[:, 1], spans[:, 4] = context, 50
     programs = programs_for(heads, DEVICE, form, query)
-    starts = torch.from_numpy(starts_of(pages_of(spans.numpy(), form.tokens, heads), programs)).to(DEVICE)
+    starts = torch.from_numpy(starts_of(pages_of(spans.numpy(), form.tokens, team), programs)).to(DEVICE)
     spans = spans.to(DEVICE)
     queries = torch.randn(heads, query, dim, device=DEVICE, dtype=torch.bfloat16)
-    out = torch.empty(min(programs[0], columns), heads * query, dim, device=DEVICE)
-    lse = torch.empty(len(out), heads * query, device=DEVICE)
+    out = torch.empty(min(programs[0], columns * heads // team), team * query, dim, device=DEVICE)
+    lse = torch.empty(len(out), team * query, device=DEVICE)
 
     def run() -> None:
-        for table in tables:
-            kernel.attend(form, Packed(table, form), queries, 0.1, spans, starts[0], out, lse, settings)
+        for one in packed:
+            if whole:
+                decode(queries, 0.1, spans, one, exact, starts=starts, programs=programs)
+            else:
+                kernel.attend(form, one, queries, 0.1, spans, starts[0], out, lse, settings)
 
     run()
     torch.cuda.synchronize()
@@ -73,7 +86,7 @@ def alone(context: int, heads: int, query: int, dim: int, rank: int, layers: int
         graph.replay()
         last.record()
         last.synchronize()
-        times.append(first.elapsed_time(last) / layers)
+        times.append(first.elapsed_time(last) / layers * 1e3)
     return sorted(times)[len(times) // 2]
 
 
@@ -122,7 +135,7 @@ def write(out: Path | None, rows: list[dict[str, Any]]) -> None:
 
 def main(
     out: Path | None = None,
-    variants: bool = False,
+    kernels: bool = False,
     small: Annotated[str, typer.Option(help="recipes, separated by ;")] = ";".join(SMALL),
     large: str = ";".join(LARGE),
     contexts: str = "32768,131072",
@@ -152,17 +165,15 @@ def main(
                 if time.perf_counter() - begin < seconds:
                     rows.append({"shape": "llama-3-8b", **step(model, name, context, steps)})
                     write(out, rows)
-    if variants:
-        for where, shape in {"8b": (131072, 8, 4, 128, 26), "smollm2": (7000, 3, 3, 64, 13)}.items():
-            half = shape[3] // 2
-            for given in VARIANTS:
-                if time.perf_counter() - begin > seconds:
-                    break
-                given = {name: half // 2 if name == "PB" else value for name, value in given.items()}
-                try:
-                    print(f"  {where} {given}: {alone(*shape, **given) * 1e3:.1f} us a layer", flush=True)
-                except Exception as error:
-                    print(f"  {where} {given}: {type(error).__name__} {str(error)[:150]}", flush=True)
+    if kernels:
+        for name, shape in SHAPES.items():
+            for context in map(int, contexts.split(",")):
+                for how, more in {"": {}, "with window": {"whole": True}, "triton": {"settings": {}}}.items():
+                    if time.perf_counter() - begin < seconds:
+                        took = alone(context, **shape, **more)
+                        rows.append({"kernels": name, "context": context, "how": how, "us": took})
+                        print(f"  kernels of {name} @ {context} {how}: {took:.1f} us a layer", flush=True)
+                        write(out, rows)
 
 
 if __name__ == "__main__":

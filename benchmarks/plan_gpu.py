@@ -8,7 +8,8 @@
 Each row is written as soon as it is measured, and what the file holds already is not measured again: what is broken off
 is gone on with by the same command. Constants are fitted on steps (with 32 and with 8 layers), prompts and changes of
 sessions of Llama-3-8B's shape, and checked on Llama-3.2-1B's. `--fit` and `--compare` need no GPU; what `--compare`
-prints, it leaves in the file too. `--only prompts-kernels` measures a prompt's attention anew.
+prints, it leaves in the file too. `--only prompts-kernels` measures a prompt's attention anew, `--only
+weights` what products read.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ from fivefold.plan import time as plan_time
 from fivefold.plan.machine import Machine, find_machine
 
 RECIPES = ("full()", "kivi(bits=4)", "kivi(bits=2)", "duo(keep=0.5) + kivi(bits=2)")
-CONTEXTS = (4096, 32768, 131072, 524288)
+CONTEXTS = (4096, 32768, 131072)
 BATCHED = (4096, 32768)
 EIGHT, ONE = "llama-3-8b", "llama-3.2-1b"
 SHAPES = {"steps-8b": (EIGHT, None), "steps-1b": (ONE, None), "short": (EIGHT, 8)}
 PROMPTS = ((4096, None), (32768, None), (131072, None), (32768, 8192), (131072, 8192), (32768, 2048))
 SWITCHED = (4096, 16384, 32768, 131072)  # of full() of the 8B shape: 0.5, 2, 4 and 17 GB
-PARTS = ("measure", "prompts-kernels", "short", "steps-8b", "steps-1b", "prefill-8b", "prefill-1b", "switch")
+PARTS = ("measure", "prompts-kernels", "weights", "short", "steps-8b", "steps-1b", "prefill-8b", "prefill-1b", "switch")
+PIECES: dict[str, Callable[[Any], Any]] = {"prompts-kernels": measure.prompts, "weights": measure.weights}
 STEPS = 24
 CHUNK = 8192
 """The smallest chunks of a prompt from which a GPU, and not the host, sets the pace."""
@@ -55,7 +57,7 @@ class Results:
 
     @staticmethod
     def key(row: dict[str, Any]) -> Key:
-        return tuple(row.get(name) for name in ("what", "model", "layers", "recipe", "context", "size", "chunk"))
+        return tuple(row.get(name) for name in ("what", "model", "layers", "recipe", "context", "size", "chunk", "own"))
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,12 +104,14 @@ def steps(results: Results, part: str, cpu: bool) -> None:
     contexts, batched = (CONTEXTS, BATCHED) if not cpu else ((256,), (256,))
     if part == "short":
         contexts, batched = contexts[:2], contexts[:1]
-    wanted = [(context, size) for context in contexts for size in ("alone",)]
-    wanted += [(context, size) for context in batched for size in ("middle", "largest")]
+    wanted = [(context, "alone", False) for context in contexts]
+    wanted += [(batched[-1], "eight", False), (contexts[0], "alone", True), (batched[-1], "eight", True)]
+    wanted += [(context, size, False) for context in batched for size in ("middle", "largest")]
     model = None
-    for context, size in wanted:
-        for recipe in RECIPES:
+    for context, size, own in wanted:
+        for recipe in RECIPES if not own else RECIPES[:2]:
             row = {"what": "step", "model": name, "layers": layers, "recipe": recipe, "context": context, "size": size}
+            row |= {"own": True} if own else {}
             if not results.wants(row):
                 continue
             if model is None:
@@ -130,6 +134,8 @@ def one_step(results: Results, row: dict[str, Any], model: Any, shape: dict[str,
         per_token = 2 * 2 * width * shape["num_hidden_layers"]
         if recipe == "full()" and context * per_token > 1.02 * room and not cpu:
             raise torch.OutOfMemoryError
+    elif row["size"] == "eight":
+        batch = 8
     elif known is not None and "report" in known:
         report = known["report"]
         one = sum(report.get(kind, 0) for kind in ("exact", "codes", "scales", "slack", "tables"))
@@ -140,7 +146,8 @@ def one_step(results: Results, row: dict[str, Any], model: Any, shape: dict[str,
         return {"error": "no row of a sequence alone"}
     while True:
         try:
-            found = measure.timed_step(model, shape, recipe, context, batch, STEPS if not cpu else 3)
+            steps, own = STEPS if not cpu else 3, bool(row.get("own"))
+            found = measure.timed_step(model, shape, recipe, context, batch, steps, own)
             break
         except torch.OutOfMemoryError:
             if batch == 1:
@@ -213,9 +220,10 @@ def predictions(rows: Iterable[dict[str, Any]], using: Machine) -> Iterator[tupl
             continue
         if row["what"] == "step":
             timed = fit.Row.from_dict(row)
-            one = plan_time.step(timed.model, using, timed.batch, timed.reads)
+            one = plan_time.step(timed.model, using, timed.batch, timed.reads, own=timed.own)
             assert one is not None
-            yield "steps alone" if row["batch"] == 1 else "steps in batches", row, one.seconds, row["seconds"]
+            kind = "steps alone" if row["batch"] == 1 else "steps in batches"
+            yield kind + ", the model's own code" * timed.own, row, one.seconds, row["seconds"]
         elif row["what"] == "prompt":
             chunk = row["chunk"]
             kind = "at once" if chunk is None else f"in chunks of {chunk:,}"
@@ -291,11 +299,12 @@ def main() -> None:
                 found, raw = measure.measure(progress=lambda name: print(name, time.strftime("%X"), flush=True))
                 results.found.update(machine.stamp(), constants=found.as_dict(), measured=raw)
                 results.save()
-        elif part == "prompts-kernels":
+        elif part in PIECES:
             if given.only and "measured" in results.found:  # `measure` has measured it too
-                results.found["measured"]["prompts"] = measure.prompts(machine.device())
+                found = PIECES[part](machine.device())
+                results.found["measured"]["prompts" if part == "prompts-kernels" else part] = found
                 results.save()
-                print(json.dumps(results.found["measured"]["prompts"], indent=1))
+                print(json.dumps(found), flush=True)
         elif part in SHAPES:
             steps(results, part, cpu)
         elif part == "switch":

@@ -1,6 +1,6 @@
 """Decoding steps of methods that choose or pick tokens, on a GPU: what they give, and how long they take.
 
-    python benchmarks/policies_gpu.py benchmarks/results/policies_h100.json
+    python benchmarks/policies_gpu.py benchmarks/results/policies_checks_h100.json
     python benchmarks/policies_gpu.py policies_small.json --shapes small:300 --steps 6    # on a CPU, to try it
 
 First each recipe's steps as a graph are held against the same steps in plain PyTorch, on a small model of random

@@ -77,17 +77,24 @@ def decode() -> str:
     return markdown("cache | 32,768 | 131,072 | MiB at 131,072", made)
 
 
-def codecs() -> str:
-    rows = {(row["shape"], row["context"], row["recipe"]): row for row in result("codecs_h100")["rows"]}
-    places = list(dict.fromkeys(key[:2] for key in rows))
+def steps() -> str:
+    rows = [row for row in result("steps_h100")["rows"] if row["batch"] == 1]
+    at = {(row["shape"], row["context"], row["recipe"]): row for row in rows}
+    places = [("smollm2", 7000), ("llama-3-8b", 4096), ("llama-3-8b", 32768), ("llama-3-8b", 131072)]
 
     def cell(place: tuple[str, int], recipe: str) -> str:
-        row = rows.get((*place, recipe), {})
-        return f"{row['ms']:.1f} ({row['mean_ms']:.1f})" if "ms" in row else "–"
+        row = at.get((*place, recipe), {})
+        if "ms" not in row:
+            return "–"
+        return f"{row['ms']:.2f} ({row['graph_ms']:.2f})" if "graph_ms" in row else f"{row['ms']:.2f}"
 
-    recipes = list(dict.fromkeys(row["recipe"] for row in rows.values()))
-    made = [(code(recipe, recipe != "DynamicCache"), *(cell(place, recipe) for place in places)) for recipe in recipes]
-    return markdown("cache | " + " | ".join(f"{shape}, {context:,}" for shape, context in places), made)
+    made = []
+    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+        last = at.get((*places[-1], recipe), {})
+        against = f"{last['faster']:.2f}x" if "faster" in last else "–"
+        floor = f"{last['of_floor']:.2f}x" if "of_floor" in last else "–"
+        made.append((code(recipe), *(cell(place, recipe) for place in places), against, floor))
+    return markdown("cache | SmolLM2, 7,000 | 8B, 4,096 | 8B, 32,768 | 8B, 131,072 | faster | of its floor", made)
 
 
 def _prefill(name: str) -> str:
@@ -220,7 +227,7 @@ def decode_cpu() -> str:
 
 
 TABLES = (
-    demo, kernels, decode, codecs, prefill, prefill_chunked, largest_batch, longest_context, ragged, generation, prefix,
+    demo, kernels, decode, steps, prefill, prefill_chunked, largest_batch, longest_context, ragged, generation, prefix,
     sessions, sessions_cpu, day, decode_cpu,
 )  # fmt: skip
 

@@ -9,7 +9,7 @@ from fivefold.methods.bits.kivi import KiviCodec
 from fivefold.store.codec import Codec
 from fivefold.store.pages import PagePool
 
-POOL = ("allocate", "retain", "write", "write_tokens", "put", "copy")
+POOL = ("allocate", "retain", "write_fields", "write_tokens", "put", "copy")
 BEFORE = ("allocate", "retain", "take_over", "commit")
 """What fails before it has done anything; all others have done their work by then."""
 

@@ -13,6 +13,8 @@ import torch
 import fivefold
 from conftest import DEVICES, KERNELS, quick
 from families import build
+from fivefold.attention.tables import DeviceTables
+from fivefold.engine.session import Session
 from fivefold.models import graph
 
 step = pytest.importorskip("fivefold.kernels.step.triton", reason="needs Triton")
@@ -182,3 +184,42 @@ def test_the_embedded_model_says_the_same(recipe: str, monkeypatch) -> None:
         said.append(model.generate(**prompt, past_key_values=cache, max_new_tokens=96, do_sample=False))
         assert cache.step.own == (None if fused else "not here") and cache.step.replays > 60
     assert torch.equal(*said)
+
+
+@pytest.mark.parametrize("recipe", ["full()", pytest.param("h2o(keep=0.6)", marks=pytest.mark.slow)])
+def test_steps_that_are_taken_before_they_are_begun(device, recipe: str, monkeypatch) -> None:
+    """What a step needs is known from the one before, but where a page is new: it is launched, then begun. A step that
+    fails behind that leaves nothing."""
+    model, early = build("llama", **ONE).to(device), []
+    monkeypatch.setattr(DeviceTables, "send_ahead", counting(DeviceTables.send_ahead, early))
+    caches = [fivefold.compress(model, recipe, cuda_graph=graph) for graph in (True, False)]
+    with torch.inference_mode():
+        for cache in caches:
+            model(ids(1, 40, device), past_key_values=cache)
+        for number in range(6):
+            token = ids(1, 1, device, number)
+            if number in (3, 4):
+                with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                    patch.setattr(Session, "admit" if number == 3 else "advance", interrupted)
+                    model(ids(1, 1, device, 99), past_key_values=caches[0])
+                assert caches[0].get_seq_length() == 40 + number
+            found, wanted = (model(token, past_key_values=cache).logits for cache in caches)
+            assert (found - wanted).norm() < 1e-3 * wanted.norm()
+        assert caches[0].step.own is None and len(early) > 3
+        taken = len(early)
+        fork = caches[0].fork()  # whose pages must not be written to
+        found, wanted = (model(token, past_key_values=cache).logits for cache in caches)
+        assert (found - wanted).norm() < 1e-3 * wanted.norm() and len(early) == taken
+        fork.free()
+
+
+def counting(real, calls: list):
+    def call(*args):
+        calls.append(args)
+        return real(*args)
+
+    return call
+
+
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt

@@ -34,6 +34,7 @@ LAYERS = {
     "calibrate.profile": ("errors", "paths", "kernels", "signature"),
     "recipe": ("errors", "store", "methods"),
     "engine": ("errors", "sizes", "kernels", "store", "attention", "methods", "recipe"),
+    "serving": ("errors", "kernels", "store", "attention", "methods", "recipe"),
     "report": ("errors", "store", "engine", "kernels"),
     "plan": (
         "errors",
@@ -48,7 +49,7 @@ LAYERS = {
         "engine",
         "report",
     ),
-    "plan.measure": ("paths", "store", "attention", "recipe", "benchmark", "plan"),
+    "plan.measure": ("paths", "kernels", "store", "attention", "recipe", "benchmark", "plan"),
 }
 """Imports of any kind count: at the top of a module, in a function, or for types only."""
 KNOW_TRANSFORMERS = ("models", "generation", "cli", "evaluate", "benchmark", "calibrate")

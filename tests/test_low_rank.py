@@ -31,13 +31,14 @@ DEVICES = [
 def form_of(
     device: str, heads: int = 2, ranks: tuple[int, int] = (13, 13), head_dim: int = 64, bits: int | None = None,
     dtype: torch.dtype = torch.float16, blocks: int = 1, pairs: int | None = None, neighbours: bool = False,
+    queries: int = 3,
 ) -> Features:  # fmt: skip
     pairs = head_dim // 2 if pairs is None else pairs
     up = [torch.randn(blocks, heads * rank, heads * head_dim, device=device) * (heads * rank) ** -0.5 for rank in ranks]
     inv_freq = 10000.0 ** -(torch.arange(pairs).double() / max(1, pairs))
     return Features(
-        ranks=ranks, bits=bits, head_dim=head_dim, dtype=dtype, team=heads, blocks=blocks, inv_freq=inv_freq,
-        neighbours=neighbours, ups=lambda: (up[0], up[1]),
+        ranks=ranks, bits=bits, head_dim=head_dim, dtype=dtype, team=heads, blocks=blocks, queries=queries,
+        inv_freq=inv_freq, neighbours=neighbours, ups=lambda: (up[0], up[1]),
     )  # fmt: skip
 
 
@@ -75,7 +76,6 @@ def check(
     form: Features,
     spans: list[tuple[int, ...]],
     device: str,
-    heads: int = 3,
     columns: int = 2,
     exact: int = 2,
     dtype: torch.dtype = torch.float16,
@@ -83,7 +83,7 @@ def check(
     programs: tuple[int, int] | None = (9, 9),
 ) -> None:
     """spans: of each team of rows."""
-    rows = len(spans) * form.team
+    rows, heads = len(spans) * form.team, form.queries
     fields = pages(form, rows, columns, device)
     _memory, table = records(fields)
     span = torch.zeros(rows, SPAN, dtype=torch.int32, device=device)
@@ -121,7 +121,7 @@ def check(
 )
 def test_pages_of_features_and_exact_pages(device, shape, heads, dtype):
     torch.manual_seed(heads)
-    form = form_of(device, **shape)
+    form = form_of(device, queries=heads, **shape)
     page = form.tokens
     # Part of a page, far on in a text; a window that begins inside of one; nothing packed; nothing at all.
     spans = [
@@ -129,7 +129,7 @@ def test_pages_of_features_and_exact_pages(device, shape, heads, dtype):
         (0, 0, 0, 0, 1, 0, 0, 0), (0, 0, 0, 0, 0, 0, 0, 0),
     ]  # fmt: skip
     form_bound = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 3e-3 if shape.get("bits") else 2e-5}
-    check(form, spans, device, heads, dtype=dtype, bound=form_bound[dtype])
+    check(form, spans, device, dtype=dtype, bound=form_bound[dtype])
 
 
 @pytest.mark.parametrize("device", DEVICES)

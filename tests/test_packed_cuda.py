@@ -34,10 +34,10 @@ LAUNCH = """
 extern "C" void launch(int blocks, int late, const Query* queries, const long long* table, const long long* exact,
                        const int* spans, const int* starts, float* out, float* lse, const float* balance, float* found,
                        float* scored, float scale, int rows, int columns, int exact_columns, int heads, int slots,
-                       int exact_slots) {
+                       int exact_slots, long long base, long long exact_base) {
   run(blocks, late, [&] {
     packed(queries, table, exact, spans, starts, out, lse, balance, found, scored, scale, rows, columns,
-           exact_columns, heads, slots, exact_slots);
+           exact_columns, heads, slots, exact_slots, base, exact_base);
   });
 }
 """
@@ -103,6 +103,9 @@ def test_the_source_does_as_the_reference(
             poisoned = x.masked_fill(~seen[..., None], torch.nan).unflatten(1, (2, 32))
             store.pool.write(name, store.table.reshape(-1), poisoned.flatten(0, 1))
     wanted, wanted_lse = decode_reference(queries, scaling, span, form, fields, keys, values)
+    bases = [int(x.min()) - 7 for x in (table, slots)]  # from which addresses are counted
+    table, slots = (x - base for x, base in zip((table, slots), bases))
+    bases = [ctypes.c_longlong(base) for base in bases]
     for late, programs in ((False, 4), (True, 6)):
         pages = kernel.pages_of(span.numpy(), page, joined=joined is not None)
         starts = torch.from_numpy(kernel.starts_of(pages, (programs, 0 if joined else rows)))[0].contiguous()
@@ -112,7 +115,7 @@ def test_the_source_does_as_the_reference(
         tensors = (queries, table, slots, span, starts, out, lse, lse, lse, scores)
         pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
         sizes = (rows, columns, slots.shape[1], heads, 0, 64)
-        launch(programs, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), *sizes)
+        launch(programs, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), *sizes, *bases)
         if keys is not None:
             there = (torch.arange(64) < span[:, 4, None])[:, None].expand_as(scores)
             logs = (queries.double() * scaling) @ keys.double().nan_to_num(0).transpose(1, 2)
@@ -183,7 +186,9 @@ def test_pages_of_other_kinds(case: tuple[Method, int, torch.dtype, int], tmp_pa
         tensors = (queries, table, slots, span, starts, out, lse, learned[0] if learned else lse, found, lse)
         pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
         sizes = (rows, columns, slots.shape[1], heads, columns * page, 0)
-        launch(programs, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), *sizes)
+        launch(
+            programs, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), *sizes, *[ctypes.c_longlong(0)] * 2
+        )
         for row in range(2):
             part = slice(int(starts[row]), int(starts[row + 1]))
             natural = lse[part].double() * math.log(2)

@@ -265,17 +265,21 @@ def test_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_fit_finds_what_made_the_rows() -> None:
     true = replace(H100, step=1.5e-3, word=2e-10, layer=8e-5, packed_layer=1e-5, packed_row=1e-7, pointwise=300.0)
+    true = replace(true, fused={"1": 2.7e12, "8": 2.5e12}, fused_layer=2e-5, own_layer=1e-4, own_pointwise=400.0)
     half = replace(EIGHT, layers=EIGHT.layers[:8], parameters=2_800_000_000, weight_bytes=5_600_000_000)
     rows = []
     for model in (EIGHT, half):
-        for batch, context in ((1, 4096), (1, 131072), (16, 4096), (8, 32768)):
+        for batch, context in ((1, 4096), (1, 131072), (16, 4096), (64, 1024), (8, 32768)):
             for packed in (0, context * batch * 30000):
                 layers = len(model.layers)
                 reads = (Read("exact", 16, context * batch * 4096, layers),)
                 reads += (Read("packed", 4, packed, layers),) if packed else ()
-                one = step(model, true, batch, reads)
-                assert one is not None
-                rows.append(Row(model, batch, reads, one.seconds))
+                for own in (False, True):
+                    one = step(model, true, batch, reads, own=own)
+                    assert one is not None
+                    rows.append(Row(model, batch, reads, one.seconds, own))
+    few = fit_steps([row for row in rows if not row.own], replace(true, own_layer=7.0))
+    assert few.own_layer == 7.0  # nothing was said of it
     start = replace(true, attention={**true.attention, "exact": 0.5, "4": 0.5})
     found = fit_steps(rows, start, efficiencies=True)
     for name in FITTED:

@@ -17,7 +17,7 @@ from fivefold.kernels.packed_decode import Form, cpu, schedule
 from fivefold.store.bank import Bank
 from fivefold.store.group import RowGroup
 from fivefold.store.layer_cache import LayerCache
-from fivefold.store.rows import Bounds, Span
+from fivefold.store.rows import PAGE, Bounds, Span
 
 
 def attend_fused(
@@ -123,6 +123,24 @@ def unpack_fused(
     return kernel.unpack_pages(codec.form, packed.table[:, first:last], dtype)
 
 
+def gathers(layer: LayerCache) -> bool:
+    """Whether a kernel makes exact pages dense, wherever they lie: on a GPU."""
+    spec = layer.spec
+    plain = layer.exact_pool.layout.holds is None and spec.dtype.itemsize in (2, 4)
+    power = spec.head_dim >= 16 and not spec.head_dim & (spec.head_dim - 1)
+    return spec.device.type == "cuda" and plain and power and choose(spec.device).triton
+
+
+def gather_fused(layer: LayerCache, group: RowGroup, first: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of so many exact tokens from a column on, `[rows, tokens, head_dim]`, where it `gathers`."""
+    from fivefold.kernels.gather import triton as kernel
+
+    tables = tables_of(layer.bank)
+    tables.sync_once()
+    table = tables.pages(group)[1].table[:, first : first + -(-tokens // PAGE)]
+    return kernel.gather_pages(table, tokens, layer.spec.head_dim, layer.spec.dtype)
+
+
 def why_not(layer: LayerCache, device: torch.device, heads: int, large: bool = False) -> str | None:
     """Why the kernels do not decode this layer, in a few words; None if they do. large: numbers beyond the `LIMIT` of
     the kernel for packed pages do not matter.
@@ -151,7 +169,7 @@ def why_not(layer: LayerCache, device: torch.device, heads: int, large: bool = F
             return f"keys or values reach {peak:.0f}, more than the kernels' {reader.limit:.0f}"
         if reader.positional and any(layer.head_chosen):
             return "packed pages do not say where in the text the tokens that were chosen stand"
-        if reader.team > 1 and len(set(layer.extents)) > 1:
+        if reader.together > 1 and not layer.alike:
             return "heads that are packed together hold different tokens"
     supports = schedule.supports if choice.triton else cpu.supports
     return supports(None if codec is None else codec.reader, heads, layer.spec.head_dim)
@@ -163,7 +181,8 @@ def why_not_each(layers: dict[int, LayerCache], roles: Mapping[int, str]) -> dic
     peaks: dict[Bank, np.ndarray] = {}
     out: dict[int, str | None] = {}
     for index, layer in layers.items():
-        # Layers of a bank are alike, but for the largest number that they have seen, and what is read and held.
+        # Layers of a bank are alike, but for the largest number that they have seen, what is read and held, by what
+        # angles keys are turned, and caps.
         role = roles.get(index, "full")
         windows = role == "full" or tuple(extent.recent for extent in layer.extents)
         policy = id(layer.policy) if any(layer.head_chosen) else None
@@ -171,7 +190,7 @@ def why_not_each(layers: dict[int, LayerCache], roles: Mapping[int, str]) -> dic
         if bank not in peaks:
             peaks[bank] = bank.peaks()
         large = reader is not None and bool(peaks[bank][layer.index] > reader.limit)
-        kind = bank, large, role, windows, policy
+        kind = bank, large, role, windows, policy, layer.alike, id(layer.spec.rope), layer.spec.cap
         if kind not in kinds:
             kinds[kind] = _why_not_step(layer, role)
         out[index] = kinds[kind]

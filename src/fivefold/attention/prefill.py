@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fivefold.attention.compensate import left_of
-from fivefold.attention.fused import unpack_fused
+from fivefold.attention.fused import gather_fused, gathers, unpack_fused
 from fivefold.attention.merge import CUDNN_OPERATIONS, MASKED, attend, attend_window, is_large, merge, takes_windows
 from fivefold.kernels.device import sent
 from fivefold.store.group import KV, RowGroup
@@ -73,7 +73,7 @@ def _attend_joined(
     """`attend_chunk` where `takes_windows`, over what is stored without a window: the newest exact tokens, and the last
     packed ones where they are few, are copied together with the chunk. A GPU copies sooner than it attends once more
     and merges what comes out."""
-    blocks, chunk, parts = list(_exact(group, True)), keys.shape[1], []
+    blocks, chunk, parts = list(_exact(layer, group, True)), keys.shape[1], []
     # What is large is better off alone, where another kernel takes it.
     joined = [blocks.pop()] if blocks and not is_large(queries, blocks[-1][1].shape[1]) else []
     parts += [_over_all(queries, k, v, scaling, None) for _, k, v in blocks]
@@ -108,7 +108,7 @@ def _attend_window_joined(
     assert extent.recent is not None
     own = np.arange(start, start + keys.shape[1])
     seen: list[Piece] = []
-    for at, k, v in (*_exact(group, False), *_packed(layer, group, queries), (own, keys, values)):
+    for at, k, v in (*_exact(layer, group, False), *_packed(layer, group, queries), (own, keys, values)):
         # Sinks and the others may lie side by side, and so may tokens that no query sees.
         wanted = np.flatnonzero((at < extent.sink) | (at > start - extent.recent))
         for run in np.split(wanted, np.flatnonzero((np.diff(wanted) != 1) | (np.diff(at[wanted]) != 1)) + 1):
@@ -228,15 +228,21 @@ def _window_bias(extent: Extent, queries: torch.Tensor, keys: torch.Tensor) -> t
     return torch.where(seen, 0.0, MASKED)
 
 
-def _exact(group: RowGroup, joined: bool) -> Iterator[Piece]:
-    """The exact tier, block by block.
+def _exact(layer: LayerCache, group: RowGroup, joined: bool) -> Iterator[Piece]:
+    """The exact tier, block by block. Where a kernel `gathers` it, of up to `KEY_NUMBERS` each.
 
     joined: blocks are copied together, as many as make `KEY_NUMBERS`. A GPU copies sooner than it attends over many
     blocks and merges what comes out, and every earlier chunk has left a block of its own.
     """
     bounds, parts = group.bounds, list[Piece]()
     positions = bounds.exact_positions(int(bounds.exact_pages))[: int(bounds.exact_tokens)]
-    most = KEY_NUMBERS // (len(group.rows) * group.layer.spec.head_dim) if joined else 0
+    most = KEY_NUMBERS // (len(group.rows) * group.layer.spec.head_dim)
+    if gathers(layer):
+        for first in range(0, len(positions), max(1, most // PAGE) * PAGE):
+            at = positions[first : first + max(1, most // PAGE) * PAGE]
+            yield (at, *gather_fused(layer, group, first // PAGE, len(at)))
+        return
+    most = most if joined else 0
     for first, last, location in group.exact_blocks():
         at = positions[first * PAGE : last * PAGE]
         keys, values = (group.read_exact(name, location)[:, : len(at)] for name in KV)
@@ -320,7 +326,7 @@ def _stored(
     bounds, extent, cap = group.bounds, group.bounds.extent, layer.spec.cap
 
     # Under a window sinks and the rest stay apart: what is attended on at once is a run of positions.
-    for pieces in (_exact(group, queries.is_cuda and _sees_all(extent)), _packed(layer, group, queries)):
+    for pieces in (_exact(layer, group, queries.is_cuda and _sees_all(extent)), _packed(layer, group, queries)):
         for at, keys, values in pieces:
             for first, last in _seen(bounds, at):
                 k, v = keys[:, first:last], values[:, first:last]

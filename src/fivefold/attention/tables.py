@@ -14,11 +14,12 @@ import torch
 
 from fivefold.attention.compensate import Left, beside, compensates, left_of_all
 from fivefold.attention.merge import with_sinks
+from fivefold.attention.sending import Sending
 from fivefold.attention.watch import NUMBERS, Aside, Picked, Watch, bank_chooses, uniform
 from fivefold.kernels.choice import choose
 from fivefold.kernels.device import sent
 from fivefold.kernels.packed_decode import schedule
-from fivefold.store.bank import Bank
+from fivefold.store.bank import Bank, BankLayer
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.rows import PAGE, Bounds, Span
@@ -85,6 +86,10 @@ class DeviceTables:
         self._pages: np.ndarray | None = None
         self._ahead: np.ndarray | None = None
         """The bounds for which spans are written already."""
+        self._simple = False
+        """Whether a step to these needs nothing but them, and no new page."""
+        self.sent = False
+        """Whether they have been sent; after `update`, whether what was sent is what the bank says."""
         self.watch: Watch | None = None
         """What is known of tokens that a policy chooses, once a step is a kernel's."""
         self.aside: Aside | None = None
@@ -92,6 +97,8 @@ class DeviceTables:
         self.picked: Picked | None = None
         """Of the step that is under way, where layers read what others pick."""
         self._uniform: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
+        self._near: dict[bytes, torch.Tensor] = {}
+        """Whose picks each row reads: a captured graph needs them as long as there is one."""
         self.left = Left(self, bank) if self.listed and any(compensates(layer) for layer in bank.layers) else None
         width = self.rows * schedule.SPAN + (2 * (self.rows + 1) if self.listed else 0)
         self._watched = slice(width, width + (self.rows * NUMBERS if self.watches else 0))
@@ -103,13 +110,9 @@ class DeviceTables:
             self._packed = torch.zeros(shape, dtype=torch.int64, device=self.device)
             # A layer's spans, then its work lists.
             self._numbers = torch.zeros((self.layers, width), dtype=torch.int32, device=self.device)
-            # Two, because the device may still be reading the one of the step before.
-            cuda = self.device.type == "cuda"
-            self._hosts = [torch.zeros_like(self._numbers, device="cpu", pin_memory=cuda) for _ in range(2)]
+            self._sending = Sending(self._numbers)
             shape = (2, PAGE, first.spec.head_dim) if sequences else (0,)
             self._padding = torch.zeros(shape, dtype=first.spec.dtype, device=self.device)
-        self._events = [torch.cuda.Event() if cuda else None for _ in range(2)]
-        self._turn = 0
         self.bind(bank)
 
     def bind(self, bank: Bank) -> bool:
@@ -169,10 +172,11 @@ class DeviceTables:
     @property
     def nbytes(self) -> int:
         """Bytes on the device and of what is sent there."""
-        hosts = sum(host.nbytes for host in self._hosts) + (0 if self._ahead is None else self._ahead.nbytes)
-        tables = self._exact.nbytes + self._packed.nbytes + self._numbers.nbytes + self._padding.nbytes
+        hosts = 0 if self._ahead is None else self._ahead.nbytes
+        tables = self._exact.nbytes + self._packed.nbytes + self._sending.nbytes + self._padding.nbytes
         beside = sum(x.nbytes for x in (self.watch, self.left, *self._learned.values()) if x is not None)
         beside += sum(spans.nbytes + starts.nbytes for spans, starts, _ in self._uniform.values())
+        beside += sum(near.nbytes for near in self._near.values())
         return tables + hosts + beside
 
     def fit(self) -> bool:
@@ -247,30 +251,48 @@ class DeviceTables:
 
     def update(self) -> None:
         """Page tables and spans, as the bank has them now: before a step of all rows."""
+        self.sent = self.sent and not any(tier.changed for tier in self._tiers)
         self.sync()
         if self.left is not None:
             self.left.sync(self.bank)
         if self._ahead is None or not np.array_equal(self._ahead, self.bank.data):
             self._fill(self.bank.data)
-        self._ahead, self._turn = None, 1 - self._turn
-        self._numbers.copy_(self._hosts[self._turn], non_blocking=True)
-        event = self._events[self._turn]
-        if event is not None:
-            event.record()
+            self.sent = False
+        if not self.sent:
+            self._sending.send()
+        self._ahead = None
 
     def prepare(self) -> None:
         """Work out what the next step of all rows will want to know, while a GPU is still busy with this one."""
-        if self.device.type == "cuda" and self.fit():
+        self.sent = self._simple = False
+        if self.listed and self.device.type != "meta" and self.fit():
             self._ahead = self.bank.data.copy()
             self._ahead[Bounds._fields.index("length")] += 1
             self._fill(self._ahead)
+            self._simple = self.left is None and not self.bank.at(slice(None)).full.any()
+
+    @property
+    def foreseen(self) -> bool:
+        """Whether `prepare` knew all that a step needs from here: no page that is new or somebody else's, too."""
+        bank, ahead, live = self.bank, self._ahead, self.bank.live
+        if not self._simple or ahead is None or bank.mirror is not self or (live is not None and live.pending):
+            return False
+        if ahead.shape != bank.data.shape or any(tier.changed or tier.shared for tier in self._tiers):
+            return False
+        more = ahead - bank.data
+        more[Bounds._fields.index("length")] -= 1
+        return not more.any()
+
+    def send_ahead(self) -> None:
+        """Send what `prepare` wrote, where it is `foreseen`, before a step is begun. `update` looks whether it was."""
+        if not self.sent:
+            self._sending.send()
+            self.sent = True
 
     def _fill(self, data: np.ndarray) -> None:
         """Write spans and work lists for bounds `data` where nobody reads just now."""
-        event, numbers = self._events[1 - self._turn], self._hosts[1 - self._turn].numpy()
-        if event is not None:
-            event.synchronize()
-        width, bounds, reader = self.rows * schedule.SPAN, self.bank.of_layers(data), self.readers[0]
+        numbers, width = self._sending.writable(), self.rows * schedule.SPAN
+        bounds, reader = self.bank.of_layers(data), self.readers[0]
         span = bounds.span()
         seen = np.zeros((len(span.stop), self.rows, schedule.SPAN), dtype=np.int32)  # of one layer if all are alike
         seen[:, self.bank.rows :, Span._fields.index("stop")] = 1
@@ -408,7 +430,7 @@ class DeviceTables:
         """Attention over what an earlier layer of this step picked, and the newest token; beside the whole exact tier
         where anything is packed."""
         assert self.picked is not None
-        picks = self.picked.of(layer)
+        picks = self.picked.of(self._taken_over(layer))
         spans, starts, programs = self._spread(picks.shape[1])
         settings: dict[str, Any] = {"picks": picks, "with_lse": sinks is not None}
         if packed is None:
@@ -432,6 +454,20 @@ class DeviceTables:
                 there = torch.from_numpy(spans).to(self.device), torch.from_numpy(starts).to(self.device)
             self._uniform[count] = (*there, int(starts[-1]))
         return self._uniform[count]
+
+    def _taken_over(self, layer: BankLayer) -> torch.Tensor | None:
+        """Whose picks each row of a layer reads, int64 `[rows]`; None is its own."""
+        assert self.picked is not None
+        near = self.picked.reads.nearest.get(layer.spec.layer)
+        if near is None:
+            return None
+        heads = np.asarray(near[1])[:, 0]
+        key = heads.tobytes()
+        if key not in self._near:
+            rows = np.arange(self.rows).reshape(-1, len(heads))[:, heads].reshape(-1)
+            with torch.inference_mode(False):
+                self._near[key] = torch.from_numpy(rows).to(self.device)
+        return self._near[key]
 
     # -- what a step looks at -----------------------------------------------------------------------------
 
@@ -466,8 +502,10 @@ class DeviceTables:
         if self.joined and self.picked is not None:
             self._share_out(False)
             self._pages = self._ahead = None
-        if self.picked is not None and any(self.picked.role(layer) == "sparse" for layer in self.bank.layers):
-            self._spread(self.picked.reads.top + 1)  # not while a graph is captured
+        for layer in self.bank.layers:
+            if self.picked is not None and self.picked.role(layer) == "sparse":  # not while a graph is captured
+                self._spread(self.picked.reads.top + 1)
+                self._taken_over(layer)
         if self.watches and watches:
             if self.watch is None:
                 self.watch = Watch(self, self.bank)

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fivefold.kernels.device import sent
 from fivefold.kernels.packed_decode import schedule
 from fivefold.kernels.packed_decode.reference import Form
 from fivefold.store.bank import Bank, BankLayer
@@ -94,6 +93,8 @@ class Watch:
         spec, packing = bank.layers[0].spec, bank.packing
         self.rows = tables.rows
         self.slots = tables.exact_columns * PAGE + (0 if packing is None else tables.packed_columns * packing.page)
+        self.noise: dict[int, Any] = {}
+        """What layers' policies draw from. A captured graph needs it where it is."""
         shape, device = (tables.layers, tables.rows), tables.device
         with torch.inference_mode(False):
             self.positions = torch.zeros((*shape, self.slots), dtype=torch.int32, device=device)
@@ -201,7 +202,7 @@ class Watch:
         """A step's attention has come: the statistic and the choice, all on the device (see `tally`)."""
         policy: Any = layer.policy
         spec, index = layer.spec, layer.index
-        noise = None if scores is None else policy.noise(self.positions.device)
+        noise = self.noise[index] = None if scores is None else policy.noise(self.positions.device)
         _kernels().tally(
             scores, lse, given, noise, "least" if policy.loses is None else policy.loses, spec.layer, spec.kv_heads,
             self.scores[index], self.positions[index], self.low[index], numbers, spans, self.new[index],
@@ -271,7 +272,6 @@ class Picked:
         self.reads = reads
         self._picks: torch.Tensor | None = None
         self._layer = -1
-        self._near: dict[tuple[int, int], torch.Tensor] = {}
 
     def role(self, layer: BankLayer) -> str:
         """What a layer does in a step: "full", "select", or "sparse"."""
@@ -290,18 +290,10 @@ class Picked:
         values, indices = received.topk(min(top, received.shape[1]), 1, sorted=False)
         self._picks = _kernels().picks(values, indices, spans, top)
 
-    def of(self, layer: BankLayer) -> torch.Tensor:
-        """What this layer reads."""
+    def of(self, near: torch.Tensor | None) -> torch.Tensor:
+        """What a layer reads whose rows take over from these, int64 `[rows]`; None is each from its own."""
         assert self._picks is not None
-        near = self.reads.nearest.get(layer.spec.layer)
-        if near is None:
-            return self._picks
-        key = layer.spec.layer, len(self._picks)
-        if key not in self._near:
-            heads = np.asarray(near[1])[:, 0]
-            rows = np.arange(len(self._picks)).reshape(-1, len(heads))[:, heads].reshape(-1)
-            self._near[key] = sent(self._picks.device, rows)[0]
-        return self._picks.index_select(0, self._near[key])
+        return self._picks if near is None else self._picks.index_select(0, near)
 
 
 class Aside:

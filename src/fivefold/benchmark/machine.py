@@ -19,6 +19,7 @@ from fivefold.errors import FivefoldError
 from fivefold.kernels.choice import choose
 from fivefold.methods import registered
 from fivefold.recipe import Recipe
+from fivefold.serving.vllm import state
 from fivefold.store.spec import LayerSpec, Pools
 
 PACKAGES = ("fivefold", "torch", "transformers", "triton", "numpy")
@@ -38,6 +39,7 @@ def describe() -> dict[str, Any]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
+    found["vllm"] = state().said
     found["cuda"] = torch.version.cuda
     found["FIVEFOLD_KERNELS"] = os.environ.get("FIVEFOLD_KERNELS", "auto")
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]

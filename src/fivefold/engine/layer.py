@@ -124,7 +124,7 @@ def _check_later(change: Transaction, keys: torch.Tensor, values: torch.Tensor) 
             if not peak <= FLOAT16_MAX:  # also when it is NaN
                 raise beyond(name, peak)
 
-    change.check(torch.stack([*keys.aminmax(), *values.aminmax()]).float(), look)
+    change.check(torch.stack([*keys.aminmax(), *values.aminmax()]), look, last=True)
 
 
 def _pick_or_read(

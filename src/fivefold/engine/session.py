@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from fivefold.attention.fused import why_not_each
-from fivefold.engine import admission, decoding
+from fivefold.engine import admission, decoding, together
 from fivefold.engine.companions import Companions
 from fivefold.engine.picks import Picks, Reads
 from fivefold.engine.stepping import opened
@@ -87,6 +87,8 @@ class Session:
         """While a step runs for a graph: whoever runs it has admitted it."""
         self.picks = Picks(reads)
         """What layers have picked for those after them, in this forward."""
+        self.turn = 0
+        """Another one whenever somebody is about to change anything."""
         self._thread = 0
         self._alone = False
         """Whether a forward was begun by its first layer, and ends with its last one."""
@@ -111,11 +113,11 @@ class Session:
 
     @property
     def banks(self) -> list[Bank]:
-        return list(dict.fromkeys(store.bank for store in self.stores.values()))
+        return list({store.bank: None for store in self.stores.values()})
 
     @property
     def devices(self) -> list[torch.device]:
-        return list(dict.fromkeys(store.spec.device for store in self.stores.values()))
+        return list({store.spec.device: None for store in self.stores.values()})
 
     @property
     def recording(self) -> bool:
@@ -175,6 +177,7 @@ class Session:
 
     def include(self, change: Transaction) -> None:
         """What happens to this session is part of `change` from now on."""
+        self.turn += 1
         before = {name: getattr(self, name) for name in ("length", "ragged", "united", "companions")}
         stores = dict(self.stores)
         change.undo(lambda: vars(self).update(before, stores=stores))
@@ -209,6 +212,10 @@ class Session:
         for pool in self.pools:
             pool.shrink()
         self.sparse = self.sparse or chunk > 1
+        with suppress(Exception):  # then it is done before anything is read
+            for bank in self.banks:
+                if bank.live is not None:
+                    bank.flush()  # here a GPU is still at work on the step
 
     def _charge(self, grows: bool) -> None:
         budget = self.pools.budget
@@ -235,6 +242,7 @@ class Session:
 
     def rollback(self) -> None:
         """Undo all that has happened since `begin`; nothing if nothing has."""
+        self.turn += 1
         change = self.change
         if change is not None:
             self.brought, self.waiting = {}, []
@@ -367,18 +375,7 @@ class Session:
 
     def choose_together(self) -> None:
         """After a chunk, where the budgets of the layers depend on each other: share them out and choose."""
-        policy: Any = self.stores[self.first].policy
-        if policy is None or not policy.together:
-            return
-        statistics = torch.zeros(len(self.stores), self.batch)
-        for row, store in enumerate(self.stores.values()):
-            for held in store.held:
-                sequences = held.sequences.cpu()
-                counts = sequences.bincount(minlength=self.batch)
-                statistics[row].index_add_(0, sequences, policy.statistic(held).cpu() / counts[sequences])
-        for row, store in enumerate(self.stores.values()):
-            store.after_layers(dict(enumerate(policy.shares(statistics)[row].tolist())))
-            self.pools.budget.trim()  # it has held the whole chunk
+        together.choose(self.stores, self.first, self.batch, self.pools.budget)
 
     # -- other changes ------------------------------------------------------------------------------------
 

@@ -130,6 +130,7 @@ class LowRankCodec(LearnedCodec):
                 dtype=self.dtype,
                 team=team,
                 blocks=self.spec.kv_heads // team,
+                queries=self.spec.query_heads // self.spec.kv_heads,
                 inv_freq=self.rope.inv_freq,
                 neighbours=self.rope.neighbours,
                 ups=self._ups,

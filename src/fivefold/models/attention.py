@@ -13,9 +13,8 @@ from fivefold.engine.layer import attend
 from fivefold.engine.session import Session
 from fivefold.errors import CacheStateError, UnsupportedModelError
 from fivefold.models.compiled import Handed, here
-from fivefold.models.selection import is_selected, stock_attention, stock_mask, windows_here
+from fivefold.models.selection import NAME, is_selected, stock_attention, stock_mask, windows_here
 
-NAME = "fivefold"
 CALLED = "fivefold_called"
 """The keyword argument by which a module's pre-hook tells the attention function what it was called with."""
 

@@ -34,6 +34,7 @@ class Forward:
         self.model = model
         # Somebody else's, put there before.
         self.before: Callable[..., Any] | None = vars(model).get("forward")
+        self._signed: tuple[Any, str] | None = None
         functools.update_wrapper(self, model.forward, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -52,12 +53,11 @@ class Forward:
                 run = self._run(callback, cache, args, kwargs)
             if cache.session.running:
                 return run(*args, **kwargs)
-            if cache.model != (mine := signature(decoder_config(self.model))):
+            if cache.model != self.signature:
                 raise CacheStateError(
-                    f"the cache was made for {cache.model} and called with {mine}: make one for this model."
+                    f"the cache was made for {cache.model} and called with {self.signature}: make one for this model."
                 )
-            with selected(self.configs, NAME, cache.windows):
-                return self._call(run, cache, args, kwargs)
+            return self._call(run, cache, args, kwargs)
         finally:
             compiled.resume(callback)
 
@@ -112,7 +112,7 @@ class Forward:
             out = cache.step(self.model, run, cache, given)
             if out is not None:
                 return out
-        with cache.session.atomic():
+        with selected(self.configs, NAME, cache.windows), cache.session.atomic():
             out = run(*args, **kwargs)
             if _chunk(args, kwargs) and not cache.session.chunk:
                 raise CacheStateError(
@@ -128,6 +128,14 @@ class Forward:
     @functools.cached_property
     def configs(self) -> list[Any]:
         return configs_of(self.model)
+
+    @property
+    def signature(self) -> str:
+        """Of the model: see `fivefold.signature`."""
+        config = self.model.config
+        if self._signed is None or self._signed[0] is not config:
+            self._signed = config, signature(decoder_config(self.model))
+        return self._signed[1]
 
     @functools.cached_property
     def switch(self) -> int | None:

@@ -23,18 +23,25 @@ from fivefold.attention.watch import unsteady
 from fivefold.engine import decoding
 from fivefold.engine.admission import Padded
 from fivefold.engine.session import Session
-from fivefold.errors import FivefoldError
+from fivefold.errors import CacheStateError, FivefoldError
 from fivefold.kernels.choice import choose
 from fivefold.models.fused import Whole, verified
+from fivefold.models.selection import NAME, selected
+from fivefold.models.specs import configs_of
 
 _KNOWN = {
     "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep",
 }  # fmt: skip
 _WARM_UP = 2
+_equal: Callable[[list[torch.Tensor], list[int], list[int]], bool] | None = getattr(
+    torch._C, "_tensors_data_ptrs_at_indices_equal", None
+)
+"""Where torch has it (builds with CUDA): compares the addresses of some hundred weights in a microsecond."""
 
 
 class SteppedCache(Protocol):
     session: Session
+    windows: frozenset[int]
 
 
 @dataclass
@@ -65,6 +72,8 @@ class Step:
         """Why the last step was none of its replays."""
         self.reserved = 0
         """How many tokens of each sequence there shall be room for at least."""
+        self.fuses = True
+        """Whether steps may be in fused kernels."""
         self.own: str | None = None
         """Why steps run the model's own code, and not fused kernels, in a few words; None if no step does."""
         self.reset()
@@ -77,7 +86,10 @@ class Step:
         self._model: PreTrainedModel | None = None
         self._weights: list[torch.Tensor] = []
         self._addresses: list[int] = []
+        self._all: list[int] = []
         self._pool: Any = None
+        self._ready: object = None
+        self._whys: Mapping[int, str | None] = {}
 
     @property
     def tables(self) -> list[DeviceTables]:
@@ -98,21 +110,25 @@ class Step:
         session, ids = cache.session, given.get("input_ids")
         if self.broken or ids is None or ids.ndim != 2 or ids.shape[1] != 1 or session.length == 0:
             return None
-        if unsteady(session.stores, session.revocable):
-            return None  # the host plans this one
-        why, whys = _unfit(session), None
-        if why is None:
-            whys = session.why_not_fused()
-            why = _first(whys)
+        why: str | None = None
+        whys: Mapping[int, str | None] | None = self._whys
+        if self._ready != _stamp(session):
+            if unsteady(session.stores, session.revocable):
+                return None  # the host plans this one
+            why, whys = _unfit(session), None
+            if why is None:
+                whys = session.why_not_fused()
+                why = _first(whys)
         if why and self.captured:
             self.reset()
-        self.failed = why or _why_not_now(given, ids, session.devices[0])
+        self.failed = why or _why_not_now(given, ids, _device(session))
         if self.failed:
             decoding.tell(session, f"decoding without a CUDA graph: {self.failed}", 6)
             return None
         try:
+            early = self._early(model, forward, cache, ids, given) if whys is self._whys else None
             with session.atomic():
-                logits = self._step(model, forward, cache, ids, given, whys)
+                logits = self._step(model, forward, cache, ids, given, whys, early)
         except RuntimeError as error:
             if isinstance(error, FivefoldError | torch.OutOfMemoryError):
                 raise
@@ -120,10 +136,17 @@ class Step:
             self.failed, self.broken = f"{type(error).__name__}: {error}".splitlines()[0], True
             decoding.tell(session, f"decoding without a CUDA graph: {self.failed}", 6)
             return None
-        with suppress(RuntimeError):  # else the next change does it
-            for bank in session.banks:
-                bank.flush()  # while the device is busy with the step
+        self._look_ahead(session)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    def _look_ahead(self, session: Session) -> None:
+        """While the device is at work on a step: whether the next one is a graph's, if nothing happens in between."""
+        self._ready = None
+        with suppress(CacheStateError):  # it is raised where it matters
+            if not unsteady(session.stores, session.revocable) and _unfit(session) is None:
+                self._whys = session.why_not_fused()
+                if _first(self._whys) is None:
+                    self._ready = _stamp(session)
 
     def _step(
         self,
@@ -133,17 +156,20 @@ class Step:
         ids: torch.Tensor,
         given: dict[str, Any],
         whys: Mapping[int, str | None] | None,
+        early: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """early: the logits, if the step is taken already (see `_early`)."""
         session, positions, batch = cache.session, given.get("position_ids"), ids.shape[0]
+        banks = session.banks
         size = 1 << (batch - 1).bit_length() if session.ragged else batch
-        now = getattr(session.banks[0].mirror, "sequences", 0)
+        now = getattr(banks[0].mirror, "sequences", 0)
         if session.ragged and batch <= now <= 2 * size and 3 * now < 8 * batch and now in self.captured:
             size = now  # a few sequences less, or more, are no reason to go from one to the other
-        same = self._same(model)
+        same = early is not None or self._same(model)
         captured = self.captured.get(size) if same else None
         # Other sequences may be here since: tables are found for them before anybody makes some.
-        known = captured.tables if captured is not None and len(captured.tables) == len(session.banks) else None
-        for number, bank in enumerate(session.banks):
+        known = captured.tables if captured is not None and len(captured.tables) == len(banks) else None
+        for number, bank in enumerate(banks):
             tables = bank.mirror if known is None else known[number]
             right = tables is not None and tables.sequences == size
             if not (right and ((bank.mirror is tables and tables.fit()) or tables.bind(bank))) and session.ragged:
@@ -151,11 +177,13 @@ class Step:
         session.admit(batch, 1, given.get("attention_mask"), None, whys)
         if not session.stepping:
             raise Padded
-        found = [tables_of(bank) for bank in session.banks]
+        found = [tables_of(bank) for bank in banks]
         fresh = captured is None or captured.tables != found
         if fresh:
             captured = self._prepare(model, found, size, same)
         assert captured is not None
+        if early is not None and not fresh and all(tables.sent for tables in found):
+            return early
         captured.ids[:batch].copy_(ids)
         at = captured.positions[:batch]
         at.copy_(positions) if positions is not None else at.fill_(session.length)
@@ -164,6 +192,31 @@ class Step:
             self._capture(forward, cache, captured)
         return self._replay(forward, cache, captured)[:batch]
 
+    def _early(
+        self,
+        model: PreTrainedModel,
+        forward: Callable[..., Any],
+        cache: SteppedCache,
+        ids: torch.Tensor,
+        given: dict[str, Any],
+    ) -> torch.Tensor | None:
+        """Take a step before it is begun, where all that it needs is known: the host's part is then done while a GPU is
+        at work on it. It writes to slots that are nobody's until it is committed. Returns the logits, or None."""
+        session, captured = cache.session, self.captured.get(len(ids))
+        if captured is None or session.ragged or session.change is not None or session.sparse:
+            return None
+        if captured.graph is None and captured.whole is None:
+            return None  # the model's own code wants a change that is begun
+        if given.get("attention_mask") is not None or given.get("position_ids") is not None or not self._same(model):
+            return None
+        if len(captured.tables) != len(session.banks) or not all(tables.foreseen for tables in captured.tables):
+            return None
+        for tables in captured.tables:
+            tables.send_ahead()
+        captured.ids.copy_(ids)
+        captured.positions.fill_(session.length)
+        return self._replay(forward, cache, captured)
+
     @staticmethod
     def why_not(session: Session) -> str | None:
         """Why steps of this cache depend on the host, in a few words; None if they do not."""
@@ -171,7 +224,11 @@ class Step:
 
     def _same(self, model: PreTrainedModel) -> bool:
         """Whether what was captured is this model with these weights."""
-        return self._model is model and list(map(torch.Tensor.data_ptr, self._weights)) == self._addresses
+        if self._model is not model:
+            return False
+        if _equal is not None:
+            return bool(_equal(self._weights, self._addresses, self._all))
+        return list(map(torch.Tensor.data_ptr, self._weights)) == self._addresses
 
     def _prepare(self, model: PreTrainedModel, tables: list[DeviceTables], size: int, same: bool) -> Captured:
         """Inputs at fixed places, for a graph that is yet to be captured. same: as `_same`."""
@@ -180,6 +237,7 @@ class Step:
             self._model = model
             self._weights = [*model.parameters(), *model.buffers()]
             self._addresses = [weight.data_ptr() for weight in self._weights]
+            self._all = list(range(len(self._weights)))
         with torch.inference_mode(False):
             ids = torch.zeros((size, 1), dtype=torch.long, device=tables[0].device)
             self.captured[size] = Captured(tables, ids, torch.zeros_like(ids))
@@ -187,6 +245,9 @@ class Step:
 
     def _fuse(self, model: PreTrainedModel, cache: SteppedCache, captured: Captured) -> None:
         """Find out whether fused kernels do what the model's own code does."""
+        if not self.fuses:
+            self.own = "as was asked for"
+            return
         own = partial(self._run, partial(type(model).forward, model), cache, captured)
         found = verified(model, cache.session, captured.ids, captured.positions, own)
         self.own, captured.whole = (found, None) if isinstance(found, str) else (None, found)
@@ -225,8 +286,10 @@ class Step:
             if captured.whole is not None:
                 logits = captured.whole(cache.session, captured.ids, captured.positions)
             else:
+                assert self._model is not None
                 given = {"input_ids": captured.ids, "position_ids": captured.positions, "past_key_values": cache}
-                logits = forward(**given, use_cache=True).logits
+                with selected(configs_of(self._model), NAME, cache.windows):
+                    logits = forward(**given, use_cache=True).logits
             for tables in captured.tables:
                 tables.join()
             return logits
@@ -243,6 +306,15 @@ def _unfit(session: Session) -> str | None:
     if session.devices[0].type == "cpu" and not choose(session.devices[0]).triton:
         return "the cache is on a CPU"
     return None
+
+
+def _device(session: Session) -> torch.device:
+    return session.stores[session.first].spec.device
+
+
+def _stamp(session: Session) -> object:
+    """What is found out about a session's next step stands while this is the same."""
+    return session.turn, session.recording, choose(_device(session))
 
 
 def _first(whys: Mapping[int, str | None]) -> str | None:

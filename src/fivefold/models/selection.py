@@ -19,6 +19,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+NAME = "fivefold"
+"""Of our attention and our masks."""
 _lock = threading.Lock()
 _here = threading.local()
 

@@ -17,23 +17,26 @@ from fivefold.recipe import Recipe
 HOST = 1.05
 """A prompt whose launches add more than this to the device's least work is bound by the host."""
 EXPLAINED = 0.87
-FITTED = ("step", "word", "layer", "pointwise", "packed_layer", "packed_row")
+FITTED = (
+    "step", "word", "fused_layer", "layer", "pointwise", "own_layer", "own_pointwise", "packed_layer", "packed_row",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Row:
-    """A decoding step that was timed."""
+    """A decoding step that was timed. own: by the model's own code."""
 
     model: ModelShape
     batch: int
     reads: tuple[Read, ...]
     seconds: float
+    own: bool = False
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Row:
         """A row of `measure.timed_step`."""
         reads = tuple(Read(**read) for read in row["reads"])
-        return cls(llama(row["shape"]), row["batch"], reads, row["seconds"])
+        return cls(llama(row["shape"]), row["batch"], reads, row["seconds"], bool(row.get("own_code")))
 
 
 @dataclass(frozen=True)
@@ -85,17 +88,22 @@ def llama(shape: Mapping[str, Any], name: str = "llama") -> ModelShape:
 
 
 def fit_steps(rows: Sequence[Row], machine: Machine, efficiencies: bool = False) -> Machine:
-    """The machine with `FITTED`, and on demand the shares of bandwidth of attention, so that the relative errors of the
-    rows are least; none of them negative."""
-    none: dict[str, Any] = dict.fromkeys(FITTED, 0.0)
+    """The machine with those of `FITTED` that rows tell of, and on demand the shares of bandwidth of attention, so that
+    the relative errors of the rows are least; none of them negative."""
+    plain = [row for row in rows if not row.own and not machine.fuses(row.batch)]
+    told = {"fused_layer": any(not row.own and machine.fuses(row.batch) for row in rows)}
+    told |= {"layer": bool(plain), "pointwise": bool(plain)}
+    told |= dict.fromkeys(("own_layer", "own_pointwise"), any(row.own for row in rows))
+    names = [name for name in FITTED if told.get(name, True)]
+    none: dict[str, Any] = dict.fromkeys(names, 0.0)
     bare = replace(machine, **none)
-    ones: list[dict[str, Any]] = [{name: 1.0} for name in FITTED]
+    ones: list[dict[str, Any]] = [{name: 1.0} for name in names]
     ways = [replace(bare, **one) for one in ones]
     kinds = sorted({read.pages for row in rows for read in row.reads}) if efficiencies else []
 
     def seconds(row: Row, using: Machine) -> float:
         reads = row.reads if not efficiencies else tuple(replace(read, nbytes=0) for read in row.reads)
-        one = step(row.model, using, row.batch, reads)
+        one = step(row.model, using, row.batch, reads, own=row.own)
         assert one is not None
         return one.seconds
 
@@ -107,8 +115,8 @@ def fit_steps(rows: Sequence[Row], machine: Machine, efficiencies: bool = False)
         line += [sum(read.nbytes for read in row.reads if read.pages == kind) / machine.bandwidth for kind in kinds]
         table.append([x / row.seconds for x in line])
         wanted.append((row.seconds - known) / row.seconds)
-    found = dict(zip([*FITTED, *kinds], least(np.array(table), np.array(wanted))))
-    given: dict[str, Any] = {name: found[name] for name in FITTED}
+    found = dict(zip([*names, *kinds], least(np.array(table), np.array(wanted))))
+    given: dict[str, Any] = {name: found[name] for name in names}
     if efficiencies:
         # Never more than the memory can give: what is above belongs to the constants.
         given["attention"] = {**machine.attention, **{k: min(1.0, 1 / found[k]) for k in kinds if found[k] > 0}}

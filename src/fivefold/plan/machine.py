@@ -38,6 +38,10 @@ class Machine:
     products, which grows with the tokens: in how many copies of the hidden vector, at `bandwidth`, it is done; of a
     step, and (prompt_pointwise) of a prompt.
 
+    fused: `streaming` of our fused kernels, which take the steps of so many sequences at most of models of a Llama's
+    kind; empty where that was not measured. fused_layer: `layer` of such a step; `layer` and `pointwise` are then of
+    steps of more sequences, own_layer and own_pointwise of other models' steps, which run the model's own code.
+
     host_layer: what the host takes to launch one layer of a chunk of a prompt, "exact", "packed", or "split" where it
     packs and its heads are of two kinds.
 
@@ -78,13 +82,18 @@ class Machine:
     source: str
     measured: bool = False
     aliases: tuple[str, ...] = field(default=())
+    fused: Mapping[str, float] = field(default_factory=dict)
+    fused_layer: float = 0.0
+    own_layer: float | None = None
+    own_pointwise: float | None = None
 
     def __hash__(self) -> int:  # equal machines have equal names
         return hash((self.name, self.date, self.source))
 
-    def streams(self, rows: int) -> float:
-        """Bytes of weights a second that products with so many rows read: between measured ones, by the logarithm."""
-        known = sorted((int(count), rate) for count, rate in self.streaming.items())
+    def streams(self, rows: int, fused: bool = False) -> float:
+        """Bytes of weights a second that products with so many rows read: between measured ones, by the logarithm.
+        fused: by our kernels."""
+        known = sorted((int(count), rate) for count, rate in (self.fused if fused else self.streaming).items())
         if rows <= known[0][0]:
             return known[0][1]
         for (low, slow), (high, fast) in pairwise(known):
@@ -92,6 +101,10 @@ class Machine:
                 share = math.log(rows / low) / math.log(high / low)
                 return slow + share * (fast - slow)
         return known[-1][1]
+
+    def fuses(self, rows: int) -> bool:
+        """Whether our fused kernels take a step of so many sequences."""
+        return any(rows <= int(count) for count in self.fused)
 
     @staticmethod
     def prompt_key(kind: str, large: bool, head_dim: int) -> str:
@@ -108,7 +121,7 @@ class Machine:
         if not isinstance(found, Mapping):
             raise InputError("these are no constants of a machine: measure them anew with --measure.")
         names = {one.name for one in fields(cls)}
-        wanted = names - {"measured", "aliases"}
+        wanted = names - {"measured", "aliases", "fused", "fused_layer", "own_layer", "own_pointwise"}
         missing = sorted(wanted - found.keys())
         if missing:
             raise InputError(f"a machine's constants lack {', '.join(missing)}: measure them anew with --measure.")
@@ -139,7 +152,8 @@ def _whole(one: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     out = {**like, **{key: value for key, value in one.items() if key not in ("like", "host_link")}}
     out["usable"] = one["memory"] - (like["memory"] - like["usable"])
     out["bandwidth"] = like["bandwidth"] * memory
-    out["streaming"] = {rows: rate * memory for rows, rate in like["streaming"].items()}
+    for name in ("streaming", "fused"):
+        out[name] = {rows: rate * memory for rows, rate in like.get(name, {}).items()}
     out["products"] = like["products"] * compute
     for name in ("word", "packed_row"):  # the device's work; the others are of the host, or of launches
         out[name] = like[name] / memory

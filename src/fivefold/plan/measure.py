@@ -26,6 +26,7 @@ from fivefold.attention.fused import unpack_fused
 from fivefold.attention.merge import attend
 from fivefold.benchmark import decode, kernels, prefill
 from fivefold.benchmark import machine as device_of
+from fivefold.kernels.choice import choose
 from fivefold.plan.fit import Prompt, Row, fit_prompts, fit_steps
 from fivefold.plan.machine import Machine, measured_file
 from fivefold.plan.time import Read
@@ -77,7 +78,7 @@ _NARROW = {
 GPU = Sizes(
     (32768, 524288), ((4096, 8192), (32768, 131072)),
     (((2048, 8192), (2048, 30720)), ((8192, 16384), (8192, 32768))), 131072, (8192, 4096, 14336),
-    ((2048, 2048), (14336, 4096)), ROWS, 1 << 31, _WIDE, (2, 8), (1, 32, 256), 1024, 24,
+    ((2048, 2048), (14336, 4096)), ROWS, 1 << 31, _WIDE, (2, 8), (1, 8, 32, 256), 1024, 24,
     ((8192, None), (32768, 8192)), _NARROW, 1 << 30, (32768, 131072),
 )  # fmt: skip
 CPU = Sizes(
@@ -93,7 +94,7 @@ def measure(device: torch.device | None = None, progress: Progress | None = None
     sizes = GPU if device.type == "cuda" else CPU
     raw: dict[str, Any] = {}
     parts: dict[str, Callable[[torch.device, Sizes], Mapping[str, Any]]] = {
-        "copies": _copies, "products": _products, "weights": _weights, "attention": _attention, "prompts": prompts,
+        "copies": _copies, "products": _products, "weights": weights, "attention": _attention, "prompts": prompts,
         "packing": _packing, "launches": _launches, "link": _link, "steps": _steps,
         "reading": _reading,
     }  # fmt: skip
@@ -115,6 +116,7 @@ def constants(raw: Mapping[str, Any], name: str | None = None, date: str | None 
         bandwidth=copy["rate"],
         products=raw["products"]["rate"],
         streaming=raw["weights"]["rates"],
+        fused=raw["weights"].get("fused", {}),
         attention={kind: min(1.0, rate / copy["rate"]) for kind, rate in raw["attention"]["rates"].items()},
         prompt=raw["prompts"]["rates"],
         pack={bits: rate / copy["rate"] for bits, rate in raw["packing"]["pack"].items()},
@@ -210,8 +212,11 @@ def _products(device: torch.device, sizes: Sizes) -> dict[str, Any]:
     return {"rate": 8 * 2 * 2 * rows * inner * wide / ms * 1000}
 
 
-def _weights(device: torch.device, sizes: Sizes) -> dict[str, Any]:
-    """Bytes a second by rows, and seconds that a small product takes beyond its bytes."""
+@torch.inference_mode()
+def weights(device: torch.device, sizes: Sizes | None = None) -> dict[str, Any]:
+    """Bytes a second by rows, of torch's products and of our fused kernels, and seconds that a small product takes
+    beyond its bytes."""
+    sizes = (GPU if device.type == "cuda" else CPU) if sizes is None else sizes
     rates: dict[str, float] = {}
     starts: dict[str, float] = {}
     for (out, inner), large in zip(sizes.matrix, (False, True)):
@@ -233,7 +238,30 @@ def _weights(device: torch.device, sizes: Sizes) -> dict[str, Any]:
                 starts[str(rows)] = seconds
         del matrices
         tidy(device)
-    return {"rates": rates, "starts": starts}
+    return {"rates": rates, "starts": starts, "fused": _fused(device, sizes)}
+
+
+def _fused(device: torch.device, sizes: Sizes) -> dict[str, float]:
+    """Bytes a second of weights that our fused kernels of a step read, by rows: of MLPs, one after the other."""
+    if not choose(device).triton:
+        return {}
+    from fivefold.kernels.step import triton
+    from fivefold.kernels.step.reference import Norm
+
+    (wide, hidden), rates = sizes.matrix[1], {}
+    each = 3 * wide * hidden * _dtype(device).itemsize
+    shapes = ((wide, hidden), (wide, hidden), (hidden, wide))
+    layers = [[_random(device, *shape) for shape in shapes] for _ in range(max(2, sizes.weights // each))]
+    norm = Norm(torch.ones(hidden, device=device, dtype=_dtype(device)), 1e-5)
+    for rows in (rows for rows in sizes.rows if rows <= triton.COLUMNS):
+        given = _random(device, rows, hidden)
+
+        def call(x: torch.Tensor = given) -> None:
+            for gate, up, down in layers:
+                x = triton.added(triton.gated(x, gate, up, (None, None), norm, "silu"), down, None, x)
+
+        rates[str(rows)] = len(layers) * each / (device_of.median_ms(call, device, 7) / 1000)
+    return rates
 
 
 def _attention(device: torch.device, sizes: Sizes) -> dict[str, Any]:
@@ -370,7 +398,8 @@ def _link(device: torch.device, sizes: Sizes) -> dict[str, Any]:
         begins, found[rate] = _line([(row["bytes"], row[name]) for row in exact])
         more = statistics.fmean(row[name] - row["bytes"] / found[rate] for row in packed)
         found[start] = {"exact": begins, "packed": max(0.0, more)}
-    return {**found, **all_reduce()}
+    # An all-reduce takes more than one GPU and is not measured: 0.8 of what NVLink 4 has each way.
+    return {**found, "all_reduce": 3.6e11, "all_reduce_start": 1.2e-5}
 
 
 def switched(model: Any, recipe: str, context: int, turns: int = 4) -> dict[str, Any]:
@@ -388,21 +417,16 @@ def switched(model: Any, recipe: str, context: int, turns: int = 4) -> dict[str,
     }  # fmt: skip
 
 
-def all_reduce() -> dict[str, float]:
-    """An all-reduce between GPUs takes more than one process and is not measured: 0.8 of what NVLink 4 has each way."""
-    return {"all_reduce": 3.6e11, "all_reduce_start": 1.2e-5}
-
-
 def _steps(device: torch.device, sizes: Sizes) -> dict[str, Any]:
     """Steps of two numbers of layers, as graphs where there are graphs."""
     rows = []
     for layers in sizes.layers:
         shape = {**sizes.step, "num_hidden_layers": layers}
         model = decode.build(shape, device)
-        for batch in sizes.batches:
+        for batch, own in [*((batch, False) for batch in sizes.batches), (1, True), (sizes.batches[-1], True)]:
             for recipe in ("full()", "kivi(bits=4)"):
                 with contextlib.suppress(torch.OutOfMemoryError):
-                    rows.append(timed_step(model, shape, recipe, sizes.context, batch, sizes.steps))
+                    rows.append(timed_step(model, shape, recipe, sizes.context, batch, sizes.steps, own))
                 tidy(device)
         del model
         tidy(device)
@@ -437,11 +461,13 @@ def timed_prompt(
 
 
 def timed_step(
-    model: Any, shape: Mapping[str, Any], recipe: str, context: int, batch: int, steps: int
+    model: Any, shape: Mapping[str, Any], recipe: str, context: int, batch: int, steps: int, own: bool = False
 ) -> dict[str, Any]:
-    """A row of `benchmark.decode` with what a step reads, and the memory that it takes on a GPU."""
+    """A row of `benchmark.decode` with what a step reads, and the memory that it takes. own: by its own code."""
     graph = model.device.type == "cuda"
     cache = decode.filled(model, recipe, context, batch, graph)
+    if cache.step is not None:
+        cache.step.fuses = not own
     report = cache.report().as_dict()
     row: dict[str, Any] = {"shape": dict(shape), "recipe": recipe, "context": context, "batch": batch, "graph": graph}
     row["reads"] = [vars(read) for read in reads_of(report, recipe, len(model.model.layers))]

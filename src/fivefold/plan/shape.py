@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["full", "sliding", "shared", "latent", "linear"]
+FUSED = {"llama", "mistral", "qwen2", "qwen3"}
+"""Families whose decoding steps run in fused kernels (`models/fused.py`), where they are dense and not quantised."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,12 @@ class ModelShape:
             return self.active(tokens) * self.weight_bytes / self.parameters
         dense = (self.weight_bytes - self.routed_bytes) * self.active(0) / (self.parameters - self.routed)
         return dense + self.routed_bytes * (1 - (1 - self.chosen / self.experts) ** tokens)
+
+    @property
+    def fused(self) -> bool:
+        """Whether its decoding steps run in fused kernels."""
+        plain = not self.routed and self.weight_bytes >= 2 * self.parameters
+        return self.family in FUSED and plain and set(self.kinds) == {"full"}
 
     @property
     def multiplied(self) -> float:

@@ -99,19 +99,27 @@ def step(
     *,
     gpus: int = 1,
     fused: bool = True,
+    own: bool = False,
 ) -> Estimate | None:
     """One decoding step of `batch` sequences as a CUDA graph, the weights and heads split over `gpus` GPUs.
 
-    None (say `NOT_PREDICTED`) if its attention is not by our kernels (`fused=False`).
+    own: the model's own code runs, although it is of a kind that has fused kernels. None (say `NOT_PREDICTED`) if its
+    attention is not by our kernels (`fused=False`).
     """
     if not fused:
         return None
-    terms = [_weights(model, machine, batch, gpus), *_attention(model, machine, reads, gpus)]
+    whole = not own and model.fused and gpus == 1
+    few = whole and machine.fuses(batch)
+    each, width = (machine.fused_layer, 0.0) if few else (machine.layer, machine.pointwise)
+    if not whole and machine.own_layer is not None and machine.own_pointwise is not None:
+        each, width = machine.own_layer, machine.own_pointwise
+    terms = [_weights(model, machine, batch, gpus, few), *_attention(model, machine, reads, gpus)]
     layers, packing = len(model.layers), max((read.launches for read in reads if read.kind == "packed"), default=0)
-    moved = layers * batch * machine.pointwise * model.hidden * itemsize(model)
-    said = f"{layers} layers x {_seconds(machine.layer)} + {_bytes(moved)} moved / {_rate(machine.bandwidth)}"
-    small = layers * machine.layer + moved / machine.bandwidth
-    terms.append(Term("small operations", small, said, "launches"))
+    moved = layers * batch * width * model.hidden * itemsize(model)
+    said = f"{layers} layers x {_seconds(each)}"
+    said += f" + {_bytes(moved)} moved / {_rate(machine.bandwidth)}" if moved else ""
+    small = layers * each + moved / machine.bandwidth
+    terms.append(Term("launches in fused kernels" if few else "small operations", small, said, "launches"))
     if packing:
         heads = batch * round(max(layer.kv_heads for layer in model.layers) * model.share(gpus))
         each = machine.packed_layer + heads * machine.packed_row
@@ -125,10 +133,10 @@ def step(
     return Estimate(tuple(terms))
 
 
-def _weights(model: ModelShape, machine: Machine, batch: int, gpus: int) -> Term:
-    """All weights of a step, read or multiplied, whichever takes longer."""
+def _weights(model: ModelShape, machine: Machine, batch: int, gpus: int, fused: bool) -> Term:
+    """All weights of a step, read or multiplied, whichever takes longer. fused: by our kernels."""
     nbytes = model.read(batch) / gpus
-    rate, operations = machine.streams(batch), 2 * model.multiplied * batch / gpus
+    rate, operations = machine.streams(batch, fused), 2 * model.multiplied * batch / gpus
     reading, computing = nbytes / rate, operations / machine.products
     if reading >= computing:
         return Term("weights", reading, f"{_bytes(nbytes)} / {_rate(rate)}", "bandwidth")

@@ -54,6 +54,8 @@ class LayerCache(Holds):
         if len(extents) != spec.kv_heads:
             raise ValueError(f"{len(extents)} extents for {spec.kv_heads} kv heads")
         self.spec, self.pools, self.extents = spec, pools, tuple(extents)
+        self.alike = len(set(self.extents)) == 1
+        """Whether all of its heads hold the same tokens."""
         self.codec, self.residual, self.policy = codec, residual, policy
         self.packing = None if codec is None else Packing(codec.group, residual, codec.layout.tokens)
         rounded = policy is not None and policy.exact_bits() == 8
@@ -353,8 +355,8 @@ class LayerCache(Holds):
                 window = slice(position - int(old.length), position - int(old.length) + count)
                 at = None if whole else slice(slot, slot + count)
                 shape = (-1, PAGE, dim) if whole else (len(rows), count, dim)
-                for name, x in zip(KV, (keys, values)):
-                    self.exact_pool.write(name, pages, x[:, window].reshape(shape), at)
+                parts = {name: x[:, window].reshape(shape) for name, x in zip(KV, (keys, values))}
+                self.exact_pool.write_fields(pages, parts, at)
                 position += count
 
     def _put(self, group: RowGroup, keys: torch.Tensor, values: torch.Tensor) -> bool:

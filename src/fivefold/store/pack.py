@@ -202,7 +202,7 @@ def _by_kernel(bank: Tables, due: Due, keys: np.ndarray, chunk: Chunk | None) ->
             codec.check(*(bank.exact.pool.read(name, stands[np.isin(planes_of, which)]) for name in KV))
         raise beyond("keys or values", largest)
 
-    bank.change.check(torch.cat(peaks), look)
+    bank.change.check(torch.cat(peaks) if len(peaks) > 1 else peaks[0], look, last=chunk is not None)
     return True
 
 

@@ -12,7 +12,7 @@ Pages are reference-counted: sharing (beam search, forks, layers that share stor
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -328,18 +328,24 @@ class PagePool(Slabs):
 
     def write(self, name: str, pages: np.ndarray, values: torch.Tensor, at: slice | None = None) -> None:
         """Write field `name` of `pages`, or its part `at` of the first axis: `[len(pages), *shape]`."""
+        self.write_fields(pages, {name: values}, at)
+
+    def write_fields(self, pages: np.ndarray, fields: Mapping[str, torch.Tensor], at: slice | None = None) -> None:
+        """The same of several fields, by name."""
         pages = pages.reshape(-1)
         if not len(pages):
             return
         for slab, index, where in self._by_slab(pages):
-            target = slab.tensors[name]
-            part = values if where is None else values[sent(self.device, where)[0]]
-            if len(index) == 1 or (np.diff(index) == 1).all():
-                run = target[int(index[0]) : int(index[0]) + len(index)]
-                (run if at is None else run[:, at]).copy_(part)
-            else:
+            first, rows = int(index[0]), None
+            if len(index) > 1 and (int(index[-1]) - first != len(index) - 1 or (np.diff(index) != 1).any()):
                 rows = sent(self.device, index)[0]
-                if at is None:
+            among = None if where is None else sent(self.device, where)[0]
+            for name, values in fields.items():
+                target, part = slab.tensors[name], values if among is None else values[among]
+                if rows is None:
+                    run = target[first : first + len(index)]
+                    (run if at is None else run[:, at]).copy_(part)
+                elif at is None:
                     _put_at(target, rows, part.to(target.dtype))
                 else:
                     target[rows, at] = part.to(target.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
@@ -49,9 +51,9 @@ class RoundedPool(PagePool):
     def read_tokens(self, name: str, pages: np.ndarray, slots: np.ndarray) -> torch.Tensor:
         return self._joined(*(super(RoundedPool, self).read_tokens(f"{name}.{x}", pages, slots) for x in _PARTS))
 
-    def write(self, name: str, pages: np.ndarray, values: torch.Tensor, at: slice | None = None) -> None:
-        for part, x in [(name, values)] if "." in name else self._parts(name, values):
-            super().write(part, pages, x, at)
+    def write_fields(self, pages: np.ndarray, fields: Mapping[str, torch.Tensor], at: slice | None = None) -> None:
+        parts = [[(name, x)] if "." in name else self._parts(name, x) for name, x in fields.items()]
+        super().write_fields(pages, dict(part for some in parts for part in some), at)
 
     def write_tokens(self, name: str, pages: np.ndarray, slots: np.ndarray, values: torch.Tensor) -> None:
         for part, x in self._parts(name, values):

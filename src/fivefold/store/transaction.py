@@ -29,6 +29,7 @@ class Transaction:
         self._released: list[tuple[PagePool, np.ndarray]] = []
         self._undo: list[Callable[[], None]] = []
         self._checks: list[tuple[Callable[[], list[float]], Callable[[list[float]], None]]] = []
+        self._last: list[tuple[torch.Tensor, Callable[[list[float]], None]]] = []
         self.members: list[Any] = []
         """The banks that are being changed."""
 
@@ -70,16 +71,27 @@ class Transaction:
         """What a rollback has to do, the latest first."""
         self._undo.append(action)
 
-    def check(self, numbers: torch.Tensor, action: Callable[[list[float]], None]) -> None:
+    def check(self, numbers: torch.Tensor, action: Callable[[list[float]], None], last: bool = False) -> None:
         """What is known only when a device has done its part: `action` is given the numbers (of any shape) and raises
-        where the change cannot stand."""
-        self._checks.append((coming(numbers.reshape(-1)), action))
+        where the change cannot stand. last: the device has nothing else to do by then, so that all of these come to the
+        host together."""
+        if last:
+            self._last.append((numbers.reshape(-1), action))
+        else:
+            self._checks.append((coming(numbers.reshape(-1)), action))
 
     def verify(self) -> None:
         """Ask all that, as late as can be: before `commit`. What came after the last of them is not waited for."""
         checks, self._checks = self._checks, []
         for numbers, action in checks:
             action(numbers())
+        waiting, self._last = self._last, []
+        for kind in dict.fromkeys((x.dtype, x.device) for x, _ in waiting):
+            some = [(x, action) for x, action in waiting if (x.dtype, x.device) == kind]
+            found = coming(torch.cat([x for x, _ in some]))()
+            for x, action in some:
+                action(found[: len(x)])
+                found = found[len(x) :]
 
     def _close(self) -> None:
         for bank in self.members:
@@ -87,7 +99,7 @@ class Transaction:
 
     def commit(self) -> None:
         """Let go of what was replaced."""
-        assert not self._checks
+        assert not self._checks and not self._last
         self._close()
         self._undo, self._fresh = [], {}
         while self._released:
@@ -97,7 +109,7 @@ class Transaction:
     def rollback(self) -> None:
         """Bring back what was before."""
         self._close()
-        self._released, self._checks = [], []
+        self._released, self._checks, self._last = [], [], []
         while self._undo:
             self._undo.pop()()
         while self._fresh:

@@ -32,7 +32,7 @@ class Features(Reader):
 
     - ups: what gives, when it is asked for, key_up and value_up `[blocks, team * rank, team * head_dim]`: what features
       of keys (channels in the paired order of `store.Rope`: those that are turned together side by side) and of values
-      are multiplied with. A sequence's rows are `blocks` times `team`.
+      are multiplied with. A sequence's rows are `blocks` times `team`, of `queries` query heads each.
     - inv_freq float64 `[pairs]`: by what angle a pair of channels is turned from one position to the next. Channels i
       and i + pairs, or with `neighbours` 2i and 2i + 1, are a pair; those from 2 * pairs on are not turned.
     """
@@ -43,11 +43,13 @@ class Features(Reader):
     dtype: torch.dtype
     team: int
     blocks: int
+    queries: int
     inv_freq: torch.Tensor
     neighbours: bool
     ups: Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
     positional: ClassVar[bool] = True
+    whole: ClassVar[bool] = True
 
     @property
     def fields(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -125,12 +127,14 @@ class Prepared:
 
     keys, values `[blocks, team, features, head_dim]`, channels of keys in the paired order; angles float64 `[head_dim /
     2]`, 0 for what is not turned; waves `[TILE, head_dim]`, their cosines and sines side by side for a tile's slots.
+    blocked: keys are as the kernel in CUDA C++ wants them (see `blocked_keys`), which it then is that reads them.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     angles: torch.Tensor
     waves: torch.Tensor
+    blocked: bool
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -144,6 +148,8 @@ def padded(features: int) -> int:
 
 def prepare(form: Features) -> Prepared:
     """See `Prepared`."""
+    from fivefold.kernels.low_rank.cuda import supports
+
     ups, dim = form.ups(), form.head_dim
     device = ups[0].device
     keys, values = (
@@ -154,7 +160,17 @@ def prepare(form: Features) -> Prepared:
     turned = torch.arange(max(TILE, form.tokens), device=device)[:, None] * angles
     made = (keys.transpose(1, 2), values.transpose(1, 2), torch.stack([turned.cos(), turned.sin()], 2).flatten(1))
     keys, values, waves = (x.to(form.work).contiguous() for x in made)
-    return Prepared(keys, values, angles, waves)
+    blocked = supports(form, device)
+    return Prepared(blocked_keys(keys) if blocked else keys, values, angles, waves, blocked)
+
+
+def blocked_keys(keys: torch.Tensor) -> torch.Tensor:
+    """`Prepared.keys`, 16 features of a channel side by side, `[blocks, team, features / 16, head_dim, 16]`, of which
+    the first eight are behind the last in the latter four of every eight channels: what tensor cores read without two
+    of them in one bank of shared memory."""
+    found = keys.unflatten(2, (-1, 2, 8)).permute(0, 1, 2, 5, 3, 4).unflatten(3, (-1, 2, 4)).clone()
+    found[:, :, :, :, 1] = found[:, :, :, :, 1].flip(-2)
+    return found.flatten(6).flatten(3, 5).contiguous()
 
 
 def features_of(form: Features, fields: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fivefold.kernels.device import on
+from fivefold.kernels.device import early, on
+from fivefold.kernels.low_rank import cuda
 from fivefold.kernels.low_rank.reference import CHUNK, Features, padded
 from fivefold.kernels.packed_decode.reader import Packed
 from fivefold.kernels.packed_decode.schedule import SPAN
@@ -133,8 +134,7 @@ def _shuffled(x, T: tl.constexpr, PB: tl.constexpr):
 
 @triton.jit(do_not_specialize=("rows", "columns"))
 def _features(
-    queries, table, spans, starts, key_up, waves, angles, sums, sums_lse, out, lse, scale, rows,
-    columns,
+    queries, table, spans, starts, key_up, waves, angles, sums, sums_lse, scale, rows, columns,
     M: tl.constexpr, NQ: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     RK: tl.constexpr, RV: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
     TOKENS: tl.constexpr, T: tl.constexpr, PB: tl.constexpr, OFFSET: tl.constexpr, NEIGHBOURS: tl.constexpr,
@@ -142,8 +142,8 @@ def _features(
 ):  # fmt: skip
     """One share of the pages of a team. Grid: (programs,).
 
-    sums: float32 `[programs, HEADS * M, NV]`, sums_lse: `[programs, HEADS * M]`, weighted features, divided; out, lse:
-    see `Reader`: set to nothing but for a team's first program. M query heads a row; NQ is at least HEADS * M.
+    sums: float32 `[programs, HEADS * M, NV]`, sums_lse: `[programs, HEADS * M]`, weighted features, divided. M query
+    heads a row; NQ is at least HEADS * M.
     """
     row = _row(starts, rows, R)
     if row >= rows:
@@ -234,32 +234,38 @@ def _features(
     for c in tl.static_range(_count(NV)):
         f = _start(NV, c) + tl.arange(0, _size(NV, c))
         tl.store(sums + place[None, :] * NV + f[:, None], acc[c] / safe[None, :], mask=q[None, :] < HEADS * M)
-    if share > 0:
-        d = tl.arange(0, D)
-        tl.store(lse + place, tl.full([NQ], -1e30, tl.float32), mask=q < HEADS * M)
-        to = out + place[:, None] * D + d[None, :]
-        tl.store(to, tl.zeros([NQ, D], tl.float32), mask=q[:, None] < HEADS * M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("processors",))
 def _expand(
-    sums, sums_lse, starts, value_up, out, lse, BLOCKS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
-    NV: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
+    sums, sums_lse, starts, value_up, out, lse, processors, BLOCKS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    NV: tl.constexpr, P: tl.constexpr, W: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the weighted features of one head of a row, and make a value of them: the part of the team's first program.
-    Grid: (rows, query heads of a row); W: at least NV."""
+    """Merge the weighted features of one head of a row, and make N channels of a value of them: the part of the team's
+    first program. Grid: (rows, query heads of a row, D / N); W: at least NV.
+
+    SPLIT: 0 where every program of the team has a part, else as `cuda.features` says. WAITS: it was launched before the
+    kernel in front of it was done.
+    """
+    if WAITS:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
     heads = tl.num_programs(1)
     mine = row % HEADS * heads + tl.program_id(1)
-    d = tl.arange(0, D)
+    d = tl.program_id(2) * N + tl.arange(0, N)
     w = tl.arange(0, W)
+    begin = tl.load(starts + row // HEADS * HEADS)
+    last = tl.load(starts + row // HEADS * HEADS + HEADS)
+    if SPLIT:
+        each = tl.maximum(1, tl.cdiv(tl.load(starts + tl.num_programs(0)) * SPLIT, processors))
+        last = tl.where(last > begin, begin + tl.maximum(1, (last - begin) // each), last)
+    up = value_up + row % (BLOCKS * HEADS) * (NV * D)
+    made = tl.load(up + w[:, None] * D + d[None, :], mask=w[:, None] < NV, other=0.0)
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
     m = -1e30
     total = 0.0
     acc = tl.zeros([W], tl.float32)
-    begin = tl.load(starts + row // HEADS * HEADS)
-    last = tl.load(starts + row // HEADS * HEADS + HEADS)
-    if begin >= last:
-        return
     for first in range(begin, last, P):
         p = first + tl.arange(0, P)
         at = p * (HEADS * heads) + mine
@@ -272,13 +278,62 @@ def _expand(
         m = above
         total = total * shrink + tl.sum(share, 0)
         acc = acc * shrink + tl.sum(x * share[:, None], 0)
-    some = total > 0
-    safe = tl.where(some, total, 1.0)
-    up = value_up + row % (BLOCKS * HEADS) * (NV * D)
-    made = tl.load(up + w[:, None] * D + d[None, :], mask=w[:, None] < NV, other=0.0).to(tl.float32)
-    at = begin * (HEADS * heads) + mine
-    tl.store(out + at * D + d, tl.sum(acc[:, None] * made, 0) / safe)
-    tl.store(lse + at, tl.where(some, m + tl.log2(safe), -1e30))
+    if begin < last:
+        some = total > 0
+        safe = tl.where(some, total, 1.0)
+        at = begin * (HEADS * heads) + mine
+        tl.store(out + at * D + d, tl.sum(acc[:, None] * made.to(tl.float32), 0) / safe)
+        tl.store(lse + at, tl.where(some, m + tl.log2(safe), -1e30))
+
+
+@triton.jit(do_not_specialize=("rows", "columns"))
+def _weigh(
+    scores, table, spans, starts, sums, sums_lse, rows, columns, M: tl.constexpr, NQ: tl.constexpr, HEADS: tl.constexpr,
+    RV: tl.constexpr, RP: tl.constexpr, NV: tl.constexpr, DTYPE: tl.constexpr, TOKENS: tl.constexpr,
+    OFFSET: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Sum one row's features of values by `scores [teams, columns * TOKENS, HEADS * M]` of a share of a team's pages.
+    Grid: (programs, HEADS). RP: at least RV. See `_features` for the rest; numbers alone, none in bits."""
+    row = _row(starts, rows, R)
+    if row >= rows:
+        return
+    work = tl.float32 if WIDE else DTYPE
+    first_row = row // HEADS * HEADS
+    source = tl.program_id(1)
+    begin = tl.load(starts + first_row)
+    programs = tl.load(starts + first_row + HEADS) - begin
+    share = tl.program_id(0) - begin
+    low = tl.load(spans + first_row * SPAN)
+    high = tl.load(spans + first_row * SPAN + 1)
+    tiles = tl.cdiv(high, TOKENS) - low // TOKENS
+    t = tl.arange(0, TOKENS)
+    q = tl.arange(0, NQ)
+    f = tl.arange(0, RP)
+    scores += (row // HEADS).to(tl.int64) * columns * TOKENS * (HEADS * M)
+    m = tl.full([NQ], -1e30, tl.float32)
+    weight = tl.zeros([TOKENS, NQ], tl.float32)
+    acc = tl.zeros([RP, NQ], tl.float32)
+    for tile in range(low // TOKENS + share * tiles // programs, low // TOKENS + (share + 1) * tiles // programs):
+        token = tile * TOKENS + t
+        seen = (token >= low) & (token < high)
+        record = tl.load(table + (first_row + source) * columns + tile) * 16 + OFFSET
+        values = tl.multiple_of(record.to(tl.pointer_type(DTYPE)), 16) + (t[:, None] * RV + f[None, :])
+        v = tl.load(values, mask=seen[:, None] & (f < RV)[None, :], other=0.0).to(work)
+        at = scores + token.to(tl.int64)[:, None] * (HEADS * M) + q[None, :]
+        s = tl.load(at, mask=seen[:, None] & (q < HEADS * M)[None, :], other=-1e30)
+        above = tl.maximum(m, tl.max(s, 0))
+        shrink = tl.exp2(m - above)
+        m = above
+        p = tl.where(seen[:, None], tl.exp2(s - m[None, :]), 0.0)
+        weight = weight * shrink[None, :] + p
+        acc = tl.dot(tl.trans(v), p.to(work), acc * shrink[None, :], input_precision="ieee")
+    total = tl.sum(weight, 0)
+    safe = tl.where(total > 0, total, 1.0)
+    place = tl.program_id(0) * (HEADS * M) + q
+    to = sums + place[None, :] * NV + (source * RV + f)[:, None]
+    tl.store(to, acc / safe[None, :], mask=(q < HEADS * M)[None, :] & (f < RV)[:, None])
+    if source == 0:
+        tl.store(sums_lse + place, tl.where(total > 0, m + tl.log2(safe), -1e30), mask=q < HEADS * M)
 
 
 def settings_of(form: Features, room: int = 220 << 10) -> dict[str, int]:
@@ -296,6 +351,21 @@ def settings_of(form: Features, room: int = 220 << 10) -> dict[str, int]:
         else:
             break
     return {"T": tokens, "PB": pairs, "STAGES": stages, "num_warps": 8 if tokens > 64 else 4}
+
+
+def weigh(
+    form: Features, table: torch.Tensor, heads: int, scores: torch.Tensor, spans: torch.Tensor, starts: torch.Tensor,
+    sums: torch.Tensor, sums_lse: torch.Tensor,
+) -> None:  # fmt: skip
+    """Sums of values' features by their scores, of every program: see `_weigh`; heads: query heads a row."""
+    rows, columns = table.shape
+    nq, rank = max(16, triton.next_power_of_2(heads * form.team)), form.ranks[1]
+    _weigh[(len(sums), form.team)](
+        scores, table, spans, starts, sums, sums_lse, rows, columns, M=heads, NQ=nq, HEADS=form.team, RV=rank,
+        RP=max(16, triton.next_power_of_2(rank)), NV=padded(form.team * rank), DTYPE=_TYPES[form.work],
+        TOKENS=form.tokens, OFFSET=form.side(form.ranks[0]), SPAN=SPAN, R=triton.next_power_of_2(rows),
+        WIDE=table.device.type != "cuda", num_warps=4, num_stages=3,
+    )  # fmt: skip
 
 
 def _room(device: torch.device) -> int:
@@ -317,27 +387,39 @@ def attend(
     lse: torch.Tensor,
     settings: dict[str, int] | None = None,
 ) -> None:
-    """`Reader.attend` of `Features`. settings: what `settings_of` gives, to try others."""
+    """`Reader.attend` of `Features`. settings: what `settings_of` gives, to try others; of the kernel in Triton."""
     rows, heads, dim = queries.shape
     device, made, programs = queries.device, form.prepared, len(out)
-    given = {**settings_of(form, _room(device)), **(settings or {})}
-    nq = max(16, triton.next_power_of_2(heads * form.team))
     nk, nv = (padded(form.team * rank) for rank in form.ranks)
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
     sums, sums_lse = empty(programs, form.team * heads, nv), empty(programs, form.team * heads)
+    split = processors = 0
     with on(device):
-        _features[(programs,)](
-            queries, packed.table, spans, starts, made.keys, made.waves, made.angles, sums,
-            sums_lse, out, lse, scale, rows, packed.table.shape[1], M=heads, NQ=nq,
-            BLOCKS=form.blocks, HEADS=form.team, D=dim, RK=form.ranks[0], RV=form.ranks[1], NK=nk, NV=nv,
-            BITS=form.bits or 0, DTYPE=_TYPES[form.work], TOKENS=form.tokens, OFFSET=form.side(form.ranks[0]),
-            NEIGHBOURS=form.neighbours, PAIRS=form.pairs, SPAN=SPAN, R=triton.next_power_of_2(rows),
-            WIDE=device.type != "cuda", **given,
-        )  # fmt: skip
-        _expand[(rows, heads)](
-            sums, sums_lse, starts, made.values, out, lse, BLOCKS=form.blocks, HEADS=form.team, D=dim, NV=nv, P=32,
-            W=triton.next_power_of_2(nv), num_warps=8,
+        if made.blocked:
+            alone = cuda.scores_alone(form)
+            slots = packed.table.shape[1] * form.tokens
+            scores = empty(rows // form.team, slots, form.team * heads) if alone else sums
+            made_by = cuda.features(form, packed.table, queries, scale, spans, starts, sums, sums_lse, scores)
+            if alone:
+                weigh(form, packed.table, heads, scores, spans, starts, sums, sums_lse)
+            else:
+                split, processors = made_by
+        else:
+            given = {**settings_of(form, _room(device)), **(settings or {})}
+            nq = max(16, triton.next_power_of_2(heads * form.team))
+            _features[(programs,)](
+                queries, packed.table, spans, starts, made.keys, made.waves, made.angles, sums, sums_lse, scale, rows,
+                packed.table.shape[1], M=heads, NQ=nq, BLOCKS=form.blocks, HEADS=form.team, D=dim, RK=form.ranks[0],
+                RV=form.ranks[1], NK=nk, NV=nv, BITS=form.bits or 0, DTYPE=_TYPES[form.work], TOKENS=form.tokens,
+                OFFSET=form.side(form.ranks[0]), NEIGHBOURS=form.neighbours, PAIRS=form.pairs, SPAN=SPAN,
+                R=triton.next_power_of_2(rows), WIDE=device.type != "cuda", **given,
+            )  # fmt: skip
+        waits = early(device)
+        _expand[(rows, heads, dim // 64)](
+            sums, sums_lse, starts, made.values, out, lse, processors, BLOCKS=form.blocks, HEADS=form.team, D=dim,
+            NV=nv, P=32, W=triton.next_power_of_2(nv), N=64, SPLIT=split, WAITS=waits, num_warps=8,
+            **({"launch_pdl": True} if waits else {}),
         )  # fmt: skip

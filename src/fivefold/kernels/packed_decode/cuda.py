@@ -78,13 +78,14 @@ class Kernel:
         from cuda.bindings import driver
 
         rows, heads = queries.shape[:2]
-        table = packed.table
-        slots, learned = table if exact is None else exact.table, packed.learned[0] if packed.learned else lse
+        table, base = packed.table, packed.base
+        slots, exact_base = (table, base) if exact is None else (exact.table, exact.base)
+        learned = packed.learned[0] if packed.learned else lse
         found, scored = (lse if x is None else x for x in (found, scored))
         pointers = [x.data_ptr() for x in (queries, table, slots, spans, starts, out, lse, learned, found, scored)]
-        types = (*[ctypes.c_void_p] * 10, ctypes.c_float, *[ctypes.c_int] * 6)
+        types = (*[ctypes.c_void_p] * 10, ctypes.c_float, *[ctypes.c_int] * 6, *[ctypes.c_longlong] * 2)
         sizes = rows, table.shape[1], slots.shape[1], heads, found.shape[-1], scored.shape[-1]
-        values = (*pointers, scale, *sizes)
+        values = (*pointers, scale, *sizes, base, exact_base)
         stream = torch.cuda.current_stream(queries.device).cuda_stream
         grid, block = (programs, 1, 1), (64 * self.pairs, 1, 1)
         with on(queries.device):
@@ -163,26 +164,52 @@ def compiled(
     form: Reader, dtype: torch.dtype, exact: torch.dtype | None, capability: tuple[int, int], span: int, pairs: int,
     resident: int, heads: int = 8, found: bool = False, scored: bool = False,
 ) -> bytes:  # fmt: skip
-    """The machine code for one form of pages.
+    """The machine code for one form of pages."""
+    values = definitions(form, dtype, exact, span, pairs, resident, heads, found, scored)
+    return machine_code(SOURCE, values, capability)
+
+
+def machine_code(source: Path, definitions: dict[str, int], capability: tuple[int, int], variant: str = "") -> bytes:
+    """CUDA C++ compiled by NVRTC for a compute capability. variant: "a" for what only this one has.
 
     Raises RuntimeError with the compiler's words if it cannot be compiled.
     """
     from cuda.bindings import nvrtc
 
     major, minor = capability
-    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
-    values = definitions(form, dtype, exact, span, pairs, resident, heads, found, scored)
-    options += [f"-D{name}={value}" for name, value in values.items()]
-    program = _done(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), b"packed.cu", 0, [], []))
+    options = [f"--gpu-architecture=sm_{major}{minor}{variant}", "--std=c++17"]
+    options += [f"-D{name}={value}" for name, value in definitions.items()]
+    program = _done(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], []))
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = b" " * _done(nvrtc.nvrtcGetProgramLogSize(program))
         _done(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"packed.cu does not compile here (FIVEFOLD_KERNELS=triton does without it): {log.decode()}")
+        raise RuntimeError(
+            f"{source.name} does not compile here (FIVEFOLD_KERNELS=triton does without it): {log.decode()}"
+        )
     code = b" " * _done(nvrtc.nvrtcGetCUBINSize(program))
     _done(nvrtc.nvrtcGetCUBIN(program, code))
     _done(nvrtc.nvrtcDestroyProgram(program))
     return code
+
+
+def loaded(
+    source: Path, name: str, definitions: dict[str, int], shared: int, device: torch.device, variant: str = ""
+) -> Any:
+    """A function of a source, compiled and loaded on a device, the current one; shared: bytes of shared memory that a
+    program of it takes."""
+    torch.cuda.current_stream().synchronize()  # makes the context
+    return _function(machine_code(source, definitions, torch.cuda.get_device_capability(device), variant), name, shared)
+
+
+def _function(code: bytes, name: str, shared: int) -> Any:
+    from cuda.bindings import driver
+
+    module = _done(driver.cuModuleLoadData(code))
+    function = _done(driver.cuModuleGetFunction(module, name.encode()))
+    attributes = driver.CUfunction_attribute
+    _done(driver.cuFuncSetAttribute(function, attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
+    return function
 
 
 def kernel(
@@ -201,18 +228,13 @@ def _kernel(
     form: Reader, dtype: torch.dtype, exact: torch.dtype | None, device: torch.device, span: int, heads: int,
     found: bool, scored: bool,
 ) -> Kernel:  # fmt: skip
-    from cuda.bindings import driver
-
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # makes the context
         pairs, resident = _arrangement(form, device, heads)
         capability = torch.cuda.get_device_capability(device)
         code = compiled(form, dtype, exact, capability, span, pairs, resident, heads, found, scored)
-        module = _done(driver.cuModuleLoadData(code))
-        function = _done(driver.cuModuleGetFunction(module, b"packed"))
         shared = shared_bytes(form, pairs, heads)
-        attributes = driver.CUfunction_attribute
-        _done(driver.cuFuncSetAttribute(function, attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
+        function = _function(code, "packed", shared)
     return Kernel(function, shared, pairs)
 
 

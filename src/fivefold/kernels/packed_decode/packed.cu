@@ -5,7 +5,8 @@
 // BY_TOKEN, keys are quantised as values are; RECORD, a page's fields lie together (else the table has six addresses of
 // each); UNBIAS and BALANCED, see `Planar`; RANK of what is added to keys and to values as a product, KEY_OUT and
 // VALUE_OUT numbers of a channel and of a token that are added one by one, for up to HEADS query heads; FOUND and SCORED,
-// scores of packed and of exact slots are wanted; ROOM, so many bits more than KIVI's have scales.
+// scores of packed and of exact slots are wanted; ROOM, so many bits more than KIVI's have scales. Tables have addresses in
+// units of 16 bytes, counted from base and exact_base.
 // Two warps, a pair, work on a page; each takes 16 of its 32 rows and keeps a softmax of its own until the end. A program
 // has PAIRS of them, which take turns with its pages. The sides of a page, keys and values, are copied into a ring of
 // units ahead of their use.
@@ -214,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
            const int* __restrict__ spans, const int* __restrict__ starts, float* __restrict__ out,
            float* __restrict__ lse, const float* __restrict__ balance, float* __restrict__ found,
            float* __restrict__ scored, float scale, int rows, int columns, int exact_columns, int heads, int slots,
-           int exact_slots) {
+           int exact_slots, long long base, long long exact_base) {
   extern __shared__ __align__(128) char memory[];
   const int lane = threadIdx.x & 31, half = threadIdx.x >> 5 & 1, g = lane >> 2, t = lane & 3;
   const int pair_ = threadIdx.x / PAIR, thread = threadIdx.x % PAIR;
@@ -249,13 +250,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   // What is copied next: a side of a page.
   int ahead = first + pair_;
 #if RECORD
-  long long address = ahead < last_packed ? table[ahead] * 16 : 0;
-  long long next = ahead + PAIRS < last_packed ? table[ahead + PAIRS] * 16 : 0;
+  auto place = [&](int number) { return number < last_packed ? (base + table[number]) * 16 : 0; };
+  long long address = place(ahead), next = place(ahead + PAIRS);
 #else
   long long where[3];  // words, scales, zero points of the side that comes next
   auto look = [&](int page, int side) {
 #pragma unroll
-    for (int n = 0; n < 3; n++) where[n] = page < last_packed ? table[6ll * page + side + n] * 16 : 0;
+    for (int n = 0; n < 3; n++) where[n] = page < last_packed ? (base + table[6ll * page + side + n]) * 16 : 0;
   };
   look(ahead, 0);
 #endif
@@ -296,7 +297,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #if EXACT
     else if (ahead < last) {
       const int page = ahead - last_packed + first_exact;
-      const char* from = reinterpret_cast<const char*>(exact[2 * page + (keys ? 0 : 1)] * 16);
+      const char* from = reinterpret_cast<const char*>((exact_base + exact[2 * page + (keys ? 0 : 1)]) * 16);
       if (keys)
         copy_exact<true>(ring + unit, from, thread, [&](int r) { return seen(page * 32 + r); });
       else
@@ -308,7 +309,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     if (!keys) {
       ahead += PAIRS;
       address = next;
-      next = ahead + PAIRS < last_packed ? table[ahead + PAIRS] * 16 : 0;
+      next = place(ahead + PAIRS);
     }
 #else
     if (!keys) ahead += PAIRS;

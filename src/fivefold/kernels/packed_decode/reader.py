@@ -27,10 +27,18 @@ class Reader:
     positional: ClassVar[bool] = False
     """Whether it wants to know positions: column 7 of the spans then has that of the first packed slot, as the model
     counts them, and slots count on from there."""
+    whole: ClassVar[bool] = False
+    """Whether `attend` merges: the part of a row's (or a team's) first program is all, the others are not set."""
     scores: ClassVar[bool] = False
     """Whether `attend` leaves scores where it is asked to."""
     team: int = 1
     """So many rows in succession are read together: they see the same slots, and the work lists name the first."""
+
+    @property
+    def together(self) -> int:
+        """Pages of so many rows in succession are read to attend on one of them: they must hold the same tokens."""
+        return self.team
+
     resident: int = 4
     """Programs that fit on a processor at a time."""
     limit: float = 30000.0
@@ -77,8 +85,10 @@ class Reader:
 class Packed:
     """Packed pages: what reads them, and table int64 `[rows, columns]` of their addresses in units of `form.unit`
     bytes, `[rows, columns, fields]` where it wants those of several fields. learned: tensors `[rows, ...]` that it
-    reads besides (`Reader.learned`)."""
+    reads besides (`Reader.learned`). base: what is added to every address, so that layers may have a table in common;
+    for a `Form`."""
 
     table: torch.Tensor
     form: Reader
     learned: tuple[torch.Tensor, ...] = ()
+    base: int = 0

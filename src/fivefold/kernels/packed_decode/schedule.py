@@ -33,10 +33,11 @@ HEADS = 16
 @dataclass(frozen=True)
 class Exact:
     """Exact pages of 32 tokens: table int64 `[rows, columns, 2]` of the addresses of keys and values, in units of
-    16 bytes, and the dtype of both."""
+    16 bytes, counted from `base`, and the dtype of both."""
 
     table: torch.Tensor
     dtype: torch.dtype
+    base: int = 0
 
 
 def lacks(form: Reader | None, heads: int) -> str | None:

@@ -20,6 +20,7 @@ What makes the packed loop fast:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -300,23 +301,26 @@ def _exact(
     queries, table, spans, starts, picks, out, lse, scores, scale, rows, columns, heads, width,
     DTYPE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr,
     TILE: tl.constexpr, WIDE: tl.constexpr, PICKED: tl.constexpr, SCORED: tl.constexpr, WAITS: tl.constexpr,
-    EARLY: tl.constexpr,
+    AHEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One share of the exact slots of a row, in tiles of TILE. table: `[rows, columns, 2]`. Grid: (programs,).
 
     PICKED: of the slots named in `picks`, a row's `stop` of them one behind the other; negative ones are none.
     WIDE multiplies in float32 whatever the pages hold: the interpreter has no products of bfloat16. SCORED: scaled
-    scores go to `scores [rows, heads, width]`, -1e30 where a slot is not seen.
+    scores go to `scores [rows, heads, width]`, -1e30 where a slot is not seen. WAITS: see `_combine`; it reads nothing
+    that the kernel in front of it leaves. AHEAD: as WAITS, but it does.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     row = _row(starts, rows, R)
     if row >= rows:
+        if WAITS:
+            tl.extra.cuda.gdc_wait()
         return
     work = tl.float32 if WIDE else DTYPE
     t = tl.arange(0, T)
     d = tl.arange(0, D)
-    if WAITS:
+    if AHEAD:
         tl.extra.cuda.gdc_wait()
     q = _queries(queries, row, heads, N, D)
     if work == tl.float16:
@@ -359,6 +363,8 @@ def _exact(
         p = tl.where(seen[:, None], tl.exp2(s - m[None, :]), 0.0)
         weight = weight * shrink[None, :] + p
         acc = tl.dot(tl.trans(v), p.to(work), acc * shrink[None, :], input_precision="ieee")
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
     _leave(out, lse, tl.program_id(0), acc, m, tl.sum(weight, 0), heads, N, D)
 
 
@@ -460,11 +466,11 @@ def _merge(out, lse, first, last, head, heads, m, total, acc, D: tl.constexpr, P
 def _combine(
     packed_out, packed_lse, exact_out, exact_lse, starts, exact_starts, merged, merged_lse,
     D: tl.constexpr, P: tl.constexpr, WITH_LSE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
-    TEAM: tl.constexpr, WAITS: tl.constexpr,
+    TEAM: tl.constexpr, WHOLE: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts of one head of a row. Grid: (rows, heads).
 
-    TEAM: see `Reader`. WAITS: it was launched before the kernel in front of it was done.
+    TEAM, WHOLE: see `Reader`. WAITS: it was launched before the kernel in front of it was done.
     """
     row = tl.program_id(0)
     head = tl.program_id(1)
@@ -473,6 +479,8 @@ def _combine(
     lead = row // TEAM * TEAM
     first = tl.load(starts + lead)
     last = tl.load(starts + lead + 1)
+    if WHOLE:
+        last = tl.minimum(last, first + 1)
     first_exact = tl.load(exact_starts + row)
     last_exact = tl.load(exact_starts + row + 1)
     if WAITS:
@@ -555,6 +563,7 @@ def decode(
     scores: torch.Tensor | None = None,
     within: bool = False,
     packed_scores: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one query per row and head over packed and exact pages: see `decode_reference`.
 
@@ -564,8 +573,8 @@ def decode(
     are packed pages, else the exact ones, whose span must then be `0, 0, n`; negative ones are none. The first of
     `starts` then shares out `PICKS` of them at a time. within: packed slots that the spans do not show are none either.
     scores: float32 `[rows, query_heads, some]`, which takes the scaled scores of the exact slots (not of picked ones).
-    packed_scores: of the packed ones, see `Reader.attend`;
-    not of KIVI's pages.
+    packed_scores: of the packed ones, see `Reader.attend`; not of KIVI's pages. out: takes the output, contiguous and
+    of the queries' shape.
     Packed pages are attended on in float16, exact ones in their dtype, both with float32 sums.
     Returns the output in the dtype of the queries and, if asked for, the natural log-sum-exp, float32.
     """
@@ -588,6 +597,11 @@ def decode(
             pages[0] = -(-picks.shape[1] // PICKS)
         starts = torch.from_numpy(starts_of(pages, programs)).to(device)
     common = {"N": n, "D": dim, "SPAN": SPAN, "R": triton.next_power_of_2(rows)}
+    # Only CUDA C++ counts from a base.
+    if packed is not None and packed.base and not (picks is None and by_cuda(packed.form, heads, device)):
+        packed = replace(packed, table=packed.table + packed.base, base=0)
+    if exact is not None and exact.base and joined is None:
+        exact = replace(exact, table=exact.table + exact.base, base=0)
 
     def parts(programs: int, most: int, team: int = 1) -> tuple[int, torch.Tensor, torch.Tensor]:
         count = max(1, min(programs, most))
@@ -606,6 +620,7 @@ def decode(
 
     with on(device):
         packed_out, packed_lse = exact_out, exact_lse = queries, queries
+        whole = packed is not None and packed.form.whole
         team = 1
         if packed is not None and isinstance(packed.form, Form):
             form = packed.form
@@ -638,22 +653,24 @@ def decode(
             wide = exact.dtype.itemsize == 4
             picked = picks if packed is None else None
             slots = exact.table.shape[1] * 32 if picked is None else picked.shape[1]
+            waits, first = pdl and whole and scores is None, ahead and packed is None
             count, exact_out, exact_lse = parts(programs[1], -(-slots // TILE) * rows)
             _exact[(count,)](
                 queries, exact.table, spans, starts[1], spans if picked is None else picked, exact_out, exact_lse,
                 exact_lse if scores is None else scores, scale, rows, exact.table.shape[1], heads,
                 1 if scores is None else scores.shape[2], DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE,
-                TILE=TILE, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None,
-                WAITS=ahead and packed is None, EARLY=pdl, num_warps=2, num_stages=1 if wide else 3,
-                **({"launch_pdl": True} if ahead and packed is None else {}), **common,
+                TILE=TILE, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None, WAITS=waits,
+                AHEAD=first, EARLY=pdl, num_warps=2, num_stages=1 if wide else 3, **common,
+                **({"launch_pdl": True} if waits or first else {}),
             )  # fmt: skip
-        merged = torch.empty_like(queries)
+        merged = torch.empty_like(queries) if out is None else out
         merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
         waits = pdl and (exact is not joined or packed is not None)
         _combine[(rows, heads)](
             packed_out, packed_lse, exact_out, exact_lse, starts[0], starts[1], merged,
             merged_lse if with_lse else exact_lse,
             D=dim, P=64, WITH_LSE=with_lse, PACKED=packed is not None, EXACT=exact is not joined, TEAM=team,
-            WAITS=waits, num_warps=8, **({"launch_pdl": True} if waits else {}),
+            WHOLE=whole, WAITS=waits, num_warps=8,
+            **({"launch_pdl": True} if waits else {}),
         )  # fmt: skip
     return merged, merged_lse

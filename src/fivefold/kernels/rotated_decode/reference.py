@@ -57,6 +57,10 @@ class Rotated(Reader):
         return 32 * self.planes
 
     @property
+    def together(self) -> int:  # their channels were sorted together, also where they were not rotated together
+        return self.kv_heads
+
+    @property
     def fields(self) -> tuple[str, ...]:  # type: ignore[override]
         names = [f"{side}_{part}" for side in ("key", "value") for part in ("words", "scale", "zero")]
         return (*names, *(("sinks",) if self.sinks else ()))

@@ -16,10 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
+from fivefold.kernels.choice import choose
 from fivefold.kernels.packed_decode.reader import Packed
 from fivefold.kernels.packed_decode.schedule import SPAN
 from fivefold.kernels.packed_decode.triton import _code_planes, _leave, _row, _share
 from fivefold.kernels.planar_decode.triton import _code, _rest, _spread
+from fivefold.kernels.rotated_decode import cuda
 from fivefold.kernels.rotated_decode.reference import Rotated
 
 
@@ -313,6 +315,10 @@ def attend(
     if scores is None:
         scores = torch.empty((rows, heads, slots), dtype=torch.float32, device=queries.device)
     sink_keys, sink_values = packed.learned if form.sinks else (queries, queries)
+    compiled = queries.is_cuda and choose(queries.device).path == "cuda" and sink_keys.dtype == queries.dtype
+    if compiled and cuda.supports(form, heads, queries.dtype):
+        cuda.attend(form, packed, queries, scale, spans, starts, out, lse, scores)
+        return
     each = triton.next_power_of_2(heads)
     common = {
         "D": dim, "BITS": form.bits, "CHANNELS": form.channels, "TEAM": form.team,

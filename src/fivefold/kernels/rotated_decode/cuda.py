@@ -1,0 +1,180 @@
+"""Pages of rotated keys and values in CUDA C++ (`rotated.cu`): what `triton.py` does, where heads are few enough.
+
+Per plane of a page, Triton takes every tile through shared memory once for each of the products it is part of, and a
+thread loads the scales of channels that stand anywhere. Here a thread takes channels in the order that they were sorted
+in, and what one product leaves in registers is the operand of the next one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fivefold.kernels.device import numbered, on
+from fivefold.kernels.packed_decode.reader import Packed
+from fivefold.kernels.packed_decode.schedule import SPAN
+from fivefold.kernels.rotated_decode.reference import Rotated
+
+SOURCE = Path(__file__).with_name("rotated.cu")
+PAIRS, UNITS = 2, 3
+"""Of `values`: pairs of warps of a program, and pages in shared memory for each."""
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+MOST = 227 << 10
+"""Bytes of shared memory of a program on an H100, at most."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the source is compiled for."""
+
+    bits: int
+    channels: int
+    head_dim: int
+    kv_heads: int
+    team: int
+    sinks: int
+    neighbours: bool
+    heads: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, form: Rotated, heads: int, dtype: torch.dtype) -> Shape:
+        of = form.bits, form.channels, form.head_dim, form.kv_heads, form.team, form.sinks, form.neighbours
+        return cls(*of, heads, dtype)
+
+    @property
+    def each(self) -> int:
+        """Columns for the query heads of a row."""
+        return 1 << (self.heads - 1).bit_length()
+
+    def lacks(self) -> str | None:
+        """Why there is no kernel for it, in a few words; None if there is one."""
+        if self.head_dim not in (64, 128) or self.channels < 32 or self.head_dim % self.channels:
+            return f"heads of {self.head_dim} channels in groups of {self.channels}"
+        if self.team & (self.team - 1) or self.each * self.team > 16:
+            return f"{self.team} heads of {self.heads} queries"
+        if self.kv_heads * self.head_dim > 1 << 15 or self.kv_heads > 32 * self.team:
+            return f"{self.kv_heads} kv heads"
+        if self.shared[0] > MOST:
+            return f"{self.shared[0]} bytes of shared memory"
+        return None
+
+    @property
+    def shared(self) -> tuple[int, int]:
+        """Bytes of shared memory of a program of `scores` and of `values`, as in the source."""
+        dim, n, groups = self.head_dim, self.team * self.head_dim, self.head_dim // self.channels
+        columns, tiles = max(8, self.each * self.team), dim // 8
+        tokens = 32 * {2: 8, 3: 5, 4: 4}[self.bits]
+        scores = n * 80 + n * 64 + 2 * self.kv_heads * groups * 128
+        scores += (32 + columns) * 4 * (tiles // 4 + 1) * 16 + 4 * self.team * columns * 36 + 4 * n + 48 * self.kv_heads
+        scores += 8 * columns + 16 + 8 * self.team * max(1, self.sinks)
+        unit = 64 * dim + 4 * tokens * groups + self.each * (4 * tokens + 64)
+        return scores, PAIRS * UNITS * unit + 16 + 8 * 32
+
+    def definitions(self, scores: bool) -> dict[str, int]:
+        return {
+            "SCORES": int(scores), "PAIRS": self.team if scores else PAIRS, "UNITS": UNITS, "BITS": self.bits,
+            "CHANNELS": self.channels, "D": self.head_dim, "KV_HEADS": self.kv_heads, "TEAM": self.team,
+            "SINKS": self.sinks, "NEIGHBOURS": int(self.neighbours), "EACH": self.each,
+            "QUERIES": _DTYPES[self.dtype], "SPAN": SPAN, "FIELDS": 7 if self.sinks else 6, "EXACT": 0,
+            "RESIDENT": 2 if self.shared[not scores] + 1024 <= 114 << 10 else 1,
+        }  # fmt: skip
+
+
+def supports(form: Rotated, heads: int, dtype: torch.dtype) -> bool:
+    """Whether there are kernels for these pages and that many query heads a KV head."""
+    return dtype in _DTYPES and form.split and Shape.of(form, heads, dtype).lacks() is None
+
+
+def loaded(source: Path, name: str, definitions: dict[str, int], shared: int, device: torch.device) -> Any:
+    """A function of a source, compiled and loaded on a device; shared: bytes of shared memory that a program of it
+    takes. Raises RuntimeError with the compiler's words if it cannot be compiled."""
+    from cuda.bindings import driver, nvrtc
+
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # makes the context
+        major, minor = torch.cuda.get_device_capability(device)
+        options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
+        options += [f"-D{key}={value}" for key, value in definitions.items()]
+        program = _done(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], []))
+        (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = b" " * _done(nvrtc.nvrtcGetProgramLogSize(program))
+            _done(nvrtc.nvrtcGetProgramLog(program, log))
+            raise RuntimeError(
+                f"{source.name} does not compile here (FIVEFOLD_KERNELS=triton does without it): {log.decode()}"
+            )
+        code = b" " * _done(nvrtc.nvrtcGetCUBINSize(program))
+        _done(nvrtc.nvrtcGetCUBIN(program, code))
+        _done(nvrtc.nvrtcDestroyProgram(program))
+        function = _done(driver.cuModuleGetFunction(_done(driver.cuModuleLoadData(code)), name.encode()))
+        attributes = driver.CUfunction_attribute
+        _done(driver.cuFuncSetAttribute(function, attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
+        return function
+
+
+def _done(returned: tuple) -> Any:
+    """What a call returned beside its error."""
+    error, *rest = returned
+    if int(error):
+        raise RuntimeError(f"CUDA: {error!r}")
+    return rest[0] if rest else None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A function that is loaded on a device: threads of a program, and bytes of shared memory it takes."""
+
+    function: Any
+    threads: int
+    shared: int
+
+    def __call__(self, programs: int, device: torch.device, *arguments: tuple[Any, Any]) -> None:
+        """arguments: values and their ctypes, None for a tensor."""
+        from cuda.bindings import driver
+
+        values = tuple(x.data_ptr() if kind is None else x for x, kind in arguments)
+        types = tuple(kind or ctypes.c_void_p for _, kind in arguments)
+        with on(device):
+            stream, block = torch.cuda.current_stream(device).cuda_stream, (self.threads, 1, 1)
+            given = programs, 1, 1, *block, self.shared, stream, (values, types), 0
+            _done(driver.cuLaunchKernel(self.function, *given))
+
+
+@cache
+def kernels(shape: Shape, device: torch.device) -> tuple[Kernel, Kernel]:
+    """`scores` and `values`, compiled and loaded once."""
+    made = []
+    for scores, name, shared in zip((True, False), ("scores", "values"), shape.shared):
+        values = shape.definitions(scores)
+        made.append(Kernel(loaded(SOURCE, name, values, shared, device), 64 * values["PAIRS"], shared))
+    return made[0], made[1]
+
+
+def attend(
+    form: Rotated,
+    packed: Packed,
+    queries: torch.Tensor,
+    scale: float,
+    spans: torch.Tensor,
+    starts: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scores: torch.Tensor,
+) -> None:
+    """See `Reader.attend`."""
+    rows, heads, _ = queries.shape
+    columns, (places,), (turns, small, _, _) = packed.table.shape[1], form.constants, form.tables
+    keys, values = packed.learned if form.sinks else (queries, queries)
+    shape, device = Shape.of(form, heads, queries.dtype), queries.device
+    scored, valued = kernels(shape, numbered(device))
+    sizes = [*((x, ctypes.c_int) for x in (rows, columns, heads)), (columns * form.tokens, ctypes.c_longlong)]
+    given = [(x, None) for x in (queries, packed.table, spans, starts, places, turns, small, keys, scores)]
+    scored(len(out), device, *given, (scale, ctypes.c_float), *sizes)
+    given = [(x, None) for x in (scores, packed.table, spans, starts, values, out, lse)]
+    valued(len(out) * form.team, device, *given, *sizes)

@@ -1,0 +1,709 @@
+// Attention over pages of rotated keys and values: see cuda.py.
+//
+// Compiled for one form of pages: BITS, CHANNELS, D (head_dim), KV_HEADS, TEAM (heads whose keys are rotated together),
+// SINKS, NEIGHBOURS (how RoPE pairs channels); EACH query heads of a row, a power of two; the dtype of the QUERIES, SPAN
+// columns of a table of spans, FIELDS of a page; and for one of two kernels, SCORES or not, of PAIRS of warps.
+//
+// `scores`: a program makes the keys of a team again, 32 tokens (a plane of a page) at a time. Each thread takes rotated
+// channels, in the order that they were sorted in, so that a warp shares scales; it leaves numbers where they belong
+// before sorting. The Hadamard matrix over channels is a product of the tensor cores, whose operand is made of two small
+// ones and their negatives; that over heads becomes signs of scores. Keys are turned within the plane, by a table that
+// all planes share; queries are turned back by the angle of its first token.
+//
+// `values`: as in packed.cu, with weights of the scores that were left. The rotation is undone once, on the sum. Tokens
+// that are exact are left out there, and added behind it.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+// What the hardware does. As in packed.cu. (tests/rotated_on_cpu.h does the same on a CPU.)
+#ifndef CUDA_ON_CPU
+__device__ __forceinline__ u32 mul2(u32 a, u32 b) {
+  u32 c;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}
+__device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+// Of angles of at most pi, to 2**-20.
+__device__ __forceinline__ float cos_(float x) {
+  float y;
+  asm("cos.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float sin_(float x) {
+  float y;
+  asm("sin.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ u32 pair(float low, float high) {
+  u32 c;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(c) : "f"(high), "f"(low));
+  return c;
+}
+__device__ __forceinline__ float exp2_(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// Four 8x8 matrices of 16-bit numbers, transposed; a lane names row lane % 8 of matrix lane / 8.
+__device__ __forceinline__ void load_transposed(u32 (&a)[4], const char* p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"((u32)__cvta_generic_to_shared(p)));
+}
+__device__ __forceinline__ void sync_pair(int pair) { asm volatile("bar.sync %0, 64;" ::"r"(pair + 1) : "memory"); }
+// Keep a number in a register: the compiler would work it out again for every page.
+__device__ __forceinline__ void keep(u32& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ float half_to_float(unsigned short x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+  return y;
+}
+__device__ __forceinline__ unsigned short float_to_half(float x) {
+  unsigned short y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ u32 shared(const char* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void copy16(u32 to, const char* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+}
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
+template <int PENDING>
+__device__ __forceinline__ void wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+#endif
+
+#if QUERIES == 0
+typedef float Query;
+__device__ __forceinline__ float number(Query x) { return x; }
+#elif QUERIES == 1
+typedef unsigned short Query;
+__device__ __forceinline__ float number(Query x) { return half_to_float(x); }
+#else
+typedef unsigned short Query;  // bfloat16
+__device__ __forceinline__ float number(Query x) { return __uint_as_float(u32(x) << 16); }
+#endif
+
+__device__ __forceinline__ float pow2(int e) { return __int_as_float((e + 127) << 23); }
+__device__ __forceinline__ u32 half2_pow2(int e) { return u32((e + 15) << 10) * 0x10001u; }
+
+__device__ __forceinline__ uint4 load16(const char* p) { return *reinterpret_cast<const uint4*>(p); }
+__device__ __forceinline__ uint2 load8(const char* p) { return *reinterpret_cast<const uint2*>(p); }
+
+constexpr int PLANES = BITS == 2 ? 8 : BITS == 3 ? 5 : 4;
+constexpr int TOKENS = PLANES * 32, GROUPS = D / CHANNELS, THREADS = 64 * PAIRS, WARPS = 2 * PAIRS;
+constexpr int MARKS = SINKS > 0 ? SINKS : 1;
+
+// The row that a program is for, and its share of pages.
+struct Share {
+  int row, low, high, first, last;
+};
+
+__device__ __forceinline__ Share share_of(const int* spans, const int* starts, int rows, int part, int lane) {
+  Share s;
+  s.row = 0;
+  for (int first = 0; first < rows; first += 32)
+    s.row += __popc(__ballot_sync(~0u, first + lane < rows && starts[1 + first + lane] <= part));
+  if (s.row >= rows) return s;
+  const int begin = starts[s.row], programs = starts[s.row + 1] - begin;
+  const int* const span = spans + s.row * SPAN;
+  s.low = span[0], s.high = span[1];
+  const int pages = s.high > s.low ? (s.high + TOKENS - 1) / TOKENS - s.low / TOKENS : 0;
+  s.first = s.low / TOKENS + int((long long)(part - begin) * pages / programs);
+  s.last = s.low / TOKENS + int((long long)(part - begin + 1) * pages / programs);
+  return s;
+}
+
+#if SCORES
+static_assert(PAIRS == TEAM, "a warp for each head of a team and half of a plane");
+constexpr int N = TEAM * D;                                   // rotated channels of a team
+constexpr int TILES = D / 8, STEPS = D / 16;                  // of columns, and of channels, of a product
+constexpr int COLUMNS = EACH * TEAM < 8 ? 8 : EACH * TEAM, PARTS = COLUMNS / 8;
+constexpr int SCALES = KV_HEADS * GROUPS;                     // groups of a token
+constexpr int XROW = 80;                                      // bytes, so that rows begin in other banks
+constexpr int QUAD = (TILES / 4 + 1) * 16, QROW = 4 * QUAD;   // of what a thread of four needs, of queries and of angles
+constexpr int PART_ROW = 36;
+constexpr int AT_RAW = N * XROW, AT_SCALES = AT_RAW + N * 64, AT_QUERIES = AT_SCALES + 2 * SCALES * 128;
+constexpr int AT_TURNS = AT_QUERIES + COLUMNS * QROW, AT_PARTS = AT_TURNS + 32 * QROW;
+constexpr int AT_LIST = AT_PARTS + 4 * TEAM * COLUMNS * PART_ROW, AT_ENTRIES = AT_LIST + 4 * N;
+constexpr int AT_FACTORS = AT_ENTRIES + 48 * KV_HEADS, AT_LINES = AT_FACTORS + 4 * COLUMNS;
+constexpr int AT_MARKS = AT_LINES + 4 * COLUMNS;
+constexpr int BYTES [[maybe_unused]] = AT_MARKS + 16 + 8 * TEAM * MARKS;
+static_assert(N >= KV_HEADS * D / 32, "the bits of what is there fit into the list");
+
+// Of two numbers of a pair p of channels: where the first is, the other two behind it. A thread of four has pairs t,
+// t + 4, ...; what it has of two of them that follow each other is a word, so that no product wants them otherwise.
+__device__ __forceinline__ int place_of(int p) { return p % 4 * QUAD + p / 8 * 8 + (p / 4 & 1) * 2; }
+
+// Numbers of a plane, of a thread's channels, to where they belong. A code in the last ten bits of a word, `bit` up behind
+// the SHIFT, is the end of a float16 from 1024 on (`thousand`).
+constexpr int OWN = N / THREADS, WITHIN = 10 / BITS;
+template <int SHIFT>
+__device__ __forceinline__ void dequantise(char* memory, const u32 (&raw)[OWN], const u32 (&scales)[OWN],
+                                           const u32 (&to)[OWN], const char* at_scales, int bit, u32 thousand) {
+  const u32 mask = (((1u << BITS) - 1) << bit) * 0x10001u, down = half2_pow2(-bit);
+  const u32 less = half2_pow2(10 - bit) ^ 0x80008000u;
+#pragma unroll
+  for (int c = 0; c < OWN; c++)
+#pragma unroll
+    for (int q = 0; q < 4; q++) {
+      const uint4 word = load16(memory + raw[c] + q * N * 16);
+      const char* const at = at_scales + scales[c] + q * 16;
+      const uint4 scale = load16(at), zero = load16(at + 64);
+      const u32 w[4] = {word.x, word.y, word.z, word.w}, x[4] = {scale.x, scale.y, scale.z, scale.w};
+      const u32 z[4] = {zero.x, zero.y, zero.z, zero.w};
+      u32 y[4];
+#pragma unroll
+      for (int k = 0; k < 4; k++) y[k] = fma2(fma2((w[k] >> SHIFT & mask) | thousand, down, less), x[k], z[k]);
+      *reinterpret_cast<uint4*>(memory + to[c] + q * 16) = make_uint4(y[0], y[1], y[2], y[3]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+    scores(const Query* __restrict__ queries, const long long* __restrict__ table, const int* __restrict__ spans,
+           const int* __restrict__ starts, const int* __restrict__ places, const long long* __restrict__ turns,
+           const float* __restrict__ small, const Query* __restrict__ sink_keys, float* __restrict__ found, float scale,
+           int rows, int columns, int heads, long long slots) {
+  extern __shared__ __align__(128) char memory[];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, me = threadIdx.x;
+  const Share s = share_of(spans, starts, rows, blockIdx.x, lane);
+  if (s.row >= rows) return;
+  const int row = s.row, low = s.low, high = s.high, first = s.first, last = s.last, base = spans[row * SPAN + 7];
+  const int first_row = row / KV_HEADS * KV_HEADS;
+  places += (row - first_row) * D;
+
+  long long* const entries = reinterpret_cast<long long*>(memory + AT_ENTRIES);
+  auto look_up = [&](int page) {
+#pragma unroll 1
+    for (int i = me; i < 3 * KV_HEADS; i += THREADS)
+      entries[(page & 1) * 3 * KV_HEADS + i] =
+          table[((long long)(first_row + i / 3) * columns + page) * FIELDS + i % 3] * 2;
+  };
+  u32* const list = reinterpret_cast<u32*>(memory + AT_LIST);
+  u32* const bits = reinterpret_cast<u32*>(memory);  // the place of the keys, before there are any
+  constexpr int MASKS = (KV_HEADS * D + 31) / 32;
+  for (int i = me; i < MASKS; i += THREADS) bits[i] = 0;
+  int* const marks = reinterpret_cast<int*>(memory + AT_MARKS);
+  if (me == 0) marks[0] = 0;
+  float* const factors = reinterpret_cast<float*>(memory + AT_FACTORS);  // by column, of its scores
+  int* const lines = reinterpret_cast<int*>(memory + AT_LINES);          // its row of queries and scores, -1 for none
+  int stands[OWN];  // where this thread's channels were sorted to
+#pragma unroll
+  for (int c = 0; c < OWN; c++) stands[c] = places[me + c * THREADS];
+  if (first < last) look_up(first);
+  for (int column = warp; column < COLUMNS; column += WARPS) {
+    const int f = column / EACH, h = column % EACH, at = f < TEAM && h < heads ? (row + f) * heads + h : -1;
+    float most = 0.f;
+    for (int i = lane; i < D && at >= 0; i += 32) most = fmaxf(most, fabsf(number(queries[(long long)at * D + i])));
+#pragma unroll
+    for (int step = 16; step; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+    if (lane == 0) factors[column] = fmaxf(most, 1e-30f), lines[column] = at;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int c = 0; c < OWN; c++) atomicOr(bits + (stands[c] >> 5), 1u << (stands[c] & 31));
+  __syncthreads();
+#pragma unroll
+  for (int c = 0; c < OWN; c++) {
+    int rank = __popc(bits[stands[c] >> 5] & ((1u << (stands[c] & 31)) - 1));
+    for (int i = 0; i < stands[c] >> 5; i++) rank += __popc(bits[i]);
+    list[rank] = stands[c] | (me + c * THREADS) << 16;
+  }
+  __syncthreads();
+
+  // This thread's channels.
+  u32 raw[OWN], scales[OWN], to[OWN];
+  int place[OWN];
+#pragma unroll
+  for (int c = 0; c < OWN; c++) {
+    const int i = me + c * THREADS;
+    place[c] = list[i] & 0xffff;
+    raw[c] = AT_RAW + i * 16;
+    scales[c] = place[c] / CHANNELS * 128, to[c] = (list[i] >> 16) * XROW;
+  }
+  auto fetch_words = [&](int page) {
+#pragma unroll
+    for (int c = 0; c < OWN; c++) {
+      const char* from =
+          reinterpret_cast<const char*>(entries[(page & 1) * 3 * KV_HEADS + place[c] / D * 3]) + place[c] % D * 64;
+#pragma unroll
+      for (int q = 0; q < 4; q++) copy16(shared(memory) + raw[c] + q * N * 16, from + q * 16);
+    }
+  };
+  auto fetch_scales = [&](int page, int plane, int buffer) {
+#pragma unroll
+    for (int k = 0; k < (SCALES * 8 + THREADS - 1) / THREADS; k++) {
+      const u32 i = me + k * THREADS, q = i & 3, field = i >> 2 & 1, group = i >> 3;
+      if (SCALES * 8 % THREADS && i >= SCALES * 8) break;
+      const char* from =
+          reinterpret_cast<const char*>(entries[(page & 1) * 3 * KV_HEADS + group / GROUPS * 3 + 1 + field]);
+      copy16(shared(memory) + AT_SCALES + buffer * SCALES * 128 + i * 16,
+             from + (plane * GROUPS + group % GROUPS) * 64 + q * 16);
+    }
+  };
+  if (first < last) {
+    fetch_words(first);
+    fetch_scales(first, 0, 0);
+  }
+  commit();
+  const float norm = rsqrtf(float(N));
+  for (int i = me; i < 32 * (D / 2); i += THREADS) {
+    const int token = i / (D / 2), p = i % (D / 2);
+    unsigned short* const to = reinterpret_cast<unsigned short*>(memory + AT_TURNS + token * QROW + place_of(p));
+    to[0] = float_to_half(small[token * (D / 2) + p] * norm);
+    to[2] = float_to_half(small[(64 + token) * (D / 2) + p] * norm);
+  }
+  if (SINKS > 0)
+    for (int i = me; i < (last - first) * TEAM * SINKS; i += THREADS) {
+      const int k = i % MARKS, f = i / MARKS % TEAM, page = first + i / MARKS / TEAM;
+      const int mark =
+          reinterpret_cast<const short*>(table[((long long)(row + f) * columns + page) * FIELDS + 6] * 2)[k];
+      const int slot = page * TOKENS + mark;
+      if (mark >= 0 && slot >= low && slot < high) {
+        const int place = atomicAdd(marks, 1);
+        if (place < TEAM * SINKS) marks[2 + 2 * place] = f * SINKS + k, marks[3 + 2 * place] = slot;
+      }
+    }
+
+  // This thread's part of the queries: a pair of channels of some of them.
+  constexpr int HALF = D / 2, ASKED = COLUMNS * HALF / THREADS, APART = THREADS / HALF;
+  const long long revolutions = turns[me % HALF];
+  const u32 mine = AT_QUERIES + me / HALF * QROW + place_of(me % HALF);
+  float even[ASKED], odd[ASKED];
+#pragma unroll
+  for (int i = 0; i < ASKED; i++) {
+    const int column = me / HALF + i * APART, at = lines[column], p = me % HALF;
+    even[i] = odd[i] = 0.f;
+    if (at >= 0) {
+      even[i] = number(queries[(long long)at * D + (NEIGHBOURS ? 2 * p : p)]) / factors[column];
+      odd[i] = number(queries[(long long)at * D + (NEIGHBOURS ? 2 * p + 1 : p + HALF)]) / factors[column];
+    }
+  }
+
+  // 16 x 8 entries of the matrix, of columns 0 to 7 and 8 to 15.
+  u32 undo[2][2];
+#pragma unroll
+  for (int n = 0; n < 2; n++)
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      const int column = n * 8 + g, at = 2 * t + 8 * k;
+      undo[n][k] = 0x3c003c00u ^ u32(__popc(at & column) & 1) << 15 ^ u32(__popc((at + 1) & column) & 1) << 31;
+    }
+  const int head = warp >> 1, half = warp & 1;
+  const char* const keys = memory + (head * D + (lane >> 4) * 8 + (lane & 7)) * XROW + half * 32 + (lane >> 3 & 1) * 16;
+  const char* const asked = memory + AT_QUERIES + g * QROW + t * QUAD;
+  const char* const angles = memory + AT_TURNS + (half * 16 + g) * QROW + t * QUAD;
+  float* const parts = reinterpret_cast<float*>(memory + AT_PARTS);
+
+  // Scores of 32 tokens, from this slot on.
+  auto leave = [&](int slot) {
+    slot += lane;
+    if (slot < low || slot >= high) return;
+#pragma unroll
+    for (int k = 0; k < (COLUMNS + WARPS - 1) / WARPS; k++) {
+      const int column = warp + k * WARPS;
+      if (COLUMNS % WARPS && column >= COLUMNS) break;
+      float sum = 0.f;
+#pragma unroll
+      for (int f = 0; f < TEAM; f++) sum += parts[(f * COLUMNS + column) * PART_ROW + lane];
+      if (lines[column] >= 0) found[lines[column] * slots + slot] = sum * scale * factors[column];
+    }
+  };
+
+  u32 thousand = 0x64006400u;
+  keep(thousand);  // an instruction takes one constant
+
+  int buffer = 0;
+  for (int page = first; page < last; page++) {
+#pragma unroll 1
+    for (int j = 0; j < PLANES; j++, buffer ^= 1) {
+      wait<0>();
+      __syncthreads();
+      const int slot = page * TOKENS + j * 32;
+      if (slot > first * TOKENS) leave(slot - 32);
+      if (j == 0 && page + 1 < last) look_up(page + 1);
+      const int ahead = j + 1 < PLANES ? page : page + 1;
+      if (ahead < last) fetch_scales(ahead, j + 1 < PLANES ? j + 1 : 0, buffer ^ 1);
+      commit();
+      {
+        // Parts of 2**64 of a revolution: what is beyond a whole one falls off by itself.
+        const long long position = (long long)base + slot;
+        const float angle = float(int((revolutions * position) >> 32)) * 1.4629180792671596e-09f;
+        const float c = cos_(angle), s_ = sin_(angle);
+#pragma unroll
+        for (int i = 0; i < ASKED; i++) {
+          unsigned short* const to = reinterpret_cast<unsigned short*>(memory + mine + i * APART * QROW);
+          to[0] = float_to_half(even[i] * c + odd[i] * s_), to[2] = float_to_half(odd[i] * c - even[i] * s_);
+        }
+      }
+      const char* const at_scales = memory + AT_SCALES + buffer * SCALES * 128;
+      if (j < WITHIN)
+        dequantise<0>(memory, raw, scales, to, at_scales, j * BITS, thousand);
+      else
+        dequantise<WITHIN * BITS>(memory, raw, scales, to, at_scales, (j - WITHIN) * BITS, thousand);
+      __syncthreads();
+      if (j == PLANES - 1 && page + 1 < last) fetch_words(page + 1);
+      commit();
+
+      float c[TILES][4];
+#pragma unroll
+      for (int n = 0; n < TILES; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0.f;
+#pragma unroll
+      for (int k = 0; k < STEPS; k++) {
+        u32 a[4];
+        load_transposed(a, keys + 16 * k * XROW);
+#pragma unroll
+        for (int n = 0; n < TILES; n++) {
+          const u32 sign = __popc(k & n >> 1) & 1 ? 0x80008000u : 0u;
+          mma(c[n], a[0], a[1], a[2], a[3], undo[n & 1][0] ^ sign, undo[n & 1][1] ^ sign);
+        }
+      }
+      // Keys turned, of tokens g and g + 8; even channels of two pairs, and odd ones, are operands as they are.
+      float score[PARTS][4];
+#pragma unroll
+      for (int n = 0; n < PARTS; n++) score[n][0] = score[n][1] = score[n][2] = score[n][3] = 0.f;
+#pragma unroll
+      for (int i = 0; i < STEPS; i += 2) {
+        u32 x[2][4];
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          const uint4 angle = load16(angles + k * 8 * QROW + i * 8);
+          const u32 cosine[2] = {angle.x, angle.z}, sine[2] = {angle.y, angle.w};
+#pragma unroll
+          for (int n = 0; n < 2; n++) {
+            const float *const one = c[2 * (i + n)] + 2 * k, *const two = c[2 * (i + n) + 1] + 2 * k;
+            const u32 even_ = pair(one[0], two[0]), odd_ = pair(one[1], two[1]);
+            x[n][k] = fma2(odd_ ^ 0x80008000u, sine[n], mul2(even_, cosine[n]));
+            x[n][2 + k] = fma2(even_, sine[n], mul2(odd_, cosine[n]));
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < PARTS; n++) {
+          const uint4 q = load16(asked + n * 8 * QROW + i * 8);
+          mma(score[n], x[0][0], x[0][1], x[0][2], x[0][3], q.x, q.y);
+          mma(score[n], x[1][0], x[1][1], x[1][2], x[1][3], q.z, q.w);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < PARTS; n++)
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+          const int column = n * 8 + 2 * t + (k & 1);
+          parts[(head * COLUMNS + column) * PART_ROW + half * 16 + g + k / 2 * 8] =
+              __popc(column / EACH & head) & 1 ? -score[n][k] : score[n][k];
+        }
+    }
+  }
+  wait<0>();
+  __syncthreads();
+  if (first < last) leave(last * TOKENS - 32);
+  if (SINKS > 0) {
+    __syncthreads();  // what is exact comes after what stands in its place
+    const int count = min(marks[0], TEAM * SINKS);
+    for (int i = warp; i < count * heads; i += WARPS) {
+      const int which = marks[2 + 2 * (i / heads)], at = (row + which / MARKS) * heads + i % heads;
+      const Query* const key = sink_keys + ((long long)(row + which / MARKS) * SINKS + which % MARKS) * D;
+      float sum = 0.f;
+      for (int k = lane; k < D; k += 32) sum = fmaf(number(key[k]), number(queries[(long long)at * D + k]), sum);
+#pragma unroll
+      for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+      if (lane == 0) found[at * slots + marks[3 + 2 * (i / heads)]] = sum * scale;
+    }
+  }
+}
+
+#else
+constexpr int BLOCKS = D / 32, PAIR = 64, ROW = D * 2, WORDS = 32 * ROW;
+constexpr int SIDE = WORDS + 4 * TOKENS * GROUPS;   // words, scales, zero points
+constexpr int SCORE_ROW = 4 * TOKENS + 64;          // of a query head
+constexpr int UNIT = SIDE + EACH * SCORE_ROW;
+constexpr int AT_MARKS = PAIRS * UNITS * UNIT;
+constexpr int BYTES [[maybe_unused]] = AT_MARKS + 16 + 8 * 32;
+
+// As in packed.cu, which says why.
+__device__ constexpr int value_shift(int j) {
+  return BITS == 2 ? (j < 2 ? -4 : j < 5 ? 0 : 6) : BITS == 3 ? (j < 1 ? -3 : j < 3 ? 0 : 6) : (j < 2 ? 0 : 8);
+}
+__device__ constexpr int value_bit(int j) { return BITS * j - value_shift(j); }
+constexpr int CLASSES = BITS == 2 ? 3 : 2;
+__device__ constexpr int class_bit(int c) { return BITS == 2 ? 4 + 2 * c : BITS == 3 ? 3 + 3 * c : 4 * c; }
+__device__ constexpr int value_class(int j) {
+  return BITS == 2 ? value_bit(j) / 2 - 2 : BITS == 3 ? value_bit(j) / 3 - 1 : value_bit(j) / 4;
+}
+constexpr int TOP = BITS == 2 ? 8 : BITS == 3 ? 6 : 4, FOLD = BITS == 2 ? 3 : 5;
+__device__ constexpr int value_swap(int row) { return (row & 1) | (row >> 1 & 6); }
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+    values(const float* __restrict__ scores, const long long* __restrict__ table, const int* __restrict__ spans,
+           const int* __restrict__ starts, const Query* __restrict__ sink_values, float* __restrict__ out,
+           float* __restrict__ lse, int rows, int columns, int heads, long long slots) {
+  extern __shared__ __align__(128) char memory[];
+  const int lane = threadIdx.x & 31, half = threadIdx.x >> 5 & 1, g = lane >> 2, t = lane & 3;
+  const int pair_ = threadIdx.x / PAIR, thread = threadIdx.x % PAIR;
+  const int part = blockIdx.x / TEAM, member = blockIdx.x % TEAM;
+  const Share s_ = share_of(spans, starts, rows, part, lane);
+  if (s_.row >= rows) return;
+  const int row = s_.row + member, low = s_.low, high = s_.high, first = s_.first, last = s_.last;
+  table += (long long)row * columns * FIELDS;
+  scores += (long long)row * heads * slots;
+
+  char* const own = memory + pair_ * UNITS * UNIT;
+  const u32 ring = shared(own);
+  int ahead = first + pair_;
+  long long next[3];
+  auto look_up = [&]() {
+#pragma unroll
+    for (int i = 0; i < 3; i++) next[i] = ahead < last ? table[(long long)ahead * FIELDS + 3 + i] * 2 : 0;
+  };
+  look_up();
+  auto fetch = [&](u32 unit) {
+    if (ahead < last) {
+      const char* words = reinterpret_cast<const char*>(next[0]) + thread * 16;
+      constexpr int BLOCK = ROW / 16, SPREAD = 2 * TOKENS * GROUPS;
+#pragma unroll
+      for (int i = 0; i < WORDS / 16; i += PAIR)
+        copy16(ring + unit + ((i + thread) ^ value_swap((i + thread) / BLOCK)) * 16, words + i * 16);
+#pragma unroll
+      for (int side = 0; side < 2; side++)
+        for (int i = thread; i < SPREAD / 16; i += PAIR)
+          copy16(ring + unit + WORDS + side * SPREAD + i * 16, reinterpret_cast<const char*>(next[1 + side]) + i * 16);
+      const char* from = reinterpret_cast<const char*>(scores + (long long)ahead * TOKENS);
+      for (int h = 0; h < heads; h++)
+        for (int i = thread; i < TOKENS / 4; i += PAIR)
+          copy16(ring + unit + SIDE + h * SCORE_ROW + i * 16, from + (h * slots + i * 4) * 4);
+    }
+    commit();
+    ahead += PAIRS;
+    look_up();
+  };
+#pragma unroll
+  for (int unit = 0; unit < UNITS - 1; unit++) fetch(unit * UNIT);
+
+  int* const marks = reinterpret_cast<int*>(memory + AT_MARKS);
+  if (SINKS > 0) {
+    if (threadIdx.x == 0) marks[0] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < (last - first) * SINKS; i += THREADS) {
+      const int k = i % MARKS, page = first + i / MARKS;
+      const int mark = reinterpret_cast<const short*>(table[(long long)page * FIELDS + 6] * 2)[k];
+      const int slot = page * TOKENS + mark;
+      if (mark >= 0 && slot >= low && slot < high) {
+        const int place = atomicAdd(marks, 1);
+        if (place < 32) marks[2 + 2 * place] = k, marks[3 + 2 * place] = slot;
+      }
+    }
+    __syncthreads();
+  }
+  const int exact = SINKS > 0 ? min(marks[0], 32) : 0;
+
+  // [channels g and g + 8 of 16] x [heads 2t, 2t + 1]; [zero points of value group g, sum of weights] x the same heads.
+  float acc[2 * BLOCKS][4] = {}, sums[CLASSES][4] = {};
+  float m = 0.f;  // of head g
+  bool fresh = true;
+  const int read = half * 16 + (lane >> 1 & 3) * 4 + (lane & 1) + (lane >> 4) * 2;  // this lane's row of load_transposed
+  u32 value_at[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) value_at[i] = read * ROW + ((2 * i + (lane >> 3 & 1)) ^ value_swap(read)) * 16;
+  const int by_token = WORDS + 2 * (half * 16 + 4 * t);
+
+  u32 here = 0, behind = (UNITS - 1) * UNIT;
+  for (int page = first + pair_; page < last; page += PAIRS) {
+    wait<UNITS - 2>();
+    sync_pair(pair_);
+    const char* const side = own + here;
+    fetch(behind);
+    float s[PLANES][4];
+    bool above = fresh;
+#pragma unroll
+    for (int j = 0; j < PLANES; j++) {
+      const uint4 x = load16(side + SIDE + (g < heads ? g : 0) * SCORE_ROW + (j * 32 + half * 16 + 4 * t) * 4);
+      const u32 y[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        s[j][k] = __uint_as_float(y[k]) - m;
+        above |= !(s[j][k] <= 0.f);
+      }
+    }
+    bool odd = page * TOKENS < low | page * TOKENS + TOKENS > high;
+    for (int i = 0; i < exact; i++) odd |= marks[3 + 2 * i] / TOKENS == page;
+    if (odd) {
+#pragma unroll
+      for (int j = 0; j < PLANES; j++)
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+          const int token = page * TOKENS + j * 32 + half * 16 + 4 * t + k;
+          bool out_ = token < low || token >= high;
+          for (int i = 0; i < exact; i++) out_ |= marks[3 + 2 * i] == token;
+          if (out_) s[j][k] = -__int_as_float(0x7f800000);
+        }
+    }
+    if (__any_sync(~0u, above | odd)) {
+      float most = -1e30f;
+#pragma unroll
+      for (int j = 0; j < PLANES; j++)
+#pragma unroll
+        for (int k = 0; k < 4; k++) most = fmaxf(most, s[j][k]);
+      most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+      most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+      const float grown = fresh ? (most > -1e29f ? most : 0.f) : fmaxf(most, 0.f);
+      const float shrink = fresh ? 0.f : exp2_(-grown);
+      m += grown;
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        const float by = __shfl_sync(~0u, shrink, (2 * t + k) * 4);
+#pragma unroll
+        for (int c = 0; c < CLASSES; c++) sums[c][k] *= by, sums[c][k + 2] *= by;
+#pragma unroll
+        for (int i = 0; i < 2 * BLOCKS; i++) acc[i][k] *= by, acc[i][k + 2] *= by;
+      }
+#pragma unroll
+      for (int j = 0; j < PLANES; j++)
+#pragma unroll
+        for (int k = 0; k < 4; k++) s[j][k] -= grown;
+      fresh = fresh & !__any_sync(~0u, most > -1e29f);
+    }
+    u32 p[PLANES][2];  // tokens 4t .. 4t + 3 of head g
+#pragma unroll
+    for (int j = 0; j < PLANES; j++) {
+      const float fold = FOLD + TOP - class_bit(value_class(j));
+      p[j][0] = pair(exp2_(s[j][0] + fold), exp2_(s[j][1] + fold));
+      p[j][1] = pair(exp2_(s[j][2] + fold), exp2_(s[j][3] + fold));
+    }
+    constexpr int PLANE = GROUPS * 64;
+    const char* value_scales = side + by_token;
+    const char* zeros = value_scales + 2 * TOKENS * GROUPS + g % GROUPS * 64;
+#pragma unroll
+    for (int j = 0; j < PLANES; j++) {
+      constexpr u32 ONE = 0x3c003c00u;
+      const u32* a = reinterpret_cast<const u32*>(zeros + j * PLANE);
+      mma(sums[value_class(j)], a[0], ONE, a[1], ONE, p[j][0], p[j][1]);
+      if (GROUPS == 1) {
+        const uint2 x = load8(value_scales + j * PLANE);
+        p[j][0] = mul2(p[j][0], x.x), p[j][1] = mul2(p[j][1], x.y);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++) {
+      u32 w[2][4];  // channels g and g + 8 of 16, tokens 4t .. 4t + 3
+      load_transposed(w[0], side + value_at[i * 2 % 4] + i / 2 * 128);
+      load_transposed(w[1], side + value_at[i * 2 % 4 + 1] + i / 2 * 128);
+      u32 v[2][4];
+#pragma unroll
+      for (int j = 0; j < PLANES; j++) {
+        u32 b0 = p[j][0], b1 = p[j][1];
+        if (GROUPS > 1) {
+          const uint2 x = load8(value_scales + j * PLANE + i * 32 / CHANNELS * 64);
+          b0 = mul2(b0, x.x), b1 = mul2(b1, x.y);
+        }
+        constexpr u32 ONES = (1u << BITS) - 1;
+        const u32 mask = (ONES << value_bit(j)) * 0x10001u;
+        if (j == 0 || value_shift(j) != value_shift(j - 1)) {
+#pragma unroll
+          for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+              v[n][k] = value_shift(j) >= 0 ? w[n][k] >> value_shift(j) : w[n][k] << -value_shift(j);
+        }
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+          mma(acc[2 * i + n], v[n][0] & mask, v[n][1] & mask, v[n][2] & mask, v[n][3] & mask, b0, b1);
+      }
+    }
+    behind = here;
+    here = here == (UNITS - 1) * UNIT ? 0 : here + UNIT;
+  }
+  float weight[2], top[2];
+#pragma unroll
+  for (int k = 0; k < 2; k++) {
+    float shift = 0.f;
+    weight[k] = 0.f;
+    top[k] = __shfl_sync(~0u, m, (2 * t + k) * 4);
+#pragma unroll
+    for (int c = 0; c < CLASSES; c++) {
+      weight[k] = fmaf(sums[c][k + 2], pow2(class_bit(c) - TOP), weight[k]);
+      shift = fmaf(sums[c][k], pow2(class_bit(c) - TOP), shift);
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * BLOCKS; i++) {
+      const float zero = __shfl_sync(~0u, shift, i * 16 / CHANNELS * 4 + t);  // of the group to its channels
+      acc[i][k] = fmaf(acc[i][k], pow2(24 - TOP), zero), acc[i][k + 2] = fmaf(acc[i][k + 2], pow2(24 - TOP), zero);
+    }
+  }
+  wait<0>();
+  __syncthreads();
+
+  // The warps' parts together. float [warps][8 heads][WIDE], then maxima and sums [warps][2][8].
+  constexpr int WIDE = D + 4;
+  float* const parts = reinterpret_cast<float*>(memory);
+  float* const ends = parts + WARPS * 8 * WIDE;
+  static_assert(4 * WARPS * (8 * WIDE + 16) <= PAIRS * UNITS * UNIT, "they fit into the rings");
+  const int warp = threadIdx.x >> 5;
+  {
+    float* const to = parts + warp * 8 * WIDE;
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      if (g == 0) ends[warp * 16 + 2 * t + k] = fresh ? -1e30f : top[k], ends[warp * 16 + 8 + 2 * t + k] = weight[k];
+#pragma unroll
+      for (int i = 0; i < 2 * BLOCKS; i++) {
+        to[(2 * t + k) * WIDE + 16 * i + g] = acc[i][k];
+        to[(2 * t + k) * WIDE + 16 * i + 8 + g] = acc[i][k + 2];
+      }
+    }
+  }
+  __syncthreads();
+  constexpr int MINE = D / 32;  // channels of a lane, in a row
+  for (int h = warp; h < heads; h += WARPS) {
+    float above = -1e30f, total = 0.f, o[MINE] = {};
+    for (int i = 0; i < WARPS; i++) above = fmaxf(above, ends[i * 16 + h]);
+    for (int i = 0; i < WARPS; i++) {
+      const float f = exp2_(ends[i * 16 + h] - above) * pow2(-FOLD);
+      total = fmaf(ends[i * 16 + 8 + h], f, total);
+#pragma unroll
+      for (int k = 0; k < MINE; k++) o[k] = fmaf(parts[(i * 8 + h) * WIDE + lane * MINE + k], f, o[k]);
+    }
+    // The rotation is its own inverse.
+#pragma unroll
+    for (int step = 1; step < MINE; step *= 2)
+#pragma unroll
+      for (int k = 0; k < MINE; k++)
+        if (!(k & step)) {
+          const float x = o[k], y = o[k + step];
+          o[k] = x + y, o[k + step] = x - y;
+        }
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2)
+#pragma unroll
+      for (int k = 0; k < MINE; k++) {
+        const float other = __shfl_xor_sync(~0u, o[k], step);
+        o[k] = lane & step ? other - o[k] : o[k] + other;
+      }
+    const float norm = rsqrtf(float(D));
+#pragma unroll
+    for (int k = 0; k < MINE; k++) o[k] *= norm;
+    for (int i = 0; i < exact; i++) {
+      const float score = scores[h * slots + marks[3 + 2 * i]], most = fmaxf(above, score);
+      const float f = exp2_(above - most), p = exp2_(score - most);
+      const Query* const value = sink_values + ((long long)row * SINKS + marks[2 + 2 * i]) * D + lane * MINE;
+      above = most, total = fmaf(total, f, p);
+#pragma unroll
+      for (int k = 0; k < MINE; k++) o[k] = fmaf(o[k], f, p * number(value[k]));
+    }
+    const float inverse = total > 0.f ? 1.f / total : 0.f;
+    const long long at = (long long)blockIdx.x * heads + h;
+#pragma unroll
+    for (int k = 0; k < MINE; k++) out[at * D + lane * MINE + k] = o[k] * inverse;
+    if (lane == 0) lse[at] = total > 0.f ? above + log2f(total) : -1e30f;
+  }
+}
+#endif
