@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from codecs_gpu import first_columns
+
 from fivefold.benchmark import decode, machine
 from fivefold.methods.bits import gear
 from fivefold.models import graph

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import quick
 from fivefold.kernels.packed_decode import Form, Reader, cuda, decode_reference
 from fivefold.kernels.planar_decode import attend_planar
 from fivefold.methods.bits.gear import Gear
@@ -132,28 +133,32 @@ def test_the_source_does_as_the_reference(
             assert (total - wanted_lse[row]).abs().max() < 0.06
 
 
-@pytest.mark.parametrize(
-    ("method", "dim", "dtype", "heads"),
-    [
-        (Gear(), 128, torch.bfloat16, 4),
-        (MiKV(), 128, torch.bfloat16, 4),
-        (Gear(bits=4, sparsity=0.05, rank=8), 64, torch.float32, 3),
-        (MiKV(low=4, group=64), 64, torch.float16, 5),
-        (Gear(base="kcvt", rank=2, sparsity=0.0), 64, torch.float32, 8),
-        (MiKV(low=3, balance=False, unbias=False, group=128), 128, torch.float32, 1),
-    ],
-    ids=lambda x: str(x).replace(" ", ""),
-)
-def test_pages_of_other_kinds(method: Method, dim: int, dtype: torch.dtype, heads: int, tmp_path: Path) -> None:
-    """What `test_planar_decode.py` asks of Triton's kernel: whole pages, cut ones, none; and the scores it leaves."""
+OTHERS = [
+    (Gear(), 64, torch.float32, 3),
+    (MiKV(), 64, torch.bfloat16, 4),
+    (Gear(), 128, torch.bfloat16, 4),
+    (MiKV(), 128, torch.bfloat16, 4),
+    (Gear(bits=4, sparsity=0.05, rank=8), 64, torch.float32, 3),
+    (MiKV(low=4, group=64), 64, torch.float16, 5),
+    (Gear(base="kcvt", rank=2, sparsity=0.0), 64, torch.float32, 8),
+    (MiKV(low=3, balance=False, unbias=False, group=128), 128, torch.float32, 1),
+]
+
+
+@pytest.mark.parametrize("case", quick(OTHERS, 2), ids=lambda case: f"{case[0]}-{case[1]}".replace(" ", ""))
+def test_pages_of_other_kinds(case: tuple[Method, int, torch.dtype, int], tmp_path: Path) -> None:
+    """What `test_planar_decode.py` asks of Triton's kernel: whole pages, cut ones, none; and the scores it leaves.
+    Of a model in 16 bits beside exact pages."""
+    method, dim, dtype, heads = case
     torch.manual_seed(1)
     np.random.seed(1)
     columns, rows = 3, 3
+    joined = None if dtype is torch.float32 else dtype
     tier, form = page_tier(method, dim, rows, columns, "cpu")
     assert cuda.supports(form, heads)
     pairs, resident = cuda.arrangement(form, heads=heads)
     assert pairs * resident == 4
-    launch, page = compiled(form, dtype, None, pairs, tmp_path, heads, True).launch, form.tokens
+    launch, page = compiled(form, dtype, joined, pairs, tmp_path, heads, True).launch, form.tokens
     assert cuda.shared_bytes(form, pairs, heads) < 1 << 18
     span = torch.zeros(rows, kernel.SPAN, dtype=torch.int32)
     span[:, :2] = torch.tensor([[0, 3 * page], [page - 40, 2 * page + 32], [0, 0]])
@@ -162,16 +167,25 @@ def test_pages_of_other_kinds(method: Method, dim: int, dtype: torch.dtype, head
     learned = (torch.rand(rows, dim) + 0.5,) if form.balanced else ()
     fields = tuple(tier.rows(name) for name in form.parts)
     wanted, wanted_lse = attend_planar(form, queries, scaling, span, fields, learned)
-    table = packed_of(tier, form, learned).table.contiguous()
+    table = slots = packed_of(tier, form, learned).table.contiguous()
+    both = wanted_lse
+    if joined is not None:
+        span[:, 2:5] = torch.tensor([[0, 3, 40], [2, 33, 61], [0, 0, 0]])
+        store = exact_tier(rows, 2, dim, joined, "cpu")
+        slots = torch.stack([store.addresses("keys"), store.addresses("values")], 2)
+        exact = (store.rows(name).flatten(1, 2) for name in ("keys", "values"))
+        other, other_lse = decode_reference(queries, scaling, span, None, None, *exact)
+        both = torch.logaddexp(wanted_lse, other_lse)
+        parts = ((wanted, wanted_lse), (other, other_lse))
+        wanted = sum(x * (y - both).exp().nan_to_num(0)[..., None] for x, y in parts)
     for late, programs in ((False, 3), (True, 5)):
-        starts = torch.from_numpy(kernel.starts_of(kernel.pages_of(span.numpy(), page), (programs, rows)))[
-            0
-        ].contiguous()
+        pages = kernel.pages_of(span.numpy(), page, joined=joined is not None)
+        starts = torch.from_numpy(kernel.starts_of(pages, (programs, 0 if joined else rows)))[0].contiguous()
         out, lse = torch.full((programs, heads, dim), torch.nan), torch.full((programs, heads), torch.nan)
         found = torch.full((rows, heads, columns * page), torch.nan)
-        tensors = (queries, table, table, span, starts, out, lse, learned[0] if learned else lse, found, lse)
+        tensors = (queries, table, slots, span, starts, out, lse, learned[0] if learned else lse, found, lse)
         pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
-        sizes = (rows, columns, 0, heads, columns * page, 0)
+        sizes = (rows, columns, slots.shape[1], heads, columns * page, 0)
         bases = (ctypes.c_longlong(0),) * 2
         launch(programs, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), *sizes, *bases)
         for row in range(2):
@@ -180,7 +194,7 @@ def test_pages_of_other_kinds(method: Method, dim: int, dtype: torch.dtype, head
             total = natural.logsumexp(0)
             output = (out[part].double() * (natural - total).exp()[..., None]).sum(0)
             assert (output - wanted[row]).norm() < 5e-3 * wanted[row].norm()
-            assert torch.allclose(total, wanted_lse[row], 3e-4, 3e-2)
+            assert torch.allclose(total, both[row], 3e-4, 3e-2)
             low, high = span[row, :2].tolist()
             seen = found[row, :, low:high].double() * math.log(2)
             assert torch.allclose(seen.logsumexp(1), wanted_lse[row], 3e-4, 3e-2)

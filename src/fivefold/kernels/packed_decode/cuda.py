@@ -70,10 +70,11 @@ class Kernel:
     def __call__(
         self, programs: int, queries: torch.Tensor, packed: Packed, exact: Exact | None, spans: torch.Tensor,
         starts: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, scale: float, found: torch.Tensor | None = None,
-        scored: torch.Tensor | None = None,
+        scored: torch.Tensor | None = None, early: bool = False,
     ) -> None:  # fmt: skip
         """Leave the parts of `programs` programs in out `[programs, heads, head_dim]` and lse `[programs, heads]`;
-        found, scored: scores of packed and exact slots, see `triton.decode`."""
+        found, scored: scores of packed and exact slots, see `triton.decode`. early: it may read packed pages before the
+        kernel in front of it is done."""
         from cuda.bindings import driver
 
         rows, heads = queries.shape[:2]
@@ -88,7 +89,17 @@ class Kernel:
         stream = torch.cuda.current_stream(queries.device).cuda_stream
         grid, block = (programs, 1, 1), (64 * self.pairs, 1, 1)
         with on(queries.device):
-            _done(driver.cuLaunchKernel(self.function, *grid, *block, self.shared, stream, (values, types), 0))
+            if not early:
+                _done(driver.cuLaunchKernel(self.function, *grid, *block, self.shared, stream, (values, types), 0))
+                return
+            config, attribute = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
+            config.gridDimX, config.gridDimY, config.gridDimZ = grid
+            config.blockDimX, config.blockDimY, config.blockDimZ = block
+            config.sharedMemBytes, config.hStream = self.shared, stream
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+            _done(driver.cuLaunchKernelEx(config, self.function, (values, types), 0))
 
 
 def _shape(form: Reader, heads: int) -> dict[str, int]:

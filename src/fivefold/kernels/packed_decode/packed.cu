@@ -334,25 +334,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #if KEY_OUT
   float by_channel[D / PAIR][HEADS];  // queries of channels `thread`, `thread + PAIR`, in fixed point
 #endif
-  {
+  auto take = [&](bool balanced) {
     float x[BLOCKS][8], most = 0;
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++)
 #pragma unroll
       for (int k = 0; k < 8; k++) {
         x[i][k] = g < heads ? number(queries[((long long)row * heads + g) * D + 32 * i + 8 * t + k]) : 0.f;
-        if (BALANCED) x[i][k] /= balance[(long long)row * D + 32 * i + 8 * t + k];
+        if (balanced) x[i][k] /= balance[(long long)row * D + 32 * i + 8 * t + k];
         most = fmaxf(most, fabsf(x[i][k]));
       }
 #pragma unroll
     for (int step = 16; step; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-    int e = (__float_as_int(most) >> 23) - 127;
-    e = max(-100, min(100, e)) - 5 + ROOM;
-    float f = pow2(-e);
+    const int e = max(-100, min(100, (__float_as_int(most) >> 23) - 127)) - 5 + ROOM;
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++)
 #pragma unroll
-      for (int k = 0; k < 4; k++) q[i][k] = pair(x[i][2 * k] * f, x[i][2 * k + 1] * f);
+      for (int k = 0; k < 4; k++) q[i][k] = pair(x[i][2 * k] * pow2(-e), x[i][2 * k + 1] * pow2(-e));
+    return e;
+  };
+  const float given = scale;
+  {
+    const int e = take(BALANCED);
+    const float f = pow2(-e);
     scale *= pow2(e);
 #if BY_TOKEN
     float sums_of[4] = {}, squares[4] = {};
@@ -790,6 +794,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #if EXACT
 #pragma unroll
   for (int k = 0; k < 2; k++) sums[0][k + 2] = weight[k];
+  if (BALANCED) scale = given * pow2(take(false));  // exact keys are not balanced
   for (; number < last; number += PAIRS) {
     const char* side = turn();
     fetch(UNITS % 2 == 0 ? false : true, behind);

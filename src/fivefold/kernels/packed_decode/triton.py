@@ -76,6 +76,9 @@ RESIDENT = 4
 
 PDL = True
 """Launch what merges the parts before the kernel that leaves them is done (programmatic dependent launch)."""
+AHEAD = True
+"""In a captured step, launch the first of them before the kernel in front of it is done, too. (Outside of one that may
+be what writes the tables.)"""
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -298,14 +301,14 @@ def _exact(
     queries, table, spans, starts, picks, out, lse, scores, scale, rows, columns, heads, width,
     DTYPE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr,
     TILE: tl.constexpr, WIDE: tl.constexpr, PICKED: tl.constexpr, SCORED: tl.constexpr, WAITS: tl.constexpr,
-    EARLY: tl.constexpr,
+    AHEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One share of the exact slots of a row, in tiles of TILE. table: `[rows, columns, 2]`. Grid: (programs,).
 
     PICKED: of the slots named in `picks`, a row's `stop` of them one behind the other; negative ones are none.
     WIDE multiplies in float32 whatever the pages hold: the interpreter has no products of bfloat16. SCORED: scaled
     scores go to `scores [rows, heads, width]`, -1e30 where a slot is not seen. WAITS: see `_combine`; it reads nothing
-    that the kernel in front of it leaves.
+    that the kernel in front of it leaves. AHEAD: as WAITS, but it does.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -317,6 +320,8 @@ def _exact(
     work = tl.float32 if WIDE else DTYPE
     t = tl.arange(0, T)
     d = tl.arange(0, D)
+    if AHEAD:
+        tl.extra.cuda.gdc_wait()
     q = _queries(queries, row, heads, N, D)
     if work == tl.float16:
         q, unscale = _scaled(q)
@@ -583,6 +588,8 @@ def decode(
     joined = exact if programs[1] == 0 else None
     """Exact pages that the kernel of the packed ones attends over."""
     pdl = PDL and early(device)
+    # Where scores are wanted a captured step may also wait for what read those of an earlier layer.
+    ahead = AHEAD and pdl and scores is None and packed_scores is None and torch.cuda.is_current_stream_capturing()
     if starts is None:
         page, team = (TILE, 1) if packed is None else (packed.form.tokens, packed.form.team)
         pages = pages_of(spans.cpu().numpy(), page, team, joined is not None)
@@ -608,6 +615,7 @@ def decode(
         kind = queries.dtype, None if joined is None else joined.dtype, device, SPAN, heads
         cuda.kernel(form, *kind, found is not None, scored is not None)(
             count, queries, packed, joined, spans, starts[0], packed_out, packed_lse, scale, found, scored,
+            early=ahead,
         )  # fmt: skip
 
     with on(device):
@@ -645,14 +653,15 @@ def decode(
             wide = exact.dtype.itemsize == 4
             picked = picks if packed is None else None
             slots = exact.table.shape[1] * 32 if picked is None else picked.shape[1]
-            waits = pdl and whole and scores is None
+            waits, first = pdl and whole and scores is None, ahead and packed is None
             count, exact_out, exact_lse = parts(programs[1], -(-slots // TILE) * rows)
             _exact[(count,)](
                 queries, exact.table, spans, starts[1], spans if picked is None else picked, exact_out, exact_lse,
                 exact_lse if scores is None else scores, scale, rows, exact.table.shape[1], heads,
                 1 if scores is None else scores.shape[2], DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE,
-                TILE=TILE, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None, WAITS=waits, EARLY=pdl,
-                num_warps=2, num_stages=1 if wide else 3, **common, **({"launch_pdl": True} if waits else {}),
+                TILE=TILE, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None, WAITS=waits,
+                AHEAD=first, EARLY=pdl, num_warps=2, num_stages=1 if wide else 3, **common,
+                **({"launch_pdl": True} if waits or first else {}),
             )  # fmt: skip
         merged = torch.empty_like(queries) if out is None else out
         merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -100,7 +101,7 @@ class GearCodec(Codec):
                 places += [Field(f"{side}_places", (*shape, 2 * count), torch.uint8, "outliers")]
         self.layout = PageLayout(f"gear.{base.layout.name}", tokens, (*fields, *places), record=True)
 
-    @property
+    @cached_property
     def reader(self) -> Planar:
         base, dim = self.base, self.layout.fields[0].shape[1]
         groups = base.group, base.channels, dim

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -103,7 +104,7 @@ class KiviCodec(Codec):
             record=True,
         )
 
-    @property
+    @cached_property
     def reader(self) -> Reader:
         groups = self.group, self.channels, self.layout.fields[0].shape[1]
         return self.form or Planar(self.bits, self.value_bits, self.planes, *groups, unbias=self.unbias)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -131,7 +132,7 @@ class TokenCodec(Codec):
             ),
         )
 
-    @property
+    @cached_property
     def reader(self) -> Planar:
         groups = 0, self.channels, self.layout.fields[0].shape[1]
         settings = {"unbias": self.unbias, "balanced": self.contextual, "record": False}
