@@ -318,6 +318,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   constexpr int NEXT = SCORES ? 1 : WORKERS;  // the unit whose keys come next
   long long here = record(first + worker), ahead = record(first + worker + NEXT);
   if (!SCORES || worker == 0) fetch(true, first + worker, here, worker);
+  if (!SCORES) fetch(false, first + worker, here, worker);
 
   // Queries as the right operand wants them: word i is of pair 4 * (i / 32) + i % 4 and query head i % 32 / 4.
   for (int i = threadIdx.x; i < QUERY_WORDS; i += THREADS) {
@@ -430,8 +431,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     before_copies();
     if (!SCORES && done >= 0) add_values(done, phase ^ 1);
     sync_worker(worker);
+    if (!SCORES && done >= 0) fetch(false, unit, here, worker);
     done = unit;
-    if (!SCORES) fetch(false, unit, here, worker);
     here = ahead, ahead = record(unit + WORKERS + NEXT);
 #pragma unroll
     for (int n = 0; n < CHUNKS * GROUP; n++) {

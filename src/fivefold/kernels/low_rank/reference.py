@@ -177,8 +177,8 @@ def blocked_keys(keys: torch.Tensor) -> torch.Tensor:
 
 
 def blocked_waves(waves: torch.Tensor) -> torch.Tensor:
-    """`Prepared.waves` whose first 64 slots are as threads of `features.cu` load them: by pairs / 16, token % 2, token /
-    32, token / 2 % 2, token / 4 % 8, pairs % 4, and four of pairs / 4."""
+    """`Prepared.waves` whose first 64 slots are as threads of `features.cu` load them: by pairs / 16, token % 2,
+    token / 32, token / 2 % 2, token / 4 % 8, pairs % 4, and four of pairs / 4."""
     out, shape = waves.clone(), (2, 8, 2, 2, -1, 4, 4, 2)  # token: half, g, warp's, r; pairs: chunk, four, t; both
     first = waves[:64].view(shape).permute(4, 3, 0, 2, 1, 6, 5, 7)
     out[:64] = first.reshape(64, -1)
