@@ -352,9 +352,14 @@ def shapes() -> None:
         wanted = [reference.tokens(ids, recipe) for ids in texts]
         llm = engine(folder, recipe, dtype=dtype)
         got, _ = ask(llm, texts)
-        kl = divergence(llm, reference, recipe, texts)
+        kl, facts = divergence(llm, reference, recipe, texts), {}
+        if dtype != "float32":  # what it is without a recipe
+            del llm
+            gc.collect()
+            llm = engine(folder, None, dtype=dtype)
+            facts = {"kl_stock": [float(f"{x:.2g}") for x in divergence(llm, reference, "full()", texts)]}
         say(f"{recipe}, {dtype}: 4 query heads, {kv_heads} KV heads of {head_dim}", max(kl) < BOUND[dtype],
-            same=list(map(same, got, wanted)), of=TOKENS, kl=[float(f"{x:.2g}") for x in kl])  # fmt: skip
+            same=list(map(same, got, wanted)), of=TOKENS, kl=[float(f"{x:.2g}") for x in kl], **facts)  # fmt: skip
         del llm
         gc.collect()
 
