@@ -395,9 +395,11 @@ def families() -> None:
             say(f"{recipe}: {name}", False, error=f"{type(error).__name__}: {error}"[:300])
             continue
         got, _ = ask(llm, texts)
-        kl = divergence(llm, reference, recipe, texts)
-        say(f"{recipe}: {name}", max(kl) < BOUND["float32"], same=list(map(same, got, wanted)), of=TOKENS,
-            kl=[float(f"{x:.2g}") for x in kl])  # fmt: skip
+        # vLLM serves GPT-NeoX by transformers' own class, which it changes: the reference runs no more.
+        kl = [] if name == "gpt_neox" else divergence(llm, reference, recipe, texts)
+        holds = max(kl) < BOUND["float32"] if kl else got == wanted
+        facts = {"same": list(map(same, got, wanted)), "of": TOKENS, "kl": [float(f"{x:.2g}") for x in kl]}
+        say(f"{recipe}: {name}", holds, **facts)
         del llm
         gc.collect()
 
