@@ -95,8 +95,8 @@ class Reference:
         import fivefold
         from fivefold.recipe import Recipe
 
-        (method,) = Recipe.parse(recipe).methods
-        cache = fivefold.compress(self.model, str(replace(method, residual=0)) if hit else recipe)
+        methods = Recipe.parse(recipe).methods
+        cache = fivefold.compress(self.model, str(replace(methods[0], residual=0)) if hit else recipe)
         sizes, at, out = list(chunks or [len(ids)]), 0, []
         with torch.inference_mode():
             while at < len(ids):
@@ -104,7 +104,7 @@ class Reference:
                 logits = self.model(torch.tensor([ids[at : at + size]]), past_key_values=cache).logits[0, -1]
                 at += size
                 if hit:
-                    keep(cache, method.residual)
+                    keep(cache, methods[0].residual)
             for _ in range(count):
                 out.append(int(logits.argmax()))
                 logits = self.model(torch.tensor([[out[-1]]]), past_key_values=cache).logits[0, -1]
@@ -206,6 +206,18 @@ def chunks() -> None:
         gc.collect()
 
 
+def twice() -> None:
+    """A prompt twice in a batch: the second one hits blocks that the first one fills in the same step."""
+    folder, recipe = llama(), "kivi(bits=4, residual=0)"
+    reference, llm = Reference(folder), engine(folder, recipe)
+    for length in (513, 700):
+        (ids,) = prompts((length,), length)
+        got, hits = ask(llm, [ids, ids, ids])
+        wanted = [reference.tokens(ids, recipe, [hit, length - hit] if hit else None) for hit in hits]
+        say(f"{recipe}: {length} tokens three times in a batch", got == wanted and max(hits) == 512, cached=hits,
+            same=list(map(same, got, wanted)), of=TOKENS)  # fmt: skip
+
+
 def manager() -> None:
     """The blocks of exact pages, handed out and taken back at random: each page that a step reads has a block, no block
     has two owners, and none is lost."""
@@ -286,15 +298,16 @@ def preemption() -> None:
 
 def automatic() -> None:
     """`--max-model-len auto`: the longest that fits, and one request of nearly that length is served."""
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = ""  # it would count
     recipe, folder = "kivi(bits=4)", llama()
     reference = Reference(folder)
-    llm = engine(folder, recipe, max_model_len=-1, kv_cache_memory_bytes=6 << 20, max_num_batched_tokens=4096)
+    llm = engine(folder, recipe, max_model_len=-1, kv_cache_memory_bytes=2 << 20, max_num_batched_tokens=2048)
     longest = llm.llm_engine.vllm_config.model_config.max_model_len
     (ids,) = prompts((longest - TOKENS,))
     got, _ = ask(llm, [ids])
-    sizes = [4096] if len(ids) > 4096 else None
+    sizes = [2048]
     agree = same(got[0], reference.tokens(ids, recipe, sizes))
-    say(f"{recipe}: max_model_len auto in 6 MiB", agree == TOKENS and 512 < longest < 32768, max_model_len=longest,
+    say(f"{recipe}: max_model_len auto in 2 MiB", agree == TOKENS and 512 < longest < 32768, max_model_len=longest,
         capacity=capacity(llm), same=agree, of=TOKENS)  # fmt: skip
 
 
@@ -340,9 +353,51 @@ def shapes() -> None:
         wanted = [reference.tokens(ids, recipe) for ids in texts]
         llm = engine(folder, recipe, dtype=dtype)
         got, _ = ask(llm, texts)
-        kl = divergence(llm, reference, recipe, texts)
+        kl, facts = divergence(llm, reference, recipe, texts), {}
+        if dtype != "float32":  # what it is without a recipe
+            del llm
+            gc.collect()
+            llm = engine(folder, None, dtype=dtype)
+            facts = {"kl_stock": [float(f"{x:.2g}") for x in divergence(llm, reference, "full()", texts)]}
         say(f"{recipe}, {dtype}: 4 query heads, {kv_heads} KV heads of {head_dim}", max(kl) < BOUND[dtype],
-            same=list(map(same, got, wanted)), of=TOKENS, kl=[float(f"{x:.2g}") for x in kl])  # fmt: skip
+            same=list(map(same, got, wanted)), of=TOKENS, kl=[float(f"{x:.2g}") for x in kl], **facts)  # fmt: skip
+        del llm
+        gc.collect()
+
+
+FAMILIES = ("qwen2", "qwen3", "mistral", "phi3", "granite", "gpt_neox", "olmo2", "qwen3_moe")
+
+
+def families() -> None:
+    """Models of other kinds that have full attention."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    recipe, texts = "kivi(bits=4, residual=32)", prompts((5, 300))
+    for name in FAMILIES:
+        folder = FOLDER / name
+        if not (folder / "config.json").exists():
+            torch.manual_seed(0)
+            more = {"mistral": {"sliding_window": None}, "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2}}
+            heads = 4 if name == "gpt_neox" else 2
+            config = AutoConfig.for_model(
+                name, vocab_size=WORDS, hidden_size=256, intermediate_size=256, moe_intermediate_size=128,
+                num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=heads, head_dim=64,
+                max_position_embeddings=4096, initializer_range=0.1, tie_word_embeddings=False, pad_token_id=0,
+                bos_token_id=1, eos_token_id=2, **more.get(name, {}),
+            )  # fmt: skip
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        reference = Reference(str(folder))
+        wanted = [reference.tokens(ids, recipe) for ids in texts]
+        try:
+            llm = engine(str(folder), recipe)
+        except Exception as error:
+            say(f"{recipe}: {name}", False, error=f"{type(error).__name__}: {error}"[:300])
+            continue
+        got, _ = ask(llm, texts)
+        kl = divergence(llm, reference, recipe, texts)
+        say(f"{recipe}: {name}", max(kl) < BOUND["float32"], same=list(map(same, got, wanted)), of=TOKENS,
+            kl=[float(f"{x:.2g}") for x in kl])  # fmt: skip
         del llm
         gc.collect()
 
@@ -507,9 +562,9 @@ def refusals() -> None:
 
 GROUPS = {
     **{f"kivi{number}-{residual}": (bits, number, residual) for number in (4, 2, 3, 8) for residual in (0, 128)},
-    "manager": (manager,), "chunks": (chunks,), "preemption": (preemption,), "auto": (automatic,),
+    "manager": (manager,), "twice": (twice,), "chunks": (chunks,), "preemption": (preemption,), "auto": (automatic,),
     "compiled": (compiled,),
-    "parallel": (parallel,), "shapes": (shapes,), "smollm2": (smollm2,),
+    "parallel": (parallel,), "shapes": (shapes,), "families": (families,), "smollm2": (smollm2,),
     "capacity": (tokens_per_gib,), "server": (server,), "refusals": (refusals,),
 }  # fmt: skip
 OWN_PROCESSES = ("parallel",)

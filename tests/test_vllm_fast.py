@@ -157,6 +157,8 @@ def test_recipes_that_are_refused(recipe: str, said: str) -> None:
         ({"speculation": "ngram"}, "speculation (ngram)"),
         ({"pipeline": 2}, "pipeline parallel (2)"),
         ({"block_size": 16}, "--block-size 16"),
+        ({"prefix": True}, "looks ahead within images"),
+        ({"microbatches": True}, "--enable-dbo"),
         ({"one_group": True}, "--disable-hybrid-kv-cache-manager"),
         ({"context_parallel": 2}, "context parallel (2)"),
     ],
@@ -437,6 +439,20 @@ def test_a_layer_against_plain_attention(shape: tuple, compiled: bool) -> None:
     assert engine.step([(one, 1), (hit, 50)]) < bound
     for _ in range(20):
         assert engine.step([(hit, 1), (two, 1)]) < bound
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_block_is_read_in_the_step_that_fills_it(compiled: bool) -> None:
+    """vLLM counts a block as there when it schedules, and the rows of a batch stand in any order: the request that hits
+    it may come first, as a chunk or as one token."""
+    random.seed(4), torch.manual_seed(4)
+    for new in (1, 40):
+        engine = Engine("kivi(bits=4, residual=0)", 64, F32, 2, 2)
+        engine.path.compiled = compiled and engine.path.compiled
+        one = engine.request()
+        engine._blocks(one, engine.pages.block + 3)
+        other = engine.request(like=one, hit=engine.pages.block)
+        assert engine.step([(other, new), (one, engine.pages.block + 3)]) < BOUND[F32]
 
 
 def test_numbers_that_pages_cannot_hold() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,15 @@ from fivefold.serving.vllm.tables import NULL, Place, Prefill
 BLOCK = 2048
 """Packed tokens that a prefill decodes at a time."""
 LARGEST = torch.finfo(torch.float16).max
+
+
+class Chunk(NamedTuple):
+    """What a prefill reads exactly, `[2, kv_heads, tokens, head_dim]`: `held` tokens, of which the first stands at
+    position `start`, and behind them the new ones."""
+
+    recent: torch.Tensor
+    start: int
+    held: int
 
 
 class CpuPath:
@@ -41,70 +50,63 @@ class CpuPath:
             lengths = step.tables.spans[: decodes * impl.num_kv_heads : impl.num_kv_heads, [1, 3, 4]].tolist()
             before = [Prefill(i, i, i + 1, p - e + n - 1) for i, (p, e, n) in enumerate(lengths)]
             decodes, prefills = 0, [*before, *prefills]
+        # All packing comes before any reading: a request may have hit a block that another one fills in this very step.
+        chunks = []
+        for one in prefills:
+            tables = step.packed_blocks[one.number], step.exact_blocks[one.number]
+            chunk = self._gather(key[one.first : one.last], value[one.first : one.last], exact, tables[1], one.known)
+            self._pack(chunk, one.known, packed, tables[0])
+            chunks.append((one, chunk, *tables))
         if decodes:
             now = slice(0, decodes)
-            output[now] = self.decode(query[now], key[now], value[now], packed, exact, step, impl.scale)
-        for one in prefills:
+            output[now] = self._decode(query[now], key[now], value[now], packed, exact, step, impl.scale)
+        for one, chunk, packed_blocks, exact_blocks in chunks:
             tokens = slice(one.first, one.last)
-            output[tokens] = self.prefill(
-                query[tokens], key[tokens], value[tokens], packed, exact, step.packed_blocks[one.number],
-                step.exact_blocks[one.number], one.known, impl.scale,
-            )  # fmt: skip
+            output[tokens] = self._attend(query[tokens], chunk, packed, packed_blocks, impl.scale)
+            self._leave(chunk, exact, exact_blocks)
 
-    def decode(
+    def _decode(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: torch.Tensor, exact: torch.Tensor,
         step: Any, scale: float,
     ) -> torch.Tensor:  # fmt: skip
-        """A token of each request: append it, attend over all tiers, and pack the groups that are complete now."""
+        """A token of each request: append it, pack the groups that are complete now, and attend over all tiers."""
         tables, form, dtype = step.tables, self.pages.form, self.pages.dtype
         count, heads, dim = query.shape
         kv_heads = key.shape[1]
         rows = slice(0, count * kv_heads)
         packed_base, exact_base = Place.of(packed).base, Place.of(exact).base
-        columns = max(1, -(-step.longest // form.tokens))
         spans = tables.spans[rows]
         there = decoding.Exact(tables.exact[rows] + exact_base, dtype)
-        pages = decoding.Packed(tables.packed[rows, :columns] + packed_base, form)
         keys, values = (x.reshape(count * kv_heads, dim).contiguous() for x in (key, value))
         decoding.append(keys, values, spans, there)
-        queries = query.reshape(count * kv_heads, heads // kv_heads, dim).contiguous()
-        out, _ = decoding.decode(queries, scale, spans, pages, there)
         if step.completes:
             due = (tables.due[rows, 1] >= 0).nonzero()[:, 0]
             places = tables.due[rows][due]
             places[:, 0] += packed_base
             peak = packing.pack_exact(form, (tables.sources[rows][due] + exact_base).contiguous(), places, dtype)
             _check(float(peak.max()) if len(peak) else 0.0)
+        columns = max(1, -(-step.longest // form.tokens))
+        pages = decoding.Packed(tables.packed[rows, :columns] + packed_base, form)
+        queries = query.reshape(count * kv_heads, heads // kv_heads, dim).contiguous()
+        out, _ = decoding.decode(queries, scale, spans, pages, there)
         return out.view(count, heads, dim)
 
-    def prefill(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: torch.Tensor, exact: torch.Tensor,
-        packed_blocks: torch.Tensor, exact_blocks: torch.Tensor, known: int, scale: float,
-    ) -> torch.Tensor:  # fmt: skip
-        """New tokens of a request behind `known` ones: attend over what is packed, what is exact and themselves, pack
-        the groups that are complete now, and leave exactly what the next step reads so."""
-        pages, form = self.pages, self.pages.form
-        new, kv_heads, _ = key.shape
+    def _attend(
+        self, query: torch.Tensor, chunk: Chunk, packed: torch.Tensor, blocks: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """A chunk over what is packed before it, what is exact, and itself."""
+        form, kv_heads = self.pages.form, chunk.recent.shape[1]
         shared_by = query.shape[1] // kv_heads
-        start = pages.packed(known)
-        held, start = self._held(exact, exact_blocks, start, known)
-        own = torch.stack([key, value]).transpose(1, 2)  # [2, kv_heads, new, dim]
-        recent = torch.cat([held, own], 2)
-
         queries = query.transpose(0, 1).unflatten(0, (kv_heads, shared_by))
-        parts = []
-        for first in range(0, start, BLOCK // form.tokens * form.tokens):
-            stop = min(start, first + BLOCK // form.tokens * form.tokens)
-            k, v = self._decoded(packed, packed_blocks, first, stop, query.dtype)
+        parts, step = [], BLOCK // form.tokens * form.tokens
+        for first in range(0, chunk.start, step):
+            k, v = self._decoded(packed, blocks, first, min(chunk.start, first + step), query.dtype)
             parts.append(attend(queries, _spread(k, shared_by), _spread(v, shared_by), scale))
-        if held.shape[2]:
-            parts.append(attend(queries, _spread(held[0], shared_by), _spread(held[1], shared_by), scale))
-        parts.append(attend(queries, _spread(own[0], shared_by), _spread(own[1], shared_by), scale, causal=True))
-        out = merge(parts)[0].to(query.dtype).flatten(0, 1).transpose(0, 1)
-
-        self._pack(recent, start, known, packed, packed_blocks)
-        self._leave(recent, start, known + new, exact, exact_blocks)
-        return out
+        for tokens, own in ((chunk.recent[:, :, : chunk.held], False), (chunk.recent[:, :, chunk.held :], True)):
+            if tokens.shape[2]:
+                k, v = (_spread(x, shared_by) for x in tokens)
+                parts.append(attend(queries, k, v, scale, causal=own))
+        return merge(parts)[0].to(query.dtype).flatten(0, 1).transpose(0, 1)
 
     # -- exact tokens -------------------------------------------------------------------------------------
 
@@ -112,23 +114,27 @@ class CpuPath:
         """Exact blocks as `[blocks, kv_heads, pages, 2, 32, head_dim]` of numbers."""
         return exact.view(self.pages.dtype).unflatten(3, (2, PAGE, self.pages.form.head_dim))
 
-    def _held(self, exact: torch.Tensor, blocks: torch.Tensor, start: int, known: int) -> tuple[torch.Tensor, int]:
-        """Keys and values `[2, kv_heads, tokens, head_dim]` that are read exactly, and the position of the first: later
-        than `start` where a prefix hit left some out."""
+    def _gather(
+        self, key: torch.Tensor, value: torch.Tensor, exact: torch.Tensor, blocks: torch.Tensor, known: int
+    ) -> Chunk:
+        """A copy of what is read exactly: exact tokens of a request that has `known` ones, from later on where a prefix
+        hit left some out, and the new ones."""
+        start = self.pages.packed(known)
         block, state = _at(exact, blocks, start // PAGE, -(-known // PAGE))
         there = (block != NULL).nonzero()[:, 0]
         left = int(there[0]) if len(there) else len(block)
         start = min(known, start + left * PAGE)
         found = self._tokens(exact)[block[left:], :, state[left:]]  # [pages, kv_heads, 2, 32, dim]
-        return found.permute(2, 1, 0, 3, 4).flatten(2, 3)[:, :, : known - start], start
+        held = found.permute(2, 1, 0, 3, 4).flatten(2, 3)[:, :, : known - start]
+        return Chunk(torch.cat([held, torch.stack([key, value]).transpose(1, 2)], 2), start, known - start)
 
-    def _leave(self, recent: torch.Tensor, at: int, length: int, exact: torch.Tensor, blocks: torch.Tensor) -> None:
-        """Write what the next step reads exactly, of tokens `recent` from position `at` on."""
-        first = max(at, self.pages.packed(length))
+    def _leave(self, chunk: Chunk, exact: torch.Tensor, blocks: torch.Tensor) -> None:
+        """Write what the next step reads exactly."""
+        length = chunk.start + chunk.recent.shape[2]
+        first = max(chunk.start, self.pages.packed(length))
         if first >= length:
             return
-        kept = recent[:, :, first - at :]
-        kept = torch.nn.functional.pad(kept, (0, 0, 0, -(length - first) % PAGE))
+        kept = torch.nn.functional.pad(chunk.recent[:, :, first - chunk.start :], (0, 0, 0, -(length - first) % PAGE))
         block, state = _at(exact, blocks, first // PAGE, -(-length // PAGE))
         self._tokens(exact)[block, :, state] = kept.unflatten(2, (-1, PAGE)).permute(2, 1, 0, 3, 4)
 
@@ -146,10 +152,10 @@ class CpuPath:
         keys, values = decode_page(form, fields, dtype)
         return tuple(x.view(heads, count * form.tokens, -1)[:, : stop - first] for x in (keys, values))  # type: ignore[return-value]
 
-    def _pack(self, recent: torch.Tensor, at: int, known: int, packed: torch.Tensor, blocks: torch.Tensor) -> None:
-        """Pack the groups that tokens behind `known` complete, of tokens `recent` from position `at` on: the rest of a
-        page that is begun, whole pages, and the beginning of another."""
-        form = self.pages.form
+    def _pack(self, chunk: Chunk, known: int, packed: torch.Tensor, blocks: torch.Tensor) -> None:
+        """Pack the groups that tokens behind `known` complete: the rest of a page that is begun, whole pages, and the
+        beginning of another."""
+        form, recent, at = self.pages.form, chunk.recent, chunk.start
         first, stop = known // form.group * form.group, (at + recent.shape[2]) // form.group * form.group
         while first < stop:
             slot = first % form.tokens
