@@ -105,6 +105,7 @@ class CudaPath:
         self.peak = torch.zeros(1, dtype=torch.int32, device=device)
         self._coming: Callable[[], list[float]] | None = None
         self._steps = 0
+        self._warm = False
 
     def prepare(self, step: Any) -> None:
         """Before the layers of a step, and before a graph is replayed."""
@@ -165,6 +166,9 @@ class CudaPath:
         """Chunks of prompts. What is there exactly is read before anything is written: it may be the same blocks."""
         from fivefold.kernels.paged_pack import triton as kernel
 
+        if not self._warm:  # compiled while vLLM warms up, not behind the first long prompt
+            self._warm, nothing = True, key.new_empty((2, PAGE, *key.shape[1:]))
+            kernel.gather(self.pages.form, packed, exact, 0, 0, PAGE, PAGE, nothing[0], nothing[1])
         plan, attend = step.plan, self._attention(impl.scale, query.shape[2])
         for run in plan.runs:
             at = slice(run.first, run.last)
