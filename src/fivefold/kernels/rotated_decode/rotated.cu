@@ -142,16 +142,16 @@ constexpr int N = TEAM * D;                                   // rotated channel
 constexpr int TILES = D / 8, STEPS = D / 16;                  // of columns, and of channels, of a product
 constexpr int COLUMNS = EACH * TEAM < 8 ? 8 : EACH * TEAM, PARTS = COLUMNS / 8;
 constexpr int SCALES = KV_HEADS * GROUPS;                     // groups of a token
-constexpr int XROW = 80, SCALE_ROW = 144;                     // bytes, so that rows begin in other banks
+constexpr int XROW = 80;                                      // bytes, so that rows begin in other banks
 constexpr int QUAD = (TILES / 4 + 1) * 16, QROW = 4 * QUAD;   // of what a thread of four needs, of queries and of angles
 constexpr int PART_ROW = 36;
-constexpr int AT_RAW = N * XROW, AT_SCALES = AT_RAW + N * 64, AT_QUERIES = AT_SCALES + 2 * SCALES * SCALE_ROW;
+constexpr int AT_RAW = N * XROW, AT_SCALES = AT_RAW + N * 64, AT_QUERIES = AT_SCALES + 2 * SCALES * 128;
 constexpr int AT_TURNS = AT_QUERIES + COLUMNS * QROW, AT_PARTS = AT_TURNS + 32 * QROW;
 constexpr int AT_LIST = AT_PARTS + 4 * TEAM * COLUMNS * PART_ROW, AT_ENTRIES = AT_LIST + 4 * N;
 constexpr int AT_FACTORS = AT_ENTRIES + 48 * KV_HEADS, AT_LINES = AT_FACTORS + 4 * COLUMNS;
 constexpr int AT_MARKS = AT_LINES + 4 * COLUMNS;
 constexpr int BYTES [[maybe_unused]] = AT_MARKS + 16 + 8 * TEAM * MARKS;
-static_assert(32 * ((KV_HEADS * D + 31) / 32) <= N * XROW, "the bits of what is there fit where keys will be");
+static_assert(N >= KV_HEADS * D / 32, "the bits of what is there fit into the list");
 
 // Of two numbers of a pair p of channels: where the first is, the other two behind it. A thread of four has pairs t,
 // t + 4, ...; what it has of two of them that follow each other is a word, so that no product wants them otherwise.
@@ -166,25 +166,19 @@ __device__ __forceinline__ void dequantise(char* memory, const u32 (&raw)[OWN], 
   const u32 mask = (((1u << BITS) - 1) << bit) * 0x10001u, down = half2_pow2(-bit);
   const u32 less = half2_pow2(10 - bit) ^ 0x80008000u;
 #pragma unroll
-  for (int c = 0; c < OWN; c++) {
-    // All that is read first: the compiler cannot know that it is not what is written.
-    uint4 words[4], steps[4], zeros[4];
+  for (int c = 0; c < OWN; c++)
 #pragma unroll
     for (int q = 0; q < 4; q++) {
+      const uint4 word = load16(memory + raw[c] + q * N * 16);
       const char* const at = at_scales + scales[c] + q * 16;
-      words[q] = load16(memory + raw[c] + q * N * 16), steps[q] = load16(at), zeros[q] = load16(at + 64);
-    }
-#pragma unroll
-    for (int q = 0; q < 4; q++) {
-      const u32 w[4] = {words[q].x, words[q].y, words[q].z, words[q].w};
-      const u32 x[4] = {steps[q].x, steps[q].y, steps[q].z, steps[q].w};
-      const u32 z[4] = {zeros[q].x, zeros[q].y, zeros[q].z, zeros[q].w};
+      const uint4 scale = load16(at), zero = load16(at + 64);
+      const u32 w[4] = {word.x, word.y, word.z, word.w}, x[4] = {scale.x, scale.y, scale.z, scale.w};
+      const u32 z[4] = {zero.x, zero.y, zero.z, zero.w};
       u32 y[4];
 #pragma unroll
       for (int k = 0; k < 4; k++) y[k] = fma2(fma2((w[k] >> SHIFT & mask) | thousand, down, less), x[k], z[k]);
       *reinterpret_cast<uint4*>(memory + to[c] + q * 16) = make_uint4(y[0], y[1], y[2], y[3]);
     }
-  }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
@@ -195,13 +189,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   extern __shared__ __align__(128) char memory[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, me = threadIdx.x;
   launch_dependents();
-  // Where there are few shares, each of a page then, several programs take planes of one in turn.
-  const int total = starts[rows];
-  int split = min(PLANES, max(1, int(gridDim.x) / max(1, total)));
-  const int sub = blockIdx.x % split;
-  const Share s = share_of(spans, starts, rows, blockIdx.x / split, lane);
-  if (s.row >= rows || (s.last - s.first > 1 && sub)) return;
-  if (s.last - s.first > 1) split = 1;
+  const Share s = share_of(spans, starts, rows, blockIdx.x, lane);
+  if (s.row >= rows) return;
   const int row = s.row, low = s.low, high = s.high, first = s.first, last = s.last, base = spans[row * SPAN + 7];
   const int first_row = row / KV_HEADS * KV_HEADS;
   places += (row - first_row) * D;
@@ -216,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   u32* const list = reinterpret_cast<u32*>(memory + AT_LIST);
   u32* const bits = reinterpret_cast<u32*>(memory);  // the place of the keys, before there are any
   constexpr int MASKS = (KV_HEADS * D + 31) / 32;
-  for (int i = me; i < 8 * MASKS; i += THREADS) bits[i] = 0;
+  for (int i = me; i < MASKS; i += THREADS) bits[i] = 0;
   int* const marks = reinterpret_cast<int*>(memory + AT_MARKS);
   if (me == 0) marks[0] = 0;
   float* const factors = reinterpret_cast<float*>(memory + AT_FACTORS);  // by column, of its scores
@@ -234,17 +223,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     if (lane == 0) factors[column] = fmaxf(most, 1e-30f), lines[column] = at;
   }
   __syncthreads();
-  // Eight threads that store together take channels whose rows begin in other banks, the k-th of each eighth of them as
-  // they were sorted: so they share scales, too, more often than not.
 #pragma unroll
-  for (int c = 0; c < OWN; c++) atomicOr(bits + me % 8 * MASKS + (stands[c] >> 5), 1u << (stands[c] & 31));
+  for (int c = 0; c < OWN; c++) atomicOr(bits + (stands[c] >> 5), 1u << (stands[c] & 31));
   __syncthreads();
 #pragma unroll
   for (int c = 0; c < OWN; c++) {
-    const u32* const mine = bits + me % 8 * MASKS;
-    int rank = __popc(mine[stands[c] >> 5] & ((1u << (stands[c] & 31)) - 1));
-    for (int i = 0; i < stands[c] >> 5; i++) rank += __popc(mine[i]);
-    list[rank * 8 + me % 8] = stands[c] | (me + c * THREADS) << 16;
+    int rank = __popc(bits[stands[c] >> 5] & ((1u << (stands[c] & 31)) - 1));
+    for (int i = 0; i < stands[c] >> 5; i++) rank += __popc(bits[i]);
+    list[rank] = stands[c] | (me + c * THREADS) << 16;
   }
   __syncthreads();
 
@@ -256,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     const int i = me + c * THREADS;
     place[c] = list[i] & 0xffff;
     raw[c] = AT_RAW + i * 16;
-    scales[c] = place[c] / CHANNELS * SCALE_ROW, to[c] = (list[i] >> 16) * XROW;
+    scales[c] = place[c] / CHANNELS * 128, to[c] = (list[i] >> 16) * XROW;
   }
   auto fetch_words = [&](int page) {
 #pragma unroll
@@ -274,13 +260,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       if (SCALES * 8 % THREADS && i >= SCALES * 8) break;
       const char* from =
           reinterpret_cast<const char*>(entries[(page & 1) * 3 * KV_HEADS + group / GROUPS * 3 + 1 + field]);
-      copy16(shared(memory) + AT_SCALES + (buffer * SCALES + group) * SCALE_ROW + i % 8 * 16,
+      copy16(shared(memory) + AT_SCALES + buffer * SCALES * 128 + i * 16,
              from + (plane * GROUPS + group % GROUPS) * 64 + q * 16);
     }
   };
   if (first < last) {
     fetch_words(first);
-    fetch_scales(first, sub, 0);
+    fetch_scales(first, 0, 0);
   }
   commit();
   const float norm = rsqrtf(float(N));
@@ -296,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       const int mark =
           reinterpret_cast<const short*>(table[((long long)(row + f) * columns + page) * FIELDS + 6] * 2)[k];
       const int slot = page * TOKENS + mark;
-      if (mark >= 0 && slot >= low && slot < high && mark / 32 % split == sub) {
+      if (mark >= 0 && slot >= low && slot < high) {
         const int place = atomicAdd(marks, 1);
         if (place < TEAM * SINKS) marks[2 + 2 * place] = f * SINKS + k, marks[3 + 2 * place] = slot;
       }
@@ -350,18 +336,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   u32 thousand = 0x64006400u;
   keep(thousand);  // an instruction takes one constant
 
-  int buffer = 0, before = -1;
+  int buffer = 0;
   for (int page = first; page < last; page++) {
 #pragma unroll 1
-    for (int j = sub; j < PLANES; j += split, buffer ^= 1) {
+    for (int j = 0; j < PLANES; j++, buffer ^= 1) {
       wait<0>();
       __syncthreads();
       const int slot = page * TOKENS + j * 32;
-      if (before >= 0) leave(before);
-      before = slot;
+      if (slot > first * TOKENS) leave(slot - 32);
       if (j == 0 && page + 1 < last) look_up(page + 1);
-      const bool more = j + split < PLANES;
-      if (more || page + 1 < last) fetch_scales(more ? page : page + 1, more ? j + split : 0, buffer ^ 1);
+      const int ahead = j + 1 < PLANES ? page : page + 1;
+      if (ahead < last) fetch_scales(ahead, j + 1 < PLANES ? j + 1 : 0, buffer ^ 1);
       commit();
       {
         // Parts of 2**64 of a revolution: what is beyond a whole one falls off by itself.
@@ -374,13 +359,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
           to[0] = float_to_half(even[i] * c + odd[i] * s_), to[2] = float_to_half(odd[i] * c - even[i] * s_);
         }
       }
-      const char* const at_scales = memory + AT_SCALES + buffer * SCALES * SCALE_ROW;
+      const char* const at_scales = memory + AT_SCALES + buffer * SCALES * 128;
       if (j < WITHIN)
         dequantise<0>(memory, raw, scales, to, at_scales, j * BITS, thousand);
       else
         dequantise<WITHIN * BITS>(memory, raw, scales, to, at_scales, (j - WITHIN) * BITS, thousand);
       __syncthreads();
-      if (!more && page + 1 < last) fetch_words(page + 1);
+      if (j == PLANES - 1 && page + 1 < last) fetch_words(page + 1);
       commit();
 
       float c[TILES][4];
@@ -434,7 +419,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   }
   wait<0>();
   __syncthreads();
-  if (before >= 0) leave(before);
+  if (first < last) leave(last * TOKENS - 32);
   if (SINKS > 0) {
     __syncthreads();  // what is exact comes after what stands in its place
     const int count = min(marks[0], TEAM * SINKS);
