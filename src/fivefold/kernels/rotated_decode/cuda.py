@@ -23,7 +23,7 @@ from fivefold.kernels.rotated_decode.reference import Rotated
 SOURCE = Path(__file__).with_name("rotated.cu")
 PAIRS, UNITS = 2, 3
 """Of `values`: pairs of warps of a program, and pages in shared memory for each."""
-EARLY = False
+EARLY = True
 """Launch `values` before `scores` is done (programmatic dependent launch): it waits itself."""
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MOST = 227 << 10
