@@ -92,6 +92,23 @@ def alone(
     return sorted(times)[len(times) // 2]
 
 
+def product(tokens: int, features: int, channels: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What torch's product takes that makes the keys of `cskv()` or `kv_heads()` of a layer again."""
+    x = torch.randn(tokens, features, device=DEVICE, dtype=dtype)
+    up, out = torch.randn(features, channels, device=DEVICE, dtype=dtype), x.new_empty(tokens, channels)
+    times = []
+    for _ in range(18):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        torch.mm(x, up, out=out)
+        last.record()
+        last.synchronize()
+        times.append(first.elapsed_time(last) * 1e3)
+    took = sorted(times[3:])[7]
+    rate = 2 * tokens * features * channels / took / 1e6
+    return {"product": [tokens, features, channels], "us": took, "tflop_s": rate}
+
+
 def step(model: Any, name: str, context: int, steps: int) -> dict[str, Any]:
     """A row: a step of a recipe as a graph, of a cache of transformers' launch by launch."""
     row: dict[str, Any] = {"recipe": name, "context": context}
@@ -166,6 +183,9 @@ def main(
                     rows.append({"shape": "llama-3-8b", **step(model, name, context, steps)})
                     write(out, rows)
     if kernels:
+        for features, dtype in ((208, torch.float16), (512, torch.bfloat16)):
+            rows.append(product(131072, features, 1024, dtype))
+            print(f"  torch's product {rows[-1]}", flush=True)
         for name, shape in SHAPES.items():
             for context in map(int, contexts.split(",")):
                 for how, more in {"": {}, "with window": {"whole": True}, "by Triton": {"path": "triton"}}.items():

@@ -22,7 +22,6 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 constexpr int NK = (HEADS * RK + 15) / 16 * 16, NV = (HEADS * RV + 15) / 16 * 16;
-constexpr bool ASYNC = true;
 constexpr int WIDTH = 64;  // channels of keys that are made at a time
 constexpr int KSTEPS = NK / 16, VSTEPS = NV / 16, CHUNKS = D / WIDTH;
 constexpr int BUFFERS = WIDTH == 64 ? 2 : 1;  // of such keys
@@ -465,21 +464,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             k[i][2 * j + r] = pair(one * cosine - other * sine, other * cosine + one * sine);
           }
       const u32* const query = turned + n % GROUP * QUERY_WORDS + WIDTH / 8 * chunk * 32;
-      if (ASYNC) {
-        products_begin();
+      // 16 channels of queries are two blocks of 8x8 numbers, as these lie.
+      const u64 queried = u64(shared(reinterpret_cast<const char*>(query)) >> 4) | u64(8) << 16 | u64(8) << 32;
+      products_begin();
 #pragma unroll
-        for (int i = 0; i < WIDTH / 16; i++)
-          product(s, k[i], u64(shared((const char*)query) >> 4) + 16 * i | u64(8) << 16 | u64(8) << 32, n + i > 0);
-        products_commit();
-      } else {
-#pragma unroll
-        for (int i = 0; i < WIDTH / 16; i++)
-          mma(s, k[i][0], k[i][1], k[i][2], k[i][3], query[64 * i + lane], query[64 * i + 32 + lane]);
-      }
+      for (int i = 0; i < WIDTH / 16; i++) product(s, k[i], queried + 16 * i, n + i > 0);
+      products_commit();
       if (BUFFERS == 1 && n + 1 < CHUNKS * GROUP) start(n + 1);
     }
 
-    if (ASYNC) products_wait<0>(s);
+    products_wait<0>(s);
 
     // Tokens `token + 4 g` and the next, of query heads 2t and 2t + 1.
     if (SCORES) {
