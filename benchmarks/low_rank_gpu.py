@@ -6,6 +6,7 @@ transformers' DynamicCache and of full(), in one run on a GPU; and the kernels o
 
 import gc
 import json
+import os
 import time
 import traceback
 from pathlib import Path
@@ -40,10 +41,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def alone(
     context: int, rank: int, bits: int | None = None, team: int = 8, dtype: torch.dtype = torch.float16, heads: int = 8,
-    query: int = 4, dim: int = 128, layers: int = 4, whole: bool = False, settings: dict[str, int] | None = None,
+    query: int = 4, dim: int = 128, layers: int = 4, whole: bool = False, path: str = "auto",
 ) -> float:  # fmt: skip
     """Microseconds of the kernels over the features of a layer, cycling over `layers` of them; whole: with a window of
-    exact tokens, and all merged. settings: of the Triton kernel, which is then taken."""
+    exact tokens, and all merged. path: FIVEFOLD_KERNELS."""
+    os.environ["FIVEFOLD_KERNELS"] = path
     ups = tuple(torch.randn(heads // team, team * rank, team * dim, device=DEVICE) * 0.05 for _ in range(2))
     form = Features(
         ranks=(rank, rank), bits=bits, head_dim=dim, dtype=dtype, team=team, blocks=heads // team, queries=query,
@@ -72,7 +74,7 @@ def alone(
             if whole:
                 decode(queries, 0.1, spans, one, exact, starts=starts, programs=programs)
             else:
-                kernel.attend(form, one, queries, 0.1, spans, starts[0], out, lse, settings)
+                kernel.attend(form, one, queries, 0.1, spans, starts[0], out, lse)
 
     run()
     torch.cuda.synchronize()
@@ -110,8 +112,6 @@ def step(model: Any, name: str, context: int, steps: int) -> dict[str, Any]:
 
 def agreement(recipe: str) -> None:
     """How far steps by kernels are from those by the reference, of a small model of random weights."""
-    import os
-
     model = bench.build({**bench.SHAPES["small"], "num_hidden_layers": 4}, DEVICE)
     written, outs = bench.for_random_weights(Recipe.parse(recipe), model.config), []
     ids = torch.randint(1, 1000, (1, 700), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -168,7 +168,7 @@ def main(
     if kernels:
         for name, shape in SHAPES.items():
             for context in map(int, contexts.split(",")):
-                for how, more in {"": {}, "with window": {"whole": True}, "triton": {"settings": {}}}.items():
+                for how, more in {"": {}, "with window": {"whole": True}, "by Triton": {"path": "triton"}}.items():
                     if time.perf_counter() - begin < seconds:
                         took = alone(context, **shape, **more)
                         rows.append({"kernels": name, "context": context, "how": how, "us": took})

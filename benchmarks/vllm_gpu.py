@@ -140,23 +140,35 @@ def small_model() -> Path:
 
 def checked(out: Path, recipes: list[str]) -> None:
     path = small_model()
-    rng, words, chunk = random.Random(1), SHAPES["small"][-1], 512
+    rng, words, chunk, count = random.Random(1), SHAPES["small"][-1], 512, 48
     prompts = [[rng.randrange(3, words) for _ in range(length)] for length in (5, 100, 300, 1100)]
     for recipe in recipes:
         began = time.perf_counter()
         settings = {"max_num_batched_tokens": chunk, "max_model_len": 4096, "max_num_seqs": 8}
         llm = engine(path, recipe, gpu_memory_utilization=0.3, **settings)
-        found = generate(llm, prompts[:3], 48)[1] + generate(llm, prompts[3:], 48)[1]
-        alone = [generate(llm, [ids], 48)[1][0] for ids in prompts[:3]]
-        again = generate(llm, prompts[3:], 48)[1][0]  # behind a prefix hit
+        found = generate(llm, prompts[:3], count)[1] + generate(llm, prompts[3:], count)[1]
+        again = generate(llm, prompts[:2], count)[1]  # a batch of others, with graphs of another size
+        hit = generate(llm, prompts[3:], count)[1][0]
         del llm
-        row: dict[str, Any] = {"recipe": recipe, "prompts": [len(ids) for ids in prompts], "of": 48}
-        row["alone_as_in_batch"] = [same(*both) for both in zip(alone, found)]
-        row["hit"] = same(again, found[3])
-        for name in (recipe, "full()"):
-            row[name] = [likeliest(path, name, ids, tokens, chunk) for ids, tokens in zip(prompts, found)]
+        row: dict[str, Any] = {"recipe": recipe, "prompts": [len(ids) for ids in prompts], "of": count}
+        row["again"] = [same(*both) for both in zip(again, found)]
+        row["behind_a_hit"] = same(hit, found[3])
+        given = list(zip(prompts, found))
+        half = [scores(path, recipe, *one, chunk, "bfloat16") for one in given]
+        whole = [scores(path, recipe, *one, chunk, "float32") for one in given]
+        full = [scores(path, "full()", *one, chunk, "bfloat16") for one in given]
+        texts = [torch_tensor(one) for one in found]
+        row["as_reference"] = [likeliest(x, y) for x, y in zip(half, texts)]
+        row["reference_in_float32_as_in_bfloat16"] = [likeliest(x, y.argmax(1)) for x, y in zip(half, whole)]
+        row["as_full"] = [likeliest(x, y) for x, y in zip(full, texts)]
         row["s"] = round(time.perf_counter() - began, 1)
         keep(out, "checks", row)
+
+
+def torch_tensor(numbers: list[int]) -> Any:
+    import torch
+
+    return torch.tensor(numbers)
 
 
 def same(one: list[int], other: list[int]) -> int:
@@ -164,27 +176,34 @@ def same(one: list[int], other: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
-def likeliest(path: Path, recipe: str, ids: list[int], tokens: list[int], chunk: int) -> tuple[int, float]:
-    """How many of the tokens Fivefold in transformers finds likeliest in their place, and by how much the worst of the
-    others is less likely than its likeliest, in nats."""
+def likeliest(logits: Any, tokens: Any) -> tuple[int, float]:
+    """How many of the tokens `[n]` are the likeliest by logits `[n, words]`, and by how much the worst of the others is
+    less likely than that, in nats."""
+    gaps = logits.max(1).values - logits.gather(1, tokens[:, None])[:, 0]
+    return int((logits.argmax(1) == tokens).sum()), round(float(gaps.max()), 3)
+
+
+def scores(path: Path, recipe: str, ids: list[int], tokens: list[int], chunk: int, dtype: str) -> Any:
+    """Logits `[n, words]` of Fivefold in transformers, by which each of the tokens behind a prompt is chosen, whatever
+    it was."""
     import torch
     from transformers import AutoModelForCausalLM
 
     import fivefold
 
     os.environ["FIVEFOLD_KERNELS"] = "reference"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).cuda()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(device)
     cache = fivefold.compress(model, recipe)
-    agreed, worst = 0, 0.0
+    found = []
     with torch.inference_mode():
         for first in range(0, len(ids), chunk):
-            given = torch.tensor([ids[first : first + chunk]], device="cuda")
+            given = torch.tensor([ids[first : first + chunk]], device=device)
             logits = model(given, past_key_values=cache).logits[0, -1].float()
         for token in tokens:
-            agreed += int(logits.argmax() == token)
-            worst = max(worst, float(logits.max() - logits[token]))
-            logits = model(torch.tensor([[token]], device="cuda"), past_key_values=cache).logits[0, -1].float()
-    return agreed, round(worst, 3)
+            found.append(logits.cpu())
+            logits = model(torch.tensor([[token]], device=device), past_key_values=cache).logits[0, -1].float()
+    return torch.stack(found)
 
 
 def main() -> None:
@@ -195,7 +214,7 @@ def main() -> None:
     parser.add_argument("--recipe", action="append", help="to check")
     parser.add_argument("--cache", default="auto", help="to time: a recipe, or auto or fp8")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=JSON", help="a setting of vLLM's")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     if given.what == "check":
         checked(given.out, given.recipe or ["kivi(bits=2)"])
     else:

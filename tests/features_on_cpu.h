@@ -68,6 +68,7 @@ static void await(uint32_t at, uint32_t phase) {
 }
 
 static void sync_warp() { meet({0}); }
+static uint4 again(const uint4* at) { return *at; }
 static std::map<int, long> workers_synced;
 static long worker_syncing[FIBERS];
 static void sync_worker(int worker) {
@@ -90,8 +91,8 @@ static float number_of(uint32_t x) {
 }
 template <int N>
 static void product(float (&c)[N], const uint32_t (&a)[4], uint64_t b, int add) {
-  if (b >> 62 != 3) abort();
-  const long start = (b & 0x3fff) * 16, eight_wide = (b >> 32 & 0x3fff) * 16;
+  const long start = (b & 0x3fff) * 16, eight_deep = (b >> 16 & 0x3fff) * 16, eight_wide = (b >> 32 & 0x3fff) * 16;
+  const bool swaps = b >> 62 == 3;
   const int place = meet({a[0], a[1], a[2], a[3]}), g = current % 32 / 4, t = current % 4;
   for (int i = 0; i < N; i++) {
     const int column = i / 4 * 8 + 2 * t + i % 2, below = i / 2 % 2;
@@ -99,8 +100,10 @@ static void product(float (&c)[N], const uint32_t (&a)[4], uint64_t b, int add) 
     for (int k = 0; k < 16; k++) {
       const uint32_t x = of(place, 4 * g + k % 8 / 2)[k / 8 * 2 + below] >> k % 2 * 16 & 0xffff;
       uint16_t y;
-      const long at = start + column / 8 * eight_wide + column % 8 * 32 + k * 2;
-      memcpy(&y, memory + (at ^ (at >> 3 & 16)), 2);
+      long at = start + column / 8 * eight_wide;
+      if (swaps) at += column % 8 * 32 + k * 2, at ^= at >> 3 & 16;
+      else at += k / 8 * eight_deep + column % 8 * 16 + k % 8 * 2;
+      memcpy(&y, memory + at, 2);
       sum += (double)number_of(x) * number_of(y);
     }
     c[i] = sum;

@@ -5,8 +5,8 @@
 static uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
   return pair(fmaf(low(a), low(b), low(c)), fmaf(high(a), high(b), high(c)));
 }
+static void wait_for_previous() {}
 static float cos_(float x) { return cosf(x); }
 static float sin_(float x) { return sinf(x); }
 static float rsqrtf(float x) { return 1 / sqrtf(x); }
 static unsigned atomicOr(unsigned* at, unsigned x) { const unsigned old = *at; return *at |= x, old; }
-static int atomicAdd(int* at, int x) { const int old = *at; return *at += x, old; }

@@ -186,9 +186,8 @@ def test_pages_of_other_kinds(case: tuple[Method, int, torch.dtype, int], tmp_pa
         tensors = (queries, table, slots, span, starts, out, lse, learned[0] if learned else lse, found, lse)
         pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
         sizes = (rows, columns, slots.shape[1], heads, columns * page, 0)
-        launch(
-            programs, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), *sizes, *[ctypes.c_longlong(0)] * 2
-        )
+        bases = (ctypes.c_longlong(0),) * 2
+        launch(programs, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), *sizes, *bases)
         for row in range(2):
             part = slice(int(starts[row]), int(starts[row + 1]))
             natural = lse[part].double() * math.log(2)

@@ -49,6 +49,7 @@ CASES = [
     ((3, 128, 4, 2, 4, True), 5, torch.float16),
     ((4, 64, 4, 4, 0, True), 1, torch.float32),
     ((4, 128, 1, 4, 2, False), 8, torch.float32),
+    ((2, 64, 4, 4, 4, True), 7, torch.bfloat16),
 ]
 
 

@@ -147,3 +147,9 @@ def test_both_paths_serve_alike(bits: int, residual: int, monkeypatch) -> None:
     step((1, 1), (2, 1), (3, 21))
     step((0, 1), (1, 1), (2, 1), (3, 1))
     assert path.peak.view(torch.float32).item() > 2
+    for table in tables:
+        table[[0, 3]] = 0
+    lengths[0], lengths[3] = 0, hit  # a hit of blocks that the same step fills, for another request
+    for place in range(hit // pages.block):
+        tables[0][[0, 3], place] = next(ids)
+    step((3, 1), (0, hit + 2))

@@ -157,6 +157,8 @@ def test_recipes_that_are_refused(recipe: str, said: str) -> None:
         ({"speculation": "ngram"}, "speculation (ngram)"),
         ({"pipeline": 2}, "pipeline parallel (2)"),
         ({"block_size": 16}, "--block-size 16"),
+        ({"prefix": True}, "looks ahead within images"),
+        ({"microbatches": True}, "--enable-dbo"),
         ({"one_group": True}, "--disable-hybrid-kv-cache-manager"),
         ({"context_parallel": 2}, "context parallel (2)"),
     ],

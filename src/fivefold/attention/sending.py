@@ -1,9 +1,16 @@
-"""Numbers that the host writes and a device reads at a fixed place."""
+"""Numbers that the host writes and a device reads at a fixed place, and the tables of pages there."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+
+from fivefold.kernels.device import sent
+from fivefold.store.bank import Bank
+from fivefold.store.rows import Bounds
+from fivefold.store.tier import Tier
 
 
 class Sending:
@@ -34,3 +41,33 @@ class Sending:
         event = self._events[self._turn]
         if event is not None:
             event.record()
+
+
+def send_pages(bank: Bank, tier: Tier, names: Sequence[str], table: torch.Tensor, unit: int, rows_there: int) -> None:
+    """Bring a table of pages on a device up to date with a tier of a bank: where what changed lies.
+
+    table: int64 `[layers * rows_there, columns]`, or with a last axis of `names` where there are several; unit: bytes
+    that an address counts.
+    """
+    if not tier.changed:
+        return
+    places = []
+    for rows, columns in tier.changed:
+        bounds = Bounds(*bank.data[:, rows])
+        count = bounds.exact_pages if tier is bank.exact else bounds.packed_pages(bank.packing)
+        there = columns < count  # what stands behind is nobody's
+        places.append([x[there] for x in np.broadcast_arrays(rows, columns)])
+    rows, columns = (np.concatenate(parts) for parts in zip(*places))
+    where = {name: (pool, tier.tables[i]) for pool, name, i in tier.fields()}
+    pages = [(where[name][0], name, where[name][1][rows, columns]) for name in names]
+    if bank.rows < rows_there:
+        rows = rows // bank.rows * rows_there + rows % bank.rows
+    at = rows * table.shape[1] + columns
+    if len(at) and table.device.type != "meta":
+        new = np.stack([pool.addresses(name, ids) for pool, name, ids in pages], 1) // unit
+        target = table.view(-1, len(names))
+        if table.device.type == "cpu":
+            target.numpy()[at] = new
+        else:
+            target.index_copy_(0, *sent(table.device, at, new))
+    tier.known()

@@ -14,16 +14,15 @@ import torch
 
 from fivefold.attention.compensate import Left, beside, compensates, left_of_all
 from fivefold.attention.merge import with_sinks
-from fivefold.attention.sending import Sending
-from fivefold.attention.watch import NUMBERS, Aside, Picked, Watch, bank_chooses, uniform
+from fivefold.attention.picks import Picked, Shares
+from fivefold.attention.sending import Sending, send_pages
+from fivefold.attention.watch import NUMBERS, Aside, Watch, bank_chooses
 from fivefold.kernels.choice import choose
-from fivefold.kernels.device import sent
 from fivefold.kernels.packed_decode import schedule
-from fivefold.store.bank import Bank, BankLayer
+from fivefold.store.bank import Bank
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.rows import PAGE, Bounds, Span
-from fivefold.store.tier import Tier
 
 
 def kernels(device: torch.device) -> ModuleType:
@@ -96,9 +95,7 @@ class DeviceTables:
         """Where that is brought up to date in a captured step."""
         self.picked: Picked | None = None
         """Of the step that is under way, where layers read what others pick."""
-        self._uniform: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
-        self._near: dict[bytes, torch.Tensor] = {}
-        """Whose picks each row reads: a captured graph needs them as long as there is one."""
+        self.shares: Shares | None = None
         self.left = Left(self, bank) if self.listed and any(compensates(layer) for layer in bank.layers) else None
         width = self.rows * schedule.SPAN + (2 * (self.rows + 1) if self.listed else 0)
         self._watched = slice(width, width + (self.rows * NUMBERS if self.watches else 0))
@@ -174,9 +171,7 @@ class DeviceTables:
         """Bytes on the device and of what is sent there."""
         hosts = 0 if self._ahead is None else self._ahead.nbytes
         tables = self._exact.nbytes + self._packed.nbytes + self._sending.nbytes + self._padding.nbytes
-        beside = sum(x.nbytes for x in (self.watch, self.left, *self._learned.values()) if x is not None)
-        beside += sum(spans.nbytes + starts.nbytes for spans, starts, _ in self._uniform.values())
-        beside += sum(near.nbytes for near in self._near.values())
+        beside = sum(x.nbytes for x in (self.watch, self.left, self.shares, *self._learned.values()) if x is not None)
         return tables + hosts + beside
 
     def fit(self) -> bool:
@@ -200,9 +195,9 @@ class DeviceTables:
     def sync(self) -> None:
         """Make the page tables those of the bank."""
         bank, reader = self.bank, self.readers[0]
-        self._send(bank.exact, KV, self._exact, 16)
+        send_pages(bank, bank.exact, KV, self._exact, 16, self.rows)
         if bank.packed is not None and reader is not None:
-            self._send(bank.packed, reader.fields, self._packed, reader.unit)
+            send_pages(bank, bank.packed, reader.fields, self._packed, reader.unit, self.rows)
             for layer in bank.layers if reader.learned else ():
                 self._copy(layer, reader.learned)
 
@@ -224,30 +219,6 @@ class DeviceTables:
         if self._synced is None or self._synced is not self.bank.change:
             self.sync()
             self._synced = self.bank.change
-
-    def _send(self, tier: Tier, names: tuple[str, ...], table: torch.Tensor, unit: int) -> None:
-        if not tier.changed:
-            return
-        bank, places = self.bank, []
-        for rows, columns in tier.changed:
-            bounds = Bounds(*bank.data[:, rows])
-            count = bounds.exact_pages if tier is bank.exact else bounds.packed_pages(bank.packing)
-            there = columns < count  # what stands behind is nobody's
-            places.append([x[there] for x in np.broadcast_arrays(rows, columns)])
-        rows, columns = (np.concatenate(parts) for parts in zip(*places))
-        where = {name: (pool, tier.tables[i]) for pool, name, i in tier.fields()}
-        pages = [(where[name][0], name, where[name][1][rows, columns]) for name in names]
-        if bank.rows < self.rows:
-            rows = rows // bank.rows * self.rows + rows % bank.rows
-        at = rows * table.shape[1] + columns
-        if len(at) and self.device.type != "meta":
-            new = np.stack([pool.addresses(name, ids) for pool, name, ids in pages], 1) // unit
-            target = table.view(-1, len(names))
-            if self.device.type == "cpu":
-                target.numpy()[at] = new
-            else:
-                target.index_copy_(0, *sent(self.device, at, new))
-        tier.known()
 
     def update(self) -> None:
         """Page tables and spans, as the bank has them now: before a step of all rows."""
@@ -430,8 +401,9 @@ class DeviceTables:
         """Attention over what an earlier layer of this step picked, and the newest token; beside the whole exact tier
         where anything is packed."""
         assert self.picked is not None
-        picks = self.picked.of(self._taken_over(layer))
-        spans, starts, programs = self._spread(picks.shape[1])
+        shares = self._shared()
+        picks = self.picked.of(shares.near(self.picked, layer))
+        spans, starts, programs = shares.spread(picks.shape[1])
         settings: dict[str, Any] = {"picks": picks, "with_lse": sinks is not None}
         if packed is None:
             settings |= {"starts": (starts, starts), "programs": (programs, programs)}
@@ -444,30 +416,12 @@ class DeviceTables:
         out, lse = kernels(self.device).decode(queries, scaling, span, packed, exact, **settings)
         return with_sinks(out, lse, sinks)
 
-    def _spread(self, count: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Spans and a work list of rows that read `count` picks each, and how many programs there are."""
-        if count not in self._uniform:
+    def _shared(self) -> Shares:
+        if self.shares is None:
             tile = schedule.PICKS if self.packed_columns else schedule.TILE
             programs = kernels(self.device).programs_for(self.rows, self.device)[1]
-            spans, starts = uniform(self.rows, count, tile, programs)
-            with torch.inference_mode(False):
-                there = torch.from_numpy(spans).to(self.device), torch.from_numpy(starts).to(self.device)
-            self._uniform[count] = (*there, int(starts[-1]))
-        return self._uniform[count]
-
-    def _taken_over(self, layer: BankLayer) -> torch.Tensor | None:
-        """Whose picks each row of a layer reads, int64 `[rows]`; None is its own."""
-        assert self.picked is not None
-        near = self.picked.reads.nearest.get(layer.spec.layer)
-        if near is None:
-            return None
-        heads = np.asarray(near[1])[:, 0]
-        key = heads.tobytes()
-        if key not in self._near:
-            rows = np.arange(self.rows).reshape(-1, len(heads))[:, heads].reshape(-1)
-            with torch.inference_mode(False):
-                self._near[key] = torch.from_numpy(rows).to(self.device)
-        return self._near[key]
+            self.shares = Shares(self.rows, self.device, tile, programs)
+        return self.shares
 
     # -- what a step looks at -----------------------------------------------------------------------------
 
@@ -504,8 +458,8 @@ class DeviceTables:
             self._pages = self._ahead = None
         for layer in self.bank.layers:
             if self.picked is not None and self.picked.role(layer) == "sparse":  # not while a graph is captured
-                self._spread(self.picked.reads.top + 1)
-                self._taken_over(layer)
+                self._shared().spread(self.picked.reads.top + 1)
+                self._shared().near(self.picked, layer)
         if self.watches and watches:
             if self.watch is None:
                 self.watch = Watch(self, self.bank)

@@ -21,7 +21,7 @@ import torch
 
 from fivefold.kernels.packed_decode import schedule
 from fivefold.kernels.packed_decode.reference import Form
-from fivefold.store.bank import Bank, BankLayer
+from fivefold.store.bank import Bank
 from fivefold.store.held import Held
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.rows import PAGE, Bounds
@@ -265,37 +265,6 @@ def _index(rows: np.ndarray, device: torch.device) -> slice | torch.Tensor:
     return torch.from_numpy(rows).to(device)
 
 
-class Picked:
-    """What layers of one step pick for those behind them: int32 `[rows, top + 1]`, the newest token last."""
-
-    def __init__(self, reads: Any) -> None:
-        self.reads = reads
-        self._picks: torch.Tensor | None = None
-        self._layer = -1
-
-    def role(self, layer: BankLayer) -> str:
-        """What a layer does in a step: "full", "select", or "sparse"."""
-        if any(extent.recent is not None for extent in layer.extents):
-            return "full"  # all of its heads have windows, which they read
-        return str(self.reads.roles.get(layer.spec.layer, "full"))
-
-    def there(self, layer: BankLayer) -> bool:
-        """Whether what this layer is to read has been picked."""
-        near = self.reads.nearest.get(layer.spec.layer)
-        return self._picks is not None and (near is None or near[0] == self._layer)
-
-    def put(self, layer: BankLayer, received: torch.Tensor, spans: torch.Tensor) -> None:
-        """A layer picks. received: as `rank` gives it."""
-        top, self._layer = self.reads.top, layer.spec.layer
-        values, indices = received.topk(min(top, received.shape[1]), 1, sorted=False)
-        self._picks = _kernels().picks(values, indices, spans, top)
-
-    def of(self, near: torch.Tensor | None) -> torch.Tensor:
-        """What a layer reads whose rows take over from these, int64 `[rows]`; None is each from its own."""
-        assert self._picks is not None
-        return self._picks if near is None else self._picks.index_select(0, near)
-
-
 class Aside:
     """What a captured step makes of its attention. No later layer of it wants to know, so it runs on a stream of its
     own, beside the products of the layers; what it reads is held until these have waited for it (`join`)."""
@@ -325,14 +294,6 @@ class Aside:
         while len(self._under_way) > most:
             event, _ = self._under_way.pop(0)
             torch.cuda.current_stream(self._stream.device).wait_event(event)
-
-
-def uniform(rows: int, count: int, tile: int, programs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Spans int32 `[rows, SPAN]` of rows that read `count` picks each, and their work list int32 `[rows + 1]`."""
-    spans = np.zeros((rows, schedule.SPAN), dtype=np.int32)
-    spans[:, 4] = count
-    pages = np.full((2, rows), -(-count // tile))
-    return spans, schedule.starts_of(pages, (programs, programs))[0]
 
 
 def bank_chooses(layers: Sequence[Any]) -> bool:

@@ -88,6 +88,8 @@ def vllm_check(
 def _ask(wanted: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-m", "fivefold.serving.vllm.offline"]
     environment = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
+    if "kv_cache_memory_bytes" in wanted["settings"]:
+        del environment["VLLM_CPU_KVCACHE_SPACE"]  # on a CPU it would count instead
     done = subprocess.run(command, input=json.dumps(wanted), capture_output=True, text=True, env=environment)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]

@@ -97,7 +97,7 @@ def _over_groups(
         if alone:
             q, k, v, s = queries, keys, values, sinks
         else:
-            rows = group.rows_on(queries.device)
+            rows = group.index_on(queries.device)
             q, k, v = queries[rows][:, :, new], keys[rows][:, new], values[rows][:, new]
             s = None if sinks is None else sinks[rows]
         if not stored and (group.held is not None or not k.is_cuda):  # see `attend`

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from fivefold.attention.picks import Picked
 from fivefold.attention.tables import tables_of
-from fivefold.attention.watch import Picked, unsteady
+from fivefold.attention.watch import unsteady
 from fivefold.engine.picks import Reads
 from fivefold.store.bank import Bank
 from fivefold.store.layer_cache import LayerCache

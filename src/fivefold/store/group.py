@@ -89,6 +89,11 @@ class RowGroup:
             self._rows_on = sent(device, self.rows)[0]
         return self._rows_on
 
+    def index_on(self, device: torch.device) -> slice | torch.Tensor:
+        """`rows` as an index of tensors on a device: a slice, which makes views, where they are a run."""
+        run = isinstance(self._index, slice)
+        return slice(int(self.rows[0]), int(self.rows[-1]) + 1) if run else self.rows_on(device)
+
     @property
     def exact(self) -> np.ndarray:
         """Pages of the exact tier: int64 `[rows, columns]`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -103,6 +103,14 @@ class Way(NamedTuple):
         return cls(gone, columns, fresh, start, count, gone + column, slot)
 
 
+@lru_cache(maxsize=16)
+def _way(old: Bounds, new: Bounds, packing: Packing, rows: int) -> Way:
+    """`Way.between` of rows that all have these bounds; not to be written to."""
+    out = np.array(Way.between(old.repeated(1), new.repeated(1), packing)).repeat(rows, 1)
+    out.flags.writeable = False
+    return Way(*out)
+
+
 def pack(
     bank: Tables,
     rows: np.ndarray,
@@ -120,7 +128,9 @@ def pack(
     """
     tier, packing, change = bank.packed, bank.packing, bank.change
     assert tier is not None and packing is not None and change is not None
-    gone, columns, fresh, start, count, column, slot = Way.between(old, new, packing)
+    alike = group is not None and chunk is not None  # as in every layer of a chunk
+    way = _way(*(Bounds(*(int(x[0]) for x in one)) for one in (old, new)), packing, len(rows)) if alike else None
+    gone, columns, fresh, start, count, column, slot = way or Way.between(old, new, packing)
     for wanted in np.unique(fresh[fresh > 0]).tolist():
         some = fresh == wanted
         tier.widen(change, rows[some], columns[some], wanted)

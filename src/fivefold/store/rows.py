@@ -15,6 +15,7 @@ many: the same formulas serve both.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,8 +138,8 @@ class Bounds(NamedTuple):
         return Bounds(*(x[which] for x in self))
 
     def repeated(self, rows: int) -> Bounds:
-        """Of one row, as arrays of so many."""
-        return Bounds(*(np.full(rows, x) for x in self))
+        """Of one row, as arrays of so many, which are not to be written to: layers of a chunk ask for the same."""
+        return _repeated(self, rows)
 
     @property
     def extent(self) -> Extent:
@@ -313,6 +314,13 @@ class Bounds(NamedTuple):
             return out
         stop = max(self.packed_base, self.packed_base + (length - self.packed_base) // packing.group * packing.group)
         return out._replace(packed_stop=stop, exact_base=stop)
+
+
+@lru_cache(maxsize=16)
+def _repeated(bounds: Bounds, rows: int) -> Bounds:
+    out = np.repeat(np.array(bounds)[:, None], rows, 1)
+    out.flags.writeable = False
+    return Bounds(*out)
 
 
 FIXED = 7

@@ -22,6 +22,7 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 constexpr int NK = (HEADS * RK + 15) / 16 * 16, NV = (HEADS * RV + 15) / 16 * 16;
+constexpr bool ASYNC = true;
 constexpr int WIDTH = 64;  // channels of keys that are made at a time
 constexpr int KSTEPS = NK / 16, VSTEPS = NV / 16, CHUNKS = D / WIDTH;
 constexpr int BUFFERS = WIDTH == 64 ? 2 : 1;  // of such keys
@@ -43,7 +44,7 @@ constexpr bool SWAP = swapped(RK) && swapped(RV);
 // Shared memory: matrices; features of keys and of values of each worker; queries; queries turned of each; barriers.
 constexpr int AT_UNITS = GROUP * UP, WORKER = HEADS * (COPY_K + (SCORES ? 0 : COPY_V));
 constexpr int AT_QUERIES = AT_UNITS + (SCORES ? 1 : WORKERS) * WORKER, AT_TURNED = AT_QUERIES + QUERY_WORDS * 8;
-constexpr int AT_BARRIERS = AT_TURNED + WORKERS * QUERY_WORDS * 8;
+constexpr int AT_BARRIERS = AT_TURNED + WORKERS * GROUP * QUERY_WORDS * 4;
 static_assert(RK % 2 == 0 && RV % 2 == 0 && COLUMNS <= 8 && HEADS <= 32 && HEADS % GROUP == 0, "");
 static_assert(COPY_K % 16 == 0 && COPY_V % 16 == 0 && SIDE_K % 16 == 0, "copies are of 16 bytes");
 
@@ -134,6 +135,12 @@ __device__ __forceinline__ void sync_worker(int worker) {
   asm volatile("bar.sync %0, 128;" ::"r"(worker + 1) : "memory");
 }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
+// Four words that stay the same, but are not to stay in registers.
+__device__ __forceinline__ uint4 again(const uint4* at) {
+  uint4 x;
+  asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(at));
+  return x;
+}
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // The kernel in front of this one is done; the one behind it may be made ready.
@@ -178,6 +185,15 @@ __device__ __forceinline__ void product(float (&c)[64], const u32 (&a)[4], u64 b
         "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
+__device__ __forceinline__ void product(float (&c)[4], const u32 (&a)[4], u64 b, int add) {
+  asm volatile(
+      "{.reg .pred p;\n"
+      "setp.ne.b32 p, %9, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n8k16.f32." NUMBERS "." NUMBERS
+      " {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, p, 1, 1, 0;}\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
 __device__ __forceinline__ void turn(float angle, float* cosine, float* sine) {
   *cosine = __cosf(angle), *sine = __sinf(angle);
 }
@@ -214,7 +230,7 @@ __device__ __forceinline__ u32 feature(const char* side, int at, int token, int 
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     features(const Query* __restrict__ queries, const long long* __restrict__ table, const int* __restrict__ spans,
-             const int* __restrict__ starts, const char* __restrict__ ups, const u32* __restrict__ waves,
+             const int* __restrict__ starts, const char* __restrict__ ups, const uint4* __restrict__ waves,
              const double* __restrict__ angles, float* __restrict__ sums, float* __restrict__ sums_lse,
              float* __restrict__ scores, float scale, int rows, int columns, int processors) {
   extern __shared__ __align__(1024) char memory[];
@@ -258,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   char* const keys = memory + AT_UNITS + (SCORES ? 0 : worker * WORKER);
   char* const values = keys + HEADS * COPY_K;
   float2* const raw = reinterpret_cast<float2*>(memory + AT_QUERIES);
-  u32* const turned = reinterpret_cast<u32*>(memory + AT_TURNED) + worker * QUERY_WORDS * 2;
+  u32* const turned = reinterpret_cast<u32*>(memory + AT_TURNED) + worker * GROUP * QUERY_WORDS;
   const u32 barriers = shared(memory + AT_BARRIERS), up_came = barriers + WORKERS * 16;
   const u32 keys_came = barriers + worker * 16, values_came = keys_came + 8;
   if (threadIdx.x == 0) {
@@ -297,16 +313,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   };
   // Of a unit's tokens rows g and g + 8 of this warp are own + 4 g and the next; they lie in one plane of 32.
   const int own = 32 * (warp >> 1) + 2 * (warp & 1);
-  u32 wave[2][D / 8];  // cosine and sine of both, and of pairs 4 i + t
-#pragma unroll
-  for (int i = 0; i < D / 8; i++)
-#pragma unroll
-    for (int r = 0; r < 2; r++) wave[r][i] = waves[(own + 4 * g + r) * (D / 2) + 4 * i + t];
   // Until here nothing was read that the kernel in front of this one may have written.
   await_kernel();
   constexpr int NEXT = SCORES ? 1 : WORKERS;  // the unit whose keys come next
   long long here = record(first + worker), ahead = record(first + worker + NEXT);
   if (!SCORES || worker == 0) fetch(true, first + worker, here, worker);
+  if (!SCORES) fetch(false, first + worker, here, worker);
 
   // Queries as the right operand wants them: word i is of pair 4 * (i / 32) + i % 4 and query head i % 32 / 4.
   for (int i = threadIdx.x; i < QUERY_WORDS; i += THREADS) {
@@ -323,8 +335,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   __syncthreads();
   await(up_came, 0);
 
-  // Queries turned back to where a unit begins, for its keys.
-  auto turn_queries = [&](int unit, u32* to) {
+  // Queries turned back to where a unit begins, for its keys: of each head, where the columns of the others stay zero.
+  for (int i = thread; i < GROUP * QUERY_WORDS; i += 128) turned[i] = 0;
+  sync_worker(worker);
+  auto turn_queries = [&](int unit) {
+    u32* const to = turned + (COLUMNS > M && g / M < GROUP ? g / M * QUERY_WORDS : 0);
 #pragma unroll
     for (int i = 0; i < D / 32; i++) {
       double turns = double(position + unit * UNIT) * angles[16 * i + 4 * warp + t] * 0.15915494309189535;
@@ -332,10 +347,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       float cosine, sine;
       turn(float(turns > 0.5 ? turns - 1 : turns) * 6.283185307179586f, &cosine, &sine);
       const float2 x = raw[128 * i + thread];
-      to[128 * i + thread] = pair(x.x * cosine + x.y * sine, x.y * cosine - x.x * sine);
+      if (g < COLUMNS) to[128 * i + thread] = pair(x.x * cosine + x.y * sine, x.y * cosine - x.x * sine);
     }
   };
-  if (first + worker < last) turn_queries(first + worker, turned);
 
   // Columns of 32 bytes, so 256 bytes for eight; 16 features are D * 32 bytes apart.
   const u64 matrix = u64(shared(memory) >> 4 & 0x3fff) | u64(1) << 16 | u64(16) << 32 | u64(3) << 62;
@@ -413,45 +427,59 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       products_commit();
     };
     start(0);
-    if (!SCORES) {
-      if (done >= 0) {
-        add_values(done, phase ^ 1);
-        sync_worker(worker);
-      }
-      done = unit;
-      fetch(false, unit, here, worker);
-    }
+    turn_queries(unit);
+    before_copies();
+    if (!SCORES && done >= 0) add_values(done, phase ^ 1);
+    sync_worker(worker);
+    if (!SCORES && done >= 0) fetch(false, unit, here, worker);
+    done = unit;
     here = ahead, ahead = record(unit + WORKERS + NEXT);
-    const u32* const query = turned + phase * QUERY_WORDS;
-    if (unit + WORKERS < last) turn_queries(unit + WORKERS, turned + (phase ^ 1) * QUERY_WORDS);
 #pragma unroll
     for (int n = 0; n < CHUNKS * GROUP; n++) {
       float(&x)[WIDTH / 2] = c[n % BUFFERS];
+      const int chunk = n / GROUP;
+      u32 wave[2][WIDTH / 8];  // cosine and sine of both tokens, and of pairs 4 i + t
+#pragma unroll
+      for (int i = 0; i < WIDTH / 32; i++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          const uint4 w = again(waves + ((chunk * (WIDTH / 32) + i) * 2 + r) * 128 + thread);
+          wave[r][4 * i] = w.x, wave[r][4 * i + 1] = w.y, wave[r][4 * i + 2] = w.z, wave[r][4 * i + 3] = w.w;
+        }
       if (BUFFERS == 2 && n + 1 < CHUNKS * GROUP) {
         start(n + 1);
         products_wait<1>(x);
       } else {
         products_wait<0>(x);
       }
-      const int chunk = n / GROUP;
-      const bool mine = GROUP == 1 || g / M == n % GROUP;
+      u32 k[WIDTH / 16][4];
 #pragma unroll
-      for (int i = 0; i < WIDTH / 16; i++) {
-        u32 k[2][2];
+      for (int i = 0; i < WIDTH / 16; i++)
 #pragma unroll
         for (int j = 0; j < 2; j++)
 #pragma unroll
           for (int r = 0; r < 2; r++) {
-            const u32 w = wave[r][WIDTH / 8 * chunk + 2 * i + j];
+            const u32 w = wave[r][2 * i + j];
             const float one = x[4 * (2 * i + j) + 2 * r], other = x[4 * (2 * i + j) + 2 * r + 1];
             const float cosine = first_of(w), sine = second_of(w);
-            k[j][r] = pair(one * cosine - other * sine, other * cosine + one * sine);
+            k[i][2 * j + r] = pair(one * cosine - other * sine, other * cosine + one * sine);
           }
-        const u32* const q = query + (WIDTH / 8 * chunk + 2 * i) * 32 + lane;
-        mma(s, k[0][0], k[0][1], k[1][0], k[1][1], mine ? q[0] : 0, mine ? q[32] : 0);
+      const u32* const query = turned + n % GROUP * QUERY_WORDS + WIDTH / 8 * chunk * 32;
+      if (ASYNC) {
+        products_begin();
+#pragma unroll
+        for (int i = 0; i < WIDTH / 16; i++)
+          product(s, k[i], u64(shared((const char*)query) >> 4) + 16 * i | u64(8) << 16 | u64(8) << 32, n + i > 0);
+        products_commit();
+      } else {
+#pragma unroll
+        for (int i = 0; i < WIDTH / 16; i++)
+          mma(s, k[i][0], k[i][1], k[i][2], k[i][3], query[64 * i + lane], query[64 * i + 32 + lane]);
       }
       if (BUFFERS == 1 && n + 1 < CHUNKS * GROUP) start(n + 1);
     }
+
+    if (ASYNC) products_wait<0>(s);
 
     // Tokens `token + 4 g` and the next, of query heads 2t and 2t + 1.
     if (SCORES) {

@@ -127,7 +127,8 @@ class Prepared:
 
     keys, values `[blocks, team, features, head_dim]`, channels of keys in the paired order; angles float64 `[head_dim /
     2]`, 0 for what is not turned; waves `[TILE, head_dim]`, their cosines and sines side by side for a tile's slots.
-    blocked: keys are as the kernel in CUDA C++ wants them (see `blocked_keys`), which it then is that reads them.
+    blocked: keys and waves are as the kernel in CUDA C++ wants them (see `blocked_keys`), which it then is that reads
+    them.
     """
 
     keys: torch.Tensor
@@ -161,7 +162,9 @@ def prepare(form: Features) -> Prepared:
     made = (keys.transpose(1, 2), values.transpose(1, 2), torch.stack([turned.cos(), turned.sin()], 2).flatten(1))
     keys, values, waves = (x.to(form.work).contiguous() for x in made)
     blocked = supports(form, device)
-    return Prepared(blocked_keys(keys) if blocked else keys, values, angles, waves, blocked)
+    if blocked:
+        keys, waves = blocked_keys(keys), blocked_waves(waves)
+    return Prepared(keys, values, angles, waves, blocked)
 
 
 def blocked_keys(keys: torch.Tensor) -> torch.Tensor:
@@ -171,6 +174,15 @@ def blocked_keys(keys: torch.Tensor) -> torch.Tensor:
     found = keys.unflatten(2, (-1, 2, 8)).permute(0, 1, 2, 5, 3, 4).unflatten(3, (-1, 2, 4)).clone()
     found[:, :, :, :, 1] = found[:, :, :, :, 1].flip(-2)
     return found.flatten(6).flatten(3, 5).contiguous()
+
+
+def blocked_waves(waves: torch.Tensor) -> torch.Tensor:
+    """`Prepared.waves` whose first 64 slots are as threads of `features.cu` load them: by pairs / 16, token % 2,
+    token / 32, token / 2 % 2, token / 4 % 8, pairs % 4, and four of pairs / 4."""
+    out, shape = waves.clone(), (2, 8, 2, 2, -1, 4, 4, 2)  # token: half, g, warp's, r; pairs: chunk, four, t; both
+    first = waves[:64].view(shape).permute(4, 3, 0, 2, 1, 6, 5, 7)
+    out[:64] = first.reshape(64, -1)
+    return out
 
 
 def features_of(form: Features, fields: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -113,7 +113,7 @@ def _values(
     tl.atomic_max(peak, tl.max(tl.max(most, 1), 0).to(tl.int32, bitcast=True))
 
 
-@triton.jit(do_not_specialize=("table_stride", "exact_table_stride"))
+@triton.jit(do_not_specialize=("lengths", "slots", "pages", "table_stride", "exact_table_stride"))
 def _pack_blocks(
     keys, values, key_stride, value_stride, packed, packed_table, exact, exact_table, lengths, slots,
     pages, peak, packed_block, packed_head, packed_state, table_stride, exact_block, exact_head, exact_state,
@@ -189,7 +189,7 @@ def _pack_blocks(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("slots",))
 def _store(
     keys, values, key_stride, value_stride, exact, slots, block, head_stride, state,
     H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, STATES: tl.constexpr, DTYPE: tl.constexpr,

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fivefold.kernels.device import numbered, on
+from fivefold.kernels.device import early, numbered, on
 from fivefold.kernels.packed_decode.reader import Packed
 from fivefold.kernels.packed_decode.schedule import SPAN
 from fivefold.kernels.rotated_decode.reference import Rotated
@@ -23,6 +23,8 @@ from fivefold.kernels.rotated_decode.reference import Rotated
 SOURCE = Path(__file__).with_name("rotated.cu")
 PAIRS, UNITS = 2, 3
 """Of `values`: pairs of warps of a program, and pages in shared memory for each."""
+EARLY = False
+"""Launch `values` before `scores` is done (programmatic dependent launch): it waits itself."""
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MOST = 227 << 10
 """Bytes of shared memory of a program on an H100, at most."""
@@ -56,7 +58,7 @@ class Shape:
         """Why there is no kernel for it, in a few words; None if there is one."""
         if self.head_dim not in (64, 128) or self.channels < 32 or self.head_dim % self.channels:
             return f"heads of {self.head_dim} channels in groups of {self.channels}"
-        if self.team & (self.team - 1) or self.each * self.team > 16:
+        if self.team & (self.team - 1) or self.heads > 8 or self.each * self.team > 32:
             return f"{self.team} heads of {self.heads} queries"
         if self.kv_heads * self.head_dim > 1 << 15 or self.kv_heads > 32 * self.team:
             return f"{self.kv_heads} kv heads"
@@ -134,16 +136,29 @@ class Kernel:
     threads: int
     shared: int
 
-    def __call__(self, programs: int, device: torch.device, *arguments: tuple[Any, Any]) -> None:
-        """arguments: values and their ctypes, None for a tensor."""
+    def __call__(
+        self, programs: int, device: torch.device, *arguments: tuple[Any, Any], early: bool = False
+    ) -> None:  # fmt: skip
+        """arguments: values and their ctypes, None for a tensor. early: it may begin before the kernel in front of it
+        is done."""
         from cuda.bindings import driver
 
         values = tuple(x.data_ptr() if kind is None else x for x, kind in arguments)
         types = tuple(kind or ctypes.c_void_p for _, kind in arguments)
         with on(device):
             stream, block = torch.cuda.current_stream(device).cuda_stream, (self.threads, 1, 1)
-            given = programs, 1, 1, *block, self.shared, stream, (values, types), 0
-            _done(driver.cuLaunchKernel(self.function, *given))
+            if not early:
+                given = programs, 1, 1, *block, self.shared, stream, (values, types), 0
+                _done(driver.cuLaunchKernel(self.function, *given))
+                return
+            config, attribute = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
+            config.gridDimX, config.gridDimY, config.gridDimZ = programs, 1, 1
+            config.blockDimX, config.blockDimY, config.blockDimZ = block
+            config.sharedMemBytes, config.hStream = self.shared, stream
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+            _done(driver.cuLaunchKernelEx(config, self.function, (values, types), 0))
 
 
 @cache
@@ -177,4 +192,4 @@ def attend(
     given = [(x, None) for x in (queries, packed.table, spans, starts, places, turns, small, keys, scores)]
     scored(len(out), device, *given, (scale, ctypes.c_float), *sizes)
     given = [(x, None) for x in (scores, packed.table, spans, starts, values, out, lse)]
-    valued(len(out) * form.team, device, *given, *sizes)
+    valued(len(out) * form.team, device, *given, *sizes, early=EARLY and early(device))

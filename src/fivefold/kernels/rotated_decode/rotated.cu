@@ -77,6 +77,17 @@ __device__ __forceinline__ u32 shared(const char* p) { return (u32)__cvta_generi
 __device__ __forceinline__ void copy16(u32 to, const char* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
 }
+// The kernel behind this one may be made ready; and what it does first, before it reads what this one leaves.
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
 template <int PENDING>
 __device__ __forceinline__ void wait() {
@@ -177,6 +188,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
            int rows, int columns, int heads, long long slots) {
   extern __shared__ __align__(128) char memory[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, me = threadIdx.x;
+  launch_dependents();
   const Share s = share_of(spans, starts, rows, blockIdx.x, lane);
   if (s.row >= rows) return;
   const int row = s.row, low = s.low, high = s.high, first = s.first, last = s.last, base = spans[row * SPAN + 7];
@@ -338,8 +350,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       commit();
       {
         // Parts of 2**64 of a revolution: what is beyond a whole one falls off by itself.
-        const long long position = (long long)base + slot;
-        const float angle = float(int((revolutions * position) >> 32)) * 1.4629180792671596e-09f;
+        const u64 position = (u64)((long long)base + slot);
+        const float angle = float(int(((u64)revolutions * position) >> 32)) * 1.4629180792671596e-09f;
         const float c = cos_(angle), s_ = sin_(angle);
 #pragma unroll
         for (int i = 0; i < ASKED; i++) {
@@ -487,9 +499,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     ahead += PAIRS;
     look_up();
   };
-#pragma unroll
-  for (int unit = 0; unit < UNITS - 1; unit++) fetch(unit * UNIT);
-
   int* const marks = reinterpret_cast<int*>(memory + AT_MARKS);
   if (SINKS > 0) {
     if (threadIdx.x == 0) marks[0] = 0;
@@ -506,6 +515,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     __syncthreads();
   }
   const int exact = SINKS > 0 ? min(marks[0], 32) : 0;
+  wait_for_previous();
+#pragma unroll
+  for (int unit = 0; unit < UNITS - 1; unit++) fetch(unit * UNIT);
 
   // [channels g and g + 8 of 16] x [heads 2t, 2t + 1]; [zero points of value group g, sum of weights] x the same heads.
   float acc[2 * BLOCKS][4] = {}, sums[CLASSES][4] = {};

@@ -105,6 +105,7 @@ class CudaPath:
         self.peak = torch.zeros(1, dtype=torch.int32, device=device)
         self._coming: Callable[[], list[float]] | None = None
         self._steps = 0
+        self._warm = False
 
     def prepare(self, step: Any) -> None:
         """Before the layers of a step, and before a graph is replayed."""
@@ -130,7 +131,12 @@ class CudaPath:
         self, shared: Any, impl: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         packed: torch.Tensor, exact: torch.Tensor, step: Any, output: torch.Tensor,
     ) -> None:  # fmt: skip
+        from fivefold.kernels.paged_pack import triton as kernel
+
         places = Blocks(packed, step.packed_blocks), Blocks(exact, step.exact_blocks)
+        if step.plan is not None:
+            # All packing comes before any reading: a request may have hit a block that another one fills in this step.
+            kernel.pack(self.pages.form, key, value, *places, step.plan.pages, self.peak)
         if step.decodes:
             at = slice(step.decodes)
             self.decode(query[at], key[at], value[at], output[at], *places, step, impl.scale)
@@ -162,9 +168,13 @@ class CudaPath:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, packed: Blocks,
         exact: Blocks, step: Any, impl: Any,
     ) -> None:  # fmt: skip
-        """Chunks of prompts. What is there exactly is read before anything is written: it may be the same blocks."""
+        """Chunks of prompts, whose groups are packed. What is there exactly is read before it is written over: it may
+        be the same blocks."""
         from fivefold.kernels.paged_pack import triton as kernel
 
+        if not self._warm:  # compiled while vLLM warms up, not behind the first long prompt
+            self._warm, nothing = True, key.new_empty((2, PAGE, *key.shape[1:]))
+            kernel.gather(self.pages.form, packed, exact, 0, 0, PAGE, PAGE, nothing[0], nothing[1])
         plan, attend = step.plan, self._attention(impl.scale, query.shape[2])
         for run in plan.runs:
             at = slice(run.first, run.last)
@@ -173,7 +183,6 @@ class CudaPath:
         for one, ends, pieces in plan.more:
             at = slice(one.first, one.last)
             self._behind(attend, query[at], key[at], value[at], output[at], packed, exact, one, ends, pieces)
-        kernel.pack(self.pages.form, key, value, packed, exact, plan.pages, self.peak)
         at = slice(step.prefills[0].first, step.prefills[-1].last)
         kernel.store(key[at], value[at], exact, step.exact_slots[at])
 

@@ -143,12 +143,14 @@ class Facts:
     attention_free: bool = False
     encoder: bool = False
     hybrid: bool = False
+    prefix: bool = False
     speculation: str | None = None
     pipeline: int = 1
     context_parallel: int = 1
     cache_dtype: str = "auto"
     block_size: int | None = None
     one_group: bool = False
+    microbatches: bool = False
     cpu: bool = True
 
 
@@ -225,6 +227,8 @@ def _lacking(facts: Facts) -> str | None:
         return f"it has an encoder, whose attention is not a decoder's; {without}"
     if facts.hybrid:
         return f"some of its layers have a state instead of keys and values; {without}"
+    if facts.prefix:
+        return f"its attention looks ahead within images, which no kernel of the plug-in does; {without}"
     if facts.window is not None:
         return (
             f"some of its layers have a sliding window of {facts.window} tokens, which the plug-in does not serve; "
@@ -249,6 +253,8 @@ def _lacking(facts: Facts) -> str | None:
             "exact and packed tokens need vLLM's hybrid KV cache manager, which --disable-hybrid-kv-cache-manager or a "
             "KV connector turns off; leave that out"
         )
+    if facts.microbatches:
+        return "two micro-batches at a time are not served; leave --enable-dbo out"
     if facts.speculation is not None:
         return f"speculation ({facts.speculation}) takes tokens back, which packed pages cannot; leave it out"
     if facts.pipeline > 1:
