@@ -136,6 +136,12 @@ def test_the_important_tokens_are_precise_and_none_is_lost(chunks: list[int], hi
                 assert best <= precise
                 # What is precise beyond the budget is the rest of a group.
                 assert len(precise - best) == (300 - budget) % 32 and low == set(range(300)) - precise
+    run.session.banks[0].flush()
+    for one in run.session.stores[0].groups:  # what stands in a slot is the token that is said to
+        stop, positions = int(one.bounds.packed_stop), one.held.positions.long()
+        for x, mine in zip((k, v), one.dense()):
+            far = (mine - x[0, 0, one.rows].gather(1, positions[..., None].expand_as(mine))).abs()
+            assert far[:, stop:].max() < (1e-6 if high == 16 else 0.03) and far[:, :stop].max() < 0.5
 
 
 def generate(model: Any, ids: torch.Tensor, cache: Any, new: int = 60, **settings: Any) -> torch.Tensor:

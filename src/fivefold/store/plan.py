@@ -236,32 +236,32 @@ def _demote_few(layer: PlannedLayer, group: RowGroup, plan: Demote, held: Held, 
     if due <= 0 or due % PAGE or 2 * due > slots or int(bounds.exact_tokens) != slots or int(bounds.pinned_pages):
         return False
     assert bank.change is not None
-    columns, places = due // PAGE, order
-    fresh = bank.change.allocate(bank.exact.pool, len(group.flat) * columns)
+    columns, known, pool = due // PAGE, [held.positions, held.scores], bank.exact.pool
+    fresh = bank.change.allocate(pool, len(group.flat) * columns)
     if not order.is_meta:
         # Of each row as many others stand in the first slots as of those that go stand elsewhere.
         index = order[:, :due].cpu().numpy()
         stays = np.ones(index.shape, dtype=bool)
         stays[np.nonzero(index < due)[0], index[index < due]] = False
         (row, first), left = np.nonzero(stays), index[index >= due]
-        moved = np.tile(np.arange(slots), (len(index), 1))
-        moved[:, :due], moved[row, left] = index, first
-        places = sent(order.device, moved)[0]
-        goes, pool = group.tokens(places[:, :due] + stop), bank.exact.pool
-        at = [(x // PAGE, x % PAGE) for x in (first, left)]
-        pairs = np.unique(np.stack([group.flat[row], at[1][0]]), axis=1)
+        rows, table = group.flat[row], bank.exact.table
+        pairs = np.unique(np.stack([rows, left // PAGE]), axis=1)
         bank.exact.unshare(bank.change, *pairs)
-        for name, x in zip(KV, goes):
-            pool.write(name, fresh, x.reshape(-1, PAGE, layer.spec.head_dim))
+        for name in KV:
+            pages = table[group.flat[:, None], index // PAGE].reshape(-1)
+            goes = pool.read_tokens(name, pages, index.reshape(-1) % PAGE)
+            pool.write(name, fresh, goes.view(-1, PAGE, layer.spec.head_dim))
             if len(row):
-                table, rows = bank.exact.table, group.flat[row]
-                bank.write_later(
-                    name, table[rows, at[1][0]], at[1][1], pool.read_tokens(name, table[rows, at[0][0]], at[0][1])
-                )
+                moved = pool.read_tokens(name, table[rows, first // PAGE], first % PAGE)
+                bank.write_later(name, table[rows, left // PAGE], left % PAGE, moved)
+        at, source, target = sent(order.device, row, stop + first, stop + left)
+        known = [x.clone() for x in known]
+        for new, old in zip(known, (held.positions, held.scores)):
+            new[:, stop : stop + due] = old.gather(1, order[:, :due] + stop)
+            new[at, target] = old[at, source]
     bank.exact.move(bank.change, np.repeat(group.flat, columns), np.tile(np.arange(columns), len(group.flat)), fresh)
     group.touched_exact()
-    stay = torch.arange(stop, device=order.device).expand(len(order), -1)
-    held = replace(held.select(torch.cat([stay, places + stop], 1)), final=held.seen - revocable)
+    held = replace(held, positions=known[0], scores=known[1], final=held.seen - revocable)
     layer.take_in(group, None, None, True, revocable, held)
     group.held = held
     return True

@@ -137,12 +137,6 @@ def _where(
     return tl.multiple_of((at * 2).to(tl.pointer_type(DTYPE)), 16), own
 
 
-@triton.jit
-def _norms(line, FIELD: tl.constexpr, token, low, high, tokens, NORMS: tl.constexpr):
-    """The norms of tokens `[T]` of a page that are seen; tokens: their slots."""
-    return tl.load(_field(line, FIELD, NORMS, 16) + token, mask=(tokens >= low) & (tokens < high), other=0.0)
-
-
 @triton.jit(do_not_specialize=("rows", "columns", "heads"))
 def _plain(
     queries, table, spans, starts, out, lse, scale, rows, columns, heads,
@@ -151,8 +145,8 @@ def _plain(
 ):  # fmt: skip
     """One share of a row's pages of directions as they are. Grid: (programs,).
 
-    A token that is kept is read from where it is, and its norm is 1. Addresses, norms, and which tokens are kept, are
-    read a tile ahead: nobody waits for them.
+    A token that is kept is read from where it is, and its norm is 1. Addresses, and which tokens are kept, are read a
+    tile ahead: nobody waits for them.
     """
     row = _row(starts, rows, R)
     if row >= rows:
@@ -178,9 +172,6 @@ def _plain(
     line = _line(table, row, columns, first // TILES, first < last, 8)
     key_slots = _page_slots(line, 2, first < last, PLACES)
     value_slots = _page_slots(line, 5, first < last, PLACES)
-    stop = tl.where(first < last, high, low)
-    key_norm = _norms(line, 3, first % TILES * T + t, low, stop, first * T + t, NORMS)
-    value_norm = _norms(line, 6, first % TILES * T + t, low, stop, first * T + t, NORMS)
     for tile in range(first, last):
         token = tile % TILES * T + t
         seen = (tile * T + t >= low) & (tile * T + t < high)
@@ -188,23 +179,19 @@ def _plain(
         values, value_own = _where(line, 1, 7, value_slots, token, DTYPE, D, PLACES)
         k = tl.load(keys[:, None] + d[None, :], mask=seen[:, None], other=0.0).to(work)
         v = tl.load(values[:, None] + d[None, :], mask=seen[:, None], other=0.0).to(work)
-        key_factor = tl.where(key_own, 1.0, key_norm.to(tl.float32))
-        value_factor = tl.where(value_own, 1.0, value_norm.to(tl.float32))
+        key_norm = tl.load(_field(line, 3, NORMS, 16) + token, mask=seen, other=0.0).to(tl.float32)
+        value_norm = tl.load(_field(line, 6, NORMS, 16) + token, mask=seen, other=0.0).to(tl.float32)
         line = _line(table, row, columns, (tile + 1) // TILES, tile + 1 < last, 8)
-        s = tl.dot(k, q, input_precision="ieee") * scale * key_factor[:, None]
+        s = tl.dot(k, q, input_precision="ieee") * scale * tl.where(key_own, 1.0, key_norm)[:, None]
         s = tl.where(seen[:, None], s, -1e30)
         above = tl.maximum(m, tl.max(s, 0))
         shrink = tl.exp2(m - above)
         m = above
         p = tl.where(seen[:, None], tl.exp2(s - m[None, :]), 0.0)
         weight = weight * shrink[None, :] + p
-        p = p * value_factor[:, None]
+        p = p * tl.where(value_own, 1.0, value_norm)[:, None]
         key_slots = _page_slots(line, 2, tile + 1 < last, PLACES)
         value_slots = _page_slots(line, 5, tile + 1 < last, PLACES)
-        token = (tile + 1) % TILES * T + t
-        stop = tl.where(tile + 1 < last, high, low)
-        key_norm = _norms(line, 3, token, low, stop, (tile + 1) * T + t, NORMS)
-        value_norm = _norms(line, 6, token, low, stop, (tile + 1) * T + t, NORMS)
         acc = tl.dot(tl.trans(v), p.to(work), acc * shrink[None, :], input_precision="ieee")
     _leave(out, lse, tl.program_id(0), acc, m, tl.sum(weight, 0), heads, N, D)
 
