@@ -327,15 +327,17 @@ def test_shipped_constants_hold_on_an_h100() -> None:
     spec.loader.exec_module(script)
     results = json.loads((root / "benchmarks" / "results" / "plan_h100.json").read_text())
     found = script.compared(results["rows"], H100)
+    own = ", the model's own code"
     bounds = {
-        "steps alone": 0.1, "steps in batches": 0.1, "prompts at once": 0.3, "prompts in chunks of 8,192": 0.15,
-        "prompts in chunks of 2,048": 0.25, "to the host": 0.15, "from the host": 0.15,
+        "steps alone": 0.1, "steps in batches": 0.1, f"steps alone{own}": 0.1, f"steps in batches{own}": 0.1,
+        "prompts at once": 0.3, "prompts in chunks of 8,192": 0.15, "prompts in chunks of 2,048": 0.25,
+        "to the host": 0.15, "from the host": 0.15,
     }  # fmt: skip
     for kind, models in found["errors"].items():
         for model, errors in models.items():
             assert abs(errors["worst"]) <= bounds[kind], (kind, model, errors)
     assert found["errors"].keys() == bounds.keys()
-    assert all(len(found["errors"][kind]) == 2 for kind in bounds if not kind.endswith("host"))
+    assert all(len(found["errors"][kind]) == 2 for kind in bounds if not kind.endswith(("host", "code")))
     # What the file says of itself is of these constants.
     for kind, models in results["compared"]["errors"].items():
         for model, errors in models.items():
