@@ -196,6 +196,10 @@ def fit_file(results: Results, out: Path) -> None:
     results.found["constants"] = base.as_dict()
     rows = [row for row in results.found["rows"] if row["model"] == EIGHT and "error" not in row]
     steps = [fit.Row.from_dict(row) for row in rows if row["what"] == "step"]
+    if len({len(row.model.layers) for row in steps if not row.own}) == 1:
+        # Another number of layers tells what a layer takes from what a step does.
+        more = [row for row in results.found["rows"] if row["model"] == ONE and row["what"] == "step"]
+        steps += [row for row in map(fit.Row.from_dict, more) if not row.own]
     # Smaller chunks wait for the host, whose speed is not the GPU's.
     prompts = [fit.Prompt.from_dict(row) for row in rows if row["what"] == "prompt"]
     large = [row for row in prompts if min(row.chunk or row.tokens, row.tokens) >= CHUNK]

@@ -117,6 +117,8 @@ def fit_steps(rows: Sequence[Row], machine: Machine, efficiencies: bool = False)
         wanted.append((row.seconds - known) / row.seconds)
     found = dict(zip([*names, *kinds], least(np.array(table), np.array(wanted))))
     given: dict[str, Any] = {name: found[name] for name in names}
+    if not plain and given.get("own_layer"):  # no more than the model's own code takes
+        given |= {"layer": given["own_layer"], "pointwise": given["own_pointwise"]}
     if efficiencies:
         # Never more than the memory can give: what is above belongs to the constants.
         given["attention"] = {**machine.attention, **{k: min(1.0, 1 / found[k]) for k in kinds if found[k] > 0}}
@@ -127,7 +129,7 @@ def fit_prompts(rows: Sequence[Prompt], machine: Machine) -> Machine:
     """The machine with the `prompt_pointwise` for which the relative errors of the rows are least. Rates of products
     and of attention stay as they were measured: both grow with the tokens, as what is fitted does, and rows of one
     model cannot tell them apart. Rows that the host bounds say nothing about the device."""
-    idle = replace(machine, prompt_pointwise=0.0, host_layer=dict.fromkeys(machine.host_layer, 0.0))
+    idle = replace(machine, prompt_pointwise=0.0, host_layer=dict.fromkeys(machine.host_layer, 0.0), host_first={})
     least_work = replace(machine, prompt_pointwise=0.0)
     busy = [row for row in rows if row.predicted(least_work) <= HOST * row.predicted(idle)]
     known, seconds = (np.array([x(row) for row in busy]) for x in (lambda r: r.predicted(idle), lambda r: r.seconds))
