@@ -36,7 +36,7 @@ CONTEXTS = (4096, 32768, 131072)
 BATCHED = (4096, 32768)
 EIGHT, ONE = "llama-3-8b", "llama-3.2-1b"
 SHAPES = {"steps-8b": (EIGHT, None), "steps-1b": (ONE, None), "short": (EIGHT, 8)}
-PROMPTS = ((4096, None), (32768, None), (131072, None), (32768, 8192), (131072, 8192), (32768, 2048))
+PROMPTS = ((1024, None), (4096, None), (32768, None), (131072, None), (32768, 8192), (131072, 8192), (32768, 2048))
 SWITCHED = (4096, 16384, 32768, 131072)  # of full() of the 8B shape: 0.5, 2, 4 and 17 GB
 PARTS = ("measure", "prompts-kernels", "weights", "short", "steps-8b", "steps-1b", "prefill-8b", "prefill-1b", "switch")
 PIECES: dict[str, Callable[[Any], Any]] = {"prompts-kernels": measure.prompts, "weights": measure.weights}
@@ -196,9 +196,13 @@ def fit_file(results: Results, out: Path) -> None:
     results.found["constants"] = base.as_dict()
     rows = [row for row in results.found["rows"] if row["model"] == EIGHT and "error" not in row]
     steps = [fit.Row.from_dict(row) for row in rows if row["what"] == "step"]
+    if len({len(row.model.layers) for row in steps if not row.own}) == 1:
+        # Another number of layers tells what a layer takes from what a step does.
+        more = [row for row in results.found["rows"] if row["model"] == ONE and row["what"] == "step"]
+        steps += [row for row in map(fit.Row.from_dict, more) if not row.own]
     # Smaller chunks wait for the host, whose speed is not the GPU's.
     prompts = [fit.Prompt.from_dict(row) for row in rows if row["what"] == "prompt"]
-    large = [row for row in prompts if row.chunk is None or row.chunk >= CHUNK]
+    large = [row for row in prompts if min(row.chunk or row.tokens, row.tokens) >= CHUNK]
     fitted = fit.fit_prompts(large, fit.fit_steps(steps, base, efficiencies=True))
     fitted = fit.fit_host([row for row in prompts if row not in large], fitted)
     fitted = fit.fit_switch([row for row in rows if row["what"] == "switch"], fitted)

@@ -211,6 +211,12 @@ def test_steps_that_are_taken_before_they_are_begun(device, recipe: str, monkeyp
         found, wanted = (model(token, past_key_values=cache).logits for cache in caches)
         assert (found - wanted).norm() < 1e-3 * wanted.norm() and len(early) == taken
         fork.free()
+        weight = next(model.parameters())
+        old, weight.data = weight.data, weight.data * 1.5  # what the step would read is there still
+        for _ in range(2):
+            found, wanted = (model(token, past_key_values=cache).logits for cache in caches)
+            assert (found - wanted).norm() < 1e-3 * wanted.norm()
+        weight.data = old
 
 
 def counting(real, calls: list):

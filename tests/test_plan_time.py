@@ -166,11 +166,11 @@ def test_narrow_heads_reach_less() -> None:
 
 def test_a_host_that_is_slow_shows() -> None:
     """Launches are hidden behind the device's work where that takes longer, chunk by chunk."""
-    slow = replace(H100, host_layer={name: 10 * x for name, x in H100.host_layer.items()})
+    slow = replace(H100, host_layer={name: 10 * x for name, x in H100.host_layer.items()}, host_first={})
     for tokens, hidden in ((512, False), (131072, True)):
         quick, other = prefill(EIGHT, H100, tokens), prefill(EIGHT, slow, tokens)
         assert quick is not None and other is not None and (quick.seconds == other.seconds) is hidden
-    late = replace(H100, host_layer=dict.fromkeys(H100.host_layer, 1.0))
+    late = replace(H100, host_layer=dict.fromkeys(H100.host_layer, 1.0), host_first={})
     for packed, split in ((0.0, False), (4e4, False), (4e4, True)):
         one = prefill(EIGHT, late, 65536, chunk=8192, packed=packed, bits=4, split=split)
         assert one is not None and one.seconds == pytest.approx(32 * 8)
@@ -327,15 +327,18 @@ def test_shipped_constants_hold_on_an_h100() -> None:
     spec.loader.exec_module(script)
     results = json.loads((root / "benchmarks" / "results" / "plan_h100.json").read_text())
     found = script.compared(results["rows"], H100)
+    own = ", the model's own code"
     bounds = {
-        "steps alone": 0.1, "steps in batches": 0.1, "prompts at once": 0.3, "prompts in chunks of 8,192": 0.15,
-        "prompts in chunks of 2,048": 0.25, "to the host": 0.15, "from the host": 0.15,
+        "steps alone": 0.1, "steps in batches": 0.1, f"steps alone{own}": 0.1, f"steps in batches{own}": 0.15,
+        "prompts at once": 0.3, "prompts in chunks of 8,192": 0.15, "prompts in chunks of 2,048": 0.25,
+        "to the host": 0.15, "from the host": 0.15,
     }  # fmt: skip
     for kind, models in found["errors"].items():
         for model, errors in models.items():
             assert abs(errors["worst"]) <= bounds[kind], (kind, model, errors)
     assert found["errors"].keys() == bounds.keys()
-    assert all(len(found["errors"][kind]) == 2 for kind in bounds if not kind.endswith("host"))
+    one = ("host", "code", "in batches")  # on one shape alone
+    assert all(len(found["errors"][kind]) == 2 for kind in bounds if not kind.endswith(one))
     # What the file says of itself is of these constants.
     for kind, models in results["compared"]["errors"].items():
         for model, errors in models.items():
@@ -371,8 +374,10 @@ def test_the_errors_in_the_documents_are_those_of_the_file() -> None:
     found = json.loads((root / "benchmarks/results/plan_h100.json").read_text())["compared"]["errors"]
     text = (root / "docs/planner.md").read_text()
     said = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("| ")]
+    own = ", the model's own code"
     kinds = (
-        "steps alone", "steps in batches", "prompts at once", "prompts in chunks of 8,192",
+        "steps alone", "steps in batches", f"steps alone{own}", f"steps in batches{own}", "prompts at once",
+        "prompts in chunks of 8,192",
         "prompts in chunks of 2,048", "to the host", "from the host",
     )  # fmt: skip
     lines = [[cell.strip() for cell in line] for line in said if "%" in "".join(line)]

@@ -85,8 +85,8 @@ class DeviceTables:
         self._pages: np.ndarray | None = None
         self._ahead: np.ndarray | None = None
         """The bounds for which spans are written already."""
-        self._simple = False
-        """Whether a step to these needs nothing but them, and no new page."""
+        self._from = b""
+        """The bounds that they follow from, where a step needs nothing but these, and no new page."""
         self.sent = False
         """Whether they have been sent; after `update`, whether what was sent is what the bank says."""
         self.watch: Watch | None = None
@@ -169,7 +169,7 @@ class DeviceTables:
     @property
     def nbytes(self) -> int:
         """Bytes on the device and of what is sent there."""
-        hosts = 0 if self._ahead is None else self._ahead.nbytes
+        hosts = len(self._from) + (0 if self._ahead is None else self._ahead.nbytes)
         tables = self._exact.nbytes + self._packed.nbytes + self._sending.nbytes + self._padding.nbytes
         beside = sum(x.nbytes for x in (self.watch, self.left, self.shares, *self._learned.values()) if x is not None)
         return tables + hosts + beside
@@ -235,24 +235,23 @@ class DeviceTables:
 
     def prepare(self) -> None:
         """Work out what the next step of all rows will want to know, while a GPU is still busy with this one."""
-        self.sent = self._simple = False
+        self.sent, self._from = False, b""
         if self.listed and self.device.type != "meta" and self.fit():
             self._ahead = self.bank.data.copy()
             self._ahead[Bounds._fields.index("length")] += 1
             self._fill(self._ahead)
-            self._simple = self.left is None and not self.bank.at(slice(None)).full.any()
+            if self.left is None and not self.bank.at(slice(None)).full.any():
+                self._from = self.bank.data.tobytes()
 
     @property
     def foreseen(self) -> bool:
         """Whether `prepare` knew all that a step needs from here: no page that is new or somebody else's, too."""
-        bank, ahead, live = self.bank, self._ahead, self.bank.live
-        if not self._simple or ahead is None or bank.mirror is not self or (live is not None and live.pending):
+        bank, live = self.bank, self.bank.live
+        if self._ahead is None or bank.mirror is not self or (live is not None and live.pending):
             return False
-        if ahead.shape != bank.data.shape or any(tier.changed or tier.shared for tier in self._tiers):
+        if any(tier.changed or tier.shared for tier in self._tiers):
             return False
-        more = ahead - bank.data
-        more[Bounds._fields.index("length")] -= 1
-        return not more.any()
+        return bool(self._from) and self._from == bank.data.tobytes()
 
     def send_ahead(self) -> None:
         """Send what `prepare` wrote, where it is `foreseen`, before a step is begun. `update` looks whether it was."""

@@ -8,6 +8,7 @@ and sent to fixed places on the device (`attention/tables.py`); after it, the po
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -56,6 +57,8 @@ class Captured:
     graph: Any = None
     logits: torch.Tensor | None = None
     held: int = 0
+    next: int = -1
+    """What `positions` say of all sequences, where they say the same."""
 
 
 class Step:
@@ -87,6 +90,9 @@ class Step:
         self._weights: list[torch.Tensor] = []
         self._addresses: list[int] = []
         self._all: list[int] = []
+        self._alive: list[weakref.ref[Any]] = []
+        self._moved = True
+        self._next: Captured | None = None
         self._pool: Any = None
         self._ready: object = None
         self._whys: Mapping[int, str | None] = {}
@@ -141,12 +147,13 @@ class Step:
 
     def _look_ahead(self, session: Session) -> None:
         """While the device is at work on a step: whether the next one is a graph's, if nothing happens in between."""
-        self._ready = None
+        self._ready = self._next = None
         with suppress(CacheStateError):  # it is raised where it matters
             if not unsteady(session.stores, session.revocable) and _unfit(session) is None:
                 self._whys = session.why_not_fused()
                 if _first(self._whys) is None:
                     self._ready = _stamp(session)
+                    self._next = self._early_one(session)
 
     def _step(
         self,
@@ -165,7 +172,7 @@ class Step:
         now = getattr(banks[0].mirror, "sequences", 0)
         if session.ragged and batch <= now <= 2 * size and 3 * now < 8 * batch and now in self.captured:
             size = now  # a few sequences less, or more, are no reason to go from one to the other
-        same = early is not None or self._same(model)
+        same = self._same(model)
         captured = self.captured.get(size) if same else None
         # Other sequences may be here since: tables are found for them before anybody makes some.
         known = captured.tables if captured is not None and len(captured.tables) == len(banks) else None
@@ -185,12 +192,20 @@ class Step:
         if early is not None and not fresh and all(tables.sent for tables in found):
             return early
         captured.ids[:batch].copy_(ids)
+        captured.next = -1
         at = captured.positions[:batch]
         at.copy_(positions) if positions is not None else at.fill_(session.length)
         if fresh:
             self._fuse(model, cache, captured)
             self._capture(forward, cache, captured)
         return self._replay(forward, cache, captured)[:batch]
+
+    def _early_one(self, session: Session) -> Captured | None:
+        """What a step can be taken by before it is begun. The model's own code wants a change that is begun."""
+        captured = None if session.ragged else self.captured.get(session.batch)
+        if captured is None or (captured.graph is None and captured.whole is None):
+            return None
+        return captured if captured.tables == [bank.mirror for bank in session.banks] else None
 
     def _early(
         self,
@@ -202,20 +217,26 @@ class Step:
     ) -> torch.Tensor | None:
         """Take a step before it is begun, where all that it needs is known: the host's part is then done while a GPU is
         at work on it. It writes to slots that are nobody's until it is committed. Returns the logits, or None."""
-        session, captured = cache.session, self.captured.get(len(ids))
-        if captured is None or session.ragged or session.change is not None or session.sparse:
+        session, captured = cache.session, self._next
+        if captured is None or len(ids) != len(captured.ids) or session.change is not None or session.sparse:
             return None
-        if captured.graph is None and captured.whole is None:
-            return None  # the model's own code wants a change that is begun
-        if given.get("attention_mask") is not None or given.get("position_ids") is not None or not self._same(model):
+        if given.get("attention_mask") is not None or given.get("position_ids") is not None:
             return None
-        if len(captured.tables) != len(session.banks) or not all(tables.foreseen for tables in captured.tables):
+        # All weights are looked at once it runs (`_step`). Until then it is enough that what it reads is memory still.
+        if self._model is not model or (self._moved and not self._same(model)):
+            return None
+        if not all(tables.foreseen for tables in captured.tables):
             return None
         for tables in captured.tables:
             tables.send_ahead()
         captured.ids.copy_(ids)
-        captured.positions.fill_(session.length)
-        return self._replay(forward, cache, captured)
+        if captured.next != session.length:
+            captured.positions.fill_(session.length)
+        captured.next = -1
+        logits = self._replay(forward, cache, captured)
+        captured.positions.add_(1)
+        captured.next = session.length + 1
+        return logits
 
     @staticmethod
     def why_not(session: Session) -> str | None:
@@ -230,6 +251,9 @@ class Step:
             return bool(_equal(self._weights, self._addresses, self._all))
         return list(map(torch.Tensor.data_ptr, self._weights)) == self._addresses
 
+    def _freed(self, _: object) -> None:
+        self._moved = True
+
     def _prepare(self, model: PreTrainedModel, tables: list[DeviceTables], size: int, same: bool) -> Captured:
         """Inputs at fixed places, for a graph that is yet to be captured. same: as `_same`."""
         if not same:
@@ -238,6 +262,9 @@ class Step:
             self._weights = [*model.parameters(), *model.buffers()]
             self._addresses = [weight.data_ptr() for weight in self._weights]
             self._all = list(range(len(self._weights)))
+            # A storage is told of as long as anybody has it. torch keeps its object that long, too.
+            self._alive = [weakref.ref(weight.untyped_storage(), self._freed) for weight in self._weights]
+            self._moved = any(ref() is None for ref in self._alive)
         with torch.inference_mode(False):
             ids = torch.zeros((size, 1), dtype=torch.long, device=tables[0].device)
             self.captured[size] = Captured(tables, ids, torch.zeros_like(ids))

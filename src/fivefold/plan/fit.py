@@ -117,6 +117,8 @@ def fit_steps(rows: Sequence[Row], machine: Machine, efficiencies: bool = False)
         wanted.append((row.seconds - known) / row.seconds)
     found = dict(zip([*names, *kinds], least(np.array(table), np.array(wanted))))
     given: dict[str, Any] = {name: found[name] for name in names}
+    if not plain and given.get("own_layer"):  # no more than the model's own code takes
+        given |= {"layer": given["own_layer"], "pointwise": given["own_pointwise"]}
     if efficiencies:
         # Never more than the memory can give: what is above belongs to the constants.
         given["attention"] = {**machine.attention, **{k: min(1.0, 1 / found[k]) for k in kinds if found[k] > 0}}
@@ -127,7 +129,7 @@ def fit_prompts(rows: Sequence[Prompt], machine: Machine) -> Machine:
     """The machine with the `prompt_pointwise` for which the relative errors of the rows are least. Rates of products
     and of attention stay as they were measured: both grow with the tokens, as what is fitted does, and rows of one
     model cannot tell them apart. Rows that the host bounds say nothing about the device."""
-    idle = replace(machine, prompt_pointwise=0.0, host_layer=dict.fromkeys(machine.host_layer, 0.0))
+    idle = replace(machine, prompt_pointwise=0.0, host_layer=dict.fromkeys(machine.host_layer, 0.0), host_first={})
     least_work = replace(machine, prompt_pointwise=0.0)
     busy = [row for row in rows if row.predicted(least_work) <= HOST * row.predicted(idle)]
     known, seconds = (np.array([x(row) for row in busy]) for x in (lambda r: r.predicted(idle), lambda r: r.seconds))
@@ -139,23 +141,31 @@ def fit_prompts(rows: Sequence[Prompt], machine: Machine) -> Machine:
 
 def fit_host(rows: Sequence[Prompt], machine: Machine) -> Machine:
     """The machine with the `host_layer` that prompts show which the host bounds: of each kind the mean of what would
-    make a row's seconds, over the rows of which the device's work is less than `EXPLAINED`."""
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        kind = "exact" if not row.packed else "split" if row.split else "packed"
+    make a row's seconds, over the rows of which the device's work is less than `EXPLAINED`; before that the
+    `host_first` of those that are read at once."""
+    for name, some in (
+        ("host_first", [row for row in rows if row.chunk is None or row.chunk >= row.tokens]),
+        ("host_layer", [row for row in rows if row.chunk is not None and row.chunk < row.tokens]),
+    ):
+        found: dict[str, list[float]] = {}
+        for row in some:
+            kind = "exact" if not row.packed else "split" if row.split else "packed"
 
-        def seconds(each: float, row: Prompt = row, kind: str = kind) -> float:
-            return row.predicted(replace(machine, host_layer={**machine.host_layer, kind: each}))
+            def seconds(each: float, row: Prompt = row, kind: str = kind, name: str = name) -> float:
+                using: dict[str, Any] = {name: {**getattr(machine, name), kind: each}}  # noqa: B023
+                return row.predicted(replace(machine, **using))  # noqa: B023
 
-        low, high = 0.0, row.seconds / len(row.model.layers)
-        if EXPLAINED * row.seconds <= seconds(low):
-            continue
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if seconds(middle) < row.seconds else (low, middle)
-        found.setdefault(kind, []).append(low)
-    means = {kind: float(np.mean(values)) for kind, values in found.items()}
-    return replace(machine, host_layer={**machine.host_layer, **means})
+            low, high = 0.0, row.seconds / len(row.model.layers)
+            if EXPLAINED * row.seconds <= seconds(low):
+                continue
+            for _ in range(60):
+                middle = (low + high) / 2
+                low, high = (middle, high) if seconds(middle) < row.seconds else (low, middle)
+            found.setdefault(kind, []).append(low)
+        means: dict[str, Any] = {name: {**getattr(machine, name)}}
+        means[name] |= {kind: float(np.mean(values)) for kind, values in found.items()}
+        machine = replace(machine, **means)
+    return machine
 
 
 def fit_switch(rows: Sequence[Mapping[str, Any]], machine: Machine) -> Machine:

@@ -43,7 +43,8 @@ class Machine:
     steps of more sequences, own_layer and own_pointwise of other models' steps, which run the model's own code.
 
     host_layer: what the host takes to launch one layer of a chunk of a prompt, "exact", "packed", or "split" where it
-    packs and its heads are of two kinds.
+    packs and its heads are of two kinds; host_first: of the first chunk, which has nothing stored before it, where that
+    was measured.
 
     to_host, from_host: what `cache.offload()` and `restore()` reach; put_start, bring_start: what they take besides, of
     an "exact" cache or one with "packed" pages.
@@ -86,6 +87,7 @@ class Machine:
     fused_layer: float = 0.0
     own_layer: float | None = None
     own_pointwise: float | None = None
+    host_first: Mapping[str, float] = field(default_factory=dict)
 
     def __hash__(self) -> int:  # equal machines have equal names
         return hash((self.name, self.date, self.source))
@@ -121,7 +123,7 @@ class Machine:
         if not isinstance(found, Mapping):
             raise InputError("these are no constants of a machine: measure them anew with --measure.")
         names = {one.name for one in fields(cls)}
-        wanted = names - {"measured", "aliases", "fused", "fused_layer", "own_layer", "own_pointwise"}
+        wanted = names - {"measured", "aliases", "fused", "fused_layer", "own_layer", "own_pointwise", "host_first"}
         missing = sorted(wanted - found.keys())
         if missing:
             raise InputError(f"a machine's constants lack {', '.join(missing)}: measure them anew with --measure.")

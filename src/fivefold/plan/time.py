@@ -219,13 +219,16 @@ def _launching(
 ) -> Term:
     """What a prompt takes beyond the device's work: what launching a chunk takes longer than the work of that chunk,
     which grows with what is stored."""
-    each = machine.host_layer["split" if split and packed else "packed" if packed else "exact"]
+    kind = "split" if split and packed else "packed" if packed else "exact"
+    each = machine.host_layer[kind]
+    first = machine.host_first.get(kind, each)
     held = list(accumulate(chunks, initial=0))[:-1]
     growing = _sum(term for term in device if term.name.endswith(STORED))
     alike, share = (_sum(device) - growing) / sum(chunks), growing / (sum(held) or 1)
-    host = len(model.layers) * each
-    longer = sum(max(0.0, host - alike * chunk - share * before) for chunk, before in zip(chunks, held))
-    said = f"{len(chunks)} chunks x {len(model.layers)} layers x {_seconds(each)}, less the device's work meanwhile"
+    hosts = [len(model.layers) * (each if before else first) for before in held]
+    longer = sum(max(0.0, x - alike * chunk - share * before) for x, chunk, before in zip(hosts, chunks, held))
+    whole = f"{len(chunks)} chunks x {len(model.layers)} layers x {_seconds(each if len(chunks) > 1 else first)}"
+    said = f"{whole}, less the device's work meanwhile"
     return Term("launches", longer, said, "launches")
 
 
