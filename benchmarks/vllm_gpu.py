@@ -21,6 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,16 @@ def generate(llm: Any, prompts: list[list[int]], count: int) -> tuple[float, lis
     return took, tokens
 
 
+def logprobs(llm: Any, ids: list[int], count: int) -> Iterator[float]:
+    """Of greedy tokens behind a prompt: numbers, if the model's are."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False, logprobs=1)
+    (found,) = llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
+    for token, given in zip(found.outputs[0].token_ids, found.outputs[0].logprobs):
+        yield round(given[token].logprob, 4)
+
+
 def timed(out: Path, cache: str, cases: list[str], settings: dict[str, Any]) -> None:
     began = time.perf_counter()
     sys.path.insert(0, str(Path(__file__).parent))
@@ -121,6 +132,7 @@ def timed(out: Path, cache: str, cases: list[str], settings: dict[str, Any]) -> 
         except Exception as error:
             keep(out, "failed", {"cache": cache, "case": case, "error": repr(error)[:500]})
             raise
+    keep(out, "logprobs", {"cache": cache, "of": list(logprobs(llm, [1, *range(3, 1003)], 8))})
 
 
 def small_model() -> Path:

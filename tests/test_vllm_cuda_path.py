@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from fivefold.errors import NonFiniteError
 from fivefold.kernels.paged_pack import Place
 
 pytest.importorskip("triton", reason="needs Triton")
@@ -153,3 +154,19 @@ def test_both_paths_serve_alike(bits: int, residual: int, monkeypatch) -> None:
     for place in range(hit // pages.block):
         tables[0][[0, 3], place] = next(ids)
     step((3, 1), (0, hit + 2))
+
+
+@pytest.mark.parametrize("number", [751.0, float("inf")])
+def test_numbers_that_are_too_large_stop_the_engine(number: float, monkeypatch) -> None:
+    """What was packed is asked for now and then, and without waiting: the engine says so some steps later."""
+    monkeypatch.setenv("FIVEFOLD_KERNELS", "auto" if GPU else "triton")
+    path = cuda.CudaPath(Options.parse("kivi(bits=2)").pages(64, torch.bfloat16), DEVICE, attention=Plain)
+    step = SimpleNamespace(prefills=[], plan=None)
+    for _ in range(2 * cuda.EVERY):
+        path.prepare(step)
+    path.peak.view(torch.float32).fill_(number)
+    with pytest.raises(
+        NonFiniteError, match=f"reach {number:g}, and a GPU's kernels attend on packed numbers up to 750"
+    ):
+        for _ in range(2 * cuda.EVERY):
+            path.prepare(step)
