@@ -34,7 +34,6 @@ class Forward:
         self.model = model
         # Somebody else's, put there before.
         self.before: Callable[..., Any] | None = vars(model).get("forward")
-        self._signed: tuple[Any, str] | None = None
         functools.update_wrapper(self, model.forward, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -53,9 +52,9 @@ class Forward:
                 run = self._run(callback, cache, args, kwargs)
             if cache.session.running:
                 return run(*args, **kwargs)
-            if cache.model != self.signature:
+            if cache.model != (mine := signature(decoder_config(self.model))):  # which `convert` may have changed
                 raise CacheStateError(
-                    f"the cache was made for {cache.model} and called with {self.signature}: make one for this model."
+                    f"the cache was made for {cache.model} and called with {mine}: make one for this model."
                 )
             return self._call(run, cache, args, kwargs)
         finally:
@@ -128,14 +127,6 @@ class Forward:
     @functools.cached_property
     def configs(self) -> list[Any]:
         return configs_of(self.model)
-
-    @property
-    def signature(self) -> str:
-        """Of the model: see `fivefold.signature`."""
-        config = self.model.config
-        if self._signed is None or self._signed[0] is not config:
-            self._signed = config, signature(decoder_config(self.model))
-        return self._signed[1]
 
     @functools.cached_property
     def switch(self) -> int | None:
