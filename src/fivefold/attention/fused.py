@@ -194,7 +194,19 @@ def why_not_each(layers: dict[int, LayerCache], roles: Mapping[int, str]) -> dic
         if kind not in kinds:
             kinds[kind] = _why_not_step(layer, role)
         out[index] = kinds[kind]
-    return out
+    return _picking_together(out, roles, layers)
+
+
+def _picking_together(
+    whys: dict[int, str | None], roles: Mapping[int, str], layers: Mapping[int, LayerCache]
+) -> dict[int, str | None]:
+    """What a GPU's kernels pick is on the device, what plain PyTorch picks on the host: one of the two does all of a
+    step's picking, and all reading of what is picked."""
+    picking = [index for index in whys if roles.get(index, "full") != "full"]
+    why = next((whys[index] for index in picking if whys[index] is not None), None)
+    if why is not None and choose(layers[picking[0]].spec.device).triton:
+        whys |= {index: whys[index] or why for index in picking}
+    return whys
 
 
 def _why_not_step(layer: LayerCache, role: str) -> str | None:
