@@ -66,8 +66,6 @@ def test_heads_with_windows_beside_others(name: str, tiny: Any, monkeypatch: Any
         with checked(cache) as ran:
             found = model(ids(2, 1, 1), attention_mask=mask, past_key_values=cache).logits
         assert ran
-        if "tidal" in recipe:
-            return  # there a head that is no kernel's does not know what a kernel has picked, and reads everything
         monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
         wanted = model(ids(2, 1, 1), attention_mask=mask, past_key_values=other).logits
     assert (found - wanted).norm() < 0.04 * wanted.norm()
