@@ -115,7 +115,8 @@ class ModelShape:
     def fused(self) -> bool:
         """Whether its decoding steps run in fused kernels."""
         plain = not self.routed and self.weight_bytes >= 2 * self.parameters
-        return self.family in FUSED and plain and set(self.kinds) == {"full"}
+        # A layer whose attention is left out is "linear" (`memory.running`); these families have no others.
+        return self.family in FUSED and plain and set(self.kinds) <= {"full", "linear"}
 
     @property
     def multiplied(self) -> float:
