@@ -1,4 +1,4 @@
-"""The picture of README and docs/benchmarks.md, from what `fivefold bench` wrote, and one for narrow screens.
+"""The picture of README and docs/benchmarks.md, from benchmarks/results, and one for narrow screens.
 
     python benchmarks/plot_gpu.py docs/gpu.svg docs/gpu-narrow.svg
 
@@ -61,12 +61,15 @@ def rows(name: str) -> list[dict[str, Any]]:
 def panels() -> list[Panel]:
     long = {(row["recipe"], row["graph"]): row for row in rows("decode_h100.json") if row["context"] == 131072}
     sizes = ("DynamicCache", "full()", "kivi(bits=4)", "kivi(bits=2)")
-    steps = (
-        ("DynamicCache", False), ("StaticCache", True), ("kivi(bits=2)", False), ("full()", True),
-        ("kivi(bits=4)", True), ("kivi(bits=2)", True),
-    )  # fmt: skip
     held = [(name, long[name, False]["cache_bytes"] / 2**30) for name in sizes]
-    taken = [(f"{name}, CUDA graph" if graph else name, long[name, graph]["ms"]) for name, graph in steps]
+    taken = [(name, long[name, graph]["ms"]) for name, graph in (("DynamicCache", False), ("StaticCache", True))]
+    fused = {row["recipe"]: row for row in rows("steps_h100.json") if row["context"] == 131072}
+    taken += [(name, fused[name]["ms"]) for name in ("full()", "kivi(bits=4)", "tidal()", "kivi(bits=2)")]
+    vllm = json.loads((RESULTS / "vllm_h100.json").read_text())
+    kinds = {"auto": "KV cache, bfloat16", "fp8": "KV cache, fp8", "kivi(bits=4)": "kivi(bits=4)"}
+    kinds |= {"kivi(bits=2)": "kivi(bits=2)"}
+    loads = {row["cache"]: row for row in vllm["times"] if row["batch"] > 1}
+    room_of = {row["cache"]: row["tokens"] for row in vllm["engines"]}
     most = rows("capacity_h100.json")
     batches = [row for row in most if row["what"] == "batch"]
     contexts = [row for row in most if row["what"] == "context"]
@@ -87,6 +90,19 @@ def panels() -> list[Panel]:
             "million tokens",
             [Row(row["recipe"], row["context"] / 1e6, f"{row['context'] / 1e6:.2f}") for row in contexts],
         ),
+        Panel(
+            "Inside vLLM: 32,768-token requests",
+            "tokens a second (requests at a time)",
+            [
+                Row(name, loads[key]["tokens_per_s"], f"{loads[key]['tokens_per_s']:,.0f} ({loads[key]['batch']})")
+                for key, name in kinds.items()
+            ],
+        ),
+        Panel(
+            "Inside vLLM: room for",
+            "million tokens",
+            [Row(name, room_of[key] / 1e6, f"{room_of[key] / 1e6:.2f}") for key, name in kinds.items()],
+        ),
     ]
 
 
@@ -100,7 +116,7 @@ def drawn(panel: Panel, left: int, top: int) -> list[str]:
         if room(row.name, "name") + room(row.shown, "value") + 14 > WIDTH:
             raise ValueError(f"{row.name!r} and {row.shown!r} do not fit side by side.")
         texts += [("name", row.name, left, y + 13, "start"), ("value", row.shown, left + WIDTH, y + 13, "end")]
-        kind = "exact" if "Cache" in row.name else "full" if row.name.startswith("full") else "smaller"
+        kind = "exact" if "ache" in row.name else "full" if row.name.startswith("full") else "smaller"
         width = max(2.0, WIDTH * row.value / most)
         made.append(f'<rect x="{left}" y="{y + 18}" width="{width:.1f}" height="{BAR}" fill="{COLOURS[kind]}"/>')
     for kind, text, x, y, anchor in texts:
