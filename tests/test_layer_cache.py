@@ -562,7 +562,7 @@ CHANGES: dict[str, tuple[Callable[[], list[LayerCache]], Callable[[list[LayerCac
     "steps": (forked, lambda layers: step_whole(layers[1], 40), 100),
     "start": (lambda: [freed()], lambda layers: layers[0].start(3), 0),
     "crop": (plain, lambda layers: layers[0].crop(5), 0),
-    "crop into packed groups": (lambda: [full()], lambda layers: layers[0].crop(90), 4),
+    "crop into packed groups": (lambda: [full()], lambda layers: layers[0].crop(90), 3),
     "crop everything": (plain, lambda layers: layers[0].crop(500), 0),
     "select": (forked, lambda layers: layers[0].select(np.array([1, 1, 0])), 2),
     "fork": (plain, lambda layers: layers.append(layers[0].fork()), 2),

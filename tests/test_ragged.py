@@ -31,10 +31,12 @@ def check(model: Any, recipe: str, talk: Conversation) -> None:
 
 class Off:
     """By how much logits are off, by sequence: less than 1e-4. Where tokens are packed, a number of one sequence may
-    have been rounded the other way, because sums were added up in another order; then it is off by a little more."""
+    have been rounded the other way, because sums were added up in another order; then it is off by a little more. Where
+    exact pages are rounded to eight bits as well, that happens to two of three now and then."""
 
     def __init__(self, recipe: str) -> None:
         self.packs = any(codec in recipe for codec in ("kivi", "gear", "mikv", "rotate", "cskv", "kv_heads"))
+        self.few = 3 if "high=8" in recipe else 2
         self.worst: dict[str, tuple[float, str]] = {}
 
     def add(self, sequence: str, where: str, got: torch.Tensor, want: torch.Tensor) -> None:
@@ -44,7 +46,7 @@ class Off:
     def check(self) -> None:
         sizes = sorted(size for size, _ in self.worst.values())
         said = ", ".join(f"{sequence} is off by {size:.2g} in {at}" for sequence, (size, at) in self.worst.items())
-        assert sizes[-1] < 1e-4 or (self.packs and sizes[-1] < 0.05 and sizes[-2] < 1e-4), said
+        assert sizes[-1] < 1e-4 or (self.packs and sizes[-1] < 0.05 and sizes[-self.few] < 1e-4), said
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -327,6 +327,9 @@ class Engine:
         while len(one.packed_blocks) < -(-length // self.pages.block):
             one.packed_blocks.append(self.free.pop())
         keep = self.pages.packed(length) // 32
+        # What the step before took over is no longer where it was.
+        mine = one.exact_blocks
+        one.exact_blocks = [NULL if block in mine[i + 1 :] else block for i, block in enumerate(mine)]
         old = [block for block in one.exact_blocks[:keep] if block != NULL]
         for place in range(len(one.exact_blocks), -(-length // 32)):
             if place < keep:

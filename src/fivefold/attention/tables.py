@@ -169,10 +169,9 @@ class DeviceTables:
     @property
     def nbytes(self) -> int:
         """Bytes on the device and of what is sent there."""
-        hosts = len(self._from) + (0 if self._ahead is None else self._ahead.nbytes)
         tables = self._exact.nbytes + self._packed.nbytes + self._sending.nbytes + self._padding.nbytes
         beside = sum(x.nbytes for x in (self.watch, self.left, self.shares, *self._learned.values()) if x is not None)
-        return tables + hosts + beside
+        return tables + beside
 
     def fit(self) -> bool:
         """Whether these are the bank's rows, and there is still room for what they hold."""
