@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from fivefold.kernels.choice import choose
-from fivefold.kernels.device import numbered, on
+from fivefold.kernels.device import numbered
 from fivefold.kernels.low_rank.reference import Features, padded
-from fivefold.kernels.packed_decode.cuda import loaded
+from fivefold.kernels.nvrtc import launch, loaded
 from fivefold.kernels.packed_decode.schedule import SPAN
 
 SOURCE = Path(__file__).with_name("features.cu")
@@ -109,29 +109,15 @@ def features(
     sums_lse: of a team's first programs only. Which these are, `_expand` works out from what is returned: how many
     launched programs share a team's heads out, and processors. Where `scores_alone` leave these, to the base 2, in
     scores, float32 `[teams, slots, team * heads]`."""
-    from cuda.bindings import driver
-
     (rows, columns), device, made = table.shape, queries.device, form.prepared
     function, shared, processors = _kernel(form, queries.dtype, numbered(device))
     split = form.team // group(form)
     programs = min(len(sums), processors // split + rows // form.team) * split
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = programs, 1, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = 128 * WORKERS, 1, 1
-    config.sharedMemBytes, config.hStream = shared, torch.cuda.current_stream(device).cuda_stream
-    if EARLY:
-        early = driver.CUlaunchAttribute()
-        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        early.value.programmaticStreamSerializationAllowed = 1
-        config.attrs, config.numAttrs = [early], 1
     tensors = (queries, table, spans, starts, made.keys, made.waves, made.angles, sums, sums_lse, scores)
     pointers = [x.data_ptr() for x in tensors]
     types = (*[ctypes.c_void_p] * 10, ctypes.c_float, *[ctypes.c_int] * 3)
     values = (*pointers, scale, rows, columns, processors)
-    with on(device):
-        (error,) = driver.cuLaunchKernelEx(config, function, (values, types), 0)
-    if int(error):
-        raise RuntimeError(f"CUDA: {error!r}")
+    launch(function, programs, 128 * WORKERS, shared, device, values, types, EARLY)
     return split, processors
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from fivefold.kernels.device import numbered, on
+from fivefold.kernels.device import numbered
+from fivefold.kernels.nvrtc import function_of, launch, machine_code
 from fivefold.kernels.packed_decode.reader import Packed, Reader
 from fivefold.kernels.packed_decode.reference import Form
 from fivefold.kernels.packed_decode.schedule import Exact
@@ -75,8 +76,6 @@ class Kernel:
         """Leave the parts of `programs` programs in out `[programs, heads, head_dim]` and lse `[programs, heads]`;
         found, scored: scores of packed and exact slots, see `triton.decode`. early: it may read packed pages before the
         kernel in front of it is done."""
-        from cuda.bindings import driver
-
         rows, heads = queries.shape[:2]
         table, base = packed.table, packed.base
         slots, exact_base = (table, base) if exact is None else (exact.table, exact.base)
@@ -86,20 +85,7 @@ class Kernel:
         types = (*[ctypes.c_void_p] * 10, ctypes.c_float, *[ctypes.c_int] * 6, *[ctypes.c_longlong] * 2)
         sizes = rows, table.shape[1], slots.shape[1], heads, found.shape[-1], scored.shape[-1]
         values = (*pointers, scale, *sizes, base, exact_base)
-        stream = torch.cuda.current_stream(queries.device).cuda_stream
-        grid, block = (programs, 1, 1), (64 * self.pairs, 1, 1)
-        with on(queries.device):
-            if not early:
-                _done(driver.cuLaunchKernel(self.function, *grid, *block, self.shared, stream, (values, types), 0))
-                return
-            config, attribute = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
-            config.gridDimX, config.gridDimY, config.gridDimZ = grid
-            config.blockDimX, config.blockDimY, config.blockDimZ = block
-            config.sharedMemBytes, config.hStream = self.shared, stream
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs, config.numAttrs = [attribute], 1
-            _done(driver.cuLaunchKernelEx(config, self.function, (values, types), 0))
+        launch(self.function, programs, 64 * self.pairs, self.shared, queries.device, values, types, early)
 
 
 def _shape(form: Reader, heads: int) -> dict[str, int]:
@@ -169,49 +155,6 @@ def compiled(
     return machine_code(SOURCE, values, capability)
 
 
-def machine_code(source: Path, definitions: dict[str, int], capability: tuple[int, int], variant: str = "") -> bytes:
-    """CUDA C++ compiled by NVRTC for a compute capability. variant: "a" for what only this one has.
-
-    Raises RuntimeError with the compiler's words if it cannot be compiled.
-    """
-    from cuda.bindings import nvrtc
-
-    major, minor = capability
-    options = [f"--gpu-architecture=sm_{major}{minor}{variant}", "--std=c++17"]
-    options += [f"-D{name}={value}" for name, value in definitions.items()]
-    program = _done(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], []))
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        log = b" " * _done(nvrtc.nvrtcGetProgramLogSize(program))
-        _done(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(
-            f"{source.name} does not compile here (FIVEFOLD_KERNELS=triton does without it): {log.decode()}"
-        )
-    code = b" " * _done(nvrtc.nvrtcGetCUBINSize(program))
-    _done(nvrtc.nvrtcGetCUBIN(program, code))
-    _done(nvrtc.nvrtcDestroyProgram(program))
-    return code
-
-
-def loaded(
-    source: Path, name: str, definitions: dict[str, int], shared: int, device: torch.device, variant: str = ""
-) -> Any:
-    """A function of a source, compiled and loaded on a device, the current one; shared: bytes of shared memory that a
-    program of it takes."""
-    torch.cuda.current_stream().synchronize()  # makes the context
-    return _function(machine_code(source, definitions, torch.cuda.get_device_capability(device), variant), name, shared)
-
-
-def _function(code: bytes, name: str, shared: int) -> Any:
-    from cuda.bindings import driver
-
-    module = _done(driver.cuModuleLoadData(code))
-    function = _done(driver.cuModuleGetFunction(module, name.encode()))
-    attributes = driver.CUfunction_attribute
-    _done(driver.cuFuncSetAttribute(function, attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
-    return function
-
-
 def kernel(
     form: Reader, dtype: torch.dtype, exact: torch.dtype | None, device: torch.device, span: int, heads: int = 8,
     found: bool = False, scored: bool = False,
@@ -234,13 +177,5 @@ def _kernel(
         capability = torch.cuda.get_device_capability(device)
         code = compiled(form, dtype, exact, capability, span, pairs, resident, heads, found, scored)
         shared = shared_bytes(form, pairs, heads)
-        function = _function(code, "packed", shared)
+        function = function_of(code, "packed", shared)
     return Kernel(function, shared, pairs)
-
-
-def _done(returned: tuple) -> Any:
-    """What a call returned beside its error."""
-    error, *rest = returned
-    if int(error):
-        raise RuntimeError(f"CUDA: {error!r}")
-    return rest[0] if rest else None

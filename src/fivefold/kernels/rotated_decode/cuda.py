@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from fivefold.kernels.device import early, numbered, on
+from fivefold.kernels.device import early, numbered
+from fivefold.kernels.nvrtc import launch, loaded
 from fivefold.kernels.packed_decode.reader import Packed
 from fivefold.kernels.packed_decode.schedule import SPAN
 from fivefold.kernels.rotated_decode.reference import Rotated
@@ -93,41 +94,6 @@ def supports(form: Rotated, heads: int, dtype: torch.dtype) -> bool:
     return dtype in _DTYPES and form.split and Shape.of(form, heads, dtype).lacks() is None
 
 
-def loaded(source: Path, name: str, definitions: dict[str, int], shared: int, device: torch.device) -> Any:
-    """A function of a source, compiled and loaded on a device; shared: bytes of shared memory that a program of it
-    takes. Raises RuntimeError with the compiler's words if it cannot be compiled."""
-    from cuda.bindings import driver, nvrtc
-
-    with torch.cuda.device(device):
-        torch.cuda.current_stream().synchronize()  # makes the context
-        major, minor = torch.cuda.get_device_capability(device)
-        options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
-        options += [f"-D{key}={value}" for key, value in definitions.items()]
-        program = _done(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], []))
-        (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-        if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            log = b" " * _done(nvrtc.nvrtcGetProgramLogSize(program))
-            _done(nvrtc.nvrtcGetProgramLog(program, log))
-            raise RuntimeError(
-                f"{source.name} does not compile here (FIVEFOLD_KERNELS=triton does without it): {log.decode()}"
-            )
-        code = b" " * _done(nvrtc.nvrtcGetCUBINSize(program))
-        _done(nvrtc.nvrtcGetCUBIN(program, code))
-        _done(nvrtc.nvrtcDestroyProgram(program))
-        function = _done(driver.cuModuleGetFunction(_done(driver.cuModuleLoadData(code)), name.encode()))
-        attributes = driver.CUfunction_attribute
-        _done(driver.cuFuncSetAttribute(function, attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
-        return function
-
-
-def _done(returned: tuple) -> Any:
-    """What a call returned beside its error."""
-    error, *rest = returned
-    if int(error):
-        raise RuntimeError(f"CUDA: {error!r}")
-    return rest[0] if rest else None
-
-
 @dataclass(frozen=True)
 class Kernel:
     """A function that is loaded on a device: threads of a program, and bytes of shared memory it takes."""
@@ -141,24 +107,9 @@ class Kernel:
     ) -> None:  # fmt: skip
         """arguments: values and their ctypes, None for a tensor. early: it may begin before the kernel in front of it
         is done."""
-        from cuda.bindings import driver
-
         values = tuple(x.data_ptr() if kind is None else x for x, kind in arguments)
         types = tuple(kind or ctypes.c_void_p for _, kind in arguments)
-        with on(device):
-            stream, block = torch.cuda.current_stream(device).cuda_stream, (self.threads, 1, 1)
-            if not early:
-                given = programs, 1, 1, *block, self.shared, stream, (values, types), 0
-                _done(driver.cuLaunchKernel(self.function, *given))
-                return
-            config, attribute = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
-            config.gridDimX, config.gridDimY, config.gridDimZ = programs, 1, 1
-            config.blockDimX, config.blockDimY, config.blockDimZ = block
-            config.sharedMemBytes, config.hStream = self.shared, stream
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs, config.numAttrs = [attribute], 1
-            _done(driver.cuLaunchKernelEx(config, self.function, (values, types), 0))
+        launch(self.function, programs, self.threads, self.shared, device, values, types, early)
 
 
 @cache
@@ -167,7 +118,8 @@ def kernels(shape: Shape, device: torch.device) -> tuple[Kernel, Kernel]:
     made = []
     for scores, name, shared in zip((True, False), ("scores", "values"), shape.shared):
         values = shape.definitions(scores)
-        made.append(Kernel(loaded(SOURCE, name, values, shared, device), 64 * values["PAIRS"], shared))
+        with torch.cuda.device(device):
+            made.append(Kernel(loaded(SOURCE, name, values, shared, device), 64 * values["PAIRS"], shared))
     return made[0], made[1]
 
 
