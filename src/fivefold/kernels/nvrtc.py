@@ -9,6 +9,9 @@ import torch
 
 from fivefold.kernels.device import on
 
+HARDWARE = Path(__file__).with_name("hardware.cuh")
+"""What sources may include."""
+
 
 def machine_code(source: Path, definitions: dict[str, int], capability: tuple[int, int], variant: str = "") -> bytes:
     """CUDA C++ compiled by NVRTC for a compute capability. variant: "a" for what only this one has.
@@ -20,7 +23,8 @@ def machine_code(source: Path, definitions: dict[str, int], capability: tuple[in
     major, minor = capability
     options = [f"--gpu-architecture=sm_{major}{minor}{variant}", "--std=c++17"]
     options += [f"-D{name}={value}" for name, value in definitions.items()]
-    program = done(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], []))
+    given = source.read_bytes(), source.name.encode(), 1, [HARDWARE.read_bytes()], [b"../hardware.cuh"]
+    program = done(nvrtc.nvrtcCreateProgram(*given))
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = b" " * done(nvrtc.nvrtcGetProgramLogSize(program))
