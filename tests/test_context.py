@@ -24,7 +24,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 class MixedCodec(Codec):
     """Keys unturned by position, then mixed by an orthogonal matrix over the heads that are packed together."""
 
-    contextual = positional = True
     group = 32
 
     def __init__(self, spec: LayerSpec) -> None:

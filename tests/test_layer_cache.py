@@ -139,7 +139,7 @@ def ownership(layers: list[LayerCache]) -> list[object]:
     named: dict[PagePool, set[int]] = {pool: set() for pool in layers[0].pools}
     for layer in layers:
         for group in layer.groups:
-            tables = [(layer.exact_pool, group.exact), *zip(layer.packed_pools, (group.packed, group.own))]
+            tables = [(layer.exact_pool, group.exact), *zip(layer.packed_pools, group.packed_tables)]
             for at, row in enumerate(group.rows.tolist()):
                 for pool, table in tables:
                     out.append((layer.spec.layer, row, table[at].tolist(), pool.references(table[at]).tolist()))
@@ -456,7 +456,7 @@ def d2o() -> list[LayerCache]:
 
 
 def mikv() -> list[LayerCache]:
-    layer = make([Extent(), Extent(0, 70)], TokenCodec(4, DIM, DIM, False), 0, batch=2, policy=MiKV(balance=False))
+    layer = make([Extent(), Extent(0, 70)], TokenCodec(4, DIM, DIM), 0, batch=2, policy=MiKV(balance=False))
     extend(layer, [200, 150])
     return [layer]
 
@@ -828,7 +828,7 @@ def test_blocks_read_what_the_tables_name(scattered: bool) -> None:
         table = layer.exact_pool.read("keys", group.exact.reshape(-1)).reshape(len(group.rows), -1, DIM)
         assert torch.equal(exact(layer, group), table[:, : exact(layer, group).shape[1]])
         whole = group.packed_fields(0, group.packed.shape[1])
-        blocks = [group.read_packed(location, own) for _, _, location, own in group.packed_blocks(4096)]
+        blocks = [group.read_packed(where) for _, _, where in group.packed_blocks(4096)]
         for name, x in whole.items():
             assert torch.equal(torch.cat([block[name] for block in blocks], 1), x)
 

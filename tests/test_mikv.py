@@ -11,7 +11,7 @@ import torch
 import fivefold
 from conftest import quick
 from fivefold.errors import CacheStateError, RecipeError
-from fivefold.methods.bits.mikv import MiKV, TokenCodec
+from fivefold.methods.bits.mikv import BalancedCodec, MiKV, TokenCodec
 from fivefold.store import Context
 from policies import Run
 
@@ -27,7 +27,7 @@ def tokens(count: int, *shape: int, outlier: float = 20.0) -> torch.Tensor:
 
 
 def bound(bits: int, balance: bool, queries: torch.Tensor, keys: torch.Tensor) -> Any:
-    codec = TokenCodec(bits, 32, DIM, balance)
+    codec = (BalancedCodec if balance else TokenCodec)(bits, 32, DIM)
     learned = codec.learn(queries, keys, keys, keys)
     return codec.of(Context(tuple(range(ROWS)), ROWS, torch.arange(keys.shape[1])[None], learned)) if balance else codec
 
@@ -36,7 +36,7 @@ def bound(bits: int, balance: bool, queries: torch.Tensor, keys: torch.Tensor) -
 @pytest.mark.parametrize("balance", [True, False])
 def test_attention_on_codes_is_attention_on_what_they_decode_to(bits: int, balance: bool) -> None:
     torch.manual_seed(bits)
-    count = PAGES * TokenCodec(bits, 32, DIM, balance).layout.tokens
+    count = PAGES * TokenCodec(bits, 32, DIM).layout.tokens
     keys, values = tokens(count, ROWS), torch.randn(ROWS, count, DIM)
     codec = bound(bits, balance, torch.randn(ROWS, 4, count, DIM), keys)
     fields = codec.encode(keys.view(ROWS * PAGES, -1, DIM), values.view(ROWS * PAGES, -1, DIM), 0, None)
@@ -84,7 +84,7 @@ def test_a_channel_without_numbers_is_left_alone() -> None:
     keys, queries = torch.randn(ROWS, 8, DIM), torch.randn(ROWS, 2, 8, DIM)
     keys[:, :, 3] = 0
     queries[:, :, :, 7] = 0
-    learned = TokenCodec(2, 32, DIM, True).learn(queries, keys, keys, keys)["balance"]
+    learned = BalancedCodec(2, 32, DIM).learn(queries, keys, keys, keys)["balance"]
     assert learned.isfinite().all() and (learned[:, [3, 7]] == 1).all() and (learned > 0).all()
 
 
@@ -108,7 +108,7 @@ def test_the_important_tokens_are_precise_and_none_is_lost(chunks: list[int], hi
     total = sum(chunks)
     q = torch.randn(1, 1, kv_heads * group, total, 32)
     k, v = torch.randn(2, 1, 1, kv_heads, total, 32).unbind(0)
-    codec = TokenCodec(4, 32, 32, True)
+    codec = BalancedCodec(4, 32, 32)
     run = Run(method, kv_heads, kv_heads * group, 32, codec=codec)
     start, packed = 0, [set[int]() for _ in range(kv_heads)]
     for chunk in chunks:

@@ -11,9 +11,8 @@ from fivefold.attention.fused import attend_fused, attend_picked_fused, attend_s
 from fivefold.attention.merge import MASKED, attend, capped, merge, with_sinks
 from fivefold.kernels.choice import takes_cpp
 from fivefold.store.codec import Codec
-from fivefold.store.group import KV, RowGroup
+from fivefold.store.group import KV, Block, RowGroup
 from fivefold.store.layer_cache import LayerCache
-from fivefold.store.pages import Location
 from fivefold.store.rows import PAGE, Bounds
 
 # Numbers (keys times channels) of pages that are attended at a time: bounds the memory of a step, and keeps
@@ -21,7 +20,6 @@ from fivefold.store.rows import PAGE, Bounds
 PACKED_BLOCK = 1 << 20
 
 
-PackedBlock = tuple[int, int, Location, Location | None]
 Make = Callable[[Bounds, torch.device], torch.Tensor | None]
 Weights = list[tuple[torch.Tensor, torch.Tensor]]
 """Weights within a part of the slots, `[rows, query_heads per kv head, slots]`, and the part's log-sum-exp."""
@@ -71,7 +69,7 @@ def attend_step(
 
 
 def _attend_at_once(
-    layer: LayerCache, group: RowGroup, scaled: torch.Tensor, block: PackedBlock, watch: bool
+    layer: LayerCache, group: RowGroup, scaled: torch.Tensor, block: Block, watch: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attend_step` for one block of packed pages: with one softmax over both tiers, and nothing to merge."""
     scores, filled, codec, fields = _packed_scores(layer, group, scaled, block)
@@ -253,22 +251,22 @@ def attend_packed(
     return merged
 
 
-def packed_blocks(layer: LayerCache, group: RowGroup, queries: torch.Tensor) -> list[PackedBlock]:
+def packed_blocks(layer: LayerCache, group: RowGroup, queries: torch.Tensor) -> list[Block]:
     """The packed tier in pieces; longer ones where compiled kernels make nothing of the size of keys."""
     assert layer.codec is not None
-    at_once = 64 if layer.codec.compiled and takes_cpp(queries) else 1
+    at_once = 64 if layer.codec.compiled(queries.device) and takes_cpp(queries) else 1
     return group.packed_blocks(PACKED_BLOCK * at_once)
 
 
 def _packed_scores(
-    layer: LayerCache, group: RowGroup, scaled: torch.Tensor, block: PackedBlock
+    layer: LayerCache, group: RowGroup, scaled: torch.Tensor, block: Block
 ) -> tuple[torch.Tensor, int, Codec, dict[str, torch.Tensor]]:
     """Inner products of float32 queries with a block's keys, `MASKED` where there are none, how many slots are filled,
     and by what codec and from what fields."""
     assert layer.packing is not None
     bounds, page = group.bounds, layer.packing.page
-    first, last, location, own = block
-    fields, codec = group.read_packed(location, own), group.codec(first, last)
+    first, last, where = block
+    fields, codec = group.read_packed(where), group.codec(first, last)
     scores = capped(codec.scores(scaled, fields), layer.spec.cap)
     bias = _bias_of(layer, packed_bias, bounds, scaled.device)
     if bias is not None:

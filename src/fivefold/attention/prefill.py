@@ -304,7 +304,7 @@ def _packed(layer: LayerCache, group: RowGroup, queries: torch.Tensor) -> Iterat
     if not group.packed.shape[1]:
         return
     assert layer.codec is not None and layer.packing is not None
-    bounds, page, (rows, _, _, dim) = group.bounds, layer.packing.page, queries.shape
+    bounds, page = group.bounds, layer.packing.page
     columns, whole = group.packed.shape[1], (int(bounds.packed_stop) - int(bounds.packed_base)) // page
     large = -(-CUDNN_OPERATIONS // (4 * queries.numel()))
     for first, last in _blocks(columns, whole, page, _block_sizes(queries, page), large):
@@ -312,9 +312,8 @@ def _packed(layer: LayerCache, group: RowGroup, queries: torch.Tensor) -> Iterat
         stop = min(int(bounds.packed_stop), int(bounds.packed_base) + last * page)
         pair = unpack_fused(layer, group, first, last, queries.dtype)
         if pair is None:
-            fields = {name: x.flatten(0, 1) for name, x in group.packed_fields(first, last).items()}
-            keys, values = group.codec(first, last).decode(fields)
-            pair = (keys.to(queries.dtype).reshape(rows, -1, dim), values.to(queries.dtype).reshape(rows, -1, dim))
+            keys, values = group.decoded(first, last)
+            pair = keys.to(queries.dtype), values.to(queries.dtype)
         keys, values = (x[:, : stop - begin] for x in pair)
         yield np.arange(begin, stop), keys, values
 

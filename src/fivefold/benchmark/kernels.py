@@ -22,7 +22,6 @@ from fivefold.kernels.choice import choose
 from fivefold.kernels.pack import pack_pages
 from fivefold.kernels.packed_decode import Form
 from fivefold.recipe import Recipe
-from fivefold.store.group import RowGroup
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.spec import LayerSpec, Pools
 
@@ -173,14 +172,14 @@ def fill(layer: LayerCache, context: int, scale: torch.Tensor | float = 1.0, pie
         for group in layer.groups:
             shape = (len(group.rows), tokens, spec.head_dim)
             keys, values = (torch.randn(shape, device=spec.device, dtype=spec.dtype) for _ in range(2))
-            if layer.codec is not None and layer.codec.contextual and group.bounds.seen == 0:
-                _learn(layer, group, keys, values)
+            if layer.codec is not None and group.bounds.seen == 0:
+                layer.learn(group, layer.offsets[group.rows], partial(_first, layer, keys, values))
             layer.append(group, keys * scale, values)
 
 
-def _learn(layer: LayerCache, group: RowGroup, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Show a codec the first tokens of some rows, with queries and inputs as random as they are."""
+def _first(layer: LayerCache, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What a codec is shown of the first tokens of some rows, with queries and inputs as random as they are."""
     rows, tokens, dim = keys.shape
     queries = keys.new_empty((rows, layer.spec.query_heads // layer.spec.kv_heads, tokens, dim)).normal_()
     inputs = keys.new_empty((rows // layer.spec.kv_heads, tokens, 8)).normal_()
-    layer.learn(group, layer.offsets[group.rows], queries, keys, values, inputs)
+    return queries, keys, values, inputs

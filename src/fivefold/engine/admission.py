@@ -24,8 +24,8 @@ class Padded(CacheStateError):
 
 
 def positional(stores: Mapping[int, LayerCache]) -> LayerCache | None:
-    """The first layer whose codec looks at positions; None if there is none, so that nobody need know them."""
-    return next((one for one in stores.values() if one.codec is not None and one.codec.positional), None)
+    """The first layer whose codec undoes RoPE; None if there is none, so that nobody need know positions."""
+    return next((one for one in stores.values() if one.codec is not None and one.codec.rope is not None), None)
 
 
 def admitted(

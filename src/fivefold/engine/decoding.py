@@ -65,7 +65,7 @@ def way_of(session: Steps, store: LayerCache, whole: str | None) -> Way:
         select = session.reads.roles.get(spec.layer) == "select" and not gives_weights(spec.device)
         if not (watched or select):
             return Way(f"{name}, group by group,", whole)
-    around = choice.path == "cpp" and store.codec is not None and store.codec.compiled
+    around = store.codec is not None and store.codec.compiled(spec.device)
     lost = lost and not (choice.path == "reference" and choice.asked)
     return Way("plain PyTorch" + " around C++ kernels" * around, why or whole, lost)
 

@@ -102,17 +102,28 @@ def _over_groups(
             s = None if sinks is None else sinks[rows]
         if not stored and (group.held is not None or not k.is_cuda):  # see `attend`
             _check_finite(store.spec.layer, k, v)
-        if store.codec is not None and store.codec.contextual and group.bounds.seen == 0 and not stored:
+        if store.codec is not None and group.bounds.seen == 0 and not stored:
             sequences = group.rows // store.spec.kv_heads
-            assert inputs is not None
-            mine = inputs if alone else inputs[torch.from_numpy(np.unique(sequences)).to(inputs.device)]
-            store.learn(group, session.offsets[sequences], q, k, v, mine[:, new].to(k.device))
+            at = slice(None) if alone else torch.from_numpy(np.unique(sequences))
+            store.learn(group, session.offsets[sequences], partial(_first, q, k, v, inputs, at))
         part = _attend_group(session, store, group, q, k, v, scaling, chunk == 1, s, stored)
         if alone:
             out = part
         else:
             out[rows, :, new] = part
     return out
+
+
+def _first(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    inputs: torch.Tensor | None,
+    sequences: slice | torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """The arguments of `Codec.learn`; inputs: of all sequences."""
+    assert inputs is not None
+    return queries, keys, values, inputs[sequences, -keys.shape[1] :].to(keys.device)
 
 
 def _check_later(change: Transaction, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -66,9 +66,14 @@ def choose(device: torch.device) -> Choice:
     return _choose(os.environ.get("FIVEFOLD_KERNELS", "auto"), numbered(torch.device(device)))
 
 
+def runs_cpp(device: torch.device) -> bool:
+    """Whether kernels in C++ run there."""
+    return choose(device).path == "cpp"
+
+
 def takes_cpp(queries: torch.Tensor) -> bool:
     """Whether the CPU kernels serve queries (or weights of queries) `[rows, query, ...]`."""
-    return queries.shape[1] <= MAX_QUERIES and choose(queries.device).path == "cpp"
+    return queries.shape[1] <= MAX_QUERIES and runs_cpp(queries.device)
 
 
 @cache

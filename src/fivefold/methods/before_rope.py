@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fivefold.calibrate.profile import Profile
+from fivefold.kernels.choice import runs_cpp
 from fivefold.methods.method import Codec
 from fivefold.store import Context, Rope
 
@@ -22,6 +23,7 @@ class LearnedCodec(Codec):
     """
 
     profile: Profile
+    rope: Rope
     made: dict[tuple[tuple[int, ...], ...], Sequence[torch.Tensor]]
 
     @property
@@ -35,11 +37,13 @@ class LearnedCodec(Codec):
     def forget(self) -> None:
         self.made.clear()
 
+    def compiled(self, device: torch.device) -> bool:
+        return runs_cpp(device)
+
 
 class BeforeRope(Codec):
     """A codec on the pages of the rows of `context`."""
 
-    contextual = True
     codec: Any
     rope: Rope
     planes: int

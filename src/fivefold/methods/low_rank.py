@@ -84,7 +84,6 @@ class LowRankCodec(LearnedCodec):
     float16 [planes, r], and the same for values.
     """
 
-    contextual = positional = compiled = True
     group = 32
 
     def __init__(

@@ -44,9 +44,9 @@ _UNKNOWN = object()
 class Stand(Cache):
     """What a compiled model gets in the place of a cache.
 
-    absent: layers whose attention is left out; contextual: layers whose codec wants the layer's input; sources: layers
-    whose keys and values later ones share; stored: layers that store what they are given; windows: those with a window
-    that stay transformers' own; first: the layer that wants positions, or -1.
+    absent: layers whose attention is left out; sources: layers whose keys and values later ones share; stored: layers
+    that store what they are given; windows: those with a window that stay transformers' own; first: the layer that
+    wants positions, or -1.
     """
 
     def __init__(self, cache: FivefoldCache, counted: bool) -> None:
@@ -54,13 +54,12 @@ class Stand(Cache):
         self.layers: list[Any] = []
         self.absent = tuple(sorted(cache.absent))
         self.stored = tuple(session.stores)
-        self.contextual = tuple(i for i, s in session.stores.items() if s.codec is not None and s.codec.contextual)
         self.sources = tuple(sorted(session.sources))
         self.windows = tuple(session.companions.windows) if isinstance(session.companions, StockLayers) else ()
         self.first = session.first if positional(session.stores) is not None else -1
         # A size may be any in one graph; a number may not. Sizes 0 and 1 are told from others, hence 2 more.
         self.length = _any_size(session.length + 2) if counted else None
-        self.kind = self.absent, self.stored, self.contextual, self.sources, self.windows, self.first, counted
+        self.kind = self.absent, self.stored, self.sources, self.windows, self.first, counted
         """What a graph depends on."""
         self.inputs: torch.Tensor | None = None
         self.brought: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -123,9 +122,9 @@ class Handed:
         )  # fmt: skip
 
 
-def hand_in(cache: Stand, index: int, inputs: torch.Tensor) -> None:
+def hand_in(cache: Stand, index: int, inputs: torch.Tensor | None) -> None:
     """The hook before a layer."""
-    if index in cache.contextual:
+    if index in cache.stored:
         cache.inputs = inputs
 
 

@@ -75,16 +75,14 @@ def restore(model: torch.nn.Module) -> None:
 
 
 def _hand_in(index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A layer's input, which its attention module sees only behind a norm, for codecs that want to know it."""
+    """A layer's input, which its attention module sees only behind a norm, for codecs that learn of it."""
     given = kwargs.get("past_key_values", kwargs.get("layer_past"))
     if isinstance(given, compiled.Stand):
-        compiled.hand_in(given, index, args[0] if args else kwargs["hidden_states"])
+        compiled.hand_in(given, index, args[0] if args else kwargs.get("hidden_states"))
         return
     cache = cache_of(kwargs)
     if cache is not None and index in cache.session.stores:
-        codec = cache.session.stores[index].codec
-        if codec is not None and codec.contextual:
-            cache.session.inputs = args[0] if args else kwargs["hidden_states"]
+        cache.session.inputs = args[0] if args else kwargs.get("hidden_states")
 
 
 def _hand_over(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

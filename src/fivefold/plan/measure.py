@@ -358,8 +358,7 @@ def _packing(device: torch.device, sizes: Sizes) -> dict[str, Any]:
         def call(layer: Any = layer, group: Any = group, pages: int = pages) -> Any:
             pair = unpack_fused(layer, group, 0, pages, layer.spec.dtype)
             if pair is None:
-                fields = {name: x.flatten(0, 1) for name, x in group.packed_fields(0, pages).items()}
-                pair = group.codec(0, pages).decode(fields)
+                pair = group.decoded(0, pages)
             return pair
 
         unpacked[str(bits)] = moved / _eager(device, call)

@@ -102,11 +102,11 @@ class Rehearsal:
             return torch.empty(shape, dtype=dtype, device=NOWHERE)
 
         keys, values = (nothing(rows, tokens, spec.head_dim) for _ in range(2))
-        if store.codec is not None and store.codec.contextual and group.bounds.seen == 0:
+        if store.codec is not None and group.bounds.seen == 0:
             sequences = group.rows // spec.kv_heads
             queries = nothing(rows, spec.query_heads // spec.kv_heads, tokens, spec.head_dim)
             inputs = nothing(len(np.unique(sequences)), tokens, self.hidden)
-            store.learn(group, self.session.offsets[sequences], queries, keys, values, inputs)
+            store.learn(group, self.session.offsets[sequences], lambda: (queries, keys, values, inputs))
         observed = None
         if tokens > 1 and group.held is not None and policy is not None and policy.chooses and policy.observes != 0:
             observed = nothing(rows, group.held.slots + tokens, dtype=torch.float32)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 
 from fivefold.errors import NonFiniteError
 from fivefold.kernels.packed_decode import Form, Reader
-from fivefold.store.context import Context
+from fivefold.store.context import Context, Rope
 from fivefold.store.pages import PageLayout
+from fivefold.store.rows import Bounds
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
 
@@ -31,6 +35,9 @@ def beyond(name: str, peak: float) -> NonFiniteError:
 class Codec:
     """How a page holds tokens. Pages are filled by whole groups of `group` tokens, in order.
 
+    One whose pages say something else of other rows (their heads, positions, or what it has learned of them) overrides
+    `of`. Everybody asks that first, and all that encodes and reads pages of what it returns.
+
     Shapes: `keys, values [pages, token, head_dim]`; fields of pages `[pages, *shape]` (or `[rows, pages, *shape]`
     where a leading `rows` is said).
     """
@@ -39,18 +46,13 @@ class Codec:
     group: int
     form: Form | None = None
     """What its pages look like to the kernels that pack, unpack and pick KIVI's; None if they are others."""
-    compiled: bool = False
-    """Whether its `scores` and `output` are kernels where C++ runs (`kernels/compiled.py`)."""
-    contextual: bool = False
-    """Whether it wants to know whose pages it is given (`learn`, `of`)."""
-    positional: bool = False
-    """If `contextual`: whether it looks at positions, which are then those that the model used; else they say
-    nothing."""
+    rope: Rope | None = None
+    """The rotary embedding that it takes out of keys; positions must then go up by one."""
 
     @property
     def reader(self) -> Reader | None:
-        """The kernel of a GPU that attends over its pages in a decoding step; None if there is none. Of a `contextual`
-        codec: over those of rows in which no head holds other tokens than another."""
+        """The kernel of a GPU that attends over its pages in a decoding step; None if there is none. Of one that packs
+        heads together: over those of rows in which no head holds other tokens than another."""
         return self.form
 
     @property
@@ -67,10 +69,14 @@ class Codec:
     def forget(self) -> None:
         """Let go of these tensors, which can be made again."""
 
+    def compiled(self, device: torch.device) -> bool:
+        """Whether `scores` and `output` are kernels in C++ there (`kernels/compiled.py`)."""
+        return False
+
     def learn(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inputs: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """If `contextual`: what it wants to remember of rows whose first tokens have come, `[rows, ...]` each.
+        """What it wants to remember of rows whose first tokens have come, `[rows, ...]` each.
 
         queries: `[rows, query_heads per kv head, token, head_dim]`; keys, values: `[rows, token, head_dim]`; inputs:
         what the layer was given (the residual stream), `[sequences, token, hidden_size]`: each sequence has as many
@@ -78,9 +84,18 @@ class Codec:
         """
         return {}
 
+    def introduced(self, first: Callable[[], tuple[torch.Tensor, ...]]) -> dict[str, torch.Tensor]:
+        """`learn` of what `first` gives, which is not asked where there is nothing to be learned."""
+        return {} if type(self).learn is Codec.learn else self.learn(*first())
+
     def of(self, context: Context) -> Codec:
-        """If `contextual`: the codec that works on the pages of these rows; all that follows is asked of it."""
+        """The codec that works on the pages of these rows: itself if it is the same for all."""
         return self
+
+    def alike(self, layers: np.ndarray, bounds: Bounds) -> list[np.ndarray]:
+        """What rows must have in common to be encoded in one call, int64 `[rows]` each: nothing, or all that makes a
+        context. layers: which layer each is of."""
+        return [] if type(self).of is Codec.of else [layers, *bounds]
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Raise `NonFiniteError` if these, of any shape, cannot be encoded. Asked before a chunk is stored at all."""
@@ -105,12 +120,9 @@ class Codec:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of single tokens, float32 `[tokens, head_dim]`.
 
-        fields: of pages `[pages, *shape]`; pages, slots: int64 `[tokens]`, which of them and where in it. The default
-        decodes the pages.
+        fields: of pages `[pages, *shape]`; pages, slots: int64 `[tokens]`, which of them and where in it. Asked where
+        pages say the same whosever they are. The default decodes those that are named.
         """
-        if self.contextual:
-            keys, values = self.decode(fields)
-            return keys[pages, slots], values[pages, slots]
         which, place = pages.unique(return_inverse=True)
         keys, values = self.decode({name: field[which] for name, field in fields.items()})
         return keys[place, slots], values[place, slots]

@@ -92,9 +92,7 @@ def _tokens(group: RowGroup, start: int, stop: int, chunk: Pair | None) -> Itera
         column, slot = (int(x) for x in bounds.packed_place(low, layer.packing))
         count = min(high - low, max(1, _NUMBERS // (page * len(group.rows) * dim)) * page - slot)
         columns = -((slot + count) // -page)
-        fields = {name: x.flatten(0, 1) for name, x in group.packed_fields(column, column + columns).items()}
-        pair = group.codec(column, column + columns).decode(fields)
-        keys, values = (x.reshape(len(group.rows), -1, dim)[:, slot : slot + count] for x in pair)
+        keys, values = (x[:, slot : slot + count] for x in group.decoded(column, column + columns))
         yield keys, values
         low += count
     low = max(start, bounds.length)

@@ -6,6 +6,8 @@ row tables when somebody asks (`LayerCache.groups`) and hold nothing of their ow
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Protocol
 
@@ -56,6 +58,10 @@ class Layer(Protocol):
     def offsets(self) -> np.ndarray: ...
 
 
+Block = tuple[int, int, list[Location]]
+"""First column, last column, and where these pages lie, of each pool."""
+
+
 class RowGroup:
     """Rows of a layer with equal bounds.
 
@@ -79,7 +85,7 @@ class RowGroup:
         self.tail: list[torch.Tensor] | None = None
 
     def touched_packed(self) -> None:
-        self._packed_blocks: list[tuple[int, int, Location, Location | None]] | None = None
+        self._packed_blocks: list[Block] | None = None
 
     # -- tables -------------------------------------------------------------------------------------------
 
@@ -101,19 +107,17 @@ class RowGroup:
 
     @property
     def packed(self) -> np.ndarray:
-        """Pages of the packed tier."""
-        return self._packed_pages(0)
+        """Pages of the packed tier: int64 `[rows, columns]`."""
+        return self.packed_tables[0]
 
     @property
-    def own(self) -> np.ndarray:
-        """Pages of what sharers of packed pages keep for themselves."""
-        return self._packed_pages(1)
-
-    def _packed_pages(self, which: int) -> np.ndarray:
+    def packed_tables(self) -> list[np.ndarray]:
+        """The same of each pool: of what sharers of packed pages have in common, and keep for themselves."""
         tier = self.layer.packed_tier
-        if tier is None or which >= len(tier.pools):
-            return np.empty((len(self.rows), 0), dtype=np.int64)
-        return tier.pages(self._index, int(self.bounds.packed_pages(self.layer.packing)), which)
+        if tier is None:
+            return [np.empty((len(self.rows), 0), dtype=np.int64)]
+        columns = int(self.bounds.packed_pages(self.layer.packing))
+        return [tier.pages(self._index, columns, which) for which in range(len(tier.pools))]
 
     @property
     def held(self) -> Held | None:
@@ -158,42 +162,41 @@ class RowGroup:
 
     # -- the packed tier ----------------------------------------------------------------------------------
 
-    def packed_blocks(self, numbers: int) -> list[tuple[int, int, Location, Location | None]]:
-        """(first column, last column, location, own location) of blocks that cover the packed tier.
-
-        Each is of at most about `numbers` keys times channels.
-        """
-        packing, pools = self.layer.packing, self.layer.packed_pools
+    def packed_blocks(self, numbers: int) -> list[Block]:
+        """Blocks that cover the packed tier, each of at most about `numbers` keys times channels."""
+        packing = self.layer.packing
         assert packing is not None
         if self._packed_blocks is None:
             longest = max(1, numbers // (packing.page * len(self.rows) * self.layer.spec.head_dim))
-            packed, own, found = self.packed, self.own, []
-            for first, last in _blocks(packed, longest):
-                mine = None if len(pools) == 1 else pools[1].locate(own[:, first:last])
-                found.append((first, last, pools[0].locate(packed[:, first:last]), mine))
-            self._packed_blocks = found
+            tables = self.packed_tables
+            self._packed_blocks = [
+                (first, last, self._located([table[:, first:last] for table in tables]))
+                for first, last in _blocks(tables[0], longest)
+            ]
         return self._packed_blocks
 
-    def read_packed(self, location: Location, own: Location | None) -> dict[str, torch.Tensor]:
+    def _located(self, tables: Sequence[np.ndarray]) -> list[Location]:
+        return [pool.locate(table) for pool, table in zip(self.layer.packed_pools, tables)]
+
+    def read_packed(self, where: Sequence[Location]) -> dict[str, torch.Tensor]:
         """Every field of a block of the packed tier: `[rows, columns, *shape]`."""
-        out: dict[str, torch.Tensor] = {}
-        for pool, where in zip(self.layer.packed_pools, (location, own)):
-            assert where is not None
-            out |= {part.name: pool.fetch(part.name, where) for part in pool.layout.fields}
-        return out
+        pools = zip(self.layer.packed_pools, where)
+        return {part.name: pool.fetch(part.name, at) for pool, at in pools for part in pool.layout.fields}
 
     def packed_fields(self, first: int, last: int) -> dict[str, torch.Tensor]:
         """Every field of packed columns first..last: `[rows, columns, *shape]`."""
-        tables = (self.packed, self.own)
-        where = [pool.locate(table[:, first:last]) for pool, table in zip(self.layer.packed_pools, tables)]
-        return self.read_packed(where[0], where[1] if len(where) > 1 else None)
+        return self.read_packed(self._located([table[:, first:last] for table in self.packed_tables]))
 
     def fields_at(self, rows: np.ndarray, columns: np.ndarray) -> dict[str, torch.Tensor]:
         """Every field of single packed pages, of the rows with these indices: `[pages, *shape]`."""
-        tables = (self.packed, self.own)
-        where = [pool.locate(table[rows, columns][None]) for pool, table in zip(self.layer.packed_pools, tables)]
-        fields = self.read_packed(where[0], where[1] if len(where) > 1 else None)
+        fields = self.read_packed(self._located([table[rows, columns][None] for table in self.packed_tables]))
         return {name: x[0] for name, x in fields.items()}
+
+    def decoded(self, first: int, last: int) -> list[torch.Tensor]:
+        """Keys and values of packed columns first..last, float32: `[rows, slots, head_dim]` each."""
+        fields = {name: x.flatten(0, 1) for name, x in self.packed_fields(first, last).items()}
+        pair = self.codec(first, last).decode(fields)
+        return [x.reshape(len(self.rows), -1, self.layer.spec.head_dim) for x in pair]
 
     # -- both ---------------------------------------------------------------------------------------------
 
@@ -205,10 +208,8 @@ class RowGroup:
         """The keys (0) or values (1) of all slots: `[rows, slots, head_dim]` in the layer's dtype."""
         spec, parts, columns = self.layer.spec, [], self.packed.shape[1]
         if columns:
-            fields = {name: x.flatten(0, 1) for name, x in self.packed_fields(0, columns).items()}
-            packed = self.codec(0, columns).decode(fields)[which].to(spec.dtype)
-            tokens = int(self.bounds.packed_tokens)
-            parts.append(packed.reshape(len(self.rows), -1, spec.head_dim)[:, :tokens])
+            packed = self.decoded(0, columns)[which].to(spec.dtype)
+            parts.append(packed[:, : int(self.bounds.packed_tokens)])
         parts += self.exact_parts(KV[which])
         if not parts:
             return torch.empty((len(self.rows), 0, spec.head_dim), dtype=spec.dtype, device=spec.device)
@@ -239,25 +240,24 @@ class RowGroup:
             return keys.view(shape), values.view(shape)
         assert layer.packing is not None and layer.codec is not None
         column, slot = np.divmod(flat, layer.packing.page)
-        if not layer.codec.contextual and len(layer.packed_pools) == 1:
+        alone = self.codec(0, 1) is layer.codec  # its pages say the same whosever they are
+        if alone and len(layer.packed_pools) == 1:
             out = torch.empty((2, len(flat), layer.spec.head_dim), device=layer.spec.device)
             for tensors, at, where in layer.packed_pools[0].by_slab(self.packed[rows, column]):
                 ids, inside, target = sent(layer.spec.device, at, slot[where], where)
                 for whole, part in zip(out, layer.codec.take(tensors, ids, inside)):
                     whole.index_copy_(0, target, part)
             return out[0].view(shape), out[1].view(shape)
-        # Rows that share pages are given to the codec together.
-        together, width = self.together if layer.codec.contextual else 1, self.packed.shape[1]
+        # Heads that are packed together are decoded together.
+        together, width = 1 if alone else self.together, self.packed.shape[1]
         pairs, place = np.unique(rows // together * width + column, return_inverse=True)
         r = ((pairs // width * together)[:, None] + np.arange(together)).reshape(-1)
         c = np.repeat(pairs % width, together)
-        codec = layer.codec
-        if codec.contextual:
-            first = torch.from_numpy(bounds.packed_base + c * layer.packing.page)[:, None]
-            codec = codec.of(self.context(self.positions_at(first + torch.arange(layer.packing.page), r), r))
-        which = sent(layer.spec.device, place * together + rows % together, slot)
-        keys, values = codec.take(self.fields_at(r, c), *which)
-        return keys.view(shape), values.view(shape)
+        first = torch.from_numpy(bounds.packed_base + c * layer.packing.page)[:, None]
+        codec = self.codec_at(first + torch.arange(layer.packing.page), r)
+        which, inside = sent(layer.spec.device, place * together + rows % together, slot)
+        pair = codec.decode(self.fields_at(r, c))
+        return pair[0][which, inside].view(shape), pair[1][which, inside].view(shape)
 
     def token(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value of one slot of each row, `[rows]`: `[rows, head_dim]` each."""
@@ -273,45 +273,61 @@ class RowGroup:
 
     def codec(self, first: int, last: int) -> Codec:
         """The codec for packed columns first..last."""
-        codec, packing = self.layer.codec, self.layer.packing
-        assert codec is not None and packing is not None
-        if not codec.contextual:
-            return codec
-        base = int(self.bounds.packed_base)
-        positions = self.positions(base + first * packing.page, base + last * packing.page)
-        assert positions is not None
-        return codec.of(self.context(positions))
+        assert self.layer.packing is not None
+        base, page = int(self.bounds.packed_base), self.layer.packing.page
+        return self.codec_of(base + first * page, base + last * page)
 
-    def context(self, positions: torch.Tensor, rows: np.ndarray | None = None) -> Context:
-        """What a codec may know of the rows with these indices; None is all of them."""
-        mine = self.rows if rows is None else self.rows[rows]
-        whole = len(mine) == self.layer.rows and rows is None
-        learned = {name: x if whole else x[sent(x.device, mine)[0]] for name, x in self.layer.learned.items()}
-        return Context(tuple((mine % self.layer.spec.kv_heads).tolist()), self.together, positions, learned)
+    def codec_of(self, start: int, stop: int, held: Held | None = None) -> Codec:
+        """The codec for the tokens in slots start..stop. held: what the policy will know, if not what it knows."""
+        assert self.layer.codec is not None
+        return self.layer.codec.of(_Context(self, None, lambda: self._positions(start, stop, held)))
 
-    def positions(self, start: int, stop: int, held: Held | None = None) -> torch.Tensor | None:
-        """The model's positions of the tokens in slots start..stop: int64 `[rows or 1, tokens]`; None if the codec does
-        not want them. held: what the policy will know, if not what it knows."""
-        codec, device = self.layer.codec, self.layer.spec.device
-        if codec is None or not codec.contextual:
-            return None
-        if not codec.positional:
-            return running(start, stop, device)  # nobody looks at them
-        offset = self.layer.offsets[self.rows]
+    def codec_at(self, slots: torch.Tensor, rows: np.ndarray, held: Held | None = None) -> Codec:
+        """The same for slots `[rows, tokens]` of the rows with these indices."""
+        assert self.layer.codec is not None
+        return self.layer.codec.of(_Context(self, rows, lambda: self._positions_at(slots, rows, held)))
+
+    def _positions(self, start: int, stop: int, held: Held | None) -> torch.Tensor:
+        """The model's positions of the tokens in slots start..stop: int64 `[rows or 1, tokens]`."""
+        device, offset = self.layer.spec.device, self.layer.offsets[self.rows]
         first, held = int(offset[0]), held or self.held
         if held is None and (offset == first).all():
             return running(start + first, stop + first, device)
         slots = running(start, stop, device).expand(len(self.rows), -1)
-        return self.positions_at(slots, np.arange(len(self.rows)), held)
+        return self._positions_at(slots, np.arange(len(self.rows)), held)
 
-    def positions_at(self, slots: torch.Tensor, rows: np.ndarray, held: Held | None = None) -> torch.Tensor:
-        """The same for slots `[rows, tokens]` of the rows with these indices."""
+    def _positions_at(self, slots: torch.Tensor, rows: np.ndarray, held: Held | None) -> torch.Tensor:
         device, held = self.layer.spec.device, held or self.held
         slots = slots.to(device)
         if held is not None:
             where = sent(device, rows)[0]
             slots = held.positions[where].gather(1, slots.clamp(max=held.slots - 1))
         return slots.long() + sent(device, self.layer.offsets[self.rows[rows]])[0][:, None]
+
+
+class _Context(Context):
+    """Of the rows of a group with these indices (None is all), worked out as far as a codec asks for it."""
+
+    def __init__(self, group: RowGroup, rows: np.ndarray | None, positions: Callable[[], torch.Tensor]) -> None:
+        self._group, self._where, self._all = group, positions, rows is None and len(group.rows) == group.layer.rows
+        self._rows = group.rows if rows is None else group.rows[rows]
+
+    @cached_property
+    def heads(self) -> tuple[int, ...]:
+        return tuple((self._rows % self._group.layer.spec.kv_heads).tolist())
+
+    @cached_property
+    def together(self) -> int:
+        return self._group.together
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        return self._where()
+
+    @cached_property
+    def learned(self) -> dict[str, torch.Tensor]:
+        known = self._group.layer.learned
+        return known if self._all else {name: x[sent(x.device, self._rows)[0]] for name, x in known.items()}
 
 
 def _blocks(ids: np.ndarray, longest: int, shortest: int = 8) -> list[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import cast
@@ -64,7 +64,7 @@ class LayerCache(Holds):
         self.packed_pools: list[PagePool] = []
         if codec is not None:
             self.packed_pools = [pools.of(part, spec.device) for part in codec.layout.split() if part is not None]
-        self.encoder = id(codec) if codec is None or codec.contextual else hash((type(codec), codec.layout))
+        self.encoder = 0 if codec is None else hash((type(codec), codec.layout))
         """Layers of which this is the same pack alike."""
         # Of every head: whether a policy chooses its tokens, and how many always stay exact if it does not.
         self.head_chosen = [policy is not None and extent.recent is None for extent in self.extents]
@@ -74,7 +74,7 @@ class LayerCache(Holds):
         ]
         self.held = []
         self.learned: dict[str, torch.Tensor] = {}
-        """What a contextual codec remembers of the rows, and the means of what has left them, `[rows, ...]` each."""
+        """What a codec remembers of the rows, and the means of what has left them, `[rows, ...]` each."""
         self._groups: list[RowGroup] | None = None
         self.waiting: list[pairs.Waiting] = []
         Bank([self])
@@ -445,11 +445,8 @@ class LayerCache(Holds):
             # The crop ends inside a packed group: its first tokens go back to the exact tier, as decoded.
             assert self.packing is not None
             column, slot = (int(x) for x in new.packed_place(new.packed_stop, self.packing))
-            fields = {name: x.flatten(0, 1) for name, x in group.packed_fields(column, column + 1).items()}
-            decoded = group.codec(column, column + 1).decode(fields)
             window = slice(slot, slot + int(new.length - new.packed_stop))
-            shape = (len(group.rows), -1, self.spec.head_dim)
-            unpacked = [x[:, window].to(self.spec.dtype).reshape(shape) for x in decoded]
+            unpacked = [x[:, window].to(self.spec.dtype) for x in group.decoded(column, column + 1)]
         # Where packed groups go, so does every page after them.
         keep = int(new.pinned_pages + (new.window_pages if new.exact_base == old.exact_base else 0))
         columns = int(old.exact_pages)
@@ -469,18 +466,15 @@ class LayerCache(Holds):
         self,
         group: RowGroup,
         offset: np.ndarray,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        inputs: torch.Tensor,
+        first: Callable[[], tuple[torch.Tensor, ...]],
     ) -> None:
-        """The first tokens of some rows have come: tell a codec that wants to know about rows.
+        """The first tokens of some rows have come: tell the codec.
 
-        offset: int64 `[rows]`, the first token's position; the others are as in `Codec.learn`.
+        offset: int64 `[rows]`, the first token's position. first: gives the arguments of `Codec.learn`.
         """
         assert self.codec is not None
         self.bank.offset[group.flat] = offset
         rows = group.rows_on(self.spec.device)
-        for name, x in self.codec.learn(queries, keys, values, inputs).items():
+        for name, x in self.codec.introduced(first).items():
             whole = self.learned.get(name, x.new_zeros((self.rows, *x.shape[1:])))
             self.learned[name] = whole.index_copy(0, rows, x)

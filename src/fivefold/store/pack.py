@@ -18,7 +18,6 @@ from fivefold.kernels.choice import choose
 from fivefold.kernels.device import sent
 from fivefold.kernels.pack import cpu
 from fivefold.store.codec import Codec, beyond
-from fivefold.store.context import running
 from fivefold.store.group import KV, Layer, RowGroup
 from fivefold.store.held import Held
 from fivefold.store.rows import PAGE, Bounds, Packing
@@ -147,10 +146,10 @@ def pack(
 
 def _alike(bank: Tables, due: Due, keys: np.ndarray) -> list[np.ndarray]:
     """Rows that one call of a codec can encode."""
-    codecs = np.array([layer.encoder for layer in bank.layers])[due.rows // bank.rows]
-    if bank.layers[0].codec.contextual:  # type: ignore[union-attr]
-        keys = np.concatenate([keys, due.bounds])  # then their positions, too, are worked out together
-    keys = np.concatenate([codecs[None], keys])
+    layers, codec = due.rows // bank.rows, bank.layers[0].codec
+    assert codec is not None
+    codecs = np.array([layer.encoder for layer in bank.layers])[layers]
+    keys = np.stack([codecs, *keys, *codec.alike(layers, due.bounds)])
     if (keys == keys[:, :1]).all():
         return [np.arange(keys.shape[1])]
     which = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
@@ -267,14 +266,10 @@ def _encode(bank: Tables, due: Due, chunk: Chunk | None, group: RowGroup | None,
     """By the codec, a bounded part of the tokens at a time; the rest of an open page first."""
     assert bank.packed is not None and bank.packing is not None and bank.change is not None
     layer, page = bank.layers[int(due.rows[0]) // bank.rows], bank.packing.page
-    if layer.codec.contextual and group is None:  # type: ignore[union-attr]
-        bounds = Bounds(*(x[0] for x in due.bounds))
-        group = RowGroup(layer, due.rows - layer.base, bounds)
-    codec = layer.codec
-    assert codec is not None
+    # These are rows of one layer with equal bounds where the codec asks for a context (`Codec.alike`).
+    group = group or RowGroup(layer, due.rows - layer.base, Bounds(*(x[0] for x in due.bounds)))
     if bank.device.type == "meta":  # there is nothing to write, and nothing to write it to
-        if codec.contextual and group is not None:
-            codec.of(group.context(running(0, 1, bank.device)))  # what it makes for such rows stays
+        group.codec_of(0, 1)  # what it makes for such rows stays
         return
     step = at_once(bank, len(due.rows))
     done = 0
@@ -287,14 +282,9 @@ def _encode(bank: Tables, due: Due, chunk: Chunk | None, group: RowGroup | None,
         for first, last in ((0, whole), (whole, size)):
             if first == last:
                 continue
-            bound: Codec = codec
-            if codec.contextual:
-                assert group is not None
-                begin = int(due.start[0]) + done
-                positions = group.positions(begin + first, begin + last, held)
-                assert positions is not None
-                bound = codec.of(group.context(positions))
-            _write(bank, due, bound, column + first // page, slot, keys[:, first:last], values[:, first:last])
+            begin = int(due.start[0]) + done
+            codec = group.codec_of(begin + first, begin + last, held)
+            _write(bank, due, codec, column + first // page, slot, keys[:, first:last], values[:, first:last])
         done += size
 
 

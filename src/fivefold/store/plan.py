@@ -328,8 +328,8 @@ def _evict_packed(layer: PlannedLayer, group: RowGroup, plan: EvictPacked, held:
 def _replace_packed(layer: PlannedLayer, group: RowGroup, plan: EvictPacked, held: Held) -> list[torch.Tensor]:
     """Pages in which nothing changes are left alone; the others are written anew. Returns positions and scores, what
     came in where what goes was."""
-    bank, codec, packing, bounds = layer.bank, layer.codec, layer.packing, group.bounds
-    assert codec is not None and packing is not None and bank.packed is not None and bank.change is not None
+    bank, packing, bounds = layer.bank, layer.packing, group.bounds
+    assert packing is not None and bank.packed is not None and bank.change is not None
     stop, due, page, width = int(bounds.packed_stop), plan.goes.shape[1], packing.page, group.packed.shape[1]
     gone = torch.zeros_like(held.scores, dtype=torch.bool).scatter_(1, plan.goes, True)
     # Each row: as many tokens of the group stay as packed ones go; they are matched in order.
@@ -352,15 +352,12 @@ def _replace_packed(layer: PlannedLayer, group: RowGroup, plan: EvictPacked, hel
         r, c = np.divmod(pages, width)
         filled = page if int(c[0]) < first else stop % page
         slots = torch.from_numpy(c * page)[:, None] + torch.arange(page)
-        before = codec.of(group.context(group.positions_at(slots, r), r)) if codec.contextual else codec
-        tokens = [x[:, :filled] for x in before.decode(group.fields_at(r, c))]
+        tokens = [x[:, :filled] for x in group.codec_at(slots, r).decode(group.fields_at(r, c))]
         mine = np.isin(pages_at, pages)
         which = np.searchsorted(pages, pages_at[mine])
         for x, y in zip(tokens, new):
             x[which, slot[mine] % page] = y[mine].to(x.dtype)
-        if codec.contextual:
-            before = codec.of(group.context(group.positions_at(slots[:, :filled], r, after), r))
-        made = before.encode(tokens[0], tokens[1], 0, None)
+        made = group.codec_at(slots[:, :filled], r, after).encode(tokens[0], tokens[1], 0, None)
         bank.packed.unshare(bank.change, group.flat[r], c)
         for pool, table in zip(bank.packed.pools, bank.packed.tables):
             bank.change.keep(pool, table[group.flat[r], c])

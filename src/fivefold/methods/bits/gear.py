@@ -83,8 +83,6 @@ class GearCodec(Codec):
     for values (of a token) value_outliers, value_places [T, 2n] (channels), and the same factors.
     """
 
-    compiled = True
-
     def __init__(self, base: KiviCodec, rank: int, key_outliers: int, value_outliers: int) -> None:
         self.base, self.rank = base, rank
         self.key_outliers, self.value_outliers = key_outliers, value_outliers
@@ -107,6 +105,9 @@ class GearCodec(Codec):
         groups = base.group, base.channels, dim
         outliers = 2 * self.key_outliers, 2 * self.value_outliers
         return Planar(base.bits, base.bits, base.planes, *groups, self.rank, *outliers)
+
+    def compiled(self, device: torch.device) -> bool:
+        return self.base.compiled(device)
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         # An outlier's distance from the rest may be twice the largest number.

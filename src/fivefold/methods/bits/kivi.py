@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 
+from fivefold.kernels.choice import runs_cpp
 from fivefold.kernels.pack import pack_keys, pack_pages, pack_values
 from fivefold.kernels.packed_decode import Form, Reader, decode_keys, decode_values
 from fivefold.kernels.planar import PLANES, dequantise, planar_output, planar_scores, planes_of, sheets_of, unbias_
@@ -77,8 +78,6 @@ class KiviCodec(Codec):
     float16 [P*32/group, d]; value_scale, value_zero float16 [P, d/channels, 32].
     """
 
-    compiled = True
-
     def __init__(
         self, bits: int, group: int, channels: int, head_dim: int, value_bits: int | None = None, unbias: bool = False
     ) -> None:
@@ -108,6 +107,9 @@ class KiviCodec(Codec):
     def reader(self) -> Reader:
         groups = self.group, self.channels, self.layout.fields[0].shape[1]
         return self.form or Planar(self.bits, self.value_bits, self.planes, *groups, unbias=self.unbias)
+
+    def compiled(self, device: torch.device) -> bool:
+        return runs_cpp(device)
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         check_finite(keys, values)

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 
+from fivefold.kernels.choice import runs_cpp
 from fivefold.kernels.pack import pack_values
 from fivefold.kernels.packed_decode import decode_values
 from fivefold.kernels.planar import PLANES, by_token, planar_output, planar_token_scores, unbias_
@@ -99,8 +100,8 @@ class MiKV(TokenPolicy):
         return None
 
     def codec(self, spec: LayerSpec) -> TokenCodec:
-        channels = channels_of(self, self.group, spec.head_dim)
-        return TokenCodec(self.low, channels, spec.head_dim, self.balance, self.unbias)
+        kind = BalancedCodec if self.balance else TokenCodec
+        return kind(self.low, channels_of(self, self.group, spec.head_dim), spec.head_dim, self.unbias)
 
 
 class TokenCodec(Codec):
@@ -110,13 +111,11 @@ class TokenCodec(Codec):
     float16 [P, d/channels, 32].
     """
 
-    compiled = True
     group = _ROWS
+    balanced = False
 
-    def __init__(self, bits: int, channels: int, head_dim: int, balance: bool, unbias: bool = False) -> None:
+    def __init__(self, bits: int, channels: int, head_dim: int, unbias: bool = False) -> None:
         self.bits, self.channels, self.planes, self.unbias = bits, channels, PLANES[bits], unbias
-        self.contextual = balance
-        self.balance: torch.Tensor | None = None
         shape, half = (self.planes, head_dim // channels, _ROWS), torch.float16
         self.layout = PageLayout(
             f"token{bits}",
@@ -135,28 +134,11 @@ class TokenCodec(Codec):
     @cached_property
     def reader(self) -> Planar:
         groups = 0, self.channels, self.layout.fields[0].shape[1]
-        settings = {"unbias": self.unbias, "balanced": self.contextual, "record": False}
+        settings = {"unbias": self.unbias, "balanced": self.balanced, "record": False}
         return Planar(self.bits, self.bits, self.planes, *groups, **settings)
 
-    def learn(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inputs: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        ratio = queries.abs().amax((1, 2)).float() / keys.abs().amax(1).float()
-        # A channel that is never used, on either side, needs no balance.
-        return {"balance": torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0).sqrt()}
-
-    def of(self, context: Context) -> Codec:
-        bound = copy.copy(self)
-        bound.balance = context.learned["balance"]
-        return bound
-
-    def _balanced(self, keys: torch.Tensor, back: bool) -> torch.Tensor:
-        """Keys of pages `[rows * pages, token, head_dim]` times their rows' balance, or divided by it."""
-        if self.balance is None:
-            return keys
-        rows, dim = self.balance.shape
-        balance = self.balance if not back else 1 / self.balance
-        return (keys.view(rows, -1, dim) * balance[:, None]).view(keys.shape)
+    def compiled(self, device: torch.device) -> bool:
+        return runs_cpp(device)
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         check_finite(keys, values)
@@ -176,8 +158,12 @@ class TokenCodec(Codec):
         keys, values = (decode_values(*_parts(fields, name), self.bits) for name in ("key", "value"))
         return self._balanced(keys, True), values
 
+    def _balanced(self, keys: torch.Tensor, back: bool) -> torch.Tensor:
+        """Keys of pages `[rows * pages, token, head_dim]` as they are quantised, or back."""
+        return keys
+
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
-        queries = queries.float() if self.balance is None else queries.float() / self.balance[:, None]
+        queries = queries.float()
         out = planar_token_scores(queries, *_parts(fields, "key"), self.bits)
         if self.unbias:
             squares = queries.unflatten(2, (-1, self.channels)).square().sum(-1)
@@ -186,6 +172,33 @@ class TokenCodec(Codec):
 
     def output(self, weights: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         return planar_output(weights, *_parts(fields, "value"), self.bits)
+
+
+class BalancedCodec(TokenCodec):
+    """The same of keys times the balance of their rows, float32 `[rows, head_dim]`."""
+
+    balanced = True
+    balance: torch.Tensor
+
+    def learn(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inputs: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        ratio = queries.abs().amax((1, 2)).float() / keys.abs().amax(1).float()
+        # A channel that is never used, on either side, needs no balance.
+        return {"balance": torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0).sqrt()}
+
+    def of(self, context: Context) -> Codec:
+        bound = copy.copy(self)
+        bound.balance = context.learned["balance"]
+        return bound
+
+    def _balanced(self, keys: torch.Tensor, back: bool) -> torch.Tensor:
+        rows, dim = self.balance.shape
+        balance = self.balance if not back else 1 / self.balance
+        return (keys.view(rows, -1, dim) * balance[:, None]).view(keys.shape)
+
+    def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
+        return super().scores(queries.float() / self.balance[:, None], fields)
 
 
 def _parts(fields: dict[str, torch.Tensor], name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

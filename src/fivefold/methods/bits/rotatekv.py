@@ -153,8 +153,6 @@ class RotateCodec(LearnedCodec):
     are made of channels of all of them.
     """
 
-    compiled = True
-    contextual = positional = True
     group = 32
 
     def __init__(self, method: RotateKV, spec: LayerSpec, profile: Profile) -> None:

@@ -176,7 +176,7 @@ class MiniCache(PairMethod):
             )
 
     def pair_codec(self, spec: LayerSpec, layers: tuple[int, int], inner: Codec | None) -> PairCodec:
-        if inner is not None and inner.contextual:
+        if inner is not None and type(inner).of is not Codec.of:
             raise RecipeError("minicache cannot be combined with a codec that works on each layer's rows: use kivi.")
         return MiniCacheCodec(spec, layers, inner or Directions(spec.head_dim, spec.dtype), self.t, self.gamma)
 
@@ -285,7 +285,7 @@ class MiniCacheCodec(PairCodec):
 
     def __init__(self, spec: LayerSpec, layers: tuple[int, int], inner: Codec, t: float, gamma: float) -> None:
         self.layers, self.inner, self.t, self.gamma = layers, inner, t, gamma
-        self.group, self.compiled, self.dtype = inner.group, inner.compiled, spec.dtype
+        self.group, self.dtype = inner.group, spec.dtype
         tokens = inner.layout.tokens
         self.places = -(-tokens // _TOKENS_A_PLACE)
         self.scale = 1.0 if isinstance(inner, Directions) else 2.0 ** round(math.log2(spec.head_dim) / 2)
@@ -317,6 +317,9 @@ class MiniCacheCodec(PairCodec):
 
     def forget(self) -> None:
         self.inner.forget()
+
+    def compiled(self, device: torch.device) -> bool:
+        return self.inner.compiled(device)
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         limit = FLOAT16_MAX if self.norms is torch.float16 else torch.finfo(torch.float32).max
