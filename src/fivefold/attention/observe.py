@@ -14,6 +14,7 @@ from fivefold.attention.prefill import attend_chunk
 from fivefold.kernels.received import HEAD_DIMS, has_kernel, received
 from fivefold.store.group import RowGroup
 from fivefold.store.layer_cache import LayerCache
+from fivefold.store.rows import ALL
 
 # Weights that are made at a time: enough rows for an efficient product, few enough to stay near the processor.
 BLOCK = 3 << 19
@@ -23,7 +24,7 @@ def why_weighed(layer: LayerCache) -> str | None:
     """Why the attention that a prompt's tokens get is plain PyTorch where kernels run, in a few words; None if it is
     not, or nobody wants to know it of all queries."""
     policy = layer.policy
-    if policy is None or not (policy.chooses and policy.observes is None and any(layer.head_chosen)):
+    if policy is None or policy.first_counted(ALL) > 0 or not any(layer.head_chosen):
         return None
     if layer.spec.cap is not None:
         return "scores are capped"
@@ -48,13 +49,13 @@ def attend_observed(
     """
     policy, chunk = layer.policy, keys.shape[1]
     assert policy is not None and group.held is not None
-    first = 0 if policy.observes is None else max(0, chunk - policy.observes)
-    if first == 0 < chunk and policy.chooses and not (policy.sums and has_kernel(keys) and layer.spec.cap is None):
+    first = policy.first_counted(chunk)
+    if first == 0 and not (policy.sums and has_kernel(keys) and layer.spec.cap is None):
         out = torch.empty_like(queries)
         return out, _weigh(layer, group, queries, keys, values, scaling, sinks, 0, out)
     part, lse = attend_chunk(layer, group, queries, keys, values, scaling)
     out = with_sinks(part, lse, sinks)
-    if not policy.chooses or first == chunk:
+    if first == chunk:
         return out, None
     if first == 0:
         total = lse if sinks is None else torch.logaddexp(lse, sinks)

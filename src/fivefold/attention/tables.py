@@ -325,7 +325,7 @@ class DeviceTables:
         scored: dict[str, Any] = {}
         if watches or role == "select":
             policy: Any = layer.policy
-            if role == "select" or (policy.chooses and policy.watches):
+            if role == "select" or policy.counts_steps:
                 self.join(1)  # whose scores are no longer held
                 scored = self._scores(queries, packed)
         left = None if self.listed else left_of_all(layer, queries, scaling)

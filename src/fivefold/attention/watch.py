@@ -53,14 +53,8 @@ def why_not_watched(layer: LayerCache, role: str) -> str | None:
 
 def unsteady(layers: Mapping[int, LayerCache], revocable: int) -> bool:
     """Whether the host has to plan the next step of tokens that are chosen, as things stand just now."""
-    held = [layer for layer in layers.values() if layer.known]
-    return bool(held) and (revocable > 0 or any(_first(layer) for layer in held))
-
-
-def _first(layer: LayerCache) -> bool:
-    """Whether a text comes token by token and is yet to be taken as a chunk."""
-    policy: Any = layer.policy
-    return not policy.accumulates and any(not one.prompt for one in layer.known)
+    held = [(layer.policy, one) for layer in layers.values() for one in layer.known]
+    return any(revocable > 0 or (policy is not None and policy.collects(one)) for policy, one in held)
 
 
 Known = tuple[tuple[Held, np.ndarray], ...]

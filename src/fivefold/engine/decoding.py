@@ -59,7 +59,7 @@ def way_of(session: Steps, store: LayerCache, whole: str | None) -> Way:
     lost = spec.device.type != "cpu" or (why is not None and (choice.path == "reference" or form is not None))
     if why is None:
         # Where they have to give the attention that each token gets, too.
-        watched = policy is not None and policy.chooses and policy.watches and any(store.head_chosen)
+        watched = policy is not None and policy.counts_steps and any(store.head_chosen)
         if policy is not None and store.known:
             watched = any(policy.watching(held) for held in store.known)
         select = session.reads.roles.get(spec.layer) == "select" and not gives_weights(spec.device)

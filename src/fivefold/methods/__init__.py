@@ -15,13 +15,14 @@ from typing import TypeVar
 
 from fivefold.errors import RecipeError
 from fivefold.methods.method import SLOTS, Method, PairMethod, ReadPolicy, Slot, channels_of, param
-from fivefold.methods.policy import TokenPolicy, floor_param, keep_param
+from fivefold.methods.policy import DemotingPolicy, TokenPolicy, floor_param, keep_param
 from fivefold.store.codec import FLOAT16_MAX, Codec, check_finite
 
 __all__ = [
     "FLOAT16_MAX",
     "SLOTS",
     "Codec",
+    "DemotingPolicy",
     "Method",
     "PairMethod",
     "ReadPolicy",

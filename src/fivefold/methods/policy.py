@@ -11,8 +11,10 @@ import torch
 from fivefold.kernels.watched import Noise
 from fivefold.methods.method import Method, param
 from fivefold.store.held import Held
+from fivefold.store.pages import PageLayout
 from fivefold.store.plan import Append, Demote, EvictOne, EvictPacked, Keep, Plan, Stored
 from fivefold.store.rows import Bounds, Extent, Packing
+from fivefold.store.spec import LayerSpec, exact_layout
 
 
 def keep_param(default: float, what: str = "fraction of the prompt's tokens that a head holds") -> Any:
@@ -56,12 +58,6 @@ class TokenPolicy(Method):
     """Whether the budget is kept while generating; else everything generated is held."""
     waits: bool = False
     """Whether tokens go only when all layers have seen the chunk: their budgets depend on each other (`shares`)."""
-
-    demotes: bool = False
-    """Whether what is not chosen is packed instead of given up; it then brings the codec, too."""
-    high: int = 16
-    """With `demotes`: bits of what is not packed; 16 is as the model made it."""
-
     by_step = True
     loses: str | int | None = None
     """What goes in a decoding step, of the tokens that `guards` leaves: that with the "least" score, the "oldest", or
@@ -88,17 +84,28 @@ class TokenPolicy(Method):
     @property
     def evicts(self) -> bool:
         """Whether anything ever goes."""
-        return not self.demotes and (isinstance(self.keep, tuple) or self.fraction < 1)  # a tuple: of all layers
+        return isinstance(self.keep, tuple) or self.fraction < 1  # a tuple: of all layers
 
     @property
     def chooses(self) -> bool:
         """Whether its choice matters at all."""
-        return self.evicts or self.demotes
+        return self.evicts
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether the attention of every decoding step counts."""
+        return self.chooses and self.watches
 
     @property
     def commits(self) -> bool:
         """Whether tokens cannot be taken back: their attention has counted, or others went for them."""
         return self.chooses and (self.watches or self.trims)
+
+    def first_counted(self, chunk: int) -> int:
+        """From which query of a chunk on their attention counts; `chunk` if that of none does."""
+        if not self.chooses:
+            return chunk
+        return 0 if self.observes is None else max(0, chunk - self.observes)
 
     @property
     def sums(self) -> bool:
@@ -114,14 +121,13 @@ class TokenPolicy(Method):
         """Of a text that comes token by token: after how many tokens it is time to choose."""
         return 1 if self.accumulates else self.observes or 1
 
+    def collects(self, held: Held) -> bool:
+        """Whether a text comes token by token, and is yet to be taken as a chunk."""
+        return not held.prompt and not self.accumulates
+
     def watching(self, held: Held) -> bool:
         """Whether it observes the step that has just come."""
-        first = not held.prompt and not self.accumulates and self.observes != 0
-        return self.chooses and (self.watches or first)
-
-    def residual(self, extent: Extent) -> int:
-        """With `demotes`: how many of the newest tokens of a head with a window are exact."""
-        raise NotImplementedError
+        return self.counts_steps or (self.chooses and self.collects(held) and self.observes != 0)
 
     @property
     def together(self) -> bool:
@@ -210,17 +216,12 @@ class TokenPolicy(Method):
     def step(self, held: Held, bounds: Bounds, packing: Packing | None) -> bool | None:
         """What `after_step` comes to, from the numbers of tokens alone: whether one goes, or the newest stays beside
         the others; None where the host has to plan it. held: without positions and scores."""
-        moves = packing is not None and bounds.advanced(packing) != bounds
-        if self.demotes:
-            return None if moves else False
-        excess = 0
-        if self.evicts and (self.trims or not held.prompt):
-            excess = int(bounds.length) - self.budget(held)
-        if moves:
+        if packing is not None and bounds.advanced(packing) != bounds:
             return None
+        excess = self._excess(held, bounds)
         if excess <= 0:
             return False
-        if not held.prompt and not self.accumulates:
+        if self.collects(held):
             return False if held.seen % self._pace else None
         if int(bounds.packed_stop):
             return False
@@ -235,22 +236,22 @@ class TokenPolicy(Method):
 
     # -- plans: what the declarations above come to -------------------------------------------------------
 
-    def exact_bits(self) -> int:
-        """Bits of what is not packed."""
-        return self.high
+    def exact_layout(self, spec: LayerSpec) -> PageLayout:
+        """What a page of the exact tier looks like: keys and values `[PAGE, head_dim]`."""
+        return exact_layout(spec.head_dim, spec.dtype)
 
     def residual_of(self, held: Held, residual: int) -> int:
         """How many tokens of a row that it chooses for stay exact, where a recipe says `residual`."""
-        return self.budget(held) if self.demotes else residual
+        return residual
 
     def residual_in(self, extent: Extent, residual: int) -> int:
         """The same of a row with a window."""
-        return self.residual(extent) if self.demotes else residual
+        return residual
 
     def observed(self, held: Held, weights: torch.Tensor) -> Held:
         """After a decoding step's attention, `[rows, query_heads per kv head, slots]`."""
         scores = held.scores
-        if not held.prompt and not self.accumulates and (held.seen - 1) % self._pace == 0:
+        if self.collects(held) and (held.seen - 1) % self._pace == 0:
             scores = torch.zeros_like(scores)  # the first of what is taken as a chunk
         return replace(held, scores=scores + self.observe(weights[:, :, None], held, held.seen - 1))
 
@@ -261,15 +262,21 @@ class TokenPolicy(Method):
 
         observed: what it made of the chunk's attention, float32 `[rows, slots]`; bounds: before the chunk.
         """
-        scores = held.scores if self.accumulates else torch.zeros_like(held.scores)
-        # Beside longer sequences one may come with a single token, which is what its first step would have brought.
-        prompt = held.seen if held.seen > 1 else 0
-        held = replace(held, scores=scores if observed is None else scores + observed, prompt=prompt)
-        if self.demotes:
-            return held, self._demotion(held, int(bounds.packed_stop), revocable)
+        held = self._counted(held, observed)
         if not self.evicts or self.waits or self.budget(held) + revocable >= held.slots:
             return held, Append(advance=not self.together)
         return held, self._choice(held, revocable)
+
+    def _counted(self, held: Held, observed: torch.Tensor | None) -> Held:
+        """With a chunk's attention."""
+        scores = held.scores if self.accumulates else torch.zeros_like(held.scores)
+        # Beside longer sequences one may come with a single token, which is what its first step would have brought.
+        prompt = held.seen if held.seen > 1 else 0
+        return replace(held, scores=scores if observed is None else scores + observed, prompt=prompt)
+
+    def _excess(self, held: Held, bounds: Bounds) -> int:
+        """How many tokens are beyond the budget in a step."""
+        return int(bounds.length) - self.budget(held) if self.evicts and (self.trims or not held.prompt) else 0
 
     def after_layers(self, held: Held) -> Plan:
         """With `waits`: the same once all layers have seen the chunk, and `held.share` says what is this layer's."""
@@ -278,15 +285,10 @@ class TokenPolicy(Method):
     def after_step(self, held: Held, stored: Stored, revocable: int) -> Plan:
         """After decoding steps: back to the budget, and pack what is due."""
         bounds, stop = stored.bounds, int(stored.bounds.packed_stop)
-        if self.demotes:
-            moves = bounds.advanced(stored.packing, revocable) != bounds
-            return self._demotion(held, stop, revocable) if moves else Append(advance=False)
-        excess = 0
-        if self.evicts and (self.trims or not held.prompt):
-            excess = int(bounds.length) - self.budget(held) - revocable
+        excess = self._excess(held, bounds) - revocable
         if excess <= 0:
             return Append()
-        if not held.prompt and not self.accumulates:
+        if self.collects(held):
             return Append() if held.seen % self._pace else self._choice(held, revocable)
         if stop:
             due = int(bounds.advanced(stored.packing, revocable).packed_stop) - stop
@@ -307,24 +309,21 @@ class TokenPolicy(Method):
     def _choice(self, held: Held, revocable: int) -> Keep:
         """The tokens with the highest priority, by position."""
         count = min(held.slots, self.budget(held) + revocable)
-        priority = self.priority(held, count - revocable)
-        if revocable:
-            priority = priority.masked_fill(held.newest(revocable), float("inf"))
-        kept = torch.sort(priority, dim=1, descending=True, stable=True).indices[:, :count]
+        kept, _ = self._best(held, count - revocable, count, revocable)
         kept = kept.gather(1, held.positions.gather(1, kept).argsort(1))
         if not (self.merges if held.prompt == held.seen else self.merges_steps):
             return Keep(kept)
         return Keep(kept, lambda keys, values: self.merge(held, keys, values, kept))
 
-    def _demotion(self, held: Held, stop: int, revocable: int) -> Demote:
-        """Of what is not packed, what matters most behind the rest, both by position."""
-        count = min(held.slots - stop, self.budget(held) + revocable)
-        priority = self.priority(held, count)[:, stop:]
+    def _best(
+        self, held: Held, budget: int, count: int, revocable: int, first: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the slots from `first` on the `count` with the highest priority, the revocable tokens before all; and the
+        priorities."""
+        priority = self.priority(held, budget)[:, first:]
         if revocable:
-            priority = priority.masked_fill(held.newest(revocable)[:, stop:], float("inf"))
-        best = torch.sort(priority, dim=1, descending=True, stable=True).indices[:, :count]
-        stays = torch.zeros_like(priority, dtype=torch.int64).scatter_(1, best, 1)
-        return Demote((held.positions[:, stop:] + stays * (1 << 32)).argsort(1))
+            priority = priority.masked_fill(held.newest(revocable)[:, first:], float("inf"))
+        return torch.sort(priority, dim=1, descending=True, stable=True).indices[:, :count], priority
 
     def why_not_revoke(self, held: Held, tokens: int) -> str | None:
         """Why the last tokens cannot be taken back, in a few words; None if they can."""
@@ -335,3 +334,49 @@ class TokenPolicy(Method):
             f"{self.name} has counted their attention and may have given up others for them; fork() the cache before "
             "the tokens that may be taken back."
         )
+
+
+class DemotingPolicy(TokenPolicy):
+    """A policy whose heads hold all tokens: what it does not choose is packed. It brings the codec, too.
+
+    `budget` is how many tokens of a row are exact.
+    """
+
+    keep = 1.0
+
+    @property
+    def evicts(self) -> bool:
+        return False
+
+    @property
+    def chooses(self) -> bool:
+        return True
+
+    def residual(self, extent: Extent) -> int:
+        """How many of the newest tokens of a head with a window are exact."""
+        raise NotImplementedError
+
+    def residual_of(self, held: Held, residual: int) -> int:
+        return self.budget(held)
+
+    def residual_in(self, extent: Extent, residual: int) -> int:
+        return self.residual(extent)
+
+    def after_chunk(
+        self, held: Held, observed: torch.Tensor | None, bounds: Bounds, revocable: int
+    ) -> tuple[Held, Plan]:
+        held = self._counted(held, observed)
+        return held, self._demotion(held, int(bounds.packed_stop), revocable)
+
+    def after_step(self, held: Held, stored: Stored, revocable: int) -> Plan:
+        bounds = stored.bounds
+        if bounds.advanced(stored.packing, revocable) == bounds:
+            return Append(advance=False)
+        return self._demotion(held, int(bounds.packed_stop), revocable)
+
+    def _demotion(self, held: Held, stop: int, revocable: int) -> Demote:
+        """Of what is not packed, what matters most behind the rest, both by position."""
+        count = min(held.slots - stop, self.budget(held) + revocable)
+        best, priority = self._best(held, count, count, revocable, stop)
+        stays = torch.zeros_like(priority, dtype=torch.int64).scatter_(1, best, 1)
+        return Demote((held.positions[:, stop:] + stays * (1 << 32)).argsort(1))

@@ -108,7 +108,7 @@ class Rehearsal:
             inputs = nothing(len(np.unique(sequences)), tokens, self.hidden)
             store.learn(group, self.session.offsets[sequences], lambda: (queries, keys, values, inputs))
         observed = None
-        if tokens > 1 and group.held is not None and policy is not None and policy.chooses and policy.observes != 0:
+        if tokens > 1 and group.held is not None and policy is not None and policy.first_counted(tokens) < tokens:
             observed = nothing(rows, group.held.slots + tokens, dtype=torch.float32)
         store.append(group, keys, values, advance=tokens > 1, observed=observed)
         watched = group.held is not None and policy is not None and policy.watching(group.held)

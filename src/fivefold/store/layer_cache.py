@@ -19,7 +19,6 @@ from fivefold.store.group import KV, RowGroup
 from fivefold.store.held import Held, Holds
 from fivefold.store.pages import PagePool
 from fivefold.store.plan import Policy, Stored, execute
-from fivefold.store.rounded import rounded_layout
 from fivefold.store.rows import FIXED, PAGE, Bounds, Extent, Packing
 from fivefold.store.spec import LayerSpec, Pools, exact_layout
 from fivefold.store.tier import Tier
@@ -58,8 +57,7 @@ class LayerCache(Holds):
         """Whether all of its heads hold the same tokens."""
         self.codec, self.residual, self.policy = codec, residual, policy
         self.packing = None if codec is None else Packing(codec.group, residual, codec.layout.tokens)
-        rounded = policy is not None and policy.exact_bits() == 8
-        layout = rounded_layout(PAGE, spec.head_dim, spec.dtype) if rounded else exact_layout(spec.head_dim, spec.dtype)
+        layout = exact_layout(spec.head_dim, spec.dtype) if policy is None else policy.exact_layout(spec)
         self.exact_pool = pools.of(layout, spec.device)
         self.packed_pools: list[PagePool] = []
         if codec is not None:

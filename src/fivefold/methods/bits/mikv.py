@@ -13,10 +13,10 @@ from fivefold.kernels.pack import pack_values
 from fivefold.kernels.packed_decode import decode_values
 from fivefold.kernels.planar import PLANES, by_token, planar_output, planar_token_scores, unbias_
 from fivefold.kernels.planar_decode import Planar
-from fivefold.methods import Codec, Method, TokenPolicy, channels_of, check_finite, param, register
+from fivefold.methods import Codec, DemotingPolicy, Method, TokenPolicy, channels_of, check_finite, param, register
 from fivefold.store import Context, Extent, Field, Held, LayerSpec, PageLayout
-
-_ROWS = 32
+from fivefold.store.rounded import rounded_layout
+from fivefold.store.rows import PAGE
 
 
 @register(
@@ -26,7 +26,7 @@ _ROWS = 32
     "Quantization, 2024 (arXiv:2402.18096)",
 )
 @dataclass(frozen=True)
-class MiKV(TokenPolicy):
+class MiKV(DemotingPolicy):
     """Every KV head holds all tokens: the `important` share of them precisely (`high` bits), the others in `low` bits
     (section 3). Important are the newest ones, the `recent` share of these, and those that received most attention,
     summed over all queries so far, as in H2O. Tokens go from the high tier to the low one, never back: what rounding
@@ -72,9 +72,6 @@ class MiKV(TokenPolicy):
     recent: float = param(0.5, "fraction of the precise tokens that are the newest", low=0, high=1)
     group: int = param(32, "channels that share a scale", choices=(32, 64, 128), by_layer=True)
 
-    keep = 1.0
-    demotes = True
-
     @property
     def fraction(self) -> float:
         return 0.2 if self.important is None else self.important
@@ -90,6 +87,11 @@ class MiKV(TokenPolicy):
 
     def residual(self, extent: Extent) -> int:
         return max(1, round(self.fraction * (extent.recent or 0)))
+
+    def exact_layout(self, spec: LayerSpec) -> PageLayout:
+        if self.high == 16:
+            return super().exact_layout(spec)
+        return rounded_layout(PAGE, spec.head_dim, spec.dtype)
 
     def priority(self, held: Held, budget: int) -> torch.Tensor:
         return held.scores.masked_fill(held.newest(int(self.recent * budget)), float("inf"))
@@ -111,20 +113,20 @@ class TokenCodec(Codec):
     float16 [P, d/channels, 32].
     """
 
-    group = _ROWS
+    group = PAGE
     balanced = False
 
     def __init__(self, bits: int, channels: int, head_dim: int, unbias: bool = False) -> None:
         self.bits, self.channels, self.planes, self.unbias = bits, channels, PLANES[bits], unbias
-        shape, half = (self.planes, head_dim // channels, _ROWS), torch.float16
+        shape, half = (self.planes, head_dim // channels, PAGE), torch.float16
         self.layout = PageLayout(
             f"token{bits}",
-            self.planes * _ROWS,
+            self.planes * PAGE,
             tuple(
                 field
                 for name in ("key", "value")
                 for field in (
-                    Field(f"{name}_words", (_ROWS, head_dim), torch.int16, "codes"),
+                    Field(f"{name}_words", (PAGE, head_dim), torch.int16, "codes"),
                     Field(f"{name}_scale", shape, half, "scales"),
                     Field(f"{name}_zero", shape, half, "scales"),
                 )
@@ -150,7 +152,7 @@ class TokenCodec(Codec):
         out: dict[str, torch.Tensor] = {}
         for name, x in (("key", self._balanced(keys.float().contiguous(), False)), ("value", values)):
             old = None if opened is None else _parts(opened, name)
-            made = pack_values(x, self.bits, self.channels, self.planes, slot // _ROWS, old)
+            made = pack_values(x, self.bits, self.channels, self.planes, slot // PAGE, old)
             out |= zip((f"{name}_words", f"{name}_scale", f"{name}_zero"), made)
         return out
 
