@@ -12,8 +12,8 @@ import fivefold
 from conftest import VOCAB, quick
 from fivefold.calibrate.profile import load_profile
 from fivefold.errors import NonFiniteError, ProfileError, RecipeError
-from fivefold.methods.channels.kv_heads import KvHeads, KvHeadsLearner
-from fivefold.methods.low_rank import bases
+from fivefold.methods.channels.kv_heads import KvHeads
+from fivefold.methods.low_rank import FactorLearner, bases
 from fivefold.models import embedded
 from fivefold.models.capture import capturing
 from fivefold.recipe import Recipe
@@ -140,7 +140,7 @@ def test_what_is_summed_does_not_depend_on_how_text_is_cut(tiny: Any) -> None:
     sums = []
     for cut in (1, 4):
         learner = KvHeads().learner(specs)
-        assert isinstance(learner, KvHeadsLearner)
+        assert isinstance(learner, FactorLearner)
         x = {
             name: torch.randn(1, 2, 256, 64, generator=torch.Generator().manual_seed(5)) for name in ("keys", "values")
         }

@@ -70,6 +70,12 @@ class Work:
         """Leave the model as it was; called whatever happens."""
 
 
+def second_moments(x: torch.Tensor) -> torch.Tensor:
+    """Of keys or values of all heads side by side, float64 `[n, n]`: x `[batch, head, tokens, head_dim]`."""
+    flat = x.transpose(1, 2).flatten(2).flatten(0, 1).double()
+    return flat.T @ flat
+
+
 class Learner:
     """Takes in what a model shows and makes the settings and tensors of a profile of it.
 

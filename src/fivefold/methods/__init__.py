@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from fivefold.errors import RecipeError
 from fivefold.methods.method import SLOTS, Method, PairMethod, ReadPolicy, Slot, channels_of, param
-from fivefold.methods.policy import DemotingPolicy, TokenPolicy, floor_param, keep_param
+from fivefold.methods.policy import DemotingPolicy, RecentPolicy, TokenPolicy, floor_param, keep_param
 from fivefold.store.codec import FLOAT16_MAX, Codec, check_finite
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Method",
     "PairMethod",
     "ReadPolicy",
+    "RecentPolicy",
     "Slot",
     "TokenPolicy",
     "channels_of",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fivefold.calibrate.learner import Capture, Learner, Progress, second_moments
 from fivefold.calibrate.profile import Profile
 from fivefold.errors import ProfileError, RecipeError
 from fivefold.kernels.choice import takes_cpp
@@ -26,6 +27,7 @@ from fivefold.store import Context, Field, LayerSpec, PageLayout
 from fivefold.store.codec import FLOAT16_MAX, check_finite
 
 Bases = tuple[torch.Tensor, torch.Tensor]
+_SIDES: tuple[Capture, Capture] = ("keys", "values")
 
 
 def factor(moments: torch.Tensor, rank: int) -> torch.Tensor:
@@ -72,6 +74,35 @@ def profile_of(method: Method, spec: LayerSpec, given: str | None, rank: int, we
             f"needs {needed}: calibrate with that recipe."
         )
     return profile
+
+
+class FactorLearner(Learner):
+    """Sums the second moments of keys before RoPE and of values of all heads of a layer, float64.
+
+    The profile holds, for every layer, n = kv_heads * head_dim, R = `rank`: key_factor, value_factor float16
+    [layer, n, R] with `factor factor^T` ~ the moments, scaled so that their diagonal is 1 on average.
+    """
+
+    def __init__(self, specs: Sequence[LayerSpec], keep: float) -> None:
+        super().__init__()
+        self.layers, first = [spec.layer for spec in specs], specs[0]
+        self.rank = min(first.channels, max(1, round(keep * first.head_dim)) * first.kv_heads)
+
+    def see(self, layer: int, captured: dict[Capture, torch.Tensor]) -> None:
+        for name in _SIDES:
+            self.add(f"{name}.{layer}", second_moments(captured[name]))
+
+    def fitted(self, layer: int) -> dict[str, torch.Tensor]:
+        """What the profile holds of a layer."""
+        return {f"{side[:-1]}_factor": factor(self.sums[f"{side}.{layer}"], self.rank) for side in _SIDES}
+
+    def finish(self, progress: Progress) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        found = []
+        for number, layer in enumerate(self.layers):
+            progress(number, len(self.layers), "Fitting")
+            found.append(self.fitted(layer))
+        tensors = {name: torch.stack([one[name] for one in found]) for name in found[0]}
+        return {"layers": self.layers, "rank": self.rank}, tensors
 
 
 class LowRankCodec(LearnedCodec):

@@ -336,6 +336,36 @@ class TokenPolicy(Method):
         )
 
 
+class RecentPolicy(TokenPolicy):
+    """A policy that always holds the first `sink` tokens and the newest ones, the `recent` share of the budget; of the
+    others those that come first by `worth`."""
+
+    recent: float
+    sink: int = 0
+    loses: str | int | None = "least"
+
+    @property
+    def always(self) -> int:
+        return self.sink + 1
+
+    def newest(self, budget: int) -> int:
+        """How many of the newest tokens stay."""
+        return max(0, min(int(self.recent * budget), budget - self.sink))
+
+    def guards(self, held: Held) -> tuple[torch.Tensor | int, int]:
+        return self.sink - 1, self.newest(self.budget(held))
+
+    def worth(self, held: Held) -> torch.Tensor:
+        """What tokens are chosen by, `[rows, slots]`: the scores."""
+        return held.scores
+
+    def priority(self, held: Held, budget: int) -> torch.Tensor:
+        stays = held.newest(self.newest(budget))
+        if self.sink:
+            stays |= held.positions < self.sink
+        return self.worth(held).masked_fill(stays, float("inf"))
+
+
 class DemotingPolicy(TokenPolicy):
     """A policy whose heads hold all tokens: what it does not choose is packed. It brings the codec, too.
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fivefold.calibrate.learner import Capture
+from fivefold.calibrate.learner import Capture, second_moments
 from fivefold.calibrate.reading import chunks, default_texts
 from fivefold.errors import InputError, UnsupportedModelError, first_line
 from fivefold.merging import By, Group, Heads
@@ -21,6 +21,7 @@ from fivefold.models.selection import decoder_config
 from fivefold.models.specs import attention_modules, check_model
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_SIDES: tuple[Capture, Capture] = ("keys", "values")
 _NORMS = ("q_norm.weight", "k_norm.weight")
 _MORE = 4
 """Padded groups are at most so many times as large as they have to be."""
@@ -109,17 +110,14 @@ def moments(model: PreTrainedModel, tokenizer: Any, ids: torch.Tensor | None, to
     out: dict[int, Moments] = {}
 
     def see(layer: int, captured: dict[Capture, torch.Tensor]) -> None:
-        new = []
-        for name in ("keys", "values"):
-            flat = captured[name].transpose(1, 2).flatten(2).flatten(0, 1).double().cpu()
-            new.append(flat.T @ flat)
+        keys, values = (second_moments(captured[name].cpu()) for name in _SIDES)
         had = out.get(layer)
-        out[layer] = (new[0], new[1]) if had is None else (had[0] + new[0], had[1] + new[1])
+        out[layer] = (keys, values) if had is None else (had[0] + keys, had[1] + values)
 
     training = model.training
     try:
         model.eval()
-        with torch.inference_mode(), capturing(model, ("keys", "values"), see):
+        with torch.inference_mode(), capturing(model, _SIDES, see):
             for piece in pieces:
                 model(input_ids=piece.to(model.device), use_cache=False, logits_to_keep=1)
     finally:

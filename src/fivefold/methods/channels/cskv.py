@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from fivefold.calibrate.learner import Capture, Learner, Progress
+from fivefold.calibrate.learner import Capture, Learner
 from fivefold.methods import Method, param, register
-from fivefold.methods.low_rank import LowRankCodec, factor, profile_of
+from fivefold.methods.low_rank import FactorLearner, LowRankCodec, factor, profile_of
 from fivefold.store import LayerSpec, Rope
 from fivefold.store.context import running
 
@@ -92,45 +92,34 @@ def _each(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-class CskvLearner(Learner):
-    """Sums the second moments of keys, values, what attention makes of values, and queries, float64.
+class CskvLearner(FactorLearner):
+    """Also sums the second moments of what attention makes of values, and of queries, float64.
 
-    The profile holds, for every layer, n = kv_heads * head_dim, R = `rank`: key_factor, value_factor float16
-    [layer, n, R] with `factor factor^T` ~ the moments to be kept (of keys times `key_weight` float32 [layer, n]).
+    The profile's factors are of the moments to be kept, of keys times `key_weight`, float32 [layer, n].
     """
 
     def __init__(self, specs: Sequence[LayerSpec], keep: float) -> None:
-        super().__init__()
-        self.layers = [spec.layer for spec in specs]
+        super().__init__(specs, keep)
         self.ropes = {spec.layer: spec.rope for spec in specs}
-        self.channels = specs[0].kv_heads * specs[0].head_dim
-        self.rank = min(self.channels, max(1, round(keep * specs[0].head_dim)) * specs[0].kv_heads)
 
     def see(self, layer: int, captured: dict[Capture, torch.Tensor]) -> None:
-        moments: tuple[Capture, Capture] = ("keys", "values")
-        for name in moments:
-            x = captured[name].transpose(1, 2).flatten(2).flatten(0, 1).double()
-            self.add(f"{name}.{layer}", x.T @ x)
+        super().see(layer, captured)
         queries = captured["queries"]
         grouped = queries.unflatten(1, (captured["keys"].shape[1], -1))
         self.add(f"queries.{layer}", grouped.double().square().mean((0, 2, 3)))
         for one in zip(queries, captured["keys"], captured["values"]):
             self.add(f"attended.{layer}", attended(*one, self.ropes[layer]))
 
-    def finish(self, progress: Progress) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        tensors: dict[str, list[torch.Tensor]] = {"key_factor": [], "value_factor": [], "key_weight": []}
-        for number, layer in enumerate(self.layers):
-            progress(number, len(self.layers), "Fitting")
-            rope = self.ropes[layer]
-            weight = pair_weight(self.sums[f"queries.{layer}"], 0 if rope is None else rope.pairs)
-            tensors["key_weight"].append(weight.float())
-            moments = self.sums[f"keys.{layer}"] * weight[:, None] * weight
-            tensors["key_factor"].append(factor(moments, self.rank))
-            parts = (self.sums[f"{name}.{layer}"] for name in ("attended", "values"))
-            sums, values = (x / x.diagonal().mean().clamp(min=1e-30) for x in parts)
-            tensors["value_factor"].append(factor(sums + VALUES * values, self.rank))
-        settings = {"layers": self.layers, "rank": self.rank}
-        return settings, {name: torch.stack(parts) for name, parts in tensors.items()}
+    def fitted(self, layer: int) -> dict[str, torch.Tensor]:
+        rope = self.ropes[layer]
+        weight = pair_weight(self.sums[f"queries.{layer}"], 0 if rope is None else rope.pairs)
+        parts = (self.sums[f"{name}.{layer}"] for name in ("attended", "values"))
+        sums, values = (x / x.diagonal().mean().clamp(min=1e-30) for x in parts)
+        return {
+            "key_factor": factor(self.sums[f"keys.{layer}"] * weight[:, None] * weight, self.rank),
+            "value_factor": factor(sums + VALUES * values, self.rank),
+            "key_weight": weight.float(),
+        }
 
 
 def attended(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rope: Rope | None) -> torch.Tensor:

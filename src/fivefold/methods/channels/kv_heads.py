@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-
-from fivefold.calibrate.learner import Capture, Learner, Progress
+from fivefold.calibrate.learner import Capture, Learner
 from fivefold.errors import RecipeError
 from fivefold.methods import Method, param, register
-from fivefold.methods.low_rank import LowRankCodec, factor, profile_of
+from fivefold.methods.low_rank import FactorLearner, LowRankCodec, profile_of
 from fivefold.store import LayerSpec
 
 HELD = 0.5
@@ -74,7 +72,7 @@ class KvHeads(Method):
 
     def learner(self, specs: Sequence[LayerSpec]) -> Learner:
         # Groups smaller than a layer are cut out of its moments, which have to be whole for that.
-        return KvHeadsLearner(specs, 1.0 if self.group is not None else max(HELD, self.keep))
+        return FactorLearner(specs, 1.0 if self.group is not None else max(HELD, self.keep))
 
     def codec(self, spec: LayerSpec) -> LowRankCodec:
         if self.group is not None and spec.kv_heads % self.group:
@@ -87,30 +85,3 @@ class KvHeads(Method):
         share = self.group or spec.kv_heads
         name = f"kv_heads{self.bits or ''}-{share}"
         return LowRankCodec(name, spec, profile, (rank, rank), self.bits, spec.dtype, share)
-
-
-class KvHeadsLearner(Learner):
-    """Sums the second moments of keys before RoPE and of values of all heads of a layer, float64.
-
-    The profile holds, for every layer, n = kv_heads * head_dim, R = `rank`: key_factor, value_factor float16
-    [layer, n, R] with `factor factor^T` ~ the moments, scaled so that their diagonal is 1 on average.
-    """
-
-    def __init__(self, specs: Sequence[LayerSpec], keep: float) -> None:
-        super().__init__()
-        self.layers = [spec.layer for spec in specs]
-        first = specs[0]
-        self.rank = min(first.channels, max(1, round(keep * first.head_dim)) * first.kv_heads)
-
-    def see(self, layer: int, captured: dict[Capture, torch.Tensor]) -> None:
-        for name, x in captured.items():
-            flat = x.transpose(1, 2).flatten(2).flatten(0, 1).double()
-            self.add(f"{name}.{layer}", flat.T @ flat)
-
-    def finish(self, progress: Progress) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        tensors: dict[str, list[torch.Tensor]] = {"key_factor": [], "value_factor": []}
-        for number, layer in enumerate(self.layers):
-            progress(number, len(self.layers), "Fitting")
-            for kind, made in tensors.items():
-                made.append(factor(self.sums[f"{kind.split('_')[0]}s.{layer}"], self.rank))
-        return {"layers": self.layers, "rank": self.rank}, {name: torch.stack(x) for name, x in tensors.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fivefold.methods import TokenPolicy, floor_param, keep_param, param, register
+from fivefold.methods import RecentPolicy, floor_param, keep_param, param, register
 from fivefold.store import Held
 
 _PIECE = 512  # tokens that are compared with all that stay at a time
@@ -20,7 +20,7 @@ _PIECE = 512  # tokens that are compared with all that stay at a time
     "Models, ICLR 2025 (arXiv:2406.13035)",
 )
 @dataclass(frozen=True)
-class D2O(TokenPolicy):
+class D2O(RecentPolicy):
     """Every KV head holds `keep` of the prompt's tokens on average over the layers: the first `sink`, the `recent`
     share of them the newest ones, the rest those that received most attention.
 
@@ -79,23 +79,6 @@ class D2O(TokenPolicy):
 
     def shares(self, statistics: torch.Tensor) -> torch.Tensor:
         return (-statistics).softmax(0) * len(statistics)
-
-    @property
-    def always(self) -> int:
-        return self.sink + 1
-
-    loses = "least"
-
-    def guards(self, held: Held) -> tuple[torch.Tensor | int, int]:
-        return self.sink - 1, self._newest(self.budget(held))
-
-    def _newest(self, budget: int) -> int:
-        return max(0, min(int(self.recent * budget), budget - self.sink))
-
-    def priority(self, held: Held, budget: int) -> torch.Tensor:
-        recent = self._newest(budget)
-        stays = held.newest(recent) | (held.positions < self.sink)
-        return held.scores.masked_fill(stays, float("inf"))
 
     def _threshold(self, held: Held, mean: torch.Tensor) -> torch.Tensor:
         before = held.extra.get("threshold")

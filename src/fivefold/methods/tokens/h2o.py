@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from fivefold.methods import TokenPolicy, floor_param, keep_param, param, register
-from fivefold.store import Held
+from fivefold.methods import RecentPolicy, floor_param, keep_param, param, register
 
 
 @register(
@@ -17,7 +14,7 @@ from fivefold.store import Held
     "NeurIPS 2023 (arXiv:2306.14048)",
 )
 @dataclass(frozen=True)
-class H2O(TokenPolicy):
+class H2O(RecentPolicy):
     """Every KV head holds `keep` of the prompt's tokens: the `recent` share of them is the newest ones, the rest those
     that received most attention, summed over all queries so far (Algorithm 1).
 
@@ -32,11 +29,3 @@ class H2O(TokenPolicy):
     keep: float | None = keep_param(default_keep)
     floor: int | None = floor_param()
     recent: float = param(0.5, "fraction of those that are the most recent tokens", low=0, high=1)
-
-    loses = "least"
-
-    def guards(self, held: Held) -> tuple[torch.Tensor | int, int]:
-        return -1, int(self.recent * self.budget(held))
-
-    def priority(self, held: Held, budget: int) -> torch.Tensor:
-        return held.scores.masked_fill(held.newest(int(self.recent * budget)), float("inf"))

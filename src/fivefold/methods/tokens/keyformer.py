@@ -8,7 +8,7 @@ import torch
 
 from fivefold.kernels.shared import shared
 from fivefold.kernels.watched import PRIME, Noise
-from fivefold.methods import TokenPolicy, floor_param, keep_param, param, register
+from fivefold.methods import RecentPolicy, floor_param, keep_param, param, register
 from fivefold.store import Held
 
 # Noise is read from a table of this many draws, from a place that depends on the query: a prime.
@@ -24,7 +24,7 @@ _BLOCK = 1 << 19
     "Inference, MLSys 2024 (arXiv:2403.09054)",
 )
 @dataclass(frozen=True)
-class Keyformer(TokenPolicy):
+class Keyformer(RecentPolicy):
     """Every KV head holds `keep` of the prompt's tokens: the `recent` share of them is the newest ones, the rest those
     with the highest score, the sum over queries of `softmax((x + g) / tau)` over the keys that are held: x the
     attention logits, g Gumbel noise drawn anew for every query and key (section 3.2, Algorithm 1).
@@ -61,11 +61,6 @@ class Keyformer(TokenPolicy):
             added += self.added(part.mul_(self._noise(held, at, slots)), tau)
         return added
 
-    loses = "least"
-
-    def guards(self, held: Held) -> tuple[torch.Tensor | int, int]:
-        return -1, int(self.recent * self.budget(held))
-
     def noise(self, device: torch.device) -> Noise:
         return Noise(_draws(self.seed, device), self.seed, self.tau_init, self.tau_end, self.steps)
 
@@ -92,9 +87,6 @@ class Keyformer(TokenPolicy):
         if tau != 1:
             weights.pow_(1 / tau)
         return (weights.sum(-1, keepdim=True).reciprocal_().transpose(1, 2) @ weights)[:, 0]
-
-    def priority(self, held: Held, budget: int) -> torch.Tensor:
-        return held.scores.masked_fill(held.newest(int(self.recent * budget)), float("inf"))
 
 
 @shared(4)

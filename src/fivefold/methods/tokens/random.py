@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from fivefold.kernels.watched import draws
-from fivefold.methods import TokenPolicy, floor_param, keep_param, param, register
+from fivefold.methods import RecentPolicy, floor_param, keep_param, param, register
 from fivefold.store import Held
 
 
 @register(slot="tokens", name="random", paper="none: a baseline")
 @dataclass(frozen=True)
-class RandomTokens(TokenPolicy):
+class RandomTokens(RecentPolicy):
     """Every KV head holds `keep` of the prompt's tokens: the first `sink`, the `recent` share of them the newest ones,
     and the rest at random, the same ones in every run. A baseline for the methods that choose.
 
@@ -30,21 +30,10 @@ class RandomTokens(TokenPolicy):
     observes = 0
     watches = False
 
-    @property
-    def always(self) -> int:
-        return self.sink + 1
-
-    def priority(self, held: Held, budget: int) -> torch.Tensor:
+    def worth(self, held: Held) -> torch.Tensor:
         place = held.layer * held.kv_heads + (held.places % held.kv_heads)[:, None].to(held.positions.device)
-        stays = held.newest(self._newest(budget)) | (held.positions < self.sink)
-        return draws(held.positions, place, self.seed).masked_fill(stays, float("inf"))
+        return draws(held.positions, place, self.seed)
 
     @property
     def loses(self) -> int:  # type: ignore[override]
         return self.seed
-
-    def _newest(self, budget: int) -> int:
-        return max(0, min(int(self.recent * budget), budget - self.sink))
-
-    def guards(self, held: Held) -> tuple[torch.Tensor | int, int]:
-        return self.sink - 1, self._newest(self.budget(held))
