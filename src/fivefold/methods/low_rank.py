@@ -24,7 +24,7 @@ from fivefold.kernels.shared import shared
 from fivefold.methods.before_rope import BeforeRope, LearnedCodec
 from fivefold.methods.method import Method
 from fivefold.store import Context, Field, LayerSpec, PageLayout
-from fivefold.store.codec import FLOAT16_MAX, check_finite
+from fivefold.store.codec import FLOAT16_MAX, check_finite, planar_fields, planar_parts
 
 Bases = tuple[torch.Tensor, torch.Tensor]
 _SIDES: tuple[Capture, Capture] = ("keys", "values")
@@ -130,17 +130,12 @@ class LowRankCodec(LearnedCodec):
         assert spec.rope is not None
         self.spec, self.profile, self.ranks, self.bits, self.rope = spec, profile, ranks, bits, spec.rope
         self.dtype, self.share = dtype, share
-        half, fields = torch.float16, []
-        tokens = 128 if bits is None else PLANES[bits] * 32
-        for kind, rank in zip(("key", "value"), ranks):
+        tokens, fields = 128 if bits is None else PLANES[bits] * 32, list[Field]()
+        for side, rank in zip(("key", "value"), ranks):
             if bits is None:
-                fields.append(Field(f"{kind}s", (tokens, rank), dtype, "codes"))
+                fields.append(Field(f"{side}s", (tokens, rank), dtype, "codes"))
             else:
-                fields += [
-                    Field(f"{kind}_words", (32, rank), torch.int16, "codes"),
-                    Field(f"{kind}_scale", (tokens // 32, rank), half, "scales"),
-                    Field(f"{kind}_zero", (tokens // 32, rank), half, "scales"),
-                ]
+                fields += planar_fields(side, (32, rank), (tokens // 32, rank))
         self.layout = PageLayout(f"{name}-{ranks[0]}-{ranks[1]}", tokens, tuple(fields), record=True)
         self.limit = FLOAT16_MAX
         if bits is None and dtype != torch.float16:
@@ -297,7 +292,7 @@ class Bound(BeforeRope):
         """As the C++ kernels take it."""
         if self.codec.bits is None:
             return (fields[f"{name}s"],)
-        return tuple(fields[f"{name}_{part}"] for part in ("words", "scale", "zero"))
+        return planar_parts(name, fields)
 
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         if not takes_cpp(queries):

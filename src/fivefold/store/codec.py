@@ -10,7 +10,7 @@ import torch
 from fivefold.errors import NonFiniteError
 from fivefold.kernels.packed_decode import Form, Reader
 from fivefold.store.context import Context, Rope
-from fivefold.store.pages import PageLayout
+from fivefold.store.pages import Field, PageLayout
 from fivefold.store.rows import Bounds
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
@@ -30,6 +30,19 @@ def beyond(name: str, peak: float) -> NonFiniteError:
         f"{name} to be packed reach {peak}, beyond what the float16 numbers of a page can hold: use full() for this "
         "model, or look for the layer that overflows."
     )
+
+
+def planar_fields(side: str, words: tuple[int, ...], scales: tuple[int, ...]) -> list[Field]:
+    """Planar codes (see `kernels/planar`) of these shapes: `side`_words int16, `side`_scale and `side`_zero float16."""
+    return [
+        Field(f"{side}_words", words, torch.int16, "codes"),
+        *(Field(f"{side}_{kind}", scales, torch.float16, "scales") for kind in ("scale", "zero")),
+    ]
+
+
+def planar_parts(side: str, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Words, scale and zero point of one side of pages."""
+    return fields[f"{side}_words"], fields[f"{side}_scale"], fields[f"{side}_zero"]
 
 
 class Codec:

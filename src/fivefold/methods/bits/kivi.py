@@ -13,7 +13,8 @@ from fivefold.kernels.packed_decode import Form, Reader, decode_keys, decode_val
 from fivefold.kernels.planar import PLANES, dequantise, planar_output, planar_scores, planes_of, sheets_of, unbias_
 from fivefold.kernels.planar_decode import Planar
 from fivefold.methods import Codec, Method, channels_of, check_finite, param, register
-from fivefold.store import Field, LayerSpec, PageLayout
+from fivefold.store import LayerSpec, PageLayout
+from fivefold.store.codec import planar_fields, planar_parts
 
 
 @register(
@@ -88,17 +89,13 @@ class KiviCodec(Codec):
         if not unbias and self.bits == self.value_bits and planes == PLANES[bits]:
             self.form = Form(bits, group, channels, head_dim)
         key_groups, value_groups = planes * 32 // group, head_dim // channels
-        half = torch.float16
+        sheets = sheets_of(self.bits, planes), sheets_of(self.value_bits, planes)
         self.layout = PageLayout(
             f"kivi{bits}" if bits == self.value_bits else f"kivi{bits}.{self.value_bits}",
             planes * 32,
             (
-                Field("key_words", (sheets_of(bits, planes) * 32, head_dim), torch.int16, "codes"),
-                Field("key_scale", (key_groups, head_dim), half, "scales"),
-                Field("key_zero", (key_groups, head_dim), half, "scales"),
-                Field("value_words", (sheets_of(self.value_bits, planes) * 32, head_dim), torch.int16, "codes"),
-                Field("value_scale", (planes, value_groups, 32), half, "scales"),
-                Field("value_zero", (planes, value_groups, 32), half, "scales"),
+                *planar_fields("key", (sheets[0] * 32, head_dim), (key_groups, head_dim)),
+                *planar_fields("value", (sheets[1] * 32, head_dim), (planes, value_groups, 32)),
             ),
             record=True,
         )
@@ -130,8 +127,8 @@ class KiviCodec(Codec):
         return dict(zip(names, made))
 
     def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        keys = decode_keys(fields["key_words"], fields["key_scale"], fields["key_zero"], self.bits, self.planes)
-        return keys, decode_values(fields["value_words"], fields["value_scale"], fields["value_zero"], self.value_bits)
+        keys = decode_keys(*planar_parts("key", fields), self.bits, self.planes)
+        return keys, decode_values(*planar_parts("value", fields), self.value_bits)
 
     def take(
         self, fields: dict[str, torch.Tensor], pages: torch.Tensor, slots: torch.Tensor
@@ -145,15 +142,13 @@ class KiviCodec(Codec):
         return keys, dequantise(codes, scale, zero).flatten(1)
 
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
-        words, scale, zero = fields["key_words"], fields["key_scale"], fields["key_zero"]
-        out = planar_scores(queries.float(), words, scale, zero, self.bits, self.planes)
+        out = planar_scores(queries.float(), *planar_parts("key", fields), self.bits, self.planes)
         if self.unbias:
-            unbias_(out, queries.float().square(), scale.flatten(1, 2).transpose(1, 2))
+            unbias_(out, queries.float().square(), fields["key_scale"].flatten(1, 2).transpose(1, 2))
         return out
 
     def output(self, weights: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
-        words, scale, zero = fields["value_words"], fields["value_scale"], fields["value_zero"]
-        return planar_output(weights, words, scale, zero, self.value_bits)
+        return planar_output(weights, *planar_parts("value", fields), self.value_bits)
 
 
 def _codes(words: torch.Tensor, bits: int, pages: torch.Tensor, plane: torch.Tensor, row: torch.Tensor) -> torch.Tensor:

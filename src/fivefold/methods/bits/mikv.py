@@ -14,7 +14,8 @@ from fivefold.kernels.packed_decode import decode_values
 from fivefold.kernels.planar import PLANES, by_token, planar_output, planar_token_scores, unbias_
 from fivefold.kernels.planar_decode import Planar
 from fivefold.methods import Codec, DemotingPolicy, Method, TokenPolicy, channels_of, check_finite, param, register
-from fivefold.store import Context, Extent, Field, Held, LayerSpec, PageLayout
+from fivefold.store import Context, Extent, Held, LayerSpec, PageLayout
+from fivefold.store.codec import planar_fields, planar_parts
 from fivefold.store.rounded import rounded_layout
 from fivefold.store.rows import PAGE
 
@@ -118,20 +119,9 @@ class TokenCodec(Codec):
 
     def __init__(self, bits: int, channels: int, head_dim: int, unbias: bool = False) -> None:
         self.bits, self.channels, self.planes, self.unbias = bits, channels, PLANES[bits], unbias
-        shape, half = (self.planes, head_dim // channels, PAGE), torch.float16
-        self.layout = PageLayout(
-            f"token{bits}",
-            self.planes * PAGE,
-            tuple(
-                field
-                for name in ("key", "value")
-                for field in (
-                    Field(f"{name}_words", (PAGE, head_dim), torch.int16, "codes"),
-                    Field(f"{name}_scale", shape, half, "scales"),
-                    Field(f"{name}_zero", shape, half, "scales"),
-                )
-            ),
-        )
+        shapes = (PAGE, head_dim), (self.planes, head_dim // channels, PAGE)
+        fields = (*planar_fields("key", *shapes), *planar_fields("value", *shapes))
+        self.layout = PageLayout(f"token{bits}", self.planes * PAGE, fields)
 
     @cached_property
     def reader(self) -> Planar:
@@ -151,13 +141,13 @@ class TokenCodec(Codec):
         self.check(keys, values)
         out: dict[str, torch.Tensor] = {}
         for name, x in (("key", self._balanced(keys.float().contiguous(), False)), ("value", values)):
-            old = None if opened is None else _parts(opened, name)
+            old = None if opened is None else planar_parts(name, opened)
             made = pack_values(x, self.bits, self.channels, self.planes, slot // PAGE, old)
             out |= zip((f"{name}_words", f"{name}_scale", f"{name}_zero"), made)
         return out
 
     def decode(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = (decode_values(*_parts(fields, name), self.bits) for name in ("key", "value"))
+        keys, values = (decode_values(*planar_parts(name, fields), self.bits) for name in ("key", "value"))
         return self._balanced(keys, True), values
 
     def _balanced(self, keys: torch.Tensor, back: bool) -> torch.Tensor:
@@ -166,14 +156,14 @@ class TokenCodec(Codec):
 
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         queries = queries.float()
-        out = planar_token_scores(queries, *_parts(fields, "key"), self.bits)
+        out = planar_token_scores(queries, *planar_parts("key", fields), self.bits)
         if self.unbias:
             squares = queries.unflatten(2, (-1, self.channels)).square().sum(-1)
             unbias_(out, squares, by_token(fields["key_scale"]))
         return out
 
     def output(self, weights: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
-        return planar_output(weights, *_parts(fields, "value"), self.bits)
+        return planar_output(weights, *planar_parts("value", fields), self.bits)
 
 
 class BalancedCodec(TokenCodec):
@@ -201,8 +191,3 @@ class BalancedCodec(TokenCodec):
 
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         return super().scores(queries.float() / self.balance[:, None], fields)
-
-
-def _parts(fields: dict[str, torch.Tensor], name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Words, scale and zero point of a page's keys or values."""
-    return fields[f"{name}_words"], fields[f"{name}_scale"], fields[f"{name}_zero"]

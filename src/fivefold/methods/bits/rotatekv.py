@@ -23,6 +23,7 @@ from fivefold.kernels.shared import shared
 from fivefold.methods import FLOAT16_MAX, Method, channels_of, check_finite, param, register
 from fivefold.methods.before_rope import BeforeRope, LearnedCodec
 from fivefold.store import Context, Field, LayerSpec, PageLayout
+from fivefold.store.codec import planar_fields, planar_parts
 
 
 @register(
@@ -159,15 +160,9 @@ class RotateCodec(LearnedCodec):
         assert spec.rope is not None
         self.method, self.spec, self.profile, self.rope = method, spec, profile, spec.rope
         self.planes, self.channels = PLANES[method.bits], channels_of(method, method.group, spec.head_dim)
-        dim, half = spec.head_dim, torch.float16
+        dim = spec.head_dim
         grouped = (self.planes, dim // self.channels, 32)
-        fields = []
-        for name in ("key", "value"):
-            fields += [
-                Field(f"{name}_words", (dim, 32) if name == "key" else (32, dim), torch.int16, "codes"),
-                Field(f"{name}_scale", grouped, half, "scales"),
-                Field(f"{name}_zero", grouped, half, "scales"),
-            ]
+        fields = [*planar_fields("key", (dim, 32), grouped), *planar_fields("value", (32, dim), grouped)]
         if method.sinks:
             fields.append(Field("sinks", (method.sinks,), torch.int16, "other"))
         self.layout = PageLayout(f"rotatekv{method.bits}", self.planes * 32, tuple(fields))
@@ -319,8 +314,7 @@ class _Bound(BeforeRope):
         context, codec = self.context, self.codec
         keys = self.keys(fields)
         keys = keys.reshape(context.rows, -1, keys.shape[2])
-        words, scale, zero = (fields[f"value_{part}"] for part in ("words", "scale", "zero"))
-        values = decode_values(words, scale, zero, codec.method.bits)
+        values = decode_values(*planar_parts("value", fields), codec.method.bits)
         whole = transform(values, back=True).reshape(keys.shape)
         sinks = self._sinks(fields)
         if sinks is not None:
@@ -333,9 +327,8 @@ class _Bound(BeforeRope):
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         if takes_cpp(queries):
             cos_sin = self.rope.cos_sin_of(self.context, fields["key_words"].shape[1], self.planes)
-            words, scale, zero = (fields[f"key_{name}"] for name in ("words", "scale", "zero"))
-            paired = self.rope.pair(queries.float())
-            out = rotated_scores(paired, words, scale, zero, self.order, self.n, cos_sin, self.codec.method.bits)
+            paired, parts = self.rope.pair(queries.float()), planar_parts("key", fields)
+            out = rotated_scores(paired, *parts, self.order, self.n, cos_sin, self.codec.method.bits)
         else:
             out = super().scores(queries, fields)
         sinks = self._sinks(fields)
@@ -352,6 +345,6 @@ class _Bound(BeforeRope):
             exact = weights[row, :, slot][..., None] * self.context.learned["sink_values"][row, sink, None].float()
             weights = weights.clone()
             weights[row, :, slot] = 0
-        words, scale, zero = (fields[f"value_{name}"] for name in ("words", "scale", "zero"))
-        out = transform(planar_output(weights, words, scale, zero, self.codec.method.bits), back=True)
+        out = planar_output(weights, *planar_parts("value", fields), self.codec.method.bits)
+        out = transform(out, back=True)
         return out if exact is None else out.index_add_(0, row, exact)
