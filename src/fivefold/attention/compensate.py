@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from fivefold.attention.merge import MASKED, capped, merge
-from fivefold.store.bank import Bank, BankLayer
+from fivefold.store.bank import Bank
 from fivefold.store.compensation import MEANS
 from fivefold.store.group import RowGroup
+from fivefold.store.interfaces import Layer
 from fivefold.store.layer_cache import LayerCache
 
 Part = tuple[torch.Tensor, torch.Tensor]
@@ -129,6 +130,6 @@ def beside(out: torch.Tensor, lse: torch.Tensor | None, left: Part | None) -> tu
     return whole.to(out.dtype), total
 
 
-def compensates(layer: BankLayer) -> bool:
+def compensates(layer: Layer) -> bool:
     """Whether some of its rows keep a compensation token."""
     return any(extent.compensate for extent in layer.extents)

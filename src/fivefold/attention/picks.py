@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fivefold.kernels.packed_decode import schedule
-from fivefold.store.bank import BankLayer
+from fivefold.store.interfaces import Layer
 
 
 class Picked:
@@ -19,18 +19,18 @@ class Picked:
         self._picks: torch.Tensor | None = None
         self._layer = -1
 
-    def role(self, layer: BankLayer) -> str:
+    def role(self, layer: Layer) -> str:
         """What a layer does in a step: "full", "select", or "sparse"."""
         if any(extent.recent is not None for extent in layer.extents):
             return "full"  # all of its heads have windows, which they read
         return str(self.reads.roles.get(layer.spec.layer, "full"))
 
-    def there(self, layer: BankLayer) -> bool:
+    def there(self, layer: Layer) -> bool:
         """Whether what this layer is to read has been picked."""
         near = self.reads.nearest.get(layer.spec.layer)
         return self._picks is not None and (near is None or near[0] == self._layer)
 
-    def put(self, layer: BankLayer, received: torch.Tensor, spans: torch.Tensor) -> None:
+    def put(self, layer: Layer, received: torch.Tensor, spans: torch.Tensor) -> None:
         """A layer picks. received: as `rank` gives it."""
         top, self._layer = self.reads.top, layer.spec.layer
         values, indices = received.topk(min(top, received.shape[1]), 1, sorted=False)
@@ -72,7 +72,7 @@ class Shares:
             self._spread[count] = (*there, int(starts[-1]))
         return self._spread[count]
 
-    def near(self, picked: Picked, layer: BankLayer) -> torch.Tensor | None:
+    def near(self, picked: Picked, layer: Layer) -> torch.Tensor | None:
         """Whose picks each row of a layer reads, int64 `[rows]`; None is its own."""
         near = picked.reads.nearest.get(layer.spec.layer)
         if near is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,38 +18,16 @@ import torch
 from fivefold.store.codec import PairCodec
 from fivefold.store.compensation import absorb
 from fivefold.store.context import Memo
-from fivefold.store.held import Held, joined
-from fivefold.store.pack import PackedLayer, pack
+from fivefold.store.held import joined
+from fivefold.store.interfaces import Layer
+from fivefold.store.pack import pack
 from fivefold.store.pairs import pack_pairs
-from fivefold.store.rows import FIELDS, FIXED, Bounds, Extent, Packing
+from fivefold.store.rows import FIELDS, FIXED, Bounds
 from fivefold.store.tier import Tier
 from fivefold.store.transaction import Transaction
 
 ROWS = ("offset", "chosen", "residual", "peak")
 """What a bank knows of each row besides its bounds."""
-
-
-class BankLayer(PackedLayer, Protocol):
-    """What a bank must know of its layers (see `LayerCache`)."""
-
-    bank: Any
-    index: int
-    extents: tuple[Extent, ...]
-    policy: Any
-    known: list[Held]
-
-    def packing_of(self, held: Held) -> Packing | None: ...
-
-    @property
-    def format(self) -> tuple[object, ...]: ...
-
-    def regroup(self) -> None: ...
-
-    def start_held(self) -> None: ...
-
-    def selected(self, rows: np.ndarray) -> tuple[list[Held], dict[str, torch.Tensor]]: ...
-
-    def twin(self) -> Any: ...
 
 
 class Bank:
@@ -61,7 +39,7 @@ class Bank:
     kernels with a narrower range than the pages.
     """
 
-    def __init__(self, layers: Sequence[BankLayer]) -> None:
+    def __init__(self, layers: Sequence[Layer]) -> None:
         first = layers[0]
         self.layers = list(layers)
         self.heads, self.device, self.packing = first.spec.kv_heads, first.spec.device, first.packing
@@ -78,7 +56,7 @@ class Bank:
         self._clear()
 
     @classmethod
-    def united(cls, layers: Sequence[BankLayer], change: Transaction | None) -> Bank:
+    def united(cls, layers: Sequence[Layer], change: Transaction | None) -> Bank:
         """One bank of layers that have several, with all that they hold; they must have the same sequences."""
         old = list(dict.fromkeys(layer.bank for layer in layers))
         rows = [(layer.bank, np.arange(layer.base, layer.base + layer.bank.rows)) for layer in layers]
@@ -224,7 +202,7 @@ class Bank:
         """Of one layer."""
         return self.batch * self.heads
 
-    def rows_of(self, layers: Sequence[BankLayer] | None = None) -> np.ndarray:
+    def rows_of(self, layers: Sequence[Layer] | None = None) -> np.ndarray:
         """Indices of the rows of some layers; None is all."""
         if layers is None or len(layers) == len(self.layers):
             return np.arange(self.data.shape[1])

@@ -10,30 +10,20 @@ move, files and `report()` treat them as what codecs remember.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from fivefold.store.codec import Pair
-from fivefold.store.group import KV, Layer, RowGroup
+from fivefold.store.group import KV, RowGroup
+from fivefold.store.interfaces import Tables
 from fivefold.store.rows import PAGE, Bounds
 
 MEANS = ("left_keys", "left_values")
 """Their names in `LayerCache.learned`: `[rows, head_dim]` each, of no meaning where `Bounds.compensated` is 0."""
 # Numbers of packed keys that are decoded at a time.
 _NUMBERS = 1 << 22
-
-
-class Tables(Protocol):
-    """What must be known of the rows (see `Bank`)."""
-
-    @property
-    def rows(self) -> int: ...
-
-    @property
-    def layers(self) -> Sequence[Layer]: ...
 
 
 def absorb(bank: Tables, rows: np.ndarray, old: Bounds, new: Bounds, chunk: Pair | None = None) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,44 +17,14 @@ from fivefold.kernels.device import sent
 from fivefold.store.codec import Codec
 from fivefold.store.context import Context, running
 from fivefold.store.held import Held
-from fivefold.store.pages import Location, PagePool
-from fivefold.store.rows import PAGE, Bounds, Packing
-from fivefold.store.spec import LayerSpec
-from fivefold.store.tier import Tier
+from fivefold.store.interfaces import Layer
+from fivefold.store.pages import Location
+from fivefold.store.rows import PAGE, Bounds
 
 # Numbers of one field that are gathered at a time where pages do not lie in a row: small enough for the
 # processor's cache.
 GATHERED = 1 << 19
 KV = ("keys", "values")
-
-
-class Layer(Protocol):
-    """What a group must know of its layer (see `LayerCache`)."""
-
-    spec: LayerSpec
-    codec: Codec | None
-    packing: Packing | None
-    exact_pool: PagePool
-    packed_pools: list[PagePool]
-    held: list[Held]
-    learned: dict[str, torch.Tensor]
-
-    @property
-    def rows(self) -> int: ...
-
-    @property
-    def base(self) -> int: ...
-
-    index: int
-
-    @property
-    def exact_tier(self) -> Tier: ...
-
-    @property
-    def packed_tier(self) -> Tier | None: ...
-
-    @property
-    def offsets(self) -> np.ndarray: ...
 
 
 Block = tuple[int, int, list[Location]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,43 +18,16 @@ from fivefold.kernels.choice import choose
 from fivefold.kernels.device import sent
 from fivefold.kernels.pack import cpu
 from fivefold.store.codec import Codec, beyond
-from fivefold.store.group import KV, Layer, RowGroup
+from fivefold.store.group import KV, RowGroup
 from fivefold.store.held import Held
+from fivefold.store.interfaces import Tables
 from fivefold.store.rows import PAGE, Bounds, Packing
-from fivefold.store.tier import Tier
-from fivefold.store.transaction import Transaction
 
 Chunk = tuple[torch.Tensor, torch.Tensor]
 # Numbers that are packed at a time, which bounds the memory it takes.
 _NUMBERS = {"cpu": 1 << 21}
 _NUMBERS_GPU = 1 << 25
 LARGEST = torch.finfo(torch.float16).max
-
-
-class PackedLayer(Layer, Protocol):
-    bank: Any
-    encoder: int
-
-    @property
-    def base(self) -> int: ...
-
-
-class Tables(Protocol):
-    """What the packer must know of the rows (see `Bank`)."""
-
-    device: torch.device
-    packing: Packing | None
-    change: Transaction | None
-    exact: Tier
-    packed: Tier | None
-
-    @property
-    def rows(self) -> int: ...
-
-    @property
-    def layers(self) -> Sequence[PackedLayer]: ...
-
-    def note(self, rows: np.ndarray, peak: np.ndarray) -> None: ...
 
 
 @dataclass

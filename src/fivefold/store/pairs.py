@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ import torch
 from fivefold.errors import CacheStateError, UnsupportedModelError
 from fivefold.store.codec import Pair, PairCodec
 from fivefold.store.group import RowGroup
-from fivefold.store.pack import Due, PackedLayer, Tables, Way, at_once, collect, note
+from fivefold.store.interfaces import Layer, Tables
+from fivefold.store.pack import Due, Way, at_once, collect, note
 from fivefold.store.rows import Bounds
 from fivefold.store.tier import Tier
 from fivefold.store.transaction import Transaction
@@ -34,37 +35,7 @@ class Waiting(NamedTuple):
     chunk: Pair
 
 
-class PairedLayer(PackedLayer, Protocol):
-    """What must be known of a layer that shares pages (see `LayerCache`)."""
-
-    bank: Any
-    waiting: list[Waiting]
-
-    @property
-    def batch(self) -> int: ...
-
-    @property
-    def format(self) -> tuple[object, ...]: ...
-
-    def regroup(self) -> None: ...
-
-    def set(self, group: RowGroup, bounds: Bounds) -> None: ...
-
-    def take_in(
-        self,
-        group: RowGroup,
-        keys: torch.Tensor | None,
-        values: torch.Tensor | None,
-        advance: bool,
-        revocable: int,
-    ) -> None: ...
-
-    def write_exact(
-        self, group: RowGroup, old: Bounds, new: Bounds, keys: torch.Tensor, values: torch.Tensor
-    ) -> None: ...
-
-
-def couple(stores: Mapping[int, PairedLayer], change: Transaction | None = None) -> None:
+def couple(stores: Mapping[int, Layer], change: Transaction | None = None) -> None:
     """Put layers that share pages into one bank, once both have as many sequences. Raises `UnsupportedModelError` where
     their keys have different shapes."""
     for first in stores.values():
@@ -83,7 +54,7 @@ def couple(stores: Mapping[int, PairedLayer], change: Transaction | None = None)
 
 
 def take_in(
-    layer: PairedLayer,
+    layer: Layer,
     group: RowGroup,
     keys: torch.Tensor | None,
     values: torch.Tensor | None,
@@ -107,16 +78,16 @@ def take_in(
         group.touched_packed()
 
 
-def _wait(layer: PairedLayer, one: Waiting) -> None:
+def _wait(layer: Layer, one: Waiting) -> None:
     assert layer.bank.change is not None
     layer.bank.change.undo(layer.waiting.clear)
     layer.waiting.append(one)
 
 
-def _take_both(layer: PairedLayer, group: RowGroup, chunk: Pair, revocable: int) -> None:
+def _take_both(layer: Layer, group: RowGroup, chunk: Pair, revocable: int) -> None:
     """A chunk of the second layer has come: store it, and that of the first one."""
     bank, old = layer.bank, group.bounds
-    first: PairedLayer = bank.layers[layer.index - 1]
+    first: Layer = bank.layers[layer.index - 1]
     number = next((i for i, one in enumerate(first.waiting) if np.array_equal(one.rows, group.rows)), None)
     if number is None:
         raise CacheStateError(

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from fivefold.kernels.device import sent
-from fivefold.store.bank import Bank, BankLayer
+from fivefold.store.bank import Bank
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.held import Held
+from fivefold.store.interfaces import Layer
 from fivefold.store.pages import PageLayout
 from fivefold.store.rows import PAGE, Bounds, Extent, Packing
 from fivefold.store.spec import LayerSpec
@@ -129,22 +130,10 @@ class Policy(Protocol):
     def why_not_revoke(self, held: Held, tokens: int) -> str | None: ...
 
 
-class PlannedLayer(BankLayer, Protocol):
+class PlannedLayer(Layer, Protocol):
     """What is needed to do it (see `LayerCache`)."""
 
     bank: Bank
-
-    def take_in(
-        self,
-        group: RowGroup,
-        keys: torch.Tensor | None,
-        values: torch.Tensor | None,
-        advance: bool,
-        revocable: int,
-        held: Held | None = None,
-    ) -> None: ...
-
-    def set(self, group: RowGroup, bounds: Bounds) -> None: ...
 
     def empty(self, group: RowGroup, evicted: int) -> None: ...
 
