@@ -83,8 +83,8 @@ def oracle() -> Iterator[None]:
     def step(session, store, group, queries, scaling, decoding, sinks, stored):  # type: ignore[no-untyped-def]
         if session.reads.roles.get(store.spec.layer) != "select":
             return kept(session, store, group, queries, scaling, decoding, sinks, stored)
-        _, weights = attend_step(store, group, queries, scaling, True, sinks)
-        return attend_picked(store, group, queries, scaling, pick(group, weights, TOP), False, sinks)[0]
+        _, weights = attend_step(group, queries, scaling, True, sinks)
+        return attend_picked(group, queries, scaling, pick(group, weights, TOP), False, sinks)[0]
 
     engine_layer._step = step
     try:

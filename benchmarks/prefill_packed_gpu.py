@@ -69,7 +69,7 @@ def main() -> None:
             for recipe in ("full()", "kivi(bits=4)", "kivi(bits=2)"):
                 layer = filled(Recipe.parse(recipe), DEVICE, past, 1, DTYPE)
                 (group,) = layer.groups
-                ms = timed(partial(attend_chunk, layer, group, queries, keys, values, HEAD_DIM**-0.5))
+                ms = timed(partial(attend_chunk, group, queries, keys, values, HEAD_DIM**-0.5))
                 rows.append({**size, "kernel": recipe, "ms": ms, "times": ms / best})
                 said.append(f"{recipe} {ms:.3f} ({ms / best:.2f}x)")
                 layer.free()

@@ -130,11 +130,11 @@ class Run:
             newest = np.arange(length, length + count)
             if count == 1:
                 layer.append(group, k, v, advance=False)
-                found = attend_step(layer, group, q[:, :, 0], self.scaling)[0][:, :, None]
+                found = attend_step(group, q[:, :, 0], self.scaling)[0][:, :, None]
                 held = stored(layer, group)
                 layer.append(group, None, None, revocable=revocable)
             else:
-                found, _ = attend_chunk(layer, group, q, k, v, self.scaling)
+                found, _ = attend_chunk(group, q, k, v, self.scaling)
                 positions, old_keys, old_values = stored(layer, group)
                 layer.append(group, k, v, revocable=revocable)
                 held = (

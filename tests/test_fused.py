@@ -73,11 +73,11 @@ def test_a_step_is_that_of_the_reference(device, asked, extents, codec, monkeypa
         for group in layer.groups:
             queries = torch.randn(len(group.rows), 4, 64, device=device)
             monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
-            wanted = attend_step(layer, group, queries, 0.125)[0]
+            wanted = attend_step(group, queries, 0.125)[0]
             monkeypatch.setenv("FIVEFOLD_KERNELS", asked)
             assert why_not(layer, queries.device, 4) is None
             layer.bank.mirror = layer.bank.mirror if random.random() < 0.8 else None
-            found = attend_step(layer, group, queries, 0.125)[0]
+            found = attend_step(group, queries, 0.125)[0]
             assert (found - wanted).norm() < 3e-3 * wanted.norm()
             assert layer.bank.mirror is not None  # the tables that kernels read
 
@@ -177,11 +177,11 @@ def test_large_numbers_are_attended_on_token_by_token(device, monkeypatch) -> No
     queries = torch.randn(4, 4, 64, device=device)
     queries[..., 3] = queries[..., 7] = 1e-3
     monkeypatch.setattr("fivefold.attention.decode.attend_packed", None)  # nobody goes through plain PyTorch
-    got = [attend_step(layer, group, queries[group.rows_tensor.to(device)], 0.125)[0] for group in layer.groups]
+    got = [attend_step(group, queries[group.rows_tensor.to(device)], 0.125)[0] for group in layer.groups]
     monkeypatch.undo()
     monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
     for group, out in zip(layer.groups, got, strict=True):
-        want, _ = attend_step(layer, group, queries[group.rows_tensor.to(device)], 0.125)
+        want, _ = attend_step(group, queries[group.rows_tensor.to(device)], 0.125)
         assert (out - want).norm() < 2e-3 * want.norm()
 
 
@@ -309,10 +309,10 @@ def test_picked_tokens_are_those_of_the_reference(device, asked, dtype, codec, m
     positions[0, :5], positions[1, 7] = -1, 332
     queries = torch.randn(4, 4, 64, device=device, dtype=dtype)
     monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
-    wanted = attend_picked(layer, group, queries, 0.125, positions.clone())[0]
+    wanted = attend_picked(group, queries, 0.125, positions.clone())[0]
     assert layer.bank.mirror is None
     monkeypatch.setenv("FIVEFOLD_KERNELS", asked)
-    found = attend_picked(layer, group, queries, 0.125, positions.clone())[0]
+    found = attend_picked(group, queries, 0.125, positions.clone())[0]
     assert layer.bank.mirror is not None
     assert (found.float() - wanted.float()).norm() < (
         3e-3 if dtype is torch.float32 else 1.5e-2
@@ -329,10 +329,10 @@ def test_a_chunk_over_packed_pages_is_that_of_the_reference(device, extents, mon
     layer.append(group, *torch.randn(2, 4, 300, 64, device=device))
     queries, (keys, values) = torch.randn(4, 4, 50, 64, device=device), torch.randn(2, 4, 50, 64, device=device)
     monkeypatch.setenv("FIVEFOLD_KERNELS", "reference")
-    wanted, wanted_lse = attend_chunk(layer, group, queries, keys, values, 0.125)
+    wanted, wanted_lse = attend_chunk(group, queries, keys, values, 0.125)
     assert layer.bank.mirror is None
     monkeypatch.setenv("FIVEFOLD_KERNELS", KERNELS)
-    found, lse = attend_chunk(layer, group, queries, keys, values, 0.125)
+    found, lse = attend_chunk(group, queries, keys, values, 0.125)
     assert layer.bank.mirror is not None
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(lse, wanted_lse, rtol=1e-4, atol=1e-4)

@@ -49,6 +49,6 @@ def test_what_a_layer_holds(device: str, extent: Extent, monkeypatch) -> None:
                 held = int(group.bounds.exact_tokens)
                 wanted = [torch.cat(group.exact_parts(name), 1) for name in ("keys", "values")]
                 for first in (0, 1):
-                    found = gather_fused(layer, group, first, held - first * PAGE)
+                    found = gather_fused(group, first, held - first * PAGE)
                     for mine, theirs in zip(found, wanted):
                         assert torch.equal(mine, theirs[:, first * PAGE :])

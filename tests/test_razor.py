@@ -197,10 +197,10 @@ def test_attention_is_that_of_plain_sums(
             q, k, v = queries[pick][:, :, new], keys[pick, new], values[pick, new]
             if count == 1:
                 layer.append(group, k, v, advance=False)
-                found = attend_step(layer, group, q[:, :, 0], scaling)[0][:, :, None]
+                found = attend_step(group, q[:, :, 0], scaling)[0][:, :, None]
                 layer.append(group, None, None)
             else:
-                found, _ = attend_chunk(layer, group, q, k, v, scaling)
+                found, _ = attend_chunk(group, q, k, v, scaling)
                 layer.append(group, k, v)
             for row, mine in enumerate(group.rows.tolist()):
                 wanted = rows[mine].attend(q[row], k[row], v[row], scaling)
@@ -228,7 +228,7 @@ def test_equal_tokens_lose_nothing() -> None:
     layer.append(group, keys[:, -1:], values[:, -1:], advance=False)
     (group,) = layer.groups
     queries = torch.randn(1, 3, dim)
-    found, _ = attend_step(layer, group, queries, 0.3)
+    found, _ = attend_step(group, queries, 0.3)
     wanted = torch.softmax(queries @ keys.transpose(1, 2) * 0.3, -1) @ values
     assert group.bounds.compensated > 200 and group.bounds.stored_tokens < 150
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)

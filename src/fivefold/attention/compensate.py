@@ -23,12 +23,13 @@ from fivefold.store.layer_cache import LayerCache
 Part = tuple[torch.Tensor, torch.Tensor]
 
 
-def left_of(layer: LayerCache, group: RowGroup, queries: torch.Tensor, scaling: float) -> Part | None:
+def left_of(group: RowGroup, queries: torch.Tensor, scaling: float) -> Part | None:
     """(output, log-sum-exp) over the compensation tokens of a group; None where nothing has left.
 
     queries: `[rows, query_heads per kv head, head_dim]`, or `[..., token, head_dim]` of a chunk. The output is float32
     and can be broadcast to the shape of queries, the log-sum-exp has that shape without head_dim.
     """
+    layer = group.layer
     count = int(group.bounds.compensated)
     if not count:
         return None
@@ -107,7 +108,7 @@ def _logs(counts: np.ndarray) -> np.ndarray:
 
 
 def _part(
-    layer: LayerCache,
+    layer: Layer,
     keys: torch.Tensor,
     values: torch.Tensor,
     logs: torch.Tensor | float,

@@ -12,7 +12,6 @@ from fivefold.attention.merge import MASKED, attend, capped, merge, with_sinks
 from fivefold.kernels.choice import takes_cpp
 from fivefold.store.codec import Codec
 from fivefold.store.group import KV, Block, RowGroup
-from fivefold.store.layer_cache import LayerCache
 from fivefold.store.rows import PAGE, Bounds
 
 # Numbers (keys times channels) of pages that are attended at a time: bounds the memory of a step, and keeps
@@ -26,7 +25,6 @@ Weights = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def attend_step(
-    layer: LayerCache,
     group: RowGroup,
     queries: torch.Tensor,
     scaling: float,
@@ -40,26 +38,26 @@ def attend_step(
     float32 `[rows, query_heads per kv head, slots]`. By kernels where they run and nobody watches, else in plain
     PyTorch.
     """
-    left = left_of(layer, group, queries, scaling)
+    left = left_of(group, queries, scaling)
     if not watch:
-        fused = attend_fused(layer, group, queries, scaling, sinks, left)
+        fused = attend_fused(group, queries, scaling, sinks, left)
         if fused is not None:
             return fused, None
     elif group.held is None and group.bounds.extent.recent is None:
-        scored = attend_scored_fused(layer, group, queries, scaling, sinks)
+        scored = attend_scored_fused(group, queries, scaling, sinks)
         if scored is not None:
             return scored
     watched: Weights | None = [] if watch else None
     if not group.packed.shape[1]:
-        out, lse = attend_exact(layer, group, queries, scaling, sinks is None and left is None, watched)
+        out, lse = attend_exact(group, queries, scaling, sinks is None and left is None, watched)
     else:
-        blocks = packed_blocks(layer, group, queries)
+        blocks = packed_blocks(group, queries)
         if len(blocks) == 1 and queries.dtype is torch.float32 and sinks is None and left is None:
-            return _attend_at_once(layer, group, queries * scaling, blocks[0], watch)
+            return _attend_at_once(group, queries * scaling, blocks[0], watch)
         # In the order of the slots: packed ones first.
         parts = [
-            attend_packed(layer, group, queries, scaling, watched),
-            attend_exact(layer, group, queries, scaling, False, watched),
+            attend_packed(group, queries, scaling, watched),
+            attend_exact(group, queries, scaling, False, watched),
         ]
         out, lse = merge(parts)
     if left is not None:
@@ -69,13 +67,13 @@ def attend_step(
 
 
 def _attend_at_once(
-    layer: LayerCache, group: RowGroup, scaled: torch.Tensor, block: Block, watch: bool
+    group: RowGroup, scaled: torch.Tensor, block: Block, watch: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attend_step` for one block of packed pages: with one softmax over both tiers, and nothing to merge."""
-    scores, filled, codec, fields = _packed_scores(layer, group, scaled, block)
+    scores, filled, codec, fields = _packed_scores(group, scaled, block)
     stop = scores.shape[2]
-    weights = torch.cat([scores, _exact_scores(layer, group, scaled)], 2).softmax(-1)
-    out = codec.output(weights[:, :, :stop], fields).add_(_exact_output(layer, group, weights[:, :, stop:]))
+    weights = torch.cat([scores, _exact_scores(group, scaled)], 2).softmax(-1)
+    out = codec.output(weights[:, :, :stop], fields).add_(_exact_output(group, weights[:, :, stop:]))
     if not watch or filled >= stop:
         return out, weights if watch else None
     return out, torch.cat([weights[:, :, :filled], weights[:, :, stop:]], 2)
@@ -105,7 +103,6 @@ def pick(group: RowGroup, weights: torch.Tensor, top: int, sink: int = 0, recent
 
 
 def attend_picked(
-    layer: LayerCache,
     group: RowGroup,
     queries: torch.Tensor,
     scaling: float,
@@ -121,7 +118,7 @@ def attend_picked(
     stop = int(group.bounds.packed_stop)
     if not (watch or stop) and group.held is None:  # positions are slots
         picked = torch.nn.functional.pad(positions.masked_fill(positions == newest, -1), (0, 1), value=newest)
-        fused = attend_picked_fused(layer, group, queries, scaling, picked, sinks)
+        fused = attend_picked_fused(group, queries, scaling, picked, sinks)
         if fused is not None:
             return fused, None
     slots = group.slots_of(positions)
@@ -130,7 +127,7 @@ def attend_picked(
         picked = slots.masked_fill(~there, -1)
         if not stop:
             picked = torch.nn.functional.pad(picked, (0, 1), value=newest)
-        fused = attend_picked_fused(layer, group, queries, scaling, picked, sinks)
+        fused = attend_picked_fused(group, queries, scaling, picked, sinks)
         if fused is not None:
             return fused, None
     if stop:
@@ -142,13 +139,13 @@ def attend_picked(
         slots = torch.cat([slots.clamp_(min=0), slots.new_full((len(slots), 1), newest)], 1)
         there = torch.nn.functional.pad(there, (0, 1), value=True)
     keys, values = group.tokens(slots)
-    scores = capped(torch.bmm(queries.float() * scaling, keys.float().transpose(1, 2)), layer.spec.cap)
+    scores = capped(torch.bmm(queries.float() * scaling, keys.float().transpose(1, 2)), group.layer.spec.cap)
     scores += torch.where(there, 0.0, MASKED)[:, None]
     lse = softmax_(scores)
     parts = [(torch.bmm(scores, values.float()), lse)]
     watched: Weights | None = [] if watch else None
     if stop:
-        parts.append(attend_exact(layer, group, queries, scaling, False, watched))
+        parts.append(attend_exact(group, queries, scaling, False, watched))
     out, total = merge(parts)
     out = with_sinks(out, total, sinks)
     if watched is None:
@@ -162,7 +159,6 @@ def attend_picked(
 
 
 def attend_exact(
-    layer: LayerCache,
     group: RowGroup,
     queries: torch.Tensor,
     scaling: float,
@@ -173,9 +169,10 @@ def attend_exact(
 
     The weights go to `watched`, in the order of the slots.
     """
+    layer = group.layer
     bounds = group.bounds
     tokens = int(bounds.exact_tokens)
-    bias = _bias_of(layer, exact_bias, bounds, queries.device)
+    bias = _bias_of(group, exact_bias, queries.device)
     blocks = group.exact_blocks()
     if queries.dtype is not torch.float32:
         # The fused call accumulates in float32 whatever it is given; a plain product would round the scores.
@@ -192,30 +189,30 @@ def attend_exact(
                 logits = capped(torch.bmm(queries.float() * scaling, keys.float().transpose(1, 2)), layer.spec.cap)
                 watched.append(((logits - parts[-1][1][..., None]).exp_(), parts[-1][1]))
         return merge(parts)
-    whole = _exact_scores(layer, group, queries * scaling)
+    whole = _exact_scores(group, queries * scaling)
     if alone:
         whole, lse = whole.softmax(-1), whole.new_empty(0)
     else:
         lse = softmax_(whole)
     if watched is not None:
         watched.append((whole, lse))
-    return _exact_output(layer, group, whole), lse
+    return _exact_output(group, whole), lse
 
 
-def _exact_scores(layer: LayerCache, group: RowGroup, scaled: torch.Tensor) -> torch.Tensor:
+def _exact_scores(group: RowGroup, scaled: torch.Tensor) -> torch.Tensor:
     """Inner products of float32 queries with the exact tier's keys: `[rows, query_heads per kv head, tokens]`."""
-    tokens, bias = int(group.bounds.exact_tokens), _bias_of(layer, exact_bias, group.bounds, scaled.device)
+    tokens, bias = int(group.bounds.exact_tokens), _bias_of(group, exact_bias, scaled.device)
     scores = [
         torch.bmm(scaled, group.read_exact("keys", location)[:, : tokens - first * PAGE].transpose(1, 2))
         for first, _, location in group.exact_blocks()
     ]
-    whole = capped(scores[0] if len(scores) == 1 else torch.cat(scores, 2), layer.spec.cap)
+    whole = capped(scores[0] if len(scores) == 1 else torch.cat(scores, 2), group.layer.spec.cap)
     if bias is not None:
         whole += bias
     return whole
 
 
-def _exact_output(layer: LayerCache, group: RowGroup, weights: torch.Tensor) -> torch.Tensor:
+def _exact_output(group: RowGroup, weights: torch.Tensor) -> torch.Tensor:
     """The exact tier's values, weighted."""
     tokens, out = int(group.bounds.exact_tokens), None
     for first, _, location in group.exact_blocks():
@@ -235,13 +232,13 @@ def softmax_(scores: torch.Tensor) -> torch.Tensor:
 
 
 def attend_packed(
-    layer: LayerCache, group: RowGroup, queries: torch.Tensor, scaling: float, watched: Weights | None = None
+    group: RowGroup, queries: torch.Tensor, scaling: float, watched: Weights | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(output, log-sum-exp) over the packed tier, page block by page block; the weights go to `watched`."""
     scaled = queries.float() * scaling
     merged = None
-    for block in packed_blocks(layer, group, queries):
-        scores, filled, codec, fields = _packed_scores(layer, group, scaled, block)
+    for block in packed_blocks(group, queries):
+        scores, filled, codec, fields = _packed_scores(group, scaled, block)
         lse = softmax_(scores)
         part = (codec.output(scores, fields), lse)
         if watched is not None:
@@ -251,24 +248,25 @@ def attend_packed(
     return merged
 
 
-def packed_blocks(layer: LayerCache, group: RowGroup, queries: torch.Tensor) -> list[Block]:
+def packed_blocks(group: RowGroup, queries: torch.Tensor) -> list[Block]:
     """The packed tier in pieces; longer ones where compiled kernels make nothing of the size of keys."""
-    assert layer.codec is not None
-    at_once = 64 if layer.codec.compiled(queries.device) and takes_cpp(queries) else 1
+    assert group.layer.codec is not None
+    at_once = 64 if group.layer.codec.compiled(queries.device) and takes_cpp(queries) else 1
     return group.packed_blocks(PACKED_BLOCK * at_once)
 
 
 def _packed_scores(
-    layer: LayerCache, group: RowGroup, scaled: torch.Tensor, block: Block
+    group: RowGroup, scaled: torch.Tensor, block: Block
 ) -> tuple[torch.Tensor, int, Codec, dict[str, torch.Tensor]]:
     """Inner products of float32 queries with a block's keys, `MASKED` where there are none, how many slots are filled,
     and by what codec and from what fields."""
+    layer = group.layer
     assert layer.packing is not None
     bounds, page = group.bounds, layer.packing.page
     first, last, where = block
     fields, codec = group.read_packed(where), group.codec(first, last)
     scores = capped(codec.scores(scaled, fields), layer.spec.cap)
-    bias = _bias_of(layer, packed_bias, bounds, scaled.device)
+    bias = _bias_of(group, packed_bias, scaled.device)
     if bias is not None:
         scores += bias[first * page : last * page]
     filled = int(bounds.packed_tokens) - first * page
@@ -277,11 +275,13 @@ def _packed_scores(
     return scores, filled, codec, fields
 
 
-def _bias_of(layer: LayerCache, make: Make, bounds: Bounds, device: torch.device) -> torch.Tensor | None:
+def _bias_of(group: RowGroup, make: Make, device: torch.device) -> torch.Tensor | None:
     """The same for all layers of a step."""
+    bounds = group.bounds
     if bounds.first_seen <= 0:
         return None
-    return layer.memo.get((make, bounds), lambda: make(bounds, device))
+    made: torch.Tensor | None = group.layer.bank.memo.get((make, bounds), lambda: make(bounds, device))
+    return made
 
 
 def exact_bias(bounds: Bounds, device: torch.device) -> torch.Tensor | None:

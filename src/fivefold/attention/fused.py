@@ -12,16 +12,16 @@ from fivefold.attention.merge import with_sinks
 from fivefold.attention.tables import kernels, tables_of
 from fivefold.attention.watch import why_not_watched
 from fivefold.errors import CacheStateError
-from fivefold.kernels.choice import choose
+from fivefold.kernels.choice import choose, runs_cpp
 from fivefold.kernels.packed_decode import Form, cpu, schedule
 from fivefold.store.bank import Bank
 from fivefold.store.group import RowGroup
+from fivefold.store.interfaces import Layer
 from fivefold.store.layer_cache import LayerCache
-from fivefold.store.rows import PAGE, Bounds, Span
+from fivefold.store.rows import PAGE, Span
 
 
 def attend_fused(
-    layer: LayerCache,
     group: RowGroup,
     queries: torch.Tensor,
     scaling: float,
@@ -32,6 +32,7 @@ def attend_fused(
 
     Packed numbers that are too large for their kernel are attended on as if each token had been picked.
     """
+    layer = group.layer
     if why_not(layer, queries.device, queries.shape[1], large=True) is not None:
         return None
     packed_form = layer.codec is not None and isinstance(layer.codec.reader, Form) and choose(queries.device).triton
@@ -39,11 +40,11 @@ def attend_fused(
         seen = group.bounds.span()
         every = torch.arange(seen.packed_first, seen.packed_stop, dtype=torch.int32, device=queries.device)
         slots = every.repeat(len(group.rows), 1)
-        return None if left is not None else attend_picked_fused(layer, group, queries, scaling, slots, sinks)
+        return None if left is not None else attend_picked_fused(group, queries, scaling, slots, sinks)
     tables = tables_of(layer.bank)
     tables.sync()
     packed, exact = tables.pages(group, tables.joined)
-    span, starts = _work(layer, group, group.bounds.span(), tables.page, tables.programs)
+    span, starts = _work(group, group.bounds.span(), tables.page, tables.programs)
     with_lse = sinks is not None or left is not None
     settings = {"starts": starts, "programs": tables.programs, "with_lse": with_lse}
     out, lse = kernels(queries.device).decode(queries.contiguous(), scaling, span, packed, exact, **settings)
@@ -51,21 +52,17 @@ def attend_fused(
     return with_sinks(out, lse, sinks)
 
 
-def gives_weights(device: torch.device) -> bool:
-    """Whether kernels give the weights of every slot beside the output."""
-    return choose(device).path == "cpp"
-
-
 def attend_scored_fused(
-    layer: LayerCache, group: RowGroup, queries: torch.Tensor, scaling: float, sinks: torch.Tensor | None = None
+    group: RowGroup, queries: torch.Tensor, scaling: float, sinks: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """`attend_step` with the weights of every slot, of rows without a window; None where no kernel gives them."""
-    if why_not(layer, queries.device, queries.shape[1]) is not None or not gives_weights(queries.device):
+    layer = group.layer
+    if why_not(layer, queries.device, queries.shape[1]) is not None or not runs_cpp(queries.device):
         return None
     tables = tables_of(layer.bank)
     tables.sync()
     packed, exact = tables.pages(group)
-    span, _ = _work(layer, group, group.bounds.span(), tables.page, None)
+    span, _ = _work(group, group.bounds.span(), tables.page, None)
     scores = torch.empty((len(group.rows), queries.shape[1], int(group.bounds.length)), dtype=torch.float32)
     out, lse = cpu.decode(queries.contiguous(), scaling, span, packed, exact, with_lse=True, scores=scores)
     assert lse is not None
@@ -74,7 +71,6 @@ def attend_scored_fused(
 
 
 def attend_picked_fused(
-    layer: LayerCache,
     group: RowGroup,
     queries: torch.Tensor,
     scaling: float,
@@ -83,6 +79,7 @@ def attend_picked_fused(
 ) -> torch.Tensor | None:
     """Attention over what `slots [rows, n]` name alone, negative ones left out: packed slots, beside the whole exact
     tier, if anything is packed, else exact ones. None where the kernels do not run."""
+    layer = group.layer
     if why_not(layer, queries.device, queries.shape[1], large=True) is not None:
         return None
     tables = tables_of(layer.bank)
@@ -92,24 +89,23 @@ def attend_picked_fused(
         return None
     rows, count = slots.shape
     # Picks of packed slots are shared out as pages of that many tokens would be.
-    span = Span(0, 0, 0, 0, count, 0, 0) if packed is None else _picked_span(group.bounds, count)
+    span = Span(0, 0, 0, 0, count, 0, 0)
+    if packed is not None:
+        span = group.bounds.span()._replace(packed_first=0, packed_stop=count)
     programs = kernels(queries.device).programs_for(rows, queries.device) if tables.listed else None
     page = schedule.TILE if packed is None else schedule.PICKS
-    table, starts = _work(layer, group, span, page, programs)
+    table, starts = _work(group, span, page, programs)
     picks = slots.to(torch.int32).contiguous()
     settings = {"starts": starts, "picks": picks, "with_lse": sinks is not None}
     out, lse = kernels(queries.device).decode(queries.contiguous(), scaling, table, packed, exact, **settings)
     return with_sinks(out, lse, sinks)
 
 
-def _picked_span(bounds: Bounds, count: int) -> Span:
-    return bounds.span()._replace(packed_first=0, packed_stop=count)
-
-
 def unpack_fused(
-    layer: LayerCache, group: RowGroup, first: int, last: int, dtype: torch.dtype
+    group: RowGroup, first: int, last: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Keys and values of packed columns first..last, `[rows, tokens, head_dim]`; None where the kernel does not run."""
+    layer = group.layer
     device, codec = layer.spec.device, layer.codec
     if not choose(device).triton or codec is None or codec.form is None or len(layer.packed_pools) > 1:
         return None
@@ -123,7 +119,7 @@ def unpack_fused(
     return kernel.unpack_pages(codec.form, packed.table[:, first:last], dtype)
 
 
-def gathers(layer: LayerCache) -> bool:
+def gathers(layer: Layer) -> bool:
     """Whether a kernel makes exact pages dense, wherever they lie: on a GPU."""
     spec = layer.spec
     plain = layer.exact_pool.layout.holds is None and spec.dtype.itemsize in (2, 4)
@@ -131,8 +127,9 @@ def gathers(layer: LayerCache) -> bool:
     return spec.device.type == "cuda" and plain and power and choose(spec.device).triton
 
 
-def gather_fused(layer: LayerCache, group: RowGroup, first: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+def gather_fused(group: RowGroup, first: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of so many exact tokens from a column on, `[rows, tokens, head_dim]`, where it `gathers`."""
+    layer = group.layer
     from fivefold.kernels.gather import triton as kernel
 
     tables = tables_of(layer.bank)
@@ -141,7 +138,7 @@ def gather_fused(layer: LayerCache, group: RowGroup, first: int, tokens: int) ->
     return kernel.gather_pages(table, tokens, layer.spec.head_dim, layer.spec.dtype)
 
 
-def why_not(layer: LayerCache, device: torch.device, heads: int, large: bool = False) -> str | None:
+def why_not(layer: Layer, device: torch.device, heads: int, large: bool = False) -> str | None:
     """Why the kernels do not decode this layer, in a few words; None if they do. large: numbers beyond the `LIMIT` of
     the kernel for packed pages do not matter.
 
@@ -221,10 +218,11 @@ def _why_not_step(layer: LayerCache, role: str) -> str | None:
 
 
 def _work(
-    layer: LayerCache, group: RowGroup, span: Span, page: int, programs: tuple[int, int] | None
+    group: RowGroup, span: Span, page: int, programs: tuple[int, int] | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A table of the same span for all rows of a group, int32 `[rows, SPAN]`, and the work lists
     (`schedule.starts_of`); the same for all layers of a step."""
+    layer = group.layer
     device, rows = layer.spec.device, len(group.rows)
     reader, first, team = None if layer.codec is None else layer.codec.reader, None, 1
     if reader is not None:
@@ -243,4 +241,4 @@ def _work(
         starts = schedule.starts_of(schedule.pages_of(table, page, team, joined), programs)
         return torch.from_numpy(table).to(device), torch.from_numpy(starts).to(device)
 
-    return layer.memo.get((span, rows, page, programs, tuple(first or ())), make)
+    return layer.bank.memo.get((span, rows, page, programs, tuple(first or ())), make)

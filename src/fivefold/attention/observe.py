@@ -34,7 +34,6 @@ def why_weighed(layer: LayerCache) -> str | None:
 
 
 def attend_observed(
-    layer: LayerCache,
     group: RowGroup,
     queries: torch.Tensor,
     keys: torch.Tensor,
@@ -47,20 +46,21 @@ def attend_observed(
     The latter is float32 `[rows, slots]`, the chunk's own slots last; None if the policy wants to know nothing. sinks:
     float32 `[rows, query_heads per kv head, 1]`, see `with_sinks`.
     """
+    layer = group.layer
     policy, chunk = layer.policy, keys.shape[1]
     assert policy is not None and group.held is not None
     first = policy.first_counted(chunk)
     if first == 0 and not (policy.sums and has_kernel(keys) and layer.spec.cap is None):
         out = torch.empty_like(queries)
-        return out, _weigh(layer, group, queries, keys, values, scaling, sinks, 0, out)
-    part, lse = attend_chunk(layer, group, queries, keys, values, scaling)
+        return out, _weigh(group, queries, keys, values, scaling, sinks, 0, out)
+    part, lse = attend_chunk(group, queries, keys, values, scaling)
     out = with_sinks(part, lse, sinks)
     if first == chunk:
         return out, None
     if first == 0:
         total = lse if sinks is None else torch.logaddexp(lse, sinks)
         return out, received(queries, _all(group, 0, keys), total, scaling)
-    return out, _weigh(layer, group, queries, keys, values, scaling, sinks, first, None)
+    return out, _weigh(group, queries, keys, values, scaling, sinks, first, None)
 
 
 def _all(group: RowGroup, which: int, new: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,6 @@ def _all(group: RowGroup, which: int, new: torch.Tensor) -> torch.Tensor:
 
 
 def _weigh(
-    layer: LayerCache,
     group: RowGroup,
     queries: torch.Tensor,
     keys: torch.Tensor,
@@ -80,6 +79,7 @@ def _weigh(
     out: torch.Tensor | None,
 ) -> torch.Tensor:
     """What the policy makes of the attention of the queries from `first` on; their outputs go to `out`."""
+    layer = group.layer
     policy, held = layer.policy, group.held
     assert policy is not None and held is not None
     rows, heads, chunk, dim = queries.shape

@@ -16,7 +16,6 @@ from fivefold.attention.fused import gather_fused, gathers, unpack_fused
 from fivefold.attention.merge import CUDNN_OPERATIONS, MASKED, attend, attend_window, is_large, merge, takes_windows
 from fivefold.kernels.device import sent
 from fivefold.store.group import KV, RowGroup
-from fivefold.store.layer_cache import LayerCache
 from fivefold.store.rows import PAGE, Bounds, Extent
 
 QUERY_BLOCK = 512
@@ -31,7 +30,6 @@ Piece = tuple[np.ndarray, torch.Tensor, torch.Tensor]
 
 
 def attend_chunk(
-    layer: LayerCache,
     group: RowGroup,
     queries: torch.Tensor,
     keys: torch.Tensor,
@@ -44,26 +42,25 @@ def attend_chunk(
     Returns the output, shape and dtype of the queries, and its log-sum-exp, float32 `[rows, heads, tokens]`. Where the
     window is one of the text, every query sees all of the chunk before it and all that has not left by now.
     """
-    extent, chunk, cap = group.bounds.extent, keys.shape[1], layer.spec.cap
+    extent, chunk, cap = group.bounds.extent, keys.shape[1], group.layer.spec.cap
     start = int(group.bounds.length)
     if start and cap is None and not extent.late_sink and extent.share is None and takes_windows(queries):
         joined = _attend_joined if extent.recent is None else _attend_window_joined
-        return joined(layer, group, queries, keys, values, scaling)
+        return joined(group, queries, keys, values, scaling)
     if _sees_all(extent) or (start == 0 and chunk <= extent.recent):  # type: ignore[operator]
         own = attend(queries, _spread(keys, queries), _spread(values, queries), scaling, causal=True, cap=cap)
     else:
         own = _windowed(extent, start, queries, keys, values, np.arange(start, start + chunk), scaling, cap)
     if start:
-        for part in _stored(layer, group, queries, scaling):
+        for part in _stored(group, queries, scaling):
             own = merge([own, part])
-    left = left_of(layer, group, queries, scaling)
+    left = left_of(group, queries, scaling)
     if left is not None:
         own = merge([own, left])
     return own[0].to(queries.dtype), own[1]
 
 
 def _attend_joined(
-    layer: LayerCache,
     group: RowGroup,
     queries: torch.Tensor,
     keys: torch.Tensor,
@@ -73,13 +70,14 @@ def _attend_joined(
     """`attend_chunk` where `takes_windows`, over what is stored without a window: the newest exact tokens, and the last
     packed ones where they are few, are copied together with the chunk. A GPU copies sooner than it attends once more
     and merges what comes out."""
-    blocks, chunk, parts = list(_exact(layer, group, True)), keys.shape[1], []
+    layer = group.layer
+    blocks, chunk, parts = list(_exact(group, True)), keys.shape[1], []
     # What is large is better off alone, where another kernel takes it.
     joined = [blocks.pop()] if blocks and not is_large(queries, blocks[-1][1].shape[1]) else []
     parts += [_over_all(queries, k, v, scaling, None) for _, k, v in blocks]
     sizes = _block_sizes(queries, layer.packing.page) if layer.packing is not None else []
     regular = chunk % CHUNK_STEP == 0
-    for piece in _packed(layer, group, queries):
+    for piece in _packed(group, queries):
         _, k, v = piece
         if k.shape[1] in sizes or k.shape[1] > 4 * chunk or is_large(queries, k.shape[1]):
             parts.append(_over_all(queries, k, v, scaling, None, regular and k.shape[1] in sizes))
@@ -96,7 +94,6 @@ def _attend_joined(
 
 
 def _attend_window_joined(
-    layer: LayerCache,
     group: RowGroup,
     queries: torch.Tensor,
     keys: torch.Tensor,
@@ -108,7 +105,7 @@ def _attend_window_joined(
     assert extent.recent is not None
     own = np.arange(start, start + keys.shape[1])
     seen: list[Piece] = []
-    for at, k, v in (*_exact(layer, group, False), *_packed(layer, group, queries), (own, keys, values)):
+    for at, k, v in (*_exact(group, False), *_packed(group, queries), (own, keys, values)):
         # Sinks and the others may lie side by side, and so may tokens that no query sees.
         wanted = np.flatnonzero((at < extent.sink) | (at > start - extent.recent))
         for run in np.split(wanted, np.flatnonzero((np.diff(wanted) != 1) | (np.diff(at[wanted]) != 1)) + 1):
@@ -228,7 +225,7 @@ def _window_bias(extent: Extent, queries: torch.Tensor, keys: torch.Tensor) -> t
     return torch.where(seen, 0.0, MASKED)
 
 
-def _exact(layer: LayerCache, group: RowGroup, joined: bool) -> Iterator[Piece]:
+def _exact(group: RowGroup, joined: bool) -> Iterator[Piece]:
     """The exact tier, block by block. Where a kernel `gathers` it, of up to `KEY_NUMBERS` each.
 
     joined: blocks are copied together, as many as make `KEY_NUMBERS`. A GPU copies sooner than it attends over many
@@ -237,10 +234,10 @@ def _exact(layer: LayerCache, group: RowGroup, joined: bool) -> Iterator[Piece]:
     bounds, parts = group.bounds, list[Piece]()
     positions = bounds.exact_positions(int(bounds.exact_pages))[: int(bounds.exact_tokens)]
     most = KEY_NUMBERS // (len(group.rows) * group.layer.spec.head_dim)
-    if gathers(layer):
+    if gathers(group.layer):
         for first in range(0, len(positions), max(1, most // PAGE) * PAGE):
             at = positions[first : first + max(1, most // PAGE) * PAGE]
-            yield (at, *gather_fused(layer, group, first // PAGE, len(at)))
+            yield (at, *gather_fused(group, first // PAGE, len(at)))
         return
     most = most if joined else 0
     for first, last, location in group.exact_blocks():
@@ -299,8 +296,9 @@ def _blocks(columns: int, whole: int, page: int, sizes: Sequence[int], large: in
         first = last
 
 
-def _packed(layer: LayerCache, group: RowGroup, queries: torch.Tensor) -> Iterator[Piece]:
+def _packed(group: RowGroup, queries: torch.Tensor) -> Iterator[Piece]:
     """The packed tier block by block, decoded."""
+    layer = group.layer
     if not group.packed.shape[1]:
         return
     assert layer.codec is not None and layer.packing is not None
@@ -310,7 +308,7 @@ def _packed(layer: LayerCache, group: RowGroup, queries: torch.Tensor) -> Iterat
     for first, last in _blocks(columns, whole, page, _block_sizes(queries, page), large):
         begin = int(bounds.packed_base) + first * page
         stop = min(int(bounds.packed_stop), int(bounds.packed_base) + last * page)
-        pair = unpack_fused(layer, group, first, last, queries.dtype)
+        pair = unpack_fused(group, first, last, queries.dtype)
         if pair is None:
             keys, values = group.decoded(first, last)
             pair = keys.to(queries.dtype), values.to(queries.dtype)
@@ -318,14 +316,12 @@ def _packed(layer: LayerCache, group: RowGroup, queries: torch.Tensor) -> Iterat
         yield np.arange(begin, stop), keys, values
 
 
-def _stored(
-    layer: LayerCache, group: RowGroup, queries: torch.Tensor, scaling: float
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _stored(group: RowGroup, queries: torch.Tensor, scaling: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The chunk over each tier, block by block: parts to be merged."""
-    bounds, extent, cap = group.bounds, group.bounds.extent, layer.spec.cap
+    bounds, extent, cap = group.bounds, group.bounds.extent, group.layer.spec.cap
 
     # Under a window sinks and the rest stay apart: what is attended on at once is a run of positions.
-    for pieces in (_exact(layer, group, queries.is_cuda and _sees_all(extent)), _packed(layer, group, queries)):
+    for pieces in (_exact(group, queries.is_cuda and _sees_all(extent)), _packed(group, queries)):
         for at, keys, values in pieces:
             for first, last in _seen(bounds, at):
                 k, v = keys[:, first:last], values[:, first:last]

@@ -57,7 +57,7 @@ def measure(device: torch.device, context: int, batch: int, recipes: list[str]) 
         (group,) = layer.groups
         read = sum(read_bytes(layer))
         path = _path(layer, device)
-        ms = median_ms(partial(attend_step, layer, group, queries, HEAD_DIM**-0.5), device)
+        ms = median_ms(partial(attend_step, group, queries, HEAD_DIM**-0.5), device)
         yield row(recipe, path, ms, read, best)
         layer.free()
         if layer.codec is not None and layer.codec.form is not None:
@@ -113,7 +113,7 @@ def _picked(
     (group,) = layer.groups
     top = min(TOP, int(group.bounds.packed_stop) or context)
     positions = torch.stack([torch.randperm(context, device=device)[:top] for _ in range(len(queries))])
-    call = partial(attend_picked, layer, group, queries, HEAD_DIM**-0.5, positions)
+    call = partial(attend_picked, group, queries, HEAD_DIM**-0.5, positions)
     exact = 2 * HEAD_DIM * queries.dtype.itemsize
     read = (top + 1) * exact
     if layer.codec is not None and layer.codec.form is not None:

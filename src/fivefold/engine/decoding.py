@@ -12,11 +12,11 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from fivefold.attention.fused import gives_weights, why_not
+from fivefold.attention.fused import why_not
 from fivefold.attention.observe import why_weighed
 from fivefold.engine.picks import Reads
 from fivefold.errors import CacheStateError, SlowPathWarning
-from fivefold.kernels.choice import choose
+from fivefold.kernels.choice import choose, runs_cpp
 from fivefold.kernels.packed_decode import cuda
 from fivefold.store.layer_cache import LayerCache
 
@@ -62,7 +62,7 @@ def way_of(session: Steps, store: LayerCache, whole: str | None) -> Way:
         watched = policy is not None and policy.counts_steps and any(store.head_chosen)
         if policy is not None and store.known:
             watched = any(policy.watching(held) for held in store.known)
-        select = session.reads.roles.get(spec.layer) == "select" and not gives_weights(spec.device)
+        select = session.reads.roles.get(spec.layer) == "select" and not runs_cpp(spec.device)
         if not (watched or select):
             return Way(f"{name}, group by group,", whole)
     around = store.codec is not None and store.codec.compiled(spec.device)

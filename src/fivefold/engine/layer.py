@@ -199,10 +199,10 @@ def _attend_group(
         return part
     observed, each = None, None if sinks is None else sinks[:, :, None]
     if group.held is None or stored:
-        part, lse = attend_chunk(store, group, queries, keys, values, scaling)
+        part, lse = attend_chunk(group, queries, keys, values, scaling)
         part = with_sinks(part, lse, each)
     else:
-        part, observed = attend_observed(store, group, queries, keys, values, scaling, each)
+        part, observed = attend_observed(group, queries, keys, values, scaling, each)
     if not stored:
         take = partial(store.append, group, keys, values, revocable=revocable, observed=observed)
         if shared:
@@ -229,9 +229,9 @@ def _step(
     role = reads.roles.get(store.spec.layer, "full") if decoding and whole else "full"
     picks = session.picks.of(group) if role == "sparse" else None
     if picks is not None:
-        out, weights = attend_picked(store, group, queries, scaling, picks, watch, sinks)
+        out, weights = attend_picked(group, queries, scaling, picks, watch, sinks)
     else:
-        out, weights = attend_step(store, group, queries, scaling, watch or role == "select", sinks)
+        out, weights = attend_step(group, queries, scaling, watch or role == "select", sinks)
     if weights is not None and role == "select":
         session.picks.put(group, pick(group, weights, reads.top, reads.sink, reads.recent))
     if weights is not None and watch:

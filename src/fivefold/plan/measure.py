@@ -274,7 +274,7 @@ def _attention(device: torch.device, sizes: Sizes) -> dict[str, Any]:
             layer = kernels.filled(Recipe.parse(recipe), device, context, 1, dtype)
             (group,) = layer.groups
             queries = torch.randn(len(group.rows), kernels.GROUP, kernels.HEAD_DIM, device=device, dtype=dtype)
-            call = partial(attend_step, layer, group, queries, kernels.HEAD_DIM**-0.5)
+            call = partial(attend_step, group, queries, kernels.HEAD_DIM**-0.5)
             found.append((sum(kernels.read_bytes(layer)), device_of.median_ms(call, device) / 1000))
             rows.append({"kind": kind, "context": context, "bytes": found[-1][0], "seconds": found[-1][1]})
             layer.free()
@@ -356,7 +356,7 @@ def _packing(device: torch.device, sizes: Sizes) -> dict[str, Any]:
         moved = group.packed.size * (form.nbytes + 2 * form.tokens * form.head_dim * dtype.itemsize)
 
         def call(layer: Any = layer, group: Any = group, pages: int = pages) -> Any:
-            pair = unpack_fused(layer, group, 0, pages, layer.spec.dtype)
+            pair = unpack_fused(group, 0, pages, layer.spec.dtype)
             if pair is None:
                 pair = group.decoded(0, pages)
             return pair

@@ -25,6 +25,8 @@ class Layer(Protocol):
     packing: Packing | None
     policy: Any
     extents: tuple[Extent, ...]
+    alike: bool
+    head_chosen: list[bool]
     exact_pool: PagePool
     packed_pools: list[PagePool]
     bank: Any
