@@ -22,7 +22,7 @@ from fivefold.kernels.packed_decode import schedule
 from fivefold.store.bank import Bank
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.layer_cache import LayerCache
-from fivefold.store.rows import PAGE, Bounds, Span
+from fivefold.store.rows import PAGE, Bounds, Span, run_of
 
 
 def kernels(device: torch.device) -> ModuleType:
@@ -286,8 +286,7 @@ class DeviceTables:
     def pages(self, group: RowGroup, always: bool = False) -> tuple[Any, Any]:
         """Packed pages (None if there are none, unless `always`) and exact pages of a group's rows, for the kernels."""
         layer, rows = group.layer, group.flat + group.layer.index * (self.rows - self.bank.rows)
-        whole = len(rows) == rows[-1] - rows[0] + 1
-        index = slice(int(rows[0]), int(rows[-1]) + 1) if whole else torch.from_numpy(rows).to(self.device)
+        index = run_of(rows) or torch.from_numpy(rows).to(self.device)
         exact = schedule.Exact(self._exact[index], layer.spec.dtype)
         return self._pages_of(layer.index, index) if always or group.bounds.packed_tokens else None, exact
 

@@ -24,7 +24,7 @@ from fivefold.kernels.packed_decode.reference import Form
 from fivefold.store.bank import Bank
 from fivefold.store.held import Held
 from fivefold.store.layer_cache import LayerCache
-from fivefold.store.rows import PAGE, Bounds
+from fivefold.store.rows import PAGE, Bounds, run_of
 
 NUMBERS = 4
 """Of each row and step, see `kernels/watched/triton.py`."""
@@ -116,7 +116,7 @@ class Watch:
             mine = []
             for held in layer.held:
                 rows = held.places.cpu().numpy()
-                at = _index(rows, self.positions.device)
+                at = run_of(rows) or torch.from_numpy(rows).to(self.positions.device)
                 self.positions[index, at, : held.slots] = held.positions
                 self.scores[index, at, : held.slots] = held.scores
                 self.low[index, at] = layer.policy.guards(held)[0]
@@ -142,7 +142,7 @@ class Watch:
             for held, rows in known:
                 bounds = Bounds(*bank.data[:, layer.base + rows[0]].tolist())
                 slots, seen = int(bounds.length) - more, int(bounds.seen) - more
-                at = _index(rows, self.positions.device)
+                at = run_of(rows) or torch.from_numpy(rows).to(self.positions.device)
                 scores = (self.new if stepped else self.scores)[index, at, :slots].clone()
                 positions = self.positions[index, at, :slots].clone()
                 if stepped:
@@ -250,13 +250,6 @@ def _kernels() -> Any:
     from fivefold.kernels.watched import triton
 
     return triton
-
-
-def _index(rows: np.ndarray, device: torch.device) -> slice | torch.Tensor:
-    """Rows as a slice where they are a run."""
-    if len(rows) == rows[-1] - rows[0] + 1:
-        return slice(int(rows[0]), int(rows[-1]) + 1)
-    return torch.from_numpy(rows).to(device)
 
 
 class Aside:

@@ -46,6 +46,21 @@ def bases(factor: torch.Tensor, weight: torch.Tensor | None, layer: int, channel
     return (root * vectors).float(), (vectors / root).T.contiguous().float()
 
 
+class LowRankMethod(Method):
+    """A method whose pages hold features: the last `window` tokens are exact."""
+
+    window: int
+
+    def excludes(self, other: Method) -> str | None:
+        if other.slot == "bits":
+            return f"both say what a page holds; use {self.name}(bits=4), or {other.name} alone."
+        return None
+
+    @property
+    def exact_tokens(self) -> int:
+        return self.window
+
+
 def profile_of(method: Method, spec: LayerSpec, given: str | None, rank: int, weighted: bool) -> Profile:
     """The profile for features of a layer, `rank` for each head: key_factor, value_factor `[layer, n, R]`, and with
     `weighted` key_weight `[layer, n]`.

@@ -120,9 +120,14 @@ class FivefoldLayer(CacheLayerMixin):
     reorder_cache = batch_repeat_interleave = batch_select_indices = crop = _by_cache
 
 
+def cache_in(kwargs: dict[str, Any]) -> Any:
+    """The cache that a module is called with, if any."""
+    return kwargs.get("past_key_values", kwargs.get("layer_past"))
+
+
 def cache_of(kwargs: dict[str, Any]) -> FivefoldCache | None:
-    """The cache that a module is called with, if it is ours."""
-    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    """The same, if it is ours."""
+    cache = cache_in(kwargs)
     return cache if isinstance(cache, FivefoldCache) else None
 
 

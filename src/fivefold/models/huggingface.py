@@ -29,7 +29,7 @@ from fivefold.engine.build import build
 from fivefold.errors import RecipeError, UnsupportedModelError
 from fivefold.models import compiled, forward, skipping
 from fivefold.models.attention import CALLED, NAME, Called, attention, mask
-from fivefold.models.cache import FivefoldCache, cache_of
+from fivefold.models.cache import FivefoldCache, cache_in, cache_of
 from fivefold.models.selection import decoder_config, is_selected, selected
 from fivefold.models.specs import attention_modules, check_model, decoder_layers, has_weights, layer_spec
 from fivefold.models.stock import STATES, StockLayers
@@ -76,7 +76,7 @@ def restore(model: torch.nn.Module) -> None:
 
 def _hand_in(index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A layer's input, which its attention module sees only behind a norm, for codecs that learn of it."""
-    given = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    given = cache_in(kwargs)
     if isinstance(given, compiled.Stand):
         compiled.hand_in(given, index, args[0] if args else kwargs.get("hidden_states"))
         return
@@ -86,7 +86,7 @@ def _hand_in(index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs:
 
 
 def _hand_over(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    given, index = kwargs.get("past_key_values", kwargs.get("layer_past")), module.layer_idx
+    given, index = cache_in(kwargs), module.layer_idx
     if isinstance(given, compiled.Stand):
         handed = compiled.hand_over(given, index, kwargs)  # type: ignore[arg-type]
         return None if handed is None else (args, {**kwargs, CALLED: handed})

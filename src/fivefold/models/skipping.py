@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from fivefold.errors import UnsupportedModelError
-from fivefold.models.cache import FivefoldCache, cache_of
+from fivefold.models.cache import FivefoldCache, cache_in, cache_of
 from fivefold.models.compiled import Stand
 from fivefold.models.residual import Following, tensors_in
 
@@ -67,7 +67,7 @@ class Skip(Replaced):
 
     def leaves_out(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the layer, or its attention module, is called with a cache that leaves it out."""
-        given = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        given = cache_in(kwargs)
         if isinstance(given, Stand):
             return self.module.layer_idx in given.absent
         caches = [cache_of(kwargs), *(x for x in args if isinstance(x, FivefoldCache))]

@@ -19,7 +19,7 @@ from fivefold.store.context import Context, running
 from fivefold.store.held import Held
 from fivefold.store.interfaces import Layer
 from fivefold.store.pages import Location
-from fivefold.store.rows import PAGE, Bounds
+from fivefold.store.rows import PAGE, Bounds, run_of
 
 # Numbers of one field that are gathered at a time where pages do not lie in a row: small enough for the
 # processor's cache.
@@ -43,9 +43,7 @@ class RowGroup:
         self.flat = layer.base + rows
         self.rows_tensor = torch.from_numpy(rows)
         self._rows_on: torch.Tensor | None = None
-        run = len(rows) == rows[-1] - rows[0] + 1
-        # A slice makes views of the page tables instead of copies.
-        self._index = slice(int(self.flat[0]), int(self.flat[-1]) + 1) if run else self.flat
+        self._index = run_of(self.flat) or self.flat
         self.touched_exact()
         self.touched_packed()
 
@@ -65,9 +63,8 @@ class RowGroup:
         return self._rows_on
 
     def index_on(self, device: torch.device) -> slice | torch.Tensor:
-        """`rows` as an index of tensors on a device: a slice, which makes views, where they are a run."""
-        run = isinstance(self._index, slice)
-        return slice(int(self.rows[0]), int(self.rows[-1]) + 1) if run else self.rows_on(device)
+        """`rows` as an index of tensors on a device."""
+        return run_of(self.rows) or self.rows_on(device)
 
     @property
     def exact(self) -> np.ndarray:

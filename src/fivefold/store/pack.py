@@ -279,12 +279,10 @@ def _write(
     opened = None
     if slot:
         tier.unshare(bank.change, due.rows, at)
-        opened = {name: pool.read(name, tier.tables[i][due.rows, at]) for pool, name, i in tier.fields()}
+        opened = tier.read(due.rows, at)
     shape = (rows * columns, -1, dim)
     fields = codec.encode(keys.reshape(shape), values.reshape(shape), slot, opened)
-    for pool, name, i in tier.fields():
-        pages = tier.tables[i][due.rows[:, None], at[:, None] + np.arange(columns)]
-        pool.write(name, pages.reshape(-1), fields[name])
+    tier.write(due.rows[:, None], at[:, None] + np.arange(columns), fields)
 
 
 def collect(bank: Tables, due: Due, done: int, size: int, chunk: Chunk | None) -> Chunk:

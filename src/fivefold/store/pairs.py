@@ -230,14 +230,12 @@ def _write(
     _, tokens, dim = both[0][0].shape
     count, at, opened = -(-(slot + tokens) // page), sides[0].column + column, None
     if slot:
-        opened = [
-            {name: pool.read(name, tier.tables[i][due.rows, at]) for pool, name, i in tier.fields()} for due in sides
-        ]
+        opened = [tier.read(due.rows, at) for due in sides]
     one, two = (
         (keys.reshape(-1, tokens // count, dim), values.reshape(-1, tokens // count, dim)) for keys, values in both
     )
     made = codec.encode_pair(one, two, slot, opened, known.repeat_interleave(count, 0))
-    columns = at[:, None] + np.arange(count)
-    for pool, name, i in tier.fields():
-        for due, fields in zip(sides, made) if i else ((sides[0], made[0]),):
-            pool.write(name, tier.tables[i][due.rows[:, None], columns].reshape(-1), fields[name])
+    own = {part.name for part in codec.layout.fields if part.own}
+    made[1] = {name: x for name, x in made[1].items() if name in own}
+    for due, fields in zip(sides, made):
+        tier.write(due.rows[:, None], at[:, None] + np.arange(count), fields)

@@ -350,6 +350,5 @@ def _replace_packed(layer: PlannedLayer, group: RowGroup, plan: EvictPacked, hel
         bank.packed.unshare(bank.change, group.flat[r], c)
         for pool, table in zip(bank.packed.pools, bank.packed.tables):
             bank.change.keep(pool, table[group.flat[r], c])
-        for pool, name, i in bank.packed.fields():
-            pool.write(name, bank.packed.tables[i][group.flat[r], c], made[name])
+        bank.packed.write(group.flat[r], c, made)
     return moved

@@ -28,6 +28,13 @@ SHARES = 1_000_000
 """`Bounds.share` counts in parts of this; -1 where a window is one of each query."""
 
 
+def run_of(rows: np.ndarray) -> slice | None:
+    """Ascending rows, int64 `[rows]`, as a slice, which makes views of tables instead of copies; None if they are no
+    run."""
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if len(rows) == last - first + 1 else None
+
+
 @dataclass(frozen=True)
 class Extent:
     """Which tokens a head holds: the first `sink` and the last `recent`, itself included; None is all.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
+import torch
 
 from fivefold.store.pages import PagePool
 from fivefold.store.transaction import Transaction
@@ -67,6 +68,17 @@ class Tier:
     def fields(self) -> list[tuple[PagePool, str, int]]:
         """(pool, field, number of the table) of all fields."""
         return [(pool, part.name, i) for i, pool in enumerate(self.pools) for part in pool.layout.fields]
+
+    def read(self, rows: np.ndarray, columns: np.ndarray) -> dict[str, torch.Tensor]:
+        """Every field of a page of each row: `[rows, *shape]`."""
+        return {name: pool.read(name, self.tables[i][rows, columns]) for pool, name, i in self.fields()}
+
+    def write(self, rows: np.ndarray, columns: np.ndarray, fields: dict[str, torch.Tensor]) -> None:
+        """Write fields of pages, of those rows and columns (arrays that are broadcast together), `[pages, *shape]`:
+        those that are among `fields`."""
+        for pool, name, i in self.fields():
+            if name in fields:
+                pool.write(name, self.tables[i][rows, columns], fields[name])
 
     def reserve(self, columns: int) -> None:
         """Make the tables wide enough."""

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 
 from fivefold.calibrate.learner import Capture, Learner
-from fivefold.methods import Method, param, register
-from fivefold.methods.low_rank import FactorLearner, LowRankCodec, factor, profile_of
+from fivefold.methods import param, register
+from fivefold.methods.low_rank import FactorLearner, LowRankCodec, LowRankMethod, factor, profile_of
 from fivefold.store import LayerSpec, Rope
 from fivefold.store.context import running
 
@@ -27,7 +27,7 @@ VALUES = 2.0
     "NeurIPS 2024 (arXiv:2409.10593)",
 )
 @dataclass(frozen=True)
-class Cskv(Method):
+class Cskv(LowRankMethod):
     """Low-rank keys and values of all kv heads of a layer together, the recent tokens exact (sections 2.2 and 2.3).
 
     A token's keys before RoPE, of all n = kv_heads * head_dim channels, become features `c = k A`, and are made again
@@ -61,15 +61,6 @@ class Cskv(Method):
         None, "the same fraction for values, if not `keep`", low=0.01, high=1, by_layer=True
     )
     profile: str | None = param(None, "folder of a profile, if not the one that ships for the model")
-
-    def excludes(self, other: Method) -> str | None:
-        if other.slot == "bits":
-            return f"both say what a page holds; use cskv(bits=4), or {other.name} alone."
-        return None
-
-    @property
-    def exact_tokens(self) -> int:
-        return self.window
 
     def ranks(self, head_dim: int) -> tuple[int, int]:
         """Features per head of keys and of values."""

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from fivefold.calibrate.learner import Capture, Learner
 from fivefold.errors import RecipeError
-from fivefold.methods import Method, param, register
-from fivefold.methods.low_rank import FactorLearner, LowRankCodec, profile_of
+from fivefold.methods import param, register
+from fivefold.methods.low_rank import FactorLearner, LowRankCodec, LowRankMethod, profile_of
 from fivefold.store import LayerSpec
 
 HELD = 0.5
@@ -22,7 +22,7 @@ HELD = 0.5
     paper="Yu et al., Effectively Compress KV Heads for LLM (arXiv:2406.07056)",
 )
 @dataclass(frozen=True)
-class KvHeads(Method):
+class KvHeads(LowRankMethod):
     """Groups of kv heads become fewer: the top d' right singular vectors of their calibration caches (section 3.2).
 
     The caches of the t heads of a group on calibration text, side by side, are one matrix, keys before RoPE:
@@ -56,15 +56,6 @@ class KvHeads(Method):
     window: int = param(32, "recent tokens that stay exact", low=0)
     bits: int | None = param(None, "bits a stored number, if not the model's own", choices=(None, 4, 8))
     profile: str | None = param(None, "folder of a profile, if not the one that ships for the model")
-
-    def excludes(self, other: Method) -> str | None:
-        if other.slot == "bits":
-            return f"both say what a page holds; use kv_heads(bits=4), or {other.name} alone."
-        return None
-
-    @property
-    def exact_tokens(self) -> int:
-        return self.window
 
     def rank(self, head_dim: int) -> int:
         """Numbers per head, of keys and of values: d' / t."""
