@@ -12,7 +12,7 @@ Pages are reference-counted: sharing (beam search, forks, layers that share stor
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -328,10 +328,12 @@ class PagePool(Slabs):
 
     def write(self, name: str, pages: np.ndarray, values: torch.Tensor, at: slice | None = None) -> None:
         """Write field `name` of `pages`, or its part `at` of the first axis: `[len(pages), *shape]`."""
-        self.write_fields(pages, {name: values}, at)
+        self.write_fields(pages, {name: [values]}, at)
 
-    def write_fields(self, pages: np.ndarray, fields: Mapping[str, torch.Tensor], at: slice | None = None) -> None:
-        """The same of several fields, by name."""
+    def write_fields(
+        self, pages: np.ndarray, fields: Mapping[str, Sequence[torch.Tensor]], at: slice | None = None
+    ) -> None:
+        """The same of several fields, by name, each in pieces that come one after the other."""
         pages = pages.reshape(-1)
         if not len(pages):
             return
@@ -340,8 +342,13 @@ class PagePool(Slabs):
             if len(index) > 1 and (int(index[-1]) - first != len(index) - 1 or (np.diff(index) != 1).any()):
                 rows = sent(self.device, index)[0]
             among = None if where is None else sent(self.device, where)[0]
-            for name, values in fields.items():
-                target, part = slab.tensors[name], values if among is None else values[among]
+            for name, pieces in fields.items():
+                target = slab.tensors[name]
+                if len(pieces) > 1 and rows is None and among is None and at is None:
+                    torch.cat(list(pieces), out=target[first : first + len(index)])
+                    continue
+                values = joined(pieces)
+                part = values if among is None else values[among]
                 if rows is None:
                     run = target[first : first + len(index)]
                     (run if at is None else run[:, at]).copy_(part)
@@ -391,6 +398,11 @@ class PagePool(Slabs):
         for part in self.layout.fields:
             # What is read may be a view of the slab that is written into.
             self.write(part.name, target, self.read(part.name, source).clone())
+
+
+def joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Pieces that come one after the other."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
 def _put_at(target: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
