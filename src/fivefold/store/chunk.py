@@ -85,11 +85,11 @@ def take(bank: Rows, parts: Sequence[Part], new: Bounds) -> None:
 _LENGTH = Bounds._fields.index("length")
 
 
-def _write(bank: Rows, rows: np.ndarray, old: Bounds, new: Bounds, chunk: Sequence[Sequence[torch.Tensor]]) -> None:
+def _write(bank: Rows, rows: np.ndarray, old: Bounds, new: Bounds, chunk: Sequence[tuple[torch.Tensor, ...]]) -> None:
     """The tokens behind `old.length` into exact pages, but for what was packed or is out of the window. chunk: keys and
     values, of some of the rows each."""
     assert bank.change is not None
-    dim, there = chunk[0][0].shape[2], int(old.exact_pages - old.exact_gone(new))
+    there = int(old.exact_pages - old.exact_gone(new))
     bank.exact.widen(bank.change, rows, there, int(new.exact_pages) - there)
     # Pinned pages come first in the table, and window pages exist only once those are full.
     for start, stop in (
@@ -108,7 +108,7 @@ def _write(bank: Rows, rows: np.ndarray, old: Bounds, new: Bounds, chunk: Sequen
                 bank.exact.unshare(bank.change, rows, column)
             pages = bank.exact.pages(rows, column + (count // PAGE if whole else 1))[:, column:]
             window = slice(position - int(old.length), position - int(old.length) + count)
-            shape = -1, PAGE if whole else count, dim
-            tokens = {name: [x[:, window].reshape(shape) for x in some] for name, some in zip(KV, chunk)}
+            shape = (-1, PAGE if whole else count)
+            tokens = {name: [x[:, window].unflatten(1, shape) for x in some] for name, some in zip(KV, chunk)}
             bank.exact.pool.write_fields(pages, tokens, None if whole else slice(slot, slot + count))
             position += count

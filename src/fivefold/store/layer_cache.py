@@ -177,6 +177,11 @@ class LayerCache(Holds):
         """Rows have changed in a way that the groups do not know."""
         self._groups = None
 
+    def know(self, group: RowGroup) -> None:
+        """A group's rows have changed: if it is not one of these groups, they do not know."""
+        if not any(one is group for one in self._groups or ()):
+            self.regroup()
+
     @property
     def groups(self) -> list[RowGroup]:
         """The layer's rows, those with equal bounds together; where a policy chooses, those that it chooses for

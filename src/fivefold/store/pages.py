@@ -333,7 +333,8 @@ class PagePool(Slabs):
     def write_fields(
         self, pages: np.ndarray, fields: Mapping[str, Sequence[torch.Tensor]], at: slice | None = None
     ) -> None:
-        """The same of several fields, by name, each in pieces that come one after the other."""
+        """The same of several fields, by name, each in pieces that come one after the other; the pages of a piece may
+        have several axes."""
         pages = pages.reshape(-1)
         if not len(pages):
             return
@@ -344,10 +345,12 @@ class PagePool(Slabs):
             among = None if where is None else sent(self.device, where)[0]
             for name, pieces in fields.items():
                 target = slab.tensors[name]
-                if len(pieces) > 1 and rows is None and among is None and at is None:
-                    torch.cat(list(pieces), out=target[first : first + len(index)])
+                if rows is None and among is None and at is None:
+                    run = target[first : first + len(index)].view(-1, *pieces[0].shape[1:])
+                    run.copy_(pieces[0]) if len(pieces) == 1 else torch.cat(list(pieces), out=run)
                     continue
                 values = joined(pieces)
+                values = values.reshape(len(pages), *values.shape[1 - target.ndim :])
                 part = values if among is None else values[among]
                 if rows is None:
                     run = target[first : first + len(index)]
