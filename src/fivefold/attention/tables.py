@@ -285,9 +285,9 @@ class DeviceTables:
 
     def pages(self, group: RowGroup, always: bool = False) -> tuple[Any, Any]:
         """Packed pages (None if there are none, unless `always`) and exact pages of a group's rows, for the kernels."""
-        layer, rows = group.layer, group.flat + group.layer.index * (self.rows - self.bank.rows)
-        whole = len(rows) == rows[-1] - rows[0] + 1
-        index = slice(int(rows[0]), int(rows[-1]) + 1) if whole else torch.from_numpy(rows).to(self.device)
+        layer, index, first = group.layer, group.index_on(self.device), group.layer.index * self.rows
+        # Where they are no run, what is on the device already is moved there: nobody waits.
+        index = slice(first + index.start, first + index.stop) if isinstance(index, slice) else index + first
         exact = schedule.Exact(self._exact[index], layer.spec.dtype)
         return self._pages_of(layer.index, index) if always or group.bounds.packed_tokens else None, exact
 

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -160,13 +160,15 @@ def _tensors(layout: PageLayout, pages: int, device: torch.device) -> dict[str, 
 
 
 class Location(NamedTuple):
-    """Where pages lie: a regular grid in one slab (`strides` in pages), or indices to gather per slab."""
+    """Where pages lie: a regular grid in one slab (`strides` in pages), several such side by side (`runs`), or indices
+    to gather per slab."""
 
     shape: tuple[int, ...]
     slab: Slab | None
     first: int
     strides: tuple[int, int]
     parts: tuple[tuple[Slab, torch.Tensor, torch.Tensor | None], ...]
+    runs: tuple[Any, ...] = ()
 
 
 class PagePool(Slabs):
@@ -298,14 +300,33 @@ class PagePool(Slabs):
                 slab = self._slabs[first >> SLAB_SHIFT]
                 assert slab is not None
                 return Location(pages.shape, slab, first & INDEX_MASK, (stride, step), ())
+        if runs := self._runs(pages):
+            return Location(pages.shape, None, 0, (0, 0), (), runs)
         parts = []
         for slab, index, where in self._by_slab(pages.reshape(-1)):
             target = None if where is None else sent(self.device, where)[0]
             parts.append((slab, sent(self.device, index)[0], target))
         return Location(pages.shape, None, 0, (0, 0), tuple(parts))
 
+    def _runs(self, pages: np.ndarray) -> tuple[Location, ...]:
+        """The regular grids that a table is made of, from column to column, if these are few: a chunk leaves one."""
+        rows, columns = pages.shape
+        starts = np.flatnonzero((np.diff(pages, axis=1, prepend=-2) != 1).any(0))
+        stops = np.append(starts[1:], columns)
+        first, slabs = pages[:, starts], pages[0, starts] >> SLAB_SHIFT
+        steps = first[1] - first[0] if rows > 1 else np.ones_like(slabs)
+        regular = (first == first[0] + steps * np.arange(rows)[:, None]).all() and (steps > 0).all()
+        if not regular or (pages[-1, stops - 1] >> SLAB_SHIFT != slabs).any() or len(starts) > 2 + 2 * np.count_nonzero(np.diff(slabs)):
+            return ()
+        return tuple(
+            Location((rows, stop - start), cast(Slab, self._slabs[slab]), page & INDEX_MASK, (step, 1), ())
+            for start, stop, slab, page, step in zip(*(x.tolist() for x in (starts, stops, slabs, first[0], steps)))
+        )
+
     def fetch(self, name: str, location: Location) -> torch.Tensor:
         """Field `name` of the pages at a location: `[rows, columns, *shape]`; of a regular grid a view."""
+        if location.runs:
+            return torch.cat([self.fetch(name, run) for run in location.runs], 1)
         if location.slab is not None:
             field = location.slab.tensors[name]
             page = field.stride(0)
