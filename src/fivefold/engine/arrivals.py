@@ -5,7 +5,6 @@ They wait until all layers have seen the forward's tokens, or until they are man
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch

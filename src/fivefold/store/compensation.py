@@ -10,7 +10,7 @@ move, files and `report()` treat them as what codecs remember.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -40,15 +40,18 @@ class Tables(Protocol):
 def absorb(bank: Tables, rows: np.ndarray, old: Bounds, new: Bounds, parts: Sequence[Part] = ()) -> None:
     """Before rows go from bounds `old` to `new`: what leaves goes into their means.
 
-    parts: the tokens behind `old.length`, all rows then standing alike. Whatever lies in pages is taken as it is read from there: packed tokens decoded.
+    parts: the tokens behind `old.length`, all rows then standing alike. Whatever lies in pages is taken as it is read
+    from there: packed tokens decoded.
     """
     due = np.flatnonzero(np.asarray(new.compensated > old.compensated))
     if not len(due):
         return
-    keys = np.stack([rows // bank.rows, new.left, *old])[:, due]
-    which = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
-    kinds = ((due[which == number], None) for number in range(int(which.max()) + 1))
-    for at, part in each(parts) if parts else kinds:
+    kinds: Iterable[tuple[np.ndarray, Part | None]] = each(parts)
+    if not parts:
+        keys = np.stack([rows // bank.rows, new.left, *old])[:, due]
+        which = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
+        kinds = ((due[which == number], None) for number in range(int(which.max()) + 1))
+    for at, part in kinds:
         layer, bounds = bank.layers[int(rows[at[0]]) // bank.rows], Bounds(*(int(x[at[0]]) for x in old))
         group = RowGroup(layer, rows[at] - layer.base, bounds)
         before, after = int(bounds.compensated), int(new.compensated[at[0]])

@@ -167,7 +167,7 @@ def _by_kernel(bank: Tables, due: Due, keys: np.ndarray, chunks: Sequence[Chunk]
     form, choice = first.codec.form, choose(bank.device)
     if form is None or len(bank.packed.pools) > 1 or bank.exact.pool.layout.holds or bank.device.type == "meta":
         return False
-    chunks = [(keys.contiguous(), values.contiguous()) for keys, values in chunks]
+    chunks = [(k.contiguous(), v.contiguous()) for k, v in chunks]
     pieces = [x for chunk in chunks for x in chunk]
     if any(x.dtype != first.spec.dtype or x.device != bank.device or x.data_ptr() % 16 for x in pieces):
         return False  # addresses are in units of 16 bytes

@@ -315,8 +315,9 @@ class PagePool(Slabs):
         stops = np.append(starts[1:], columns)
         first, slabs = pages[:, starts], pages[0, starts] >> SLAB_SHIFT
         steps = first[1] - first[0] if rows > 1 else np.ones_like(slabs)
+        few = len(starts) <= 2 + 2 * np.count_nonzero(np.diff(slabs))
         regular = (first == first[0] + steps * np.arange(rows)[:, None]).all() and (steps > 0).all()
-        if not regular or (pages[-1, stops - 1] >> SLAB_SHIFT != slabs).any() or len(starts) > 2 + 2 * np.count_nonzero(np.diff(slabs)):
+        if not few or not regular or (pages[-1, stops - 1] >> SLAB_SHIFT != slabs).any():
             return ()
         return tuple(
             Location((rows, stop - start), cast(Slab, self._slabs[slab]), page & INDEX_MASK, (step, 1), ())
