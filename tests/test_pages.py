@@ -256,6 +256,20 @@ def test_a_regular_grid_of_pages_is_read_without_a_copy(
         assert view.untyped_storage().data_ptr() == location.slab.tensors[name].untyped_storage().data_ptr()
 
 
+def test_what_chunks_left_side_by_side_is_joined_without_indices() -> None:
+    pages = pool()
+    parts = [pages.allocate(count).reshape(3, -1) for count in (6, 3, 12)]
+    table = np.concatenate(parts, 1)
+    values = fill(pages, table.reshape(-1))
+    location = pages.locate(table)
+    assert [run.shape for run in location.runs] == [(3, 2), (3, 1), (3, 4)] and not location.parts
+    for name, x in values.items():
+        assert torch.equal(pages.fetch(name, location), x.view(3, 7, *x.shape[1:]))
+    mixed = table.copy()
+    mixed[1, 3] = table[2, 3]  # of another stride
+    assert not pages.locate(mixed).runs
+
+
 def test_any_other_table_is_gathered() -> None:
     pages = pool()
     a, b = pages.allocate(6), pages.allocate(6)

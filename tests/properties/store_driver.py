@@ -18,6 +18,7 @@ from plain_model import DIM, LAYERS, MOST_TOKENS, Plain, check_accounts, compare
 
 from faults import Fault, Faults
 from fivefold.engine import persist
+from fivefold.engine.arrivals import Arrival
 from fivefold.engine.session import Session
 from fivefold.errors import CacheFullError, CacheStateError, SavedCacheError
 from fivefold.methods.bits.kivi import KiviCodec
@@ -261,7 +262,7 @@ class Driver:
             self.compare(cache)  # so that the model learns what the tokens became that were packed
 
     def append(self, cache: Twin, counts: np.ndarray, new: Chunk) -> None:
-        """Layer by layer and group by group."""
+        """Layer by layer and group by group; chunks are stored when all layers have come."""
         revocable = cache.session.revocable
         for layer, (keys, values) in zip(cache.layers, new):
             for group, count in layer.split_by(counts):
@@ -270,7 +271,9 @@ class Driver:
                     layer.append(group, *mine, advance=False)
                     layer.append(group, None, None, revocable=revocable)
                 elif count:
-                    layer.append(group, *mine, revocable=revocable)
+                    cache.session.arrivals.take(Arrival(layer, group, *mine, None), revocable)
+        if counts.sum() % 2:
+            cache.session.arrivals.store(revocable)  # before the end, as where many wait
 
     def open(self, cache: Twin, counts: np.ndarray, new: Chunk) -> None:
         """A token of all rows at once, as kernels store it."""

@@ -22,7 +22,7 @@ from fivefold.kernels.packed_decode import schedule
 from fivefold.store.bank import Bank
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.layer_cache import LayerCache
-from fivefold.store.rows import PAGE, Bounds, Span, run_of
+from fivefold.store.rows import PAGE, Bounds, Span
 
 
 def kernels(device: torch.device) -> ModuleType:
@@ -285,8 +285,9 @@ class DeviceTables:
 
     def pages(self, group: RowGroup, always: bool = False) -> tuple[Any, Any]:
         """Packed pages (None if there are none, unless `always`) and exact pages of a group's rows, for the kernels."""
-        layer, rows = group.layer, group.flat + group.layer.index * (self.rows - self.bank.rows)
-        index = run_of(rows) or torch.from_numpy(rows).to(self.device)
+        layer, index, first = group.layer, group.index_on(self.device), group.layer.index * self.rows
+        # Where they are no run, what is on the device already is moved there: nobody waits.
+        index = slice(first + index.start, first + index.stop) if isinstance(index, slice) else index + first
         exact = schedule.Exact(self._exact[index], layer.spec.dtype)
         return self._pages_of(layer.index, index) if always or group.bounds.packed_tokens else None, exact
 

@@ -10,6 +10,7 @@ import torch
 
 from fivefold.attention import attend_chunk, attend_observed, attend_picked, attend_step, pick
 from fivefold.attention.merge import with_sinks
+from fivefold.engine.arrivals import Arrival
 from fivefold.engine.session import Session
 from fivefold.errors import NonFiniteError
 from fivefold.store.codec import FLOAT16_MAX, beyond
@@ -204,11 +205,7 @@ def _attend_group(
     else:
         part, observed = attend_observed(group, queries, keys, values, scaling, each)
     if not stored:
-        take = partial(store.append, group, keys, values, revocable=revocable, observed=observed)
-        if shared:
-            session.waiting.append(take)  # layers that share these keys see the chunk as this one did
-        else:
-            take()
+        session.arrivals.take(Arrival(store, group, keys, values, observed), revocable)
     return part
 
 

@@ -19,6 +19,7 @@ import torch
 
 from fivefold.attention.fused import why_not_each
 from fivefold.engine import admission, decoding, together
+from fivefold.engine.arrivals import Arrivals
 from fivefold.engine.companions import Companions
 from fivefold.engine.picks import Picks, Reads
 from fivefold.engine.stepping import opened
@@ -77,8 +78,7 @@ class Session:
         self.chunk = 0
         self.brought: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         """The keys and values of this forward, by layer: the very tensors that attention is to see."""
-        self.waiting: list[Callable[[], None]] = []
-        """What sources do with their chunks once the layers that share them are done."""
+        self.arrivals = Arrivals(bool(sources))
         self.stepping: frozenset[int] = frozenset()
         """Layers of which a kernel stores and attends the newest token of all rows at once, in this forward."""
         self.trusting = True
@@ -191,17 +191,16 @@ class Session:
         bytes than before, so that the cap has a say."""
         change = self.change
         assert change is not None
-        for take in self.waiting:
-            take()
-        self.brought, self.waiting = {}, []
+        if self.batch and not self.united:
+            self.unite(change)
+        self.arrivals.store(self.revocable)
+        self.brought = {}
         if self.chunk == 1:
             self.advance(self.revocable)
         elif self.chunk:
             self.choose_together()
         chunk, self.chunk = self.chunk, 0
         self.length += chunk
-        if self.batch and not self.united:
-            self.unite(change)
         if self.pools.budget.limit is not None:
             before = self.pools.budget.charged.get(id(self), 0)
             change.undo(lambda: self.pools.budget.count(id(self), before))
@@ -245,7 +244,8 @@ class Session:
         self.turn += 1
         change = self.change
         if change is not None:
-            self.brought, self.waiting = {}, []
+            self.brought = {}
+            self.arrivals.clear()
             change.rollback()
             self.change = None
             self.pools.budget.trim()  # what it took for itself

@@ -54,6 +54,8 @@ class Called:
             self.session, source, query, key, value, mask, scaling, self.positions, self.inputs, sinks, cap,
             not self.stores,
         )  # fmt: skip
+        if self.index not in self.session.sources:
+            self.session.brought.pop(self.index, None)
         self.session.done(self.index)
         return out
 

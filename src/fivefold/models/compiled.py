@@ -223,6 +223,8 @@ def _attend(
         return now.beside(layer, query, key, value, scaling=scaling, dropout=0.0, **given).contiguous()
     if not stored:
         now.cache.layers[layer].update(key, value)
+        if key.shape[2] > 1:  # a chunk is stored later, when the graph may have something else there
+            key, value = (x.clone(memory_format=torch.contiguous_format) for x in (key, value))
     out = attend(
         session, source, query, key, value, now.mask, scaling, positions, inputs, sinks, cap, stored
     )  # fmt: skip

@@ -18,6 +18,7 @@ import torch
 from fivefold.attention.fused import why_not
 from fivefold.attention.tables import tables_of
 from fivefold.engine import decoding
+from fivefold.engine.arrivals import Arrival
 from fivefold.engine.build import build
 from fivefold.errors import ProfileError
 from fivefold.kernels.choice import Choice, planned
@@ -110,7 +111,10 @@ class Rehearsal:
         observed = None
         if tokens > 1 and group.held is not None and policy is not None and policy.first_counted(tokens) < tokens:
             observed = nothing(rows, group.held.slots + tokens, dtype=torch.float32)
-        store.append(group, keys, values, advance=tokens > 1, observed=observed)
+        if tokens > 1:
+            self.session.arrivals.take(Arrival(store, group, keys, values, observed), self.session.revocable)
+        else:
+            store.append(group, keys, values, advance=False)
         watched = group.held is not None and policy is not None and policy.watching(group.held)
         alone = tokens == 1 and not watched and self.session.reads.roles.get(spec.layer) != "select"
         if alone and why_not(store, NOWHERE, spec.query_heads // spec.kv_heads) is None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fivefold.store.chunk import Part
 from fivefold.store.codec import PairCodec
 from fivefold.store.compensation import absorb
 from fivefold.store.context import Memo
@@ -385,12 +386,12 @@ class Bank:
                 self.mirror.sync()  # here a GPU is still at work on the step
         self.due[rows] = 0 if revocable else new.length + new.idle(packing)
 
-    def move(self, rows: np.ndarray, old: Bounds, new: Bounds, **chunk: Any) -> None:
-        """From bounds to bounds: pack groups, give up pages of either tier. chunk: see `pack`."""
+    def move(self, rows: np.ndarray, old: Bounds, new: Bounds, parts: Sequence[Part] = ()) -> None:
+        """From bounds to bounds: pack groups, give up pages of either tier. parts: see `pack`."""
         assert self.change is not None
-        absorb(self, rows, old, new, chunk.get("chunk"))
+        absorb(self, rows, old, new, parts)
         if self.packed is not None:
-            (pack_pairs if self.paired else pack)(self, rows, old, new, **chunk)
+            (pack_pairs if self.paired else pack)(self, rows, old, new, parts)
         self.exact.drop(self.change, rows, old.pinned_pages, old.exact_gone(new), old.exact_pages)
         self.set(rows, new)
 

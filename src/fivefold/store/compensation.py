@@ -10,11 +10,12 @@ move, files and `report()` treat them as what codecs remember.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 
+from fivefold.store.chunk import Part, each
 from fivefold.store.codec import Pair
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.interfaces import Tables
@@ -26,26 +27,27 @@ MEANS = ("left_keys", "left_values")
 _NUMBERS = 1 << 22
 
 
-def absorb(bank: Tables, rows: np.ndarray, old: Bounds, new: Bounds, chunk: Pair | None = None) -> None:
+def absorb(bank: Tables, rows: np.ndarray, old: Bounds, new: Bounds, parts: Sequence[Part] = ()) -> None:
     """Before rows go from bounds `old` to `new`: what leaves goes into their means.
 
-    chunk: keys and values `[rows, tokens, head_dim]` of the tokens behind `old.length`, all rows then being of one
-    layer and standing alike. Whatever lies in pages is taken as it is read from there: packed tokens decoded.
+    parts: the tokens behind `old.length`, all rows then standing alike. Whatever lies in pages is taken as it is read
+    from there: packed tokens decoded.
     """
     due = np.flatnonzero(np.asarray(new.compensated > old.compensated))
     if not len(due):
         return
-    keys = np.stack([rows // bank.rows, new.left, *old])[:, due]
-    which = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
-    for number in range(int(which.max()) + 1):
-        at = due[which == number]
+    kinds: Iterable[tuple[np.ndarray, Part | None]] = each(parts)
+    if not parts:
+        keys = np.stack([rows // bank.rows, new.left, *old])[:, due]
+        which = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
+        kinds = ((due[which == number], None) for number in range(int(which.max()) + 1))
+    for at, part in kinds:
         layer, bounds = bank.layers[int(rows[at[0]]) // bank.rows], Bounds(*(int(x[at[0]]) for x in old))
         group = RowGroup(layer, rows[at] - layer.base, bounds)
         before, after = int(bounds.compensated), int(new.compensated[at[0]])
         start, stop = max(bounds.left, bounds.sink), int(new.left[at[0]])
-        mine = None if chunk is None else (chunk[0][at], chunk[1][at]) if len(at) < len(rows) else chunk
         share = (after - before) / after
-        for name, mean in zip(MEANS, _means(group, start, stop, mine)):
+        for name, mean in zip(MEANS, _means(group, start, stop, part and part.pair)):
             whole = layer.learned.get(name)
             if whole is None:
                 whole = mean.new_zeros((layer.rows, mean.shape[1]))

@@ -80,8 +80,6 @@ class Layer(Protocol):
         held: Held | None = None,
     ) -> None: ...
 
-    def write_exact(self, group: Any, old: Bounds, new: Bounds, keys: torch.Tensor, values: torch.Tensor) -> None: ...
-
 
 class Tables(Protocol):
     """The common tables of layers' rows."""

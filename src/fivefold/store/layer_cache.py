@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from fivefold.errors import CacheStateError
-from fivefold.store import pairs
+from fivefold.store import chunk, pairs
 from fivefold.store.bank import Bank
+from fivefold.store.chunk import Part
 from fivefold.store.codec import Codec
 from fivefold.store.context import Memo
-from fivefold.store.group import KV, RowGroup
+from fivefold.store.group import RowGroup
 from fivefold.store.held import Held, Holds
 from fivefold.store.pages import PagePool
 from fivefold.store.plan import Policy, Stored, execute
@@ -174,6 +175,11 @@ class LayerCache(Holds):
         """Rows have changed in a way that the groups do not know."""
         self._groups = None
 
+    def know(self, group: RowGroup) -> None:
+        """A group's rows have changed: if it is not one of these groups, they do not know."""
+        if not any(one is group for one in self._groups or ()):
+            self.regroup()
+
     @property
     def groups(self) -> list[RowGroup]:
         """The layer's rows, those with equal bounds together; where a policy chooses, those that it chooses for
@@ -294,7 +300,7 @@ class LayerCache(Holds):
 
     def _packing(self, group: RowGroup, held: Held | None) -> Packing | None:
         """How the rows of a group pack; held: what the policy will know of them."""
-        if held is not None or self.packing is None or self.policy is None:
+        if held is not None or self.packing is None:
             return self.packing if held is None else self.packing_of(held)
         return replace(self.packing, residual=int(self.bank.residual[group.flat[0]]))
 
@@ -314,48 +320,8 @@ class LayerCache(Holds):
         new = old.appended(tokens)
         if advance:
             new = new.advanced(self._packing(group, held or group.held), revocable)
-        if new == old:
-            return
-        bank, rows = self.bank, group.flat
-        before, after = old.repeated(len(rows)), new.repeated(len(rows))
-        chunk = None if keys is None or values is None else (keys, values)
-        if chunk is None:
-            bank.move(rows, before, after, group=group, held=held)
-        else:
-            bank.move(rows, before, after._replace(length=before.length), chunk=chunk, group=group, held=held)
-            self.write_exact(group, old, new, *chunk)
-        self.set(group, new)
-        group.touched_exact()
-        group.touched_packed()
-
-    def write_exact(self, group: RowGroup, old: Bounds, new: Bounds, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """The chunk behind `old.length` into exact pages, but for what was packed or is out of the window."""
-        bank, rows, dim = self.bank, group.flat, self.spec.head_dim
-        assert bank.change is not None
-        there = int(old.exact_pages - old.exact_gone(new))
-        bank.exact.widen(bank.change, rows, there, int(new.exact_pages) - there)
-        # Pinned pages come first in the table, and window pages exist only once those are full.
-        for start, stop in (
-            (old.length, min(new.length, new.pinned)),
-            (max(old.length, new.exact_base), new.length),
-        ):
-            position = int(start)
-            while position < stop:
-                pinned = position < new.pinned
-                column = position // PAGE if pinned else int(new.exact_column(position))
-                slot = position % PAGE if pinned else int(position - new.exact_base) % PAGE
-                count = PAGE - slot if slot else max(PAGE, int(stop - position) // PAGE * PAGE)
-                count = min(count, int(stop) - position)
-                whole = not slot and count % PAGE == 0
-                if slot:
-                    bank.exact.unshare(bank.change, rows, column)
-                pages = bank.exact.pages(rows, column + (count // PAGE if whole else 1))[:, column:]
-                window = slice(position - int(old.length), position - int(old.length) + count)
-                at = None if whole else slice(slot, slot + count)
-                shape = (-1, PAGE, dim) if whole else (len(rows), count, dim)
-                parts = {name: x[:, window].reshape(shape) for name, x in zip(KV, (keys, values))}
-                self.exact_pool.write_fields(pages, parts, at)
-                position += count
+        if new != old:
+            chunk.take(self.bank, [Part(group, keys, values, held)], new)
 
     def _put(self, group: RowGroup, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """One token into the open exact page of each row, as nearly always; False if that cannot be done."""

@@ -17,6 +17,7 @@ import torch
 from fivefold.kernels.choice import choose
 from fivefold.kernels.device import sent
 from fivefold.kernels.pack import cpu
+from fivefold.store.chunk import Part, each
 from fivefold.store.codec import Codec, beyond
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.held import Held
@@ -88,19 +89,17 @@ def pack(
     rows: np.ndarray,
     old: Bounds,
     new: Bounds,
-    chunk: Chunk | None = None,
-    group: RowGroup | None = None,
-    held: Held | None = None,
+    parts: Sequence[Part] = (),
 ) -> None:
     """Bring the packed tier of rows from bounds `old` to `new`: encode the groups that are due, and give up the pages
     that slid out of a window.
 
-    chunk: keys and values `[rows, tokens, head_dim]` of the tokens behind `old.length`, all rows then being those of
-    `group`; held: what a policy will know of them.
+    parts: the tokens behind `old.length`, all rows then standing alike.
     """
     tier, packing, change = bank.packed, bank.packing, bank.change
     assert tier is not None and packing is not None and change is not None
-    alike = group is not None and chunk is not None  # as in every layer of a chunk
+    chunks = [part.pair for part in parts if part.pair is not None]
+    alike = len(chunks) > 0  # as in every layer of a chunk
     way = _way(*(Bounds(*(int(x[0]) for x in one)) for one in (old, new)), packing, len(rows)) if alike else None
     gone, columns, fresh, start, count, column, slot = way or Way.between(old, new, packing)
     for wanted in np.unique(fresh[fresh > 0]).tolist():
@@ -111,8 +110,9 @@ def pack(
     if some.any():
         keys = np.stack([slot, count, stored])[:, some]
         due = Due(rows[some], old.at(some), start[some], column[some], 0, 0, 0)
-        if not _by_kernel(bank, due, keys, chunk):
-            for which in _alike(bank, due, keys):
+        if not _by_kernel(bank, due, keys, chunks):
+            for which, part in each(parts) if parts else ((which, None) for which in _alike(bank, due, keys)):
+                chunk, group, held = (part.pair, part.group, part.held) if part is not None else (None, None, None)
                 _encode(bank, due.part(which, keys), chunk, group, held)
     tier.drop(change, rows, 0, gone, columns + np.maximum(0, fresh))
 
@@ -129,19 +129,20 @@ def _alike(bank: Tables, due: Due, keys: np.ndarray) -> list[np.ndarray]:
     return [np.flatnonzero(which == number) for number in range(int(which.max()) + 1)]
 
 
-def _by_kernel(bank: Tables, due: Due, keys: np.ndarray, chunk: Chunk | None) -> bool:
-    """A launch for all pages that get as many tokens, from where these lie, in exact pages and the chunk; False where
-    it does not run: codecs and numbers that it does not take. keys: slot, count and stored of each row, as in `Due`."""
+def _by_kernel(bank: Tables, due: Due, keys: np.ndarray, chunks: Sequence[Chunk]) -> bool:
+    """A launch for all pages that get as many tokens, from where these lie, in exact pages and the chunk, which is in
+    pieces, some rows each; False where it does not run: codecs and numbers that it does not take. keys: slot, count and
+    stored of each row, as in `Due`."""
     assert bank.packed is not None and bank.packing is not None and bank.change is not None
     first, (slot, count, stored) = bank.layers[0], keys
     assert first.codec is not None
     form, choice = first.codec.form, choose(bank.device)
     if form is None or len(bank.packed.pools) > 1 or bank.exact.pool.layout.holds or bank.device.type == "meta":
         return False
-    if chunk is not None:
-        chunk = chunk[0].contiguous(), chunk[1].contiguous()
-        if any(x.dtype != first.spec.dtype or x.device != bank.device or x.data_ptr() % 16 for x in chunk):
-            return False  # addresses are in units of 16 bytes
+    chunks = [(k.contiguous(), v.contiguous()) for k, v in chunks]
+    pieces = [x for chunk in chunks for x in chunk]
+    if any(x.dtype != first.spec.dtype or x.device != bank.device or x.data_ptr() % 16 for x in pieces):
+        return False  # addresses are in units of 16 bytes
     if choice.path == "cpp" and cpu.supports(form, first.spec.dtype):
         pack_exact = cpu.pack_exact
     elif choice.triton and form.head_dim in (64, 128, 256):
@@ -152,14 +153,14 @@ def _by_kernel(bank: Tables, due: Due, keys: np.ndarray, chunk: Chunk | None) ->
         return False
     opened = slot > 0
     bank.packed.unshare(bank.change, due.rows[opened], due.column[opened])
-    if chunk is not None:
-        _complete(bank, due, int(stored[0]), int(count[0]), chunk)
+    if chunks:
+        _complete(bank, due, int(stored[0]), int(count[0]), chunks)
     # All planes of 32 tokens, row by row: number n of row i goes to plane at[n] of the pages from due.column[i] on.
     planes, page = count // PAGE, bank.packing.page // PAGE
     row = np.repeat(np.arange(len(planes)), planes)
     number = np.arange(len(row)) - np.repeat(np.cumsum(planes) - planes, planes)
     at = (slot // PAGE)[row] + number
-    sources, stands = _sources(bank, due, row, number, stored, chunk)
+    sources, stands = _sources(bank, due, row, number, stored, chunks)
     begin = np.flatnonzero((number == 0) | (at % page == 0))
     planes_of, size, row, at = row, np.diff(begin, append=len(at)), row[begin], at[begin]
     packed = bank.packed.pool
@@ -178,17 +179,17 @@ def _by_kernel(bank: Tables, due: Due, keys: np.ndarray, chunk: Chunk | None) ->
         if largest <= LARGEST:
             _remember(bank, due.rows[np.concatenate(whose)], found)
             return
-        for which in _alike(bank, due, keys) if chunk is None else ():  # the codec says what is wrong
+        for which in () if chunks else _alike(bank, due, keys):  # the codec says what is wrong
             codec = bank.layers[int(due.rows[which[0]]) // bank.rows].codec
             assert codec is not None
             codec.check(*(bank.exact.pool.read(name, stands[np.isin(planes_of, which)]) for name in KV))
         raise beyond("keys or values", largest)
 
-    bank.change.check(torch.cat(peaks) if len(peaks) > 1 else peaks[0], look, last=chunk is not None)
+    bank.change.check(torch.cat(peaks) if len(peaks) > 1 else peaks[0], look, last=len(chunks) > 0)
     return True
 
 
-def _complete(bank: Tables, due: Due, stored: int, count: int, chunk: Chunk) -> None:
+def _complete(bank: Tables, due: Due, stored: int, count: int, chunks: Sequence[Chunk]) -> None:
     """Where a plane of tokens begins in an exact page and ends in the chunk, copy the rest of it into the page, whose
     slots behind the stored tokens are nobody's."""
     slot = stored % PAGE
@@ -198,12 +199,12 @@ def _complete(bank: Tables, due: Due, stored: int, count: int, chunk: Chunk) -> 
     assert bank.change is not None
     bank.exact.unshare(bank.change, due.rows, column)
     pages = bank.exact.table[due.rows, column]
-    for name, x in zip(KV, chunk):
-        bank.exact.pool.write(name, pages, x[:, : PAGE - slot], slice(slot, PAGE))
+    tokens = {name: [x[:, : PAGE - slot] for x in some] for name, some in zip(KV, zip(*chunks))}
+    bank.exact.pool.write_fields(pages, tokens, slice(slot, PAGE))
 
 
 def _sources(
-    bank: Tables, due: Due, row: np.ndarray, number: np.ndarray, stored: np.ndarray, chunk: Chunk | None
+    bank: Tables, due: Due, row: np.ndarray, number: np.ndarray, stored: np.ndarray, chunks: Sequence[Chunk]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where keys and values of planes lie, in units of 16 bytes: int64 `[planes, 2]`; and which are exact pages."""
     out = np.empty((len(row), 2), dtype=np.int64)
@@ -212,11 +213,14 @@ def _sources(
     pages = bank.exact.table[due.rows[which], due.bounds.exact_column(due.start)[which] + number[there]]
     for side, name in enumerate(KV):
         out[there, side] = bank.exact.pool.addresses(name, pages)
-    if chunk is not None:
+    if chunks:
         which = row[~there]
         token = (due.start - due.bounds.length)[which] + number[~there] * PAGE
-        for side, x in enumerate(chunk):
-            out[~there, side] = x.data_ptr() + (which * x.shape[1] + token) * x.shape[2] * x.element_size()
+        for side, some in enumerate(zip(*chunks)):
+            _, tokens, dim = some[0].shape
+            size = dim * some[0].element_size()
+            rows = np.concatenate([x.data_ptr() + np.arange(len(x)) * (tokens * size) for x in some])
+            out[~there, side] = rows[which] + token * size
     return out >> 4, pages
 
 
@@ -229,9 +233,12 @@ def note(bank: Tables, rows: np.ndarray, keys: torch.Tensor, values: torch.Tenso
 
 def _remember(bank: Tables, rows: np.ndarray, found: Sequence[float]) -> None:
     """The layers may be in another bank by now."""
-    each, peak = rows // bank.rows, np.array(found, dtype=np.float32)
-    for index in np.unique(each).tolist():
-        layer, some = bank.layers[index], each == index
+    which, peak = rows // bank.rows, np.array(found, dtype=np.float32)
+    if bank.layers[int(which[0])].bank is bank:
+        bank.note(rows, peak)
+        return
+    for index in np.unique(which).tolist():
+        layer, some = bank.layers[index], which == index
         layer.bank.note(layer.base + rows[some] % bank.rows, peak[some])
 
 

@@ -12,10 +12,10 @@ Pages are reference-counted: sharing (beam search, forks, layers that share stor
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -160,13 +160,15 @@ def _tensors(layout: PageLayout, pages: int, device: torch.device) -> dict[str, 
 
 
 class Location(NamedTuple):
-    """Where pages lie: a regular grid in one slab (`strides` in pages), or indices to gather per slab."""
+    """Where pages lie: a regular grid in one slab (`strides` in pages), several such side by side (`runs`), or indices
+    to gather per slab."""
 
     shape: tuple[int, ...]
     slab: Slab | None
     first: int
     strides: tuple[int, int]
     parts: tuple[tuple[Slab, torch.Tensor, torch.Tensor | None], ...]
+    runs: tuple[Any, ...] = ()
 
 
 class PagePool(Slabs):
@@ -298,14 +300,34 @@ class PagePool(Slabs):
                 slab = self._slabs[first >> SLAB_SHIFT]
                 assert slab is not None
                 return Location(pages.shape, slab, first & INDEX_MASK, (stride, step), ())
+        if runs := self._runs(pages):
+            return Location(pages.shape, None, 0, (0, 0), (), runs)
         parts = []
         for slab, index, where in self._by_slab(pages.reshape(-1)):
             target = None if where is None else sent(self.device, where)[0]
             parts.append((slab, sent(self.device, index)[0], target))
         return Location(pages.shape, None, 0, (0, 0), tuple(parts))
 
+    def _runs(self, pages: np.ndarray) -> tuple[Location, ...]:
+        """The regular grids that a table is made of, from column to column, if these are few: a chunk leaves one."""
+        rows, columns = pages.shape
+        starts = np.flatnonzero((np.diff(pages, axis=1, prepend=-2) != 1).any(0))
+        stops = np.append(starts[1:], columns)
+        first, slabs = pages[:, starts], pages[0, starts] >> SLAB_SHIFT
+        steps = first[1] - first[0] if rows > 1 else np.ones_like(slabs)
+        few = len(starts) <= 2 + 2 * np.count_nonzero(np.diff(slabs))
+        regular = (first == first[0] + steps * np.arange(rows)[:, None]).all() and (steps > 0).all()
+        if not few or not regular or (pages[-1, stops - 1] >> SLAB_SHIFT != slabs).any():
+            return ()
+        return tuple(
+            Location((rows, stop - start), cast(Slab, self._slabs[slab]), page & INDEX_MASK, (step, 1), ())
+            for start, stop, slab, page, step in zip(*(x.tolist() for x in (starts, stops, slabs, first[0], steps)))
+        )
+
     def fetch(self, name: str, location: Location) -> torch.Tensor:
         """Field `name` of the pages at a location: `[rows, columns, *shape]`; of a regular grid a view."""
+        if location.runs:
+            return torch.cat([self.fetch(name, run) for run in location.runs], 1)
         if location.slab is not None:
             field = location.slab.tensors[name]
             page = field.stride(0)
@@ -328,10 +350,13 @@ class PagePool(Slabs):
 
     def write(self, name: str, pages: np.ndarray, values: torch.Tensor, at: slice | None = None) -> None:
         """Write field `name` of `pages`, or its part `at` of the first axis: `[len(pages), *shape]`."""
-        self.write_fields(pages, {name: values}, at)
+        self.write_fields(pages, {name: [values]}, at)
 
-    def write_fields(self, pages: np.ndarray, fields: Mapping[str, torch.Tensor], at: slice | None = None) -> None:
-        """The same of several fields, by name."""
+    def write_fields(
+        self, pages: np.ndarray, fields: Mapping[str, Sequence[torch.Tensor]], at: slice | None = None
+    ) -> None:
+        """The same of several fields, by name, each in pieces that come one after the other; the pages of a piece may
+        have several axes."""
         pages = pages.reshape(-1)
         if not len(pages):
             return
@@ -340,8 +365,15 @@ class PagePool(Slabs):
             if len(index) > 1 and (int(index[-1]) - first != len(index) - 1 or (np.diff(index) != 1).any()):
                 rows = sent(self.device, index)[0]
             among = None if where is None else sent(self.device, where)[0]
-            for name, values in fields.items():
-                target, part = slab.tensors[name], values if among is None else values[among]
+            for name, pieces in fields.items():
+                target = slab.tensors[name]
+                if rows is None and among is None and at is None:
+                    run = target[first : first + len(index)].view(-1, *pieces[0].shape[1:])
+                    run.copy_(pieces[0]) if len(pieces) == 1 else torch.cat(list(pieces), out=run)
+                    continue
+                values = joined(pieces)
+                values = values.reshape(len(pages), *values.shape[1 - target.ndim :])
+                part = values if among is None else values[among]
                 if rows is None:
                     run = target[first : first + len(index)]
                     (run if at is None else run[:, at]).copy_(part)
@@ -391,6 +423,11 @@ class PagePool(Slabs):
         for part in self.layout.fields:
             # What is read may be a view of the slab that is written into.
             self.write(part.name, target, self.read(part.name, source).clone())
+
+
+def joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Pieces that come one after the other."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
 def _put_at(target: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:

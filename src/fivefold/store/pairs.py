@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fivefold.errors import CacheStateError, UnsupportedModelError
+from fivefold.store.chunk import Part, take
 from fivefold.store.codec import Pair, PairCodec
 from fivefold.store.group import RowGroup
 from fivefold.store.interfaces import Layer, Tables
@@ -94,21 +95,14 @@ def _take_both(layer: Layer, group: RowGroup, chunk: Pair, revocable: int) -> No
             f"layer {layer.spec.layer} was given tokens that layer {first.spec.layer}, which shares its pages, lacks: "
             "run all layers of the model in each forward."
         )
-    chunks = [first.waiting.pop(number).chunk, chunk]
+    one = Part(RowGroup(first, group.rows, old), *first.waiting.pop(number).chunk)
     new = old.appended(chunk[0].shape[1]).advanced(layer.packing, revocable)
-    rows = np.concatenate([group.flat - bank.rows, group.flat])
-    before, after = old.repeated(len(rows)), new.repeated(len(rows))
-    bank.move(rows, before, after._replace(length=before.length), chunks=chunks)
-    for one, part, tokens in zip((first, layer), (RowGroup(first, group.rows, old), group), chunks):
-        one.write_exact(part, old, new, *tokens)
-        one.set(part, new)
-        part.touched_exact()
-        part.touched_packed()
+    take(bank, [one, Part(group, *chunk)], new)
     first.regroup()
 
 
-def pack_pairs(bank: Tables, rows: np.ndarray, old: Bounds, new: Bounds, chunks: Sequence[Pair] = (), **_: Any) -> None:
-    """`pack` for rows of both layers of pairs. chunks: of a chunk that has just come to one pair, the tokens of both
+def pack_pairs(bank: Tables, rows: np.ndarray, old: Bounds, new: Bounds, parts: Sequence[Part] = ()) -> None:
+    """`pack` for rows of both layers of pairs. parts: of a chunk that has just come to one pair, the tokens of both
     layers; without, all lie in exact pages. Raises `CacheStateError` where the rows of a pair do not hold the same
     tokens."""
     tier, packing, change = bank.packed, bank.packing, bank.change
@@ -128,7 +122,7 @@ def pack_pairs(bank: Tables, rows: np.ndarray, old: Bounds, new: Bounds, chunks:
             Due(side[some], old.at(some), way.start[some], way.column[some], kind[1], kind[2], kind[3])
             for side in (first, second)
         ]
-        _encode(bank, bank.layers[kind[0]], sides, chunks or (None, None))
+        _encode(bank, bank.layers[kind[0]], sides, [part.pair for part in parts] or (None, None))
     columns = way.columns + np.maximum(0, way.fresh)
     tier.drop(change, np.concatenate([first, second]), 0, *(np.concatenate([x, x]) for x in (way.gone, columns)))
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 from fivefold.kernels.planar import dequantise, quantise
-from fivefold.store.pages import Field, Location, PageLayout, PagePool
+from fivefold.store.pages import Field, Location, PageLayout, PagePool, joined
 
 BITS = 8
 
@@ -51,9 +51,11 @@ class RoundedPool(PagePool):
     def read_tokens(self, name: str, pages: np.ndarray, slots: np.ndarray) -> torch.Tensor:
         return self._joined(*(super(RoundedPool, self).read_tokens(f"{name}.{x}", pages, slots) for x in _PARTS))
 
-    def write_fields(self, pages: np.ndarray, fields: Mapping[str, torch.Tensor], at: slice | None = None) -> None:
-        parts = [[(name, x)] if "." in name else self._parts(name, x) for name, x in fields.items()]
-        super().write_fields(pages, dict(part for some in parts for part in some), at)
+    def write_fields(
+        self, pages: np.ndarray, fields: Mapping[str, Sequence[torch.Tensor]], at: slice | None = None
+    ) -> None:
+        parts = [[(name, joined(x))] if "." in name else self._parts(name, joined(x)) for name, x in fields.items()]
+        super().write_fields(pages, {name: [x] for some in parts for name, x in some}, at)
 
     def write_tokens(self, name: str, pages: np.ndarray, slots: np.ndarray, values: torch.Tensor) -> None:
         for part, x in self._parts(name, values):

@@ -233,9 +233,9 @@ class Bounds(NamedTuple):
 
     def exact_positions(self, columns: int) -> np.ndarray:
         """Of one row: the position of every slot of so many exact columns, int64 `[columns * PAGE]`."""
-        slots = np.arange(columns * PAGE)
-        pinned = int(self.pinned_pages) * PAGE
-        return np.where(slots < pinned, slots, slots - pinned + self.exact_base)
+        pinned, base = int(self.pinned_pages) * PAGE, int(self.exact_base)
+        window = np.arange(base, base + columns * PAGE - pinned)
+        return np.concatenate([np.arange(pinned), window]) if pinned else window
 
     def packed_place(self, position: Any, packing: Packing) -> tuple[Any, Any]:
         """(column of the packed tier, slot in its page) of a position."""
