@@ -142,6 +142,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def touched() -> Iterator[list[torch.Tensor]]:
+    """What a kernel in Triton's interpreter may touch besides its arguments."""
+    from memory import checked
+
+    also: list[torch.Tensor] = []
+    with checked(also=also):
+        yield also
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test over the list of recipes runs each method alone in the README's command, and its pairs and variants, which

@@ -77,7 +77,7 @@ static void sync_worker(int worker) {
   while (workers_synced[worker] < 128 * worker_syncing[me]) turn_over();
 }
 
-static void await_kernel() {}
+static void await_kernel() { wait_for_others(); }
 static void products_begin() {}
 static void products_commit() {}
 template <int PENDING, int N>

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,9 +35,9 @@ def _pages(cache: Any) -> list[tuple[int, int]]:
 
 
 @contextmanager
-def checked(*caches: Any) -> Iterator[list[str]]:
+def checked(*caches: Any, also: Sequence[torch.Tensor] = ()) -> Iterator[list[str]]:
     """Within it, what a kernel reads or writes must be part of one of its arguments, or of a page of these caches that
-    has an owner. Yields the names of the kernels that have run."""
+    has an owner, or of what is there `also`. Yields the names of the kernels that have run."""
     from triton.runtime import interpreter
 
     real, (load, store) = interpreter._interpreter, (interpreter._interpreter.load, interpreter._interpreter.store)
@@ -66,7 +66,8 @@ def checked(*caches: Any) -> Iterator[list[str]]:
     def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
         more = [cache.session.banks[0].mirror._padding for cache in caches if cache.session.banks[0].mirror]
-        both = np.array(sorted({*_spans(tensors + more), *(span for cache in caches for span in _pages(cache))}))
+        spans = {*_spans([*tensors, *more, *also]), *(span for cache in caches for span in _pages(cache))}
+        both = np.array(sorted(spans))
         # Pieces may lie within each other: each ends where the farthest of those before it does.
         allowed[:] = both[:, 0], np.maximum.accumulate(both[:, 1])
         ran.append(self.fn.__name__)

@@ -18,6 +18,7 @@ from fivefold.kernels.low_rank import Features, cuda, decode_reference
 from fivefold.kernels.low_rank.reference import blocked_keys, blocked_waves
 from fivefold.kernels.packed_decode.schedule import SPAN, pages_of, starts_of
 from test_low_rank import form_of, pages, records
+from test_packed_cuda import written_in_front
 
 pytest.importorskip("triton", reason="needs Triton")
 kernel = importlib.import_module("fivefold.kernels.low_rank.triton")
@@ -78,7 +79,7 @@ def test_the_source_does_as_the_reference(shape, heads, dtype, alone, tmp_path, 
     torch.manual_seed(heads)
     form = form_of("cpu", queries=heads, **shape)
     assert cuda.fits(form) and cuda.shared_bytes(form, cuda.group(form)) < 1 << 18
-    launch = compiled(form, dtype, tmp_path).launch
+    library = compiled(form, dtype, tmp_path)
     page, columns = form.tokens, 4
     shown = [(0, 4 * page - 32, 70000), (page + 5, 2 * page, 17), (0, 0, 0), (3, 9, 0)]
     spans = torch.zeros(4, SPAN, dtype=torch.int32)
@@ -99,6 +100,7 @@ def test_the_source_does_as_the_reference(shape, heads, dtype, alone, tmp_path, 
     queries = (torch.randn(rows, heads, form.head_dim) * 2).to(dtype)
     scaling = form.head_dim**-0.5
     wanted, wanted_lse = decode_reference(queries, scaling, spans, form, fields)
+    _kept = written_in_front(library, queries, table)
     bound = 2e-2 if form.work == torch.bfloat16 else 3e-3
     for late, programs, most in ((False, 4, 99), (True, 7, 4)):
         split = form.team // cuda.group(form)
@@ -113,7 +115,9 @@ def test_the_source_does_as_the_reference(shape, heads, dtype, alone, tmp_path, 
         tensors = (queries, table, spans, starts, keys, waves, made.angles, sums, lse, scores)
         pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
         blocks = min(programs, processors // split + rows // form.team) * split
-        launch(blocks, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), rows, columns, processors)
+        more = blocks + split  # than there is work for
+        library.launch(more, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), rows, columns, processors)
+        assert library.ended_without_waiting() == 0
         if alone:
             kernel.weigh(form, table, heads, scores, spans, starts, sums, lse)
             split, processors = 0, 1

@@ -19,12 +19,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 33, 96])
-def test_the_kernel_is_the_reference(device: str, dtype: torch.dtype, tokens: int) -> None:
+def test_the_kernel_is_the_reference(device: str, dtype: torch.dtype, tokens: int, touched) -> None:
     """Pages in no order, the last one not full; a table that is part of a wider one."""
     dim, columns = 16, -(-tokens // PAGE)
     pages = torch.randn(12, PAGE, dim).to(dtype)
     order = torch.randperm(12).view(2, 3, 2)
     there = pages.to(device)
+    touched.append(there)
     wide = (there.data_ptr() + order * PAGE * dim * dtype.itemsize).to(device) >> 4
     found = kernel.gather_pages(wide[:, :columns], tokens, dim, dtype)
     here = (pages.data_ptr() + order * PAGE * dim * dtype.itemsize) >> 4

@@ -1,7 +1,7 @@
 """No kernel reads or writes what is nobody's, and what a captured step reads stays where it is.
 
 In Triton's interpreter, where places out of range are read in silence, unless somebody looks (`memory.py`). On a GPU
-`scripts/memcheck.sh` does it with compute-sanitizer.
+`scripts/memcheck.py` does it with compute-sanitizer.
 """
 
 from __future__ import annotations

@@ -57,6 +57,15 @@ def compiled(
     return ctypes.CDLL(str(library))
 
 
+def written_in_front(library: ctypes.CDLL, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """These are what the kernel in front of an early one writes: there once a thread has waited, in each block."""
+    copies = [x.clone() for x in tensors]
+    for x, copy in zip(tensors, copies):
+        assert x.is_contiguous()
+        library.arrives(*(ctypes.c_void_p(one.data_ptr()) for one in (x, copy)), ctypes.c_long(x.nbytes))
+    return copies
+
+
 @pytest.mark.parametrize(
     ("form", "dtype", "joined", "heads"),
     [
@@ -78,7 +87,7 @@ def test_the_source_does_as_the_reference(
     random.seed(0)
     pairs, resident = cuda.arrangement(form)
     assert pairs * resident == 4
-    launch = compiled(form, dtype, joined, pairs, tmp_path, scored=joined is not None).launch
+    library = compiled(form, dtype, joined, pairs, tmp_path, scored=joined is not None)
     columns, page, shared = 5, form.tokens, cuda.shared_bytes(form, pairs)
     assert shared < 1 << 18
     spans = [(0, 5 * page - form.group, 0, 0, 0), (page + 5, 2 * page, 0, 0, 0), (0, 0, 0, 0, 0), (3, 9, 0, 0, 0)]
@@ -103,6 +112,8 @@ def test_the_source_does_as_the_reference(
             poisoned = x.masked_fill(~seen[..., None], torch.nan).unflatten(1, (2, 32))
             store.pool.write(name, store.table.reshape(-1), poisoned.flatten(0, 1))
     wanted, wanted_lse = decode_reference(queries, scaling, span, form, fields, keys, values)
+    late_ones = [] if joined is None else [x for _, slab in store.pool._live() for x in slab.tensors.values()]
+    _kept = written_in_front(library, queries, *late_ones)
     bases = [int(x.min()) - 7 for x in (table, slots)]  # from which addresses are counted
     table, slots = (x - base for x, base in zip((table, slots), bases))
     bases = [ctypes.c_longlong(base) for base in bases]
@@ -115,7 +126,9 @@ def test_the_source_does_as_the_reference(
         tensors = (queries, table, slots, span, starts, out, lse, lse, lse, scores)
         pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
         sizes = (rows, columns, slots.shape[1], heads, 0, 64)
-        launch(programs, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), *sizes, *bases)
+        # One more than there is work for.
+        library.launch(programs + 1, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), *sizes, *bases)
+        assert library.ended_without_waiting() == 0
         if keys is not None:
             there = (torch.arange(64) < span[:, 4, None])[:, None].expand_as(scores)
             logs = (queries.double() * scaling) @ keys.double().nan_to_num(0).transpose(1, 2)
@@ -158,7 +171,7 @@ def test_pages_of_other_kinds(case: tuple[Method, int, torch.dtype, int], tmp_pa
     assert cuda.supports(form, heads)
     pairs, resident = cuda.arrangement(form, heads=heads)
     assert pairs * resident == 4
-    launch, page = compiled(form, dtype, joined, pairs, tmp_path, heads, True).launch, form.tokens
+    library, page = compiled(form, dtype, joined, pairs, tmp_path, heads, True), form.tokens
     assert cuda.shared_bytes(form, pairs, heads) < 1 << 18
     span = torch.zeros(rows, kernel.SPAN, dtype=torch.int32)
     span[:, :2] = torch.tensor([[0, 3 * page], [page - 40, 2 * page + 32], [0, 0]])
@@ -178,6 +191,8 @@ def test_pages_of_other_kinds(case: tuple[Method, int, torch.dtype, int], tmp_pa
         both = torch.logaddexp(wanted_lse, other_lse)
         parts = ((wanted, wanted_lse), (other, other_lse))
         wanted = sum(x * (y - both).exp().nan_to_num(0)[..., None] for x, y in parts)
+    late_ones = [] if joined is None else [x for _, slab in store.pool._live() for x in slab.tensors.values()]
+    _kept = written_in_front(library, queries, *late_ones)
     for late, programs in ((False, 3), (True, 5)):
         pages = kernel.pages_of(span.numpy(), page, joined=joined is not None)
         starts = torch.from_numpy(kernel.starts_of(pages, (programs, 0 if joined else rows)))[0].contiguous()
@@ -187,7 +202,8 @@ def test_pages_of_other_kinds(case: tuple[Method, int, torch.dtype, int], tmp_pa
         pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
         sizes = (rows, columns, slots.shape[1], heads, columns * page, 0)
         bases = (ctypes.c_longlong(0),) * 2
-        launch(programs, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), *sizes, *bases)
+        library.launch(programs + 1, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), *sizes, *bases)
+        assert library.ended_without_waiting() == 0
         for row in range(2):
             part = slice(int(starts[row]), int(starts[row + 1]))
             natural = lse[part].double() * math.log(2)

@@ -16,6 +16,7 @@ from fivefold.kernels.paged_pack.reference import exact_columns, seen_from, side
 
 GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="needs Triton")
+pytestmark = pytest.mark.usefixtures("touched")
 kernel = importlib.import_module("fivefold.kernels.paged_pack.triton")
 attention = importlib.import_module("fivefold.kernels.packed_decode.triton")
 
@@ -224,12 +225,13 @@ def test_work_lists_share_out_all_pages() -> None:
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
 @pytest.mark.parametrize("residual", [0, 128])
-def test_decoding_reads_what_the_tables_say(device: str, residual: int) -> None:
+def test_decoding_reads_what_the_tables_say(device: str, residual: int, touched) -> None:
     torch.manual_seed(3)
     np.random.seed(3)
     form, dtype, heads = Form(2, 32, 32, 64), torch.bfloat16, 2
     known = [300, 31, 600, 0]
     served = Served(form, known, [1] * 4, dtype, device, heads)
+    touched += served.packed.memory, served.exact.memory
     lengths, slots, _ = served.on(device)
     peak = torch.zeros(1, dtype=torch.int32, device=device)
     kernel.step(form, *served.new, served.packed, served.exact, lengths, slots, peak)

@@ -18,6 +18,7 @@ from fivefold.kernels.rotated_decode import attend_rotated, cuda
 from fivefold.store.context import Context
 
 pytest.importorskip("triton", reason="needs Triton")
+from test_packed_cuda import written_in_front
 from test_packed_decode import Tier, numbers
 from test_rotated_decode import codec_of
 
@@ -118,7 +119,11 @@ def test_the_source_does_as_the_reference(given: tuple, tmp_path: Path) -> None:
 
         given = at(queries, table, spans, starts, form.places, turns, small, sink_keys, found)
         first.launch(programs, late, *given, ctypes.c_float(scaling * math.log2(math.e)), *sizes)
-        second.launch(programs, late, *at(found, table, spans, starts, sink_values, out, lse), *sizes)
+        scores = found.clone()
+        _kept = written_in_front(second, scores)
+        second.launch(programs + 1, late, *at(scores, table, spans, starts, sink_values, out, lse), *sizes)
+        assert second.ended_without_waiting() == 0
+        second.forget()
         for row in range(rows):
             lead = row // form.team * form.team
             part, mine = slice(int(starts[lead]), int(starts[lead + 1])), slice(row % form.team * heads, None)

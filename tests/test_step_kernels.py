@@ -11,7 +11,7 @@ from fivefold.kernels.step import reference
 from fivefold.kernels.step.reference import ACTS, Norm, Pages, Turn
 
 step = pytest.importorskip("fivefold.kernels.step.triton", reason="needs Triton")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "touched")
 # The interpreter cuts off what bfloat16 does not hold, where a GPU rounds.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2 if torch.cuda.is_available() else 5e-2}
 TYPES = list(BOUNDS)
@@ -67,7 +67,7 @@ def test_gated(device, act: str, count: int) -> None:
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("count", [1, 3, 6])
 @pytest.mark.parametrize("dtype", TYPES)
-def test_heads(device, dtype, count: int, normed: bool) -> None:
+def test_heads(device, dtype, count: int, normed: bool, touched) -> None:
     """Queries, keys and values after RoPE; in exact pages, wherever they lie, if they go there."""
     heads, kv_heads, dim, pages = 3, 2, 64, 5
     x, norm = random(device, dtype, count, 48), Norm(random(device, dtype, 48, seed=1), 1e-5)
@@ -82,6 +82,7 @@ def test_heads(device, dtype, count: int, normed: bool) -> None:
         alike(one, other)
     rows = count * kv_heads
     memory = torch.full((rows, pages, 2, 32, dim), float("nan"), dtype=dtype, device=device)
+    touched.append(memory)
     order = torch.randperm(rows * pages * 2, generator=torch.Generator().manual_seed(3)).to(device)
     table = (memory.data_ptr() + order * 32 * dim * memory.element_size()).view(rows, pages, 2) >> 4
     stops = torch.randint(1, 32 * pages, (rows,), generator=torch.Generator().manual_seed(4))

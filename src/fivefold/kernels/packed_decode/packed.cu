@@ -152,7 +152,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   int row = 0;
   for (int first = 0; first < rows; first += 32)
     row += __popc(__ballot_sync(~0u, first + lane < rows && starts[1 + first + lane] <= part));
-  if (row >= rows) return;
+  if (row >= rows) {
+    wait_for_others();  // where nothing is packed all programs are such: what comes behind waits for none but these
+    return;
+  }
   const int begin = starts[row], programs = starts[row + 1] - begin;
   const int* const span = spans + row * SPAN;
   const int low = span[0], high = span[1];

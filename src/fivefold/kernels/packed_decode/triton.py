@@ -314,7 +314,7 @@ def _exact(
         tl.extra.cuda.gdc_launch_dependents()
     row = _row(starts, rows, R)
     if row >= rows:
-        if WAITS:
+        if WAITS or AHEAD:
             tl.extra.cuda.gdc_wait()
         return
     work = tl.float32 if WIDE else DTYPE

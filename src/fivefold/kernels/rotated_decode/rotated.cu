@@ -393,7 +393,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const int pair_ = threadIdx.x / PAIR, thread = threadIdx.x % PAIR;
   const int part = blockIdx.x / TEAM, member = blockIdx.x % TEAM;
   const Share s_ = share_of(spans, starts, rows, part, lane);
-  if (s_.row >= rows) return;
+  if (s_.row >= rows) {
+    wait_for_others();  // so that this kernel is never done before the one in front of it
+    return;
+  }
   const int row = s_.row + member, low = s_.low, high = s_.high, first = s_.first, last = s_.last;
   table += (long long)row * columns * FIELDS;
   scores += (long long)row * heads * slots;
