@@ -18,7 +18,11 @@ class Companions(Protocol):
     def snapshot(self) -> Callable[[], None]:
         """What brings them back as they are now."""
 
-    def crop(self, tokens: int, recording: bool) -> None: ...
+    def crop(self, tokens: int, length: int) -> None:
+        """Forget the last `tokens` of `length` tokens, or raise before any has."""
+
+    def record(self, on: bool) -> None:
+        """Whether they keep what a `crop` may have to show again. Where they do not, that goes."""
 
     def select(self, sequences: np.ndarray) -> None:
         """Sequence i becomes what sequence `sequences[i]` was."""

@@ -25,12 +25,14 @@ from fivefold.store.held import Held
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.pages import PagePool
 from fivefold.store.rows import upgraded
+from fivefold.store.spec import DTYPES
 from fivefold.store.tier import EMPTY, Tier
 from fivefold.store.transaction import Transaction
 
 FORMAT = 1
 _ASKED = ("query_heads", "cap")
 """What attention has said about a layer that its pages do not show."""
+_DTYPES = {str(dtype): dtype for dtype in DTYPES}
 FILE, _TENSORS = "cache.json", "tensors-"
 # Bytes that are copied at a time, which bounds what a device needs for it.
 _PIECE = 1 << 26
@@ -116,8 +118,10 @@ def install(session: Session, state: State) -> None:
     with session.atomic():
         change = session.change
         assert change is not None
-        for index, asked in facts.get("asked", {}).items():
-            session.respec(int(index), asked)
+        for index, known in facts["layers"].items():
+            if int(index) in session.stores and (dtype := _DTYPES.get(known["dtype"])):  # what a first chunk says
+                delivered = {"kv_heads": known["kv_heads"], "head_dim": known["head_dim"], "dtype": dtype}
+                session.respec(int(index), {**facts.get("asked", {}).get(index, {}), **delivered})
         found = {str(index): kind(store) for index, store in session.stores.items()}
         if found != facts["layers"]:
             index = next(i for i in {**found, **facts["layers"]} if found.get(i) != facts["layers"].get(i))

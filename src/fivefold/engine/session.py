@@ -393,19 +393,20 @@ class Session:
         self.rollback()
         count = min(count, self.length)
         if count == self.length:
-            if self.companions is not None:
-                self.companions.crop(count, self.recording)
             self.free()
+            if self.companions is not None:
+                self.companions.reset()
+                self.companions.record(self.recording)
             return
         with self.atomic():
+            if self.companions is not None:
+                self.companions.crop(count, self.length)
             if count:
                 for store in self.stores.values():
                     store.check_crop(count)
                 for store in self.stores.values():
                     store.crop(count)
                 self.length -= count
-            if self.companions is not None:
-                self.companions.crop(count, self.recording)
         self.settled = self.length
         if self.recording:
             # Without room to pack in, what is due waits for the next chunk.

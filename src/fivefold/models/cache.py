@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from fivefold.engine import decoding, persist, sequences
+from fivefold.engine import decoding, persist, recording, sequences
 from fivefold.engine.session import Session
 from fivefold.errors import CacheStateError
 from fivefold.models import saving
@@ -163,6 +163,8 @@ class FivefoldCache(Cache):
         """The layer whose attention module has announced itself, and is prepared for this cache."""
         self.selection: Any = None
         """What `models.selection.selected` returned for a module that is called by itself."""
+        self.begun = False
+        """Whether `generate` has been called with it, and has not called the model yet."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -182,6 +184,17 @@ class FivefoldCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The logical length, the same for all layers: tokens seen, padding included, whatever is stored."""
         return self.session.length
+
+    @property
+    def _is_user_defined(self) -> bool:
+        """transformers' `generate` sets it when it begins with a cache that it was given. Whether tokens may be taken
+        back it says later."""
+        return True
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, value: bool) -> None:
+        self.begun = True
+        recording.end(self.session)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens (negative), or all but that many (positive, as in older
@@ -252,6 +265,7 @@ class FivefoldCache(Cache):
     def offload(self) -> None:
         """Bring everything to host memory, as it is, and give the pages back. Until `restore` the model cannot be
         called with this cache; it can be saved, forked and freed."""
+        recording.end(self.session)
         persist.offload(self.session)
         if self.step is not None:
             self.step.reset()
@@ -271,6 +285,7 @@ class FivefoldCache(Cache):
         """
         if not self.batch:
             raise CacheStateError("there is nothing to save in an empty cache: give it some text first.")
+        recording.end(self.session)
         persist.write(Path(folder), persist.collect(self.session), {**self._identity(), "note": note})
 
     def load(self, folder: str | Path) -> Any:
@@ -316,6 +331,8 @@ class FivefoldCache(Cache):
                 f"a cache with {other.recipe} for {other.model} cannot join one with {self.recipe} for {self.model}: "
                 "make both with the same recipe for the same model."
             )
+        for cache in (self, other):
+            recording.end(cache.session)
         sequences.join(self.session, other.session)
 
     def take(self, indices: Any) -> FivefoldCache:
@@ -324,6 +341,7 @@ class FivefoldCache(Cache):
         Pages stay where they are. The logical length of both caches is then that of the longest sequence that they
         hold. Raises `CacheStateError`, changing nothing, for a sequence that is not there.
         """
+        recording.end(self.session)
         return self._of(sequences.take(self.session, _indices(indices)), self.step is not None)
 
     def reserve(self, tokens: int) -> None:

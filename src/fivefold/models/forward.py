@@ -16,11 +16,10 @@ import torch
 from transformers import PreTrainedModel
 
 from fivefold.calibrate.profile import signature
-from fivefold.engine import decoding
+from fivefold.engine import decoding, recording
 from fivefold.engine.admission import Padded
 from fivefold.errors import CacheStateError, UnsupportedModelError
-from fivefold.kernels.device import sent
-from fivefold.models import compiled, skipping
+from fivefold.models import calls, compiled, skipping
 from fivefold.models.attention import NAME
 from fivefold.models.cache import FivefoldCache
 from fivefold.models.selection import decoder_config, selected
@@ -66,7 +65,7 @@ class Forward:
         """The model's own code, compiled, if that can be."""
         region = self.compiled
         mask = region.named(args, kwargs).get("attention_mask")
-        why = compiled.why_not(self.model, cache, _chunk(args, kwargs), mask)
+        why = compiled.why_not(self.model, cache, calls.chunk_of(args, kwargs), mask)
         if why is None and not skipping.checked(self.model, cache.absent):
             why = ""  # for the first forward, which is watched
         step = cache.step
@@ -87,11 +86,13 @@ class Forward:
     def _call(
         self, run: Callable[..., Any], cache: FivefoldCache, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        length, chunk = cache.session.length, _chunk(args, kwargs)
+        recording.bound(cache.session)
+        args, kwargs = calls.checked(cache, args, kwargs)
+        length, chunk = cache.session.length, calls.chunk_of(args, kwargs)
         if self.switch is not None and 0 < length <= self.switch < length + chunk:
             raise UnsupportedModelError(_crossing(self.switch))
         if cache.session.ragged:
-            kwargs = {**kwargs, **_places(cache, args, kwargs)}
+            kwargs = {**kwargs, **calls.places(cache, args, kwargs)}
         try:
             return self._take(run, cache, args, kwargs, True)
         except Padded:
@@ -113,7 +114,7 @@ class Forward:
                 return out
         with selected(self.configs, NAME, cache.windows), cache.session.atomic():
             out = run(*args, **kwargs)
-            if _chunk(args, kwargs) and not cache.session.chunk:
+            if calls.chunk_of(args, kwargs) and not cache.session.chunk:
                 raise CacheStateError(
                     "the model was called with a compressed cache and did not use it, as with gradient checkpointing "
                     "in train mode: call model.eval() first."
@@ -152,16 +153,6 @@ def _crossing(switch: int) -> str:
     )
 
 
-def _ids(args: tuple[Any, ...], given: dict[str, Any]) -> torch.Tensor | None:
-    ids = args[0] if args else given.get("input_ids")
-    return given.get("inputs_embeds") if ids is None else ids
-
-
-def _chunk(args: tuple[Any, ...], given: dict[str, Any]) -> int:
-    ids = _ids(args, given)
-    return 0 if ids is None else ids.shape[1]
-
-
 class Inputs:
     """What stands in the place of the `prepare_inputs_for_generation` of a model with longrope, which goes on without
     the cache that it was given where the text has become longer than `Forward.switch`."""
@@ -180,28 +171,6 @@ class Inputs:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Inputs:
         return Inputs(copy.deepcopy(self.model, memo))
-
-
-def _places(cache: FivefoldCache, args: tuple[Any, ...], given: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Mask and positions of a call whose sequences have come from several caches, where the caller gave none."""
-    ids = _ids(args, given)
-    if ids is None or ids.shape[0] != cache.batch:
-        return {}
-    session, chunk, out = cache.session, ids.shape[1], {}
-    mask, total = given.get("attention_mask"), session.length + chunk
-    lengths = sent(ids.device, session.lengths())[0][:, None]
-    if mask is not None:
-        if mask.ndim != 2:
-            return {}  # it is refused by the attention
-        mask = out["attention_mask"] = mask[:, -total:]  # padding that all have left when a sequence went
-    elif session.companions is not None:
-        out["attention_mask"] = (torch.arange(total, device=ids.device) >= session.length - lengths).long()
-    if given.get("position_ids") is None:
-        new = torch.arange(chunk, device=ids.device)
-        if mask is not None:
-            new = (mask[:, -chunk:].cumsum(1) - 1).clamp(min=0).to(ids.device)
-        out["position_ids"] = lengths + new
-    return out
 
 
 def _models(model: torch.nn.Module) -> list[PreTrainedModel]:

@@ -50,15 +50,24 @@ class StockLayers:
 
         return restore
 
-    def crop(self, tokens: int, recording: bool) -> None:
+    def crop(self, tokens: int, length: int) -> None:
         for index, layer in self.layers.items():
-            if tokens and not getattr(layer, "is_croppable", True) and not hasattr(layer, "sliding_window"):
-                raise CacheStateError(
-                    f"layer {index} keeps a state from which no token can be taken back: generate without an assistant "
-                    "model or prompt lookup."
-                )
-            if any(True for _ in _held(layer)) and (tokens or recording):
+            if tokens:
+                _check_crop(index, layer, tokens, length)
+        for layer in self.layers.values():
+            if any(True for _ in _held(layer)) and (tokens or getattr(layer, "record_past", False)):
                 layer.crop(-tokens)
+
+    def record(self, on: bool) -> None:
+        for layer in self.layers.values():
+            if not hasattr(layer, "record_past"):
+                continue
+            if layer.record_past and not on and any(True for _ in _held(layer)):
+                layer.crop(0)
+                for index, states in getattr(layer, "conv_states", {}).items():  # they are padded where none are kept
+                    if states is not None and (missing := layer.conv_kernel_size[index] - states.shape[-1]) > 0:
+                        layer.conv_states[index] = torch.nn.functional.pad(states, (missing, 0))
+            layer.record_past = on
 
     def select(self, rows: np.ndarray) -> None:
         """Sequence i becomes what sequence `rows[i]` was."""
@@ -148,6 +157,31 @@ def _held(layer: Any) -> Iterator[tuple[dict[Any, Any], Any]]:
     for name in STATES:
         states = getattr(layer, name, {})
         yield from ((states, key) for key, x in states.items() if isinstance(x, torch.Tensor))
+
+
+def _check_crop(index: int, layer: Any, tokens: int, length: int) -> None:
+    """Raise `CacheStateError` where a layer has given up what it would have to show again."""
+    if hasattr(layer, "sliding_window"):
+        wanted, held = layer.sliding_window - 1, layer.keys.shape[2] if layer.is_initialized else length
+        what = f"has a sliding window of {layer.sliding_window} tokens, and"
+    elif not hasattr(layer, "conv_states"):
+        return
+    elif layer.is_croppable:
+        wanted = max(size or 0 for size in layer.conv_kernel_size.values())
+        held = min(where[key].shape[-1] for where, key in _held(layer)) if layer.record_past else 0
+        what = "keeps a state of its last tokens, and"
+    elif any(True for _ in _held(layer)):
+        raise CacheStateError(
+            f"layer {index} keeps a state from which no token can be taken back: generate without an assistant model "
+            "or prompt lookup, and fork() the cache before tokens that may be taken back."
+        )
+    else:
+        return
+    if held - tokens < min(wanted, length - tokens):
+        raise CacheStateError(
+            f"cannot take back {tokens} tokens: layer {index} {what} has already given up what it would have to show "
+            "again; fork() the cache before the tokens that may be taken back."
+        )
 
 
 def _name(layer: Any, where: dict[Any, Any]) -> str:
