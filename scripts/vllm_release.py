@@ -400,6 +400,9 @@ def duo() -> None:
         say(f"{recipe}: 200 tokens of each", max(kl) < BOUND["float32"], kl=[float(f"{x:.2g}") for x in kl])
         del llm
         gc.collect()
+    llm = engine(folder, recipe, dtype="bfloat16")
+    kl = divergence(llm, Reference(folder, "bfloat16"), recipe, texts)
+    say(f"{recipe}, bfloat16", max(kl) < BOUND["bfloat16"], kl=[float(f"{x:.2g}") for x in kl])
 
 
 def duo_steps() -> None:

@@ -74,7 +74,7 @@ def test_recipes_that_are_refused(recipe: str, said: str) -> None:
     [
         (EVEN, {"cpu": False, "dtype": BF16}, "duo is served on a CPU only; leave duo out"),
         (EVEN, {"tensor": 2}, "heads are not split; leave --tensor-parallel-size 2 out"),
-        (EVEN, {"connector": True}, "a KV connector would bring the tokens of retrieval heads alone"),
+        (EVEN, {"transfers": True}, "a KV connector would bring the tokens of retrieval heads alone"),
         (EVEN, {"layers": 3}, "its layers have 0 to 1 retrieval heads among 3 KV heads"),
         ("duo(retrieval=[]) + kivi()", {}, "0 retrieval heads among 3 KV heads, and that is all or nothing; name as"),
         ("duo(retrieval=[[0, 0]]) + kivi()", {"kv_heads": 1, "layers": 1}, "one KV head, and duo would have to cut"),

@@ -177,6 +177,6 @@ def facts_of(config: Any) -> Facts:
         cpu=current_platform.is_cpu(),
         layers=text.num_hidden_layers,
         tensor=parallel.tensor_parallel_size,
-        connector=config.kv_transfer_config is not None,
+        transfers=config.kv_transfer_config is not None,
         config=text,
     )

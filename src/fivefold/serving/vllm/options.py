@@ -171,7 +171,7 @@ class Facts:
     cpu: bool = True
     layers: int = 1
     tensor: int = 1
-    connector: bool = False
+    transfers: bool = False
     config: Any = None
 
 
@@ -246,7 +246,7 @@ class Options:
             return "duo is served on a CPU only; leave duo out, or use Fivefold in transformers"
         if facts.tensor > 1:
             return f"with duo heads are not split; leave --tensor-parallel-size {facts.tensor} out, or duo"
-        if facts.connector:
+        if facts.transfers:
             return "a KV connector would bring the tokens of retrieval heads alone; leave it out, or duo"
         assert self.duo is not None
         few, many = (choose(map(len, self.retrieval(facts))) for choose in (min, max))
