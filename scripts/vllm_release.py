@@ -140,13 +140,13 @@ BOUND = {"float32": 5e-3, "bfloat16": 0.2, "float16": 0.02}
 """Of the mean divergence of a prompt's tokens: these models are chaotic, and engines round each in its own way."""
 
 
-def divergence(llm: Any, reference: Reference, recipe: str, texts: list[list[int]]) -> list[float]:
+def divergence(llm: Any, reference: Reference, recipe: str, texts: list[list[int]], count: int = TOKENS) -> list[float]:
     """Of vLLM's distribution from that of Fivefold in transformers with the same tokens: a mean for each prompt."""
     from vllm import SamplingParams
 
     from fivefold.cli.vllm_check import compare
 
-    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=20, detokenize=False)
+    sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=20, detokenize=False)
     outs = [
         llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)[0].outputs[0]
         for ids in texts
@@ -249,6 +249,7 @@ def manager() -> None:
     from fivefold.serving.vllm.exact import ExactManager, ExactSpec
     from fivefold.serving.vllm.options import Options
 
+    windows()
     steps, most = 0, {}
     for seed in range(30):
         random.seed(seed)
@@ -301,6 +302,190 @@ def manager() -> None:
         steps=steps,
         more_than_estimated=max(most.values()),
     )
+
+
+def windows() -> None:
+    """The same of the blocks of streaming heads, exact and packed, after each step as far as it and the next read."""
+    import random
+
+    import torch
+    from vllm.v1.core.block_pool import BlockPool
+
+    from fivefold.serving.vllm.options import Options
+    from fivefold.serving.vllm.streaming import split
+    from fivefold.serving.vllm.windows import PackedWindowManager, PackedWindowSpec, WindowManager, WindowSpec
+
+    steps, most = 0, 0
+    for seed in range(40):
+        random.seed(seed)
+        text = f"kivi(bits={random.choice((2, 3, 4, 8))}, residual={random.choice((0, 32, 70, 128))})"
+        heads = random.choice(((1, 1), (1, 3), (5, 1), (3, 5)))
+        sink, recent = random.choice((0, 4, 64, 100)), random.choice((20, 100, 131, 256))
+        pages = split(Options.parse(text).pages(64, torch.bfloat16), *heads, sink, recent)[1]
+        pool = BlockPool(600, False, 32)
+        free = pool.get_num_free_blocks()
+        kinds = []
+        for spec, manager, first, reach in (
+            (WindowSpec, WindowManager, pages.exact_from, lambda n: n),
+            (PackedWindowSpec, PackedWindowManager, pages.packed_from, pages.packed),
+        ):
+            spec = spec.of(pages, heads[1])
+            kinds.append((spec, manager(spec, block_pool=pool, enable_caching=False, kv_cache_group_id=len(kinds),
+                                        scheduler_block_size=spec.block_size), first, reach))  # fmt: skip
+        tokens, late = {}, random.choice((0, 1))
+        tables: dict[tuple[str, int], list[int]] = {}
+        for _ in range(300):
+            name = random.choice("abcd")
+            steps += 1
+            if name in tokens and random.random() < 0.02:
+                for _, manager, _, _ in kinds:
+                    manager.free(name)
+                del tokens[name]
+                tables = {key: table for key, table in tables.items() if key[0] != name}
+                continue
+            new = random.choice((1, 40, 500) if name not in tokens else (1, 1, 1, 1, 1, 2, 31, 96, 600))
+            seen = tokens.setdefault(name, [0])
+            known, length = seen[-1], seen[-1] + new
+            for number, (spec, manager, first, reach) in enumerate(kinds):
+                size, table = spec.block_size, tables.setdefault((name, number), [])
+                manager.remove_skipped_blocks(name, seen[max(0, len(seen) - 1 - late)])
+                wanted, before = (
+                    manager.get_num_blocks_to_allocate(name, length, [], 0, 0, 0),
+                    pool.get_num_free_blocks(),
+                )
+                table += [block.block_id for block in manager.allocate_new_blocks(name, length, length)]
+                assert before - pool.get_num_free_blocks() == wanted, (seed, steps)
+                # A worker knows what was appended. Of a step: what it reads, what it writes if it is a token; of the
+                # next one: what it reads. Sinks always.
+                read = range(first(known) // size, -(-reach(known + (new == 1)) // size))
+                left = range(first(length) // size, -(-reach(length) // size))
+                for places in (read, left):
+                    sinks = range(min(manager.sinks, len(table)))
+                    mine = [table[place] for place in {*places, *sinks}]
+                    assert 0 not in mine and len(set(mine)) == len(mine), (seed, steps, number)
+                held = [block for block in manager.req_to_blocks[name] if not block.is_null]
+                most = max(most, len(held) - spec.max_admission_blocks_per_request(0, 10**6))
+            seen.append(length)
+            held = [b for _, m, _, _ in kinds for blocks in m.req_to_blocks.values() for b in blocks if not b.is_null]
+            assert len({block.block_id for block in held}) == len(held) == free - pool.get_num_free_blocks()
+        for name in list(tokens):
+            for _, manager, _, _ in kinds:
+                manager.free(name)
+        assert pool.get_num_free_blocks() == free
+    say("blocks of streaming heads, handed out at random", most <= 0, steps=steps, more_than_estimated=most)
+
+
+DUO = (
+    (2, "duo(retrieval=[[0, 0], [1, 1]], sink=20, recent=100) + kivi(bits=4, residual=32)"),
+    (4, "duo(retrieval=[[0, 3], [1, 0]]) + kivi(bits=2)"),
+)
+"""Recipes with `duo`, and the KV heads of the models that they are for."""
+
+
+def duo() -> None:
+    """Retrieval heads beside streaming ones. Of many tokens the later ones may be others, since a number on the edge
+    between two codes may get the other one (so it is with `kivi` alone): what they diverge by is held instead."""
+    for kv_heads, recipe in DUO:
+        folder, texts = llama(kv_heads), prompts()
+        reference = Reference(folder)
+        wanted = [reference.tokens(ids, recipe) for ids in texts]
+        alone = [reference.tokens(ids, recipe[recipe.index("kivi") :]) for ids in texts]
+        llm = engine(folder, recipe)
+        got, _ = ask(llm, texts)
+        again, hits = ask(llm, texts[-1:])
+        say(f"{recipe}: a batch of {len(texts)}", got == wanted and again[0] == got[-1] and not any(hits),
+            prompts=LENGTHS, same=list(map(same, got, wanted)), same_as_kivi_alone=list(map(same, got, alone)),
+            of=TOKENS, cached=hits)  # fmt: skip
+        kl = divergence(llm, reference, recipe, texts, 200)
+        say(f"{recipe}: 200 tokens of each", max(kl) < BOUND["float32"], kl=[float(f"{x:.2g}") for x in kl])
+        del llm
+        gc.collect()
+    llm = engine(folder, recipe, dtype="bfloat16")
+    kl = divergence(llm, Reference(folder, "bfloat16"), recipe, texts)
+    say(f"{recipe}, bfloat16", max(kl) < BOUND["bfloat16"], kl=[float(f"{x:.2g}") for x in kl])
+
+
+def duo_steps() -> None:
+    """Chunked prefill, and preemption."""
+    kv_heads, recipe = DUO[0]
+    folder, texts = llama(kv_heads), prompts()
+    reference = Reference(folder)
+    llm = engine(folder, recipe, max_num_batched_tokens=96)
+    together, _ = ask(llm, texts)
+    sizes = scheduled(LENGTHS, 96)
+    wanted = [reference.tokens(ids, recipe, mine) for ids, mine in zip(texts, sizes)]
+    say(f"{recipe}: chunked prefill of 96, in a batch", together == wanted, same=list(map(same, together, wanted)),
+        of=TOKENS, chunks=sizes)  # fmt: skip
+    del llm
+    gc.collect()
+    texts = prompts((400, 410, 420, 430))
+    recipe = recipe.replace("bits=4, residual=32", "bits=8, residual=0")
+    wanted = [reference.tokens(ids, recipe, count=200) for ids in texts]
+    llm = engine(folder, recipe, num_gpu_blocks_override=40, max_model_len=1024, disable_log_stats=False)
+    got, _ = ask(llm, texts, 200)
+    times = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    times = sum(value for name, value in times.items() if "preemption" in name)
+    say(f"{recipe}: {len(texts)} requests in 40 blocks", times > 0 and got[0] == wanted[0], preemptions=times,
+        same=list(map(same, got, wanted)), of=200)  # fmt: skip
+
+
+def duo_model() -> None:
+    """The embedded model, whose profile says which heads are retrieval heads: one of three in each layer."""
+    from transformers import AutoTokenizer
+
+    from fivefold.models import embedded
+
+    folder = str(embedded.model_dir())
+    tokenizer, reference = AutoTokenizer.from_pretrained(folder), Reference(folder)
+    text = "Keepers climbed the stairs every evening, and the river below carried %d boats. "
+    text = "".join(text % i for i in range(40))
+    ids = [tokenizer(one).input_ids for one in ("The capital of France is", text + "In short, the keepers")]
+    recipe = "duo(keep=0.34, even=True) + kivi(bits=4)"
+    wanted = [reference.tokens(one, recipe, count=32) for one in ids]
+    llm = engine(folder, recipe)
+    got, _ = ask(llm, ids, 32)
+    say(f"SmolLM2, {recipe}", got == wanted, prompts=list(map(len, ids)), same=list(map(same, got, wanted)), of=32)
+
+
+def duo_capacity() -> None:
+    """vLLM's own figure of its capacity in bfloat16 with `duo` and without, beside the byte formulas."""
+    import torch
+
+    from fivefold.serving.vllm.options import Options
+    from fivefold.serving.vllm.streaming import split
+
+    kv_heads, dim, layers = 8, 128, 2
+    folder = llama(kv_heads, dim, kv_heads, layers)
+    for length, bits, recipes in (
+        (8192, 4, (4, 2)),
+        (32768, 4, (4, 2, 1)),
+        (8192, 2, (4,)),
+        (32768, 2, (4,)),
+    ):
+        tokens: dict[int | None, int] = {}
+        kivi = f"kivi(bits={bits})"
+        for keep in (None, *recipes):
+            heads = [[layer, (3 * layer + head) % kv_heads] for layer in range(layers) for head in range(keep or 0)]
+            recipe = kivi if keep is None else f"duo(retrieval={heads}) + {kivi}"
+            llm = engine(folder, recipe, dtype="bfloat16", max_model_len=length, max_num_seqs=256)
+            tokens[keep], _ = capacity(llm)
+            del llm
+            gc.collect()
+            if keep is None:
+                continue
+            alone = Options.parse(kivi).pages(dim, torch.bfloat16)
+            whole, windows = split(alone, keep, kv_heads - keep, 64, 256)
+            mine = keep * whole.bytes_of(length) + (kv_heads - keep) * windows.bytes_of(length)
+            formula, times = kv_heads * alone.bytes_of(length) / mine, tokens[keep] / tokens[None]
+            facts = {"tokens_per_gib": tokens[keep], "kivi_alone": tokens[None], "times": round(times, 2),
+                     "formula_times": round(formula, 2), "share": round(times / formula, 3)}  # fmt: skip
+            # With few retrieval heads what blocks are padded by counts.
+            least = 0.9 if keep == kv_heads // 2 else 0.7
+            say(
+                f"duo, {keep} of {kv_heads} KV heads, + {kivi}, max_model_len {length}",
+                times / formula > least,
+                **facts,
+            )
 
 
 def preemption() -> None:
@@ -557,6 +742,8 @@ def refusals() -> None:
         ("bits of two kinds", folder, "kivi(key_bits=4, value_bits=2)", {}),
         ("a value", folder, "kivi(bits=5)", {}),
         ("by layer", folder, "kivi(bits=[4, 2])", {}),
+        ("unequal retrieval heads", folder, "duo(retrieval=[[0, 0]]) + kivi(bits=4)", {}),
+        ("duo and two processes", folder, "duo(retrieval=[[0, 0], [1, 0]]) + kivi()", {"tensor_parallel_size": 2}),
         ("a sliding window", str(windowed), "kivi(bits=4)", {}),
         ("some windows", str(gemma), "kivi(bits=4)", {}),
         ("pipeline", folder, "kivi(bits=4)", {"pipeline_parallel_size": 2}),
@@ -585,7 +772,8 @@ def refusals() -> None:
 GROUPS = {
     **{f"kivi{number}-{residual}": (bits, number, residual) for number in (4, 2, 3, 8) for residual in (0, 128)},
     "manager": (manager,), "twice": (twice,), "chunks": (chunks,), "preemption": (preemption,), "auto": (automatic,),
-    "compiled": (compiled,),
+    "compiled": (compiled,), "duo": (duo,),
+    "duo-steps": (duo_steps,), "duo-model": (duo_model,), "duo-capacity": (duo_capacity,),
     "parallel": (parallel,), "shapes": (shapes,), "families": (families,), "smollm2": (smollm2,),
     "capacity": (tokens_per_gib,), "server": (server,), "refusals": (refusals,),
 }  # fmt: skip

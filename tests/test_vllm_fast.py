@@ -124,7 +124,7 @@ def test_how_tokens_are_compared(tiny) -> None:
         ("full()", "compresses nothing"),
         ("h2o() + kivi()", "h2o chooses tokens"),
         ("tidal()", "tidal chooses tokens"),
-        ("duo() + kivi()", "duo is not served"),
+        ("razor() + kivi()", "razor is not served"),
         ("rotatekv()", "rotatekv is not served"),
         ("kivi(bits=[4, 2])", "values by layer"),
         ("kivi(key_bits=4, value_bits=2)", "keys of 4 and values of 2 bits"),

@@ -50,7 +50,7 @@ def attend_chunk(
     if _sees_all(extent) or (start == 0 and chunk <= extent.recent):  # type: ignore[operator]
         own = attend(queries, _spread(keys, queries), _spread(values, queries), scaling, causal=True, cap=cap)
     else:
-        own = _windowed(extent, start, queries, keys, values, np.arange(start, start + chunk), scaling, cap)
+        own = windowed(extent, start, queries, keys, values, np.arange(start, start + chunk), scaling, cap)
     if start:
         for part in _stored(group, queries, scaling):
             own = merge([own, part])
@@ -114,7 +114,7 @@ def _attend_window_joined(
                 seen.append((at[part], k[:, part], v[:, part]))
     seen.sort(key=lambda piece: int(piece[0][0]))
     at, k, v = _join(seen)
-    out, lse = _windowed(extent, start, queries, k, v, at, scaling, None)
+    out, lse = windowed(extent, start, queries, k, v, at, scaling, None)
     return out.to(queries.dtype), lse
 
 
@@ -128,7 +128,7 @@ def _spread(x: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     return x[:, None].expand(-1, queries.shape[1], -1, -1)
 
 
-def _windowed(
+def windowed(
     extent: Extent,
     start: int,
     queries: torch.Tensor,
@@ -187,7 +187,7 @@ def _windowed_run(
     pinned: int,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_windowed` where the keys after the `pinned` sinks are a run of positions: all queries at once."""
+    """`windowed` where the keys after the `pinned` sinks are a run of positions: all queries at once."""
     assert extent.recent is not None
     count, part, first, stop = queries.shape[2], None, 0, 0
     if pinned < len(positions):
@@ -328,7 +328,7 @@ def _stored(group: RowGroup, queries: torch.Tensor, scaling: float) -> Iterator[
                 if _sees_all(extent):
                     yield _over_all(queries, k, v, scaling, cap)
                 else:
-                    yield _windowed(extent, int(bounds.length), queries, k, v, at[first:last], scaling, cap)
+                    yield windowed(extent, int(bounds.length), queries, k, v, at[first:last], scaling, cap)
 
 
 def _seen(bounds: Bounds, positions: np.ndarray) -> list[tuple[int, int]]:

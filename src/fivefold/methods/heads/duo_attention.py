@@ -28,7 +28,8 @@ class DuoAttention(Method):
     [layer, kv_head], of which the highest `keep` fraction over all layers are the retrieval heads (negative ones are of
     layers that are not compressed, and do not count). Without it, the profile that ships with Fivefold for the model is
     used, if there is one: its settings say what the scores are. `fivefold calibrate` makes a profile of gates, trained
-    as in the paper (section 2.2): see `fivefold/calibrate/gates.py`.
+    as in the paper (section 2.2): see `fivefold/calibrate/gates.py`. With `even` (ours) the `keep` fraction of each
+    layer's heads are chosen, the highest in it: as many in one layer as in another, which serving engines ask for.
 
     Bytes: `keep` of the heads as without this method; the others (sink + recent) tokens, in pages of 32.
     """
@@ -37,6 +38,7 @@ class DuoAttention(Method):
     retrieval: tuple | str | None = param(None, "retrieval heads: [[layer, kv_head], ...] or a profile")
     sink: int = param(64, "first tokens that streaming heads hold", low=0, by_layer=True)
     recent: int = param(256, "most recent tokens that streaming heads hold", low=1, by_layer=True)
+    even: bool = param(False, "whether every layer has as many retrieval heads (with a profile; ours)")
 
     def check(self) -> None:
         if not isinstance(self.retrieval, tuple):
@@ -81,6 +83,9 @@ class DuoAttention(Method):
             return {"scores": torch.arange(spec.kv_heads).flip(0).expand(spec.layers, -1).contiguous()}
 
         scores = self.profile_for(spec, self.retrieval, missing, blank).tensors["scores"]
+        if self.even:
+            best = scores.argsort(dim=1, descending=True, stable=True)[:, : round(self.keep * scores.shape[1])]
+            return frozenset((layer, head) for layer, heads in enumerate(best.tolist()) for head in heads)
         order = scores.flatten().argsort(descending=True, stable=True)
         kept = order[: round(self.keep * int((scores >= 0).sum()))].tolist()
         return frozenset(divmod(int(i), scores.shape[1]) for i in kept)

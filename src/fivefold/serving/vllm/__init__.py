@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import warnings
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -125,6 +126,10 @@ def prepare(config: Any) -> None:
     check_version(vllm.__version__)
     options = Options.parse(text)
     options.check(facts_of(config))
+    if options.duo is not None and config.cache_config.enable_prefix_caching:
+        # What streaming heads would have to see behind a prefix is not kept.
+        config.cache_config.enable_prefix_caching = False
+        warnings.warn(f"{options.recipe}: vLLM's prefix caching is off, since duo has no prefix hits.", stacklevel=2)
     if cpu:
         if RECIPE not in os.environ:  # workers register before they have a configuration
             os.environ[RECIPE] = _told["recipe"] = text
@@ -170,4 +175,8 @@ def facts_of(config: Any) -> Facts:
         microbatches=bool(getattr(parallel, "use_ubatching", False)),
         one_group=bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
         cpu=current_platform.is_cpu(),
+        layers=text.num_hidden_layers,
+        tensor=parallel.tensor_parallel_size,
+        transfers=config.kv_transfer_config is not None,
+        config=text,
     )

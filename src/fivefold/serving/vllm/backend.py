@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Protocol
@@ -24,9 +25,12 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from fivefold.errors import RecipeError, UnsupportedModelError
+from fivefold.serving.vllm import facts_of
 from fivefold.serving.vllm.exact import Exact, ExactSpec, register_spec
 from fivefold.serving.vllm.options import NO_RECIPE, RECIPE, Options, Pages, recipe_text
+from fivefold.serving.vllm.streaming import StreamingCpuPath, StreamingPages, StreamingTables, split
 from fivefold.serving.vllm.tables import Place, Prefill, Step, Tables
+from fivefold.serving.vllm.windows import PackedWindowSpec, WindowSpec, register_specs
 
 
 def options_of(vllm_config: Any) -> Options:
@@ -37,8 +41,9 @@ def options_of(vllm_config: Any) -> Options:
     return Options.parse(text)
 
 
-_served: dict[int, Pages] = {}
-"""By head_dim, of the model that was built last: `customize_spec` is told neither the layer nor a configuration."""
+_served: dict[int, tuple[Pages, int]] = {}
+"""Pages and KV heads of packed layers by head_dim, of the model that was built last: `customize_spec` is told neither
+the layer nor a configuration."""
 
 
 class Path(Protocol):
@@ -49,7 +54,7 @@ class Path(Protocol):
         ...
 
     def forward(
-        self, shared: Shared, impl: Impl, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        self, shared: Shared, impl: Impl | Part, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         packed: torch.Tensor, exact: torch.Tensor, step: Step, output: torch.Tensor,
     ) -> None:  # fmt: skip
         """Store the new tokens and attend.
@@ -63,7 +68,8 @@ class Path(Protocol):
 
 @dataclass
 class Shared:
-    """What the layers of a model have in common. Both groups' builders `offer` a step's block table."""
+    """What the layers of a model have in common. Both groups' builders `offer` a step's block table; `step` is the last
+    one. Streaming heads (`duo`) have one of their own."""
 
     pages: Pages
     kv_heads: int
@@ -71,6 +77,7 @@ class Shared:
     packed_place: Place | None = None
     exact_place: Place | None = None
     path: Path | None = None
+    step: Step | None = None
     _offers: dict[str, tuple[Any, Step]] = field(default_factory=dict)
 
     def start(self, vllm_config: Any, device: torch.device) -> None:
@@ -81,6 +88,10 @@ class Shared:
         if device.type == "cpu":
             from fivefold.serving.vllm.cpu import CpuPath
 
+            if isinstance(self.pages, StreamingPages):
+                self.tables = StreamingTables(self.pages, self.kv_heads, requests, tokens, device)
+                self.path = StreamingCpuPath(self.pages)
+                return
             self.tables = Tables(self.pages, self.kv_heads, requests, tokens, device)
             self.path = CpuPath(self.pages)
         else:
@@ -120,9 +131,8 @@ class Shared:
             lengths = _lengths(packed)
         else:
             lengths = [packed.max_seq_len] * count  # a graph's step: nothing waits for the host
-        group = self.pages.form.group
         step.longest = max(lengths[:decodes], default=0)
-        step.completes = packed.seq_lens.device.type != "cpu" or any(n % group == 0 for n in lengths[:decodes])
+        step.completes = packed.seq_lens.device.type != "cpu" or any(map(self.pages.completes, lengths[:decodes]))
         step.prefills = [
             Prefill(i, starts[i], starts[i + 1], lengths[i] - new[i]) for i in range(decodes, count) if new[i]
         ]
@@ -133,6 +143,7 @@ class Shared:
             )  # fmt: skip
         step.lengths = packed.seq_lens
         assert self.path is not None
+        self.step = step
         self.path.prepare(step)
 
 
@@ -150,10 +161,10 @@ class Builder(AttentionMetadataBuilder):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)
-        self.kind = "exact" if isinstance(kv_cache_spec, ExactSpec) else "packed"
+        self.kind = kv_cache_spec.kind if isinstance(kv_cache_spec, ExactSpec) else "packed"
         self.layers = vllm_config.compilation_config.static_forward_context
         layer = self.layers[layer_names[0]]
-        self.shared: Shared = layer.shared if self.kind == "exact" else layer.impl.exact.shared
+        self.shared: Shared = layer.shared if isinstance(layer, Exact) else layer.impl.exact.shared
         self.shared.start(vllm_config, device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Step:
@@ -194,15 +205,25 @@ class KiviBackend(AttentionBackend):
             raise UnsupportedModelError(
                 f"layers of the kind {type(spec).__name__} are not served: serve it without a recipe."
             )
-        pages = _served[spec.head_size]
+        pages, kv_heads = _served[spec.head_size]
         return replace(
-            spec, block_size=pages.block, dtype=torch.int8, tokens_per_state=pages.form.tokens,
+            spec, num_kv_heads=kv_heads, block_size=pages.block, dtype=torch.int8, tokens_per_state=pages.form.tokens,
             state_content_bytes=pages.form.nbytes,
         )  # fmt: skip
 
 
+class Part:
+    """Some KV heads of a layer, and their query heads: what a `Path` takes as a layer."""
+
+    def __init__(self, heads: Sequence[int], shared_by: int, scale: float) -> None:
+        self.num_kv_heads, self.scale = len(heads), scale
+        self.heads = torch.tensor(heads)
+        self.queries = (self.heads[:, None] * shared_by + torch.arange(shared_by)).flatten()
+
+
 class Impl(AttentionImpl):
-    """A layer's attention."""
+    """A layer's attention. With `duo`, parts: its retrieval heads, and its streaming heads, which `exact`, and `packed`
+    and `window`, belong to."""
 
     def __init__(
         self,
@@ -238,15 +259,35 @@ class Impl(AttentionImpl):
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
         layers = config.compilation_config.static_forward_context
-        others = [layer for layer in layers.values() if isinstance(layer, Exact)]
-        pages = _served[head_size] = options.pages(head_size, config.model_config.dtype)
-        shared = others[0].shared if others else Shared(pages, self.num_kv_heads)
-        if (shared.pages, shared.kv_heads) != (pages, self.num_kv_heads):
-            raise UnsupportedModelError(
-                f"{config.model_config.model} has layers of different shapes, which {options.recipe} does not serve "
-                "inside vLLM: serve it without a recipe."
-            )
-        self.exact = layers[f"fivefold.layers.{len(others)}.exact"] = Exact(shared, pages, self.num_kv_heads)
+        number = sum(name.startswith("fivefold.") and name.endswith(".exact") for name in layers)
+        pages, kv_heads = options.pages(head_size, config.model_config.dtype), self.num_kv_heads
+        self.parts: list[Part] = []
+        if options.duo is not None:
+            retrieval = options.retrieval(facts_of(config))[number]
+            streaming = [head for head in range(kv_heads) if head not in retrieval]
+            shared_by = num_heads // kv_heads
+            self.parts = [Part(heads, shared_by, self.scale) for heads in (retrieval, streaming)]
+            pages, windows = split(pages, len(retrieval), len(streaming), options.duo.sink, options.duo.recent)
+            kv_heads = len(retrieval)
+
+        def companion(name: str, pages: Pages, kv_heads: int, spec: type[ExactSpec], shared: Shared | None) -> Exact:
+            """Of this layer; shared: with which of its companions."""
+            if shared is None and number:
+                shared = layers[f"fivefold.layers.0.{name}"].shared
+            shared = shared or Shared(pages, kv_heads)
+            if (shared.pages, shared.kv_heads) != (pages, kv_heads):
+                raise UnsupportedModelError(
+                    f"{config.model_config.model} has layers of different shapes, which {options.recipe} does not "
+                    "serve inside vLLM: serve it without a recipe."
+                )
+            made = layers[f"fivefold.layers.{number}.{name}"] = Exact(shared, spec.of(pages, kv_heads))
+            return made
+
+        _served[head_size] = pages, kv_heads
+        self.exact = companion("exact", pages, kv_heads, ExactSpec, None)
+        if self.parts:
+            self.window = companion("window", windows, len(streaming), WindowSpec, None)
+            self.packed = companion("packed", windows, len(streaming), PackedWindowSpec, self.window.shared)
 
     def forward(
         self,
@@ -264,8 +305,17 @@ class Impl(AttentionImpl):
             return output.fill_(0)
         shared = self.exact.shared
         out = output.view(-1, self.num_heads, self.head_size)
-        shared.path.forward(shared, self, query, key, value, kv_cache, self.exact.kv_cache, attn_metadata, out)
+        if not self.parts:
+            shared.path.forward(shared, self, query, key, value, kv_cache, self.exact.kv_cache, attn_metadata, out)
+            return output
+        caches = (kv_cache, self.exact.kv_cache), (self.packed.kv_cache, self.window.kv_cache)
+        for part, of, mine in zip(self.parts, (shared, self.window.shared), caches):
+            made = out[:, part.queries]
+            new = query[:, part.queries], key[:, part.heads], value[:, part.heads]
+            of.path.forward(of, part, *new, *mine, of.step, made)
+            out[:, part.queries] = made
         return output
 
 
 register_spec()
+register_specs()

@@ -47,14 +47,14 @@ class CpuPath:
     ) -> None:  # fmt: skip
         decodes, prefills = step.decodes, step.prefills
         if not self.compiled:
-            lengths = step.tables.spans[: decodes * impl.num_kv_heads : impl.num_kv_heads, [1, 3, 4]].tolist()
-            before = [Prefill(i, i, i + 1, p - e + n - 1) for i, (p, e, n) in enumerate(lengths)]
+            before = [Prefill(i, i, i + 1, known) for i, known in enumerate(step.tables.known(decodes))]
             decodes, prefills = 0, [*before, *prefills]
         # All packing comes before any reading: a request may have hit a block that another one fills in this very step.
         chunks = []
         for one in prefills:
             tables = step.packed_blocks[one.number], step.exact_blocks[one.number]
-            chunk = self._gather(key[one.first : one.last], value[one.first : one.last], exact, tables[1], one.known)
+            new = torch.stack([key[one.first : one.last], value[one.first : one.last]]).transpose(1, 2)
+            chunk = self._gather(new, packed, exact, *tables, one.known)
             self._pack(chunk, one.known, packed, tables[0])
             chunks.append((one, chunk, *tables))
         if decodes:
@@ -85,7 +85,7 @@ class CpuPath:
             places[:, 0] += packed_base
             peak = packing.pack_exact(form, (tables.sources[rows][due] + exact_base).contiguous(), places, dtype)
             _check(float(peak.max()) if len(peak) else 0.0)
-        columns = max(1, -(-step.longest // form.tokens))
+        columns = tables.columns(step.longest)
         pages = decoding.Packed(tables.packed[rows, :columns] + packed_base, form)
         queries = query.reshape(count * kv_heads, heads // kv_heads, dim).contiguous()
         out, _ = decoding.decode(queries, scale, spans, pages, there)
@@ -115,27 +115,36 @@ class CpuPath:
         return exact.view(self.pages.dtype).unflatten(3, (2, PAGE, self.pages.form.head_dim))
 
     def _gather(
-        self, key: torch.Tensor, value: torch.Tensor, exact: torch.Tensor, blocks: torch.Tensor, known: int
-    ) -> Chunk:
+        self, new: torch.Tensor, packed: torch.Tensor, exact: torch.Tensor, packed_blocks: torch.Tensor,
+        blocks: torch.Tensor, known: int,
+    ) -> Chunk:  # fmt: skip
         """A copy of what is read exactly: exact tokens of a request that has `known` ones, from later on where a prefix
-        hit left some out, and the new ones."""
+        hit left some out, and the new ones, `[2, kv_heads, tokens, head_dim]`."""
         start = self.pages.packed(known)
-        block, state = _at(exact, blocks, start // PAGE, -(-known // PAGE))
+        block, _ = _at(exact, blocks, start // PAGE, -(-known // PAGE))
         there = (block != NULL).nonzero()[:, 0]
         left = int(there[0]) if len(there) else len(block)
         start = min(known, start + left * PAGE)
-        found = self._tokens(exact)[block[left:], :, state[left:]]  # [pages, kv_heads, 2, 32, dim]
-        held = found.permute(2, 1, 0, 3, 4).flatten(2, 3)[:, :, : known - start]
-        return Chunk(torch.cat([held, torch.stack([key, value]).transpose(1, 2)], 2), start, known - start)
+        return Chunk(torch.cat([self._held(exact, blocks, start, known), new], 2), start, known - start)
+
+    def _held(self, exact: torch.Tensor, blocks: torch.Tensor, first: int, stop: int) -> torch.Tensor:
+        """A copy of exact tokens first..stop, `[2, kv_heads, tokens, head_dim]`; first is the beginning of a page."""
+        block, state = _at(exact, blocks, first // PAGE, -(-stop // PAGE))
+        found = self._tokens(exact)[block, :, state]  # [pages, kv_heads, 2, 32, dim]
+        return found.permute(2, 1, 0, 3, 4).flatten(2, 3)[:, :, : stop - first]
 
     def _leave(self, chunk: Chunk, exact: torch.Tensor, blocks: torch.Tensor) -> None:
         """Write what the next step reads exactly."""
         length = chunk.start + chunk.recent.shape[2]
-        first = max(chunk.start, self.pages.packed(length))
-        if first >= length:
+        self._write(chunk, max(chunk.start, self.pages.packed(length)), length, exact, blocks)
+
+    def _write(self, chunk: Chunk, first: int, stop: int, exact: torch.Tensor, blocks: torch.Tensor) -> None:
+        """Tokens first..stop of a chunk into exact pages; first is the beginning of one."""
+        if first >= stop:
             return
-        kept = torch.nn.functional.pad(chunk.recent[:, :, first - chunk.start :], (0, 0, 0, -(length - first) % PAGE))
-        block, state = _at(exact, blocks, first // PAGE, -(-length // PAGE))
+        kept = chunk.recent[:, :, first - chunk.start : stop - chunk.start]
+        kept = torch.nn.functional.pad(kept, (0, 0, 0, -(stop - first) % PAGE))
+        block, state = _at(exact, blocks, first // PAGE, -(-stop // PAGE))
         self._tokens(exact)[block, :, state] = kept.unflatten(2, (-1, PAGE)).permute(2, 1, 0, 3, 4)
 
     # -- packed tokens ------------------------------------------------------------------------------------
@@ -153,10 +162,14 @@ class CpuPath:
         return tuple(x.view(heads, count * form.tokens, -1)[:, : stop - first] for x in (keys, values))  # type: ignore[return-value]
 
     def _pack(self, chunk: Chunk, known: int, packed: torch.Tensor, blocks: torch.Tensor) -> None:
-        """Pack the groups that tokens behind `known` complete: the rest of a page that is begun, whole pages, and the
-        beginning of another."""
+        """Pack the groups that tokens behind `known` complete."""
+        group, length = self.pages.form.group, chunk.start + chunk.recent.shape[2]
+        self._pack_groups(chunk, known // group * group, length // group * group, packed, blocks)
+
+    def _pack_groups(self, chunk: Chunk, first: int, stop: int, packed: torch.Tensor, blocks: torch.Tensor) -> None:
+        """Pack groups first..stop of a chunk: the rest of a page that is begun, whole pages, and the beginning of
+        another."""
         form, recent, at = self.pages.form, chunk.recent, chunk.start
-        first, stop = known // form.group * form.group, (at + recent.shape[2]) // form.group * form.group
         while first < stop:
             slot = first % form.tokens
             whole = 1 if slot or stop - first < form.tokens else (stop - first) // form.tokens

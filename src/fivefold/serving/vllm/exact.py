@@ -34,10 +34,15 @@ class ExactSpec(SlidingWindowSpec):
     def of(cls, pages: Pages, kv_heads: int) -> ExactSpec:
         # int8: with dtypes of two kinds vLLM would zero new blocks.
         return cls(
-            block_size=PAGE, num_kv_heads=kv_heads, head_size=pages.form.head_dim, dtype=torch.int8,
-            sliding_window=pages.window, tokens_per_state=PAGE, state_content_bytes=pages.exact_bytes,
-            group=pages.form.group, residual=pages.residual,
+            block_size=PAGE * pages.exact_together, num_kv_heads=kv_heads, head_size=pages.form.head_dim,
+            dtype=torch.int8, sliding_window=pages.window, tokens_per_state=PAGE,
+            state_content_bytes=pages.exact_bytes, group=pages.form.group, residual=pages.residual,
         )  # fmt: skip
+
+    @property
+    def kind(self) -> str:
+        """Of `backend.Shared.offer`."""
+        return "exact"
 
     @property
     def prefix_cacheable(self) -> bool:
@@ -62,6 +67,9 @@ class ExactManager(SlidingWindowManager):
     (`Path.forward`); a decoding step, which writes first, only those that it does not read.
     """
 
+    sinks: int = 0
+    """So many blocks of a request are for good."""
+
     def __init__(self, kv_cache_spec: ExactSpec, **settings: Any) -> None:
         super().__init__(kv_cache_spec, **settings)
         self.spec = kv_cache_spec
@@ -75,10 +83,20 @@ class ExactManager(SlidingWindowManager):
         spec = self.spec
         return max(0, num_computed_tokens - spec.residual) // spec.group * spec.group
 
+    def reach(self, num_tokens: int) -> int:
+        """Of so many tokens, how many may have a block."""
+        return num_tokens
+
     def _spare(self, request: str, num_tokens: int, known: int) -> list[int]:
         """Places of blocks that the tokens behind `known` can take over, up to `num_tokens`."""
         keep = self.get_num_skipped_tokens(num_tokens if num_tokens - known > 1 else known) // self.block_size
-        return [place for place in self._live.get(request, ()) if place < keep]
+        return [place for place in self._live.get(request, ()) if self.sinks <= place < keep]
+
+    def _wanted(self, first: int, num_tokens: int) -> tuple[int, list[int]]:
+        """How many places a table has then, and which, from the `first` on, get blocks."""
+        size = self.block_size
+        keep, last = self.get_num_skipped_tokens(num_tokens) // size, -(-self.reach(num_tokens) // size)
+        return last, [*range(first, min(self.sinks, last)), *range(max(first, self.sinks, keep), last)]
 
     def get_num_blocks_to_allocate(
         self,
@@ -91,9 +109,8 @@ class ExactManager(SlidingWindowManager):
     ) -> int:
         held = len(self.req_to_blocks.get(request_id, ())) or total_computed_tokens // self.block_size
         known = self._tokens.get(request_id, total_computed_tokens)
-        keep = self.get_num_skipped_tokens(num_tokens) // self.block_size
-        wanted = max(0, -(-num_tokens // self.block_size) - max(held, keep))
-        return max(0, wanted - len(self._spare(request_id, num_tokens, known)))
+        _, wanted = self._wanted(held, num_tokens)
+        return max(0, len(wanted) - len(self._spare(request_id, num_tokens, known)))
 
     def add_local_computed_blocks(
         self,
@@ -114,20 +131,21 @@ class ExactManager(SlidingWindowManager):
         blocks, live = self.req_to_blocks[request_id], self._live.setdefault(request_id, [])
         known = self._tokens.get(request_id, 0)
         self._tokens[request_id] = max(known, num_tokens)
-        first, last = len(blocks), -(-num_tokens // self.block_size)
+        first = len(blocks)
+        last, wanted = self._wanted(first, num_tokens)
         if last <= first:
             return []
-        keep = max(first, min(last, self.get_num_skipped_tokens(num_tokens) // self.block_size))
-        spare = self._spare(request_id, num_tokens, known)[: last - keep]
+        spare = self._spare(request_id, num_tokens, known)[: len(wanted)]
         taken = []
         for place in spare:
             taken.append(blocks[place])
             blocks[place] = self._null_block
-        taken += self.block_pool.get_new_blocks(last - keep - len(taken))
-        fresh = [self._null_block] * (keep - first) + taken
-        blocks.extend(fresh)
-        self._live[request_id] = [place for place in live if place not in spare] + list(range(keep, last))
-        return fresh
+        taken += self.block_pool.get_new_blocks(len(wanted) - len(taken))
+        blocks.extend([self._null_block] * (last - first))
+        for place, block in zip(wanted, taken, strict=True):
+            blocks[place] = block
+        self._live[request_id] = [place for place in live if place not in spare] + wanted
+        return blocks[first:]
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, *args: Any, **settings: Any
@@ -136,13 +154,13 @@ class ExactManager(SlidingWindowManager):
         if not live:
             return
         keep = self.get_num_skipped_tokens(processed_computed_tokens) // self.block_size
-        gone = [place for place in live if place < keep]
+        gone = [place for place in live if self.sinks <= place < keep]
         if gone:
             blocks = self.req_to_blocks[request_id]
             self.block_pool.free_blocks([blocks[place] for place in reversed(gone)])
             for place in gone:
                 blocks[place] = self._null_block
-            self._live[request_id] = live[len(gone) :]
+            self._live[request_id] = [place for place in live if place not in gone]
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
         self._tokens.pop(request_id, None)
@@ -195,13 +213,13 @@ class ExactBackend(AttentionBackend):
 class Exact(torch.nn.Module, AttentionLayerBase):
     """The companion of a layer. `shared` is what all layers of a model have in common (`backend.Shared`)."""
 
-    def __init__(self, shared: Any, pages: Pages, kv_heads: int) -> None:
+    def __init__(self, shared: Any, spec: ExactSpec) -> None:
         super().__init__()
-        self.shared, self.pages, self.kv_heads = shared, pages, kv_heads
+        self.shared, self.spec = shared, spec
         self.kv_cache = torch.tensor([])
 
     def get_attn_backend(self) -> Any:
         return ExactBackend
 
     def get_kv_cache_spec(self, vllm_config: Any) -> ExactSpec:
-        return ExactSpec.of(self.pages, self.kv_heads)
+        return self.spec

@@ -11,7 +11,9 @@ import torch
 from fivefold.errors import FivefoldError, RecipeError, UnsupportedModelError
 from fivefold.kernels.packed_decode import Form
 from fivefold.methods.bits.kivi import Kivi, KiviCodec
+from fivefold.methods.heads.duo_attention import DuoAttention
 from fivefold.recipe import Recipe
+from fivefold.signature import config_hash, signature
 from fivefold.store.spec import DTYPES, LayerSpec
 
 __all__ = [
@@ -76,11 +78,13 @@ class Pages:
 
     form: of packed pages. residual: so many recent tokens, and the group of `form.group` tokens that is not complete,
     are read exactly. dtype: of exact pages, `[32, head_dim]` keys, then values. together: packed pages in a block.
+    least: bytes that a block has for each KV head, at least, where other heads' blocks need it.
     """
 
     form: Form
     residual: int
     dtype: torch.dtype
+    least: int = 0
 
     @property
     def exact_bytes(self) -> int:
@@ -91,7 +95,7 @@ class Pages:
     def together(self) -> int:
         """Packed pages in a block: as few as make it no smaller than an exact page, since all blocks are as large as
         the largest."""
-        return -(-self.exact_bytes // self.form.nbytes)
+        return -(-max(self.least, self.exact_bytes) // self.form.nbytes)
 
     @property
     def block(self) -> int:
@@ -104,6 +108,11 @@ class Pages:
         return self.together * self.form.nbytes
 
     @property
+    def exact_together(self) -> int:
+        """Exact pages in a block."""
+        return self.block_bytes // self.exact_bytes
+
+    @property
     def window(self) -> int:
         """Tokens that may be read exactly, the newest included."""
         return self.residual + self.form.group
@@ -112,6 +121,14 @@ class Pages:
     def columns(self) -> int:
         """Exact pages that a decoding step looks at."""
         return -(-self.window // PAGE)
+
+    def packed_columns(self, tokens: int) -> int:
+        """Packed pages that a decoding step looks at, where a request has so many tokens."""
+        return -(-tokens // self.block) * self.together
+
+    def completes(self, tokens: int) -> bool:
+        """Whether the newest of so many tokens makes a group due that a decoding step packs."""
+        return tokens % self.form.group == 0
 
     def packed(self, known: int) -> int:
         """How many of the first `known` tokens are read packed: as `kivi` has it in a session."""
@@ -130,7 +147,7 @@ class Pages:
 @dataclass(frozen=True)
 class Facts:
     """What is asked of a model that is to be served. window: of layers that have a sliding one; dtype and what stands
-    behind `hybrid`: what vLLM was told."""
+    behind `hybrid`: what vLLM was told. config: the decoder's configuration, where a recipe asks for heads."""
 
     model: str
     head_dim: int
@@ -152,14 +169,19 @@ class Facts:
     one_group: bool = False
     microbatches: bool = False
     cpu: bool = True
+    layers: int = 1
+    tensor: int = 1
+    transfers: bool = False
+    config: Any = None
 
 
 @dataclass(frozen=True)
 class Options:
-    """A recipe that vLLM's blocks can hold: `kivi` alone."""
+    """A recipe that vLLM's blocks can hold: `kivi`, alone or with `duo`."""
 
     recipe: Recipe
     method: Kivi
+    duo: DuoAttention | None = None
 
     @classmethod
     def parse(cls, text: str) -> Options:
@@ -174,16 +196,22 @@ class Options:
                     f"{one.name} chooses tokens for each head, and in vLLM one table serves all heads of a layer: "
                     f"{remedy}."
                 )
-            if not isinstance(one, Kivi):
+            if not isinstance(one, Kivi | DuoAttention):
                 raise RecipeError(f"{one.name} is not served by vLLM's blocks: {remedy}.")
-        method = recipe.methods[0]
-        assert isinstance(method, Kivi)
-        if lists := method.by_layer():
-            name = next(iter(lists))
-            raise RecipeError(
-                f"{recipe} has values by layer ({name}), and vLLM's blocks are alike in all layers: give {name} one "
-                "number."
-            )
+        method = next((one for one in recipe.methods if isinstance(one, Kivi)), None)
+        duo = next((one for one in recipe.methods if isinstance(one, DuoAttention)), None)
+        if method is None:
+            raise RecipeError(f"{recipe} packs nothing, and vLLM's blocks hold packed pages: write {recipe} + kivi().")
+        for one in recipe.methods:
+            if lists := one.by_layer():
+                name = next(iter(lists))
+                raise RecipeError(
+                    f"{recipe} has values by layer ({name}), and vLLM's blocks are alike in all layers: give {name} "
+                    "one number."
+                )
+        if duo is not None and method.group != PAGE:
+            raise RecipeError(f"{recipe}: beside duo groups of {method.group} tokens are not served: write "
+                              f"kivi(group={PAGE}).")  # fmt: skip
         if method.unbias:
             raise RecipeError(f"{recipe}: no kernel of the plug-in corrects scores: leave unbias out.")
         bits = method.key_bits or method.bits, method.value_bits or method.bits
@@ -195,7 +223,7 @@ class Options:
         if not isinstance(_codec(method, 64).form, Form):
             raise RecipeError(f"{recipe}: pages of {bits[0]} bits in groups of {method.group} tokens are not served: "
                               "write group=32.")  # fmt: skip
-        return cls(recipe, method)
+        return cls(recipe, method, duo)
 
     def pages(self, head_dim: int, dtype: torch.dtype) -> Pages:
         """What pages of a layer look like."""
@@ -208,8 +236,42 @@ class Options:
         why = _lacking(facts)
         if why is None and not facts.cpu and self.method.group != PAGE:
             why = f"on a GPU groups of {self.method.group} tokens are not served; write group={PAGE}"
+        if why is None and self.duo is not None:
+            why = self._why_no_duo(facts)
         if why:
             raise UnsupportedModelError(f"{facts.model} cannot be served with {self.recipe}: {why}.")
+
+    def _why_no_duo(self, facts: Facts) -> str | None:
+        if not facts.cpu:
+            return "duo is served on a CPU only; leave duo out, or use Fivefold in transformers"
+        if facts.tensor > 1:
+            return f"with duo heads are not split; leave --tensor-parallel-size {facts.tensor} out, or duo"
+        if facts.transfers:
+            return "a KV connector would bring the tokens of retrieval heads alone; leave it out, or duo"
+        assert self.duo is not None
+        few, many = (choose(map(len, self.retrieval(facts))) for choose in (min, max))
+        if few == many and 0 < many < facts.kv_heads:
+            return None
+        if facts.kv_heads == 1:
+            return "its layers have one KV head, and duo would have to cut it in two; leave duo out"
+        if isinstance(self.duo.retrieval, tuple):
+            remedy = f"name as many in each layer, 1 to {facts.kv_heads - 1}"
+        elif 0 < round(self.duo.keep * facts.kv_heads) < facts.kv_heads:
+            remedy = f"write duo(keep={self.duo.keep:g}, even=True), which takes as many in each layer"
+        else:
+            remedy = f"write duo(keep=0.5, even=True), or another share that leaves 1 to {facts.kv_heads - 1} of them"
+        some = many if few == many else f"{few} to {many}"
+        why = "that is all or nothing" if few == many else "vLLM's blocks are alike in all layers"
+        return f"its layers have {some} retrieval heads among {facts.kv_heads} KV heads, and {why}; {remedy}"
+
+    def retrieval(self, facts: Facts) -> list[tuple[int, ...]]:
+        """With `duo`: the retrieval heads of each layer. Raises `RecipeError` or `ProfileError`."""
+        assert self.duo is not None
+        names = ("", "") if facts.config is None else (signature(facts.config), config_hash(facts.config))
+        shape = facts.layers, facts.kv_heads, facts.query_heads, facts.head_dim
+        spec = LayerSpec(0, *shape, torch.float32, torch.device("cpu"), *names)
+        found = sorted(self.duo.retrieval_heads(spec))
+        return [tuple(head for at, head in found if at == layer) for layer in range(facts.layers)]
 
 
 def _codec(method: Kivi, head_dim: int) -> KiviCodec:

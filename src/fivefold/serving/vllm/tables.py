@@ -33,7 +33,7 @@ class Tables:
 
     def __init__(self, pages: Pages, kv_heads: int, requests: int, tokens: int, device: torch.device) -> None:
         self.pages, self.kv_heads, self.requests, self.device = pages, kv_heads, requests, device
-        self.packed_columns = -(-tokens // pages.block) * pages.together
+        self.packed_columns = pages.packed_columns(tokens)
         self.exact_columns = pages.columns
         rows, long = requests * kv_heads, torch.int64
         self.spans = torch.zeros((rows, SPAN), dtype=torch.int32, device=device)
@@ -41,6 +41,20 @@ class Tables:
         self.exact = torch.zeros((rows, self.exact_columns, 2), dtype=long, device=device)
         self.due = torch.full((rows, 2), -1, dtype=long, device=device)
         self.sources = torch.zeros((rows, pages.form.group // PAGE, 2), dtype=long, device=device)
+
+    def spread(self, x: torch.Tensor, by_head: int) -> torch.Tensor:
+        """Addresses `[requests, ...]` for every head: `[rows, ...]`."""
+        head = torch.arange(self.kv_heads, device=self.device) * by_head
+        return (x[:, None] + head.view(1, -1, *[1] * (x.dim() - 1))).flatten(0, 1)
+
+    def columns(self, longest: int) -> int:
+        """Columns of `packed` that a step looks at, where no request has more tokens."""
+        return max(1, -(-longest // self.pages.form.tokens))
+
+    def known(self, requests: int) -> list[int]:
+        """Of the first requests, how many tokens there were before the newest: waits for the device."""
+        spans = self.spans[: requests * self.kv_heads : self.kv_heads, [1, 3, 4]].tolist()
+        return [packed - left_out + stop - 1 for packed, left_out, stop in spans]
 
     def fill(
         self,
@@ -57,13 +71,7 @@ class Tables:
         count, heads, pages = len(lengths), self.kv_heads, self.pages
         length = lengths.long()
         rows = slice(0, count * heads)
-        head = torch.arange(heads, device=self.device)
-        group, tokens = pages.form.group, pages.form.tokens
-
-        def spread(x: torch.Tensor, by_head: int) -> torch.Tensor:
-            """Addresses `[requests, ...]` for every head: `[rows, ...]`."""
-            x = x[:, None] + (head * by_head).view(1, -1, *[1] * (x.dim() - 1))
-            return x.flatten(0, 1)
+        group, tokens, spread = pages.form.group, pages.form.tokens, self.spread
 
         # Packed pages, all that there may be.
         columns = min(self.packed_columns // packed.pages, -(-longest // self.pages.block), packed_blocks.shape[1])
@@ -74,7 +82,7 @@ class Tables:
         # Exact pages from the first that may be read; those that a prefix hit left out are read packed.
         start = ((length - 1 - pages.residual).clamp_min(0) // group) * group
         where = start[:, None] // PAGE + torch.arange(self.exact_columns, device=self.device)
-        exact_at, found = _exact_at(exact, exact_blocks, where)
+        exact_at, found = page_at(exact, exact_blocks, where)
         there = where * PAGE < length[:, None]
         left_out = ((found == NULL) & there).sum(1) * PAGE
         left_out = torch.minimum(left_out, (length - start).clamp_min(0))
@@ -98,7 +106,7 @@ class Tables:
         plane = torch.where(done, plane, -1)
         self.due[rows, 1] = plane.repeat_interleave(heads, 0, output_size=count * heads)
         where = first[:, None] // PAGE + torch.arange(group // PAGE, device=self.device)
-        sources = spread(_exact_at(exact, exact_blocks, where)[0], exact.head)
+        sources = spread(page_at(exact, exact_blocks, where)[0], exact.head)
         self.sources[rows, :, 0] = sources
         self.sources[rows, :, 1] = sources + size
 
@@ -140,7 +148,7 @@ class Step:
     plan: Any = None
 
 
-def _exact_at(exact: Place, blocks: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Relative addresses of exact pages `[requests, n]`, by their numbers in the text, and their blocks' ids."""
-    found = blocks.gather(1, (pages // exact.pages).clamp_max(blocks.shape[1] - 1)).long()
-    return found * exact.block + pages % exact.pages * exact.page, found
+def page_at(place: Place, blocks: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Relative addresses of pages `[requests, n]`, by their numbers in the text, and their blocks' ids."""
+    found = blocks.gather(1, (pages // place.pages).clamp_max(blocks.shape[1] - 1)).long()
+    return found * place.block + pages % place.pages * place.page, found
