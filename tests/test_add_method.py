@@ -89,3 +89,13 @@ def test_a_policy_of_a_few_lines(from_contributing):
     (group,) = cache.session.stores[0].groups
     most = attention.unflatten(0, (2, 2)).sum(1).topk(50).indices.sort().values
     assert torch.equal(group.held.positions.sort(1).values.long(), most)
+
+
+def test_a_class_that_is_no_dataclass_is_refused_where_it_is_written():
+    with pytest.raises(TypeError, match=r"Bare is no dataclass: write @dataclass\(frozen=True\) below"):
+
+        @methods.register(slot="bits", name="bare", paper="none")
+        class Bare(methods.Method):
+            pass
+
+    assert "bare" not in methods.registered()

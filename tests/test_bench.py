@@ -79,7 +79,7 @@ def test_sizes_that_are_none(size: str) -> None:
 
 
 def test_bench_capacity(tmp_path) -> None:
-    settings = "--context", "300", "--memory", "12000000", "--steps", "1", "--recipe", "kivi(bits=2)"
+    settings = "--context", "300", "--memory", "12000000B", "--steps", "1", "--recipe", "kivi(bits=2)"
     rows = rows_of(tmp_path, "capacity", *settings)
     assert [(row["what"], row["recipe"]) for row in rows] == [
         ("batch", "DynamicCache"), ("batch", "kivi(bits=2)"), ("context", "DynamicCache"), ("context", "kivi(bits=2)"),

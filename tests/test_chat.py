@@ -357,6 +357,7 @@ def test_bad_options(tiny: Path, tmp_path: Path):
     assert "--system" in no("-m", tiny, "-r", "full()", "--system", " ")
     assert "temperature" in no("-m", tiny, "-r", "full()", "--temperature", "1e-9")
     assert "repetition_penalty" in no("-m", tiny, "-r", "full()", "--repetition-penalty", "0")
+    assert run("chat", "-m", tiny, "-r", "full()", "-n", "3", "--chunk", str(10**20), stdin=b"w1\n").exit_code == 0
     result = run("chat", "-m", tiny, "-r", "full()", "-n", "3", stdin=b"\xff\nw1\n")
     assert result.exit_code == 0 and "not UTF-8" in result.stderr and len(result.stdout.splitlines()) == 1
 

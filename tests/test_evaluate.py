@@ -210,6 +210,17 @@ def test_a_store_that_cannot_be_written_is_refused(tmp_path):
         Results(tmp_path)
 
 
+def test_a_file_of_something_else_is_no_store(tmp_path):
+    mine, torn = tmp_path / "notes.txt", tmp_path / "torn.jsonl"
+    mine.write_text("What I have written.\n")
+    with pytest.raises(InputError, match="holds something else"):
+        Results(mine)
+    assert mine.read_text() == "What I have written.\n"
+    torn.write_text('{"ke')  # by a kill in the very first row
+    Results(torn).add("key", {"score": 1})
+    assert Results(torn).rows == {"key": {"score": 1}}
+
+
 def test_every_suite_has_a_line():
     lines = suite_lines()
     assert len(lines) == 11 and all(lines.values())

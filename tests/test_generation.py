@@ -503,6 +503,11 @@ def test_sampling_from_what_is_not_finite(settings: dict[str, Any]) -> None:
     assert results[2].error is not None and "finite" in results[2].error
 
 
+def test_one_request_is_no_list_of_them(tiny: Any) -> None:
+    with pytest.raises(InputError, match="give a list"):
+        generate_many(tiny(**SHAPE), "full()", Request([1]))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("request_", "said"),
     [

@@ -51,7 +51,9 @@ def test_frozen_with_one_method_per_slot():
     [
         ("", "empty"),
         ("kivy(bits=2)", "did you mean 'kivi'"),
+        ("KIVI(bits=2)", "did you mean 'kivi'"),
         ("nothing_like_it()", "known are full"),
+        ("kivi(residual=2147483648)", "at most 2147483647"),
         ("kivi(bits=5)", "2, 3, 4, 8"),
         ("kivi(bits=True)", "whole number"),
         ("kivi(bits=2.0)", "whole number"),
@@ -86,6 +88,14 @@ def test_bad_recipes_get_one_sentence(text, says):
     assert says in str(caught.value)
     assert "Traceback" not in str(caught.value)
     assert len(str(caught.value).replace(text, "").splitlines()) <= 1
+
+
+def test_what_is_no_text_is_told_so():
+    for given_, says in ((4, "of type int"), (None, "of type NoneType"), (Recipe, "of type type")):
+        with pytest.raises(RecipeError, match=says):
+            Recipe.parse(given_)
+    with pytest.raises(RecipeError, match=r"write Recipe\.parse\('kivi\(\)'\)"):
+        Recipe("kivi()")
 
 
 @given(st.text(max_size=60) | st.text(alphabet="kivduo(bits=2,)+ [].'\"_", max_size=40))

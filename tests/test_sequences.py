@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 import fivefold
 from conversations import text
@@ -135,6 +136,13 @@ def test_chunks_of_joined_sequences(tiny: Any) -> None:
         for row in (0, 1):
             alone = model(tokens[row : row + 1], past_key_values=talk.alone[row]).logits
             torch.testing.assert_close(out[row], alone[0], **talk.close)
+
+
+def test_another_kind_of_cache_cannot_join(tiny: Any) -> None:
+    cache = fivefold.compress(tiny(**SHAPE), "full()")
+    assert repr(cache) == "<FivefoldCache full(), 0 tokens>"
+    with pytest.raises(CacheStateError, match="a DynamicCache cannot join"):
+        cache.join(DynamicCache())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("change", ["join", "own pools", "take"])

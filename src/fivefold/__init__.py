@@ -43,4 +43,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    # What a user may want: the public names and the modules, not what this file imports.
+    own = {name for name, value in globals().items() if getattr(value, "__name__", "") == f"{__name__}.{name}"}
+    return sorted({*__all__, *own, *(name for name in globals() if name.startswith("__"))})

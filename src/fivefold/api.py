@@ -44,6 +44,9 @@ def compress(
         RecipeError: the recipe cannot be read or does not fit the model.
         ProfileError: a method lacks a profile for the model.
         UnsupportedModelError: the model's attention does what Fivefold does not compute.
+        InputError: `max_bytes` is no size.
+
+    Warns with `fivefold.SlowPathWarning` where steps will be slower than this machine could make them.
     """
     from fivefold.models import huggingface
 

@@ -28,6 +28,8 @@ class Recipe:
     methods: tuple[Method, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.methods, str):
+            raise RecipeError(f"Recipe({self.methods!r}) is given a text: write Recipe.parse({self.methods!r}).")
         ordered = tuple(sorted(self.methods, key=lambda m: SLOTS.index(m.slot)))
         object.__setattr__(self, "methods", ordered)
         for one, two in pairwise(ordered):
@@ -88,7 +90,9 @@ class Recipe:
 
 
 def _parse(text: str) -> list[Method | None]:
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str):
+        raise RecipeError(f"a recipe is a text, and this is of type {type(text).__name__}: write 'kivi(bits=2)'.")
+    if not text.strip():
         raise RecipeError(f"the recipe is empty ({text!r}): write full(), or for example 'kivi(bits=2)'.")
     if len(text) > _LONGEST:
         raise RecipeError(f"the recipe has {len(text)} characters: at most {_LONGEST} are read.")

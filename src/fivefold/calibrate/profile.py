@@ -63,7 +63,9 @@ def save_profile(folder: Path, profile: Profile) -> None:
             temporary.write_bytes(content)
             temporary.replace(folder / name)
     except OSError as error:
-        raise ProfileError(f"cannot write the profile to {folder}: {error.strerror or error}.") from None
+        raise ProfileError(
+            f"cannot write the profile to {folder} ({error.strerror or error}): give a folder that can be written."
+        ) from None
 
 
 def _check(text: dict[str, Any]) -> str:

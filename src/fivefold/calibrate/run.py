@@ -95,7 +95,9 @@ def _run(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ProfileError(f"cannot write the profile to {out}: {error.strerror or error}.") from None
+        raise ProfileError(
+            f"cannot write the profile to {out} ({error.strerror or error}): give a folder that can be written."
+        ) from None
     found = _finished(out)
     if found is not None:
         if (found.method, found.model, found.config, found.made) == (method.name, name, key, made):

@@ -14,6 +14,7 @@ from fivefold.cli.files import writable, write_json, write_results
 from fivefold.cli.models import silence
 from fivefold.cli.terminal import out, progress_bars
 from fivefold.errors import InputError
+from fivefold.sizes import parse_bytes
 from fivefold.tables import Facts, Table
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def bench_capacity(
     ] = None,
     shape: ShapeOption = None,
     memory: Annotated[
-        int | None, typer.Option(min=1, metavar="BYTES", help="What a cache may take; by default all of a GPU.")
+        str | None, typer.Option(metavar="SIZE", help="What a cache may take, as 512M or 2G; by default all of a GPU.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps to time.")] = 20,
     json_file: JsonFileOption = None,
@@ -173,6 +174,7 @@ def bench_capacity(
 
     device = machine.device()
     shape = _shape(shape, device)
+    room = parse_bytes(memory, "--memory")
     if most not in ("batch", "context", "both"):
         raise InputError(f"--most {most!r} is none of batch, context, both.")
     if device.type != "cuda":
@@ -201,14 +203,14 @@ def bench_capacity(
             bars.advance(task)
 
         if batches:
-            record("batch", decode.BASELINE, capacity.largest_batch, None, context, steps, memory)
+            record("batch", decode.BASELINE, capacity.largest_batch, None, context, steps, room)
         for one in batches:
-            record("batch", str(one), capacity.largest_batch, one, context, steps, memory)
+            record("batch", str(one), capacity.largest_batch, one, context, steps, room)
         if longest:
-            record("context", decode.BASELINE, capacity.longest_dynamic, steps, memory)
+            record("context", decode.BASELINE, capacity.longest_dynamic, steps, room)
         for one in longest:
             record(
-                "context", str(one), capacity.longest_context, one, steps, goal if one is longest[-1] else None, memory
+                "context", str(one), capacity.longest_context, one, steps, goal if one is longest[-1] else None, room
             )
     lines = []
     for row in rows:

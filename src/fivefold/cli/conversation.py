@@ -114,7 +114,7 @@ class Conversation:
         start = time.perf_counter()
         with torch.inference_mode():
             given = torch.tensor([pending], dtype=torch.int64, device=self.model.device)
-            for piece in given.split(self._chunk or len(pending), 1):
+            for piece in given.split(min(self._chunk or len(pending), len(pending)), 1):
                 if stopped():
                     raise Forgotten("the message was not read to its end: it is forgotten.")
                 logits = self._forward(piece)

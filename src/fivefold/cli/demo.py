@@ -79,6 +79,7 @@ def demo(
         f"reference with {len(result['questions'])} facts planted in it\n"
     )
     out.print(_table(rows), crop=False)
+    out.print()
     out.print(_decoding(rows), crop=False)
     out.print(Padding(Text(_LEGEND, style="dim"), (1, 0, 0, 0)))
     out.print(_facts(result["questions"], rows), crop=False)

@@ -40,6 +40,7 @@ def doctor(as_json: PrintJsonOption = False) -> None:
 
     from fivefold.benchmark.machine import decoding, describe
     from fivefold.kernels.choice import PATHS
+    from fivefold.methods import registered
 
     found = describe()
     for part in found["devices"]:
@@ -58,6 +59,9 @@ def doctor(as_json: PrintJsonOption = False) -> None:
         for way in dict.fromkeys(part["decoding"].values() if part["possible"] else ()):
             names = ", ".join(name for name, its in part["decoding"].items() if its == way)
             table.add_row("", Text(f"decoding with {names}: {way}"))
+        left = ", ".join(f"{name}()" for name in registered() if f"{name}()" not in part["decoding"])
+        if part["possible"] and left:
+            table.add_row("", Text(f"decoding with {left}: needs a model's profile; the report of a cache says it"))
     out.print(table, crop=False)
     bad = next((part for part in found["devices"] if not part["possible"]), None)
     if bad and found["FIVEFOLD_KERNELS"] not in PATHS:

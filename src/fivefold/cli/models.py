@@ -67,6 +67,13 @@ def model_name(model: str | None) -> str:
     return str(path.resolve()) if path.is_dir() else model
 
 
+def _not_loaded(name: str, error: Exception) -> InputError:
+    return InputError(
+        f"the model {name!r} cannot be loaded ({first_line(error)}): give a folder with a model of transformers, or "
+        "the name of one on the Hub, which must be reachable or have been downloaded before."
+    )
+
+
 def load_model(name: str | None, dtype: str, device: str) -> tuple[Any, Any]:
     """A model in eval mode and its tokenizer; `name` None is the embedded one."""
     import torch
@@ -78,7 +85,10 @@ def load_model(name: str | None, dtype: str, device: str) -> tuple[Any, Any]:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"the device {device!r} cannot be used here ({first_line(error)}).") from None
+        raise InputError(
+            f"the device {device!r} cannot be used here ({first_line(error)}): use auto or cpu, or cuda on a "
+            "machine with a GPU."
+        ) from None
     if name is None:
         from fivefold.models import embedded
 
@@ -90,23 +100,23 @@ def load_model(name: str | None, dtype: str, device: str) -> tuple[Any, Any]:
 
     path = Path(name).expanduser()
     if not path.is_dir() and (path.exists() or name.startswith((".", "/", "~", "\\")) or name.count("/") > 1):
-        raise InputError(f"there is no model folder {name!r}.")
+        raise InputError(f"there is no model folder {name!r}: give one that exists, or the name of a model on the Hub.")
     source = str(path) if path.is_dir() else name
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
-        raise InputError(f"the model {name!r} cannot be loaded ({first_line(error)}).") from error
+        raise _not_loaded(name, error) from error
     try:
         with torch.device("meta"):
             shape = AutoModelForCausalLM.from_config(config)
     except Exception as error:
-        raise InputError(f"the model {name!r} cannot be loaded ({first_line(error)}).") from error
+        raise _not_loaded(name, error) from error
     check_model(shape)  # before the weights, which may take minutes
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, trust_remote_code=False)
     except Exception as error:
-        raise InputError(f"the model {name!r} cannot be loaded ({first_line(error)}).") from error
+        raise _not_loaded(name, error) from error
     return model.to(place).eval(), tokenizer
 
 

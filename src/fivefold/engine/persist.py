@@ -270,7 +270,9 @@ def write(folder: Path, state: State, about: dict[str, Any]) -> None:
                 old.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or first_line(error)
-        raise SavedCacheError(f"cannot save the cache to {folder}: {why}.") from None
+        raise SavedCacheError(
+            f"cannot save the cache to {folder} ({why}): give a folder that can be written."
+        ) from None
 
 
 def describe(folder: Path) -> dict[str, Any]:

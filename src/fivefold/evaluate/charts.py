@@ -18,8 +18,6 @@ _ERRORS = {
     "carried": "attention error, those of earlier layers included",
     "lens": "KL of what the layer says (logit lens), nats",
 }
-_NAMED = 12
-"""The most recipes of a plot that names those on its front."""
 # From nearly the page's colour on, so that it serves light and dark.
 _HEAT = ["rgba(128, 128, 128, 0.12)", "#f0a868", "#cf4520", "#6d0f24"]
 
@@ -37,13 +35,13 @@ def figures_of(result: dict[str, Any]) -> dict[str, Figure]:
             middle = sqrt(min(point["x"] for point in mine) * max(point["x"] for point in mine))
             for point in mine:  # names go towards the middle of the plot
                 point["align"] = "right" if point["x"] > middle else "left"
-            caption = f"{words} Up and left is better; the line is the Pareto front, bars are 95% intervals."
-            crowded = len(_each(mine, "recipe")) > _NAMED
-            if crowded:
-                caption += " Numbers are those of the ranking."
+            caption = (
+                f"{words} Up and left is better; the line is the Pareto front, bars are 95% intervals, numbers are "
+                "those of the ranking."
+            )
             measures = [(one, one if one == _ALL else suite_name(one)) for one in _each(mine, "measure")]
             choices = {"measure": ("Measured by", measures), "context": ("at", _named_contexts(mine))}
-            found[name] = Figure(caption, _pareto(mine, title, crowded), choices)
+            found[name] = Figure(caption, _pareto(mine, title), choices)
     cells = [cell for cell in result["cells"] if cell["suite"] == FIDELITY]
     compressed = [cell for cell in cells if cell["recipe"] != EXACT]
     if compressed:
@@ -108,10 +106,11 @@ def _points(result: dict[str, Any]) -> list[dict[str, Any]]:
     return points
 
 
-def _pareto(points: list[dict[str, Any]], title: str, crowded: bool) -> dict[str, Any]:
+def _pareto(points: list[dict[str, Any]], title: str) -> dict[str, Any]:
     x = {"field": "x", "type": "quantitative", "title": title, "scale": {"type": "log", "nice": False, "padding": 24},
          "axis": {"format": "~r", "tickCount": 6}}  # fmt: skip
-    y = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False, "padding": 8}}
+    y = {"field": "value", "type": "quantitative", "title": "quality, or a suite's score",
+         "scale": {"zero": False, "padding": 8}}  # fmt: skip
     named = {
         "align": {"expr": "datum.align"},
         "dx": {"expr": "datum.align == 'left' ? 8 : -8"},
@@ -119,8 +118,6 @@ def _pareto(points: list[dict[str, Any]], title: str, crowded: bool) -> dict[str
         "fill": "currentColor",
         "fontSize": 12,
     }
-    # Names have room beside a few points; the numbers are those of the ranking.
-    tag = "datum.rank" if crowded else "datum.front ? datum.rank + ' ' + datum.recipe : datum.rank"
     color = {"condition": {"test": "datum.front", "value": "#0f7fc4"}, "value": "#8a8f98"}
     tooltip = [
         {"field": "recipe", "title": "recipe"},
@@ -152,11 +149,10 @@ def _pareto(points: list[dict[str, Any]], title: str, crowded: bool) -> dict[str
                 "encoding": {"y": y, "color": color, "tooltip": tooltip},
             },
             {
-                "transform": [{"calculate": tag, "as": "tag"}],
-                "mark": {"type": "text", "limit": 190, **named},
+                "mark": {"type": "text", **named},
                 "encoding": {
                     "y": y,
-                    "text": {"field": "tag"},
+                    "text": {"field": "rank"},
                     "opacity": {"condition": {"test": "datum.front", "value": 1}, "value": 0.75},
                 },
             },

@@ -144,6 +144,7 @@ class Results:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows = {}
+        other = False
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
@@ -152,13 +153,17 @@ class Results:
                         entry = json.loads(line)
                         self.rows[entry["key"]] = entry["row"]
                     except (ValueError, KeyError, TypeError):
-                        continue
+                        other = other or not '{"key": '.startswith(line[:8])  # no row that a kill tore
+                if other and not self.rows:
+                    raise InputError(f"{str(path)!r} holds something else than results: give another --store.")
             with path.open("a") as file:
                 # A line that a kill tore must not swallow the next one.
                 if file.tell() and not path.read_bytes().endswith(b"\n"):
                     file.write("\n")
         except OSError as error:
-            raise InputError(f"cannot keep results in {path}: {error.strerror or error}.") from None
+            raise InputError(
+                f"cannot keep results in {str(path)!r} ({error.strerror or error}): give a --store that can be written."
+            ) from None
 
     def add(self, key: str, row: dict[str, Any]) -> None:
         self.rows[key] = row
@@ -282,9 +287,11 @@ class _Run:
                 self.made[piece.sample] = Sample(_ids(self.tokenizer, record.context), record.questions), None
             else:
                 task = self.plan.task(piece.suite, piece.sample)
-                sample = task.make(
-                    self.tokenizer, piece.context, self._random(piece.suite, piece.context, piece.sample)
-                )
+                pick = self._random(piece.suite, piece.context, piece.sample)
+                try:
+                    sample = task.make(self.tokenizer, piece.context, pick)
+                except InputError as error:
+                    raise InputError(f"{piece.suite}: {error}") from None
                 self.made[piece.sample] = sample, task
         return self.made[piece.sample]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fivefold.evaluate.charts import figures_of
 from fivefold.evaluate.summary import EXACT, FIDELITY
-from fivefold.evaluate.tables import at_context, context_name, contexts_of, number, recipes_of, suite_name
+from fivefold.evaluate.tables import at_context, context_name, contexts_of, number, recipes_of, suite_name, texts
 from fivefold.page import Figure, check, document, plots, sortable, sorting, table
 
 __all__ = ["check", "render"]
@@ -25,7 +25,8 @@ _WORDS = {
     "KL": "Of the next-token distribution from the exact cache's, over a real text that goes on after the prefix was "
     "compressed.",
     "front": "No other recipe is better at no more bytes (or in no more time).",
-    "at chance": "The exact cache does no better than chance: that says nothing about compression, and does not count.",
+    "at chance": "The exact cache is not clearly better than chance (95% interval): that says nothing about "
+    "compression, and does not count.",
 }
 
 
@@ -54,8 +55,8 @@ def _header(result: dict[str, Any]) -> Iterator[str]:
     contexts = ", ".join(context_name(context).lower() for context in contexts_of(result))
     yield "<header><h1>Where each recipe breaks</h1>"
     yield (
-        f"<p>{escape(environment['model'])} in {escape(environment['dtype'])}, {contexts}, {plan['samples']} texts per "
-        f"suite, seed {plan['seed']}.</p>"
+        f"<p>{escape(environment['model'])} in {escape(environment['dtype'])}, {contexts}, "
+        f"{texts(plan['samples'])} per suite, seed {plan['seed']}.</p>"
     )
     said = list(_findings(result))
     if said:
@@ -80,7 +81,7 @@ def _findings(result: dict[str, Any]) -> Iterator[str]:
     failing = sorted({cell["suite"] for cell in result["cells"] if cell["exact_fails"]})
     if failing:
         names = escape(", ".join(map(suite_name, failing)))
-        yield f"This model does no better than chance with its exact cache in {names}: not counted."
+        yield f"With its exact cache this model is not clearly better than chance in {names}: not counted."
 
 
 def _interval(of: dict[str, Any], name: str, digits: int = 2) -> str:

@@ -21,8 +21,9 @@ _LEGEND = (
 )
 _GRID_LEGEND = (
     "Scores in percent: right answers (biography: bits of each fact, not percent; fidelity: top-1). Columns are the "
-    "ranks above. Red: the exact cache's score is above the recipe's 95% interval. (*): the exact cache does no better "
-    "than chance: that says nothing about compression and does not count, and recipes only run there with --all."
+    "ranks above. Red: the exact cache's score is above the recipe's 95% interval. (*): the exact cache is not "
+    "clearly better than chance (95% interval): that says nothing about compression and does not count, and recipes "
+    "only run there with --all."
 )
 _RULER_LEGEND = (
     "RULER: the share of each answer that is found, as its own scorers do it; the cache is compressed before the "
@@ -37,7 +38,7 @@ def show(result: dict[str, Any]) -> Iterator[RenderableType]:
     """Everything that is printed, in order."""
     environment, plan = result["environment"], result["plan"]
     yield Text(
-        f"{environment['model']} in {environment['dtype']} on {environment['machine']}; {plan['samples']} texts per "
+        f"{environment['model']} in {environment['dtype']} on {environment['machine']}; {texts(plan['samples'])} per "
         f"suite and context, seed {plan['seed']}"
     )
     for context in contexts_of(result):
@@ -83,6 +84,10 @@ def suite_name(suite: str) -> str:
         return f"RULER {suite.removeprefix(PREFIX)}".replace("_", " ")
     kind, _, file = suite.partition(":")
     return Path(file).name if file else kind.replace("_", " ")
+
+
+def texts(count: int) -> str:
+    return "1 text" if count == 1 else f"{count:,} texts"
 
 
 def context_name(context: int) -> str:

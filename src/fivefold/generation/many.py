@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from transformers import PreTrainedModel
 
 from fivefold.engine.prefix import PrefixStore
+from fivefold.errors import InputError
 from fivefold.generation.batch import Handle
 from fivefold.generation.request import Cancel, Request, Result
 from fivefold.generation.scheduler import Scheduler
@@ -54,6 +55,8 @@ def generate_many(
     numbers that are not possible, and what `fivefold.compress` raises. Whatever is raised, Ctrl-C too, all memory has
     been given back, but for what `prefix` keeps.
     """
+    if isinstance(requests, Request):
+        raise InputError("requests is one fivefold.Request: give a list of them, [request].")
     with Scheduler(model, recipe, max_batch, max_bytes, prefix, cuda_graph, chunk, reads=reads) as scheduler:
         everything = isinstance(requests, list | tuple)
         source: Iterator[Request | None] = iter(requests)

@@ -50,6 +50,8 @@ def register(*, slot: Slot, name: str, paper: str) -> Callable[[M], M]:
         raise ValueError(f"unknown slot {slot!r}: use one of {', '.join(SLOTS)}")
 
     def add(cls: M) -> M:
+        if "__dataclass_fields__" not in vars(cls):
+            raise TypeError(f"{cls.__name__} is no dataclass: write @dataclass(frozen=True) below @register(...).")
         taken = _methods.get(name)
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"the method name {name!r} is taken by {taken.__module__}")
@@ -83,7 +85,7 @@ def find(name: str) -> type[Method]:
     """The method called `name`. Raises `RecipeError` with the nearest name if there is none."""
     methods = registered()
     if name not in methods:
-        near = difflib.get_close_matches(name, [*methods, "full"], n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name.lower(), [*methods, "full"], n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known are full, {', '.join(methods)}."
         raise RecipeError(f"there is no method {name!r}: {hint}")
     return methods[name]

@@ -25,6 +25,8 @@ from fivefold.store.spec import LayerSpec
 
 Slot = Literal["layers", "heads", "tokens", "channels", "bits", "reads"]
 SLOTS: tuple[Slot, ...] = ("layers", "heads", "tokens", "channels", "bits", "reads")
+LARGEST = 2**31 - 1
+"""The largest number in a recipe: positions are int32."""
 
 
 def param(
@@ -91,6 +93,8 @@ class Method:
                 f"{', '.join(map(str, choices))}{more}."
             )
         number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and abs(value) > LARGEST:
+            raise RecipeError(f"{self.name}({part.name}={value!r}){where} is out of range: use at most {LARGEST}.")
         if number and ((low is not None and value < low) or (high is not None and value > high)):
             bounds = f"at least {low}" if high is None else f"{low} to {high}"
             raise RecipeError(f"{self.name}({part.name}={value!r}){where} is out of range: use {bounds}.")

@@ -223,6 +223,9 @@ class FivefoldCache(Cache):
         self.session.tidy()
         return measure(self.session, str(self.recipe), 0 if self.step is None else self.step.nbytes, self.decoding)
 
+    def __repr__(self) -> str:
+        return f"<FivefoldCache {self.recipe}, {self.get_seq_length():,} tokens>"
+
     @property
     def decoding(self) -> str:
         """Which way its decoding steps go, and why, in a plain sentence."""
@@ -326,6 +329,8 @@ class FivefoldCache(Cache):
         for the bytes of `other`, if it was not made from this one by `new`, `fork` or `take`, or for page tables as
         wide as the longest sequence wants them. Nothing has changed then.
         """
+        if not isinstance(other, FivefoldCache):
+            raise CacheStateError(f"a {type(other).__name__} cannot join: give a cache that compress() or new() made.")
         if (str(other.recipe), other.model) != (str(self.recipe), self.model):
             raise CacheStateError(
                 f"a cache with {other.recipe} for {other.model} cannot join one with {self.recipe} for {self.model}: "

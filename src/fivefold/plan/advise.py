@@ -300,7 +300,7 @@ def advice(rows: Sequence[Row], place: Place, asked: Asked) -> tuple[Row | None,
         need = next((gpus for gpus in GPUS if replace(place, gpus=gpus).room > 0), None)
         more = f"share it over {need} of them (--gpus {need})" if need else "take a larger GPU, or a smaller model"
         return None, (
-            f"Nothing fits: the weights take {place.weights / 2**30:.1f} GiB on each GPU, and a {place.machine.name} "
+            f"Nothing fits: the weights take {place.weights / 2**30:.1f} GiB on each GPU, and one {place.machine.name} "
             f"has {place.machine.usable / 2**30:.1f}: {more}."
         )
     nearest = max(rows, key=lambda row: (row.users, -len(row.why_not)))
