@@ -54,12 +54,7 @@ def couple(stores: Mapping[int, Layer], change: Transaction | None = None) -> No
 
 
 def take_in(
-    layer: Layer,
-    group: RowGroup,
-    keys: torch.Tensor | None,
-    values: torch.Tensor | None,
-    advance: bool,
-    revocable: int,
+    layer: Layer, group: RowGroup, keys: torch.Tensor | None, values: torch.Tensor | None, advance: bool, revocable: int
 ) -> None:
     """`LayerCache.take_in` of one of two layers. A chunk of the first one waits for that of the second."""
     bank, last = layer.bank, layer.index % 2 == 1
