@@ -25,11 +25,7 @@ Weights = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def attend_step(
-    group: RowGroup,
-    queries: torch.Tensor,
-    scaling: float,
-    watch: bool = False,
-    sinks: torch.Tensor | None = None,
+    group: RowGroup, queries: torch.Tensor, scaling: float, watch: bool = False, sinks: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of the newest token of each row of a group.
 
@@ -55,10 +51,7 @@ def attend_step(
         if len(blocks) == 1 and queries.dtype is torch.float32 and sinks is None and left is None:
             return _attend_at_once(group, queries * scaling, blocks[0], watch)
         # In the order of the slots: packed ones first.
-        parts = [
-            attend_packed(group, queries, scaling, watched),
-            attend_exact(group, queries, scaling, False, watched),
-        ]
+        parts = [attend_packed(group, queries, scaling, watched), attend_exact(group, queries, scaling, False, watched)]
         out, lse = merge(parts)
     if left is not None:
         out, lse = merge([(out, lse), left])
@@ -159,11 +152,7 @@ def attend_picked(
 
 
 def attend_exact(
-    group: RowGroup,
-    queries: torch.Tensor,
-    scaling: float,
-    alone: bool = False,
-    watched: Weights | None = None,
+    group: RowGroup, queries: torch.Tensor, scaling: float, alone: bool = False, watched: Weights | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(output, log-sum-exp) over the exact tier; the latter is empty if the tier is `alone`, nothing to merge with.
 

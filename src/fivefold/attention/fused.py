@@ -22,11 +22,7 @@ from fivefold.store.rows import PAGE, Span
 
 
 def attend_fused(
-    group: RowGroup,
-    queries: torch.Tensor,
-    scaling: float,
-    sinks: torch.Tensor | None = None,
-    left: Part | None = None,
+    group: RowGroup, queries: torch.Tensor, scaling: float, sinks: torch.Tensor | None = None, left: Part | None = None
 ) -> torch.Tensor | None:
     """`attend_step` by kernels, merged with `left` (see `left_of`); None where they do not run (see `why_not`).
 
@@ -71,11 +67,7 @@ def attend_scored_fused(
 
 
 def attend_picked_fused(
-    group: RowGroup,
-    queries: torch.Tensor,
-    scaling: float,
-    slots: torch.Tensor,
-    sinks: torch.Tensor | None = None,
+    group: RowGroup, queries: torch.Tensor, scaling: float, slots: torch.Tensor, sinks: torch.Tensor | None = None
 ) -> torch.Tensor | None:
     """Attention over what `slots [rows, n]` name alone, negative ones left out: packed slots, beside the whole exact
     tier, if anything is packed, else exact ones. None where the kernels do not run."""

@@ -43,13 +43,7 @@ def attend(
         return _attend_capped(queries, keys, values, scaling, bias, causal, cap)
     if queries.device.type == "cpu":
         out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries,
-            keys,
-            values,
-            0.0,
-            causal,
-            attn_mask=None if bias is None else bias[None, None],
-            scale=scaling,
+            queries, keys, values, 0.0, causal, attn_mask=None if bias is None else bias[None, None], scale=scaling
         )
         return out[0], out[1]
     if queries.device.type == "cuda" and bias is None and queries.dtype in (torch.float16, torch.bfloat16):

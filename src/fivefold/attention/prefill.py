@@ -30,11 +30,7 @@ Piece = tuple[np.ndarray, torch.Tensor, torch.Tensor]
 
 
 def attend_chunk(
-    group: RowGroup,
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scaling: float,
+    group: RowGroup, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a chunk that is not yet stored.
 
@@ -61,11 +57,7 @@ def attend_chunk(
 
 
 def _attend_joined(
-    group: RowGroup,
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scaling: float,
+    group: RowGroup, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend_chunk` where `takes_windows`, over what is stored without a window: the newest exact tokens, and the last
     packed ones where they are few, are copied together with the chunk. A GPU copies sooner than it attends once more
@@ -94,11 +86,7 @@ def _attend_joined(
 
 
 def _attend_window_joined(
-    group: RowGroup,
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scaling: float,
+    group: RowGroup, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same under a window: all that a query may see is copied together with the chunk."""
     extent, start = group.bounds.extent, int(group.bounds.length)

@@ -214,10 +214,7 @@ class LowRankCodec(LearnedCodec):
         """Factor, weight, order of a head's channels, and rank of keys and of values."""
         tensors, plain = self.profile.tensors, torch.arange(self.spec.head_dim)
         key, value = tensors["key_factor"], tensors["value_factor"]
-        return [
-            (key, tensors.get("key_weight"), self.rope.order, self.ranks[0]),
-            (value, None, plain, self.ranks[1]),
-        ]
+        return [(key, tensors.get("key_weight"), self.rope.order, self.ranks[0]), (value, None, plain, self.ranks[1])]
 
     def _blocks(
         self, factor: torch.Tensor, weight: torch.Tensor | None, order: torch.Tensor, rank: int, heads: tuple[int, ...]

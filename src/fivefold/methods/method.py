@@ -223,6 +223,23 @@ class ReadPolicy(Method):
     """The same of the last tokens."""
     by_step = True
 
+    def check(self) -> None:
+        if self.sink + self.recent > self.top:
+            raise RecipeError(
+                f"{self.name}(top={self.top}) has no room for {self.sink} first and {self.recent} recent tokens: use a "
+                "larger top, or a smaller sink and recent."
+            )
+
+    def within(self, parameter: str, layers: Sequence[int], specs: Sequence[LayerSpec]) -> tuple[int, ...]:
+        """Layers that a parameter names, counted among `specs`. Raises `RecipeError` where there is no such layer."""
+        for layer in layers:
+            if layer >= len(specs):
+                raise RecipeError(
+                    f"{self.name}({parameter}=...) names layer {layer}, and the model has {len(specs)} with the whole "
+                    "context, counted from 0."
+                )
+        return tuple(layers)
+
     def roles(self, specs: Sequence[LayerSpec]) -> list[Literal["full", "select", "sparse"]]:
         """What each of the layers that hold the whole context does: read everything, read everything and pick, or read
         what was picked last."""

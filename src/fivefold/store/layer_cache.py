@@ -426,12 +426,7 @@ class LayerCache(Holds):
 
     # -- what codecs know about rows ----------------------------------------------------------------------
 
-    def learn(
-        self,
-        group: RowGroup,
-        offset: np.ndarray,
-        first: Callable[[], tuple[torch.Tensor, ...]],
-    ) -> None:
+    def learn(self, group: RowGroup, offset: np.ndarray, first: Callable[[], tuple[torch.Tensor, ...]]) -> None:
         """The first tokens of some rows have come: tell the codec.
 
         offset: int64 `[rows]`, the first token's position. first: gives the arguments of `Codec.learn`.

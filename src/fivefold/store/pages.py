@@ -334,15 +334,8 @@ class PagePool(Slabs):
             strides = (location.strides[0] * page, location.strides[1] * page, *field.stride()[1:])
             start = field.storage_offset() + location.first * page
             return field.as_strided((*location.shape, *field.shape[1:]), strides, start)
-        if len(location.parts) == 1:
-            slab, index, _ = location.parts[0]
-            return slab.tensors[name].index_select(0, index).unflatten(0, location.shape)
-        like = location.parts[0][0].tensors[name]
-        out = like.new_empty((location.shape[0] * location.shape[1], *like.shape[1:]))
-        for slab, index, where in location.parts:
-            assert where is not None
-            _put_at(out, where, slab.tensors[name].index_select(0, index))
-        return out.unflatten(0, location.shape)
+        parts = ((where, slab.tensors[name].index_select(0, index)) for slab, index, where in location.parts)
+        return _rows_from(parts, prod(location.shape)).unflatten(0, location.shape)
 
     def read(self, name: str, pages: np.ndarray) -> torch.Tensor:
         """Field `name` of a list of pages: `[len(pages), *shape]`; a view where they are consecutive."""
@@ -384,17 +377,17 @@ class PagePool(Slabs):
 
     def read_tokens(self, name: str, pages: np.ndarray, slots: np.ndarray) -> torch.Tensor:
         """One token of each of `pages`, that in its slot `slots`: `[len(pages), *shape[1:]]`."""
-        parts = []
+        places = self._places(pages, slots)
+        return _rows_from(((where, x[name].flatten(0, 1).index_select(0, at)) for x, at, where in places), len(pages))
+
+    def _places(
+        self, pages: np.ndarray, slots: np.ndarray
+    ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]]:
+        """(fields of a slab, tokens in it, where they stand in `pages`; None if all of them): on the device."""
         for slab, index, where in self._by_slab(pages):
-            at = sent(self.device, index * self.layout.tokens + (slots if where is None else slots[where]))[0]
-            parts.append((where, slab.tensors[name].flatten(0, 1).index_select(0, at)))
-        if len(parts) == 1:
-            return parts[0][1]
-        out = parts[0][1].new_empty((len(pages), *parts[0][1].shape[1:]))
-        for where, part in parts:
-            assert where is not None
-            _put_at(out, sent(self.device, where)[0], part)
-        return out
+            at = index * self.layout.tokens + (slots if where is None else slots[where])
+            among = None if where is None else sent(self.device, where)[0]
+            yield slab.tensors, sent(self.device, at)[0], among
 
     def tail(self, location: Location) -> list[torch.Tensor]:
         """The fields of single pages on a regular grid, as views, for `put`: `[rows, *shape]` each."""
@@ -412,11 +405,8 @@ class PagePool(Slabs):
 
     def write_tokens(self, name: str, pages: np.ndarray, slots: np.ndarray, values: torch.Tensor) -> None:
         """Write one token of each of `pages`, that in its slot `slots`: `[len(pages), *shape[1:]]`."""
-        for slab, index, where in self._by_slab(pages):
-            target = slab.tensors[name].flatten(0, 1)
-            at = sent(self.device, index * self.layout.tokens + (slots if where is None else slots[where]))[0]
-            part = values if where is None else values[sent(self.device, where)[0]]
-            _put_at(target, at, part)
+        for tensors, at, where in self._places(pages, slots):
+            _put_at(tensors[name].flatten(0, 1), at, values if where is None else values[where])
 
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copy whole pages."""
@@ -428,6 +418,18 @@ class PagePool(Slabs):
 def joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     """Pieces that come one after the other."""
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
+
+
+def _rows_from(parts: Iterator[tuple[torch.Tensor | None, torch.Tensor]], count: int) -> torch.Tensor:
+    """`count` rows from parts of them, each with where its rows belong; None is all."""
+    out: torch.Tensor | None = None
+    for where, part in parts:
+        if where is None:
+            return part
+        out = part.new_empty((count, *part.shape[1:])) if out is None else out
+        _put_at(out, where, part)
+    assert out is not None
+    return out
 
 
 def _put_at(target: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:

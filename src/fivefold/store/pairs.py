@@ -25,8 +25,6 @@ from fivefold.store.transaction import Transaction
 
 KNOWN = "known"
 """What the first layer's `learned` calls the statistics of its rows (`PairCodec.measure`)."""
-_OWNERS = (2, 1)
-"""How many tables of a cache name a page of the common pool, and one of the own pool."""
 
 
 class Waiting(NamedTuple):
@@ -55,12 +53,7 @@ def couple(stores: Mapping[int, Layer], change: Transaction | None = None) -> No
 
 
 def take_in(
-    layer: Layer,
-    group: RowGroup,
-    keys: torch.Tensor | None,
-    values: torch.Tensor | None,
-    advance: bool,
-    revocable: int,
+    layer: Layer, group: RowGroup, keys: torch.Tensor | None, values: torch.Tensor | None, advance: bool, revocable: int
 ) -> None:
     """`LayerCache.take_in` of one of two layers. A chunk of the first one waits for that of the second."""
     bank, last = layer.bank, layer.index % 2 == 1
@@ -140,36 +133,20 @@ def _sides(bank: Tables, rows: np.ndarray, old: Bounds) -> tuple[np.ndarray, np.
 
 def _widen(tier: Tier, change: Transaction, first: np.ndarray, second: np.ndarray, at: np.ndarray, count: int) -> None:
     """`Tier.widen` for both sides of pairs."""
-    columns = at[:, None] + np.arange(count)
-    tier.reserve(int(columns.max()) + 1)
-    for number, (pool, table) in enumerate(zip(tier.pools, tier.tables)):
-        pages = change.allocate(pool, columns.size)
-        table[first[:, None], columns] = pages.reshape(columns.shape)
-        if number:
-            pages = change.allocate(pool, columns.size)
-        else:
-            pool.retain(pages)
-            change.undo(partial(pool.release, pages))
-        table[second[:, None], columns] = pages.reshape(columns.shape)
-    for side in (first, second):
-        tier.change(side[:, None], columns)
+    tier.widen(change, first, at, count)
+    columns, (pool, own) = at[:, None] + np.arange(count), tier.pools
+    pages = tier.table[first[:, None], columns]
+    pool.retain(pages)
+    change.undo(partial(pool.release, pages))
+    tier.table[second[:, None], columns] = pages
+    tier.tables[1][second[:, None], columns] = change.allocate(own, columns.size).reshape(columns.shape)
+    tier.change(second[:, None], columns)
 
 
 def _unshare(tier: Tier, change: Transaction, first: np.ndarray, second: np.ndarray, columns: np.ndarray) -> None:
-    """`Tier.unshare` for both sides of pairs: what they have in common, they have in common afterwards."""
+    """`Tier.unshare` for both sides of pairs."""
     for number, sides in ((0, (first, second)), (1, (first,)), (1, (second,))):
-        pool, table = tier.pools[number], tier.tables[number]
-        old = table[sides[0], columns]
-        where = np.flatnonzero(pool.references(old) > _OWNERS[number])
-        if not len(where):
-            continue
-        new = change.allocate(pool, len(where))
-        pool.copy(old[where], new)
-        for _ in sides[1:]:
-            pool.retain(new)
-            change.undo(partial(pool.release, new))
-        for side in sides:
-            tier.move(change, side[where], columns[where], new, number)
+        tier.copy_shared(change, number, sides, columns)
 
 
 def _pieces(slot: int, count: int, page: int, step: int) -> Iterator[tuple[int, int, int, int]]:

@@ -157,18 +157,23 @@ class Tier:
         """Copies of its own for every page of `columns [rows]` that somebody else holds too, before it is written."""
         if not self.shared or not len(rows):
             return
-        columns = np.broadcast_to(np.asarray(columns), rows.shape)
-        for pool, table in zip(self.pools, self.tables):
-            old = table[rows, columns]
-            where = np.flatnonzero(pool.references(old) > 1)
-            if not len(where):
-                continue
-            new = change.allocate(pool, len(where))
-            pool.copy(old[where], new)
-            self._keep(change, rows[where], int(columns.max()) + 1)
-            table[rows[where], columns[where]] = new
-            change.release(pool, old[where])
-            self.change(rows[where], columns[where])
+        for number in range(len(self.pools)):
+            self.copy_shared(change, number, (rows,), np.broadcast_to(np.asarray(columns), rows.shape))
+
+    def copy_shared(self, change: Transaction, number: int, sides: Sequence[np.ndarray], columns: np.ndarray) -> None:
+        """The same for pages of `pools[number]` that the rows of all `sides` have in common, and have afterwards."""
+        pool = self.pools[number]
+        old = self.tables[number][sides[0], columns]
+        where = np.flatnonzero(pool.references(old) > len(sides))
+        if not len(where):
+            return
+        new = change.allocate(pool, len(where))
+        pool.copy(old[where], new)
+        for _ in sides[1:]:
+            pool.retain(new)
+            change.undo(partial(pool.release, new))
+        for rows in sides:
+            self.move(change, rows[where], columns[where], new, number)
 
     def _keep(self, change: Transaction, rows: np.ndarray, stop: int) -> None:
         """Note what the first columns of rows are, for a rollback."""

@@ -16,11 +16,7 @@ HELD = 0.5
 """A profile holds what is needed for this part of the channels, or for `keep` if that is more."""
 
 
-@register(
-    slot="channels",
-    name="kv_heads",
-    paper="Yu et al., Effectively Compress KV Heads for LLM (arXiv:2406.07056)",
-)
+@register(slot="channels", name="kv_heads", paper="Yu et al., Effectively Compress KV Heads for LLM (arXiv:2406.07056)")
 @dataclass(frozen=True)
 class KvHeads(LowRankMethod):
     """Groups of kv heads become fewer: the top d' right singular vectors of their calibration caches (section 3.2).

@@ -73,11 +73,7 @@ class Anchors(ReadPolicy):
                 f"anchors(anchors={list(some) if isinstance(self.anchors, tuple) else self.anchors}) is not possible: "
                 "give a number from 1 on, or name layers, counted from 0, like [0, 1, 12]."
             )
-        if self.sink + self.recent > self.top:
-            raise RecipeError(
-                f"anchors(top={self.top}) has no room for {self.sink} first and {self.recent} recent tokens: use a "
-                "larger top, or a smaller sink and recent."
-            )
+        super().check()
 
     def learner(self, specs: Sequence[LayerSpec]) -> Learner:
         _heads(specs)
@@ -114,13 +110,7 @@ class Anchors(ReadPolicy):
     def layers(self, specs: Sequence[LayerSpec]) -> tuple[int, ...]:
         """The anchors, counted among `specs`."""
         if isinstance(self.anchors, tuple):
-            for layer in self.anchors:
-                if layer >= len(specs):
-                    raise RecipeError(
-                        f"anchors(anchors=...) names layer {layer}, and the model has {len(specs)} with the whole "
-                        "context, counted from 0."
-                    )
-            return tuple(sorted(set(self.anchors)))
+            return tuple(sorted(set(self.within("anchors", self.anchors, specs))))
         similarity = self.similarity(specs)
         assert similarity is not None
         between = similarity.amax(1).mean(2)

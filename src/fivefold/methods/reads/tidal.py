@@ -56,12 +56,8 @@ class Tidal(ReadPolicy):
         return _Again([spec.layer for spec in specs], specs[0].kv_heads, self.top, self.full_layers)
 
     def check(self) -> None:
+        super().check()
         chosen = self.select_layers
-        if self.sink + self.recent > self.top:
-            raise RecipeError(
-                f"tidal(top={self.top}) has no room for {self.sink} first and {self.recent} recent tokens: use a "
-                "larger top, or a smaller sink and recent."
-            )
         if isinstance(chosen, str):
             return
         if not chosen or any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in chosen):
@@ -72,13 +68,7 @@ class Tidal(ReadPolicy):
     def selecting(self, specs: Sequence[LayerSpec]) -> tuple[int, ...]:
         """The layers that pick, counted among `specs`."""
         if not isinstance(self.select_layers, str):
-            for layer in self.select_layers:
-                if layer >= len(specs):
-                    raise RecipeError(
-                        f"tidal(select_layers=...) names layer {layer}, and the model has {len(specs)} with the whole "
-                        "context, counted from 0."
-                    )
-            return self.select_layers
+            return self.within("select_layers", self.select_layers, specs)
         auto, spec = self.select_layers == "auto", specs[0]
         try:
             where = f"tidal-{spec.model}" if auto else self.select_layers
