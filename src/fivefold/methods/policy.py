@@ -62,6 +62,10 @@ class TokenPolicy(Method):
     high: int = 16
     """With `demotes`: bits of what is not packed; 16 is as the model made it."""
 
+    joins: bool = False
+    """Whether what it says of a row comes from what is known of that row's tokens alone: it may then be shown the rows
+    of several layers at once."""
+
     by_step = True
     loses: str | int | None = None
     """What goes in a decoding step, of the tokens that `guards` leaves: that with the "least" score, the "oldest", or

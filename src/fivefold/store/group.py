@@ -63,6 +63,9 @@ class RowGroup:
     layer's `held` is theirs. Whoever changes their pages calls `touched_exact` or `touched_packed`.
     """
 
+    joined = False
+    """Whether they are of several layers (see `joint.py`)."""
+
     def __init__(self, layer: Layer, rows: np.ndarray, bounds: Bounds, number: int | None = None) -> None:
         self.layer, self.rows, self.bounds, self.number = layer, rows, bounds, number
         self.flat = layer.base + rows

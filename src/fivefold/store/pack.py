@@ -140,7 +140,8 @@ def pack(
         keys = np.stack([slot, count, stored])[:, some]
         due = Due(rows[some], old.at(some), start[some], column[some], 0, 0, 0)
         if not _by_kernel(bank, due, keys, chunk):
-            for which in _alike(bank, due, keys):
+            joined = group is not None and group.joined
+            for which in [np.arange(len(due.rows))] if joined else _alike(bank, due, keys):
                 _encode(bank, due.part(which, keys), chunk, group, held)
     tier.drop(change, rows, 0, gone, columns + np.maximum(0, fresh))
 
@@ -316,7 +317,8 @@ def _write(
     opened = None
     if slot:
         tier.unshare(bank.change, due.rows, at)
-        opened = {name: pool.read(name, tier.tables[i][due.rows, at]) for pool, name, i in tier.fields()}
+        where = [pool.locate(table[due.rows, at][None]) for pool, table in zip(tier.pools, tier.tables)]
+        opened = {name: pool.fetch(name, where[i])[0] for pool, name, i in tier.fields()}
     shape = (rows * columns, -1, dim)
     fields = codec.encode(keys.reshape(shape), values.reshape(shape), slot, opened)
     for pool, name, i in tier.fields():

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -166,7 +166,7 @@ class Location(NamedTuple):
     slab: Slab | None
     first: int
     strides: tuple[int, int]
-    parts: tuple[tuple[Slab, torch.Tensor, torch.Tensor | None], ...]
+    parts: tuple[tuple[Slab, torch.Tensor, Any], ...]
 
 
 class PagePool(Slabs):
@@ -300,9 +300,14 @@ class PagePool(Slabs):
                 return Location(pages.shape, slab, first & INDEX_MASK, (stride, step), ())
         parts = []
         for slab, index, where in self._by_slab(pages.reshape(-1)):
-            target = None if where is None else sent(self.device, where)[0]
-            parts.append((slab, sent(self.device, index)[0], target))
+            parts.append((slab, sent(self.device, index)[0], self._among(where)))
         return Location(pages.shape, None, 0, (0, 0), tuple(parts))
+
+    def _among(self, where: np.ndarray | None) -> Any:
+        """Places in a list as an index on the device: a slice, which nobody sends, where they are a run."""
+        if where is None or int(where[-1]) - int(where[0]) == len(where) - 1:  # they go up
+            return None if where is None else slice(int(where[0]), int(where[-1]) + 1)
+        return sent(self.device, where)[0]
 
     def fetch(self, name: str, location: Location) -> torch.Tensor:
         """Field `name` of the pages at a location: `[rows, columns, *shape]`; of a regular grid a view."""
@@ -318,8 +323,7 @@ class PagePool(Slabs):
         like = location.parts[0][0].tensors[name]
         out = like.new_empty((location.shape[0] * location.shape[1], *like.shape[1:]))
         for slab, index, where in location.parts:
-            assert where is not None
-            _put_at(out, where, slab.tensors[name].index_select(0, index))
+            _select(slab.tensors[name], index, out, where)
         return out.unflatten(0, location.shape)
 
     def read(self, name: str, pages: np.ndarray) -> torch.Tensor:
@@ -339,7 +343,7 @@ class PagePool(Slabs):
             first, rows = int(index[0]), None
             if len(index) > 1 and (int(index[-1]) - first != len(index) - 1 or (np.diff(index) != 1).any()):
                 rows = sent(self.device, index)[0]
-            among = None if where is None else sent(self.device, where)[0]
+            among = self._among(where)
             for name, values in fields.items():
                 target, part = slab.tensors[name], values if among is None else values[among]
                 if rows is None:
@@ -352,16 +356,15 @@ class PagePool(Slabs):
 
     def read_tokens(self, name: str, pages: np.ndarray, slots: np.ndarray) -> torch.Tensor:
         """One token of each of `pages`, that in its slot `slots`: `[len(pages), *shape[1:]]`."""
-        parts = []
+        out: torch.Tensor | None = None
         for slab, index, where in self._by_slab(pages):
+            field = slab.tensors[name].flatten(0, 1)
             at = sent(self.device, index * self.layout.tokens + (slots if where is None else slots[where]))[0]
-            parts.append((where, slab.tensors[name].flatten(0, 1).index_select(0, at)))
-        if len(parts) == 1:
-            return parts[0][1]
-        out = parts[0][1].new_empty((len(pages), *parts[0][1].shape[1:]))
-        for where, part in parts:
-            assert where is not None
-            _put_at(out, sent(self.device, where)[0], part)
+            if where is None:
+                return field.index_select(0, at)
+            out = field.new_empty((len(pages), *field.shape[1:])) if out is None else out
+            _select(field, at, out, self._among(where))
+        assert out is not None
         return out
 
     def tail(self, location: Location) -> list[torch.Tensor]:
@@ -383,14 +386,21 @@ class PagePool(Slabs):
         for slab, index, where in self._by_slab(pages):
             target = slab.tensors[name].flatten(0, 1)
             at = sent(self.device, index * self.layout.tokens + (slots if where is None else slots[where]))[0]
-            part = values if where is None else values[sent(self.device, where)[0]]
-            _put_at(target, at, part)
+            _put_at(target, at, values if where is None else values[self._among(where)])
 
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copy whole pages."""
         for part in self.layout.fields:
             # What is read may be a view of the slab that is written into.
             self.write(part.name, target, self.read(part.name, source).clone())
+
+
+def _select(source: torch.Tensor, index: torch.Tensor, out: torch.Tensor, where: Any) -> None:
+    """What is at an index of the first axis, to where it belongs."""
+    if isinstance(where, slice):
+        torch.index_select(source, 0, index, out=out[where])
+    else:
+        _put_at(out, where, source.index_select(0, index))
 
 
 def _put_at(target: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:

@@ -72,7 +72,7 @@ class MiKV(TokenPolicy):
     group: int = param(32, "channels that share a scale", choices=(32, 64, 128), by_layer=True)
 
     keep = 1.0
-    demotes = True
+    demotes = joins = True
 
     @property
     def fraction(self) -> float:

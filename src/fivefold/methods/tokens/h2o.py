@@ -34,6 +34,7 @@ class H2O(TokenPolicy):
     recent: float = param(0.5, "fraction of those that are the most recent tokens", low=0, high=1)
 
     loses = "least"
+    joins = True
 
     def guards(self, held: Held) -> tuple[torch.Tensor | int, int]:
         return -1, int(self.recent * self.budget(held))
