@@ -14,6 +14,7 @@ from conftest import VOCAB
 from fivefold.engine.session import Session
 from fivefold.store import joint
 from fivefold.store.group import KV
+from test_transactions import FailsAt, Fault
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -108,3 +109,49 @@ def test_it_takes_fewer_operations(tiny: Any, monkeypatch: Any) -> None:
                 model(ids(1, 1, step + 1), past_key_values=cache)
         counts.append(max(found))
     assert 2 * counts[0] < counts[1], counts
+
+
+@pytest.mark.parametrize("name", ["mikv", "h2o+kivi"])
+def test_a_step_that_fails_in_it_leaves_nothing(name: str, tiny: Any, monkeypatch: Any) -> None:
+    """At any operation, with a fork that shares the pages; and the step after that is as if there had been none."""
+    model, (recipe, prompt, _) = tiny("llama", num_hidden_layers=LAYERS), RECIPES[name]
+    cache, together, faults = fivefold.compress(model, recipe), joint.advance, 0
+    with torch.inference_mode():
+        model(ids(2, prompt), past_key_values=cache)
+        for step in range(60):
+            before, given = cache.fork(), ids(2, 1, step + 1)
+            counted = FailsAt()
+            moved: list[int] = []
+
+            def counting(bank: Any, revocable: int, counted: Any = counted, moved: Any = moved) -> Any:
+                with counted:
+                    done = together(bank, revocable)
+                moved.append(len(done))
+                return done
+
+            monkeypatch.setattr(joint, "advance", counting)
+            model(given, past_key_values=cache)
+            if not sum(moved):
+                before.free()
+                continue
+            known = contents(before)
+            for point in range(1, counted.count, max(1, counted.count // 11)):
+
+                def failing(bank: Any, revocable: int, point: int = point) -> Any:
+                    with FailsAt(point):
+                        return together(bank, revocable)
+
+                one = before.fork()
+                monkeypatch.setattr(joint, "advance", failing)
+                with pytest.raises(Fault):
+                    model(given, past_key_values=one)
+                faults += 1
+                assert one.get_seq_length() == before.get_seq_length()
+                for same in (before, one):
+                    assert all(torch.equal(x, y) for x, y in zip(contents(same), known))
+                monkeypatch.setattr(joint, "advance", together)
+                model(given, past_key_values=one)
+                assert all(torch.equal(x, y) for x, y in zip(contents(one), contents(cache)))
+                one.free()
+            break
+    assert faults > 10
