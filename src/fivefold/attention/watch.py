@@ -115,7 +115,8 @@ class Watch:
         for index, layer in enumerate(bank.layers):
             mine = []
             for held in layer.held:
-                rows = held.places.cpu().numpy()
+                # They go up, so nobody has to ask a device which these are.
+                rows = np.arange(bank.rows) if held.rows == bank.rows else held.places.cpu().numpy()
                 at = run_of(rows) or torch.from_numpy(rows).to(self.positions.device)
                 self.positions[index, at, : held.slots] = held.positions
                 self.scores[index, at, : held.slots] = held.scores

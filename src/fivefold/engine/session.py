@@ -24,7 +24,7 @@ from fivefold.engine.companions import Companions
 from fivefold.engine.picks import Picks, Reads
 from fivefold.engine.stepping import opened
 from fivefold.errors import CacheFullError, CacheStateError, UnsupportedModelError
-from fivefold.store import compact, context, pairs
+from fivefold.store import compact, context, joint, pairs
 from fivefold.store.bank import Bank
 from fivefold.store.context import Memo
 from fivefold.store.layer_cache import LayerCache
@@ -367,8 +367,9 @@ class Session:
                 bank.settle(stepped=True)
             if bank.mirror is not None:
                 bank.mirror.prepare()
+        done = [store for bank in self.banks for store in joint.advance(bank, revocable)]
         for store in self.stores.values():
-            if store.known and store.bank.live is None:
+            if store.known and store.bank.live is None and store not in done:
                 for group in store.groups:
                     if group.held is not None:
                         store.append(group, None, None, revocable=revocable)

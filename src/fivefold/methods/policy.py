@@ -58,6 +58,9 @@ class TokenPolicy(Method):
     """Whether the budget is kept while generating; else everything generated is held."""
     waits: bool = False
     """Whether tokens go only when all layers have seen the chunk: their budgets depend on each other (`shares`)."""
+    joins: bool = False
+    """Whether what it says of a row comes from what is known of that row's tokens alone: it may then be shown the rows
+    of several layers at once."""
     by_step = True
     loses: str | int | None = None
     """What goes in a decoding step, of the tokens that `guards` leaves: that with the "least" score, the "oldest", or

@@ -167,7 +167,7 @@ class Location(NamedTuple):
     slab: Slab | None
     first: int
     strides: tuple[int, int]
-    parts: tuple[tuple[Slab, torch.Tensor, torch.Tensor | None], ...]
+    parts: tuple[tuple[Slab, torch.Tensor, Any], ...]
     runs: tuple[Any, ...] = ()
 
 
@@ -304,8 +304,7 @@ class PagePool(Slabs):
             return Location(pages.shape, None, 0, (0, 0), (), runs)
         parts = []
         for slab, index, where in self._by_slab(pages.reshape(-1)):
-            target = None if where is None else sent(self.device, where)[0]
-            parts.append((slab, sent(self.device, index)[0], target))
+            parts.append((slab, sent(self.device, index)[0], self._among(where)))
         return Location(pages.shape, None, 0, (0, 0), tuple(parts))
 
     def _runs(self, pages: np.ndarray) -> tuple[Location, ...]:
@@ -323,6 +322,12 @@ class PagePool(Slabs):
             Location((rows, stop - start), cast(Slab, self._slabs[slab]), page & INDEX_MASK, (step, 1), ())
             for start, stop, slab, page, step in zip(*(x.tolist() for x in (starts, stops, slabs, first[0], steps)))
         )
+
+    def _among(self, where: np.ndarray | None) -> Any:
+        """Places in a list as an index on the device: a slice, which nobody sends, where they are a run."""
+        if where is None or int(where[-1]) - int(where[0]) == len(where) - 1:  # they go up
+            return None if where is None else slice(int(where[0]), int(where[-1]) + 1)
+        return sent(self.device, where)[0]
 
     def fetch(self, name: str, location: Location) -> torch.Tensor:
         """Field `name` of the pages at a location: `[rows, columns, *shape]`; of a regular grid a view."""
@@ -357,7 +362,7 @@ class PagePool(Slabs):
             first, rows = int(index[0]), None
             if len(index) > 1 and (int(index[-1]) - first != len(index) - 1 or (np.diff(index) != 1).any()):
                 rows = sent(self.device, index)[0]
-            among = None if where is None else sent(self.device, where)[0]
+            among = self._among(where)
             for name, pieces in fields.items():
                 target = slab.tensors[name]
                 if rows is None and among is None and at is None:
@@ -382,12 +387,11 @@ class PagePool(Slabs):
 
     def _places(
         self, pages: np.ndarray, slots: np.ndarray
-    ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]]:
+    ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor, Any]]:
         """(fields of a slab, tokens in it, where they stand in `pages`; None if all of them): on the device."""
         for slab, index, where in self._by_slab(pages):
             at = index * self.layout.tokens + (slots if where is None else slots[where])
-            among = None if where is None else sent(self.device, where)[0]
-            yield slab.tensors, sent(self.device, at)[0], among
+            yield slab.tensors, sent(self.device, at)[0], self._among(where)
 
     def tail(self, location: Location) -> list[torch.Tensor]:
         """The fields of single pages on a regular grid, as views, for `put`: `[rows, *shape]` each."""
@@ -420,7 +424,7 @@ def joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
-def _rows_from(parts: Iterator[tuple[torch.Tensor | None, torch.Tensor]], count: int) -> torch.Tensor:
+def _rows_from(parts: Iterator[tuple[Any, torch.Tensor]], count: int) -> torch.Tensor:
     """`count` rows from parts of them, each with where its rows belong; None is all."""
     out: torch.Tensor | None = None
     for where, part in parts:
@@ -432,8 +436,11 @@ def _rows_from(parts: Iterator[tuple[torch.Tensor | None, torch.Tensor]], count:
     return out
 
 
-def _put_at(target: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+def _put_at(target: torch.Tensor, rows: torch.Tensor | slice, values: torch.Tensor) -> None:
     """`index_copy_` along the first axis, which PyTorch lacks for numbers of eight bits with a floating point."""
+    if isinstance(rows, slice):
+        target[rows] = values
+        return
     if target.dtype.itemsize == 1:
         target, values = target.view(torch.uint8), values.view(torch.uint8)
     target.index_copy_(0, rows, values)

@@ -71,7 +71,8 @@ class Tier:
 
     def read(self, rows: np.ndarray, columns: np.ndarray) -> dict[str, torch.Tensor]:
         """Every field of a page of each row: `[rows, *shape]`."""
-        return {name: pool.read(name, self.tables[i][rows, columns]) for pool, name, i in self.fields()}
+        places = [pool.locate(table[rows, columns][None]) for pool, table in zip(self.pools, self.tables)]
+        return {name: pool.fetch(name, places[i])[0] for pool, name, i in self.fields()}
 
     def write(self, rows: np.ndarray, columns: np.ndarray, fields: dict[str, torch.Tensor]) -> None:
         """Write fields of pages, of those rows and columns (arrays that are broadcast together), `[pages, *shape]`:

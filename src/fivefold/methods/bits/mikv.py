@@ -73,6 +73,8 @@ class MiKV(DemotingPolicy):
     recent: float = param(0.5, "fraction of the precise tokens that are the newest", low=0, high=1)
     group: int = param(32, "channels that share a scale", choices=(32, 64, 128), by_layer=True)
 
+    joins = True
+
     @property
     def fraction(self) -> float:
         return 0.2 if self.important is None else self.important

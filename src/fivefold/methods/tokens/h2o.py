@@ -29,3 +29,5 @@ class H2O(RecentPolicy):
     keep: float | None = keep_param(default_keep)
     floor: int | None = floor_param()
     recent: float = param(0.5, "fraction of those that are the most recent tokens", low=0, high=1)
+
+    joins = True
