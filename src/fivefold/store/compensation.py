@@ -75,7 +75,7 @@ def _tokens(group: RowGroup, start: int, stop: int, chunk: Pair | None) -> Itera
         if low < high:
             column, slot = int(low // PAGE if first == 0 else bounds.exact_column(low)), low % PAGE
             pages = group.exact[:, column : column - (slot + high - low) // -PAGE]
-            keys, values = (layer.exact_pool.read(name, pages).view(len(pages), -1, dim) for name in KV)
+            keys, values = (layer.exact_pool.read(name, pages).reshape(len(pages), -1, dim) for name in KV)
             yield keys[:, slot : slot + high - low], values[:, slot : slot + high - low]
     low, high = max(start, bounds.packed_base), min(stop, bounds.packed_stop)
     while low < high:
