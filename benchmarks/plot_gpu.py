@@ -74,10 +74,10 @@ def panels() -> list[Panel]:
     batches = [row for row in most if row["what"] == "batch"]
     contexts = [row for row in most if row["what"] == "context"]
     return [
-        Panel("A cache of 131,072 tokens", "GiB", [Row(name, gib, f"{gib:.1f}") for name, gib in held]),
+        Panel("A cache of 131,072 tokens", "GiB, less is better", [Row(name, gib, f"{gib:.1f}") for name, gib in held]),
         Panel(
             "A decoding step after 131,072 tokens",
-            "milliseconds, the whole model",
+            "milliseconds, less is better",
             [Row(name, ms, f"{ms:.1f}") for name, ms in taken],
         ),
         Panel(

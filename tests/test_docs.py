@@ -23,7 +23,11 @@ import pytest
 import typer
 
 import fivefold
+from families import MULTIMODAL, TAKEN
 from fivefold.cli.app import app
+from fivefold.evaluate.sweep import recipes as recipes_of
+from fivefold.methods import registered
+from fivefold.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -214,6 +218,52 @@ def test_python_compiles_and_its_names_exist(document: Path):
     for module, name in re.findall(r"`(fivefold(?:\.[a-z_]+)*)\.([A-Za-z_]\w*)`", prose(document)):
         there = importlib.util.find_spec(module) and hasattr(importlib.import_module(module), name)
         assert there or importlib.util.find_spec(f"{module}.{name}"), f"{module}.{name}"
+
+
+@documents
+def test_recipes_can_be_written_so(document: Path):
+    """Methods, parameters and values; but for placeholders, and methods that CONTRIBUTING shows how to write."""
+    text = document.read_text(encoding="utf-8")
+    for found in re.findall(r"""[`"']((?:[a-z]\w*\([^()`]*\)(?: \+ )?)+)["'`]""", text):
+        names = re.findall(r"(\w+)\(", found)
+        if {"full", *registered()}.issuperset(names) and not re.search(r"\.\.\.|=[A-Z]+\)", found):
+            for recipe in recipes_of([found], True):
+                Recipe.parse(recipe)
+
+
+# -- what is counted up -----------------------------------------------------------------------------------
+
+
+def test_every_method_is_in_the_readme_s_row_of_its_slot():
+    rows = re.findall(r"^\| `(\w+)` \| [^|]* \| (.*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    told = {(slot, name) for slot, text in rows for name in re.findall(r"`(\w+)`", text)}
+    assert told == {(kind.slot, name) for name, kind in registered().items() if name != "budget"}
+
+
+def test_every_command_is_in_the_list():
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `fivefold ((?:bench )?[\w-]+)", page, re.M))
+    command: Any = typer.main.get_command(app)
+    subcommands = {f"bench {name}" for name in command.commands["bench"].commands}
+    assert listed == {*command.commands, *subcommands} - {"bench"}
+
+
+def test_every_family_that_is_tried_is_named():
+    text = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+    named = re.search(r"`tests/test_families.py` for (.*?), on tiny", text, re.S)
+    assert named is not None
+    words = re.sub(r"\([^)]*\)", "", named[1]).replace(" and ", ", ").split(",")
+    tried = {name.removesuffix("_text") for name in (*TAKEN, *MULTIMODAL)}
+    assert {word.strip() for word in words} == tried
+
+
+def test_versions_are_those_of_the_package():
+    told = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+    package = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    pins = dict(re.findall(r"^([\w-]+)==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M))
+    for name, form in (("transformers", "transformers {} to {}"), ("torch", "torch {} or newer")):
+        least = re.search(rf'"{name}>=([\d.]+)', package)
+        assert least is not None and form.format(least[1], pins[name]) in told
 
 
 # -- the README, tables and pictures ----------------------------------------------------------------------

@@ -68,7 +68,7 @@ def test_it_is_what_each_layer_does(name: str, at_once: int, tiny: Any, monkeypa
 
     def advance(bank: Any, revocable: int) -> Any:
         slots = bank.rows * bank.layers[0].known[0].slots
-        of_tokens = 0 if bank.layers[0].policy.demotes else 32 * bank.packing.page * 64 * bank.rows
+        of_tokens = 32 * bank.packing.page * 64 * bank.rows if bank.layers[0].policy.evicts else 0
         monkeypatch.setattr(joint, "NUMBERS", at_once * max(slots, of_tokens))
         done = together(bank, revocable)
         moved.append(len(done))

@@ -67,7 +67,7 @@ def advance(bank: Bank, revocable: int) -> list[LayerCache]:
     if policy.step(held[0], bounds, first.packing_of(held[0])) is not None:
         return []
     # Of each token that goes out of a page the whole page is packed again.
-    of_tokens = 0 if not policy.evicts else PAGE * packing.page * first.spec.head_dim
+    of_tokens = PAGE * packing.page * first.spec.head_dim if policy.evicts else 0
     at_once = NUMBERS // (bank.rows * max(held[0].slots, of_tokens))
     done: list[LayerCache] = []
     for start in range(0, len(layers), at_once) if at_once > 1 else ():

@@ -21,8 +21,8 @@ from fivefold.store import LayerSpec
 )
 @dataclass(frozen=True)
 class LLMDrop(Method):
-    """The attention modules of the `layers` layers whose attention matters least are left out, in prompts and steps
-    alike: no projections, no keys and values, no cache, no pages (section 3, "attention drop").
+    """The attention modules that matter least, as many as `layers` says, are left out, in prompts and steps alike: no
+    projections, no keys and values, no cache, no pages (section 3, "attention drop").
 
     How little a module matters is the similarity of what enters it and what leaves it, over the tokens of a text:
 
