@@ -253,9 +253,22 @@ class RowGroup:
         assert self.layer.codec is not None
         return self.layer.codec.of(_Context(self, rows, lambda: self._positions_at(slots, rows, held)))
 
+    @property
+    def offsets(self) -> np.ndarray:
+        """Padding in front of each row's tokens: int64 `[rows]`."""
+        return self.layer.offsets[self.rows]
+
+    def learned(self, rows: np.ndarray | None) -> dict[str, torch.Tensor]:
+        """What was learned of the rows with these indices; None is all of them."""
+        known = self.layer.learned
+        if rows is None and len(self.rows) == self.layer.rows:
+            return known
+        mine = self.rows if rows is None else self.rows[rows]
+        return {name: x[sent(x.device, mine)[0]] for name, x in known.items()}
+
     def _positions(self, start: int, stop: int, held: Held | None) -> torch.Tensor:
         """The model's positions of the tokens in slots start..stop: int64 `[rows or 1, tokens]`."""
-        device, offset = self.layer.spec.device, self.layer.offsets[self.rows]
+        device, offset = self.layer.spec.device, self.offsets
         first, held = int(offset[0]), held or self.held
         if held is None and (offset == first).all():
             return running(start + first, stop + first, device)
@@ -268,19 +281,19 @@ class RowGroup:
         if held is not None:
             where = sent(device, rows)[0]
             slots = held.positions[where].gather(1, slots.clamp(max=held.slots - 1))
-        return slots.long() + sent(device, self.layer.offsets[self.rows[rows]])[0][:, None]
+        return slots.long() + sent(device, self.offsets[rows])[0][:, None]
 
 
 class _Context(Context):
     """Of the rows of a group with these indices (None is all), worked out as far as a codec asks for it."""
 
     def __init__(self, group: RowGroup, rows: np.ndarray | None, positions: Callable[[], torch.Tensor]) -> None:
-        self._group, self._where, self._all = group, positions, rows is None and len(group.rows) == group.layer.rows
-        self._rows = group.rows if rows is None else group.rows[rows]
+        self._group, self._rows, self._where = group, rows, positions
 
     @cached_property
     def heads(self) -> tuple[int, ...]:
-        return tuple((self._rows % self._group.layer.spec.kv_heads).tolist())
+        rows = self._group.rows if self._rows is None else self._group.rows[self._rows]
+        return tuple((rows % self._group.layer.spec.kv_heads).tolist())
 
     @cached_property
     def together(self) -> int:
@@ -292,8 +305,7 @@ class _Context(Context):
 
     @cached_property
     def learned(self) -> dict[str, torch.Tensor]:
-        known = self._group.layer.learned
-        return known if self._all else {name: x[sent(x.device, self._rows)[0]] for name, x in known.items()}
+        return self._group.learned(self._rows)
 
 
 def _blocks(ids: np.ndarray, longest: int, shortest: int = 8) -> list[tuple[int, int]]:

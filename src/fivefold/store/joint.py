@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fivefold.kernels.device import sent
 from fivefold.store.bank import Bank
-from fivefold.store.context import Context
 from fivefold.store.group import RowGroup
 from fivefold.store.held import Held
 from fivefold.store.layer_cache import LayerCache
@@ -46,11 +46,14 @@ class Joined(RowGroup):
     def together(self) -> int:
         return 1
 
-    def context(self, positions: torch.Tensor, rows: np.ndarray | None = None) -> Context:
-        assert rows is None
-        names = self.layers[0].learned
-        learned = {name: torch.cat([layer.learned[name] for layer in self.layers]) for name in names}
-        return Context(tuple((self.rows % self.layers[0].spec.kv_heads).tolist()), 1, positions, learned)
+    @property
+    def offsets(self) -> np.ndarray:
+        return np.tile(self.layers[0].offsets, len(self.layers))
+
+    def learned(self, rows: np.ndarray | None) -> dict[str, torch.Tensor]:
+        parts = [layer.learned for layer in self.layers]
+        known = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return known if rows is None else {name: x[sent(x.device, rows)[0]] for name, x in known.items()}
 
 
 def advance(bank: Bank, revocable: int) -> list[LayerCache]:
