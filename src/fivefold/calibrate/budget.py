@@ -450,6 +450,6 @@ def feed(session: Session, prompt: Prompt) -> None:
                 rows = group.rows_tensor.to(keys.device)
                 k, v = (keys, values) if len(rows) == len(keys) else (keys[rows], values[rows])
                 if store.codec is not None:
-                    offsets, inputs = session.offsets[group.rows // store.spec.kv_heads], prompt.inputs[index]
-                    store.learn(group, offsets, lambda: (k, k, v, inputs))  # noqa: B023
+                    offsets = session.offsets[group.rows // store.spec.kv_heads]
+                    store.learn(group, offsets, lambda: (k, k, v, prompt.inputs[index]))  # noqa: B023
                 store.append(group, k, v)

@@ -12,7 +12,7 @@ from transformers.masking_utils import causal_mask_function
 from fivefold.engine.layer import attend
 from fivefold.engine.session import Session
 from fivefold.errors import CacheStateError, UnsupportedModelError
-from fivefold.models.compiled import Handed, here
+from fivefold.models.compiled import Handed, here, source_of
 from fivefold.models.selection import NAME, is_selected, stock_attention, stock_mask, windows_here
 
 CALLED = "fivefold_called"
@@ -34,10 +34,7 @@ class Called:
         return self.index in self.session.stores
 
     def source(self, key: torch.Tensor, value: torch.Tensor) -> int | None:
-        """The layer that has given these very tensors to the cache: this one, or the one whose keys it shares."""
-        brought = self.session.brought
-        layers = (self.index,) if self.index in brought else brought
-        return next((layer for layer in layers if brought[layer][0] is key and brought[layer][1] is value), None)
+        return source_of(self.session.brought, self.index, key, value)
 
     def attend(
         self,

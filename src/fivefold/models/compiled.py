@@ -95,12 +95,7 @@ class Handed:
         return self.index in self.cache.stored
 
     def source(self, key: torch.Tensor, value: torch.Tensor) -> int | None:
-        """The layer that has given these very tensors to the cache; see `Called.source`."""
-        brought = self.cache.brought
-        for layer in (self.index,) if self.index in brought else tuple(brought):
-            if brought[layer][0] is key and brought[layer][1] is value:
-                return layer
-        return None
+        return source_of(self.cache.brought, self.index, key, value)
 
     def attend(
         self,
@@ -120,6 +115,16 @@ class Handed:
         return torch.ops.fivefold.attend(
             query, key, value, sinks, positions, inputs, self.index, source, scaling, cap
         )  # fmt: skip
+
+
+def source_of(
+    brought: dict[int, tuple[torch.Tensor, torch.Tensor]], index: int, key: torch.Tensor, value: torch.Tensor
+) -> int | None:
+    """The layer that has given these very tensors to the cache: this one, or the one whose keys it shares."""
+    for layer in (index,) if index in brought else tuple(brought):
+        if brought[layer][0] is key and brought[layer][1] is value:
+            return layer
+    return None
 
 
 def hand_in(cache: Stand, index: int, inputs: torch.Tensor | None) -> None:

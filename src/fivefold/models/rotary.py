@@ -71,6 +71,12 @@ def _rotary_of(model: PreTrainedModel) -> Any:
     return next((one for one in found if getattr(one, "config", config) is config), None)
 
 
+def _type_of(rotary: Any, config: Any, index: int) -> str:
+    """The type of a layer, where the embedding has frequencies of its own for each; else empty."""
+    types = getattr(config, "layer_types", None)
+    return types[index] if types and isinstance(getattr(rotary, "rope_type", None), dict) else ""
+
+
 @torch.no_grad()
 def turning_of(model: PreTrainedModel, index: int, module: torch.nn.Module) -> Turning | None:
     """Which channels of its keys a layer turns together; None if that cannot be found out."""
@@ -96,14 +102,13 @@ def _probe(model: PreTrainedModel, index: int, module: torch.nn.Module) -> Turni
     device = next((x.device for x in weights if x.device.type != "meta"), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn((1, 1, config.hidden_size), generator=generator).to(device, dtype)
-    types = getattr(config, "layer_types", None)
-    typed = [types[index]] if types and isinstance(getattr(rotary, "rope_type", None), dict) else []
+    typed = _type_of(rotary, config, index)
     names = inspect.signature(module.forward).parameters
     embeddings = []
     with selected([module.config], _NAME):
         for position in (0, _POSITION):
             at = torch.full((1, 1), position, device=device)
-            embeddings.append(rotary(hidden, at, *typed))
+            embeddings.append(rotary(hidden, at, *([typed] if typed else [])))
             given: dict[str, Any] = {"attention_mask": None, "position_ids": at, "past_key_values": None}
             given = {name: value for name, value in given.items() if name in names}
             module(hidden_states=hidden, position_embeddings=embeddings[-1], **given)
@@ -122,10 +127,10 @@ def rope_of(model: PreTrainedModel, index: int, module: torch.nn.Module, head_di
     """How the keys of a layer are turned by position; or None, and why that is not known."""
     config = decoder_config(model)
     rotary = _rotary_of(model)
-    types = getattr(config, "layer_types", None)
+    typed = _type_of(rotary, config, index)
     kind, inv_freq = getattr(rotary, "rope_type", None), getattr(rotary, "inv_freq", None)
-    if isinstance(kind, dict) and types:  # of each type of layer its own
-        kind, inv_freq = kind.get(types[index]), getattr(rotary, f"{types[index]}_inv_freq", None)
+    if typed:
+        kind, inv_freq = rotary.rope_type.get(typed), getattr(rotary, f"{typed}_inv_freq", None)
     if inv_freq is None:
         return None, f"Fivefold finds no rotary embedding in this {config.model_type} model"
     if kind not in ("default", "linear", "llama3", "yarn"):
@@ -136,7 +141,7 @@ def rope_of(model: PreTrainedModel, index: int, module: torch.nn.Module, head_di
     if turning == "none":
         inv_freq = inv_freq[:0]
     made = _ropes.setdefault(rotary, {})
-    key = types[index] if types and isinstance(rotary.rope_type, dict) else "", turning
+    key = typed, turning
     if key not in made or not torch.equal(made[key].inv_freq, inv_freq.detach().double().cpu()):
         made[key] = Rope(inv_freq, head_dim, neighbours=turning == "neighbours")
     return made[key], ""

@@ -172,7 +172,8 @@ class BalancedCodec(TokenCodec):
     """The same of keys times the balance of their rows, float32 `[rows, head_dim]`."""
 
     balanced = True
-    balance: torch.Tensor
+    balance: torch.Tensor | None = None
+    """None before `of` has said whose rows they are: keys are then taken as they are given."""
 
     def learn(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inputs: torch.Tensor
@@ -187,9 +188,12 @@ class BalancedCodec(TokenCodec):
         return bound
 
     def _balanced(self, keys: torch.Tensor, back: bool) -> torch.Tensor:
+        if self.balance is None:
+            return keys
         rows, dim = self.balance.shape
         balance = self.balance if not back else 1 / self.balance
         return (keys.view(rows, -1, dim) * balance[:, None]).view(keys.shape)
 
     def scores(self, queries: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
-        return super().scores(queries.float() / self.balance[:, None], fields)
+        balance = 1.0 if self.balance is None else self.balance[:, None]
+        return super().scores(queries.float() / balance, fields)
