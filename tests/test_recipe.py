@@ -54,6 +54,7 @@ def test_frozen_with_one_method_per_slot():
         ("KIVI(bits=2)", "did you mean 'kivi'"),
         ("nothing_like_it()", "known are full"),
         ("kivi(residual=2147483648)", "at most 2147483647"),
+        ("kivi(bits={2, 4})", "fivefold sweep"),
         ("kivi(bits=5)", "2, 3, 4, 8"),
         ("kivi(bits=True)", "whole number"),
         ("kivi(bits=2.0)", "whole number"),

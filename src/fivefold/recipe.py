@@ -132,6 +132,11 @@ def _method(node: ast.expr, text: str) -> Method | None:
                 f"{name}({keyword.arg}={_source(keyword.value, text)}) is no plain value: use a number, a text in "
                 "quotes, True, False, None or a list."
             ) from None
+        if isinstance(value, set):
+            raise RecipeError(
+                f"{name}({keyword.arg}={_source(keyword.value, text)}) is several recipes, and one is wanted here: "
+                "write one value, or use fivefold sweep or fivefold plan."
+            )
         values[keyword.arg] = value
     if name == "full":
         if values:
