@@ -316,6 +316,116 @@ def preemption() -> None:
         same=list(map(same, got, wanted)), of=200)  # fmt: skip
 
 
+class Copies:
+    """Copies blocks to another part of a CPU's memory and back, each as late as it may: vLLM's own `OffloadingWorker`
+    wants a GPU's streams. Blocks that a store waits for may be given to others; `waits` counts how often vLLM asked to
+    have it copied first."""
+
+    LATE = 6
+
+    def __init__(self, caches: Any, chunks: int) -> None:
+        import torch
+
+        self.device = [one.tensor for one in caches.tensors]
+        self.host = [torch.zeros(chunks, tensor.shape[1], dtype=torch.int8) for tensor in self.device]
+        (self.refs,) = caches.group_data_refs  # the packed group alone
+        self.asked: dict[int, list[Any]] = {}
+        self.done: list[int] = []
+        self.stored = self.loaded = self.waits = 0
+
+    def _ask(self, job: int, device: Any, host: Any, load: bool) -> bool:
+        self.asked[job] = [self.LATE, load, device.block_ids.tolist(), host.block_ids.tolist()]
+        return True
+
+    def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
+        return self._ask(job_id, src_spec, dst_spec, False)
+
+    def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
+        return self._ask(job_id, dst_spec, src_spec, True)
+
+    def _copy(self, job: int) -> None:
+        _, load, device, host = self.asked.pop(job)
+        assert len(device) == len(host)
+        for ref in self.refs:
+            one, two = self.device[ref.tensor_idx], self.host[ref.tensor_idx]
+            if load:
+                one[device, : ref.page_size_bytes] = two[host, : ref.page_size_bytes]
+            else:
+                two[host, : ref.page_size_bytes] = one[device, : ref.page_size_bytes]
+        self.loaded += load * len(host)
+        self.stored += (not load) * len(host)
+        self.done.append(job)
+
+    def wait(self, job_ids: set[int]) -> None:
+        for job in sorted(job_ids & self.asked.keys()):
+            self.waits += 1
+            self._copy(job)
+
+    def get_finished(self) -> list[Any]:
+        from vllm.v1.kv_offload.base import TransferResult
+
+        for job in list(self.asked):
+            self.asked[job][0] -= 1
+            if self.asked[job][0] < 0:
+                self._copy(job)
+        done, self.done = self.done, []
+        return [TransferResult(job_id=job, success=True) for job in done]
+
+    def shutdown(self) -> None:
+        pass
+
+
+def offload() -> None:
+    """vLLM's native KV offloading: its connector, its bookkeeping and its view of the blocks, and our copying."""
+    import random
+
+    from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
+
+    made: list[Copies] = []
+
+    def get_worker(self: Any, caches: Any) -> Any:
+        made.append(Copies(caches, self.num_chunks))
+        return made[-1]
+
+    CPUOffloadingSpec.get_worker = get_worker
+    folder, count = llama(), 16
+    reference = Reference(folder)
+
+    def wanted(ids: list[int], recipe: str, hit: int) -> list[int]:
+        return reference.tokens(ids, recipe, [hit, len(ids) - hit] if hit else None, count, hit=hit > 0)
+
+    for recipe in ("kivi(bits=4, residual=0)", "kivi(bits=2, residual=128)"):
+        llm = engine(folder, recipe, kv_offloading_size=0.02)
+        block = llm.llm_engine.vllm_config.cache_config.block_size
+        texts = prompts((5, 2 * block + 100, 2 * block + 1, 2 * block))
+        ask(llm, texts, count)
+        ask(llm, prompts((1,)), 2 * Copies.LATE)  # some steps, for what is copied late
+        llm.reset_prefix_cache()
+        got, hits = ask(llm, texts, count)
+        right = [wanted(ids, recipe, hit) for ids, hit in zip(texts, hits)]
+        say(f"{recipe}: blocks that come back from the host", got == right and hits == [0, 2 * block, 2 * block, block],
+            block=block, prompts=list(map(len, texts)), cached=hits, same=list(map(same, got, right)), of=count,
+            stored=made[-1].stored, loaded=made[-1].loaded)  # fmt: skip
+        del llm
+        gc.collect()
+
+    # Few blocks, and short answers: blocks of requests that are done wait for their copy, and are given to others.
+    recipe, generator, count = "kivi(bits=8, residual=0)", random.Random(0), 4
+    texts = prompts(tuple(generator.randrange(140, 520) for _ in range(24)))
+    llm = engine(folder, recipe, kv_offloading_size=0.02, num_gpu_blocks_override=14, max_model_len=640, max_num_seqs=2)
+    right, wrong, tried, cached = {}, 0, 0, 0
+    for _ in range(3):
+        generator.shuffle(order := list(range(len(texts))))
+        got, hits = ask(llm, [texts[i] for i in order], count)
+        for i, out, hit in zip(order, got, hits):
+            if (i, hit) not in right:
+                right[i, hit] = wanted(texts[i], recipe, hit)
+            wrong, tried, cached = wrong + (out != right[i, hit]), tried + 1, cached + (hit > 0)
+    copies = made[-1]
+    say(f"{recipe}: {tried} requests in 14 blocks", wrong == 0 and copies.loaded > 40 and copies.waits > 0, wrong=wrong,
+        with_a_hit=cached, stored=copies.stored, loaded=copies.loaded, waits=copies.waits)  # fmt: skip
+
+
 def automatic() -> None:
     """`--max-model-len auto`: the longest that fits, and one request of nearly that length is served."""
     del os.environ["VLLM_CPU_KVCACHE_SPACE"]  # it would count
@@ -534,6 +644,15 @@ def server() -> None:
 GUESSES = {"method": "ngram", "num_speculative_tokens": 2}
 
 
+def connector(name: str, **extra: Any) -> dict[str, Any]:
+    from vllm.config import KVTransferConfig
+
+    extra = {"cpu_bytes_to_use": 1 << 24, **extra}
+    return {
+        "kv_transfer_config": KVTransferConfig(kv_connector=name, kv_role="kv_both", kv_connector_extra_config=extra)
+    }
+
+
 def refusals() -> None:
     """One sentence, before weights are loaded; and an exit code that is not 0."""
     from transformers import AutoConfig, Gemma3TextConfig, MistralConfig
@@ -564,6 +683,9 @@ def refusals() -> None:
         ("block size", folder, "kivi(bits=4)", {"block_size": 64}),
         ("one group", folder, "kivi(bits=4)", {"disable_hybrid_kv_cache_manager": True}),
         ("fp8", folder, "kivi(bits=4)", {"kv_cache_dtype": "fp8"}),
+        ("a connector", folder, "kivi(bits=4)", connector("SimpleCPUOffloadConnector")),
+        ("offloading in tiers", folder, "kivi(bits=4)",
+         connector("OffloadingConnector", spec_name="TieringOffloadingSpec")),
     ):  # fmt: skip
         try:
             EngineArgs(model=model, additional_config={"fivefold": recipe}, skip_tokenizer_init=True, dtype="float32",
@@ -584,7 +706,8 @@ def refusals() -> None:
 
 GROUPS = {
     **{f"kivi{number}-{residual}": (bits, number, residual) for number in (4, 2, 3, 8) for residual in (0, 128)},
-    "manager": (manager,), "twice": (twice,), "chunks": (chunks,), "preemption": (preemption,), "auto": (automatic,),
+    "manager": (manager,), "twice": (twice,), "chunks": (chunks,), "preemption": (preemption,),
+    "offload": (offload,), "auto": (automatic,),
     "compiled": (compiled,),
     "parallel": (parallel,), "shapes": (shapes,), "families": (families,), "smollm2": (smollm2,),
     "capacity": (tokens_per_gib,), "server": (server,), "refusals": (refusals,),

@@ -27,7 +27,15 @@ from fivefold.kernels.pack.reference import fields_of
 from fivefold.kernels.packed_decode import decode_page
 from fivefold.serving import vllm
 from fivefold.serving.vllm.cpu import CpuPath
-from fivefold.serving.vllm.options import Facts, Options, Pages, VersionError, check_version, recipe_text
+from fivefold.serving.vllm.options import (
+    Facts,
+    Options,
+    Pages,
+    VersionError,
+    check_version,
+    recipe_text,
+    without_the_last,
+)
 from fivefold.serving.vllm.tables import NULL, Place, Prefill, Step, Tables
 from recipes import SHAPE
 
@@ -160,6 +168,7 @@ def test_recipes_that_are_refused(recipe: str, said: str) -> None:
         ({"prefix": True}, "looks ahead within images"),
         ({"microbatches": True}, "--enable-dbo"),
         ({"one_group": True}, "--disable-hybrid-kv-cache-manager"),
+        ({"connector": "NixlConnector"}, "the KV connector NixlConnector"),
         ({"context_parallel": 2}, "context parallel (2)"),
     ],
 )
@@ -170,6 +179,34 @@ def test_models_that_are_refused(changed: dict, said: str) -> None:
         options.check(replace(FACTS, **changed))
     assert said in str(error.value) and str(error.value).startswith("a-model cannot be served with kivi(bits=4): ")
     assert isinstance(error.value, FivefoldError) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "version", "unfit"),
+    [
+        (None, {}, "0.32.0", None),
+        ("OffloadingConnector", {}, "0.32.0", None),
+        ("OffloadingConnector", {"spec_name": "CPUOffloadingSpec"}, "0.33.0", None),
+        ("OffloadingConnector", {"spec_name": "TieringOffloadingSpec"}, "0.33.0", "with TieringOffloadingSpec"),
+        ("OffloadingConnector", {"canonical_layout": True}, "0.33.0", "with canonical_layout"),
+        ("OffloadingConnector", {}, "0.31.0", "of vLLM 0.31.0"),
+        ("SimpleCPUOffloadConnector", {}, "0.33.0", "SimpleCPUOffloadConnector"),
+    ],
+)
+def test_connectors_that_carry_packed_blocks(name, extra, version, unfit) -> None:
+    transfer = SimpleNamespace(kv_connector=name, kv_connector_extra_config=extra, kv_connector_module_path=None)
+    found = vllm._unfit(transfer, version)
+    assert (found is None) == (unfit is None) and (unfit or "") in (found or "")
+    assert vllm._unfit(None, version) is None
+
+
+def test_the_last_token_is_computed() -> None:
+    """And stands in no block that comes back."""
+    for tokens in range(1, 40):
+        for found in range(0, tokens + 1, 8):
+            taken = without_the_last(found, tokens, 8)
+            assert taken % 8 == 0 and taken <= found and taken < tokens
+            assert taken == found or taken + 8 >= tokens
 
 
 def test_groups_that_no_gpu_packs() -> None:

@@ -24,7 +24,9 @@ __all__ = [
     "Pages",
     "VersionError",
     "check_version",
+    "knows_offloading",
     "recipe_text",
+    "without_the_last",
 ]
 RECIPE = "FIVEFOLD_RECIPE"
 """The environment variable that names a recipe."""
@@ -36,6 +38,8 @@ NO_RECIPE = (
 )
 VERSIONS = (0, 29), (0, 34)
 """Versions of vLLM that the plug-in knows: from the first, below the second."""
+OFFLOADING = (0, 32)
+"""From this version on its KV offloading is known too."""
 PAGE = 32
 """Tokens of an exact page."""
 HEAD_DIMS = (64, 128, 256)
@@ -55,6 +59,18 @@ def check_version(version: str) -> None:
             f"vLLM {version} is none that Fivefold's plug-in knows: install vllm>={low},<{high}, or run it without a "
             "recipe."
         )
+
+
+def knows_offloading(version: str) -> bool:
+    """Whether the plug-in knows the KV offloading of a version that it knows."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found is not None and tuple(map(int, found.groups())) >= OFFLOADING
+
+
+def without_the_last(found: int, tokens: int, block: int) -> int:
+    """Tokens of `found`, whole blocks, that a request of so many tokens may take over: its last token is computed, so
+    that there is a next one, and must not stand in a packed block."""
+    return min(found, (tokens - 1) // block * block)
 
 
 def recipe_text(additional: Any, environment: str | None) -> str | None:
@@ -130,7 +146,7 @@ class Pages:
 @dataclass(frozen=True)
 class Facts:
     """What is asked of a model that is to be served. window: of layers that have a sliding one; dtype and what stands
-    behind `hybrid`: what vLLM was told."""
+    behind `hybrid`: what vLLM was told; connector: a KV connector that cannot carry packed blocks."""
 
     model: str
     head_dim: int
@@ -150,6 +166,7 @@ class Facts:
     cache_dtype: str = "auto"
     block_size: int | None = None
     one_group: bool = False
+    connector: str | None = None
     microbatches: bool = False
     cpu: bool = True
 
@@ -248,10 +265,15 @@ def _lacking(facts: Facts) -> str | None:
         return f"--kv-cache-dtype {facts.cache_dtype} packs the cache too; leave it out"
     if facts.block_size is not None:
         return f"blocks are as large as the recipe's pages; leave --block-size {facts.block_size} out"
+    if facts.connector is not None:
+        return (
+            f"the KV connector {facts.connector} does not know exact tokens from packed blocks; use "
+            "--kv-offloading-size with vLLM {}.{} or later, or leave it out".format(*OFFLOADING)
+        )
     if facts.one_group:
         return (
-            "exact and packed tokens need vLLM's hybrid KV cache manager, which --disable-hybrid-kv-cache-manager or a "
-            "KV connector turns off; leave that out"
+            "exact and packed tokens need vLLM's hybrid KV cache manager, which --disable-hybrid-kv-cache-manager "
+            "turns off; leave that out"
         )
     if facts.microbatches:
         return "two micro-batches at a time are not served; leave --enable-dbo out"
