@@ -267,7 +267,7 @@ def _lacking(facts: Facts) -> str | None:
         return f"blocks are as large as the recipe's pages; leave --block-size {facts.block_size} out"
     if facts.connector is not None:
         return (
-            f"the KV connector {facts.connector} does not know exact tokens from packed blocks; use "
+            f"the KV connector {facts.connector} does not carry packed blocks; use "
             "--kv-offloading-size with vLLM {}.{} or later, or leave it out".format(*OFFLOADING)
         )
     if facts.one_group:
