@@ -560,6 +560,47 @@ def smollm2() -> None:
         gc.collect()
 
 
+def rotated() -> None:
+    """`rotatekv` on the embedded model, whose profile ships; and how long a token takes behind a long prompt, beside
+    `kivi`."""
+    from transformers import AutoTokenizer
+
+    from fivefold.models import embedded
+
+    folder, count = str(embedded.model_dir()), 24
+    tokenizer, reference = AutoTokenizer.from_pretrained(folder), Reference(folder)
+    text = "The history of the lighthouse begins long before electricity. Keepers climbed the stairs every evening. "
+    texts = ["The capital of France is", text * 3 + "Then", text * 30 + "In short, the keepers"]
+    ids = [tokenizer(one).input_ids for one in texts]
+    for recipe, chunk in (
+        ("rotatekv(bits=4, sinks=0)", None),
+        ("rotatekv(bits=2, sinks=0, residual=0)", 96),
+        ("kivi(bits=2, residual=0)", None),
+    ):
+        settings = {} if chunk is None else {"max_num_batched_tokens": chunk}
+        llm = engine(folder, recipe, **settings)
+        if "rotatekv" in recipe:
+            got = [ask(llm, [one], count)[0][0] for one in ids]
+            wanted = [reference.tokens(one, recipe, chunk and [chunk], count) for one in ids]
+            say(f"SmolLM2, {recipe}" + (f", chunks of {chunk}" if chunk else ""), got == wanted,
+                prompts=list(map(len, ids)), same=list(map(same, got, wanted)), of=count)  # fmt: skip
+        else:
+            ask(llm, ids[-1:], 1)
+        start = time.perf_counter()
+        (again,), (hit,) = ask(llm, ids[-1:], 1)
+        first = time.perf_counter() - start
+        start = time.perf_counter()
+        (again,), (hit,) = ask(llm, ids[-1:], count)
+        took = (time.perf_counter() - start - first) / (count - 1)
+        left = len(ids[-1]) - hit
+        sizes = [hit, left] if chunk is None else [hit, min(chunk, left)]
+        cut = reference.tokens(ids[-1], recipe, sizes, count, hit=True)
+        say(f"SmolLM2, {recipe}: a prefix hit", hit > 0 and again == cut, cached=hit, same=same(again, cut), of=count,
+            ms_a_token=round(took * 1000, 1))  # fmt: skip
+        del llm
+        gc.collect()
+
+
 def tokens_per_gib() -> None:
     """vLLM's own figure of its capacity with its default settings, in bfloat16, beside the byte formula and without a
     recipe."""
@@ -672,7 +713,9 @@ def refusals() -> None:
     for name, model, recipe, settings in (
         ("no such method", folder, "kiwi(bits=4)", {}),
         ("chooses tokens", folder, "h2o() + kivi()", {}),
-        ("another method", folder, "rotatekv()", {}),
+        ("another method", folder, "gear()", {}),
+        ("sinks", folder, "rotatekv()", {}),
+        ("nothing learned", folder, "rotatekv(sinks=0)", {}),
         ("bits of two kinds", folder, "kivi(key_bits=4, value_bits=2)", {}),
         ("a value", folder, "kivi(bits=5)", {}),
         ("by layer", folder, "kivi(bits=[4, 2])", {}),
@@ -710,6 +753,7 @@ GROUPS = {
     "offload": (offload,), "auto": (automatic,),
     "compiled": (compiled,),
     "parallel": (parallel,), "shapes": (shapes,), "families": (families,), "smollm2": (smollm2,),
+    "rotatekv": (rotated,),
     "capacity": (tokens_per_gib,), "server": (server,), "refusals": (refusals,),
 }  # fmt: skip
 OWN_PROCESSES = ("parallel",)

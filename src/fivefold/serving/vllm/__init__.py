@@ -136,6 +136,7 @@ def prepare(config: Any) -> None:
     check_version(vllm.__version__)
     options = Options.parse(text)
     options.check(facts_of(config))
+    codecs_for(options, config)
     transfer = config.kv_transfer_config
     if transfer is not None and (transfer.kv_connector, transfer.kv_connector_module_path) == _STOCK:
         config.kv_transfer_config = transfer = copy(transfer)
@@ -151,6 +152,18 @@ def prepare(config: Any) -> None:
             f"{options.recipe} needs Fivefold's attention backend, and {chosen.name} is chosen: write "
             "--attention-backend CUSTOM."
         )
+
+
+def codecs_for(options: Options, config: Any) -> list[Any] | None:
+    """What packs the pages of each layer with `rotatekv`; None for a recipe that needs nothing of the model."""
+    from fivefold.methods.bits.rotatekv import RotateKV
+    from fivefold.serving.vllm.rotated import codecs_of
+
+    if not isinstance(options.method, RotateKV):
+        return None
+    model = config.model_config
+    loading = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    return codecs_of(options.method, str(model.model), model.dtype, **loading)
 
 
 def facts_of(config: Any) -> Facts:
@@ -187,6 +200,7 @@ def facts_of(config: Any) -> Facts:
         microbatches=bool(getattr(parallel, "use_ubatching", False)),
         one_group=bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
         cpu=current_platform.is_cpu(),
+        tensor=parallel.tensor_parallel_size,
     )
 
 

@@ -24,8 +24,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from fivefold.errors import RecipeError, UnsupportedModelError
+from fivefold.serving.vllm import codecs_for
 from fivefold.serving.vllm.exact import Exact, ExactSpec, register_spec
 from fivefold.serving.vllm.options import NO_RECIPE, RECIPE, Options, Pages, recipe_text
+from fivefold.serving.vllm.rotated_cpu import RotatedPath
 from fivefold.serving.vllm.tables import Place, Prefill, Step, Tables
 
 
@@ -82,7 +84,8 @@ class Shared:
             from fivefold.serving.vllm.cpu import CpuPath
 
             self.tables = Tables(self.pages, self.kv_heads, requests, tokens, device)
-            self.path = CpuPath(self.pages)
+            codecs = codecs_for(options_of(vllm_config), vllm_config)
+            self.path = CpuPath(self.pages) if codecs is None else RotatedPath(self.pages, codecs)
         else:
             from fivefold.serving.vllm.cuda import CudaPath, CudaTables
 
@@ -239,6 +242,7 @@ class Impl(AttentionImpl):
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
         layers = config.compilation_config.static_forward_context
         others = [layer for layer in layers.values() if isinstance(layer, Exact)]
+        self.number = len(others)
         pages = _served[head_size] = options.pages(head_size, config.model_config.dtype)
         shared = others[0].shared if others else Shared(pages, self.num_kv_heads)
         if (shared.pages, shared.kv_heads) != (pages, self.num_kv_heads):

@@ -11,7 +11,9 @@ import torch
 from fivefold.errors import FivefoldError, RecipeError, UnsupportedModelError
 from fivefold.kernels.packed_decode import Form
 from fivefold.methods.bits.kivi import Kivi, KiviCodec
+from fivefold.methods.bits.rotatekv import RotateKV
 from fivefold.recipe import Recipe
+from fivefold.serving.vllm.rotated import RotatedForm
 from fivefold.store.spec import DTYPES, LayerSpec
 
 __all__ = [
@@ -163,6 +165,7 @@ class Facts:
     speculation: str | None = None
     pipeline: int = 1
     context_parallel: int = 1
+    tensor: int = 1
     cache_dtype: str = "auto"
     block_size: int | None = None
     one_group: bool = False
@@ -173,10 +176,10 @@ class Facts:
 
 @dataclass(frozen=True)
 class Options:
-    """A recipe that vLLM's blocks can hold: `kivi` alone."""
+    """A recipe that vLLM's blocks can hold: `kivi`, or on a CPU `rotatekv`, alone."""
 
     recipe: Recipe
-    method: Kivi
+    method: Kivi | RotateKV
 
     @classmethod
     def parse(cls, text: str) -> Options:
@@ -191,16 +194,23 @@ class Options:
                     f"{one.name} chooses tokens for each head, and in vLLM one table serves all heads of a layer: "
                     f"{remedy}."
                 )
-            if not isinstance(one, Kivi):
+            if not isinstance(one, Kivi | RotateKV):
                 raise RecipeError(f"{one.name} is not served by vLLM's blocks: {remedy}.")
         method = recipe.methods[0]
-        assert isinstance(method, Kivi)
+        assert isinstance(method, Kivi | RotateKV)
         if lists := method.by_layer():
             name = next(iter(lists))
             raise RecipeError(
                 f"{recipe} has values by layer ({name}), and vLLM's blocks are alike in all layers: give {name} one "
                 "number."
             )
+        if isinstance(method, RotateKV):
+            if method.sinks:
+                raise RecipeError(
+                    f"{recipe} finds attention sinks in what goes into a layer, and vLLM hands that to no attention: "
+                    "write sinks=0."
+                )
+            return cls(recipe, method)
         if method.unbias:
             raise RecipeError(f"{recipe}: no kernel of the plug-in corrects scores: leave unbias out.")
         bits = method.key_bits or method.bits, method.value_bits or method.bits
@@ -216,6 +226,8 @@ class Options:
 
     def pages(self, head_dim: int, dtype: torch.dtype) -> Pages:
         """What pages of a layer look like."""
+        if isinstance(self.method, RotateKV):
+            return Pages(RotatedForm.of(self.method, head_dim), self.method.residual, dtype)
         form = _codec(self.method, head_dim).form
         assert isinstance(form, Form)
         return Pages(form, self.method.residual, dtype)
@@ -223,7 +235,9 @@ class Options:
     def check(self, facts: Facts) -> None:
         """Raise `UnsupportedModelError` if the plug-in cannot serve a model."""
         why = _lacking(facts)
-        if why is None and not facts.cpu and self.method.group != PAGE:
+        if why is None and isinstance(self.method, RotateKV):
+            why = _lacking_rotated(facts)
+        elif why is None and not facts.cpu and self.method.group != PAGE:
             why = f"on a GPU groups of {self.method.group} tokens are not served; write group={PAGE}"
         if why:
             raise UnsupportedModelError(f"{facts.model} cannot be served with {self.recipe}: {why}.")
@@ -231,6 +245,18 @@ class Options:
 
 def _codec(method: Kivi, head_dim: int) -> KiviCodec:
     return method.codec(LayerSpec(0, 1, 1, 1, head_dim, torch.float32, torch.device("cpu")))
+
+
+def _lacking_rotated(facts: Facts) -> str | None:
+    """The same for what `rotatekv` lacks besides."""
+    if not facts.cpu:
+        return "no kernel of the plug-in packs its pages on a GPU; use kivi()"
+    if facts.tensor > 1:
+        return (
+            f"it rotates and sorts the keys of several heads together, which --tensor-parallel-size {facts.tensor} "
+            "takes apart; leave that out, or use kivi()"
+        )
+    return None
 
 
 def _lacking(facts: Facts) -> str | None:
