@@ -576,27 +576,36 @@ def rotated() -> None:
         ("rotatekv(bits=4, sinks=0)", None),
         ("rotatekv(bits=2, sinks=0, residual=0)", 96),
         ("kivi(bits=2, residual=0)", None),
+        (None, None),
     ):
         settings = {} if chunk is None else {"max_num_batched_tokens": chunk}
         llm = engine(folder, recipe, **settings)
-        if "rotatekv" in recipe:
-            got = [ask(llm, [one], count)[0][0] for one in ids]
+        if recipe and "rotatekv" in recipe:
+            got = [ask(llm, [one], count)[0][0] for one in ids] if chunk else ask(llm, ids, count)[0]
             wanted = [reference.tokens(one, recipe, chunk and [chunk], count) for one in ids]
             say(f"SmolLM2, {recipe}" + (f", chunks of {chunk}" if chunk else ""), got == wanted,
                 prompts=list(map(len, ids)), same=list(map(same, got, wanted)), of=count)  # fmt: skip
-        else:
-            ask(llm, ids[-1:], 1)
-        start = time.perf_counter()
-        (again,), (hit,) = ask(llm, ids[-1:], 1)
-        first = time.perf_counter() - start
-        start = time.perf_counter()
-        (again,), (hit,) = ask(llm, ids[-1:], count)
-        took = (time.perf_counter() - start - first) / (count - 1)
-        left = len(ids[-1]) - hit
-        sizes = [hit, left] if chunk is None else [hit, min(chunk, left)]
-        cut = reference.tokens(ids[-1], recipe, sizes, count, hit=True)
-        say(f"SmolLM2, {recipe}: a prefix hit", hit > 0 and again == cut, cached=hit, same=same(again, cut), of=count,
-            ms_a_token=round(took * 1000, 1))  # fmt: skip
+            (again,), (hit,) = ask(llm, ids[-1:], count)
+            sizes = [hit, len(ids[-1]) - hit] if chunk is None else [hit, min(chunk, len(ids[-1]) - hit)]
+            cut = reference.tokens(ids[-1], recipe, sizes, count, hit=True)
+            say(
+                f"SmolLM2, {recipe}: a prefix hit",
+                hit > 0 and again == cut,
+                cached=hit,
+                same=same(again, cut),
+                of=count,
+            )
+        long = tokenizer(text * 120).input_ids[:1900]
+        ask(llm, [long], 2)  # a prefix for all that come, and kernels that are compiled
+        times = {}
+        for requests in (1, 4):
+            took = []
+            for tokens in (2, count):
+                start = time.perf_counter()
+                ask(llm, [long] * requests, tokens)
+                took.append(time.perf_counter() - start)
+            times[requests] = round((took[1] - took[0]) / (count - 2) * 1000, 1)
+        say(f"SmolLM2, {recipe}: a step behind {len(long)} tokens", True, ms_by_requests=times)
         del llm
         gc.collect()
 

@@ -30,6 +30,7 @@ from fivefold.methods.bits.rotatekv import RotateCodec, RotateKV
 from fivefold.models.outline import first_layer
 from fivefold.models.specs import attention_modules, layer_spec
 from fivefold.serving import vllm
+from fivefold.serving.vllm import rotated_cpu
 from fivefold.serving.vllm.cpu import CpuPath
 from fivefold.serving.vllm.options import (
     Facts,
@@ -569,8 +570,11 @@ def test_a_layer_against_plain_attention(shape: tuple, compiled: bool) -> None:
 
 
 @pytest.mark.parametrize("shape", quick(ROTATED, 2))
-def test_a_layer_of_rotated_pages(shape: tuple) -> None:
+def test_a_layer_of_rotated_pages(shape: tuple, monkeypatch) -> None:
+    """Decoding requests read their pages together, or one after the other where they are long."""
     random.seed(3), torch.manual_seed(3)
+    if shape[2] == BF16:
+        monkeypatch.setattr(rotated_cpu, "TOGETHER", 64)
     run_a_layer(RotatedEngine(*shape))
 
 

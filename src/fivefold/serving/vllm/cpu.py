@@ -95,27 +95,18 @@ class CpuPath:
         self, query: torch.Tensor, chunk: Chunk, packed: torch.Tensor, blocks: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """A chunk over what is packed before it, what is exact, and itself."""
-        kv_heads = chunk.recent.shape[1]
+        form, kv_heads = self.pages.form, chunk.recent.shape[1]
         shared_by = query.shape[1] // kv_heads
         queries = query.transpose(0, 1).unflatten(0, (kv_heads, shared_by))
-        parts = self._packed_parts(queries, packed, blocks, chunk.start, scale)
+        parts, step = [], BLOCK // form.tokens * form.tokens
+        for first in range(0, chunk.start, step):
+            k, v = self._decoded(packed, blocks, first, min(chunk.start, first + step), query.dtype)
+            parts.append(attend(queries, _spread(k, shared_by), _spread(v, shared_by), scale))
         for tokens, own in ((chunk.recent[:, :, : chunk.held], False), (chunk.recent[:, :, chunk.held :], True)):
             if tokens.shape[2]:
                 k, v = (_spread(x, shared_by) for x in tokens)
                 parts.append(attend(queries, k, v, scale, causal=own))
         return merge(parts)[0].to(query.dtype).flatten(0, 1).transpose(0, 1)
-
-    def _packed_parts(
-        self, queries: torch.Tensor, packed: torch.Tensor, blocks: torch.Tensor, stop: int, scale: float
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Attention over the first `stop` tokens packed, in parts to be merged. queries: `[kv_heads, heads, tokens,
-        head_dim]`."""
-        shared_by, size, parts = queries.shape[1], self.pages.form.tokens, []
-        step = BLOCK // size * size
-        for first in range(0, stop, step):
-            k, v = self._decoded(packed, blocks, first, min(stop, first + step), queries.dtype)
-            parts.append(attend(queries, _spread(k, shared_by), _spread(v, shared_by), scale))
-        return parts
 
     # -- exact tokens -------------------------------------------------------------------------------------
 
