@@ -60,6 +60,8 @@ class Worker(bench.DecodeBenchConnectorWorker):
 
 
 class Prefilled(bench.DecodeBenchConnector):
+    packed_blocks = True
+
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         if self.connector_worker is not None:

@@ -505,6 +505,116 @@ def preemption() -> None:
         same=list(map(same, got, wanted)), of=200)  # fmt: skip
 
 
+class Copies:
+    """Copies blocks to another part of a CPU's memory and back, each as late as it may: vLLM's own `OffloadingWorker`
+    wants a GPU's streams. Blocks that a store waits for may be given to others; `waits` counts how often vLLM asked to
+    have it copied first."""
+
+    LATE = 6
+
+    def __init__(self, caches: Any, chunks: int) -> None:
+        import torch
+
+        self.device = [one.tensor for one in caches.tensors]
+        self.host = [torch.zeros(chunks, tensor.shape[1], dtype=torch.int8) for tensor in self.device]
+        (self.refs,) = caches.group_data_refs  # the packed group alone
+        self.asked: dict[int, list[Any]] = {}
+        self.done: list[int] = []
+        self.stored = self.loaded = self.waits = 0
+
+    def _ask(self, job: int, device: Any, host: Any, load: bool) -> bool:
+        self.asked[job] = [self.LATE, load, device.block_ids.tolist(), host.block_ids.tolist()]
+        return True
+
+    def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
+        return self._ask(job_id, src_spec, dst_spec, False)
+
+    def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
+        return self._ask(job_id, dst_spec, src_spec, True)
+
+    def _copy(self, job: int) -> None:
+        _, load, device, host = self.asked.pop(job)
+        assert len(device) == len(host)
+        for ref in self.refs:
+            one, two = self.device[ref.tensor_idx], self.host[ref.tensor_idx]
+            if load:
+                one[device, : ref.page_size_bytes] = two[host, : ref.page_size_bytes]
+            else:
+                two[host, : ref.page_size_bytes] = one[device, : ref.page_size_bytes]
+        self.loaded += load * len(host)
+        self.stored += (not load) * len(host)
+        self.done.append(job)
+
+    def wait(self, job_ids: set[int]) -> None:
+        for job in sorted(job_ids & self.asked.keys()):
+            self.waits += 1
+            self._copy(job)
+
+    def get_finished(self) -> list[Any]:
+        from vllm.v1.kv_offload.base import TransferResult
+
+        for job in list(self.asked):
+            self.asked[job][0] -= 1
+            if self.asked[job][0] < 0:
+                self._copy(job)
+        done, self.done = self.done, []
+        return [TransferResult(job_id=job, success=True) for job in done]
+
+    def shutdown(self) -> None:
+        pass
+
+
+def offload() -> None:
+    """vLLM's native KV offloading: its connector, its bookkeeping and its view of the blocks, and our copying."""
+    import random
+
+    from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
+
+    made: list[Copies] = []
+
+    def get_worker(self: Any, caches: Any) -> Any:
+        made.append(Copies(caches, self.num_chunks))
+        return made[-1]
+
+    CPUOffloadingSpec.get_worker = get_worker
+    folder, count = llama(), 16
+    reference = Reference(folder)
+
+    def wanted(ids: list[int], recipe: str, hit: int) -> list[int]:
+        return reference.tokens(ids, recipe, [hit, len(ids) - hit] if hit else None, count, hit=hit > 0)
+
+    for recipe in ("kivi(bits=4, residual=0)", "kivi(bits=2, residual=128)"):
+        llm = engine(folder, recipe, kv_offloading_size=0.02)
+        block = llm.llm_engine.vllm_config.cache_config.block_size
+        texts = prompts((5, 2 * block + 100, 2 * block + 1, 2 * block))
+        ask(llm, texts, count)
+        ask(llm, prompts((1,)), 2 * Copies.LATE)  # some steps, for what is copied late
+        llm.reset_prefix_cache()
+        got, hits = ask(llm, texts, count)
+        right = [wanted(ids, recipe, hit) for ids, hit in zip(texts, hits)]
+        say(f"{recipe}: blocks that come back from the host", got == right and hits == [0, 2 * block, 2 * block, block],
+            block=block, prompts=list(map(len, texts)), cached=hits, same=list(map(same, got, right)), of=count,
+            stored=made[-1].stored, loaded=made[-1].loaded)  # fmt: skip
+        del llm
+        gc.collect()
+
+    # Few blocks, and short answers: blocks of requests that are done wait for their copy, and are given to others.
+    recipe, generator, count = "kivi(bits=8, residual=0)", random.Random(0), 4
+    texts = prompts(tuple(generator.randrange(140, 520) for _ in range(24)))
+    llm = engine(folder, recipe, kv_offloading_size=0.02, num_gpu_blocks_override=14, max_model_len=640, max_num_seqs=2)
+    right, wrong, tried, cached = {}, 0, 0, 0
+    for _ in range(3):
+        generator.shuffle(order := list(range(len(texts))))
+        got, hits = ask(llm, [texts[i] for i in order], count)
+        for i, out, hit in zip(order, got, hits):
+            if (i, hit) not in right:
+                right[i, hit] = wanted(texts[i], recipe, hit)
+            wrong, tried, cached = wrong + (out != right[i, hit]), tried + 1, cached + (hit > 0)
+    copies = made[-1]
+    say(f"{recipe}: {tried} requests in 14 blocks", wrong == 0 and copies.loaded > 40 and copies.waits > 0, wrong=wrong,
+        with_a_hit=cached, stored=copies.stored, loaded=copies.loaded, waits=copies.waits)  # fmt: skip
+
+
 def automatic() -> None:
     """`--max-model-len auto`: the longest that fits, and one request of nearly that length is served."""
     del os.environ["VLLM_CPU_KVCACHE_SPACE"]  # it would count
@@ -639,6 +749,56 @@ def smollm2() -> None:
         gc.collect()
 
 
+def rotated() -> None:
+    """`rotatekv` on the embedded model, whose profile ships; and how long a token takes behind a long prompt, beside
+    `kivi`."""
+    from transformers import AutoTokenizer
+
+    from fivefold.models import embedded
+
+    folder, count = str(embedded.model_dir()), 24
+    tokenizer, reference = AutoTokenizer.from_pretrained(folder), Reference(folder)
+    text = "The history of the lighthouse begins long before electricity. Keepers climbed the stairs every evening. "
+    texts = ["The capital of France is", text * 3 + "Then", text * 30 + "In short, the keepers"]
+    ids = [tokenizer(one).input_ids for one in texts]
+    for recipe, chunk in (
+        ("rotatekv(bits=4, sinks=0)", None),
+        ("rotatekv(bits=2, sinks=0, residual=0)", 96),
+        ("kivi(bits=2, residual=0)", None),
+        (None, None),
+    ):
+        settings = {} if chunk is None else {"max_num_batched_tokens": chunk}
+        llm = engine(folder, recipe, **settings)
+        if recipe and "rotatekv" in recipe:
+            got = [ask(llm, [one], count)[0][0] for one in ids] if chunk else ask(llm, ids, count)[0]
+            wanted = [reference.tokens(one, recipe, chunk and [chunk], count) for one in ids]
+            say(f"SmolLM2, {recipe}" + (f", chunks of {chunk}" if chunk else ""), got == wanted,
+                prompts=list(map(len, ids)), same=list(map(same, got, wanted)), of=count)  # fmt: skip
+            (again,), (hit,) = ask(llm, ids[-1:], count)
+            sizes = [hit, len(ids[-1]) - hit] if chunk is None else [hit, min(chunk, len(ids[-1]) - hit)]
+            cut = reference.tokens(ids[-1], recipe, sizes, count, hit=True)
+            say(
+                f"SmolLM2, {recipe}: a prefix hit",
+                hit > 0 and again == cut,
+                cached=hit,
+                same=same(again, cut),
+                of=count,
+            )
+        long = tokenizer(text * 120).input_ids[:1900]
+        ask(llm, [long], 2)  # a prefix for all that come, and kernels that are compiled
+        times = {}
+        for requests in (1, 4):
+            took = []
+            for tokens in (2, count):
+                start = time.perf_counter()
+                ask(llm, [long] * requests, tokens)
+                took.append(time.perf_counter() - start)
+            times[requests] = round((took[1] - took[0]) / (count - 2) * 1000, 1)
+        say(f"SmolLM2, {recipe}: a step behind {len(long)} tokens", True, ms_by_requests=times)
+        del llm
+        gc.collect()
+
+
 def tokens_per_gib() -> None:
     """vLLM's own figure of its capacity with its default settings, in bfloat16, beside the byte formula and without a
     recipe."""
@@ -723,6 +883,15 @@ def server() -> None:
 GUESSES = {"method": "ngram", "num_speculative_tokens": 2}
 
 
+def connector(name: str, **extra: Any) -> dict[str, Any]:
+    from vllm.config import KVTransferConfig
+
+    extra = {"cpu_bytes_to_use": 1 << 24, **extra}
+    return {
+        "kv_transfer_config": KVTransferConfig(kv_connector=name, kv_role="kv_both", kv_connector_extra_config=extra)
+    }
+
+
 def refusals() -> None:
     """One sentence, before weights are loaded; and an exit code that is not 0."""
     from transformers import AutoConfig, Gemma3TextConfig, MistralConfig
@@ -742,7 +911,9 @@ def refusals() -> None:
     for name, model, recipe, settings in (
         ("no such method", folder, "kiwi(bits=4)", {}),
         ("chooses tokens", folder, "h2o() + kivi()", {}),
-        ("another method", folder, "rotatekv()", {}),
+        ("another method", folder, "gear()", {}),
+        ("sinks", folder, "rotatekv()", {}),
+        ("nothing learned", folder, "rotatekv(sinks=0)", {}),
         ("bits of two kinds", folder, "kivi(key_bits=4, value_bits=2)", {}),
         ("a value", folder, "kivi(bits=5)", {}),
         ("by layer", folder, "kivi(bits=[4, 2])", {}),
@@ -755,6 +926,9 @@ def refusals() -> None:
         ("block size", folder, "kivi(bits=4)", {"block_size": 64}),
         ("one group", folder, "kivi(bits=4)", {"disable_hybrid_kv_cache_manager": True}),
         ("fp8", folder, "kivi(bits=4)", {"kv_cache_dtype": "fp8"}),
+        ("a connector", folder, "kivi(bits=4)", connector("SimpleCPUOffloadConnector")),
+        ("offloading in tiers", folder, "kivi(bits=4)",
+         connector("OffloadingConnector", spec_name="TieringOffloadingSpec")),
     ):  # fmt: skip
         try:
             EngineArgs(model=model, additional_config={"fivefold": recipe}, skip_tokenizer_init=True, dtype="float32",
@@ -775,10 +949,12 @@ def refusals() -> None:
 
 GROUPS = {
     **{f"kivi{number}-{residual}": (bits, number, residual) for number in (4, 2, 3, 8) for residual in (0, 128)},
-    "manager": (manager,), "twice": (twice,), "chunks": (chunks,), "preemption": (preemption,), "auto": (automatic,),
-    "compiled": (compiled,), "duo": (duo,),
-    "duo-steps": (duo_steps,), "duo-model": (duo_model,), "duo-capacity": (duo_capacity,),
+    "manager": (manager,), "twice": (twice,), "chunks": (chunks,), "preemption": (preemption,),
+    "offload": (offload,), "auto": (automatic,),
+    "compiled": (compiled,), "duo": (duo,), "duo-steps": (duo_steps,),
+    "duo-model": (duo_model,), "duo-capacity": (duo_capacity,),
     "parallel": (parallel,), "shapes": (shapes,), "families": (families,), "smollm2": (smollm2,),
+    "rotatekv": (rotated,),
     "capacity": (tokens_per_gib,), "server": (server,), "refusals": (refusals,),
 }  # fmt: skip
 OWN_PROCESSES = ("parallel",)

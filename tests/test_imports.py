@@ -34,7 +34,7 @@ LAYERS = {
     "calibrate.profile": ("errors", "paths", "kernels", "signature"),
     "recipe": ("errors", "store", "methods"),
     "engine": ("errors", "sizes", "kernels", "store", "attention", "methods", "recipe"),
-    "serving": ("errors", "kernels", "store", "attention", "methods", "recipe", "signature"),
+    "serving": ("errors", "kernels", "store", "attention", "methods", "models", "recipe", "signature"),
     "report": ("errors", "store", "engine", "kernels"),
     "plan": (
         "errors",

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import fivefold
 from conftest import quick
+from fivefold.calibrate.profile import Profile
 from fivefold.cli.app import app
 from fivefold.cli.vllm_check import compare
 from fivefold.errors import FivefoldError, RecipeError, UnsupportedModelError
@@ -25,10 +26,25 @@ from fivefold.kernels.choice import choose
 from fivefold.kernels.pack import pack_reference
 from fivefold.kernels.pack.reference import fields_of
 from fivefold.kernels.packed_decode import decode_page
+from fivefold.methods.bits.rotatekv import RotateCodec, RotateKV
+from fivefold.models.outline import first_layer
+from fivefold.models.specs import attention_modules, layer_spec
 from fivefold.serving import vllm
+from fivefold.serving.vllm import rotated_cpu
 from fivefold.serving.vllm.cpu import CpuPath
-from fivefold.serving.vllm.options import Facts, Options, Pages, VersionError, check_version, recipe_text
+from fivefold.serving.vllm.options import (
+    Facts,
+    Options,
+    Pages,
+    VersionError,
+    check_version,
+    recipe_text,
+    without_the_last,
+)
+from fivefold.serving.vllm.rotated import RotatedForm
+from fivefold.serving.vllm.rotated_cpu import RotatedPath
 from fivefold.serving.vllm.tables import NULL, Place, Prefill, Step, Tables
+from fivefold.store import Context, LayerSpec, Rope
 from recipes import SHAPE
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -125,7 +141,9 @@ def test_how_tokens_are_compared(tiny) -> None:
         ("h2o() + kivi()", "h2o chooses tokens"),
         ("tidal()", "tidal chooses tokens"),
         ("razor() + kivi()", "razor is not served"),
-        ("rotatekv()", "rotatekv is not served"),
+        ("gear()", "gear is not served"),
+        ("rotatekv()", "write sinks=0"),
+        ("rotatekv(sinks=0, bits=[2, 4])", "values by layer"),
         ("kivi(bits=[4, 2])", "values by layer"),
         ("kivi(key_bits=4, value_bits=2)", "keys of 4 and values of 2 bits"),
         ("kivi(unbias=True)", "leave unbias out"),
@@ -160,6 +178,7 @@ def test_recipes_that_are_refused(recipe: str, said: str) -> None:
         ({"prefix": True}, "looks ahead within images"),
         ({"microbatches": True}, "--enable-dbo"),
         ({"one_group": True}, "--disable-hybrid-kv-cache-manager"),
+        ({"connector": "NixlConnector"}, "the KV connector NixlConnector"),
         ({"context_parallel": 2}, "context parallel (2)"),
     ],
 )
@@ -172,11 +191,71 @@ def test_models_that_are_refused(changed: dict, said: str) -> None:
     assert isinstance(error.value, FivefoldError) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "extra", "version", "unfit"),
+    [
+        (None, {}, "0.32.0", None),
+        ("OffloadingConnector", {}, "0.32.0", None),
+        ("OffloadingConnector", {"spec_name": "CPUOffloadingSpec"}, "0.33.0", None),
+        ("OffloadingConnector", {"spec_name": "TieringOffloadingSpec"}, "0.33.0", "with TieringOffloadingSpec"),
+        ("OffloadingConnector", {"canonical_layout": True}, "0.33.0", "with canonical_layout"),
+        ("OffloadingConnector", {}, "0.31.0", "of vLLM 0.31.0"),
+        ("SimpleCPUOffloadConnector", {}, "0.33.0", "SimpleCPUOffloadConnector"),
+    ],
+)
+def test_connectors_that_carry_packed_blocks(name, extra, version, unfit) -> None:
+    transfer = SimpleNamespace(kv_connector=name, kv_connector_extra_config=extra, kv_connector_module_path=None)
+    found = vllm._unfit(transfer, version)
+    assert (found is None) == (unfit is None) and (unfit or "") in (found or "")
+    assert vllm._unfit(None, version) is None
+
+
+def test_the_last_token_is_computed() -> None:
+    """And stands in no block that comes back."""
+    for tokens in range(1, 40):
+        for found in range(0, tokens + 1, 8):
+            taken = without_the_last(found, tokens, 8)
+            assert taken % 8 == 0 and taken <= found and taken < tokens
+            assert taken == found or taken + 8 >= tokens
+
+
 def test_groups_that_no_gpu_packs() -> None:
     options = Options.parse("kivi(bits=4, group=64)")
     options.check(FACTS)
     with pytest.raises(UnsupportedModelError, match="groups of 64 tokens are not served; write group=32"):
         options.check(replace(FACTS, cpu=False))
+
+
+def test_where_rotated_pages_are_served() -> None:
+    options = Options.parse("rotatekv(sinks=0)")
+    options.check(FACTS)
+    for changed, said in (({"cpu": False}, "on a GPU; use kivi()"), ({"tensor": 2}, "--tensor-parallel-size 2")):
+        with pytest.raises(UnsupportedModelError, match=said):
+            options.check(replace(FACTS, **changed))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_rotated_records_are_the_codecs_pages(bits: int) -> None:
+    method = Options.parse(f"rotatekv(bits={bits}, sinks=0)").method
+    layout, form = rotated_codec(method, 2, 64).layout, RotatedForm.of(method, 64)
+    assert [(x.name, x.shape, x.dtype) for x in layout.fields] == form.parts
+    assert (layout.nbytes, layout.tokens) == (form.nbytes, form.tokens)
+    assert form != Options.parse(f"kivi(bits={bits})").pages(64, F32).form
+
+
+def test_layers_of_a_model_by_its_configuration(tiny, tmp_path) -> None:
+    """As a session finds them in the model itself."""
+    for shape in ({}, {"family": "gpt_neox"}):
+        model = tiny(**SHAPE | shape)
+        model.config.save_pretrained(tmp_path)
+        (index, module), *_ = attention_modules(model).items()
+        wanted = layer_spec(model, index, module, turned=True)
+        found, layers = first_layer(str(tmp_path))
+        assert layers == len(attention_modules(model)) and (found.model, found.config) == (wanted.model, wanted.config)
+        assert (found.kv_heads, found.query_heads, found.head_dim) == (
+            wanted.kv_heads, wanted.query_heads, wanted.head_dim)  # fmt: skip
+        assert torch.equal(found.rope.inv_freq, wanted.rope.inv_freq)
+        assert found.rope.neighbours == wanted.rope.neighbours
 
 
 # -- sizes --------------------------------------------------------------------------------------------------------
@@ -384,7 +463,7 @@ class Engine:
         length = one.known + new
         seen = max(self.pages.packed(one.known), one.hit)
         keys, values = one.keys[:, :length].double(), one.values[:, :length].double()
-        made = [decode_page(self.pages.form, fields, torch.float64) for fields in self._packed_form(one, seen)]
+        made = [self._decoded(fields) for fields in self._packed_form(one, seen)]
         for old, part in zip((keys, values), zip(*made) if made else ()):
             old[:, :seen] = torch.cat(part, 1)[:, :seen]
         queries = query.double().transpose(0, 1).unflatten(0, (self.kv_heads, self.shared_by))
@@ -392,6 +471,9 @@ class Engine:
         later = torch.ones(new, length, dtype=torch.bool).triu(length - new + 1)
         out = scores.masked_fill(later, float("-inf")).softmax(-1) @ values[:, None]
         return out.flatten(0, 1).transpose(0, 1)
+
+    def _decoded(self, fields: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return decode_page(self.pages.form, fields, torch.float64)
 
     def _check_pages(self, one: Request) -> None:
         """All complete groups are packed, bit for bit as the reference packs them."""
@@ -410,12 +492,67 @@ class Engine:
                     assert torch.equal(x[:, :count].view(torch.int16), y[:, :count].view(torch.int16)), i
 
 
+def rotated_codec(method: RotateKV, heads: int, dim: int) -> RotateCodec:
+    """Of a layer whose keys have random means."""
+    mean = torch.randn(1, heads * dim, generator=torch.Generator().manual_seed(0))
+    rope = Rope(10000.0 ** -(torch.arange(0, dim, 2) / dim), dim)
+    spec = LayerSpec(0, 1, heads, heads, dim, F32, torch.device("cpu"), rope=rope)
+    return RotateCodec(method, spec, Profile("rotatekv", "", {"layers": [0]}, {"key_mean": mean}))
+
+
+class RotatedEngine(Engine):
+    """The same for `rotatekv`: pages are what the codec makes of a whole text."""
+
+    def __init__(self, text: str, dim: int, dtype: torch.dtype, kv_heads: int, shared_by: int) -> None:
+        super().__init__(text, dim, dtype, kv_heads, shared_by)
+        self.codec = rotated_codec(Options.parse(text).method, kv_heads, dim)
+        self.path, self.impl.number = RotatedPath(self.pages, [self.codec]), 0
+
+    def _of(self, tokens: int):
+        heads = tuple(range(self.kv_heads))
+        return self.codec.of(Context(heads, len(heads), torch.arange(tokens)[None]))
+
+    def _packed_form(self, one: Request, upto: int) -> list[tuple[torch.Tensor, ...]]:
+        """Keys and values of each page, decoded."""
+        size = self.pages.form.tokens
+        pages = -(-upto // size)
+        if not pages:
+            return []
+        codec = self._of(pages * size)
+        both = [x[:, :upto].clone() for x in (one.keys, one.values)]
+        both = [torch.nn.functional.pad(x, (0, 0, 0, pages * size - upto)) for x in both]
+        made = codec.encode(*(x.unflatten(1, (pages, size)).flatten(0, 1) for x in both), 0, None)
+        keys, values = (x.view(self.kv_heads, pages, size, -1) for x in codec.decode(made))
+        return list(zip(keys.unbind(1), values.unbind(1)))
+
+    def _decoded(self, fields: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(x.double() for x in fields)
+
+    def _check_pages(self, one: Request) -> None:
+        form, upto = self.pages.form, one.known // 32 * 32
+        wanted, size = self._packed_form(one, upto), form.tokens
+        if not wanted:
+            return
+        blocks = torch.tensor(one.packed_blocks)
+        page = torch.arange(len(wanted))
+        records = self.packed[blocks[page // self.pages.together], :, page % self.pages.together].transpose(0, 1)
+        found = self._of(len(wanted) * size).decode(form.read(records.flatten(0, 1)))
+        for x, y in zip(found, zip(*wanted)):
+            x = x.view(self.kv_heads, -1, x.shape[2])[:, :upto]
+            assert torch.equal(x, torch.cat(y, 1)[:, :upto])
+
+
 LAYERS = [
     ("kivi(bits=4, residual=0)", 64, F32, 2, 2),
     ("kivi(bits=2, residual=100)", 64, BF16, 1, 3),
     ("kivi(bits=3, residual=32)", 64, F16, 2, 1),
     ("kivi(bits=8, residual=0, group=64)", 128, F32, 1, 4),
     ("kivi(bits=4, residual=40, group=128)", 64, F32, 1, 2),
+]
+ROTATED = [
+    ("rotatekv(bits=2, sinks=0, residual=0)", 64, F32, 2, 2),
+    ("rotatekv(bits=4, sinks=0, residual=40)", 64, BF16, 3, 1),
+    ("rotatekv(bits=3, sinks=0)", 128, F32, 1, 2),
 ]
 BOUND = {F32: 2e-5, BF16: 4e-2, F16: 6e-3}
 
@@ -429,6 +566,19 @@ def test_a_layer_against_plain_attention(shape: tuple, compiled: bool) -> None:
     random.seed(3), torch.manual_seed(3)
     engine = Engine(*shape)
     engine.path.compiled = compiled
+    run_a_layer(engine)
+
+
+@pytest.mark.parametrize("shape", quick(ROTATED, 2))
+def test_a_layer_of_rotated_pages(shape: tuple, monkeypatch) -> None:
+    """Decoding requests read their pages together, or one after the other where they are long."""
+    random.seed(3), torch.manual_seed(3)
+    if shape[2] == BF16:
+        monkeypatch.setattr(rotated_cpu, "TOGETHER", 64)
+    run_a_layer(RotatedEngine(*shape))
+
+
+def run_a_layer(engine: Engine) -> None:
     block, bound = engine.pages.block, BOUND[engine.dtype]
     one, two, three = engine.request(), engine.request(), engine.request()
     assert engine.step([(one, 5), (two, block - 3)]) < bound

@@ -12,15 +12,26 @@ import importlib.metadata
 import importlib.util
 import os
 import warnings
+from copy import copy
 from functools import wraps
 from typing import Any, NamedTuple
 
 from fivefold.errors import RecipeError
-from fivefold.serving.vllm.options import NO_RECIPE, RECIPE, Facts, Options, check_version, recipe_text
+from fivefold.serving.vllm.options import (
+    NO_RECIPE,
+    RECIPE,
+    Facts,
+    Options,
+    check_version,
+    knows_offloading,
+    recipe_text,
+)
 
 __all__ = ["State", "register", "state"]
 _told: dict[str, str] = {}
 _BACKEND = "fivefold.serving.vllm.backend.KiviBackend"
+_STOCK = "OffloadingConnector", None
+"""The connector that `offload.py` has one of the same name for."""
 
 
 def register() -> None:
@@ -130,6 +141,11 @@ def prepare(config: Any) -> None:
         # What streaming heads would have to see behind a prefix is not kept.
         config.cache_config.enable_prefix_caching = False
         warnings.warn(f"{options.recipe}: vLLM's prefix caching is off, since duo has no prefix hits.", stacklevel=2)
+    codecs_for(options, config)
+    transfer = config.kv_transfer_config
+    if transfer is not None and (transfer.kv_connector, transfer.kv_connector_module_path) == _STOCK:
+        config.kv_transfer_config = transfer = copy(transfer)
+        transfer.kv_connector_module_path = f"{__name__}.offload"
     if cpu:
         if RECIPE not in os.environ:  # workers register before they have a configuration
             os.environ[RECIPE] = _told["recipe"] = text
@@ -143,8 +159,21 @@ def prepare(config: Any) -> None:
         )
 
 
+def codecs_for(options: Options, config: Any) -> list[Any] | None:
+    """What packs the pages of each layer with `rotatekv`; None for a recipe that needs nothing of the model."""
+    from fivefold.methods.bits.rotatekv import RotateKV
+    from fivefold.serving.vllm.rotated import codecs_of
+
+    if not isinstance(options.method, RotateKV):
+        return None
+    model = config.model_config
+    loading = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    return codecs_of(options.method, str(model.model), model.dtype, **loading)
+
+
 def facts_of(config: Any) -> Facts:
     """What vLLM is asked to serve."""
+    import vllm
     from vllm.platforms import current_platform
 
     model, parallel, text = config.model_config, config.parallel_config, config.model_config.hf_text_config
@@ -172,6 +201,7 @@ def facts_of(config: Any) -> Facts:
         context_parallel=parallel.decode_context_parallel_size,
         cache_dtype=str(config.cache_config.cache_dtype),
         block_size=config.cache_config.block_size if config.cache_config.user_specified_block_size else None,
+        connector=_unfit(config.kv_transfer_config, vllm.__version__),
         microbatches=bool(getattr(parallel, "use_ubatching", False)),
         one_group=bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
         cpu=current_platform.is_cpu(),
@@ -180,3 +210,24 @@ def facts_of(config: Any) -> Facts:
         transfers=config.kv_transfer_config is not None,
         config=text,
     )
+
+
+def _unfit(transfer: Any, version: str) -> str | None:
+    """The KV connector that is asked for, if it cannot carry packed blocks. One of one's own says that it can by an
+    attribute `packed_blocks`."""
+    if transfer is None or transfer.kv_connector is None:
+        return None
+    name, extra = str(transfer.kv_connector), transfer.kv_connector_extra_config or {}
+    if (name, transfer.kv_connector_module_path) == _STOCK:
+        spec = extra.get("spec_name", "CPUOffloadingSpec")
+        if spec != "CPUOffloadingSpec":
+            return f"{name} with {spec}"
+        if extra.get("canonical_layout"):
+            return f"{name} with canonical_layout"
+        return None if knows_offloading(version) else f"{name} of vLLM {version}"
+    if transfer.kv_connector_module_path:
+        from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+        if getattr(KVConnectorFactory.get_connector_class(transfer), "packed_blocks", False):
+            return None
+    return name

@@ -25,9 +25,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from fivefold.errors import RecipeError, UnsupportedModelError
-from fivefold.serving.vllm import facts_of
+from fivefold.serving.vllm import codecs_for, facts_of
 from fivefold.serving.vllm.exact import Exact, ExactSpec, register_spec
 from fivefold.serving.vllm.options import NO_RECIPE, RECIPE, Options, Pages, recipe_text
+from fivefold.serving.vllm.rotated_cpu import RotatedPath
 from fivefold.serving.vllm.streaming import StreamingCpuPath, StreamingPages, StreamingTables, split
 from fivefold.serving.vllm.tables import Place, Prefill, Step, Tables
 from fivefold.serving.vllm.windows import PackedWindowSpec, WindowSpec, register_specs
@@ -93,7 +94,8 @@ class Shared:
                 self.path = StreamingCpuPath(self.pages)
                 return
             self.tables = Tables(self.pages, self.kv_heads, requests, tokens, device)
-            self.path = CpuPath(self.pages)
+            codecs = codecs_for(options_of(vllm_config), vllm_config)
+            self.path = CpuPath(self.pages) if codecs is None else RotatedPath(self.pages, codecs)
         else:
             from fivefold.serving.vllm.cuda import CudaPath, CudaTables
 
@@ -259,7 +261,7 @@ class Impl(AttentionImpl):
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
         layers = config.compilation_config.static_forward_context
-        number = sum(name.startswith("fivefold.") and name.endswith(".exact") for name in layers)
+        self.number = number = sum(name.startswith("fivefold.") and name.endswith(".exact") for name in layers)
         pages, kv_heads = options.pages(head_size, config.model_config.dtype), self.num_kv_heads
         self.parts: list[Part] = []
         if options.duo is not None:

@@ -11,8 +11,10 @@ import torch
 from fivefold.errors import FivefoldError, RecipeError, UnsupportedModelError
 from fivefold.kernels.packed_decode import Form
 from fivefold.methods.bits.kivi import Kivi, KiviCodec
+from fivefold.methods.bits.rotatekv import RotateKV
 from fivefold.methods.heads.duo_attention import DuoAttention
 from fivefold.recipe import Recipe
+from fivefold.serving.vllm.rotated import RotatedForm
 from fivefold.signature import config_hash, signature
 from fivefold.store.spec import DTYPES, LayerSpec
 
@@ -26,7 +28,9 @@ __all__ = [
     "Pages",
     "VersionError",
     "check_version",
+    "knows_offloading",
     "recipe_text",
+    "without_the_last",
 ]
 RECIPE = "FIVEFOLD_RECIPE"
 """The environment variable that names a recipe."""
@@ -38,6 +42,8 @@ NO_RECIPE = (
 )
 VERSIONS = (0, 29), (0, 34)
 """Versions of vLLM that the plug-in knows: from the first, below the second."""
+OFFLOADING = (0, 32)
+"""From this version on its KV offloading is known too."""
 PAGE = 32
 """Tokens of an exact page."""
 HEAD_DIMS = (64, 128, 256)
@@ -57,6 +63,18 @@ def check_version(version: str) -> None:
             f"vLLM {version} is none that Fivefold's plug-in knows: install vllm>={low},<{high}, or run it without a "
             "recipe."
         )
+
+
+def knows_offloading(version: str) -> bool:
+    """Whether the plug-in knows the KV offloading of a version that it knows."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found is not None and tuple(map(int, found.groups())) >= OFFLOADING
+
+
+def without_the_last(found: int, tokens: int, block: int) -> int:
+    """Tokens of `found`, whole blocks, that a request of so many tokens may take over: its last token is computed, so
+    that there is a next one, and must not stand in a packed block."""
+    return min(found, (tokens - 1) // block * block)
 
 
 def recipe_text(additional: Any, environment: str | None) -> str | None:
@@ -147,7 +165,8 @@ class Pages:
 @dataclass(frozen=True)
 class Facts:
     """What is asked of a model that is to be served. window: of layers that have a sliding one; dtype and what stands
-    behind `hybrid`: what vLLM was told. config: the decoder's configuration, where a recipe asks for heads."""
+    behind `hybrid`: what vLLM was told; connector: a KV connector that cannot carry packed blocks; transfers: whether
+    there is any; config: the decoder's configuration, where a recipe asks for heads."""
 
     model: str
     head_dim: int
@@ -164,23 +183,24 @@ class Facts:
     speculation: str | None = None
     pipeline: int = 1
     context_parallel: int = 1
+    tensor: int = 1
     cache_dtype: str = "auto"
     block_size: int | None = None
     one_group: bool = False
+    connector: str | None = None
     microbatches: bool = False
     cpu: bool = True
     layers: int = 1
-    tensor: int = 1
     transfers: bool = False
     config: Any = None
 
 
 @dataclass(frozen=True)
 class Options:
-    """A recipe that vLLM's blocks can hold: `kivi`, alone or with `duo`."""
+    """A recipe that vLLM's blocks can hold: `kivi`, alone or on a CPU with `duo`, or on a CPU `rotatekv` alone."""
 
     recipe: Recipe
-    method: Kivi
+    method: Kivi | RotateKV
     duo: DuoAttention | None = None
 
     @classmethod
@@ -196,9 +216,9 @@ class Options:
                     f"{one.name} chooses tokens for each head, and in vLLM one table serves all heads of a layer: "
                     f"{remedy}."
                 )
-            if not isinstance(one, Kivi | DuoAttention):
+            if not isinstance(one, Kivi | RotateKV | DuoAttention):
                 raise RecipeError(f"{one.name} is not served by vLLM's blocks: {remedy}.")
-        method = next((one for one in recipe.methods if isinstance(one, Kivi)), None)
+        method = next((one for one in recipe.methods if isinstance(one, Kivi | RotateKV)), None)
         duo = next((one for one in recipe.methods if isinstance(one, DuoAttention)), None)
         if method is None:
             raise RecipeError(f"{recipe} packs nothing, and vLLM's blocks hold packed pages: write {recipe} + kivi().")
@@ -209,6 +229,15 @@ class Options:
                     f"{recipe} has values by layer ({name}), and vLLM's blocks are alike in all layers: give {name} "
                     "one number."
                 )
+        if isinstance(method, RotateKV):
+            if duo is not None:
+                raise RecipeError(f"{recipe}: beside duo rotatekv is not served: write kivi().")
+            if method.sinks:
+                raise RecipeError(
+                    f"{recipe} finds attention sinks in what goes into a layer, and vLLM hands that to no attention: "
+                    "write sinks=0."
+                )
+            return cls(recipe, method)
         if duo is not None and method.group != PAGE:
             raise RecipeError(f"{recipe}: beside duo groups of {method.group} tokens are not served: write "
                               f"kivi(group={PAGE}).")  # fmt: skip
@@ -227,6 +256,8 @@ class Options:
 
     def pages(self, head_dim: int, dtype: torch.dtype) -> Pages:
         """What pages of a layer look like."""
+        if isinstance(self.method, RotateKV):
+            return Pages(RotatedForm.of(self.method, head_dim), self.method.residual, dtype)
         form = _codec(self.method, head_dim).form
         assert isinstance(form, Form)
         return Pages(form, self.method.residual, dtype)
@@ -234,7 +265,9 @@ class Options:
     def check(self, facts: Facts) -> None:
         """Raise `UnsupportedModelError` if the plug-in cannot serve a model."""
         why = _lacking(facts)
-        if why is None and not facts.cpu and self.method.group != PAGE:
+        if why is None and isinstance(self.method, RotateKV):
+            why = _lacking_rotated(facts)
+        elif why is None and not facts.cpu and self.method.group != PAGE:
             why = f"on a GPU groups of {self.method.group} tokens are not served; write group={PAGE}"
         if why is None and self.duo is not None:
             why = self._why_no_duo(facts)
@@ -278,6 +311,18 @@ def _codec(method: Kivi, head_dim: int) -> KiviCodec:
     return method.codec(LayerSpec(0, 1, 1, 1, head_dim, torch.float32, torch.device("cpu")))
 
 
+def _lacking_rotated(facts: Facts) -> str | None:
+    """The same for what `rotatekv` lacks besides."""
+    if not facts.cpu:
+        return "no kernel of the plug-in packs its pages on a GPU; use kivi()"
+    if facts.tensor > 1:
+        return (
+            f"it rotates and sorts the keys of several heads together, which --tensor-parallel-size {facts.tensor} "
+            "takes apart; leave that out, or use kivi()"
+        )
+    return None
+
+
 def _lacking(facts: Facts) -> str | None:
     """Why a model cannot be served, and what helps; None if it can."""
     without = "serve it without a recipe"
@@ -310,10 +355,15 @@ def _lacking(facts: Facts) -> str | None:
         return f"--kv-cache-dtype {facts.cache_dtype} packs the cache too; leave it out"
     if facts.block_size is not None:
         return f"blocks are as large as the recipe's pages; leave --block-size {facts.block_size} out"
+    if facts.connector is not None:
+        return (
+            f"the KV connector {facts.connector} does not carry packed blocks; use "
+            "--kv-offloading-size with vLLM {}.{} or later, or leave it out".format(*OFFLOADING)
+        )
     if facts.one_group:
         return (
-            "exact and packed tokens need vLLM's hybrid KV cache manager, which --disable-hybrid-kv-cache-manager or a "
-            "KV connector turns off; leave that out"
+            "exact and packed tokens need vLLM's hybrid KV cache manager, which --disable-hybrid-kv-cache-manager "
+            "turns off; leave that out"
         )
     if facts.microbatches:
         return "two micro-batches at a time are not served; leave --enable-dbo out"
