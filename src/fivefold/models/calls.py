@@ -54,7 +54,9 @@ def _continued(
     if args or positions is None or positions.ndim != 2 or positions.shape[1] != ids.shape[1]:
         return args, given
     held = cache.lengths()
-    ends = positions[:, [0, -1]].cpu().numpy()
+    kept = given.get("logits_to_keep")
+    guessed = max(0, kept - 1) if cache.session.recording and isinstance(kept, int) else 0  # tokens behind the text
+    ends = positions[:, [0, -1 - guessed]].cpu().numpy()
     if (ends[:, 1] < held.min()).all():
         raise CacheStateError(
             f"generate() was given a text of {ends[:, 1].max() + 1} tokens, and the cache holds {length} already: give "
