@@ -205,7 +205,7 @@ def facts_of(config: Any) -> Facts:
         microbatches=bool(getattr(parallel, "use_ubatching", False)),
         one_group=bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
         cpu=current_platform.is_cpu(),
-        layers=text.num_hidden_layers,
+        layers=getattr(text, "num_hidden_layers", 1),
         tensor=parallel.tensor_parallel_size,
         transfers=config.kv_transfer_config is not None,
         config=text,
