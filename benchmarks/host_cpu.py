@@ -4,8 +4,8 @@
 
 A Llama of random weights, `--layers` layers of 4 kv heads of 64, hidden size 64, reads chunks of one sequence. Of each
 layer and chunk: milliseconds of this thread's processor time (the least of `--repeats` runs of each chunk, the median
-over the chunks but the first; all caches are taken in turn), calls of functions, Python's and those in C, and operations
-of PyTorch. Calls and operations do not depend on the machine's speed.
+over the chunks but the first; all caches are taken in turn), calls of functions, Python's and those in C, and
+operations of PyTorch. Calls and operations do not depend on the machine's speed.
 """
 
 from __future__ import annotations
