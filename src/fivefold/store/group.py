@@ -104,7 +104,8 @@ class RowGroup:
             found = []
             for first, last in _blocks(table, table.shape[1]):
                 whole = pool.locate(table[:, first:last])
-                if whole.slab is not None and whole.strides[1] == 1 and pool.layout.holds is None:
+                alone = whole.slab is not None and whole.strides[1] == 1 and pool.layout.holds is None
+                if alone or last - first <= longest:
                     found.append((first, last, whole))
                     continue
                 for start in range(first, last, longest):

@@ -310,11 +310,11 @@ class PagePool(Slabs):
     def _runs(self, pages: np.ndarray) -> tuple[Location, ...]:
         """The regular grids that a table is made of, from column to column, if these are few: a chunk leaves one."""
         rows, columns = pages.shape
-        starts = np.flatnonzero((np.diff(pages, axis=1, prepend=-2) != 1).any(0))
-        stops = np.append(starts[1:], columns)
+        breaks = (pages[:, 1:] - pages[:, :-1] != 1).any(0).nonzero()[0] + 1
+        starts, stops = np.concatenate([[0], breaks]), np.concatenate([breaks, [columns]])
         first, slabs = pages[:, starts], pages[0, starts] >> SLAB_SHIFT
         steps = first[1] - first[0] if rows > 1 else np.ones_like(slabs)
-        few = len(starts) <= 2 + 2 * np.count_nonzero(np.diff(slabs))
+        few = len(starts) <= 2 + 2 * np.count_nonzero(slabs[1:] != slabs[:-1])
         regular = (first == first[0] + steps * np.arange(rows)[:, None]).all() and (steps > 0).all()
         if not few or not regular or (pages[-1, stops - 1] >> SLAB_SHIFT != slabs).any():
             return ()
@@ -331,14 +331,10 @@ class PagePool(Slabs):
 
     def fetch(self, name: str, location: Location) -> torch.Tensor:
         """Field `name` of the pages at a location: `[rows, columns, *shape]`; of a regular grid a view."""
-        if location.runs:
-            return torch.cat([self.fetch(name, run) for run in location.runs], 1)
         if location.slab is not None:
-            field = location.slab.tensors[name]
-            page = field.stride(0)
-            strides = (location.strides[0] * page, location.strides[1] * page, *field.stride()[1:])
-            start = field.storage_offset() + location.first * page
-            return field.as_strided((*location.shape, *field.shape[1:]), strides, start)
+            return _grid(location.slab.tensors[name], location)
+        if location.runs:
+            return torch.cat([_grid(cast(Slab, run.slab).tensors[name], run) for run in location.runs], 1)
         parts = ((where, slab.tensors[name].index_select(0, index)) for slab, index, where in location.parts)
         return _rows_from(parts, prod(location.shape)).unflatten(0, location.shape)
 
@@ -417,6 +413,14 @@ class PagePool(Slabs):
         for part in self.layout.fields:
             # What is read may be a view of the slab that is written into.
             self.write(part.name, target, self.read(part.name, source).clone())
+
+
+def _grid(field: torch.Tensor, location: Location) -> torch.Tensor:
+    """A field of the pages of a regular grid: a view `[rows, columns, *shape]`."""
+    page, *inner = field.stride()
+    rows, columns = location.strides
+    start = field.storage_offset() + location.first * page
+    return field.as_strided((*location.shape, *field.shape[1:]), (rows * page, columns * page, *inner), start)
 
 
 def joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
