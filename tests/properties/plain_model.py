@@ -235,8 +235,9 @@ class Comparison:
         tokens = length + 1 - self.revocable
         oldest = np.maximum(pinned, tokens - windows(bounds, tokens))
         lags = bounds.share >= 0
-        assert (~lags | (bounds.left + PAGE > tokens - windows(bounds, tokens))).all() and not bounds.left[~lags].any()
-        oldest = np.where(lags, np.maximum(pinned, bounds.left), oldest)  # a crop lets less have left
+        left = np.maximum(pinned, bounds.left)  # nothing has left while that is nothing behind what is pinned
+        assert (~lags | (left + PAGE > tokens - windows(bounds, tokens))).all() and not bounds.left[~lags].any()
+        oldest = np.where(lags, left, oldest)  # a crop lets less have left
         full = stop > base
         assert (full | (exact == pinned) | (exact + PAGE > oldest)).all()
         self.packed_pages = np.zeros(self.rows, np.int64)
