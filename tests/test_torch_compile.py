@@ -183,7 +183,7 @@ def test_a_failure_leaves_the_cache_as_it_was(tiny, at: int) -> None:
                 raised += 1
                 logits = compiled(given, past_key_values=caches[0]).logits
             assert torch.equal(logits, compiled(given, past_key_values=caches[1]).logits)
-    assert raised > 3
+    assert raised > 1  # layers are stored together, so there are few operations that can fail
 
 
 @pytest.mark.slow

@@ -372,7 +372,7 @@ class RecentPolicy(TokenPolicy):
 class DemotingPolicy(TokenPolicy):
     """A policy whose heads hold all tokens: what it does not choose is packed. It brings the codec, too.
 
-    `budget` is how many tokens of a row are exact.
+    Its budget is how many tokens of a row are exact.
     """
 
     keep = 1.0
