@@ -346,6 +346,7 @@ class RecentPolicy(TokenPolicy):
     recent: float
     sink: int = 0
     loses: str | int | None = "least"
+    """The token with the least score goes."""
 
     @property
     def always(self) -> int:
@@ -376,13 +377,16 @@ class DemotingPolicy(TokenPolicy):
     """
 
     keep = 1.0
+    """All tokens are held."""
 
     @property
     def evicts(self) -> bool:
+        """Nothing ever goes."""
         return False
 
     @property
     def chooses(self) -> bool:
+        """What is packed is always a choice."""
         return True
 
     def residual(self, extent: Extent) -> int:
