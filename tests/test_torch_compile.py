@@ -152,7 +152,8 @@ def test_padding_without_positions(tiny) -> None:
 
 @pytest.mark.slow
 def test_steps_from_fixed_tables(tiny, monkeypatch) -> None:
-    """What `cuda_graph=True` runs is fused kernels, or else the compiled model; on a CPU in Triton's interpreter."""
+    """What `cuda_graph=True` runs is the compiled model, where it is not fused kernels; on a CPU in Triton's
+    interpreter."""
     pytest.importorskip("triton", reason="needs Triton")
     if torch.cuda.is_available():
         pytest.skip("the interpreter is off where there is a GPU")
@@ -160,9 +161,9 @@ def test_steps_from_fixed_tables(tiny, monkeypatch) -> None:
     model, counter = tiny(**SHAPE), CompileCounter()
     wanted = text(model, fivefold.compress(model, "full()", cuda_graph=True), ids(6), 2)
     cache = fivefold.compress(model, "full()", cuda_graph=True)
+    cache.step.fuses = False
     assert text(torch.compile(model, backend=counter), cache, ids(6), 2) == wanted
-    assert cache.step.replays == 2 and cache.step.failed is None
-    assert 1 + (cache.step.own is not None) <= counter.frame_count <= 2
+    assert cache.step.replays == 2 and cache.step.failed is None and counter.frame_count == 2
 
 
 @pytest.mark.slow
