@@ -175,7 +175,7 @@ def test_a_failure_leaves_the_cache_as_it_was(tiny, at: int) -> None:
     caches = [fivefold.compress(model, KIVI) for _ in range(2)]
     for cache in caches:
         text(compiled, cache, ids(60), 2)
-    for step in range(40):
+    for step in range(90):
         given = ids(1 if step % 9 else 5, seed=step)
         with torch.inference_mode():
             try:
@@ -185,7 +185,7 @@ def test_a_failure_leaves_the_cache_as_it_was(tiny, at: int) -> None:
                 raised += 1
                 logits = compiled(given, past_key_values=caches[0]).logits
             assert torch.equal(logits, compiled(given, past_key_values=caches[1]).logits)
-    assert raised > 1  # layers are stored together, so there are few operations that can fail
+    assert raised > 3
 
 
 @pytest.mark.slow
