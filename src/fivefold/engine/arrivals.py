@@ -40,9 +40,6 @@ class Arrivals:
         self._waiting: list[Arrival] = []
         self._numbers = 0
 
-    def __bool__(self) -> bool:
-        return bool(self._waiting)
-
     def take(self, one: Arrival, revocable: int) -> None:
         """Store a chunk, now or later. The newest `revocable` tokens may be taken back."""
         self._waiting.append(one)

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.held import Held
-from fivefold.store.rows import PAGE, Bounds, Packing
-from fivefold.store.tier import Tier
-from fivefold.store.transaction import Transaction
+from fivefold.store.interfaces import Tables
+from fivefold.store.rows import PAGE, Bounds
 
 
 class Part(NamedTuple):
@@ -41,19 +40,7 @@ def each(parts: Sequence[Part]) -> Iterator[tuple[np.ndarray, Part]]:
         first += len(part.group.rows)
 
 
-class Rows(Protocol):
-    """What must be known of the rows (see `Bank`)."""
-
-    change: Transaction | None
-    exact: Tier
-    packing: Packing | None
-    data: np.ndarray
-    residual: np.ndarray
-
-    def move(self, rows: np.ndarray, old: Bounds, new: Bounds, parts: Sequence[Part] = ()) -> None: ...
-
-
-def take_each(bank: Rows, parts: Sequence[Part], revocable: int) -> None:
+def take_each(bank: Tables, parts: Sequence[Part], revocable: int) -> None:
     """Take chunks in whose rows no policy chooses for, and move what is due; those that stand alike together. The
     newest `revocable` tokens may be taken back."""
     kinds: dict[tuple[Bounds, int, int], list[Part]] = {}
@@ -66,7 +53,7 @@ def take_each(bank: Rows, parts: Sequence[Part], revocable: int) -> None:
         take(bank, alike, old.appended(tokens).advanced(packing, revocable))
 
 
-def take(bank: Rows, parts: Sequence[Part], new: Bounds) -> None:
+def take(bank: Tables, parts: Sequence[Part], new: Bounds) -> None:
     """Bring rows that all stand alike to bounds `new`, with the tokens that come to them."""
     old, rows = parts[0].group.bounds, parts[0].group.flat
     if len(parts) > 1:
@@ -85,7 +72,7 @@ def take(bank: Rows, parts: Sequence[Part], new: Bounds) -> None:
 _LENGTH = Bounds._fields.index("length")
 
 
-def _write(bank: Rows, rows: np.ndarray, old: Bounds, new: Bounds, chunk: Sequence[tuple[torch.Tensor, ...]]) -> None:
+def _write(bank: Tables, rows: np.ndarray, old: Bounds, new: Bounds, chunk: Sequence[tuple[torch.Tensor, ...]]) -> None:
     """The tokens behind `old.length` into exact pages, but for what was packed or is out of the window. chunk: keys and
     values, of some of the rows each."""
     assert bank.change is not None

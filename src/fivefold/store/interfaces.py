@@ -80,15 +80,25 @@ class Layer(Protocol):
         held: Held | None = None,
     ) -> None: ...
 
+    def empty(self, group: Any, evicted: int) -> None: ...
+
+    def empty_exact(self, group: Any) -> None: ...
+
+    def drop_oldest_exact(self, group: Any, tokens: int) -> None: ...
+
 
 class Tables(Protocol):
-    """The common tables of layers' rows."""
+    """The common tables of layers' rows. parts: `Part`s of a chunk."""
 
     device: torch.device
     packing: Packing | None
     change: Transaction | None
     exact: Tier
     packed: Tier | None
+    data: np.ndarray
+    residual: np.ndarray
+
+    def move(self, rows: np.ndarray, old: Bounds, new: Bounds, parts: Sequence[Any] = ()) -> None: ...
 
     @property
     def rows(self) -> int: ...

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from fivefold.kernels.device import sent
-from fivefold.store.bank import Bank
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.held import Held
 from fivefold.store.interfaces import Layer
@@ -130,20 +129,8 @@ class Policy(Protocol):
     def why_not_revoke(self, held: Held, tokens: int) -> str | None: ...
 
 
-class PlannedLayer(Layer, Protocol):
-    """What is needed to do it (see `LayerCache`)."""
-
-    bank: Bank
-
-    def empty(self, group: RowGroup, evicted: int) -> None: ...
-
-    def empty_exact(self, group: RowGroup) -> None: ...
-
-    def drop_oldest_exact(self, group: RowGroup, tokens: int) -> None: ...
-
-
 def execute(
-    layer: PlannedLayer,
+    layer: Layer,
     group: RowGroup,
     plan: Plan,
     held: Held,
@@ -166,7 +153,7 @@ def execute(
 
 
 def _keep(
-    layer: PlannedLayer,
+    layer: Layer,
     group: RowGroup,
     plan: Keep,
     held: Held,
@@ -194,7 +181,7 @@ def _keep(
 
 
 def _demote(
-    layer: PlannedLayer,
+    layer: Layer,
     group: RowGroup,
     plan: Demote,
     held: Held,
@@ -216,7 +203,7 @@ def _demote(
     group.held = held
 
 
-def _demote_few(layer: PlannedLayer, group: RowGroup, plan: Demote, held: Held, revocable: int) -> bool:
+def _demote_few(layer: Layer, group: RowGroup, plan: Demote, held: Held, revocable: int) -> bool:
     """`_demote` in a step, where few of many tokens go: they come to stand in fresh pages in the place of the first
     ones, and what stood there takes the slots that they leave. Nothing else is moved. False where that is not so."""
     bank, bounds, order = layer.bank, group.bounds, plan.order
@@ -256,7 +243,7 @@ def _demote_few(layer: PlannedLayer, group: RowGroup, plan: Demote, held: Held, 
     return True
 
 
-def _evict_one(layer: PlannedLayer, group: RowGroup, plan: EvictOne, held: Held) -> None:
+def _evict_one(layer: Layer, group: RowGroup, plan: EvictOne, held: Held) -> None:
     last, goes = int(group.bounds.length) - 1, plan.goes
     newest = goes.new_full(goes.shape, last)
     keys, values = (x.clone() for x in group.token(newest))
@@ -284,9 +271,7 @@ def _evict_one(layer: PlannedLayer, group: RowGroup, plan: EvictOne, held: Held)
     )
 
 
-def _write_later(
-    layer: PlannedLayer, group: RowGroup, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-) -> None:
+def _write_later(layer: Layer, group: RowGroup, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
     """Tokens `[rows, head_dim]` for exact slots `[rows]` that hold others now. The last slot is about to go."""
     if slots.is_meta:
         return
@@ -304,7 +289,7 @@ def _write_later(
             bank.write_later(name, pages, index % PAGE, x if which is None else x[which])
 
 
-def _evict_packed(layer: PlannedLayer, group: RowGroup, plan: EvictPacked, held: Held) -> None:
+def _evict_packed(layer: Layer, group: RowGroup, plan: EvictPacked, held: Held) -> None:
     stop, due, known = int(group.bounds.packed_stop), plan.goes.shape[1], [held.positions, held.scores]
     if not plan.goes.is_meta:
         known = _replace_packed(layer, group, plan, held)
@@ -314,7 +299,7 @@ def _evict_packed(layer: PlannedLayer, group: RowGroup, plan: EvictPacked, held:
     group.held = replace(held, positions=known[0], scores=known[1], final=held.seen)
 
 
-def _replace_packed(layer: PlannedLayer, group: RowGroup, plan: EvictPacked, held: Held) -> list[torch.Tensor]:
+def _replace_packed(layer: Layer, group: RowGroup, plan: EvictPacked, held: Held) -> list[torch.Tensor]:
     """Pages in which nothing changes are left alone; the others are written anew. Returns positions and scores, what
     came in where what goes was."""
     bank, packing, bounds = layer.bank, layer.packing, group.bounds
