@@ -422,15 +422,7 @@ def duo_steps() -> None:
         of=TOKENS, chunks=sizes)  # fmt: skip
     del llm
     gc.collect()
-    texts = prompts((400, 410, 420, 430))
-    recipe = recipe.replace("bits=4, residual=32", "bits=8, residual=0")
-    wanted = [reference.tokens(ids, recipe, count=200) for ids in texts]
-    llm = engine(folder, recipe, num_gpu_blocks_override=40, max_model_len=1024, disable_log_stats=False)
-    got, _ = ask(llm, texts, 200)
-    times = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
-    times = sum(value for name, value in times.items() if "preemption" in name)
-    say(f"{recipe}: {len(texts)} requests in 40 blocks", times > 0 and got[0] == wanted[0], preemptions=times,
-        same=list(map(same, got, wanted)), of=200)  # fmt: skip
+    few_blocks(folder, reference, recipe.replace("bits=4, residual=32", "bits=8, residual=0"), 40)
 
 
 def duo_model() -> None:
@@ -492,17 +484,23 @@ def duo_capacity() -> None:
             )
 
 
-def preemption() -> None:
-    """Few blocks: requests are put off, their blocks are given up, and they are read again."""
-    folder, texts = llama(), prompts((400, 410, 420, 430))
-    reference, recipe = Reference(folder), "kivi(bits=8, residual=0)"
+def few_blocks(folder: Any, reference: Reference, recipe: str, blocks: int) -> None:
+    """Requests are put off, their blocks are given up, and they are read again. The first, which is never put off,
+    has the tokens of transformers."""
+    texts = prompts((400, 410, 420, 430))
     wanted = [reference.tokens(ids, recipe, count=200) for ids in texts]
-    llm = engine(folder, recipe, num_gpu_blocks_override=17, max_model_len=1024, disable_log_stats=False)
+    llm = engine(folder, recipe, num_gpu_blocks_override=blocks, max_model_len=1024, disable_log_stats=False)
     got, _ = ask(llm, texts, 200)
     times = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
     times = sum(value for name, value in times.items() if "preemption" in name)
-    say(f"{recipe}: {len(texts)} requests in 17 blocks", times > 0 and got[0] == wanted[0], preemptions=times,
+    say(f"{recipe}: {len(texts)} requests in {blocks} blocks", times > 0 and got[0] == wanted[0], preemptions=times,
         same=list(map(same, got, wanted)), of=200)  # fmt: skip
+
+
+def preemption() -> None:
+    """Few blocks for `kivi` alone."""
+    folder = llama()
+    few_blocks(folder, Reference(folder), "kivi(bits=8, residual=0)", 17)
 
 
 class Copies:

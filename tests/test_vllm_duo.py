@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import quick
-from fivefold.errors import ProfileError, RecipeError, UnsupportedModelError
+from fivefold.errors import ProfileError, UnsupportedModelError
 from fivefold.kernels.choice import choose
 from fivefold.kernels.pack import pack_reference
 from fivefold.kernels.packed_decode import Form, decode_page
@@ -52,21 +52,6 @@ def test_even_takes_the_best_heads_of_each_layer() -> None:
             assert len(mine) == count and all(scores[layer, a] >= scores[layer, b] for a in mine for b in others)
     uneven = Recipe.parse("duo(keep=0.34)").methods[0].retrieval_heads(spec)
     assert len({sum(at == layer for at, _ in uneven) for layer in range(30)}) > 1
-
-
-@pytest.mark.parametrize(
-    ("recipe", "said"),
-    [
-        ("duo()", "duo() packs nothing, and vLLM's blocks hold packed pages: write duo() + kivi()"),
-        ("duo() + kivi(group=64)", "beside duo groups of 64 tokens are not served: write kivi(group=32)"),
-        ("duo(recent=[64, 128]) + kivi()", "values by layer (recent)"),
-        ("razor() + kivi()", "razor is not served"),
-    ],
-)
-def test_recipes_that_are_refused(recipe: str, said: str) -> None:
-    with pytest.raises(RecipeError) as error:
-        Options.parse(recipe)
-    assert said in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
