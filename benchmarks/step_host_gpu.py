@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from codecs_gpu import first_columns
 
 from fivefold.benchmark import decode, machine
 from fivefold.methods.bits import gear
 from fivefold.models import graph
+from steps_gpu import first_columns
 
 RECIPES = (
     "full()", "kivi(bits=2)", "mikv()", "minicache()", "h2o() + kivi(bits=4)",

@@ -3,10 +3,11 @@
 python benchmarks/sweep_all.py FOLDER --samples 12 --limit 460
 python benchmarks/results_table.py FOLDER/results.json
 
-Several processes share one GPU, since a model as small as the embedded one leaves it idle between launches. Finished
-pieces are kept in FOLDER/rows.jsonl: the same command goes on where another one was stopped, by --limit (seconds) or a
-kill. FOLDER/results.json sums up the recipes that are complete, and FOLDER/seconds.json says what took how long. When
-all is done one process times decoding steps, with the GPU for itself (FOLDER/steps.json).
+Several processes share one GPU, since a model as small as the embedded one leaves it idle between launches; with --gpus
+they are spread over several. Finished pieces are kept in FOLDER/rows.jsonl: the same command goes on where another one
+was stopped, by --limit (seconds) or a kill. FOLDER/results.json sums up the recipes that are complete, and
+FOLDER/seconds.json says what took how long. When all is done one process times decoding steps, with the GPU for itself
+(FOLDER/steps.json).
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--model", help="a folder, or a name of the hub; the embedded one if not given")
     parser.add_argument("--batch", type=int, help="texts measured together; all of a suite if not given")
     parser.add_argument("--processes", type=int, default=6)
+    parser.add_argument("--gpus", type=int, default=1, help="that the processes are spread over")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no more is begun")
     parser.add_argument("--grace", type=float, default=60, help="seconds beyond it in which steps are timed")
     parser.add_argument("--recipe", action="append", help="with braces, may be repeated; all if not given")
@@ -155,6 +157,9 @@ class Sweep:
 
 def work(number: int, args: argparse.Namespace, jobs: Any, done: Any) -> None:
     """A process with the model: jobs (recipes, suite), until the last, of three parts, asks for the summary."""
+    if args.gpus > 1:  # before torch is there
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(args.gpus)))).split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen[number % args.gpus]
     import torch
 
     from fivefold.cli.models import load_model
