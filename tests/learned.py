@@ -29,7 +29,7 @@ def learn(model: Any, recipe: str, folder: Path, chunks: int = 4) -> str:
     pieces = learner.pieces(Subject(model, None, list(specs.values()), [], 1024, 0))
     with torch.inference_mode(), capturing(model, method.captures, see):
         for ids in pieces or [torch.randint(1, VOCAB, (1, 256), generator=generator) for _ in range(chunks)]:
-            model(ids, use_cache=False)
+            model(ids.to(model.device), use_cache=False)
     settings, tensors = learner.finish(lambda done, total, what: None)
     made = Profile(method.name, signature(model.config), settings, tensors, config_hash(model.config))
     save_profile(folder, made)

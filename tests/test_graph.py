@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import gc
 import inspect
 import random
 
@@ -126,6 +127,27 @@ def test_sequences_of_different_lengths_and_generate(model) -> None:
         found = model.generate(prompt, past_key_values=cache, **settings)
         assert torch.equal(wanted, found)
         assert cache.step.replays >= 6 and cache.step.failed is None
+
+
+@pytest.mark.skipif(not GPU, reason="nothing is captured on a CPU")
+def test_garbage_ends_no_capture(model) -> None:
+    """Graphs that are nobody's any more, in cycles, when the next one is captured: collected behind it."""
+    limits = gc.get_threshold()
+    try:
+        gc.set_threshold(10**9)
+        for seed in range(3):
+            cache = fivefold.compress(model, "full()", cuda_graph=True)
+            with torch.inference_mode():
+                model(ids(2, 20, model.device, seed), past_key_values=cache)
+                gc.set_threshold(1)  # from here on at nearly every object
+                for _ in range(3):
+                    model(ids(2, 1, model.device, seed), past_key_values=cache)
+                gc.set_threshold(10**9)
+            assert cache.step.replays == 3 and cache.step.failed is None
+            cache.itself = cache
+            del cache
+    finally:
+        gc.set_threshold(*limits)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -7,6 +7,7 @@ all of its memory but `MARGIN` is used; on a CPU as much as is given.
 from __future__ import annotations
 
 import gc
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -68,14 +69,15 @@ def largest_batch(
             del cache
     batch = room(device, limit) // one
     while batch > 0:
-        try:
-            with torch.inference_mode():
-                cache = decode.filled(model, name, context, batch, graph)
-                return {"context": context, "batch": batch, **decode.timed(model, cache, batch, steps)}
-        except torch.OutOfMemoryError:
-            cache = None
-            room(device, limit)
-            batch -= max(1, batch // 25)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with suppress(torch.OutOfMemoryError), torch.inference_mode():
+            cache = decode.filled(model, name, context, batch, graph)
+            return {"context": context, "batch": batch, **decode.timed(model, cache, batch, steps)}
+        # Only here nobody holds what the error came from, and with it what had been made.
+        cache = None
+        room(device, limit)
+        batch -= max(1, batch // 25)
     return {"context": context, "error": "not one fits"}
 
 

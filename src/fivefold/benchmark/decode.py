@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Static
 import fivefold
 from fivefold.benchmark.kernels import fill
 from fivefold.calibrate.profile import Profile, config_hash, save_profile, signature
+from fivefold.kernels.device import no_garbage
 from fivefold.methods.bits.rotatekv import RotateKV
 from fivefold.methods.channels.cskv import Cskv
 from fivefold.methods.channels.kv_heads import KvHeads
@@ -211,7 +212,7 @@ def _static_step(model: Any, cache: Any, token: torch.Tensor) -> Callable[[], to
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with no_garbage(), torch.cuda.graph(graph):
         step()
 
     def replay() -> torch.Tensor:

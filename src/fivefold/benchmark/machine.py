@@ -17,6 +17,7 @@ from fivefold.engine import decoding as steps
 from fivefold.engine.build import build
 from fivefold.errors import FivefoldError
 from fivefold.kernels.choice import choose
+from fivefold.kernels.device import no_garbage
 from fivefold.methods import registered
 from fivefold.recipe import Recipe
 from fivefold.serving.vllm import state
@@ -119,7 +120,7 @@ def median_ms(call: Callable[[], Any], device: torch.device, repeats: int = 25) 
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with no_garbage(), torch.cuda.graph(graph):
         call()
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for before, after in pairs:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import numpy as np
@@ -55,6 +56,19 @@ def coming(x: torch.Tensor) -> Callable[[], list[float]]:
         return found
 
     return wait
+
+
+@contextmanager
+def no_garbage() -> Iterator[None]:
+    """For a capture of a CUDA graph: without Python's collector of cycles, which might destroy a graph that is nobody's
+    any more in the midst of it, and so end it."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def numbered(device: torch.device) -> torch.device:

@@ -26,6 +26,7 @@ from fivefold.engine.admission import Padded
 from fivefold.engine.session import Session
 from fivefold.errors import CacheStateError, FivefoldError
 from fivefold.kernels.choice import choose
+from fivefold.kernels.device import no_garbage
 from fivefold.models.fused import Whole, verified
 from fivefold.models.selection import NAME, selected
 from fivefold.models.specs import configs_of
@@ -293,7 +294,7 @@ class Step:
         if not any(one.graph for one in self.captured.values()):
             self._pool = torch.cuda.graph_pool_handle()  # a pool goes with the last of its graphs
         # One graph runs at a time, and what it returns is copied at once: so all can use the same memory.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with no_garbage(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             captured.logits = self._run(forward, cache, captured)
         captured.graph = graph
         captured.held = max(0, torch.cuda.memory_reserved() - before)
