@@ -1,6 +1,8 @@
 """Fivefold inside vLLM beside vLLM's own caches, on a GPU.
 
     python benchmarks/vllm_gpu.py check benchmarks/results/vllm_h100.json --recipe "kivi(bits=2)"
+    python benchmarks/vllm_gpu.py check benchmarks/results/vllm_h100.json --recipe "kivi(bits=2)" --offload 1
+    python benchmarks/vllm_gpu.py check benchmarks/results/vllm_h100.json --set tensor_parallel_size=2
     python benchmarks/vllm_gpu.py time benchmarks/results/vllm_h100.json --cache "kivi(bits=2)" 1x4096 1x32768 72x32768
     python benchmarks/vllm_gpu.py time benchmarks/results/vllm_h100.json --cache fp8 1x4096 1x32768 24x32768
 
@@ -8,7 +10,9 @@
 case (requests x tokens of context) the time of a step, (t(65 tokens) - t(1 token)) / 64 on the clock of the client,
 median of 3; the prompts are not computed but filled in (`vllm_prefilled.py`), save those of a case that ends in r,
 whose time until the first token is written too. `check` serves a small model with random weights and compares: each
-greedy token with what Fivefold in transformers (in plain PyTorch) finds likeliest behind the same tokens.
+greedy token with what Fivefold in transformers (in plain PyTorch) finds likeliest behind the same tokens. With
+`--offload` (GiB of the host's memory) prompts also come back from there, after the GPU has forgotten them, and must
+have the tokens that they have behind blocks which never left the GPU.
 """
 
 from __future__ import annotations
@@ -68,17 +72,23 @@ def engine(model: Path, cache: str, **settings: Any) -> Any:
     return LLM(**common | given | settings)
 
 
-def generate(llm: Any, prompts: list[list[int]], count: int) -> tuple[float, list[list[int]]]:
-    """Seconds, and greedy tokens."""
+def answers(llm: Any, prompts: list[list[int]], count: int) -> tuple[float, list[tuple[list[int], int]]]:
+    """Seconds, and for each prompt greedy tokens and how many of its own tokens were not computed."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=count, min_tokens=count, ignore_eos=True, detokenize=False)
     before = time.perf_counter()
     outs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
     took = time.perf_counter() - before
-    tokens = [list(out.outputs[0].token_ids) for out in outs]
-    assert all(len(ids) == count for ids in tokens)
-    return took, tokens
+    found = [(list(out.outputs[0].token_ids), out.num_cached_tokens or 0) for out in outs]
+    assert all(len(ids) == count for ids, _ in found)
+    return took, found
+
+
+def generate(llm: Any, prompts: list[list[int]], count: int) -> tuple[float, list[list[int]]]:
+    """Seconds, and greedy tokens."""
+    took, found = answers(llm, prompts, count)
+    return took, [ids for ids, _ in found]
 
 
 def logprobs(llm: Any, ids: list[int], count: int) -> Iterator[float]:
@@ -150,19 +160,41 @@ def small_model() -> Path:
     return path
 
 
-def checked(out: Path, recipes: list[str]) -> None:
+def came_back(llm: Any, prompts: list[list[int]], others: list[list[int]], count: int) -> dict[str, Any]:
+    """Prompts that the engine knows, behind blocks on the GPU, and again when blocks must come from the host."""
+    known = [answers(llm, [ids], count)[1][0] for ids in prompts]
+    generate(llm, others, count)
+    generate(llm, [[3]], count)  # fills no block: steps in which copies to the host end, which hold on to blocks
+    assert llm.reset_prefix_cache()
+    back = [answers(llm, [ids], count)[1][0] for ids in prompts]
+    moved = {"loaded": "vllm:kv_offload_load_bytes", "stored": "vllm:kv_offload_store_bytes"}
+    metrics = llm.get_metrics()
+    return {
+        "cached_on_gpu": [cached for _, cached in known],
+        "cached_on_host": [cached for _, cached in back],
+        "same_when_back": [same(one[0], other[0]) for one, other in zip(back, known)],
+        **{f"bytes_{word}": sum(m.value for m in metrics if m.name == name) for word, name in moved.items()},
+    }
+
+
+def checked(out: Path, recipes: list[str], offload: float | None, more: dict[str, Any]) -> None:
     path = small_model()
     rng, words, chunk, count = random.Random(1), SHAPES["small"][-1], 512, 48
     prompts = [[rng.randrange(3, words) for _ in range(length)] for length in (5, 100, 300, 1100)]
     for recipe in recipes:
         began = time.perf_counter()
-        settings = {"max_num_batched_tokens": chunk, "max_model_len": 4096, "max_num_seqs": 8}
-        llm = engine(path, recipe, gpu_memory_utilization=0.3, **settings)
+        settings = {"max_num_batched_tokens": chunk, "max_model_len": 4096, "max_num_seqs": 8} | more
+        if offload is not None:
+            settings |= {"kv_offloading_size": offload, "disable_log_stats": False}
+        llm = engine(path, recipe, **{"gpu_memory_utilization": 0.3} | settings)
         found = generate(llm, prompts[:3], count)[1] + generate(llm, prompts[3:], count)[1]
         again = generate(llm, prompts[:2], count)[1]  # a batch of others, with graphs of another size
         hit = generate(llm, prompts[3:], count)[1][0]
+        row: dict[str, Any] = {"recipe": recipe, "prompts": [len(ids) for ids in prompts], "of": count, **more}
+        if offload is not None:
+            others = [[rng.randrange(3, words) for _ in range(900)] for _ in range(4)]
+            row |= {"offload_gib": offload, **came_back(llm, prompts[2:], others, count)}
         del llm
-        row: dict[str, Any] = {"recipe": recipe, "prompts": [len(ids) for ids in prompts], "of": count}
         row["again"] = [same(*both) for both in zip(again, found)]
         row["behind_a_hit"] = same(hit, found[3])
         given = list(zip(prompts, found))
@@ -226,11 +258,12 @@ def main() -> None:
     parser.add_argument("--recipe", action="append", help="to check")
     parser.add_argument("--cache", default="auto", help="to time: a recipe, or auto or fp8")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=JSON", help="a setting of vLLM's")
+    parser.add_argument("--offload", type=float, metavar="GIB", help="check what comes back from the host's memory too")
     given = parser.parse_intermixed_args()
+    settings = {name: json.loads(value) for name, _, value in (x.partition("=") for x in given.set)}
     if given.what == "check":
-        checked(given.out, given.recipe or ["kivi(bits=2)"])
+        checked(given.out, given.recipe or ["kivi(bits=2)"], given.offload, settings)
     else:
-        settings = {name: json.loads(value) for name, _, value in (x.partition("=") for x in given.set)}
         timed(given.out, given.cache, given.cases, settings)
 
 
