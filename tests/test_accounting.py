@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig
 
 import fivefold
 from conversations import Conversation
+from fivefold.engine import arrivals
 from fivefold.errors import CacheFullError
 from fivefold.kernels import shared
 from recipes import RECIPES, SHAPE, written
@@ -179,3 +180,28 @@ def test_the_cap_holds_for_everything(tiny: Any, name: str) -> None:
     ample = fivefold.compress(model, recipe, max_bytes=4 * most)
     for number in range(len(talk)):
         talk.give(number, model, ample)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_nobody_holds_a_chunk_until_the_forward_ends(name: str, tiny: Any, monkeypatch: Any) -> None:
+    """What a layer is given is gone when the head runs, but for what waits to be stored: a prompt in one forward takes
+    no more memory than a layer's keys and values beside the cache."""
+    model = tiny(**SHAPE)
+    cache = fivefold.compress(model, written(name, model))
+    monkeypatch.setattr(arrivals, "MOST", 1)
+    take, given = arrivals.Arrivals.take, []
+
+    def noting(self: Any, one: Any, revocable: int) -> None:
+        given.extend(weakref.ref(x.untyped_storage()) for x in (one.keys, one.values))
+        take(self, one, revocable)
+
+    monkeypatch.setattr(arrivals.Arrivals, "take", noting)
+    alive = []
+    hook = model.lm_head.register_forward_pre_hook(lambda *_: alive.append(sum(ref() is not None for ref in given)))
+    try:
+        with torch.inference_mode():
+            model(torch.randint(1, 131, (2, 300)), past_key_values=cache)
+            model(torch.randint(1, 131, (2, 150)), past_key_values=cache)
+    finally:
+        hook.remove()
+    assert len(given) >= 4 and len(alive) == 2 and not any(alive)

@@ -173,19 +173,20 @@ def _by_kernel(bank: Tables, due: Due, keys: np.ndarray, chunks: Sequence[Chunk]
         whose.append(row[some])
     tensors = sent(bank.device, *work)
     peaks = [pack_exact(form, *pair, first.spec.dtype) for pair in zip(tensors[::2], tensors[1::2])]
+    came = len(chunks) > 0  # `look` waits until the change is committed, and must not hold the chunk until then
 
     def look(found: list[float]) -> None:
         largest = max(found)
         if largest <= LARGEST:
             _remember(bank, due.rows[np.concatenate(whose)], found)
             return
-        for which in () if chunks else _alike(bank, due, keys):  # the codec says what is wrong
+        for which in () if came else _alike(bank, due, keys):  # the codec says what is wrong
             codec = bank.layers[int(due.rows[which[0]]) // bank.rows].codec
             assert codec is not None
             codec.check(*(bank.exact.pool.read(name, stands[np.isin(planes_of, which)]) for name in KV))
         raise beyond("keys or values", largest)
 
-    bank.change.check(torch.cat(peaks) if len(peaks) > 1 else peaks[0], look, last=len(chunks) > 0)
+    bank.change.check(torch.cat(peaks) if len(peaks) > 1 else peaks[0], look, last=came)
     return True
 
 
