@@ -18,16 +18,17 @@ def main(file: str) -> None:
     for context in dict.fromkeys(entry["context"] for entry in result["ranking"]):
         ranking = [entry for entry in result["ranking"] if entry["context"] == context]
         cells = {(c["suite"], c["recipe"]): c for c in result["cells"] if c["context"] == context}
-        exact = next(entry for entry in ranking if entry["recipe"] == EXACT)
         print(f"### {context_name(context)}\n")
-        print("| recipe | quality | bytes | decode | KL | top-1 | front |\n|---|---|---|---|---|---|---|")
+        print("| recipe | quality | bytes | step, ms | KL | top-1 | front |\n|---|---|---|---|---|---|---|")
         for entry in ranking:
             spread = "" if entry["low"] is None else f" ± {number(entry['high'] - entry['quality'])}"
-            time = None if entry["decode_ms"] is None else entry["decode_ms"] / exact["decode_ms"]
+            fidelity = cells.get((FIDELITY, entry["recipe"]), {})
+            ends = [number(fidelity[end], 4) for end in ("kl_low", "kl_high") if end in fidelity]
+            kl = number(entry["kl"], 4) + (f" ({' to '.join(ends)})" if ends else "")
             front = ", ".join(name for name in ("bytes", "time") if entry[f"{name}_front"])
             print(
                 f"| `{entry['recipe']}` | {number(entry['quality'])}{spread} | {number(entry['ratio'], 3)} | "
-                f"{number(time)} | {number(entry['kl'], 4)} | {number(entry['top1'], 3)} | {front} |"
+                f"{number(entry['decode_ms'])} | {kl} | {number(entry['top1'], 3)} | {front} |"
             )
         suites = list(dict.fromkeys(suite for suite, _ in cells))
         print(f"\n| recipe | {' | '.join(suites)} |\n|---|{'---|' * len(suites)}")
