@@ -24,8 +24,9 @@ from fivefold.errors import CacheFullError
 from fivefold.kernels.device import sent
 from fivefold.store.slabs import INDEX_MASK, SLAB_SHIFT, Slab, Slabs, locked
 
-# For a few pages (decoding) a slab of this fraction of the pool is added: few slabs, and at most 6% unused.
-_GROWTH = 16
+# For a few pages a slab of this fraction of the pool is added, so that slabs are few. More come step by step, but
+# after a prompt's chunk nothing more may be wanted.
+_GROWTH_STEP, _GROWTH = 16, 128
 # When no run of consecutive free pages is left, up to this many scattered ones are used before growing.
 _SCATTER = 64
 # More than this part (one over it) of a pool that is free is too much.
@@ -239,8 +240,11 @@ class PagePool(Slabs):
             self.trim()
 
     @locked
-    def allocate(self, count: int) -> np.ndarray:
+    def allocate(self, count: int, step: bool = False) -> np.ndarray:
         """`count` pages with one reference each, consecutive where possible. Contents are undefined.
+
+        step: for a decoding step: what is free is used up before the pool grows, which it then does ahead of the next
+        steps.
 
         Returns: int64 `[count]`. Raises `CacheFullError` (and takes nothing) if the cap forbids it.
         """
@@ -256,9 +260,10 @@ class PagePool(Slabs):
             if not self.budget.room_for(missing * self.layout.nbytes):
                 raise self.budget.full(missing * self.layout.nbytes)
         # A run of its own is worth some memory, as long as the cap is far; else only what is missing is added and
-        # scattered pages are used.
-        ample = count if count > _SCATTER else max(count, self.total_pages // _GROWTH)
-        if (missing > 0 or count > _SCATTER) and self.budget.room_for(ample * self.layout.nbytes, _RESERVE):
+        # scattered pages are used. A step has one page of each row: they are no run of any row's.
+        ahead = self.total_pages // (_GROWTH_STEP if step else _GROWTH)
+        ample = count if count > _SCATTER else max(count, ahead)
+        if (missing > 0 or (count > _SCATTER and not step)) and self.budget.room_for(ample * self.layout.nbytes, _RESERVE):
             self._grow(ample)
             run = self._run(count)
             if run is not None:
