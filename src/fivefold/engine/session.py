@@ -234,8 +234,7 @@ class Session:
         if not self.sparse:
             return
         for pool in compact.due(self.pools):
-            for bank in self.banks:
-                compact.compact(bank, pool)
+            compact.compact(self.banks, pool)
             pool.trim()
         self.sparse = False
 

@@ -195,11 +195,11 @@ class PagePool(Slabs):
     def allocated_bytes(self) -> int:
         return self.total_pages * self.layout.nbytes
 
-    def _grow(self, pages: int) -> None:
+    def _grow(self, pages: int) -> int:
         layout, pages = self.layout, min(pages, 1 << SLAB_SHIFT)
         # Tensors made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
-            self._add(Slab(_tensors(layout, pages, self.device), pages))
+            return self._add(Slab(_tensors(layout, pages, self.device), pages))
 
     def _add(self, slab: Slab, number: int | None = None) -> int:
         number = super()._add(slab, number)
@@ -263,7 +263,8 @@ class PagePool(Slabs):
         # scattered pages are used. A step has one page of each row: they are no run of any row's.
         ahead = self.total_pages // (_GROWTH_STEP if step else _GROWTH)
         ample = count if count > _SCATTER else max(count, ahead)
-        if (missing > 0 or (count > _SCATTER and not step)) and self.budget.room_for(ample * self.layout.nbytes, _RESERVE):
+        wanted = missing > 0 or (count > _SCATTER and not step)
+        if wanted and self.budget.room_for(ample * self.layout.nbytes, _RESERVE):
             self._grow(ample)
             run = self._run(count)
             if run is not None:
@@ -287,8 +288,30 @@ class PagePool(Slabs):
         return out
 
     @locked
-    def allocate_elsewhere(self, count: int, slabs: list[int]) -> np.ndarray:
-        """At most `count` free pages of other slabs than these; no memory is added for them."""
+    def thin(self, movable: np.ndarray, worth: int) -> list[int]:
+        """Slabs that are empty once pages of them, all of which are among `movable`, are in a new slab, the emptiest
+        first: as many as leave no more than the `worth`-th part of the pool free, but no more than hold what is free
+        now, since for a moment there are both."""
+        held = np.bincount(movable >> SLAB_SHIFT, minlength=len(self._pages))
+        used, free, total = self._pages - self._free, self.free_pages, self.total_pages
+        room, out = free, []
+        for number in np.argsort(used / np.maximum(self._pages, 1), kind="stable").tolist():
+            if 0 < used[number] == held[number] and self._free[number]:
+                room, free, total = room - used[number], free - self._free[number], total - self._free[number]
+                if room < 0:
+                    break
+                out.append(number)
+                if free * worth <= total:
+                    break
+        return out
+
+    @locked
+    def allocate_elsewhere(self, count: int, slabs: list[int], grow: bool = False) -> np.ndarray:
+        """At most `count` free pages of other slabs than these. grow: they are a new slab, where the cap is far; else
+        no memory is added for them."""
+        if grow and self.budget.room_for(count * self.layout.nbytes, _RESERVE):
+            number = self._grow(count)
+            return self._take(number, np.arange(self._pages[number]))
         return self._scattered(count, slabs)
 
     # -- contents -----------------------------------------------------------------------------------------
