@@ -72,6 +72,8 @@ def _move(bank: Bank, tier: Tier, number: int, columns: np.ndarray, slabs: list[
         return
     with bank.atomic() as change:
         new = change.adopt(pool, pool.allocate_elsewhere(len(moved), slabs, grow))
+        if not len(new):
+            return
         moved = moved[: len(new)]
         pool.copy(pages[moved], new)
         # Two layers may have a page in common.

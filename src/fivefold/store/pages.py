@@ -290,19 +290,17 @@ class PagePool(Slabs):
     @locked
     def thin(self, movable: np.ndarray, worth: int) -> list[int]:
         """Slabs that are empty once pages of them, all of which are among `movable`, are in a new slab, the emptiest
-        first: as many as leave no more than the `worth`-th part of the pool free, but no more than hold what is free
-        now, since for a moment there are both."""
+        first: as many as leave no more than the `worth`-th part of the pool free. They hold no more than is free now,
+        since for a moment there are both; and so much is free in each that a page that goes costs few that move."""
         held = np.bincount(movable >> SLAB_SHIFT, minlength=len(self._pages))
         used, free, total = self._pages - self._free, self.free_pages, self.total_pages
         room, out = free, []
         for number in np.argsort(used / np.maximum(self._pages, 1), kind="stable").tolist():
-            if 0 < used[number] == held[number] and self._free[number]:
-                room, free, total = room - used[number], free - self._free[number], total - self._free[number]
-                if room < 0:
-                    break
+            if free * worth <= total or used[number] > room or self._free[number] * worth < self._pages[number]:
+                break
+            if 0 < used[number] == held[number]:
                 out.append(number)
-                if free * worth <= total:
-                    break
+                room, free, total = (x - y[number] for x, y in ((room, used), (free, self._free), (total, self._free)))
         return out
 
     @locked
