@@ -11,7 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fivefold
 from fivefold import methods
+from fivefold.errors import CodecError
 from fivefold.recipe import describe
+from fivefold.store import PageLayout
 
 
 @pytest.fixture
@@ -63,6 +65,34 @@ def test_one_file_is_enough(float8):
     small = fivefold.compress(model, "float8()")
     model.generate(ids, past_key_values=small, max_new_tokens=4)
     assert small.report().total < 0.5 * full.report().total
+
+
+def test_a_codec_fills_its_whole_page(float8, tiny, monkeypatch):
+    """What a page lacks would be read as it is, and what the layout does not know would be asked for in vain."""
+    real, model = float8.Float8Codec, tiny("llama", num_hidden_layers=2)
+    ids = torch.randint(0, 97, (1, 300))
+
+    class Lacks(real):
+        def encode(self, keys, values, slot, opened):
+            fields = super().encode(keys, values, slot, opened)
+            del fields["values8"]
+            return fields
+
+    class More(real):
+        def __init__(self, head_dim):
+            super().__init__(head_dim)
+            self.layout = PageLayout("float8", 64, self.layout.fields[:1])
+
+    for codec, said in (
+        (Lacks, r"Lacks \(float8\) leaves out the field 'values8' of its page: return it from encode"),
+        (More, r"More \(float8\) makes a field 'values8', which its page does not have: add a Field of that name"),
+    ):
+        monkeypatch.setattr(float8, "Float8Codec", codec)
+        for recipe in ("float8()", "minicache(start=0) + float8()", "h2o(keep=0.5) + float8()"):
+            cache = fivefold.compress(model, recipe)
+            with pytest.raises(CodecError, match=said), torch.inference_mode():
+                model(ids, past_key_values=cache)
+            assert cache.get_seq_length() == 0 and cache.report().total == 0
 
 
 def test_a_name_cannot_be_taken_twice(float8):

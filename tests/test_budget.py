@@ -191,10 +191,8 @@ def test_what_ships_keeps_to_its_budget(share: float) -> None:
     shape = read_model("smollm2-135m")
     for recipe in (Recipe.parse(f"budget(bytes={share})"), Recipe.parse(shipped(share)["recipe"])):
         report = memory.report_of(recipe, shape, 2048, dtype=torch.float32)
-        # Tables, and what kernels read besides pages, differ with the kernels; pools grow by a sixteenth at a time, and
-        # how much of that is free when a text ends, with the order in which layers ask for pages.
-        assert report.total == pytest.approx(shipped(share)["bytes"], rel=1e-2)
-        assert 0.97 * share < report.ratio * (1 - report.free / report.total) <= share
+        # Tables, and what kernels read besides pages, differ with the kernels.
+        assert report.total == pytest.approx(shipped(share)["bytes"], rel=5e-3) and 0.97 * share < report.ratio <= share
 
 
 def shipped(share: float) -> Any:

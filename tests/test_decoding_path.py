@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import re
 import warnings
 from collections.abc import Iterator
@@ -297,9 +298,30 @@ def test_a_cache_says_its_way_in_every_state(tiny: Any, monkeypatch: Any) -> Non
     assert cache.decoding == said
     cache.free()
     assert cache.report().decoding == said
+    caches = [empty, cache, fivefold.compress(model, "kivi(bits=4)", cuda_graph=True)]
     monkeypatch.setenv("FIVEFOLD_KERNELS", "cuda")
-    for graph in (False, True):
-        assert "cannot run: " in fivefold.compress(model, "kivi(bits=4)", cuda_graph=graph).report().decoding
+    assert all("cannot run: " in one.report().decoding for one in caches)
+
+
+@pytest.mark.parametrize("asked", ["triton", "cuda", "cpp", "fast"])
+@pytest.mark.parametrize("graph", [False, True])
+def test_kernels_that_no_device_here_can_run_are_refused_when_a_cache_is_made(
+    asked: str, graph: bool, tiny: Any, monkeypatch: Any
+) -> None:
+    model, find = tiny(**SHAPE), importlib.util.find_spec
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
+    monkeypatch.setattr(choice.compiled, "lacking", lambda: "there is no compiler of C++")
+    monkeypatch.setenv("FIVEFOLD_KERNELS", asked)
+    choice._choose.cache_clear()
+    why = {"fast": "fast is none of ", "cpp": "there is no compiler of C"}.get(asked, "Triton is not installed")
+    try:
+        with pytest.raises(CacheStateError, match=f"cannot run: .*{why}.*FIVEFOLD_KERNELS=auto"):
+            fivefold.compress(model, "kivi(bits=4)", cuda_graph=graph)
+        # What another device of this machine has is not refused: the model may be moved there.
+        monkeypatch.setattr(choice, "choose", lambda device: choice.Choice("reference", "", device.type == "cpu"))
+        choice.check_asked(torch.device("cuda"))
+    finally:
+        choice._choose.cache_clear()
 
 
 def test_layers_that_stay_transformers_own_are_named(tiny: Any) -> None:

@@ -325,8 +325,8 @@ class Allocations:
     def __enter__(self) -> Allocations:
         real = PagePool.allocate
 
-        def allocate(pool: PagePool, count: int) -> np.ndarray:
-            pages = real(pool, count)
+        def allocate(pool: PagePool, count: int, step: bool = False) -> np.ndarray:
+            pages = real(pool, count, step)
             if count:
                 self.pages[pool] = self.pages.get(pool, 0) + count
             return pages
@@ -503,7 +503,7 @@ def sparse() -> list[LayerCache]:
 def compact_all(layer: LayerCache) -> None:
     with layer.bank.atomic():
         for pool in compact.due(layer.pools):
-            compact.compact(layer.bank, pool)
+            compact.compact([layer.bank], pool)
 
 
 def united() -> list[LayerCache]:

@@ -47,14 +47,35 @@ def test_layout_counts_bytes() -> None:
     assert shared.split() == (shared, None)
 
 
-def test_a_slab_grows_by_what_is_asked_and_at_least_a_sixteenth() -> None:
+def test_a_pool_grows_by_what_is_asked_and_ahead_of_steps_by_a_sixteenth() -> None:
+    for step in (False, True):
+        pages = pool()
+        assert pages.allocate(0, step).tolist() == []
+        assert pages.allocate(32, step).tolist() == ids(0, *range(32))
+        assert (pages.total_pages, pages.free_pages) == (32, 0)
+        assert pages.allocate(1, step).tolist() == ids(1, 0)
+        assert (pages.total_pages, pages.free_pages) == ((34, 1) if step else (33, 0))
+        assert pages.allocated_bytes == pages.budget.used == pages.total_pages * BYTES
+
+
+@pytest.mark.parametrize(("step", "part"), [(False, 128), (True, 16)])
+def test_slabs_stay_few_however_few_pages_are_asked_for_at_a_time(step: bool, part: int) -> None:
     pages = pool()
-    assert pages.allocate(0).tolist() == []
-    assert pages.allocate(32).tolist() == ids(0, *range(32))
-    assert (pages.total_pages, pages.free_pages) == (32, 0)
-    assert pages.allocate(1).tolist() == ids(1, 0)
-    assert (pages.total_pages, pages.free_pages) == (34, 1)
-    assert pages.allocated_bytes == pages.budget.used == 34 * BYTES
+    for _ in range(4096):
+        pages.allocate(1, step)
+        assert pages.free_pages * part <= pages.total_pages
+    assert len(list(pages._live())) <= part * (2 + np.log(4096 / part))
+
+
+def test_a_step_uses_scattered_pages_before_the_pool_grows() -> None:
+    for step in (False, True):
+        pages = pool()
+        first = pages.allocate(200)
+        pages.release(first[::2])
+        taken = pages.allocate(90, step)
+        assert pages.total_pages == (200 if step else 290)
+        assert set(taken.tolist()) <= set(first[::2].tolist()) if step else (np.diff(taken) == 1).all()
+        assert len(pages.allocate(30, step)) == 30 and pages.total_pages == (290 if not step else 230)
 
 
 def test_allocation_takes_a_run_where_there_is_one() -> None:

@@ -45,6 +45,7 @@ def compress(
         ProfileError: a method lacks a profile for the model.
         UnsupportedModelError: the model's attention does what Fivefold does not compute.
         InputError: `max_bytes` is no size.
+        CacheStateError: FIVEFOLD_KERNELS asks for kernels that no device of this machine can run.
 
     Warns with `fivefold.SlowPathWarning` where steps will be slower than this machine could make them.
     """

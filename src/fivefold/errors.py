@@ -40,6 +40,10 @@ class ModelUnavailableError(FivefoldError):
     """The embedded model is not on this machine, or could not be brought here."""
 
 
+class CodecError(FivefoldError, TypeError):
+    """A codec of one's own that does not fill the pages that it has laid out."""
+
+
 class InputError(FivefoldError):
     """A file or option that the command line cannot use."""
 

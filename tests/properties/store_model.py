@@ -283,8 +283,7 @@ class System(Driver):
 
         def part() -> None:
             for pool in compact.due(session.pools):
-                for bank in session.banks:
-                    compact.compact(bank, pool)
+                compact.compact(session.banks, pool)
 
         self.do(cache, session.tidy, part)
         self.unchanged()

@@ -11,8 +11,7 @@ from fivefold.attention.compensate import Part, beside
 from fivefold.attention.merge import with_sinks
 from fivefold.attention.tables import kernels, tables_of
 from fivefold.attention.watch import why_not_watched
-from fivefold.errors import CacheStateError
-from fivefold.kernels.choice import choose, runs_cpp
+from fivefold.kernels.choice import choose, possible, runs_cpp
 from fivefold.kernels.packed_decode import Form, cpu, schedule
 from fivefold.store.bank import Bank
 from fivefold.store.group import RowGroup
@@ -136,11 +135,7 @@ def why_not(layer: Layer, device: torch.device, heads: int, large: bool = False)
 
     Raises `CacheStateError` if they were asked for and this machine cannot run them.
     """
-    choice = choose(device)
-    if not choice.possible:
-        raise CacheStateError(
-            f"the kernels that were asked for cannot run: {choice.why}; set FIVEFOLD_KERNELS=auto, or unset it."
-        )
+    choice = possible(device)
     if choice.path == "reference":
         return choice.why
     if layer.spec.cap is not None:

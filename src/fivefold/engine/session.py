@@ -234,8 +234,7 @@ class Session:
         if not self.sparse:
             return
         for pool in compact.due(self.pools):
-            for bank in self.banks:
-                compact.compact(bank, pool)
+            compact.compact(self.banks, pool)
             pool.trim()
         self.sparse = False
 
@@ -325,6 +324,8 @@ class Session:
         trusted = self.change if self.trusting and chunk == 1 and not self._alone else None
         self.tokens, self.offsets = admission.admitted(trusted, self.stores, self.length, batch, chunk, mask, positions)
         self.trusting, self.chunk = chunk > 1 or bool(self.tokens.all()), chunk
+        if self.change is not None:
+            self.change.step = chunk == 1
         if chunk == 1 and self.batch and self.tokens.all():
             whys = self.why_not_fused() if whys is None else whys
             decoding.warn(self, whys)

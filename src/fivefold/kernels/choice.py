@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from fivefold.errors import CacheStateError
 from fivefold.kernels import compiled
 from fivefold.kernels.device import numbered
 
@@ -64,6 +65,24 @@ def choose(device: torch.device) -> Choice:
     if device.type == "meta" and (choice := _planned.get()) is not None:
         return choice
     return _choose(os.environ.get("FIVEFOLD_KERNELS", "auto"), numbered(torch.device(device)))
+
+
+def possible(device: torch.device) -> Choice:
+    """The same. Raises `CacheStateError` where what was asked for cannot be had."""
+    choice = choose(device)
+    if not choice.possible:
+        raise CacheStateError(
+            f"the kernels that were asked for cannot run: {choice.why}; set FIVEFOLD_KERNELS=auto, or unset it."
+        )
+    return choice
+
+
+def check_asked(device: torch.device) -> None:
+    """Raise `CacheStateError` for a model on this device if what was asked for cannot be had there, nor on another
+    device of this machine, to which it may yet be moved."""
+    others = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+    if not any(choose(one).possible for one in (device, *others)):
+        possible(device)
 
 
 def runs_cpp(device: torch.device) -> bool:

@@ -27,6 +27,7 @@ from fivefold.calibrate.profile import signature
 from fivefold.engine.admission import positional
 from fivefold.engine.build import build
 from fivefold.errors import RecipeError, UnsupportedModelError
+from fivefold.kernels.choice import check_asked
 from fivefold.models import compiled, forward, skipping
 from fivefold.models.attention import CALLED, NAME, Called, attention, mask
 from fivefold.models.cache import FivefoldCache, cache_in, cache_of
@@ -152,6 +153,7 @@ def make_cache(
             "no layer of this model has a cache that grows (all have a sliding window, or a state of fixed size): give "
             "sliding=True to compress what windows hold, or use DynamicCache."
         )
+    check_asked(next(iter(specs.values())).device)
     companions = StockLayers(beside) if beside else None
     kept, absent = recipe.divided(list(specs.values()))
     gone = {spec.layer for spec in absent}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from fivefold.errors import NonFiniteError
+from fivefold.errors import CodecError, NonFiniteError
 from fivefold.kernels.packed_decode import Form, Reader
 from fivefold.store.context import Context, Rope
 from fivefold.store.pages import Field, PageLayout
@@ -162,6 +162,23 @@ class Codec:
         keys, values = self.decode({name: field.flatten(0, 1) for name, field in fields.items()})
         shape = (rows, -1, keys.shape[-1])
         return keys.reshape(shape), values.reshape(shape)
+
+
+def whole(codec: Codec, made: dict[str, torch.Tensor], own: bool = False) -> dict[str, torch.Tensor]:
+    """What a codec has made of a page, if these are all fields of its layout and no others. own: those that a sharer
+    keeps for itself, and what else there is goes. Raises `CodecError`: what is not written would be read as it is."""
+    names = [part.name for part in codec.layout.fields if part.own or not own]
+    said = f"{type(codec).__name__} ({codec.layout.name})"
+    if lacking := [name for name in names if name not in made]:
+        raise CodecError(
+            f"{said} leaves out the field {lacking[0]!r} of its page: return it from encode, or take it out of the "
+            "layout."
+        )
+    if not own and (more := [name for name in made if name not in names]):
+        raise CodecError(
+            f"{said} makes a field {more[0]!r}, which its page does not have: add a Field of that name to the layout."
+        )
+    return {name: made[name] for name in names}
 
 
 Pair = tuple[torch.Tensor, torch.Tensor]

@@ -18,7 +18,7 @@ from fivefold.kernels.choice import choose
 from fivefold.kernels.device import sent
 from fivefold.kernels.pack import cpu
 from fivefold.store.chunk import Part, each
-from fivefold.store.codec import Codec, beyond
+from fivefold.store.codec import Codec, beyond, whole
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.held import Held
 from fivefold.store.interfaces import Tables
@@ -289,7 +289,7 @@ def _write(
         tier.unshare(bank.change, due.rows, at)
         opened = tier.read(due.rows, at)
     shape = (rows * columns, -1, dim)
-    fields = codec.encode(keys.reshape(shape), values.reshape(shape), slot, opened)
+    fields = whole(codec, codec.encode(keys.reshape(shape), values.reshape(shape), slot, opened))
     tier.write(due.rows[:, None], at[:, None] + np.arange(columns), fields)
 
 

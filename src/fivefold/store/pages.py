@@ -24,8 +24,9 @@ from fivefold.errors import CacheFullError
 from fivefold.kernels.device import sent
 from fivefold.store.slabs import INDEX_MASK, SLAB_SHIFT, Slab, Slabs, locked
 
-# For a few pages (decoding) a slab of this fraction of the pool is added: few slabs, and at most 6% unused.
-_GROWTH = 16
+# For a few pages a slab of this fraction of the pool is added, so that slabs are few. More come step by step, but
+# after a prompt's chunk nothing more may be wanted.
+_GROWTH_STEP, _GROWTH = 16, 128
 # When no run of consecutive free pages is left, up to this many scattered ones are used before growing.
 _SCATTER = 64
 # More than this part (one over it) of a pool that is free is too much.
@@ -194,11 +195,11 @@ class PagePool(Slabs):
     def allocated_bytes(self) -> int:
         return self.total_pages * self.layout.nbytes
 
-    def _grow(self, pages: int) -> None:
+    def _grow(self, pages: int) -> int:
         layout, pages = self.layout, min(pages, 1 << SLAB_SHIFT)
         # Tensors made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
-            self._add(Slab(_tensors(layout, pages, self.device), pages))
+            return self._add(Slab(_tensors(layout, pages, self.device), pages))
 
     def _add(self, slab: Slab, number: int | None = None) -> int:
         number = super()._add(slab, number)
@@ -239,8 +240,11 @@ class PagePool(Slabs):
             self.trim()
 
     @locked
-    def allocate(self, count: int) -> np.ndarray:
+    def allocate(self, count: int, step: bool = False) -> np.ndarray:
         """`count` pages with one reference each, consecutive where possible. Contents are undefined.
+
+        step: for a decoding step: what is free is used up before the pool grows, which it then does ahead of the next
+        steps.
 
         Returns: int64 `[count]`. Raises `CacheFullError` (and takes nothing) if the cap forbids it.
         """
@@ -256,9 +260,11 @@ class PagePool(Slabs):
             if not self.budget.room_for(missing * self.layout.nbytes):
                 raise self.budget.full(missing * self.layout.nbytes)
         # A run of its own is worth some memory, as long as the cap is far; else only what is missing is added and
-        # scattered pages are used.
-        ample = count if count > _SCATTER else max(count, self.total_pages // _GROWTH)
-        if (missing > 0 or count > _SCATTER) and self.budget.room_for(ample * self.layout.nbytes, _RESERVE):
+        # scattered pages are used. A step has one page of each row: they are no run of any row's.
+        ahead = self.total_pages // (_GROWTH_STEP if step else _GROWTH)
+        ample = count if count > _SCATTER else max(count, ahead)
+        wanted = missing > 0 or (count > _SCATTER and not step)
+        if wanted and self.budget.room_for(ample * self.layout.nbytes, _RESERVE):
             self._grow(ample)
             run = self._run(count)
             if run is not None:
@@ -282,8 +288,28 @@ class PagePool(Slabs):
         return out
 
     @locked
-    def allocate_elsewhere(self, count: int, slabs: list[int]) -> np.ndarray:
-        """At most `count` free pages of other slabs than these; no memory is added for them."""
+    def thin(self, movable: np.ndarray, worth: int) -> list[int]:
+        """Slabs that are empty once pages of them, all of which are among `movable`, are in a new slab, the emptiest
+        first: as many as leave no more than the `worth`-th part of the pool free. They hold no more than is free now,
+        since for a moment there are both; and so much is free in each that a page that goes costs few that move."""
+        held = np.bincount(movable >> SLAB_SHIFT, minlength=len(self._pages))
+        used, free, total = self._pages - self._free, self.free_pages, self.total_pages
+        room, out = free, []
+        for number in np.argsort(used / np.maximum(self._pages, 1), kind="stable").tolist():
+            if free * worth <= total or used[number] > room or self._free[number] * worth < self._pages[number]:
+                break
+            if 0 < used[number] == held[number]:
+                out.append(number)
+                room, free, total = (x - y[number] for x, y in ((room, used), (free, self._free), (total, self._free)))
+        return out
+
+    @locked
+    def allocate_elsewhere(self, count: int, slabs: list[int], grow: bool = False) -> np.ndarray:
+        """At most `count` free pages of other slabs than these. grow: they are a new slab, where the cap is far; else
+        no memory is added for them."""
+        if grow and self.budget.room_for(count * self.layout.nbytes, _RESERVE):
+            number = self._grow(count)
+            return self._take(number, np.arange(self._pages[number]))
         return self._scattered(count, slabs)
 
     # -- contents -----------------------------------------------------------------------------------------

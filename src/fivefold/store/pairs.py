@@ -15,7 +15,7 @@ import torch
 
 from fivefold.errors import CacheStateError, UnsupportedModelError
 from fivefold.store.chunk import Part, take
-from fivefold.store.codec import Pair, PairCodec
+from fivefold.store.codec import Pair, PairCodec, whole
 from fivefold.store.group import RowGroup
 from fivefold.store.interfaces import Layer, Tables
 from fivefold.store.pack import Due, Way, at_once, collect, note
@@ -206,7 +206,5 @@ def _write(
         (keys.reshape(-1, tokens // count, dim), values.reshape(-1, tokens // count, dim)) for keys, values in both
     )
     made = codec.encode_pair(one, two, slot, opened, known.repeat_interleave(count, 0))
-    own = {part.name for part in codec.layout.fields if part.own}
-    made[1] = {name: x for name, x in made[1].items() if name in own}
-    for due, fields in zip(sides, made):
+    for due, fields in zip(sides, (whole(codec, made[0]), whole(codec, made[1], own=True))):
         tier.write(due.rows[:, None], at[:, None] + np.arange(count), fields)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from fivefold.kernels.device import sent
+from fivefold.store.codec import whole
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.held import Held
 from fivefold.store.interfaces import Layer
@@ -331,7 +332,8 @@ def _replace_packed(layer: Layer, group: RowGroup, plan: EvictPacked, held: Held
         which = np.searchsorted(pages, pages_at[mine])
         for x, y in zip(tokens, new):
             x[which, slot[mine] % page] = y[mine].to(x.dtype)
-        made = group.codec_at(slots[:, :filled], r, after).encode(tokens[0], tokens[1], 0, None)
+        codec = group.codec_at(slots[:, :filled], r, after)
+        made = whole(codec, codec.encode(tokens[0], tokens[1], 0, None))
         bank.packed.unshare(bank.change, group.flat[r], c)
         for pool, table in zip(bank.packed.pools, bank.packed.tables):
             bank.change.keep(pool, table[group.flat[r], c])

@@ -25,6 +25,8 @@ class Transaction:
 
     def __init__(self) -> None:
         self._number = 1 + next(_numbers) % 0x7FFFFFFF
+        self.step = False
+        """Whether it is a decoding step (`PagePool.allocate`)."""
         self._fresh: dict[PagePool, list[np.ndarray]] = {}
         self._released: list[tuple[PagePool, np.ndarray]] = []
         self._undo: list[Callable[[], None]] = []
@@ -35,7 +37,7 @@ class Transaction:
 
     def allocate(self, pool: PagePool, count: int) -> np.ndarray:
         """Fresh pages, which a rollback gives back: int64 `[count]`."""
-        return self.adopt(pool, pool.allocate(count))
+        return self.adopt(pool, pool.allocate(count, self.step))
 
     def adopt(self, pool: PagePool, pages: np.ndarray) -> np.ndarray:
         """Pages that were just allocated otherwise, as if by `allocate`."""

@@ -16,7 +16,7 @@ from fivefold.kernels import directions as kernel
 from fivefold.kernels.pack import fill_rows
 from fivefold.methods import FLOAT16_MAX, Codec, Method, PairMethod, TokenPolicy, check_finite, param, register
 from fivefold.store import Field, LayerSpec, PageLayout
-from fivefold.store.codec import Pair, PairCodec
+from fivefold.store.codec import Pair, PairCodec, whole
 
 ALIKE = 0.5
 """Mean cosine of two layers below which a profile warns: there the directions are 60 degrees apart, and a layer that
@@ -360,7 +360,7 @@ class MiniCacheCodec(PairCodec):
                 kept = candidates.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
                 mine[f"{side}_kept"] = kept.where((slots >= 0)[:, :, None], torch.zeros_like(kept)).to(self.dtype)
         inner = None if opened is None else {name: opened[0][name] for name in self.names}
-        out[0] |= self.inner.encode(directions[0], directions[1], slot, inner)
+        out[0] |= whole(self.inner, self.inner.encode(directions[0], directions[1], slot, inner))
         return out
 
     def _retained(
