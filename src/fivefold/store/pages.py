@@ -12,7 +12,7 @@ Pages are reference-counted: sharing (beam search, forks, layers that share stor
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple, cast
@@ -167,7 +167,7 @@ class Location(NamedTuple):
     slab: Slab | None
     first: int
     strides: tuple[int, int]
-    parts: tuple[tuple[Slab, torch.Tensor, Any], ...]
+    parts: tuple[tuple[Slab, torch.Tensor | slice, Any], ...]
     runs: tuple[Any, ...] = ()
 
 
@@ -304,7 +304,9 @@ class PagePool(Slabs):
             return Location(pages.shape, None, 0, (0, 0), (), runs)
         parts = []
         for slab, index, where in self._by_slab(pages.reshape(-1)):
-            parts.append((slab, sent(self.device, index)[0], self._among(where)))
+            regular = _regular(index)
+            at = sent(self.device, index)[0] if regular is None else regular
+            parts.append((slab, at, self._among(where)))
         return Location(pages.shape, None, 0, (0, 0), tuple(parts))
 
     def _runs(self, pages: np.ndarray) -> tuple[Location, ...]:
@@ -335,7 +337,8 @@ class PagePool(Slabs):
             return _grid(location.slab.tensors[name], location)
         if location.runs:
             return torch.cat([_grid(cast(Slab, run.slab).tensors[name], run) for run in location.runs], 1)
-        parts = ((where, slab.tensors[name].index_select(0, index)) for slab, index, where in location.parts)
+        found = ((where, slab.tensors[name], at) for slab, at, where in location.parts)
+        parts = ((where, x[at] if isinstance(at, slice) else x.index_select(0, at)) for where, x, at in found)
         return _rows_from(parts, prod(location.shape)).unflatten(0, location.shape)
 
     def read(self, name: str, pages: np.ndarray) -> torch.Tensor:
@@ -354,27 +357,30 @@ class PagePool(Slabs):
         pages = pages.reshape(-1)
         if not len(pages):
             return
+        sources: dict[str, torch.Tensor] = {}
+        targets, parts = list[torch.Tensor](), list[torch.Tensor]()
         for slab, index, where in self._by_slab(pages):
-            first, rows = int(index[0]), None
-            if len(index) > 1 and (int(index[-1]) - first != len(index) - 1 or (np.diff(index) != 1).any()):
-                rows = sent(self.device, index)[0]
-            among = self._among(where)
+            regular, among = _regular(index), self._among(where)
+            rows = sent(self.device, index)[0] if regular is None else regular
             for name, pieces in fields.items():
                 target = slab.tensors[name]
-                if rows is None and among is None and at is None:
-                    run = target[first : first + len(index)].view(-1, *pieces[0].shape[1:])
+                if regular is not None and regular.step == 1 and among is None and at is None:
+                    run = target[regular].view(-1, *pieces[0].shape[1:])
                     run.copy_(pieces[0]) if len(pieces) == 1 else torch.cat(list(pieces), out=run)
                     continue
-                values = joined(pieces)
-                values = values.reshape(len(pages), *values.shape[1 - target.ndim :])
-                part = values if among is None else values[among]
-                if rows is None:
-                    run = target[first : first + len(index)]
-                    (run if at is None else run[:, at]).copy_(part)
+                if name not in sources:
+                    values = joined(pieces)
+                    sources[name] = values.reshape(len(pages), *values.shape[1 - target.ndim :])
+                part = sources[name] if among is None else sources[name][among]
+                if regular is not None:
+                    targets.append(target[regular] if at is None else target[regular, at])
+                    parts.append(part)
                 elif at is None:
                     _put_at(target, rows, part.to(target.dtype))
                 else:
                     target[rows, at] = part.to(target.dtype)
+        if targets:
+            torch._foreach_copy_(targets, parts)
 
     def read_tokens(self, name: str, pages: np.ndarray, slots: np.ndarray) -> torch.Tensor:
         """One token of each of `pages`, that in its slot `slots`: `[len(pages), *shape[1:]]`."""
@@ -423,20 +429,30 @@ def _grid(field: torch.Tensor, location: Location) -> torch.Tensor:
     return field.as_strided((*location.shape, *field.shape[1:]), (rows * page, columns * page, *inner), start)
 
 
+def _regular(index: np.ndarray) -> slice | None:
+    """Places that go up by the same step, as a slice, which nobody sends to the device."""
+    first, last = int(index[0]), int(index[-1])
+    step = int(index[1]) - first if len(index) > 1 else 1
+    if step < 1 or last - first != step * (len(index) - 1) or (np.diff(index) != step).any():
+        return None
+    return slice(first, last + 1, step)
+
+
 def joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     """Pieces that come one after the other."""
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
-def _rows_from(parts: Iterator[tuple[Any, torch.Tensor]], count: int) -> torch.Tensor:
+def _rows_from(parts: Iterable[tuple[Any, torch.Tensor]], count: int) -> torch.Tensor:
     """`count` rows from parts of them, each with where its rows belong; None is all."""
-    out: torch.Tensor | None = None
-    for where, part in parts:
-        if where is None:
-            return part
-        out = part.new_empty((count, *part.shape[1:])) if out is None else out
+    found = list(parts)
+    if len(found) == 1:
+        return found[0][1]
+    if all(isinstance(where, slice) for where, _ in found):
+        return torch.cat([part for _, part in sorted(found, key=lambda one: one[0].start)])
+    out = found[0][1].new_empty((count, *found[0][1].shape[1:]))
+    for where, part in found:
         _put_at(out, where, part)
-    assert out is not None
     return out
 
 

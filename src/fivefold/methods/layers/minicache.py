@@ -14,7 +14,7 @@ from fivefold.calibrate.learner import Capture, Learner, Progress
 from fivefold.errors import ProfileError, RecipeError
 from fivefold.kernels import directions as kernel
 from fivefold.kernels.pack import fill_rows
-from fivefold.methods import FLOAT16_MAX, Codec, Method, PairMethod, TokenPolicy, check_finite, param, register
+from fivefold.methods import Codec, Method, PairMethod, TokenPolicy, check_finite, param, register
 from fivefold.store import Field, LayerSpec, PageLayout
 from fivefold.store.codec import Pair, PairCodec
 
@@ -176,7 +176,7 @@ class MiniCache(PairMethod):
             )
 
     def pair_codec(self, spec: LayerSpec, layers: tuple[int, int], inner: Codec | None) -> PairCodec:
-        if inner is not None and type(inner).of is not Codec.of:
+        if inner is not None and inner.contextual:
             raise RecipeError("minicache cannot be combined with a codec that works on each layer's rows: use kivi.")
         return MiniCacheCodec(spec, layers, inner or Directions(spec.head_dim, spec.dtype), self.t, self.gamma)
 
@@ -290,6 +290,7 @@ class MiniCacheCodec(PairCodec):
         self.places = -(-tokens // _TOKENS_A_PLACE)
         self.scale = 1.0 if isinstance(inner, Directions) else 2.0 ** round(math.log2(spec.head_dim) / 2)
         self.norms = torch.float32 if spec.dtype is torch.float32 else torch.float16
+        self.limit = torch.finfo(self.norms).max
         self.names = [part.name for part in inner.layout.fields]
         fields = list(inner.layout.fields)
         for side in SIDES:
@@ -322,20 +323,20 @@ class MiniCacheCodec(PairCodec):
         return self.inner.compiled(device)
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        limit = FLOAT16_MAX if self.norms is torch.float16 else torch.finfo(torch.float32).max
         norms = [x.float().norm(dim=-1) for x in (keys, values)]
-        check_finite(norms[0], norms[1], limit)
+        check_finite(norms[0], norms[1], self.limit)
 
     # -- packing ------------------------------------------------------------------------------------------
 
     def measure(self, first: Pair, second: Pair) -> torch.Tensor:
         """`[rows, 4]`: 1 - d_min and d_max of keys, and of values."""
-        self.check(*first)
-        self.check(*second)
-        out = []
+        out, norms = [], []
         for x, y in zip(first, second):
-            distance = angles(x, y)[4][..., 0] / math.pi
+            _, _, *both, omega = angles(x, y)
+            distance = omega[..., 0] / math.pi
             out += [1 - distance.amin(1), distance.amax(1)]
+            norms.append(torch.stack(both))
+        check_finite(norms[0], norms[1], self.limit)
         return torch.stack(out, 1)
 
     def encode_pair(
