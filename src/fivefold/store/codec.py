@@ -116,9 +116,9 @@ class Codec:
         return None
 
     def stacked(self, codecs: Sequence[Any]) -> Codec:
-        """One codec that encodes rows of several layers in one call, whose context has as many `layers`. codecs: those
-        of the layers, this being the first."""
-        raise NotImplementedError
+        """One codec that encodes rows of several layers in one call, whose context has as many `layers`: itself where
+        they differ in their contexts alone. codecs: those of the layers, this being the first."""
+        return self
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Raise `NonFiniteError` if these, of any shape, cannot be encoded. Asked before a chunk is stored at all."""

@@ -289,7 +289,8 @@ class RowGroup:
 
 
 class Stacked(RowGroup):
-    """The same rows of several layers of a bank, one layer after the other, for a codec of all of them."""
+    """The same rows of several layers of a bank, one layer after the other, for a codec of all of them: `rows` repeats
+    with every layer."""
 
     def __init__(self, layers: Sequence[Layer], rows: np.ndarray, bounds: Bounds) -> None:
         super().__init__(layers[0], np.tile(rows, len(layers)), bounds)
@@ -311,13 +312,13 @@ class Stacked(RowGroup):
         return np.concatenate([layer.offsets[self._local] for layer in self.layers])
 
     def learned(self, rows: np.ndarray | None) -> dict[str, torch.Tensor]:
-        assert rows is None
         parts = [layer.learned for layer in self.layers]
         known = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        if len(self._local) == self.layer.rows:
+        if rows is None and len(self._local) == self.layer.rows:
             return known
         places = (np.arange(self.count)[:, None] * self.layer.rows + self._local).reshape(-1)
-        return {name: x[sent(x.device, places)[0]] for name, x in known.items()}
+        mine = places if rows is None else places[rows]
+        return {name: x[sent(x.device, mine)[0]] for name, x in known.items()}
 
 
 class _Context(Context):
