@@ -304,9 +304,7 @@ class PagePool(Slabs):
             return Location(pages.shape, None, 0, (0, 0), (), runs)
         parts = []
         for slab, index, where in self._by_slab(pages.reshape(-1)):
-            regular = _regular(index)
-            at = sent(self.device, index)[0] if regular is None else regular
-            parts.append((slab, at, self._among(where)))
+            parts.append((slab, self._inside(index), self._among(where)))
         return Location(pages.shape, None, 0, (0, 0), tuple(parts))
 
     def _runs(self, pages: np.ndarray) -> tuple[Location, ...]:
@@ -324,6 +322,14 @@ class PagePool(Slabs):
             Location((rows, stop - start), cast(Slab, self._slabs[slab]), page & INDEX_MASK, (step, 1), ())
             for start, stop, slab, page, step in zip(*(x.tolist() for x in (starts, stops, slabs, first[0], steps)))
         )
+
+    def _inside(self, index: np.ndarray) -> torch.Tensor | slice:
+        """Places in a slab as an index on the device: a slice, which nobody sends, where they go up by one step."""
+        first, last = int(index[0]), int(index[-1])
+        step = int(index[1]) - first if len(index) > 1 else 1
+        if step < 1 or last - first != step * (len(index) - 1) or (np.diff(index) != step).any():
+            return sent(self.device, index)[0]
+        return slice(first, last + 1, step)
 
     def _among(self, where: np.ndarray | None) -> Any:
         """Places in a list as an index on the device: a slice, which nobody sends, where they are a run."""
@@ -357,30 +363,35 @@ class PagePool(Slabs):
         pages = pages.reshape(-1)
         if not len(pages):
             return
-        sources: dict[str, torch.Tensor] = {}
-        targets, parts = list[torch.Tensor](), list[torch.Tensor]()
-        for slab, index, where in self._by_slab(pages):
-            regular, among = _regular(index), self._among(where)
-            rows = sent(self.device, index)[0] if regular is None else regular
-            for name, pieces in fields.items():
+        places = [(slab, self._inside(index), self._among(where)) for slab, index, where in self._by_slab(pages)]
+        runs = all(isinstance(among, slice) for _, _, among in places)
+        if runs:
+            places.sort(key=lambda place: place[2].start)
+        targets, sources = list[torch.Tensor](), list[torch.Tensor]()
+        for name, pieces in fields.items():
+            slab, rows, among = places[0]
+            first = slab.tensors[name]
+            if among is None and at is None and isinstance(rows, slice) and rows.step == 1:
+                run = first[rows].view(-1, *pieces[0].shape[1:])
+                run.copy_(pieces[0]) if len(pieces) == 1 else torch.cat(list(pieces), out=run)
+                continue
+            values = joined(pieces)
+            values = values.reshape(len(pages), *values.shape[1 - first.ndim :])
+            if runs:
+                parts = values.split([among.stop - among.start for _, _, among in places])
+            else:
+                parts = [values if among is None else values[among] for _, _, among in places]
+            for (slab, rows, _), part in zip(places, parts):
                 target = slab.tensors[name]
-                if regular is not None and regular.step == 1 and among is None and at is None:
-                    run = target[regular].view(-1, *pieces[0].shape[1:])
-                    run.copy_(pieces[0]) if len(pieces) == 1 else torch.cat(list(pieces), out=run)
-                    continue
-                if name not in sources:
-                    values = joined(pieces)
-                    sources[name] = values.reshape(len(pages), *values.shape[1 - target.ndim :])
-                part = sources[name] if among is None else sources[name][among]
-                if regular is not None:
-                    targets.append(target[regular] if at is None else target[regular, at])
-                    parts.append(part)
+                if isinstance(rows, slice):
+                    targets.append(target[rows] if at is None else target[rows, at])
+                    sources.append(part)
                 elif at is None:
                     _put_at(target, rows, part.to(target.dtype))
                 else:
                     target[rows, at] = part.to(target.dtype)
         if targets:
-            torch._foreach_copy_(targets, parts)
+            torch._foreach_copy_(targets, sources)
 
     def read_tokens(self, name: str, pages: np.ndarray, slots: np.ndarray) -> torch.Tensor:
         """One token of each of `pages`, that in its slot `slots`: `[len(pages), *shape[1:]]`."""
@@ -427,15 +438,6 @@ def _grid(field: torch.Tensor, location: Location) -> torch.Tensor:
     rows, columns = location.strides
     start = field.storage_offset() + location.first * page
     return field.as_strided((*location.shape, *field.shape[1:]), (rows * page, columns * page, *inner), start)
-
-
-def _regular(index: np.ndarray) -> slice | None:
-    """Places that go up by the same step, as a slice, which nobody sends to the device."""
-    first, last = int(index[0]), int(index[-1])
-    step = int(index[1]) - first if len(index) > 1 else 1
-    if step < 1 or last - first != step * (len(index) - 1) or (np.diff(index) != step).any():
-        return None
-    return slice(first, last + 1, step)
 
 
 def joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
