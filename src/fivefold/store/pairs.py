@@ -115,7 +115,8 @@ def pack_pairs(bank: Tables, rows: np.ndarray, old: Bounds, new: Bounds, parts: 
     for kind in np.unique(kinds[:, way.count > 0], axis=1).T:
         alike = (kinds == kind[:, None]).all(0)
         _, slot, count, stored = kind.tolist()
-        step, pairs = layers_at_once(bank, 2 * count * bank.rows), np.unique(layers[alike])
+        # Of both layers, keys and values at a time.
+        step, pairs = layers_at_once(bank, 4 * count * bank.rows), np.unique(layers[alike])
         for start in range(0, len(pairs), step):
             some = alike & np.isin(layers, pairs[start : start + step])
             sides = [
@@ -180,7 +181,7 @@ def _encode(bank: Tables, sides: Sequence[Due], chunks: Sequence[Pair | None]) -
             layer.learned[KNOWN] = torch.zeros((bank.rows, codec.known), device=bank.device)
     if bank.device.type == "meta":
         return
-    pieces = list(_pieces(first.slot, first.count, page, at_once(bank, 2 * len(first.rows))))
+    pieces = list(_pieces(first.slot, first.count, page, at_once(bank, 4 * len(first.rows))))
     if first.slot:
         _unshare(tier, change, first.rows, sides[1].rows, first.column)
     known = torch.cat([layer.learned[KNOWN] for layer in layers])
