@@ -340,5 +340,6 @@ def _shrunk(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     layers, each = down.shape[:2]
     if layers == 1 or each > 1:
         return x @ down.flatten(0, 1)
-    # All groups of a layer in one product: with an axis of their own, `down` would be copied for each.
-    return (x.reshape(layers, -1, x.shape[2]) @ down[:, 0]).view(*x.shape[:2], -1)
+    # In one product `down` would be copied for each group, or numbers rounded otherwise than in a layer alone.
+    parts = x.unflatten(0, (layers, -1)).unbind(1)
+    return torch.stack([torch.bmm(part, down[:, 0]) for part in parts], 1).flatten(0, 1)

@@ -257,7 +257,8 @@ class _Bound(BeforeRope):
         order = order.expand(-1, len(rotated) // len(order), -1).flatten(0, 1)
         sorted_ = rotated.gather(2, order[:, None].expand(-1, rotated.shape[1], -1))
         key = [context.part(x.unflatten(2, (together, -1)), tokens) for x in self._quantise(sorted_)]
-        value = self._quantise(transform(values.float()))
+        # A view of pages would be multiplied otherwise, and rounded so: pages must not depend on where tokens lay.
+        value = self._quantise(transform(values.float().contiguous()))
         out: dict[str, torch.Tensor] = {}
         for name, (words, scale, zero) in (("key", key), ("value", value)):
             stored, old = f"{name}_words", None
