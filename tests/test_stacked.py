@@ -82,6 +82,13 @@ def test_rows_of_different_lengths(name: str, beside: bool, tiny: Any, monkeypat
 
 
 @pytest.mark.parametrize("name", STACKED)
+def test_rows_that_stand_alike(name: str, tiny: Any, monkeypatch: Any) -> None:
+    """Several sequences of a layer in one product round as they do in the layer alone."""
+    model = tiny("llama", num_hidden_layers=LAYERS)
+    compare(model, written(name, model), Conversation.of(*SIZES, lengths=(SIZES[0],) * 3), monkeypatch)
+
+
+@pytest.mark.parametrize("name", STACKED)
 def test_a_step_takes_few_operations(name: str, tiny: Any, monkeypatch: Any) -> None:
     """What is left of each layer are views of the slabs that its pages lie in."""
     model = tiny("llama", num_hidden_layers=LAYERS)
