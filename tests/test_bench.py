@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from fivefold.benchmark import decode, peers
@@ -54,6 +55,16 @@ def test_bench_kernels(tmp_path) -> None:
     # 500 tokens: 11 groups of 32 are packed in three pages, and 148 tokens are exact.
     page = 2 * 32 * 128 * 2 + 2 * 4 * 128 * 2 + 2 * 4 * 32 * 4 * 2
     assert packed["bytes"] == 16 * (3 * page + 148 * 2 * 128 * 2)
+
+
+@pytest.mark.parametrize("recipe", ["duo(keep=0.5) + rotatekv(bits=4)", "rotatekv(bits=4)"])
+def test_a_cache_is_filled_whatever_heads_stand_alike(recipe: str) -> None:
+    shape = {"hidden_size": 128, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = decode.build({"vocab_size": 64, "num_hidden_layers": 4, **shape}, torch.device("cpu"))
+    cache = decode.filled(model, recipe, 300, 2, False)
+    for store in cache.session.stores.values():
+        assert (store.lengths() == 300).all()
+        assert store.learned["sink_keys"].isfinite().all()
 
 
 def test_bench_kernels_where_all_tokens_are_packed(tmp_path) -> None:

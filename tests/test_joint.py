@@ -49,7 +49,8 @@ def contents(cache: Any) -> list[torch.Tensor]:
     out = []
     for store in cache.session.stores.values():
         for group in store.groups:
-            out += [*group.dense(), *(torch.cat(group.exact_parts(name), 1) for name in KV)]
+            exact = [group.exact_parts(name) for name in KV]
+            out += [*group.dense(), *(torch.cat(parts, 1) for parts in exact if parts)]
             if group.packed.shape[1]:
                 out += group.packed_fields(0, group.packed.shape[1]).values()
         for held in store.held:

@@ -181,5 +181,5 @@ def _first(layer: LayerCache, keys: torch.Tensor, values: torch.Tensor) -> tuple
     """What a codec is shown of the first tokens of some rows, with queries and inputs as random as they are."""
     rows, tokens, dim = keys.shape
     queries = keys.new_empty((rows, layer.spec.query_heads // layer.spec.kv_heads, tokens, dim)).normal_()
-    inputs = keys.new_empty((rows // layer.spec.kv_heads, tokens, 8)).normal_()
+    inputs = keys.new_empty((layer.batch, tokens, 8)).normal_()
     return queries, keys, values, inputs

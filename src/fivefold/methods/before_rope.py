@@ -24,7 +24,7 @@ class LearnedCodec(Codec):
 
     profile: Profile
     rope: Rope
-    made: dict[tuple[tuple[int, ...], ...], Sequence[torch.Tensor]]
+    made: dict[tuple[tuple[int, ...], ...], list[torch.Tensor]]
 
     @property
     def fingerprint(self) -> str:
@@ -39,6 +39,46 @@ class LearnedCodec(Codec):
 
     def compiled(self, device: torch.device) -> bool:
         return runs_cpp(device)
+
+    def of(self, context: Context) -> Codec:
+        return self.bound(context, [self])
+
+    def stacked(self, codecs: Sequence[Any]) -> Codec:
+        return _Layers(codecs)
+
+    def bound(self, context: Context, layers: Sequence[Any]) -> Codec:
+        """The codec on pages of some rows of these layers' codecs, this being the first; only to encode if these are
+        several."""
+        raise NotImplementedError
+
+
+class _Layers(Codec):
+    """Codecs of several layers, which differ in what they have `made` alone, as one that encodes."""
+
+    def __init__(self, codecs: Sequence[LearnedCodec]) -> None:
+        self.codecs, self.layout, self.group = codecs, codecs[0].layout, codecs[0].group
+
+    def of(self, context: Context) -> Codec:
+        return self.codecs[0].bound(context, self.codecs)
+
+
+def stack(layers: Sequence[LearnedCodec], groups: tuple[tuple[int, ...], ...], number: int) -> torch.Tensor:
+    """Tensor `number` of what each layer's codec has made for these groups of heads: `[layers, *shape]`.
+
+    It is there once: what the codecs hold becomes part of it the first time, and is found again by where it lies.
+    """
+    parts = [codec.made[groups][number] for codec in layers]
+    first, size = parts[0], parts[0].numel()
+    memory, start = first.untyped_storage().data_ptr(), first.storage_offset()
+    if all(
+        x.untyped_storage().data_ptr() == memory and x.storage_offset() == start + i * size and x.is_contiguous()
+        for i, x in enumerate(parts)
+    ):
+        return first.as_strided((len(parts), *first.shape), (size, *first.stride()), start)
+    whole = torch.stack(parts)
+    for codec, part in zip(layers, whole):
+        codec.made[groups][number] = part
+    return whole
 
 
 class BeforeRope(Codec):

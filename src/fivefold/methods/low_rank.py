@@ -7,7 +7,7 @@ which heads go together, is the method's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from fivefold.kernels.low_rank.cpu import Side, feature_scores, feature_sums
 from fivefold.kernels.pack import fill_rows
 from fivefold.kernels.planar import PLANES, dequantise, pack, quantise, unpack_planes
 from fivefold.kernels.shared import shared
-from fivefold.methods.before_rope import BeforeRope, LearnedCodec
+from fivefold.methods.before_rope import BeforeRope, LearnedCodec, stack
 from fivefold.methods.method import Method
 from fivefold.store import Context, Field, LayerSpec, PageLayout
 from fivefold.store.codec import FLOAT16_MAX, check_finite, planar_fields, planar_parts
@@ -232,8 +232,12 @@ class LowRankCodec(LearnedCodec):
             return blocks[0]
         return torch.block_diag(*(down for down, _ in blocks)), torch.block_diag(*(up for _, up in blocks))
 
-    def of(self, context: Context) -> Bound:
-        return Bound(self, context)
+    @property
+    def likeness(self) -> Hashable:
+        return self.rope, self.share, self.bits, self.orthonormal
+
+    def bound(self, context: Context, layers: Sequence[LowRankCodec]) -> Bound:
+        return Bound(self, context, layers)
 
 
 class Bound(BeforeRope):
@@ -242,9 +246,10 @@ class Bound(BeforeRope):
     codec: LowRankCodec
     planes = 1
 
-    def __init__(self, codec: LowRankCodec, context: Context) -> None:
+    def __init__(self, codec: LowRankCodec, context: Context, layers: Sequence[LowRankCodec]) -> None:
         super().__init__(codec, context)
-        self.key_down, self.key_up, self.value_down, self.value_up = codec.bases(context)
+        self.layers, bases = layers, [layer.bases(context) for layer in layers]
+        self.key_up, self.value_up = bases[0][1], bases[0][3]
 
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
@@ -252,11 +257,10 @@ class Bound(BeforeRope):
         self.codec.check(keys, values)
         context, tokens = self.context, keys.shape[1]
         out: dict[str, torch.Tensor] = {}
-        for name, x, down, rank in (
-            ("key", self.unturned(keys), self.key_down, self.codec.ranks[0]),
-            ("value", context.join(values.float()), self.value_down, self.codec.ranks[1]),
-        ):
-            features = (x.flatten(2) @ down).unflatten(2, (context.together, rank))
+        groups = tuple(context.groups)
+        for number, (name, x) in enumerate((("key", self.unturned(keys)), ("value", context.join(values.float())))):
+            down = stack(self.layers, groups, number if self.codec.orthonormal else 2 * number)
+            features = _shrunk(x.flatten(2), down).unflatten(2, (context.together, -1))
             out |= self._put(name, context.part(features, tokens), slot, opened)
         return out
 
@@ -328,3 +332,14 @@ class Bound(BeforeRope):
         summed = summed.unflatten(1, (together, query))
         up = self.value_up.unflatten(2, (together, -1)).transpose(1, 2)  # [groups or 1, together, rank, head_dim]
         return torch.matmul(summed, up).reshape(rows, query, -1)
+
+
+def _shrunk(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """Features `[layers * groups, tokens, rank]` of x `[layers * groups, tokens, n]`; down: `[layers, groups or 1, n,
+    rank]`."""
+    layers, each = down.shape[:2]
+    if layers == 1 or each > 1:
+        return x @ down.flatten(0, 1)
+    # In one product `down` would be copied for each group, or numbers rounded otherwise than in a layer alone.
+    parts = x.unflatten(0, (layers, -1)).unbind(1)
+    return torch.stack([torch.bmm(part, down[:, 0]) for part in parts], 1).flatten(0, 1)

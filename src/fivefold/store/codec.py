@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
-import numpy as np
 import torch
 
 from fivefold.errors import CodecError, NonFiniteError
 from fivefold.kernels.packed_decode import Form, Reader
 from fivefold.store.context import Context, Rope
 from fivefold.store.pages import Field, PageLayout
-from fivefold.store.rows import Bounds
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
 
@@ -105,10 +104,21 @@ class Codec:
         """The codec that works on the pages of these rows: itself if it is the same for all."""
         return self
 
-    def alike(self, layers: np.ndarray, bounds: Bounds) -> list[np.ndarray]:
-        """What rows must have in common to be encoded in one call, int64 `[rows]` each: nothing, or all that makes a
-        context. layers: which layer each is of."""
-        return [] if type(self).of is Codec.of else [layers, *bounds]
+    @property
+    def contextual(self) -> bool:
+        """Whether it must know whose pages it is given."""
+        return type(self).of is not Codec.of
+
+    @property
+    def likeness(self) -> Hashable:
+        """Of one that overrides `of`: codecs of several layers where this is the same, and the layout, can be
+        `stacked`; None if those of this kind cannot."""
+        return None
+
+    def stacked(self, codecs: Sequence[Any]) -> Codec:
+        """One codec that encodes rows of several layers in one call, whose context has as many `layers`: itself where
+        they differ in their contexts alone. codecs: those of the layers, this being the first."""
+        return self
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Raise `NonFiniteError` if these, of any shape, cannot be encoded. Asked before a chunk is stored at all."""

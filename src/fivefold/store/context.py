@@ -43,6 +43,7 @@ class Context:
     each head, and are always given together; 1 where every head chooses its own tokens. positions: int64
     `[rows or 1, tokens]`, the position (as the model counts them) of every token of the pages, page after page; of
     slots that are not filled anything. learned: what `Codec.learn` made of the rows' first tokens, `[rows, ...]` each.
+    layers: the rows are those of so many layers, one after the other, of each the same heads of the same sequences.
 
     Pages are given as `[rows * pages, ...]` or `[rows, pages, ...]`, rows first in both.
     """
@@ -51,6 +52,7 @@ class Context:
     together: int
     positions: torch.Tensor
     learned: dict[str, torch.Tensor] = field(default_factory=dict)
+    layers: int = 1
 
     def again(self, owner: Rope, what: object, make: Callable[[], Any]) -> Any:
         """What is worked out from positions that all rows share, once for all layers of a step."""
@@ -62,8 +64,8 @@ class Context:
 
     @property
     def groups(self) -> list[tuple[int, ...]]:
-        """The heads of the rows that are together: once if they are the same all along, else of each group."""
-        parts = [self.heads[i : i + self.together] for i in range(0, self.rows, self.together)]
+        """The heads of a layer's rows that are together: once if they are the same all along, else of each group."""
+        parts = [self.heads[i : i + self.together] for i in range(0, self.rows // self.layers, self.together)]
         return parts[:1] if len(set(parts)) == 1 else parts
 
     def join(self, x: torch.Tensor) -> torch.Tensor:

@@ -47,6 +47,9 @@ class RowGroup:
         self.touched_exact()
         self.touched_packed()
 
+    count = 1
+    """Of how many layers its rows are: see `Stacked`."""
+
     def touched_exact(self) -> None:
         self._exact_blocks: list[tuple[int, int, Location]] | None = None
         self.tail: list[torch.Tensor] | None = None
@@ -285,6 +288,39 @@ class RowGroup:
         return slots.long() + sent(device, self.offsets[rows])[0][:, None]
 
 
+class Stacked(RowGroup):
+    """The same rows of several layers of a bank, one layer after the other, for a codec of all of them: `rows` repeats
+    with every layer."""
+
+    def __init__(self, layers: Sequence[Layer], rows: np.ndarray, bounds: Bounds) -> None:
+        super().__init__(layers[0], np.tile(rows, len(layers)), bounds)
+        self.layers, self.count, self._local = layers, len(layers), rows
+        self.flat = np.concatenate([layer.base + rows for layer in layers])
+        self._index = run_of(self.flat) or self.flat
+
+    @cached_property
+    def _codec(self) -> Codec:
+        codecs = [layer.codec for layer in self.layers]
+        assert codecs[0] is not None
+        return codecs[0].stacked(codecs)
+
+    def codec_of(self, start: int, stop: int, held: Held | None = None) -> Codec:
+        return self._codec.of(_Context(self, None, lambda: self._positions(start, stop, held)))
+
+    @property
+    def offsets(self) -> np.ndarray:
+        return np.concatenate([layer.offsets[self._local] for layer in self.layers])
+
+    def learned(self, rows: np.ndarray | None) -> dict[str, torch.Tensor]:
+        parts = [layer.learned for layer in self.layers]
+        known = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        if rows is None and len(self._local) == self.layer.rows:
+            return known
+        places = (np.arange(self.count)[:, None] * self.layer.rows + self._local).reshape(-1)
+        mine = places if rows is None else places[rows]
+        return {name: x[sent(x.device, mine)[0]] for name, x in known.items()}
+
+
 class _Context(Context):
     """Of the rows of a group with these indices (None is all), worked out as far as a codec asks for it."""
 
@@ -299,6 +335,10 @@ class _Context(Context):
     @cached_property
     def together(self) -> int:
         return self._group.together
+
+    @cached_property
+    def layers(self) -> int:
+        return self._group.count
 
     @cached_property
     def positions(self) -> torch.Tensor:

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fivefold.kernels.device import sent
 from fivefold.store.bank import Bank
-from fivefold.store.group import RowGroup
+from fivefold.store.group import Stacked
 from fivefold.store.held import Held
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.plan import Demote, EvictPacked, Stored, execute
@@ -27,12 +26,12 @@ NUMBERS = 1 << 25
 """Of tokens, or of what is known of them, that are worked on at a time: it bounds the memory that this takes."""
 
 
-class Joined(RowGroup):
-    """All rows of some layers of a bank that follow each other: `rows` counts on from one to the next."""
+class Joined(Stacked):
+    """All rows of some layers, and what their policy knows of them."""
 
     def __init__(self, layers: Sequence[LayerCache], bounds: Bounds, held: Held) -> None:
-        super().__init__(layers[0], np.arange(len(layers) * layers[0].rows), bounds)
-        self.layers, self._held = layers, held
+        super().__init__(layers, np.arange(layers[0].rows), bounds)
+        self._held = held
 
     @property
     def held(self) -> Held | None:
@@ -45,15 +44,6 @@ class Joined(RowGroup):
     @property
     def together(self) -> int:
         return 1
-
-    @property
-    def offsets(self) -> np.ndarray:
-        return np.tile(self.layers[0].offsets, len(self.layers))
-
-    def learned(self, rows: np.ndarray | None) -> dict[str, torch.Tensor]:
-        parts = [layer.learned for layer in self.layers]
-        known = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return known if rows is None else {name: x[sent(x.device, rows)[0]] for name, x in known.items()}
 
 
 def advance(bank: Bank, revocable: int) -> list[LayerCache]:

@@ -6,8 +6,8 @@ addresses where there is one, else by the codec, those together whose groups sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from fivefold.kernels.device import sent
 from fivefold.kernels.pack import cpu
 from fivefold.store.chunk import Part, each
 from fivefold.store.codec import Codec, beyond, whole
-from fivefold.store.group import KV, RowGroup
+from fivefold.store.group import KV, RowGroup, Stacked
 from fivefold.store.held import Held
 from fivefold.store.interfaces import Tables
 from fivefold.store.rows import PAGE, Bounds, Packing
@@ -49,8 +49,13 @@ class Due:
 
     def part(self, which: np.ndarray, keys: np.ndarray) -> Due:
         """Some of the rows, whose slot, count and stored (`keys`) are the same."""
-        numbers = (int(x) for x in keys[:3, which[0]])
-        return Due(self.rows[which], self.bounds.at(which), self.start[which], self.column[which], *numbers)
+        slot, count, stored = (int(x) for x in keys[:3, which[0]])
+        return replace(self.some(which), slot=slot, count=count, stored=stored)
+
+    def some(self, which: np.ndarray) -> Due:
+        """Some of the rows."""
+        part = self.bounds.at(which), self.start[which], self.column[which]
+        return Due(self.rows[which], *part, self.slot, self.count, self.stored)
 
 
 class Way(NamedTuple):
@@ -111,22 +116,47 @@ def pack(
         keys = np.stack([slot, count, stored])[:, some]
         due = Due(rows[some], old.at(some), start[some], column[some], 0, 0, 0)
         if not _by_kernel(bank, due, keys, chunks):
-            for which, part in each(parts) if parts else ((which, None) for which in _alike(bank, due, keys)):
-                chunk, group, held = (part.pair, part.group, part.held) if part is not None else (None, None, None)
-                _encode(bank, due.part(which, keys), chunk, group, held)
+            for which, part in each(parts):
+                _encode(bank, due.part(which, keys), part.group, part.pair, part.held)
+            for which in () if parts else _alike(bank, due, keys):
+                for some, group in _groups(bank, due.part(which, keys)):
+                    _encode(bank, some, group)
     tier.drop(change, rows, 0, gone, columns + np.maximum(0, fresh))
 
 
 def _alike(bank: Tables, due: Due, keys: np.ndarray) -> list[np.ndarray]:
-    """Rows that one call of a codec can encode."""
+    """Rows that one call of a codec can encode, but for what it must know of each layer."""
     layers, codec = due.rows // bank.rows, bank.layers[0].codec
     assert codec is not None
     codecs = np.array([layer.encoder for layer in bank.layers])[layers]
-    keys = np.stack([codecs, *keys, *codec.alike(layers, due.bounds)])
+    keys = np.stack([codecs, *keys, *(due.bounds if codec.contextual else ())])
     if (keys == keys[:, :1]).all():
         return [np.arange(keys.shape[1])]
     which = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
     return [np.flatnonzero(which == number) for number in range(int(which.max()) + 1)]
+
+
+def _groups(bank: Tables, due: Due) -> Iterator[tuple[Due, RowGroup]]:
+    """Rows that are alike, split into those that one call encodes: where a codec must know whose they are, the same
+    rows of layers whose codecs can be stacked, as many as `_NUMBERS` allows."""
+    first, bounds = bank.layers[int(due.rows[0]) // bank.rows], Bounds(*(x[0] for x in due.bounds))
+    assert first.codec is not None
+    if not first.codec.contextual:
+        yield due, RowGroup(first, due.rows - first.base, bounds)
+        return
+    layers, local = np.divmod(due.rows, bank.rows)
+    kinds: dict[Any, list[np.ndarray]] = {}
+    for index in np.unique(layers).tolist():
+        codec, where = bank.layers[index].codec, np.flatnonzero(layers == index)
+        alone = codec is None or codec.likeness is None
+        kinds.setdefault((index if alone else codec.likeness, local[where].tobytes()), []).append(where)
+    for some in kinds.values():
+        step = layers_at_once(bank, due.count * len(some[0]))
+        for start in range(0, len(some), step):
+            each_of, which = some[start : start + step], np.concatenate(some[start : start + step])
+            of = [bank.layers[int(layers[where[0]])] for where in each_of]
+            rows = local[each_of[0]]
+            yield due.some(which), RowGroup(of[0], rows, bounds) if len(of) == 1 else Stacked(of, rows, bounds)
 
 
 def _by_kernel(bank: Tables, due: Due, keys: np.ndarray, chunks: Sequence[Chunk]) -> bool:
@@ -243,12 +273,11 @@ def _remember(bank: Tables, rows: np.ndarray, found: Sequence[float]) -> None:
         layer.bank.note(layer.base + rows[some] % bank.rows, peak[some])
 
 
-def _encode(bank: Tables, due: Due, chunk: Chunk | None, group: RowGroup | None, held: Held | None) -> None:
-    """By the codec, a bounded part of the tokens at a time; the rest of an open page first."""
+def _encode(bank: Tables, due: Due, group: RowGroup, chunk: Chunk | None = None, held: Held | None = None) -> None:
+    """By the codec, a bounded part of the tokens at a time; the rest of an open page first. group: of the rows, where
+    the codec must know whose they are."""
     assert bank.packed is not None and bank.packing is not None and bank.change is not None
-    layer, page = bank.layers[int(due.rows[0]) // bank.rows], bank.packing.page
-    # These are rows of one layer with equal bounds where the codec asks for a context (`Codec.alike`).
-    group = group or RowGroup(layer, due.rows - layer.base, Bounds(*(x[0] for x in due.bounds)))
+    page = bank.packing.page
     if bank.device.type == "meta":  # there is nothing to write, and nothing to write it to
         group.codec_of(0, 1)  # what it makes for such rows stays
         return
@@ -272,8 +301,13 @@ def _encode(bank: Tables, due: Due, chunk: Chunk | None, group: RowGroup | None,
 def at_once(bank: Tables, rows: int) -> int:
     """How many tokens of so many rows are packed at a time, in whole pages."""
     assert bank.packing is not None
-    page, numbers = bank.packing.page, _NUMBERS.get(bank.device.type, _NUMBERS_GPU)
-    return max(1, numbers // (page * rows * bank.layers[0].spec.head_dim)) * page
+    return layers_at_once(bank, bank.packing.page * rows) * bank.packing.page
+
+
+def layers_at_once(bank: Tables, tokens: int) -> int:
+    """How many layers with so many tokens, of all rows together, are packed at a time."""
+    numbers = _NUMBERS.get(bank.device.type, _NUMBERS_GPU)
+    return max(1, numbers // (tokens * bank.layers[0].spec.head_dim))
 
 
 def _write(
@@ -302,7 +336,8 @@ def collect(bank: Tables, due: Due, done: int, size: int, chunk: Chunk | None) -
         at = due.bounds.exact_column(due.start + done)[:, None] + np.arange(-(-stored // PAGE))
         pages, pool = bank.exact.table[due.rows[:, None], at], bank.exact.pool
         shape = (len(pages), -1, bank.layers[0].spec.head_dim)
-        keys, values = (pool.read(name, pages.reshape(-1)).reshape(shape) for name in KV)
+        place = pool.locate(pages.reshape(1, -1))
+        keys, values = (pool.fetch(name, place)[0].reshape(shape) for name in KV)
         parts.append((keys[:, :stored], values[:, :stored]))
     if stored < size:
         assert chunk is not None

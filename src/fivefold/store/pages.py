@@ -12,7 +12,7 @@ Pages are reference-counted: sharing (beam search, forks, layers that share stor
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple, cast
@@ -168,7 +168,7 @@ class Location(NamedTuple):
     slab: Slab | None
     first: int
     strides: tuple[int, int]
-    parts: tuple[tuple[Slab, torch.Tensor, Any], ...]
+    parts: tuple[tuple[Slab, torch.Tensor | slice, Any], ...]
     runs: tuple[Any, ...] = ()
 
 
@@ -330,7 +330,7 @@ class PagePool(Slabs):
             return Location(pages.shape, None, 0, (0, 0), (), runs)
         parts = []
         for slab, index, where in self._by_slab(pages.reshape(-1)):
-            parts.append((slab, sent(self.device, index)[0], self._among(where)))
+            parts.append((slab, self._inside(index), self._among(where)))
         return Location(pages.shape, None, 0, (0, 0), tuple(parts))
 
     def _runs(self, pages: np.ndarray) -> tuple[Location, ...]:
@@ -349,6 +349,14 @@ class PagePool(Slabs):
             for start, stop, slab, page, step in zip(*(x.tolist() for x in (starts, stops, slabs, first[0], steps)))
         )
 
+    def _inside(self, index: np.ndarray) -> torch.Tensor | slice:
+        """Places in a slab as an index on the device: a slice, which nobody sends, where they go up by one step."""
+        first, last = int(index[0]), int(index[-1])
+        step = int(index[1]) - first if len(index) > 1 else 1
+        if step < 1 or last - first != step * (len(index) - 1) or (np.diff(index) != step).any():
+            return sent(self.device, index)[0]
+        return slice(first, last + 1, step)
+
     def _among(self, where: np.ndarray | None) -> Any:
         """Places in a list as an index on the device: a slice, which nobody sends, where they are a run."""
         if where is None or int(where[-1]) - int(where[0]) == len(where) - 1:  # they go up
@@ -361,7 +369,8 @@ class PagePool(Slabs):
             return _grid(location.slab.tensors[name], location)
         if location.runs:
             return torch.cat([_grid(cast(Slab, run.slab).tensors[name], run) for run in location.runs], 1)
-        parts = ((where, slab.tensors[name].index_select(0, index)) for slab, index, where in location.parts)
+        found = ((where, slab.tensors[name], at) for slab, at, where in location.parts)
+        parts = ((where, x[at] if isinstance(at, slice) else x.index_select(0, at)) for where, x, at in found)
         return _rows_from(parts, prod(location.shape)).unflatten(0, location.shape)
 
     def read(self, name: str, pages: np.ndarray) -> torch.Tensor:
@@ -380,27 +389,35 @@ class PagePool(Slabs):
         pages = pages.reshape(-1)
         if not len(pages):
             return
-        for slab, index, where in self._by_slab(pages):
-            first, rows = int(index[0]), None
-            if len(index) > 1 and (int(index[-1]) - first != len(index) - 1 or (np.diff(index) != 1).any()):
-                rows = sent(self.device, index)[0]
-            among = self._among(where)
-            for name, pieces in fields.items():
+        places = [(slab, self._inside(index), self._among(where)) for slab, index, where in self._by_slab(pages)]
+        runs = all(isinstance(among, slice) for _, _, among in places)
+        if runs:
+            places.sort(key=lambda place: place[2].start)
+        targets, sources = list[torch.Tensor](), list[torch.Tensor]()
+        for name, pieces in fields.items():
+            slab, rows, among = places[0]
+            first = slab.tensors[name]
+            if among is None and at is None and isinstance(rows, slice) and rows.step == 1:
+                run = first[rows].view(-1, *pieces[0].shape[1:])
+                run.copy_(pieces[0]) if len(pieces) == 1 else torch.cat(list(pieces), out=run)
+                continue
+            values = joined(pieces)
+            values = values.reshape(len(pages), *values.shape[1 - first.ndim :])
+            if runs:
+                parts = values.split([among.stop - among.start for _, _, among in places])
+            else:
+                parts = [values if among is None else values[among] for _, _, among in places]
+            for (slab, rows, _), part in zip(places, parts):
                 target = slab.tensors[name]
-                if rows is None and among is None and at is None:
-                    run = target[first : first + len(index)].view(-1, *pieces[0].shape[1:])
-                    run.copy_(pieces[0]) if len(pieces) == 1 else torch.cat(list(pieces), out=run)
-                    continue
-                values = joined(pieces)
-                values = values.reshape(len(pages), *values.shape[1 - target.ndim :])
-                part = values if among is None else values[among]
-                if rows is None:
-                    run = target[first : first + len(index)]
-                    (run if at is None else run[:, at]).copy_(part)
+                if isinstance(rows, slice):
+                    targets.append(target[rows] if at is None else target[rows, at])
+                    sources.append(part)
                 elif at is None:
                     _put_at(target, rows, part.to(target.dtype))
                 else:
                     target[rows, at] = part.to(target.dtype)
+        if targets:
+            torch._foreach_copy_(targets, sources)
 
     def read_tokens(self, name: str, pages: np.ndarray, slots: np.ndarray) -> torch.Tensor:
         """One token of each of `pages`, that in its slot `slots`: `[len(pages), *shape[1:]]`."""
@@ -454,15 +471,16 @@ def joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
-def _rows_from(parts: Iterator[tuple[Any, torch.Tensor]], count: int) -> torch.Tensor:
+def _rows_from(parts: Iterable[tuple[Any, torch.Tensor]], count: int) -> torch.Tensor:
     """`count` rows from parts of them, each with where its rows belong; None is all."""
-    out: torch.Tensor | None = None
-    for where, part in parts:
-        if where is None:
-            return part
-        out = part.new_empty((count, *part.shape[1:])) if out is None else out
+    found = list(parts)
+    if len(found) == 1:
+        return found[0][1]
+    if all(isinstance(where, slice) for where, _ in found):
+        return torch.cat([part for _, part in sorted(found, key=lambda one: one[0].start)])
+    out = found[0][1].new_empty((count, *found[0][1].shape[1:]))
+    for where, part in found:
         _put_at(out, where, part)
-    assert out is not None
     return out
 
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from fivefold.errors import CacheStateError, UnsupportedModelError
+from fivefold.kernels.device import sent
 from fivefold.store.chunk import Part, take
 from fivefold.store.codec import Pair, PairCodec, whole
 from fivefold.store.group import RowGroup
 from fivefold.store.interfaces import Layer, Tables
-from fivefold.store.pack import Due, Way, at_once, collect, note
+from fivefold.store.pack import Due, Way, at_once, collect, layers_at_once, note
 from fivefold.store.rows import Bounds
 from fivefold.store.tier import Tier
 from fivefold.store.transaction import Transaction
@@ -108,14 +109,21 @@ def pack_pairs(bank: Tables, rows: np.ndarray, old: Bounds, new: Bounds, parts: 
     for wanted in np.unique(way.fresh[way.fresh > 0]).tolist():
         some = way.fresh == wanted
         _widen(tier, change, first[some], second[some], way.columns[some], wanted)
-    kinds = np.stack([first // bank.rows, way.slot, way.count, np.clip(old.length - way.start, 0, way.count)])
-    for kind in np.unique(kinds[:, way.count > 0], axis=1).T.tolist():
-        some = (kinds == np.array(kind)[:, None]).all(0)
-        sides = [
-            Due(side[some], old.at(some), way.start[some], way.column[some], kind[1], kind[2], kind[3])
-            for side in (first, second)
-        ]
-        _encode(bank, bank.layers[kind[0]], sides, [part.pair for part in parts] or (None, None))
+    layers = first // bank.rows
+    encoders = np.array([layer.encoder for layer in bank.layers])[layers]
+    kinds = np.stack([encoders, way.slot, way.count, np.clip(old.length - way.start, 0, way.count)])
+    for kind in np.unique(kinds[:, way.count > 0], axis=1).T:
+        alike = (kinds == kind[:, None]).all(0)
+        _, slot, count, stored = kind.tolist()
+        # Of both layers, keys and values at a time.
+        step, pairs = layers_at_once(bank, 4 * count * bank.rows), np.unique(layers[alike])
+        for start in range(0, len(pairs), step):
+            some = alike & np.isin(layers, pairs[start : start + step])
+            sides = [
+                Due(side[some], old.at(some), way.start[some], way.column[some], slot, count, stored)
+                for side in (first, second)
+            ]
+            _encode(bank, sides, [part.pair for part in parts] or (None, None))
     columns = way.columns + np.maximum(0, way.fresh)
     tier.drop(change, np.concatenate([first, second]), 0, *(np.concatenate([x, x]) for x in (way.gone, columns)))
 
@@ -160,30 +168,36 @@ def _pieces(slot: int, count: int, page: int, step: int) -> Iterator[tuple[int, 
         done += size
 
 
-def _encode(bank: Tables, layer: Any, sides: Sequence[Due], chunks: Sequence[Pair | None]) -> None:
-    """Measure all that is due of both layers, then pack it, a bounded part of the tokens at a time."""
-    tier, change, codec, first = bank.packed, bank.change, layer.codec, sides[0]
+def _encode(bank: Tables, sides: Sequence[Due], chunks: Sequence[Pair | None]) -> None:
+    """Measure all that is due of both layers of some pairs, then pack it, a bounded part of the tokens at a time."""
+    tier, change, first = bank.packed, bank.change, sides[0]
+    indices, which = np.unique(first.rows // bank.rows, return_inverse=True)
+    layers = [bank.layers[index] for index in indices.tolist()]
+    codec = layers[0].codec
     assert tier is not None and change is not None and bank.packing is not None and isinstance(codec, PairCodec)
     page = bank.packing.page
-    known = layer.learned.get(KNOWN)
-    if known is None:
-        known = torch.zeros((bank.rows, codec.known), device=bank.device)
-    layer.learned[KNOWN] = known
+    for layer in layers:
+        if KNOWN not in layer.learned:
+            layer.learned[KNOWN] = torch.zeros((bank.rows, codec.known), device=bank.device)
     if bank.device.type == "meta":
         return
-    pieces = list(_pieces(first.slot, first.count, page, at_once(bank, 2 * len(first.rows))))
+    pieces = list(_pieces(first.slot, first.count, page, at_once(bank, 4 * len(first.rows))))
     if first.slot:
         _unshare(tier, change, first.rows, sides[1].rows, first.column)
-    local = torch.from_numpy(first.rows - layer.base).to(bank.device)
+    known = torch.cat([layer.learned[KNOWN] for layer in layers])
+    local = sent(bank.device, which * bank.rows + first.rows % bank.rows)[0]
     mine = known[local]
+    both: list[Pair] = []
     for done, size, _, _ in pieces:
         both = [collect(bank, due, done, size, chunk) for due, chunk in zip(sides, chunks)]
         mine = torch.maximum(mine, codec.measure(both[0], both[1]))
         for due, pair in zip(sides, both):
             note(bank, due.rows, *pair)
-    layer.learned[KNOWN] = known.index_copy(0, local, mine)
+    for layer, part in zip(layers, known.index_copy_(0, local, mine).split(bank.rows)):
+        layer.learned[KNOWN] = part.clone()
     for done, size, column, slot in pieces:
-        both = [collect(bank, due, done, size, chunk) for due, chunk in zip(sides, chunks)]
+        if len(pieces) > 1:
+            both = [collect(bank, due, done, size, chunk) for due, chunk in zip(sides, chunks)]
         _write(tier, codec, sides, column, slot, page, both, mine)
 
 

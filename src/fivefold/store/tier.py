@@ -77,9 +77,9 @@ class Tier:
     def write(self, rows: np.ndarray, columns: np.ndarray, fields: dict[str, torch.Tensor]) -> None:
         """Write fields of pages, of those rows and columns (arrays that are broadcast together), `[pages, *shape]`:
         those that are among `fields`."""
-        for pool, name, i in self.fields():
-            if name in fields:
-                pool.write(name, self.tables[i][rows, columns], fields[name])
+        for pool, table in zip(self.pools, self.tables):
+            mine = {part.name: [fields[part.name]] for part in pool.layout.fields if part.name in fields}
+            pool.write_fields(table[rows, columns], mine)
 
     def reserve(self, columns: int) -> None:
         """Make the tables wide enough."""

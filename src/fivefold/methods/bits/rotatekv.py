@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ from fivefold.kernels.rotated import rotated_columns, rotated_scores
 from fivefold.kernels.rotated_decode import Rotated
 from fivefold.kernels.shared import shared
 from fivefold.methods import FLOAT16_MAX, Method, channels_of, check_finite, param, register
-from fivefold.methods.before_rope import BeforeRope, LearnedCodec
+from fivefold.methods.before_rope import BeforeRope, LearnedCodec, stack
 from fivefold.store import Context, Field, LayerSpec, PageLayout
 from fivefold.store.codec import planar_fields, planar_parts
 
@@ -198,7 +198,7 @@ class RotateCodec(LearnedCodec):
         groups = tuple(context.groups)
         if groups not in self.made:
             order = torch.stack([self.order_of(heads, context.together) for heads in groups]).to(self.spec.device)
-            self.made[groups] = order, order.argsort(1)
+            self.made[groups] = [order, order.argsort(1)]
         order, places = self.made[groups]
         return order, places
 
@@ -216,8 +216,13 @@ class RotateCodec(LearnedCodec):
     def block(self, heads: int) -> int:
         return heads_together(heads, self.method.head_group, self.spec.head_dim)
 
-    def of(self, context: Context) -> _Bound:
-        return _Bound(self, context)
+    @property
+    def likeness(self) -> Hashable:
+        method = self.method
+        return self.rope, method.bits, self.channels, method.head_group, method.covered, method.sinks
+
+    def bound(self, context: Context, layers: Sequence[RotateCodec]) -> _Bound:
+        return _Bound(self, context, layers)
 
 
 class _Bound(BeforeRope):
@@ -225,15 +230,21 @@ class _Bound(BeforeRope):
 
     codec: RotateCodec
 
-    def __init__(self, codec: RotateCodec, context: Context) -> None:
+    def __init__(self, codec: RotateCodec, context: Context, layers: Sequence[RotateCodec]) -> None:
         super().__init__(codec, context)
-        self.order, self.places = codec.orders(context)
-        if context.rows > context.together:  # their rows, one group after the other
-            first = torch.arange(context.rows // context.together, device=self.places.device)[:, None]
-            self.places = self.places + first * self.places.shape[1]
+        self.layers, orders = layers, [layer.orders(context) for layer in layers]
+        self.order, self._places = orders[0]
         self.found: tuple[Any, tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None] | None = None
         self.block, self.planes = codec.block(context.together), codec.planes
         self.n = self.block * codec.spec.head_dim
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """Where each of the rotated channels is, among the rows of all groups."""
+        if self.context.rows == self.context.together:
+            return self._places
+        first = torch.arange(self.context.rows // self.context.together, device=self._places.device)[:, None]
+        return self._places + first * self._places.shape[1]
 
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, slot: int, opened: dict[str, torch.Tensor] | None
@@ -242,10 +253,12 @@ class _Bound(BeforeRope):
         codec.check(keys, values)
         together = context.together
         rotated = rotate(self.unturned(keys).flatten(2), together, self.block)
-        order = self.order[:, None].expand(*rotated.shape[:2], -1)
-        sorted_ = rotated.gather(2, order)
+        order = stack(self.layers, tuple(context.groups), 0)  # [layers, groups or 1, n]
+        order = order.expand(-1, len(rotated) // len(order), -1).flatten(0, 1)
+        sorted_ = rotated.gather(2, order[:, None].expand(-1, rotated.shape[1], -1))
         key = [context.part(x.unflatten(2, (together, -1)), tokens) for x in self._quantise(sorted_)]
-        value = self._quantise(transform(values.float()))
+        # A view of pages would be multiplied otherwise, and rounded so: pages must not depend on where tokens lay.
+        value = self._quantise(transform(values.float().contiguous()))
         out: dict[str, torch.Tensor] = {}
         for name, (words, scale, zero) in (("key", key), ("value", value)):
             stored, old = f"{name}_words", None
@@ -282,6 +295,8 @@ class _Bound(BeforeRope):
         if opened is not None:
             marks = torch.where(opened < slot, opened, marks)
         page, token, sink = (keys[:, :, None, 0] == sinks[:, None, :, 0]).nonzero().unbind(1)
+        if not len(page):
+            return marks
         same = (keys[page, token] == sinks[page, sink]).all(1)
         marks[page[same], sink[same]] = (token[same] + slot).to(torch.int16)
         return marks

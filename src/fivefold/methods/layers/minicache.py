@@ -14,7 +14,7 @@ from fivefold.calibrate.learner import Capture, Learner, Progress
 from fivefold.errors import ProfileError, RecipeError
 from fivefold.kernels import directions as kernel
 from fivefold.kernels.pack import fill_rows
-from fivefold.methods import FLOAT16_MAX, Codec, Method, PairMethod, TokenPolicy, check_finite, param, register
+from fivefold.methods import Codec, Method, PairMethod, TokenPolicy, check_finite, param, register
 from fivefold.store import Field, LayerSpec, PageLayout
 from fivefold.store.codec import Pair, PairCodec, whole
 
@@ -176,7 +176,7 @@ class MiniCache(PairMethod):
             )
 
     def pair_codec(self, spec: LayerSpec, layers: tuple[int, int], inner: Codec | None) -> PairCodec:
-        if inner is not None and type(inner).of is not Codec.of:
+        if inner is not None and inner.contextual:
             raise RecipeError("minicache cannot be combined with a codec that works on each layer's rows: use kivi.")
         return MiniCacheCodec(spec, layers, inner or Directions(spec.head_dim, spec.dtype), self.t, self.gamma)
 
@@ -290,6 +290,7 @@ class MiniCacheCodec(PairCodec):
         self.places = -(-tokens // _TOKENS_A_PLACE)
         self.scale = 1.0 if isinstance(inner, Directions) else 2.0 ** round(math.log2(spec.head_dim) / 2)
         self.norms = torch.float32 if spec.dtype is torch.float32 else torch.float16
+        self.limit = torch.finfo(self.norms).max
         self.names = [part.name for part in inner.layout.fields]
         fields = list(inner.layout.fields)
         for side in SIDES:
@@ -322,45 +323,48 @@ class MiniCacheCodec(PairCodec):
         return self.inner.compiled(device)
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        limit = FLOAT16_MAX if self.norms is torch.float16 else torch.finfo(torch.float32).max
         norms = [x.float().norm(dim=-1) for x in (keys, values)]
-        check_finite(norms[0], norms[1], limit)
+        check_finite(norms[0], norms[1], self.limit)
 
     # -- packing ------------------------------------------------------------------------------------------
 
     def measure(self, first: Pair, second: Pair) -> torch.Tensor:
         """`[rows, 4]`: 1 - d_min and d_max of keys, and of values."""
-        self.check(*first)
-        self.check(*second)
-        out = []
-        for x, y in zip(first, second):
-            distance = angles(x, y)[4][..., 0] / math.pi
-            out += [1 - distance.amin(1), distance.amax(1)]
-        return torch.stack(out, 1)
+        *_, one, two, omega = angles(*(torch.cat(pair) for pair in (first, second)))  # of keys, then of values
+        keys, values = torch.stack([one, two]).chunk(2, 1)
+        check_finite(keys, values, self.limit)
+        distance = omega[..., 0] / math.pi
+        ends = torch.stack([1 - distance.amin(1), distance.amax(1)], 1)
+        return torch.cat(ends.chunk(2), 1)
 
     def encode_pair(
         self, first: Pair, second: Pair, slot: int, opened: list[dict[str, torch.Tensor]] | None, known: torch.Tensor
     ) -> list[dict[str, torch.Tensor]]:
-        directions: list[torch.Tensor] = []
+        # Keys and values are worked on together: [2 * pages, tokens, head_dim].
+        both = [torch.cat(pair) for pair in (first, second)]
+        direction, *norms, distance = merged(both[0], both[1], self.t)
+        near, far = torch.cat(known.chunk(2, 1))[:, :, None].unbind(1)
+        apart = distance > torch.clamp(far - self.gamma * (far - (1 - near)), max=_OPPOSITE)
+
+        def before(layer: int, part: str) -> torch.Tensor | None:
+            return None if opened is None else torch.cat([opened[layer][f"{side}_{part}"] for side in SIDES])
+
+        slots, index = self._retained(distance.where(apart, -1.0), slot, before(0, "slots"))
         out: list[dict[str, torch.Tensor]] = [{}, {}]
-        for number, (side, *both) in enumerate(zip(SIDES, first, second)):
-            direction, *norms, distance = merged(both[0], both[1], self.t)
-            directions.append(direction * self.scale)
-            near, far = known[:, 2 * number, None], known[:, 2 * number + 1, None]
-            apart = distance > torch.clamp(far - self.gamma * (far - (1 - near)), max=_OPPOSITE)
-            before = None if opened is None else opened[0][f"{side}_slots"]
-            slots, index = self._retained(distance.where(apart, -1.0), slot, before)
-            for layer, (mine, x, norm) in enumerate(zip(out, both, norms)):
-                old = None if opened is None else opened[layer]
-                mine[f"{side}_slots"] = slots
-                mine[f"{side}_norms"] = fill_rows(
-                    norm.to(self.norms), slot, self.layout.tokens, None if old is None else old[f"{side}_norms"]
-                )
-                candidates = x if old is None else torch.cat([old[f"{side}_kept"], x], 1)
-                kept = candidates.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
-                mine[f"{side}_kept"] = kept.where((slots >= 0)[:, :, None], torch.zeros_like(kept)).to(self.dtype)
+        for layer, (mine, x, norm) in enumerate(zip(out, both, norms)):
+            old = before(layer, "kept")
+            candidates = x if old is None else torch.cat([old, x], 1)
+            kept = candidates.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+            parts = {
+                "slots": slots,
+                "norms": fill_rows(norm.to(self.norms), slot, self.layout.tokens, before(layer, "norms")),
+                "kept": kept.where((slots >= 0)[:, :, None], torch.zeros_like(kept)).to(self.dtype),
+            }
+            for part, made in parts.items():
+                mine |= zip((f"{side}_{part}" for side in SIDES), made.chunk(2))
         inner = None if opened is None else {name: opened[0][name] for name in self.names}
-        out[0] |= whole(self.inner, self.inner.encode(directions[0], directions[1], slot, inner))
+        keys, values = (direction * self.scale).chunk(2)
+        out[0] |= whole(self.inner, self.inner.encode(keys, values, slot, inner))
         return out
 
     def _retained(
