@@ -286,10 +286,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int i = 0; i < GROUP; i++)
       copy(shared(memory) + i * UP, ups + (long long)(team % BLOCKS * HEADS + split * GROUP + i) * UP, UP, up_came);
   }
-  // The record of this lane's row.
+  // The record of the row that this lane copies: a warp copies every fourth.
+  const int mine = SWAP ? lane : 4 * lane + warp;
   auto record = [&](int unit) -> long long {
-    const bool there = (SWAP || warp == 0) && lane < HEADS && unit < last;
-    return there ? table[(long long)(team * HEADS + lane) * columns + unit / UNITS] * 16 : 0;
+    return mine < HEADS && unit < last ? table[(long long)(team * HEADS + mine) * columns + unit / UNITS] * 16 : 0;
   };
   auto fetch = [&](bool is_keys, int unit, long long from, int whose) {
     if (unit >= last) return;
@@ -304,10 +304,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
           copy16(to + row * bytes + (i ^ (i / blocks / 4 & swapped(rank))) * 16, source + i * 16);
       }
       arrive_copied(came);
-    } else if (warp == 0) {
-      if (lane == 0) expect(came, HEADS * bytes);
-      sync_warp();
-      if (lane < HEADS) copy(to + lane * bytes, reinterpret_cast<const char*>(from) + at, bytes, came);
+    } else {
+      if (thread == 0) expect(came, HEADS * bytes);
+      if (mine < HEADS) copy(to + mine * bytes, reinterpret_cast<const char*>(from) + at, bytes, came);
     }
   };
   // Of a unit's tokens rows g and g + 8 of this warp are own + 4 g and the next; they lie in one plane of 32.
@@ -357,14 +356,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   // Add the values of a unit, by the weights b0 and b1.
   auto add_values = [&](int unit, u32 phase) {
     const int token = unit * UNIT + own, slot = BITS ? token % 32 : own, plane = BITS ? token % TOKENS / 32 : 0;
-    const bool none = BITS && (token / 32 * 32 >= high_ || token / 32 * 32 + 32 <= low_);
     await(values_came, phase);
-    if (!BITS && (unit * UNIT < low_ || unit * UNIT + UNIT > high_)) {  // what is not seen may be anything
-      for (int i = lane; i < HEADS * 16; i += 32) {
-        const int one = i % 8 * 4 + i / 8 % 2;
-        if (token + one >= low_ && token + one < high_) continue;
-        u32* const to = reinterpret_cast<u32*>(values + i / 16 * COPY_V + (slot + one) * (RV * 2));
-        for (int k = 0; k < RV / 2; k++) to[k] = 0;
+    if (unit * UNIT < low_ || unit * UNIT + UNIT > high_) {  // what is not seen may be anything
+      if (BITS) {
+        // The scales and zero points of a plane of which nothing is.
+        if (token / 32 * 32 >= high_ || token / 32 * 32 + 32 <= low_)
+          for (int i = lane; i < HEADS * 2; i += 32) {
+            char* const side = values + i / 2 * COPY_V + 64 * RV + (plane + i % 2 * PLANES) * (RV * 2);
+            for (int k = 0; k < RV / 2; k++) reinterpret_cast<u32*>(side)[k] = 0;
+          }
+      } else {
+        for (int i = lane; i < HEADS * 16; i += 32) {
+          const int one = i % 8 * 4 + i / 8 % 2;
+          if (token + one >= low_ && token + one < high_) continue;
+          u32* const to = reinterpret_cast<u32*>(values + i / 16 * COPY_V + (slot + one) * (RV * 2));
+          for (int k = 0; k < RV / 2; k++) to[k] = 0;
+        }
       }
       before_copies();
       sync_warp();
@@ -376,7 +383,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       u32 x[4] = {};
       if (16 * i + 16 <= HEADS * RV || f < HEADS * RV) {
         u32 step = 0, zero = 0;
-        if (BITS && !none) {
+        if (BITS) {
           step = word(side + 64 * RV + plane * (RV * 2) + at);
           zero = word(side + 64 * RV + (PLANES + plane) * (RV * 2) + at);
         }
@@ -393,7 +400,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const bool edge = unit * UNIT < low_ || unit * UNIT + UNIT > high_;
     const int token = unit * UNIT + own;  // of row 0
     const int plane = BITS ? token % TOKENS / 32 : 0, slot = BITS ? token % 32 : own;
-    const bool none = BITS && (token / 32 * 32 >= high_ || token / 32 * 32 + 32 <= low_);
 
     u32 a[KSTEPS][4];
     await(keys_came, phase);
@@ -406,7 +412,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         a[i][2 * half] = a[i][2 * half + 1] = 0;
         if (16 * i + 8 * half + 8 <= HEADS * RK || f < HEADS * RK) {
           u32 step = 0, zero = 0;
-          if (BITS && !none) {
+          if (BITS) {
             step = word(side + 64 * RK + plane * (RK * 2) + at);
             zero = word(side + 64 * RK + (PLANES + plane) * (RK * 2) + at);
           }
@@ -415,7 +421,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
       }
     sync_worker(worker);
-    fetch(true, unit + NEXT, ahead, SCORES ? 1 - worker : worker);
 
     float s[4] = {}, c[BUFFERS][WIDTH / 2];
     auto start = [&](int n) {
@@ -426,13 +431,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       products_commit();
     };
     start(0);
+    fetch(true, unit + NEXT, ahead, SCORES ? 1 - worker : worker);
     turn_queries(unit);
     before_copies();
     if (!SCORES && done >= 0) add_values(done, phase ^ 1);
     sync_worker(worker);
-    if (!SCORES && done >= 0) fetch(false, unit, here, worker);
-    done = unit;
-    here = ahead, ahead = record(unit + WORKERS + NEXT);
+    auto fetch_values = [&] {
+      if (!SCORES && done >= 0) fetch(false, unit, here, worker);
+      done = unit;
+      here = ahead, ahead = record(unit + WORKERS + NEXT);
+    };
 #pragma unroll
     for (int n = 0; n < CHUNKS * GROUP; n++) {
       float(&x)[WIDTH / 2] = c[n % BUFFERS];
@@ -447,8 +455,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
       if (BUFFERS == 2 && n + 1 < CHUNKS * GROUP) {
         start(n + 1);
+        if (n == 0) fetch_values();
         products_wait<1>(x);
       } else {
+        if (n == 0) fetch_values();
         products_wait<0>(x);
       }
       u32 k[WIDTH / 16][4];
@@ -490,13 +500,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       if (!seen0) s[0] = s[1] = -1e30f;
       if (!seen1) s[2] = s[3] = -1e30f;
     }
+    // Weights are up to 2^8: a maximum that is a little larger does not count.
     float above0 = fmaxf(s[0], s[2]), above1 = fmaxf(s[1], s[3]);
+    if (__any_sync(~0u, above0 > m0 + 8 || above1 > m1 + 8)) {
 #pragma unroll
-    for (int step = 4; step < 32; step *= 2) {
-      above0 = fmaxf(above0, __shfl_xor_sync(~0u, above0, step));
-      above1 = fmaxf(above1, __shfl_xor_sync(~0u, above1, step));
-    }
-    if (__any_sync(~0u, above0 > m0 || above1 > m1)) {
+      for (int step = 4; step < 32; step *= 2) {
+        above0 = fmaxf(above0, __shfl_xor_sync(~0u, above0, step));
+        above1 = fmaxf(above1, __shfl_xor_sync(~0u, above1, step));
+      }
       above0 = fmaxf(above0, m0), above1 = fmaxf(above1, m1);
       const float shrink0 = exp2_(m0 - above0), shrink1 = exp2_(m1 - above1);
       m0 = above0, m1 = above1, total0 *= shrink0, total1 *= shrink1;
