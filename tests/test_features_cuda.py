@@ -64,8 +64,10 @@ def expanded(form: Features, sums: torch.Tensor, lse: torch.Tensor, heads: int) 
         ({"heads": 2, "ranks": (10, 8), "bits": 4}, 3, torch.float16),
         ({"heads": 3, "ranks": (6, 6), "bits": 8, "pairs": 16}, 1, torch.float32),
         ({"heads": 2, "ranks": (32, 64), "dtype": torch.bfloat16}, 2, torch.bfloat16),
+        ({"heads": 8, "ranks": (26, 26), "head_dim": 128, "bits": 4}, 4, torch.bfloat16),
+        ({"heads": 8, "ranks": (26, 18), "head_dim": 128, "dtype": torch.bfloat16}, 4, torch.bfloat16),
     ],
-    ids=["half", "bits4", "bits8", "swapped"],
+    ids=["half", "bits4", "bits8", "swapped", "llama4", "llama16"],
 )
 @pytest.mark.parametrize("alone", [False, True], ids=["", "scores"])
 def test_the_source_does_as_the_reference(shape, heads, dtype, alone, tmp_path, monkeypatch):

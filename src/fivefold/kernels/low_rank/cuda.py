@@ -69,7 +69,7 @@ def shared_bytes(form: Features, heads_at_once: int) -> int:
     words, alone = form.head_dim // 2 * COLUMNS, scores_alone(form)
     units = form.team * (keys if alone else WORKERS * (keys + values))
     used = heads_at_once * up + units + words * 8 + WORKERS * heads_at_once * words * 4
-    used += 16 * WORKERS + 16
+    used += form.head_dim // 2 * 8 + 16 * WORKERS + 16
     merged = 4 * WORKERS * 4 * (16 + 9 * padded(form.team * form.ranks[1]))
     return used if alone else max(used, merged)
 
