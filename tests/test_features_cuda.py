@@ -116,7 +116,7 @@ def test_the_source_does_as_the_reference(shape, heads, dtype, alone, tmp_path, 
         scores = torch.full((rows // form.team, columns * page, form.team * heads), math.nan)
         tensors = (queries, table, spans, starts, keys, waves, made.angles, sums, lse, scores)
         pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
-        blocks = min(programs, processors // split + rows // form.team) * split
+        blocks = min(programs, max(1, processors // split) + rows // form.team - 1) * split
         more = blocks + split  # than there is work for
         library.launch(more, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), rows, columns, processors)
         assert library.ended_without_waiting() == 0

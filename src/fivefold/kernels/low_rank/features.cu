@@ -438,6 +438,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     await(keys_came, phase);
     const char* const codes = keys + (slot + 4 * g) * (RK * 2) + 4 * t;
     const char* const scales = keys + 64 * RK + plane * (RK * 2) + 4 * t;
+    const int swap = (slot / 4 + g & swapped(RK)) << 4;
 #pragma unroll
     for (int i = 0; i < KSTEPS; i++)
 #pragma unroll
@@ -445,16 +446,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const int f = 16 * i + 8 * half;
         a[i][2 * half] = a[i][2 * half + 1] = 0;
         if (f + 8 <= HEADS * RK || f + 2 * t < HEADS * RK) {
-          const int at = further<RK, COPY_K, 8>(f, 2 * t);
+          const int at = SWAP ? f / RK * COPY_K + (f % RK * 2 ^ swap) : further<RK, COPY_K, 8>(f, 2 * t);
           u32 step = 0, zero = 0;
           if (BITS) step = word(scales + at), zero = word(scales + at + PLANES * (RK * 2));
 #pragma unroll
           for (int k = 0; k < 2; k++)
-            a[i][2 * half + k] =
-                feature<RK>(SWAP ? keys + f / RK * COPY_K + (slot + 4 * g + k) * (RK * 2) +
-                                       ((f % RK * 2 + 4 * t) ^ ((slot + 4 * g + k) / 4 & swapped(RK)) << 4)
-                                 : codes + at + k * (RK * 2),
-                            plane * BITS, step, zero);
+            a[i][2 * half + k] = feature<RK>(codes + at + k * (RK * 2), plane * BITS, step, zero);
         }
       }
     sync_worker(worker);
