@@ -223,8 +223,8 @@ __device__ __forceinline__ float second_of(u32 x) { return half_high(x); }
 
 __device__ __forceinline__ u32 word(const char* p) { return *reinterpret_cast<const u32*>(p); }
 
-// Where features `first` and `first + own` of a token's lie beside each other, in bytes (own + 2 is at most MOST): rows of
-// RANK features are COPY bytes apart. `first` is known beforehand, so little is left to do for each thread.
+// How many bytes further on than `own` features feature `first + own` of a token lies (own + 2 is at most MOST), where rows
+// have RANK features and are COPY bytes apart. `first` is known beforehand, so little is left to do for each thread.
 template <int RANK, int COPY, int MOST>
 __device__ __forceinline__ int further(int first, int own) {
   if (RANK < MOST) {
@@ -234,7 +234,8 @@ __device__ __forceinline__ int further(int first, int own) {
   const int row = first / RANK, rest = first - row * RANK, next = rest + MOST > RANK && own >= RANK - rest;
   return row * COPY + rest * 2 + (next ? COPY - RANK * 2 : 0);
 }
-// A pair of features at p, of a token: of numbers; or of planes of words, of which `shift` takes one, scales and zero points.
+// A pair of features at p, of a token: of numbers; or of planes of words, of which `shift` takes one, scales and zero
+// points.
 template <int RANK>
 __device__ __forceinline__ u32 feature(const char* p, int shift, u32 scale, u32 zero) {
   const u32 x = word(p);
