@@ -9,6 +9,7 @@ struct float2 { float x, y; };
 static float half_low(uint32_t x) { return half_to_float(x & 0xffff); }
 static float half_high(uint32_t x) { return half_to_float(x >> 16); }
 static uint32_t sub2(uint32_t a, uint32_t b) { return pair(low(a) - low(b), high(a) - high(b)); }
+static uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
 static uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
   return pair(low(a) * low(b) + low(c), high(a) * high(b) + high(c));
 }

@@ -64,8 +64,10 @@ def expanded(form: Features, sums: torch.Tensor, lse: torch.Tensor, heads: int) 
         ({"heads": 2, "ranks": (10, 8), "bits": 4}, 3, torch.float16),
         ({"heads": 3, "ranks": (6, 6), "bits": 8, "pairs": 16}, 1, torch.float32),
         ({"heads": 2, "ranks": (32, 64), "dtype": torch.bfloat16}, 2, torch.bfloat16),
+        ({"heads": 8, "ranks": (26, 26), "head_dim": 128, "bits": 4}, 4, torch.bfloat16),
+        ({"heads": 8, "ranks": (26, 18), "head_dim": 128, "dtype": torch.bfloat16}, 4, torch.bfloat16),
     ],
-    ids=["half", "bits4", "bits8", "swapped"],
+    ids=["half", "bits4", "bits8", "swapped", "llama4", "llama16"],
 )
 @pytest.mark.parametrize("alone", [False, True], ids=["", "scores"])
 def test_the_source_does_as_the_reference(shape, heads, dtype, alone, tmp_path, monkeypatch):
@@ -114,7 +116,7 @@ def test_the_source_does_as_the_reference(shape, heads, dtype, alone, tmp_path, 
         scores = torch.full((rows // form.team, columns * page, form.team * heads), math.nan)
         tensors = (queries, table, spans, starts, keys, waves, made.angles, sums, lse, scores)
         pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
-        blocks = min(programs, processors // split + rows // form.team) * split
+        blocks = min(programs, max(1, processors // split) + rows // form.team - 1) * split
         more = blocks + split  # than there is work for
         library.launch(more, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), rows, columns, processors)
         assert library.ended_without_waiting() == 0

@@ -69,7 +69,7 @@ def shared_bytes(form: Features, heads_at_once: int) -> int:
     words, alone = form.head_dim // 2 * COLUMNS, scores_alone(form)
     units = form.team * (keys if alone else WORKERS * (keys + values))
     used = heads_at_once * up + units + words * 8 + WORKERS * heads_at_once * words * 4
-    used += 16 * WORKERS + 16
+    used += form.head_dim // 2 * 8 + 16 * WORKERS + 16
     merged = 4 * WORKERS * 4 * (16 + 9 * padded(form.team * form.ranks[1]))
     return used if alone else max(used, merged)
 
@@ -112,7 +112,9 @@ def features(
     (rows, columns), device, made = table.shape, queries.device, form.prepared
     function, shared, processors = _kernel(form, queries.dtype, numbered(device))
     split = form.team // group(form)
-    programs = min(len(sums), processors // split + rows // form.team) * split
+    # Teams with too few tokens for a program have one all the same, but not all of them where any has more than one. A
+    # program too many would hold everything up: it has to wait for a processor.
+    programs = min(len(sums), max(1, processors // split) + rows // form.team - 1) * split
     tensors = (queries, table, spans, starts, made.keys, made.waves, made.angles, sums, sums_lse, scores)
     pointers = [x.data_ptr() for x in tensors]
     types = (*[ctypes.c_void_p] * 10, ctypes.c_float, *[ctypes.c_int] * 3)

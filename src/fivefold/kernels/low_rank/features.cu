@@ -40,10 +40,10 @@ __device__ constexpr int swapped(int rank) {
   return BITS || rank % 8 || (blocks & (blocks - 1)) || blocks < 2 ? 0 : blocks < 8 ? blocks - 1 : 7;
 }
 constexpr bool SWAP = swapped(RK) && swapped(RV);
-// Shared memory: matrices; features of keys and of values of each worker; queries; queries turned of each; barriers.
+// Shared memory: matrices; features of keys and of values of each worker; queries; queries turned of each; phases; barriers.
 constexpr int AT_UNITS = GROUP * UP, WORKER = HEADS * (COPY_K + (SCORES ? 0 : COPY_V));
 constexpr int AT_QUERIES = AT_UNITS + (SCORES ? 1 : WORKERS) * WORKER, AT_TURNED = AT_QUERIES + QUERY_WORDS * 8;
-constexpr int AT_BARRIERS = AT_TURNED + WORKERS * GROUP * QUERY_WORDS * 4;
+constexpr int AT_PHASES = AT_TURNED + WORKERS * GROUP * QUERY_WORDS * 4, AT_BARRIERS = AT_PHASES + D / 2 * 8;
 static_assert(RK % 2 == 0 && RV % 2 == 0 && COLUMNS <= 8 && HEADS <= 32 && HEADS % GROUP == 0, "");
 static_assert(COPY_K % 16 == 0 && COPY_V % 16 == 0 && SIDE_K % 16 == 0, "copies are of 16 bytes");
 
@@ -73,6 +73,11 @@ __device__ __forceinline__ u32 sub2(u32 a, u32 b) {
   u32 c;
   asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
   return c;
+}
+__device__ __forceinline__ u32 and_or(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
 }
 __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
   u32 d;
@@ -218,13 +223,25 @@ __device__ __forceinline__ float second_of(u32 x) { return half_high(x); }
 
 __device__ __forceinline__ u32 word(const char* p) { return *reinterpret_cast<const u32*>(p); }
 
-// A pair of features, `at` bytes within a row's, of a token: of numbers; or of planes of words, scales and zero points.
+// How many bytes further on than `own` features feature `first + own` of a token lies (own + 2 is at most MOST), where rows
+// have RANK features and are COPY bytes apart. `first` is known beforehand, so little is left to do for each thread.
+template <int RANK, int COPY, int MOST>
+__device__ __forceinline__ int further(int first, int own) {
+  if (RANK < MOST) {
+    const int row = (first + own) / RANK;
+    return row * (COPY - RANK * 2) + first * 2;
+  }
+  const int row = first / RANK, rest = first - row * RANK, next = rest + MOST > RANK && own >= RANK - rest;
+  return row * COPY + rest * 2 + (next ? COPY - RANK * 2 : 0);
+}
+// A pair of features at p, of a token: of numbers; or of planes of words, of which `shift` takes one, scales and zero
+// points.
 template <int RANK>
-__device__ __forceinline__ u32 feature(const char* side, int at, int token, int plane, u32 scale, u32 zero) {
-  const u32 x = word(side + token * (RANK * 2) + (SWAP ? at ^ (token / 4 & swapped(RANK)) << 4 : at));
+__device__ __forceinline__ u32 feature(const char* p, int shift, u32 scale, u32 zero) {
+  const u32 x = word(p);
   if (!BITS) return x;
   constexpr u32 MASK = ((1u << (BITS ? BITS : 1)) - 1) * 0x10001u;
-  return fma2(sub2(((x >> (plane * BITS)) & MASK) | 0x64006400u, 0x64006400u), scale, zero);
+  return fma2(sub2(and_or(x >> shift, MASK, 0x64006400u), 0x64006400u), scale, zero);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -286,10 +303,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int i = 0; i < GROUP; i++)
       copy(shared(memory) + i * UP, ups + (long long)(team % BLOCKS * HEADS + split * GROUP + i) * UP, UP, up_came);
   }
-  // The record of this lane's row.
+  // The record of the row that this lane copies, in units of 16 bytes: a warp copies every fourth. Nothing is made of it
+  // before it is used, so that nobody waits for it.
+  const int mine = SWAP ? lane : 4 * lane + warp;
   auto record = [&](int unit) -> long long {
-    const bool there = (SWAP || warp == 0) && lane < HEADS && unit < last;
-    return there ? table[(long long)(team * HEADS + lane) * columns + unit / UNITS] * 16 : 0;
+    return mine < HEADS && unit < last ? table[(long long)(team * HEADS + mine) * columns + unit / UNITS] : 0;
   };
   auto fetch = [&](bool is_keys, int unit, long long from, int whose) {
     if (unit >= last) return;
@@ -299,15 +317,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       const int rank = is_keys ? RK : RV, blocks = rank / 8;
 #pragma unroll
       for (int row = 0; row < HEADS; row++) {
-        const char* const source = reinterpret_cast<const char*>(shuffled(from, row)) + at;
+        const char* const source = reinterpret_cast<const char*>(shuffled(from, row) * 16) + at;
         for (int i = thread; i < UNIT * blocks; i += 128)
           copy16(to + row * bytes + (i ^ (i / blocks / 4 & swapped(rank))) * 16, source + i * 16);
       }
       arrive_copied(came);
-    } else if (warp == 0) {
-      if (lane == 0) expect(came, HEADS * bytes);
-      sync_warp();
-      if (lane < HEADS) copy(to + lane * bytes, reinterpret_cast<const char*>(from) + at, bytes, came);
+    } else {
+      if (thread == 0) expect(came, HEADS * bytes);
+      if (mine < HEADS) copy(to + mine * bytes, reinterpret_cast<const char*>(from * 16) + at, bytes, came);
     }
   };
   // Of a unit's tokens rows g and g + 8 of this warp are own + 4 g and the next; they lie in one plane of 32.
@@ -331,6 +348,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     raw[i] = x;
   }
+  // How far a pair of channels is turned where the first unit begins, and from a unit to the next, in turns / 2^32: of all
+  // units of a program this is off by less than what an angle in float32 is.
+  uint2* const phases = reinterpret_cast<uint2*>(memory + AT_PHASES);
+  for (int i = threadIdx.x; i < D / 2; i += THREADS) {
+    const double turns = angles[i] * 0.15915494309189535, from = double(position + first * UNIT) * turns;
+    const double step = UNIT * turns;
+    phases[i].x = u32((long long)((from - floor(from)) * 4294967296.0));
+    phases[i].y = u32((long long)((step - floor(step)) * 4294967296.0 + 0.5));
+  }
   __syncthreads();
   await(up_came, 0);
 
@@ -339,15 +365,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   sync_worker(worker);
   auto turn_queries = [&](int unit) {
     u32* const to = turned + (COLUMNS > M && g / M < GROUP ? g / M * QUERY_WORDS : 0);
+    u32 made[D / 32];  // all are on their way before the first is stored
 #pragma unroll
     for (int i = 0; i < D / 32; i++) {
-      double turns = double(position + unit * UNIT) * angles[16 * i + 4 * warp + t] * 0.15915494309189535;
-      turns -= floor(turns);
+      const uint2 phase = phases[16 * i + 4 * warp + t];
       float cosine, sine;
-      turn(float(turns > 0.5 ? turns - 1 : turns) * 6.283185307179586f, &cosine, &sine);
+      turn(float(int(phase.x + u32(unit - first) * phase.y)) * 1.4629180792671596e-9f, &cosine, &sine);
       const float2 x = raw[128 * i + thread];
-      if (g < COLUMNS) to[128 * i + thread] = pair(x.x * cosine + x.y * sine, x.y * cosine - x.x * sine);
+      made[i] = pair(x.x * cosine + x.y * sine, x.y * cosine - x.x * sine);
     }
+#pragma unroll
+    for (int i = 0; i < D / 32; i++)
+      if (g < COLUMNS) to[128 * i + thread] = made[i];
   };
 
   // Columns of 32 bytes, so 256 bytes for eight; 16 features are D * 32 bytes apart.
@@ -357,31 +386,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   // Add the values of a unit, by the weights b0 and b1.
   auto add_values = [&](int unit, u32 phase) {
     const int token = unit * UNIT + own, slot = BITS ? token % 32 : own, plane = BITS ? token % TOKENS / 32 : 0;
-    const bool none = BITS && (token / 32 * 32 >= high_ || token / 32 * 32 + 32 <= low_);
     await(values_came, phase);
-    if (!BITS && (unit * UNIT < low_ || unit * UNIT + UNIT > high_)) {  // what is not seen may be anything
-      for (int i = lane; i < HEADS * 16; i += 32) {
-        const int one = i % 8 * 4 + i / 8 % 2;
-        if (token + one >= low_ && token + one < high_) continue;
-        u32* const to = reinterpret_cast<u32*>(values + i / 16 * COPY_V + (slot + one) * (RV * 2));
-        for (int k = 0; k < RV / 2; k++) to[k] = 0;
+    if (unit * UNIT < low_ || unit * UNIT + UNIT > high_) {  // what is not seen may be anything
+      if (BITS) {
+        // The scales and zero points of a plane of which nothing is.
+        if (token / 32 * 32 >= high_ || token / 32 * 32 + 32 <= low_)
+          for (int i = lane; i < HEADS * 2; i += 32) {
+            char* const side = values + i / 2 * COPY_V + 64 * RV + (plane + i % 2 * PLANES) * (RV * 2);
+            for (int k = 0; k < RV / 2; k++) reinterpret_cast<u32*>(side)[k] = 0;
+          }
+      } else {
+        for (int i = lane; i < HEADS * 16; i += 32) {
+          const int one = i % 8 * 4 + i / 8 % 2;
+          if (token + one >= low_ && token + one < high_) continue;
+          u32* const to = reinterpret_cast<u32*>(values + i / 16 * COPY_V + (slot + one) * (RV * 2));
+          for (int k = 0; k < RV / 2; k++) to[k] = 0;
+        }
       }
       before_copies();
       sync_warp();
     }
+    const char* const codes = values + (slot + 8 * t) * (RV * 2) + 4 * g;
+    const char* const scales = values + 64 * RV + plane * (RV * 2) + 4 * g;
 #pragma unroll
     for (int i = 0; i < VSTEPS; i++) {
-      const int f = 16 * i + 2 * g, row = f / RV, at = (f - row * RV) * 2;
-      const char* const side = values + row * COPY_V;
       u32 x[4] = {};
-      if (16 * i + 16 <= HEADS * RV || f < HEADS * RV) {
+      if (16 * i + 16 <= HEADS * RV || 16 * i + 2 * g < HEADS * RV) {
+        const int at = further<RV, COPY_V, 16>(16 * i, 2 * g);
         u32 step = 0, zero = 0;
-        if (BITS && !none) {
-          step = word(side + 64 * RV + plane * (RV * 2) + at);
-          zero = word(side + 64 * RV + (PLANES + plane) * (RV * 2) + at);
-        }
+        if (BITS) step = word(scales + at), zero = word(scales + at + PLANES * (RV * 2));
 #pragma unroll
-        for (int k = 0; k < 4; k++) x[k] = feature<RV>(side, at, slot + 8 * t + k % 2 * 4 + k / 2, plane, step, zero);
+        for (int k = 0; k < 4; k++) {
+          const int token = k % 2 * 4 + k / 2;
+          x[k] = feature<RV>(SWAP ? values + i * 16 / RV * COPY_V + (slot + 8 * t + token) * (RV * 2) +
+                                        ((i * 16 % RV * 2 + 4 * g) ^ ((slot + 8 * t + token) / 4 & swapped(RV)) << 4)
+                                  : codes + at + token * (RV * 2),
+                             plane * BITS, step, zero);
+        }
       }
       // Of a pair of features the first is row g, the second row g + 8.
       mma(sum[i], __byte_perm(x[0], x[1], 0x5410), __byte_perm(x[0], x[1], 0x7632), __byte_perm(x[2], x[3], 0x5410),
@@ -393,29 +434,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const bool edge = unit * UNIT < low_ || unit * UNIT + UNIT > high_;
     const int token = unit * UNIT + own;  // of row 0
     const int plane = BITS ? token % TOKENS / 32 : 0, slot = BITS ? token % 32 : own;
-    const bool none = BITS && (token / 32 * 32 >= high_ || token / 32 * 32 + 32 <= low_);
 
     u32 a[KSTEPS][4];
     await(keys_came, phase);
+    const char* const codes = keys + (slot + 4 * g) * (RK * 2) + 4 * t;
+    const char* const scales = keys + 64 * RK + plane * (RK * 2) + 4 * t;
+    const int swap = (slot / 4 + g & swapped(RK)) << 4;
 #pragma unroll
     for (int i = 0; i < KSTEPS; i++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const int f = 16 * i + 8 * half + 2 * t, row = f / RK, at = (f - row * RK) * 2;
-        const char* const side = keys + row * COPY_K;
+        const int f = 16 * i + 8 * half;
         a[i][2 * half] = a[i][2 * half + 1] = 0;
-        if (16 * i + 8 * half + 8 <= HEADS * RK || f < HEADS * RK) {
+        if (f + 8 <= HEADS * RK || f + 2 * t < HEADS * RK) {
+          const int at = SWAP ? f / RK * COPY_K + (f % RK * 2 ^ swap) : further<RK, COPY_K, 8>(f, 2 * t);
           u32 step = 0, zero = 0;
-          if (BITS && !none) {
-            step = word(side + 64 * RK + plane * (RK * 2) + at);
-            zero = word(side + 64 * RK + (PLANES + plane) * (RK * 2) + at);
-          }
-          a[i][2 * half] = feature<RK>(side, at, slot + 4 * g, plane, step, zero);
-          a[i][2 * half + 1] = feature<RK>(side, at, slot + 4 * g + 1, plane, step, zero);
+          if (BITS) step = word(scales + at), zero = word(scales + at + PLANES * (RK * 2));
+#pragma unroll
+          for (int k = 0; k < 2; k++)
+            a[i][2 * half + k] = feature<RK>(codes + at + k * (RK * 2), plane * BITS, step, zero);
         }
       }
     sync_worker(worker);
-    fetch(true, unit + NEXT, ahead, SCORES ? 1 - worker : worker);
 
     float s[4] = {}, c[BUFFERS][WIDTH / 2];
     auto start = [&](int n) {
@@ -426,13 +466,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       products_commit();
     };
     start(0);
+    fetch(true, unit + NEXT, ahead, SCORES ? 1 - worker : worker);
     turn_queries(unit);
     before_copies();
     if (!SCORES && done >= 0) add_values(done, phase ^ 1);
     sync_worker(worker);
-    if (!SCORES && done >= 0) fetch(false, unit, here, worker);
-    done = unit;
-    here = ahead, ahead = record(unit + WORKERS + NEXT);
+    auto fetch_values = [&] {
+      if (!SCORES && done >= 0) fetch(false, unit, here, worker);
+      done = unit;
+      here = ahead, ahead = record(unit + WORKERS + NEXT);
+    };
 #pragma unroll
     for (int n = 0; n < CHUNKS * GROUP; n++) {
       float(&x)[WIDTH / 2] = c[n % BUFFERS];
@@ -447,8 +490,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
       if (BUFFERS == 2 && n + 1 < CHUNKS * GROUP) {
         start(n + 1);
+        if (n == 0) fetch_values();
         products_wait<1>(x);
       } else {
+        if (n == 0) fetch_values();
         products_wait<0>(x);
       }
       u32 k[WIDTH / 16][4];
@@ -490,13 +535,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       if (!seen0) s[0] = s[1] = -1e30f;
       if (!seen1) s[2] = s[3] = -1e30f;
     }
+    // Weights are up to 2^8: a maximum that is a little larger does not count.
     float above0 = fmaxf(s[0], s[2]), above1 = fmaxf(s[1], s[3]);
+    if (__any_sync(~0u, above0 > m0 + 8 || above1 > m1 + 8)) {
 #pragma unroll
-    for (int step = 4; step < 32; step *= 2) {
-      above0 = fmaxf(above0, __shfl_xor_sync(~0u, above0, step));
-      above1 = fmaxf(above1, __shfl_xor_sync(~0u, above1, step));
-    }
-    if (__any_sync(~0u, above0 > m0 || above1 > m1)) {
+      for (int step = 4; step < 32; step *= 2) {
+        above0 = fmaxf(above0, __shfl_xor_sync(~0u, above0, step));
+        above1 = fmaxf(above1, __shfl_xor_sync(~0u, above1, step));
+      }
       above0 = fmaxf(above0, m0), above1 = fmaxf(above1, m1);
       const float shrink0 = exp2_(m0 - above0), shrink1 = exp2_(m1 - above1);
       m0 = above0, m1 = above1, total0 *= shrink0, total1 *= shrink1;
