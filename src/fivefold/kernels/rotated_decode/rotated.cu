@@ -94,19 +94,25 @@ __device__ __forceinline__ void dequantise(char* memory, const u32 (&raw)[OWN], 
   const u32 mask = (((1u << BITS) - 1) << bit) * 0x10001u, down = half2_pow2(-bit);
   const u32 less = half2_pow2(10 - bit) ^ 0x80008000u;
 #pragma unroll
-  for (int c = 0; c < OWN; c++)
+  for (int c = 0; c < OWN; c++) {
+    // All that is read first: the compiler cannot know that it is not what is written.
+    uint4 words[4], steps[4], zeros[4];
 #pragma unroll
     for (int q = 0; q < 4; q++) {
-      const uint4 word = load16(memory + raw[c] + q * N * 16);
       const char* const at = at_scales + scales[c] + q * 16;
-      const uint4 scale = load16(at), zero = load16(at + 64);
-      const u32 w[4] = {word.x, word.y, word.z, word.w}, x[4] = {scale.x, scale.y, scale.z, scale.w};
-      const u32 z[4] = {zero.x, zero.y, zero.z, zero.w};
+      words[q] = load16(memory + raw[c] + q * N * 16), steps[q] = load16(at), zeros[q] = load16(at + 64);
+    }
+#pragma unroll
+    for (int q = 0; q < 4; q++) {
+      const u32 w[4] = {words[q].x, words[q].y, words[q].z, words[q].w};
+      const u32 x[4] = {steps[q].x, steps[q].y, steps[q].z, steps[q].w};
+      const u32 z[4] = {zeros[q].x, zeros[q].y, zeros[q].z, zeros[q].w};
       u32 y[4];
 #pragma unroll
       for (int k = 0; k < 4; k++) y[k] = fma2(fma2((w[k] >> SHIFT & mask) | thousand, down, less), x[k], z[k]);
       *reinterpret_cast<uint4*>(memory + to[c] + q * 16) = make_uint4(y[0], y[1], y[2], y[3]);
     }
+  }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
@@ -117,8 +123,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   extern __shared__ __align__(128) char memory[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, me = threadIdx.x;
   launch_dependents();
-  const Share s = share_of(spans, starts, rows, blockIdx.x, lane);
-  if (s.row >= rows) return;
+  // Where there are few shares, each of a page then, several programs take planes of one in turn.
+  const int total = starts[rows];
+  int split = min(PLANES, max(1, int(gridDim.x) / max(1, total)));
+  const int sub = blockIdx.x % split;
+  const Share s = share_of(spans, starts, rows, blockIdx.x / split, lane);
+  if (s.row >= rows || (s.last - s.first > 1 && sub)) return;
+  if (s.last - s.first > 1) split = 1;
   const int row = s.row, low = s.low, high = s.high, first = s.first, last = s.last, base = spans[row * SPAN + 7];
   const int first_row = row / KV_HEADS * KV_HEADS;
   places += (row - first_row) * D;
@@ -194,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   };
   if (first < last) {
     fetch_words(first);
-    fetch_scales(first, 0, 0);
+    fetch_scales(first, sub, 0);
   }
   commit();
   const float norm = rsqrtf(float(N));
@@ -210,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       const int mark =
           reinterpret_cast<const short*>(table[((long long)(row + f) * columns + page) * FIELDS + 6] * 2)[k];
       const int slot = page * TOKENS + mark;
-      if (mark >= 0 && slot >= low && slot < high) {
+      if (mark >= 0 && slot >= low && slot < high && mark / 32 % split == sub) {
         const int place = atomicAdd(marks, 1);
         if (place < TEAM * SINKS) marks[2 + 2 * place] = f * SINKS + k, marks[3 + 2 * place] = slot;
       }
@@ -264,17 +275,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   u32 thousand = 0x64006400u;
   keep(thousand);  // an instruction takes one constant
 
-  int buffer = 0;
+  int buffer = 0, before = -1;
   for (int page = first; page < last; page++) {
 #pragma unroll 1
-    for (int j = 0; j < PLANES; j++, buffer ^= 1) {
+    for (int j = sub; j < PLANES; j += split, buffer ^= 1) {
       wait<0>();
       __syncthreads();
       const int slot = page * TOKENS + j * 32;
-      if (slot > first * TOKENS) leave(slot - 32);
+      if (before >= 0) leave(before);
+      before = slot;
       if (j == 0 && page + 1 < last) look_up(page + 1);
-      const int ahead = j + 1 < PLANES ? page : page + 1;
-      if (ahead < last) fetch_scales(ahead, j + 1 < PLANES ? j + 1 : 0, buffer ^ 1);
+      const bool more = j + split < PLANES;
+      if (more || page + 1 < last) fetch_scales(more ? page : page + 1, more ? j + split : 0, buffer ^ 1);
       commit();
       {
         // Parts of 2**64 of a revolution: what is beyond a whole one falls off by itself.
@@ -293,7 +305,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       else
         dequantise<WITHIN * BITS>(memory, raw, scales, to, at_scales, (j - WITHIN) * BITS, thousand);
       __syncthreads();
-      if (j == PLANES - 1 && page + 1 < last) fetch_words(page + 1);
+      if (!more && page + 1 < last) fetch_words(page + 1);
       commit();
 
       float c[TILES][4];
@@ -347,7 +359,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   }
   wait<0>();
   __syncthreads();
-  if (first < last) leave(last * TOKENS - 32);
+  if (before >= 0) leave(before);
   if (SINKS > 0) {
     __syncthreads();  // what is exact comes after what stands in its place
     const int count = min(marks[0], TEAM * SINKS);
