@@ -70,16 +70,16 @@ constexpr int N = TEAM * D;                                   // rotated channel
 constexpr int TILES = D / 8, STEPS = D / 16;                  // of columns, and of channels, of a product
 constexpr int COLUMNS = EACH * TEAM < 8 ? 8 : EACH * TEAM, PARTS = COLUMNS / 8;
 constexpr int SCALES = KV_HEADS * GROUPS;                     // groups of a token
-constexpr int XROW = 80;                                      // bytes, so that rows begin in other banks
+constexpr int XROW = 80, SCALE_ROW = 144;                     // bytes, so that rows begin in other banks
 constexpr int QUAD = (TILES / 4 + 1) * 16, QROW = 4 * QUAD;   // of what a thread of four needs, of queries and of angles
 constexpr int PART_ROW = 36;
-constexpr int AT_RAW = N * XROW, AT_SCALES = AT_RAW + N * 64, AT_QUERIES = AT_SCALES + 2 * SCALES * 128;
+constexpr int AT_RAW = N * XROW, AT_SCALES = AT_RAW + N * 64, AT_QUERIES = AT_SCALES + 2 * SCALES * SCALE_ROW;
 constexpr int AT_TURNS = AT_QUERIES + COLUMNS * QROW, AT_PARTS = AT_TURNS + 32 * QROW;
 constexpr int AT_LIST = AT_PARTS + 4 * TEAM * COLUMNS * PART_ROW, AT_ENTRIES = AT_LIST + 4 * N;
 constexpr int AT_FACTORS = AT_ENTRIES + 48 * KV_HEADS, AT_LINES = AT_FACTORS + 4 * COLUMNS;
 constexpr int AT_MARKS = AT_LINES + 4 * COLUMNS;
 constexpr int BYTES [[maybe_unused]] = AT_MARKS + 16 + 8 * TEAM * MARKS;
-static_assert(N >= KV_HEADS * D / 32, "the bits of what is there fit into the list");
+static_assert(32 * ((KV_HEADS * D + 31) / 32) <= N * XROW, "the bits of what is there fit where keys will be");
 
 // Of two numbers of a pair p of channels: where the first is, the other two behind it. A thread of four has pairs t,
 // t + 4, ...; what it has of two of them that follow each other is a word, so that no product wants them otherwise.
@@ -144,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   u32* const list = reinterpret_cast<u32*>(memory + AT_LIST);
   u32* const bits = reinterpret_cast<u32*>(memory);  // the place of the keys, before there are any
   constexpr int MASKS = (KV_HEADS * D + 31) / 32;
-  for (int i = me; i < MASKS; i += THREADS) bits[i] = 0;
+  for (int i = me; i < 8 * MASKS; i += THREADS) bits[i] = 0;
   int* const marks = reinterpret_cast<int*>(memory + AT_MARKS);
   if (me == 0) marks[0] = 0;
   float* const factors = reinterpret_cast<float*>(memory + AT_FACTORS);  // by column, of its scores
@@ -162,14 +162,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     if (lane == 0) factors[column] = fmaxf(most, 1e-30f), lines[column] = at;
   }
   __syncthreads();
+  // Eight threads that store together take channels whose rows begin in other banks, the k-th of each eighth of them as
+  // they were sorted: so they share scales, too, more often than not.
 #pragma unroll
-  for (int c = 0; c < OWN; c++) atomicOr(bits + (stands[c] >> 5), 1u << (stands[c] & 31));
+  for (int c = 0; c < OWN; c++) atomicOr(bits + me % 8 * MASKS + (stands[c] >> 5), 1u << (stands[c] & 31));
   __syncthreads();
 #pragma unroll
   for (int c = 0; c < OWN; c++) {
-    int rank = __popc(bits[stands[c] >> 5] & ((1u << (stands[c] & 31)) - 1));
-    for (int i = 0; i < stands[c] >> 5; i++) rank += __popc(bits[i]);
-    list[rank] = stands[c] | (me + c * THREADS) << 16;
+    const u32* const mine = bits + me % 8 * MASKS;
+    int rank = __popc(mine[stands[c] >> 5] & ((1u << (stands[c] & 31)) - 1));
+    for (int i = 0; i < stands[c] >> 5; i++) rank += __popc(mine[i]);
+    list[rank * 8 + me % 8] = stands[c] | (me + c * THREADS) << 16;
   }
   __syncthreads();
 
@@ -181,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     const int i = me + c * THREADS;
     place[c] = list[i] & 0xffff;
     raw[c] = AT_RAW + i * 16;
-    scales[c] = place[c] / CHANNELS * 128, to[c] = (list[i] >> 16) * XROW;
+    scales[c] = place[c] / CHANNELS * SCALE_ROW, to[c] = (list[i] >> 16) * XROW;
   }
   auto fetch_words = [&](int page) {
 #pragma unroll
@@ -199,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       if (SCALES * 8 % THREADS && i >= SCALES * 8) break;
       const char* from =
           reinterpret_cast<const char*>(entries[(page & 1) * 3 * KV_HEADS + group / GROUPS * 3 + 1 + field]);
-      copy16(shared(memory) + AT_SCALES + buffer * SCALES * 128 + i * 16,
+      copy16(shared(memory) + AT_SCALES + (buffer * SCALES + group) * SCALE_ROW + i % 8 * 16,
              from + (plane * GROUPS + group % GROUPS) * 64 + q * 16);
     }
   };
@@ -299,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
           to[0] = float_to_half(even[i] * c + odd[i] * s_), to[2] = float_to_half(odd[i] * c - even[i] * s_);
         }
       }
-      const char* const at_scales = memory + AT_SCALES + buffer * SCALES * 128;
+      const char* const at_scales = memory + AT_SCALES + buffer * SCALES * SCALE_ROW;
       if (j < WITHIN)
         dequantise<0>(memory, raw, scales, to, at_scales, j * BITS, thousand);
       else
