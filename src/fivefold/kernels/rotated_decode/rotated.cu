@@ -6,8 +6,8 @@
 //
 // `scores`: a program makes the keys of a team again, 32 tokens (a plane of a page) at a time. Each thread takes rotated
 // channels, in the order that they were sorted in, so that a warp shares scales; it leaves numbers where they belong
-// before sorting. The Hadamard matrix over channels is a product of the tensor cores, whose operand is made of two small
-// ones and their negatives; that over heads becomes signs of scores. Keys are turned within the plane, by a table that
+// before sorting. The Hadamard matrix over channels is a product of the tensor cores in blocks of 16, and sums over the
+// blocks; that over heads becomes signs of scores. Keys are turned within the plane, by a table that
 // all planes share; queries are turned back by the angle of its first token.
 //
 // `values`: as in packed.cu, with weights of the scores that were left. The rotation is undone once, on the sum. Tokens
@@ -89,8 +89,8 @@ __device__ __forceinline__ int place_of(int p) { return p % 4 * QUAD + p / 8 * 8
 // the SHIFT, is the end of a float16 from 1024 on (`thousand`).
 constexpr int OWN = N / THREADS, WITHIN = 10 / BITS;
 template <int SHIFT>
-__device__ __forceinline__ void dequantise(char* memory, const u32 (&raw)[OWN], const u32 (&scales)[OWN],
-                                           const u32 (&to)[OWN], const char* at_scales, int bit, u32 thousand) {
+__device__ __forceinline__ void dequantise(char* memory, int me, const u32 (&scales)[OWN], const u32 (&to)[OWN],
+                                           const char* at_scales, int bit, u32 thousand) {
   const u32 mask = (((1u << BITS) - 1) << bit) * 0x10001u, down = half2_pow2(-bit);
   const u32 less = half2_pow2(10 - bit) ^ 0x80008000u;
 #pragma unroll
@@ -100,7 +100,7 @@ __device__ __forceinline__ void dequantise(char* memory, const u32 (&raw)[OWN], 
 #pragma unroll
     for (int q = 0; q < 4; q++) {
       const char* const at = at_scales + scales[c] + q * 16;
-      words[q] = load16(memory + raw[c] + q * N * 16), steps[q] = load16(at), zeros[q] = load16(at + 64);
+      words[q] = load16(memory + AT_RAW + (q * N + c * THREADS + (me ^ 2 * q)) * 16), steps[q] = load16(at), zeros[q] = load16(at + 64);
     }
 #pragma unroll
     for (int q = 0; q < 4; q++) {
@@ -128,7 +128,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   int split = min(PLANES, max(1, int(gridDim.x) / max(1, total)));
   const int sub = blockIdx.x % split;
   const Share s = share_of(spans, starts, rows, blockIdx.x / split, lane);
-  if (s.row >= rows || (s.last - s.first > 1 && sub)) return;
+  if (s.row >= rows || (s.last - s.first > 1 && sub)) {
+    wait_for_others();  // so that this kernel is never done before the one in front of it
+    return;
+  }
   if (s.last - s.first > 1) split = 1;
   const int row = s.row, low = s.low, high = s.high, first = s.first, last = s.last, base = spans[row * SPAN + 7];
   const int first_row = row / KV_HEADS * KV_HEADS;
@@ -153,14 +156,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #pragma unroll
   for (int c = 0; c < OWN; c++) stands[c] = places[me + c * THREADS];
   if (first < last) look_up(first);
-  for (int column = warp; column < COLUMNS; column += WARPS) {
-    const int f = column / EACH, h = column % EACH, at = f < TEAM && h < heads ? (row + f) * heads + h : -1;
-    float most = 0.f;
-    for (int i = lane; i < D && at >= 0; i += 32) most = fmaxf(most, fabsf(number(queries[(long long)at * D + i])));
-#pragma unroll
-    for (int step = 16; step; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-    if (lane == 0) factors[column] = fmaxf(most, 1e-30f), lines[column] = at;
-  }
   __syncthreads();
   // Eight threads that store together take channels whose rows begin in other banks, the k-th of each eighth of them as
   // they were sorted: so they share scales, too, more often than not.
@@ -177,22 +172,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   __syncthreads();
 
   // This thread's channels.
-  u32 raw[OWN], scales[OWN], to[OWN];
-  int place[OWN];
+  u32 scales[OWN], to[OWN];
 #pragma unroll
   for (int c = 0; c < OWN; c++) {
     const int i = me + c * THREADS;
-    place[c] = list[i] & 0xffff;
-    raw[c] = AT_RAW + i * 16;
-    scales[c] = place[c] / CHANNELS * SCALE_ROW, to[c] = (list[i] >> 16) * XROW;
+    scales[c] = (list[i] & 0xffff) / CHANNELS * SCALE_ROW, to[c] = (list[i] >> 16) * XROW;
   }
+  // Four threads take a channel's 64 bytes; where they leave them no two of eight are in a bank, nor where they are read.
   auto fetch_words = [&](int page) {
 #pragma unroll
-    for (int c = 0; c < OWN; c++) {
-      const char* from =
-          reinterpret_cast<const char*>(entries[(page & 1) * 3 * KV_HEADS + place[c] / D * 3]) + place[c] % D * 64;
-#pragma unroll
-      for (int q = 0; q < 4; q++) copy16(shared(memory) + raw[c] + q * N * 16, from + q * 16);
+    for (int k = 0; k < 4 * OWN; k++) {
+      const u32 i = (me + k * THREADS) >> 2, q = me & 3, at = list[i] & 0xffff;
+      const char* const from = reinterpret_cast<const char*>(entries[(page & 1) * 3 * KV_HEADS + at / D * 3]);
+      copy16(shared(memory) + AT_RAW + (q * N + (i ^ 2 * q)) * 16, from + at % D * 64 + q * 16);
     }
   };
   auto fetch_scales = [&](int page, int plane, int buffer) {
@@ -230,9 +222,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       }
     }
 
+  // All but the queries stands there since before the kernel in front of this one.
+  const long long revolutions = turns[me % (D / 2)];
+  wait_for_others();
+  for (int column = warp; column < COLUMNS; column += WARPS) {
+    const int f = column / EACH, h = column % EACH, at = f < TEAM && h < heads ? (row + f) * heads + h : -1;
+    float most = 0.f;
+#pragma unroll
+    for (int i = 0; i < D; i += 32)
+      if (at >= 0) most = fmaxf(most, fabsf(number(queries[(long long)at * D + i + lane])));
+#pragma unroll
+    for (int step = 16; step; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+    if (lane == 0) factors[column] = fmaxf(most, 1e-30f), lines[column] = at;
+  }
+  __syncthreads();
+
   // This thread's part of the queries: a pair of channels of some of them.
   constexpr int HALF = D / 2, ASKED = COLUMNS * HALF / THREADS, APART = THREADS / HALF;
-  const long long revolutions = turns[me % HALF];
   const u32 mine = AT_QUERIES + me / HALF * QROW + place_of(me % HALF);
   float even[ASKED], odd[ASKED];
 #pragma unroll
@@ -304,13 +310,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       }
       const char* const at_scales = memory + AT_SCALES + buffer * SCALES * SCALE_ROW;
       if (j < WITHIN)
-        dequantise<0>(memory, raw, scales, to, at_scales, j * BITS, thousand);
+        dequantise<0>(memory, me, scales, to, at_scales, j * BITS, thousand);
       else
-        dequantise<WITHIN * BITS>(memory, raw, scales, to, at_scales, (j - WITHIN) * BITS, thousand);
+        dequantise<WITHIN * BITS>(memory, me, scales, to, at_scales, (j - WITHIN) * BITS, thousand);
       __syncthreads();
       if (!more && page + 1 < last) fetch_words(page + 1);
       commit();
 
+      // The matrix over channels is one of 16 x 16 times one over the blocks of 16, which is sums and differences.
       float c[TILES][4];
 #pragma unroll
       for (int n = 0; n < TILES; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0.f;
@@ -319,11 +326,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         u32 a[4];
         load_transposed(a, keys + 16 * k * XROW);
 #pragma unroll
-        for (int n = 0; n < TILES; n++) {
-          const u32 sign = __popc(k & n >> 1) & 1 ? 0x80008000u : 0u;
-          mma(c[n], a[0], a[1], a[2], a[3], undo[n & 1][0] ^ sign, undo[n & 1][1] ^ sign);
-        }
+        for (int n = 0; n < 2; n++) mma(c[2 * k + n], a[0], a[1], a[2], a[3], undo[n][0], undo[n][1]);
       }
+#pragma unroll
+      for (int step = 2; step < TILES; step *= 2)
+#pragma unroll
+        for (int n = 0; n < TILES; n++)
+          if (!(n & step))
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+              const float x = c[n][k], y = c[n + step][k];
+              c[n][k] = x + y, c[n + step][k] = x - y;
+            }
       // Keys turned, of tokens g and g + 8; even channels of two pairs, and odd ones, are operands as they are.
       float score[PARTS][4];
 #pragma unroll
@@ -407,6 +421,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const int lane = threadIdx.x & 31, half = threadIdx.x >> 5 & 1, g = lane >> 2, t = lane & 3;
   const int pair_ = threadIdx.x / PAIR, thread = threadIdx.x % PAIR;
   const int part = blockIdx.x / TEAM, member = blockIdx.x % TEAM;
+  launch_dependents();
   const Share s_ = share_of(spans, starts, rows, part, lane);
   if (s_.row >= rows) {
     wait_for_others();  // so that this kernel is never done before the one in front of it
@@ -425,7 +440,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     for (int i = 0; i < 3; i++) next[i] = ahead < last ? table[(long long)ahead * FIELDS + 3 + i] * 2 : 0;
   };
   look_up();
-  auto fetch = [&](u32 unit) {
+  auto fetch_page = [&](u32 unit) {
     if (ahead < last) {
       const char* words = reinterpret_cast<const char*>(next[0]) + thread * 16;
       constexpr int BLOCK = ROW / 16, SPREAD = 2 * TOKENS * GROUPS;
@@ -436,15 +451,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       for (int side = 0; side < 2; side++)
         for (int i = thread; i < SPREAD / 16; i += PAIR)
           copy16(ring + unit + WORDS + side * SPREAD + i * 16, reinterpret_cast<const char*>(next[1 + side]) + i * 16);
-      const char* from = reinterpret_cast<const char*>(scores + (long long)ahead * TOKENS);
+    }
+    ahead += PAIRS;
+    look_up();
+  };
+  auto fetch_scores = [&](u32 unit, int page) {
+    if (page < last) {
+      const char* from = reinterpret_cast<const char*>(scores + (long long)page * TOKENS);
       for (int h = 0; h < heads; h++)
         for (int i = thread; i < TOKENS / 4; i += PAIR)
           copy16(ring + unit + SIDE + h * SCORE_ROW + i * 16, from + (h * slots + i * 4) * 4);
     }
     commit();
-    ahead += PAIRS;
-    look_up();
   };
+  // Pages stand there since before the kernel in front of this one.
+#pragma unroll
+  for (int unit = 0; unit < UNITS - 1; unit++) fetch_page(unit * UNIT);
   int* const marks = reinterpret_cast<int*>(memory + AT_MARKS);
   if (SINKS > 0) {
     if (threadIdx.x == 0) marks[0] = 0;
@@ -463,7 +485,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const int exact = SINKS > 0 ? min(marks[0], 32) : 0;
   wait_for_others();
 #pragma unroll
-  for (int unit = 0; unit < UNITS - 1; unit++) fetch(unit * UNIT);
+  for (int unit = 0; unit < UNITS - 1; unit++) fetch_scores(unit * UNIT, first + pair_ + unit * PAIRS);
 
   // [channels g and g + 8 of 16] x [heads 2t, 2t + 1]; [zero points of value group g, sum of weights] x the same heads.
   float acc[2 * BLOCKS][4] = {}, sums[CLASSES][4] = {};
@@ -480,7 +502,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     wait<UNITS - 2>();
     sync_pair(pair_);
     const char* const side = own + here;
-    fetch(behind);
+    fetch_page(behind);
+    fetch_scores(behind, page + (UNITS - 1) * PAIRS);
     float s[PLANES][4];
     bool above = fresh;
 #pragma unroll
