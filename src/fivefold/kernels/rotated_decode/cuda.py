@@ -73,7 +73,7 @@ class Shape:
         dim, n, groups = self.head_dim, self.team * self.head_dim, self.head_dim // self.channels
         columns, tiles = max(8, self.each * self.team), dim // 8
         tokens = 32 * {2: 8, 3: 5, 4: 4}[self.bits]
-        scores = n * 80 + n * 64 + 2 * self.kv_heads * groups * 144
+        scores = n * 128 + 2 * self.kv_heads * groups * 128
         scores += (32 + columns) * 4 * (tiles // 4 + 1) * 16 + 4 * self.team * columns * 36 + 4 * n + 48 * self.kv_heads
         scores += 8 * columns + 16 + 8 * self.team * max(1, self.sinks)
         unit = 64 * dim + 4 * tokens * groups + self.each * (4 * tokens + 64)

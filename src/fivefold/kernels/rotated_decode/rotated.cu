@@ -70,48 +70,56 @@ constexpr int N = TEAM * D;                                   // rotated channel
 constexpr int TILES = D / 8, STEPS = D / 16;                  // of columns, and of channels, of a product
 constexpr int COLUMNS = EACH * TEAM < 8 ? 8 : EACH * TEAM, PARTS = COLUMNS / 8;
 constexpr int SCALES = KV_HEADS * GROUPS;                     // groups of a token
-constexpr int XROW = 80, SCALE_ROW = 144;                     // bytes, so that rows begin in other banks
+constexpr int XROW = 64;                                      // bytes of a channel's plane
 constexpr int QUAD = (TILES / 4 + 1) * 16, QROW = 4 * QUAD;   // of what a thread of four needs, of queries and of angles
 constexpr int PART_ROW = 36;
-constexpr int AT_RAW = N * XROW, AT_SCALES = AT_RAW + N * 64, AT_QUERIES = AT_SCALES + 2 * SCALES * SCALE_ROW;
+constexpr int AT_RAW = N * XROW, AT_SCALES = AT_RAW + N * 64, AT_QUERIES = AT_SCALES + 2 * SCALES * 128;
 constexpr int AT_TURNS = AT_QUERIES + COLUMNS * QROW, AT_PARTS = AT_TURNS + 32 * QROW;
 constexpr int AT_LIST = AT_PARTS + 4 * TEAM * COLUMNS * PART_ROW, AT_ENTRIES = AT_LIST + 4 * N;
 constexpr int AT_FACTORS = AT_ENTRIES + 48 * KV_HEADS, AT_LINES = AT_FACTORS + 4 * COLUMNS;
 constexpr int AT_MARKS = AT_LINES + 4 * COLUMNS;
 constexpr int BYTES [[maybe_unused]] = AT_MARKS + 16 + 8 * TEAM * MARKS;
-static_assert(32 * ((KV_HEADS * D + 31) / 32) <= N * XROW, "the bits of what is there fit where keys will be");
+static_assert(8 * ((KV_HEADS * D + 31) / 32) <= N * XROW, "the bits of what is there fit where keys will be");
 
 // Of two numbers of a pair p of channels: where the first is, the other two behind it. A thread of four has pairs t,
 // t + 4, ...; what it has of two of them that follow each other is a word, so that no product wants them otherwise.
 __device__ __forceinline__ int place_of(int p) { return p % 4 * QUAD + p / 8 * 8 + (p / 4 & 1) * 2; }
 
-// Numbers of a plane, of a thread's channels, to where they belong. A code in the last ten bits of a word, `bit` up behind
-// the SHIFT, is the end of a float16 from 1024 on (`thousand`).
-constexpr int OWN = N / THREADS, WITHIN = 10 / BITS;
+// Numbers of a plane, of a thread's channels, to where they belong: four threads have OWN channels in a row as they
+// were sorted, eight tokens of each, so that most take the scales of the one before. Of the two fours of eight threads
+// that read or store together, one has even channels and one odd ones: no two are in a bank (see `swapped`). A code in
+// the last ten bits of a word, `bit` up behind the SHIFT, is the end of a float16 from 1024 on (`thousand`).
+constexpr int OWN = 4 * N / THREADS, MINE = N / THREADS, WITHIN = 10 / BITS;
+// Bytes behind a channel's row where 8 of its tokens are.
+__device__ __forceinline__ u32 swapped(u32 channel, u32 q) { return (q ^ (channel >> 1 & 3)) * 16; }
 template <int SHIFT>
-__device__ __forceinline__ void dequantise(char* memory, int me, const u32 (&scales)[OWN], const u32 (&to)[OWN],
-                                           const char* at_scales, int bit, u32 thousand) {
+__device__ __forceinline__ void dequantise(char* memory, int me, const u32 (&own)[OWN], const char* at_scales, int bit,
+                                           u32 thousand) {
   const u32 mask = (((1u << BITS) - 1) << bit) * 0x10001u, down = half2_pow2(-bit);
   const u32 less = half2_pow2(10 - bit) ^ 0x80008000u;
+  constexpr int HALF = OWN / 2;
+  // All that is read first: the compiler cannot know that it is not what is written.
+  uint4 words[OWN], steps[2], zeros[2];
+#pragma unroll
+  for (int c = 0; c < OWN; c++) words[c] = load16(memory + AT_RAW + (c * THREADS + me) * 16);
+#pragma unroll
+  for (int i = 0; i < OWN; i++) {
+    const int n = i & 1, c = n * HALF + i / 2;  // two of them side by side
+    const u32 group = (own[c] & 0xffff) / CHANNELS;
+    if (i < 2 || group != (own[i < 2 ? c : c - 1] & 0xffff) / CHANNELS) {
+      const char* const at = at_scales + group * 64 + (me & 3) * 16;
+      steps[n] = load16(at), zeros[n] = load16(at + SCALES * 64);
+    }
+    const uint4 w = words[c], x = steps[n], z = zeros[n];
+    words[c] = make_uint4(fma2(fma2((w.x >> SHIFT & mask) | thousand, down, less), x.x, z.x),
+                          fma2(fma2((w.y >> SHIFT & mask) | thousand, down, less), x.y, z.y),
+                          fma2(fma2((w.z >> SHIFT & mask) | thousand, down, less), x.z, z.z),
+                          fma2(fma2((w.w >> SHIFT & mask) | thousand, down, less), x.w, z.w));
+  }
 #pragma unroll
   for (int c = 0; c < OWN; c++) {
-    // All that is read first: the compiler cannot know that it is not what is written.
-    uint4 words[4], steps[4], zeros[4];
-#pragma unroll
-    for (int q = 0; q < 4; q++) {
-      const char* const at = at_scales + scales[c] + q * 16;
-      words[q] = load16(memory + AT_RAW + (q * N + c * THREADS + (me ^ 2 * q)) * 16), steps[q] = load16(at), zeros[q] = load16(at + 64);
-    }
-#pragma unroll
-    for (int q = 0; q < 4; q++) {
-      const u32 w[4] = {words[q].x, words[q].y, words[q].z, words[q].w};
-      const u32 x[4] = {steps[q].x, steps[q].y, steps[q].z, steps[q].w};
-      const u32 z[4] = {zeros[q].x, zeros[q].y, zeros[q].z, zeros[q].w};
-      u32 y[4];
-#pragma unroll
-      for (int k = 0; k < 4; k++) y[k] = fma2(fma2((w[k] >> SHIFT & mask) | thousand, down, less), x[k], z[k]);
-      *reinterpret_cast<uint4*>(memory + to[c] + q * 16) = make_uint4(y[0], y[1], y[2], y[3]);
-    }
+    const u32 channel = own[c] >> 16;
+    *reinterpret_cast<uint4*>(memory + channel * XROW + swapped(channel, me & 3)) = words[c];
   }
 }
 
@@ -147,44 +155,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   u32* const list = reinterpret_cast<u32*>(memory + AT_LIST);
   u32* const bits = reinterpret_cast<u32*>(memory);  // the place of the keys, before there are any
   constexpr int MASKS = (KV_HEADS * D + 31) / 32;
-  for (int i = me; i < 8 * MASKS; i += THREADS) bits[i] = 0;
+  for (int i = me; i < 2 * MASKS; i += THREADS) bits[i] = 0;
   int* const marks = reinterpret_cast<int*>(memory + AT_MARKS);
   if (me == 0) marks[0] = 0;
   float* const factors = reinterpret_cast<float*>(memory + AT_FACTORS);  // by column, of its scores
   int* const lines = reinterpret_cast<int*>(memory + AT_LINES);          // its row of queries and scores, -1 for none
-  int stands[OWN];  // where this thread's channels were sorted to
+  int stands[MINE];  // where channels were sorted to
 #pragma unroll
-  for (int c = 0; c < OWN; c++) stands[c] = places[me + c * THREADS];
+  for (int c = 0; c < MINE; c++) stands[c] = places[me + c * THREADS];
   if (first < last) look_up(first);
   __syncthreads();
-  // Eight threads that store together take channels whose rows begin in other banks, the k-th of each eighth of them as
-  // they were sorted: so they share scales, too, more often than not.
 #pragma unroll
-  for (int c = 0; c < OWN; c++) atomicOr(bits + me % 8 * MASKS + (stands[c] >> 5), 1u << (stands[c] & 31));
+  for (int c = 0; c < MINE; c++) atomicOr(bits + me % 2 * MASKS + (stands[c] >> 5), 1u << (stands[c] & 31));
   __syncthreads();
 #pragma unroll
-  for (int c = 0; c < OWN; c++) {
-    const u32* const mine = bits + me % 8 * MASKS;
+  for (int c = 0; c < MINE; c++) {
+    const u32* const mine = bits + me % 2 * MASKS;
     int rank = __popc(mine[stands[c] >> 5] & ((1u << (stands[c] & 31)) - 1));
     for (int i = 0; i < stands[c] >> 5; i++) rank += __popc(mine[i]);
-    list[rank * 8 + me % 8] = stands[c] | (me + c * THREADS) << 16;
+    list[(rank / OWN * 2 + me % 2) * OWN + rank % OWN] = stands[c] | (me + c * THREADS) << 16;
   }
   __syncthreads();
 
-  // This thread's channels.
-  u32 scales[OWN], to[OWN];
+  u32 own[OWN];  // where this thread's channels stand, and which they are
 #pragma unroll
-  for (int c = 0; c < OWN; c++) {
-    const int i = me + c * THREADS;
-    scales[c] = (list[i] & 0xffff) / CHANNELS * SCALE_ROW, to[c] = (list[i] >> 16) * XROW;
-  }
-  // Four threads take a channel's 64 bytes; where they leave them no two of eight are in a bank, nor where they are read.
+  for (int c = 0; c < OWN; c++) own[c] = list[me / 4 * OWN + c];
   auto fetch_words = [&](int page) {
 #pragma unroll
-    for (int k = 0; k < 4 * OWN; k++) {
-      const u32 i = (me + k * THREADS) >> 2, q = me & 3, at = list[i] & 0xffff;
+    for (int c = 0; c < OWN; c++) {
+      const u32 at = own[c] & 0xffff;
       const char* const from = reinterpret_cast<const char*>(entries[(page & 1) * 3 * KV_HEADS + at / D * 3]);
-      copy16(shared(memory) + AT_RAW + (q * N + (i ^ 2 * q)) * 16, from + at % D * 64 + q * 16);
+      copy16(shared(memory) + AT_RAW + (c * THREADS + me) * 16, from + at % D * 64 + me % 4 * 16);
     }
   };
   auto fetch_scales = [&](int page, int plane, int buffer) {
@@ -194,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       if (SCALES * 8 % THREADS && i >= SCALES * 8) break;
       const char* from =
           reinterpret_cast<const char*>(entries[(page & 1) * 3 * KV_HEADS + group / GROUPS * 3 + 1 + field]);
-      copy16(shared(memory) + AT_SCALES + (buffer * SCALES + group) * SCALE_ROW + i % 8 * 16,
+      copy16(shared(memory) + AT_SCALES + ((buffer * 2 + field) * SCALES + group) * 64 + q * 16,
              from + (plane * GROUPS + group % GROUPS) * 64 + q * 16);
     }
   };
@@ -261,7 +262,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       undo[n][k] = 0x3c003c00u ^ u32(__popc(at & column) & 1) << 15 ^ u32(__popc((at + 1) & column) & 1) << 31;
     }
   const int head = warp >> 1, half = warp & 1;
-  const char* const keys = memory + (head * D + (lane >> 4) * 8 + (lane & 7)) * XROW + half * 32 + (lane >> 3 & 1) * 16;
+  const char* const keys =
+      memory + (head * D + (lane >> 4) * 8 + (lane & 7)) * XROW + swapped(lane & 7, half * 2 + (lane >> 3 & 1));
   const char* const asked = memory + AT_QUERIES + g * QROW + t * QUAD;
   const char* const angles = memory + AT_TURNS + (half * 16 + g) * QROW + t * QUAD;
   float* const parts = reinterpret_cast<float*>(memory + AT_PARTS);
@@ -308,11 +310,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
           to[0] = float_to_half(even[i] * c + odd[i] * s_), to[2] = float_to_half(odd[i] * c - even[i] * s_);
         }
       }
-      const char* const at_scales = memory + AT_SCALES + buffer * SCALES * SCALE_ROW;
+      const char* const at_scales = memory + AT_SCALES + buffer * SCALES * 128;
       if (j < WITHIN)
-        dequantise<0>(memory, me, scales, to, at_scales, j * BITS, thousand);
+        dequantise<0>(memory, me, own, at_scales, j * BITS, thousand);
       else
-        dequantise<WITHIN * BITS>(memory, me, scales, to, at_scales, (j - WITHIN) * BITS, thousand);
+        dequantise<WITHIN * BITS>(memory, me, own, at_scales, (j - WITHIN) * BITS, thousand);
       __syncthreads();
       if (!more && page + 1 < last) fetch_words(page + 1);
       commit();
