@@ -226,30 +226,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   // All but the queries stands there since before the kernel in front of this one.
   const long long revolutions = turns[me % (D / 2)];
   wait_for_others();
-  for (int column = warp; column < COLUMNS; column += WARPS) {
-    const int f = column / EACH, h = column % EACH, at = f < TEAM && h < heads ? (row + f) * heads + h : -1;
-    float most = 0.f;
-#pragma unroll
-    for (int i = 0; i < D; i += 32)
-      if (at >= 0) most = fmaxf(most, fabsf(number(queries[(long long)at * D + i + lane])));
-#pragma unroll
-    for (int step = 16; step; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-    if (lane == 0) factors[column] = fmaxf(most, 1e-30f), lines[column] = at;
-  }
-  __syncthreads();
 
   // This thread's part of the queries: a pair of channels of some of them.
   constexpr int HALF = D / 2, ASKED = COLUMNS * HALF / THREADS, APART = THREADS / HALF;
   const u32 mine = AT_QUERIES + me / HALF * QROW + place_of(me % HALF);
   float even[ASKED], odd[ASKED];
+  auto line_of = [&](int column) {
+    const int f = column / EACH, h = column % EACH;
+    return f < TEAM && h < heads ? (row + f) * heads + h : -1;
+  };
 #pragma unroll
   for (int i = 0; i < ASKED; i++) {
-    const int column = me / HALF + i * APART, at = lines[column], p = me % HALF;
-    even[i] = odd[i] = 0.f;
-    if (at >= 0) {
-      even[i] = number(queries[(long long)at * D + (NEIGHBOURS ? 2 * p : p)]) / factors[column];
-      odd[i] = number(queries[(long long)at * D + (NEIGHBOURS ? 2 * p + 1 : p + HALF)]) / factors[column];
-    }
+    const int at = line_of(me / HALF + i * APART), p = me % HALF;
+    const Query* const from = queries + (long long)max(at, 0) * D;
+    const float x = number(from[NEIGHBOURS ? 2 * p : p]), y = number(from[NEIGHBOURS ? 2 * p + 1 : p + HALF]);
+    even[i] = at >= 0 ? x : 0.f, odd[i] = at >= 0 ? y : 0.f;
+  }
+#pragma unroll
+  for (int k = 0; k < (COLUMNS + WARPS - 1) / WARPS; k++) {
+    const int column = warp + k * WARPS;
+    if (COLUMNS % WARPS && column >= COLUMNS) break;
+    const int at = line_of(column);
+    float most = 0.f;
+#pragma unroll
+    for (int i = 0; i < D; i += 32) most = fmaxf(most, fabsf(number(queries[(long long)max(at, 0) * D + i + lane])));
+#pragma unroll
+    for (int step = 16; step; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+    if (lane == 0) factors[column] = at >= 0 ? fmaxf(most, 1e-30f) : 1.f, lines[column] = at;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < ASKED; i++) {
+    const float factor = factors[me / HALF + i * APART];
+    even[i] /= factor, odd[i] /= factor;
   }
 
   // 16 x 8 entries of the matrix, of columns 0 to 7 and 8 to 15.
