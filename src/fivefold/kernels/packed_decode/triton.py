@@ -648,12 +648,13 @@ def decode(
             if by_cuda(form, heads, device):
                 compiled_for_cuda(form, count)
             else:
-                form.attend(packed, queries, scale, spans, starts[0], packed_out, packed_lse, packed_scores)
+                form.attend(packed, queries, scale, spans, starts[0], packed_out, packed_lse, packed_scores, ahead)
         if exact is not None and joined is None:
             wide = exact.dtype.itemsize == 4
             picked = picks if packed is None else None
             slots = exact.table.shape[1] * 32 if picked is None else picked.shape[1]
-            waits, first = pdl and whole and scores is None, ahead and packed is None
+            waits = pdl and whole and scores is None
+            first = ahead and not waits
             count, exact_out, exact_lse = parts(programs[1], -(-slots // TILE) * rows)
             _exact[(count,)](
                 queries, exact.table, spans, starts[1], spans if picked is None else picked, exact_out, exact_lse,

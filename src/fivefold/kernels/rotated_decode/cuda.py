@@ -22,7 +22,7 @@ from fivefold.kernels.packed_decode.schedule import SPAN
 from fivefold.kernels.rotated_decode.reference import Rotated
 
 SOURCE = Path(__file__).with_name("rotated.cu")
-PAIRS, UNITS = 2, 3
+PAIRS, UNITS = 1, 2
 """Of `values`: pairs of warps of a program, and pages in shared memory for each."""
 EARLY = True
 """Launch `values` before `scores` is done (programmatic dependent launch): it waits itself."""
@@ -73,7 +73,7 @@ class Shape:
         dim, n, groups = self.head_dim, self.team * self.head_dim, self.head_dim // self.channels
         columns, tiles = max(8, self.each * self.team), dim // 8
         tokens = 32 * {2: 8, 3: 5, 4: 4}[self.bits]
-        scores = n * 80 + n * 64 + 2 * self.kv_heads * groups * 128
+        scores = n * 128 + 2 * self.kv_heads * groups * 128
         scores += (32 + columns) * 4 * (tiles // 4 + 1) * 16 + 4 * self.team * columns * 36 + 4 * n + 48 * self.kv_heads
         scores += 8 * columns + 16 + 8 * self.team * max(1, self.sinks)
         unit = 64 * dim + 4 * tokens * groups + self.each * (4 * tokens + 64)
@@ -85,7 +85,7 @@ class Shape:
             "CHANNELS": self.channels, "D": self.head_dim, "KV_HEADS": self.kv_heads, "TEAM": self.team,
             "SINKS": self.sinks, "NEIGHBOURS": int(self.neighbours), "EACH": self.each,
             "QUERIES": _DTYPES[self.dtype], "SPAN": SPAN, "FIELDS": 7 if self.sinks else 6, "EXACT": 0,
-            "RESIDENT": 2 if self.shared[not scores] + 1024 <= 114 << 10 else 1,
+            "RESIDENT": max(1, min(2 if scores else 6 // PAIRS, (228 << 10) // (self.shared[not scores] + 1024))),
         }  # fmt: skip
 
 
@@ -133,6 +133,7 @@ def attend(
     out: torch.Tensor,
     lse: torch.Tensor,
     scores: torch.Tensor,
+    ahead: bool = False,
 ) -> None:
     """See `Reader.attend`."""
     rows, heads, _ = queries.shape
@@ -142,6 +143,7 @@ def attend(
     scored, valued = kernels(shape, numbered(device))
     sizes = [*((x, ctypes.c_int) for x in (rows, columns, heads)), (columns * form.tokens, ctypes.c_longlong)]
     given = [(x, None) for x in (queries, packed.table, spans, starts, places, turns, small, keys, scores)]
-    scored(len(out), device, *given, (scale, ctypes.c_float), *sizes)
+    enough = max(len(out), form.resident * torch.cuda.get_device_properties(device).multi_processor_count)
+    scored(enough, device, *given, (scale, ctypes.c_float), *sizes, early=ahead)
     given = [(x, None) for x in (scores, packed.table, spans, starts, values, out, lse)]
     valued(len(out) * form.team, device, *given, *sizes, early=EARLY and early(device))

@@ -45,6 +45,7 @@ class Rotated(Reader):
     unit = 2
     scores = True
     positional = True
+    hurries = True
     resident = 2
     limit = 1000.0
 

@@ -6,8 +6,8 @@
 //
 // `scores`: a program makes the keys of a team again, 32 tokens (a plane of a page) at a time. Each thread takes rotated
 // channels, in the order that they were sorted in, so that a warp shares scales; it leaves numbers where they belong
-// before sorting. The Hadamard matrix over channels is a product of the tensor cores, whose operand is made of two small
-// ones and their negatives; that over heads becomes signs of scores. Keys are turned within the plane, by a table that
+// before sorting. The Hadamard matrix over channels is a product of the tensor cores in blocks of 16, and sums over the
+// blocks; that over heads becomes signs of scores. Keys are turned within the plane, by a table that
 // all planes share; queries are turned back by the angle of its first token.
 //
 // `values`: as in packed.cu, with weights of the scores that were left. The rotation is undone once, on the sum. Tokens
@@ -70,7 +70,7 @@ constexpr int N = TEAM * D;                                   // rotated channel
 constexpr int TILES = D / 8, STEPS = D / 16;                  // of columns, and of channels, of a product
 constexpr int COLUMNS = EACH * TEAM < 8 ? 8 : EACH * TEAM, PARTS = COLUMNS / 8;
 constexpr int SCALES = KV_HEADS * GROUPS;                     // groups of a token
-constexpr int XROW = 80;                                      // bytes, so that rows begin in other banks
+constexpr int XROW = 64;                                      // bytes of a channel's plane
 constexpr int QUAD = (TILES / 4 + 1) * 16, QROW = 4 * QUAD;   // of what a thread of four needs, of queries and of angles
 constexpr int PART_ROW = 36;
 constexpr int AT_RAW = N * XROW, AT_SCALES = AT_RAW + N * 64, AT_QUERIES = AT_SCALES + 2 * SCALES * 128;
@@ -79,34 +79,48 @@ constexpr int AT_LIST = AT_PARTS + 4 * TEAM * COLUMNS * PART_ROW, AT_ENTRIES = A
 constexpr int AT_FACTORS = AT_ENTRIES + 48 * KV_HEADS, AT_LINES = AT_FACTORS + 4 * COLUMNS;
 constexpr int AT_MARKS = AT_LINES + 4 * COLUMNS;
 constexpr int BYTES [[maybe_unused]] = AT_MARKS + 16 + 8 * TEAM * MARKS;
-static_assert(N >= KV_HEADS * D / 32, "the bits of what is there fit into the list");
+static_assert(8 * ((KV_HEADS * D + 31) / 32) <= N * XROW, "the bits of what is there fit where keys will be");
 
 // Of two numbers of a pair p of channels: where the first is, the other two behind it. A thread of four has pairs t,
 // t + 4, ...; what it has of two of them that follow each other is a word, so that no product wants them otherwise.
 __device__ __forceinline__ int place_of(int p) { return p % 4 * QUAD + p / 8 * 8 + (p / 4 & 1) * 2; }
 
-// Numbers of a plane, of a thread's channels, to where they belong. A code in the last ten bits of a word, `bit` up behind
-// the SHIFT, is the end of a float16 from 1024 on (`thousand`).
-constexpr int OWN = N / THREADS, WITHIN = 10 / BITS;
+// Numbers of a plane, of a thread's channels, to where they belong: four threads have OWN channels in a row as they
+// were sorted, eight tokens of each, so that most take the scales of the one before. Of the two fours of eight threads
+// that read or store together, one has even channels and one odd ones: no two are in a bank (see `swapped`). A code in
+// the last ten bits of a word, `bit` up behind the SHIFT, is the end of a float16 from 1024 on (`thousand`).
+constexpr int OWN = 4 * N / THREADS, MINE = N / THREADS, WITHIN = 10 / BITS;
+// Bytes behind a channel's row where 8 of its tokens are.
+__device__ __forceinline__ u32 swapped(u32 channel, u32 q) { return (q ^ (channel >> 1 & 3)) * 16; }
 template <int SHIFT>
-__device__ __forceinline__ void dequantise(char* memory, const u32 (&raw)[OWN], const u32 (&scales)[OWN],
-                                           const u32 (&to)[OWN], const char* at_scales, int bit, u32 thousand) {
+__device__ __forceinline__ void dequantise(char* memory, int me, const u32 (&own)[OWN], const char* at_scales, int bit,
+                                           u32 thousand) {
   const u32 mask = (((1u << BITS) - 1) << bit) * 0x10001u, down = half2_pow2(-bit);
   const u32 less = half2_pow2(10 - bit) ^ 0x80008000u;
+  constexpr int HALF = OWN / 2;
+  // All that is read first: the compiler cannot know that it is not what is written.
+  uint4 words[OWN], steps[2], zeros[2];
 #pragma unroll
-  for (int c = 0; c < OWN; c++)
+  for (int c = 0; c < OWN; c++) words[c] = load16(memory + AT_RAW + (c * THREADS + me) * 16);
 #pragma unroll
-    for (int q = 0; q < 4; q++) {
-      const uint4 word = load16(memory + raw[c] + q * N * 16);
-      const char* const at = at_scales + scales[c] + q * 16;
-      const uint4 scale = load16(at), zero = load16(at + 64);
-      const u32 w[4] = {word.x, word.y, word.z, word.w}, x[4] = {scale.x, scale.y, scale.z, scale.w};
-      const u32 z[4] = {zero.x, zero.y, zero.z, zero.w};
-      u32 y[4];
-#pragma unroll
-      for (int k = 0; k < 4; k++) y[k] = fma2(fma2((w[k] >> SHIFT & mask) | thousand, down, less), x[k], z[k]);
-      *reinterpret_cast<uint4*>(memory + to[c] + q * 16) = make_uint4(y[0], y[1], y[2], y[3]);
+  for (int i = 0; i < OWN; i++) {
+    const int n = i & 1, c = n * HALF + i / 2;  // two of them side by side
+    const u32 group = (own[c] & 0xffff) / CHANNELS;
+    if (i < 2 || group != (own[i < 2 ? c : c - 1] & 0xffff) / CHANNELS) {
+      const char* const at = at_scales + group * 64 + (me & 3) * 16;
+      steps[n] = load16(at), zeros[n] = load16(at + SCALES * 64);
     }
+    const uint4 w = words[c], x = steps[n], z = zeros[n];
+    words[c] = make_uint4(fma2(fma2((w.x >> SHIFT & mask) | thousand, down, less), x.x, z.x),
+                          fma2(fma2((w.y >> SHIFT & mask) | thousand, down, less), x.y, z.y),
+                          fma2(fma2((w.z >> SHIFT & mask) | thousand, down, less), x.z, z.z),
+                          fma2(fma2((w.w >> SHIFT & mask) | thousand, down, less), x.w, z.w));
+  }
+#pragma unroll
+  for (int c = 0; c < OWN; c++) {
+    const u32 channel = own[c] >> 16;
+    *reinterpret_cast<uint4*>(memory + channel * XROW + swapped(channel, me & 3)) = words[c];
+  }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
@@ -117,8 +131,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   extern __shared__ __align__(128) char memory[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, me = threadIdx.x;
   launch_dependents();
-  const Share s = share_of(spans, starts, rows, blockIdx.x, lane);
-  if (s.row >= rows) return;
+  // Where there are few shares, each of a page then, several programs take planes of one in turn.
+  const int total = starts[rows];
+  int split = min(PLANES, max(1, int(gridDim.x) / max(1, total)));
+  const int sub = blockIdx.x % split;
+  const Share s = share_of(spans, starts, rows, blockIdx.x / split, lane);
+  if (s.row >= rows || (s.last - s.first > 1 && sub)) {
+    wait_for_others();  // so that this kernel is never done before the one in front of it
+    return;
+  }
+  if (s.last - s.first > 1) split = 1;
   const int row = s.row, low = s.low, high = s.high, first = s.first, last = s.last, base = spans[row * SPAN + 7];
   const int first_row = row / KV_HEADS * KV_HEADS;
   places += (row - first_row) * D;
@@ -133,52 +155,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   u32* const list = reinterpret_cast<u32*>(memory + AT_LIST);
   u32* const bits = reinterpret_cast<u32*>(memory);  // the place of the keys, before there are any
   constexpr int MASKS = (KV_HEADS * D + 31) / 32;
-  for (int i = me; i < MASKS; i += THREADS) bits[i] = 0;
+  for (int i = me; i < 2 * MASKS; i += THREADS) bits[i] = 0;
   int* const marks = reinterpret_cast<int*>(memory + AT_MARKS);
   if (me == 0) marks[0] = 0;
   float* const factors = reinterpret_cast<float*>(memory + AT_FACTORS);  // by column, of its scores
   int* const lines = reinterpret_cast<int*>(memory + AT_LINES);          // its row of queries and scores, -1 for none
-  int stands[OWN];  // where this thread's channels were sorted to
+  int stands[MINE];  // where channels were sorted to
 #pragma unroll
-  for (int c = 0; c < OWN; c++) stands[c] = places[me + c * THREADS];
+  for (int c = 0; c < MINE; c++) stands[c] = places[me + c * THREADS];
   if (first < last) look_up(first);
-  for (int column = warp; column < COLUMNS; column += WARPS) {
-    const int f = column / EACH, h = column % EACH, at = f < TEAM && h < heads ? (row + f) * heads + h : -1;
-    float most = 0.f;
-    for (int i = lane; i < D && at >= 0; i += 32) most = fmaxf(most, fabsf(number(queries[(long long)at * D + i])));
-#pragma unroll
-    for (int step = 16; step; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-    if (lane == 0) factors[column] = fmaxf(most, 1e-30f), lines[column] = at;
-  }
   __syncthreads();
 #pragma unroll
-  for (int c = 0; c < OWN; c++) atomicOr(bits + (stands[c] >> 5), 1u << (stands[c] & 31));
+  for (int c = 0; c < MINE; c++) atomicOr(bits + me % 2 * MASKS + (stands[c] >> 5), 1u << (stands[c] & 31));
   __syncthreads();
 #pragma unroll
-  for (int c = 0; c < OWN; c++) {
-    int rank = __popc(bits[stands[c] >> 5] & ((1u << (stands[c] & 31)) - 1));
-    for (int i = 0; i < stands[c] >> 5; i++) rank += __popc(bits[i]);
-    list[rank] = stands[c] | (me + c * THREADS) << 16;
+  for (int c = 0; c < MINE; c++) {
+    const u32* const mine = bits + me % 2 * MASKS;
+    int rank = __popc(mine[stands[c] >> 5] & ((1u << (stands[c] & 31)) - 1));
+    for (int i = 0; i < stands[c] >> 5; i++) rank += __popc(mine[i]);
+    list[(rank / OWN * 2 + me % 2) * OWN + rank % OWN] = stands[c] | (me + c * THREADS) << 16;
   }
   __syncthreads();
 
-  // This thread's channels.
-  u32 raw[OWN], scales[OWN], to[OWN];
-  int place[OWN];
+  u32 own[OWN];  // where this thread's channels stand, and which they are
 #pragma unroll
-  for (int c = 0; c < OWN; c++) {
-    const int i = me + c * THREADS;
-    place[c] = list[i] & 0xffff;
-    raw[c] = AT_RAW + i * 16;
-    scales[c] = place[c] / CHANNELS * 128, to[c] = (list[i] >> 16) * XROW;
-  }
+  for (int c = 0; c < OWN; c++) own[c] = list[me / 4 * OWN + c];
   auto fetch_words = [&](int page) {
 #pragma unroll
     for (int c = 0; c < OWN; c++) {
-      const char* from =
-          reinterpret_cast<const char*>(entries[(page & 1) * 3 * KV_HEADS + place[c] / D * 3]) + place[c] % D * 64;
-#pragma unroll
-      for (int q = 0; q < 4; q++) copy16(shared(memory) + raw[c] + q * N * 16, from + q * 16);
+      const u32 at = own[c] & 0xffff;
+      const char* const from = reinterpret_cast<const char*>(entries[(page & 1) * 3 * KV_HEADS + at / D * 3]);
+      copy16(shared(memory) + AT_RAW + (c * THREADS + me) * 16, from + at % D * 64 + me % 4 * 16);
     }
   };
   auto fetch_scales = [&](int page, int plane, int buffer) {
@@ -188,13 +195,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       if (SCALES * 8 % THREADS && i >= SCALES * 8) break;
       const char* from =
           reinterpret_cast<const char*>(entries[(page & 1) * 3 * KV_HEADS + group / GROUPS * 3 + 1 + field]);
-      copy16(shared(memory) + AT_SCALES + buffer * SCALES * 128 + i * 16,
+      copy16(shared(memory) + AT_SCALES + ((buffer * 2 + field) * SCALES + group) * 64 + q * 16,
              from + (plane * GROUPS + group % GROUPS) * 64 + q * 16);
     }
   };
   if (first < last) {
     fetch_words(first);
-    fetch_scales(first, 0, 0);
+    fetch_scales(first, sub, 0);
   }
   commit();
   const float norm = rsqrtf(float(N));
@@ -210,25 +217,48 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       const int mark =
           reinterpret_cast<const short*>(table[((long long)(row + f) * columns + page) * FIELDS + 6] * 2)[k];
       const int slot = page * TOKENS + mark;
-      if (mark >= 0 && slot >= low && slot < high) {
+      if (mark >= 0 && slot >= low && slot < high && mark / 32 % split == sub) {
         const int place = atomicAdd(marks, 1);
         if (place < TEAM * SINKS) marks[2 + 2 * place] = f * SINKS + k, marks[3 + 2 * place] = slot;
       }
     }
 
+  // All but the queries stands there since before the kernel in front of this one.
+  const long long revolutions = turns[me % (D / 2)];
+  wait_for_others();
+
   // This thread's part of the queries: a pair of channels of some of them.
   constexpr int HALF = D / 2, ASKED = COLUMNS * HALF / THREADS, APART = THREADS / HALF;
-  const long long revolutions = turns[me % HALF];
   const u32 mine = AT_QUERIES + me / HALF * QROW + place_of(me % HALF);
   float even[ASKED], odd[ASKED];
+  auto line_of = [&](int column) {
+    const int f = column / EACH, h = column % EACH;
+    return f < TEAM && h < heads ? (row + f) * heads + h : -1;
+  };
 #pragma unroll
   for (int i = 0; i < ASKED; i++) {
-    const int column = me / HALF + i * APART, at = lines[column], p = me % HALF;
-    even[i] = odd[i] = 0.f;
-    if (at >= 0) {
-      even[i] = number(queries[(long long)at * D + (NEIGHBOURS ? 2 * p : p)]) / factors[column];
-      odd[i] = number(queries[(long long)at * D + (NEIGHBOURS ? 2 * p + 1 : p + HALF)]) / factors[column];
-    }
+    const int at = line_of(me / HALF + i * APART), p = me % HALF;
+    const Query* const from = queries + (long long)max(at, 0) * D;
+    const float x = number(from[NEIGHBOURS ? 2 * p : p]), y = number(from[NEIGHBOURS ? 2 * p + 1 : p + HALF]);
+    even[i] = at >= 0 ? x : 0.f, odd[i] = at >= 0 ? y : 0.f;
+  }
+#pragma unroll
+  for (int k = 0; k < (COLUMNS + WARPS - 1) / WARPS; k++) {
+    const int column = warp + k * WARPS;
+    if (COLUMNS % WARPS && column >= COLUMNS) break;
+    const int at = line_of(column);
+    float most = 0.f;
+#pragma unroll
+    for (int i = 0; i < D; i += 32) most = fmaxf(most, fabsf(number(queries[(long long)max(at, 0) * D + i + lane])));
+#pragma unroll
+    for (int step = 16; step; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+    if (lane == 0) factors[column] = at >= 0 ? fmaxf(most, 1e-30f) : 1.f, lines[column] = at;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < ASKED; i++) {
+    const float factor = factors[me / HALF + i * APART];
+    even[i] /= factor, odd[i] /= factor;
   }
 
   // 16 x 8 entries of the matrix, of columns 0 to 7 and 8 to 15.
@@ -241,7 +271,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       undo[n][k] = 0x3c003c00u ^ u32(__popc(at & column) & 1) << 15 ^ u32(__popc((at + 1) & column) & 1) << 31;
     }
   const int head = warp >> 1, half = warp & 1;
-  const char* const keys = memory + (head * D + (lane >> 4) * 8 + (lane & 7)) * XROW + half * 32 + (lane >> 3 & 1) * 16;
+  const char* const keys =
+      memory + (head * D + (lane >> 4) * 8 + (lane & 7)) * XROW + swapped(lane & 7, half * 2 + (lane >> 3 & 1));
   const char* const asked = memory + AT_QUERIES + g * QROW + t * QUAD;
   const char* const angles = memory + AT_TURNS + (half * 16 + g) * QROW + t * QUAD;
   float* const parts = reinterpret_cast<float*>(memory + AT_PARTS);
@@ -264,17 +295,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   u32 thousand = 0x64006400u;
   keep(thousand);  // an instruction takes one constant
 
-  int buffer = 0;
+  int buffer = 0, before = -1;
   for (int page = first; page < last; page++) {
 #pragma unroll 1
-    for (int j = 0; j < PLANES; j++, buffer ^= 1) {
+    for (int j = sub; j < PLANES; j += split, buffer ^= 1) {
       wait<0>();
       __syncthreads();
       const int slot = page * TOKENS + j * 32;
-      if (slot > first * TOKENS) leave(slot - 32);
+      if (before >= 0) leave(before);
+      before = slot;
       if (j == 0 && page + 1 < last) look_up(page + 1);
-      const int ahead = j + 1 < PLANES ? page : page + 1;
-      if (ahead < last) fetch_scales(ahead, j + 1 < PLANES ? j + 1 : 0, buffer ^ 1);
+      const bool more = j + split < PLANES;
+      if (more || page + 1 < last) fetch_scales(more ? page : page + 1, more ? j + split : 0, buffer ^ 1);
       commit();
       {
         // Parts of 2**64 of a revolution: what is beyond a whole one falls off by itself.
@@ -289,13 +321,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       }
       const char* const at_scales = memory + AT_SCALES + buffer * SCALES * 128;
       if (j < WITHIN)
-        dequantise<0>(memory, raw, scales, to, at_scales, j * BITS, thousand);
+        dequantise<0>(memory, me, own, at_scales, j * BITS, thousand);
       else
-        dequantise<WITHIN * BITS>(memory, raw, scales, to, at_scales, (j - WITHIN) * BITS, thousand);
+        dequantise<WITHIN * BITS>(memory, me, own, at_scales, (j - WITHIN) * BITS, thousand);
       __syncthreads();
-      if (j == PLANES - 1 && page + 1 < last) fetch_words(page + 1);
+      if (!more && page + 1 < last) fetch_words(page + 1);
       commit();
 
+      // The matrix over channels is one of 16 x 16 times one over the blocks of 16, which is sums and differences.
       float c[TILES][4];
 #pragma unroll
       for (int n = 0; n < TILES; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0.f;
@@ -304,11 +337,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         u32 a[4];
         load_transposed(a, keys + 16 * k * XROW);
 #pragma unroll
-        for (int n = 0; n < TILES; n++) {
-          const u32 sign = __popc(k & n >> 1) & 1 ? 0x80008000u : 0u;
-          mma(c[n], a[0], a[1], a[2], a[3], undo[n & 1][0] ^ sign, undo[n & 1][1] ^ sign);
-        }
+        for (int n = 0; n < 2; n++) mma(c[2 * k + n], a[0], a[1], a[2], a[3], undo[n][0], undo[n][1]);
       }
+#pragma unroll
+      for (int step = 2; step < TILES; step *= 2)
+#pragma unroll
+        for (int n = 0; n < TILES; n++)
+          if (!(n & step))
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+              const float x = c[n][k], y = c[n + step][k];
+              c[n][k] = x + y, c[n + step][k] = x - y;
+            }
       // Keys turned, of tokens g and g + 8; even channels of two pairs, and odd ones, are operands as they are.
       float score[PARTS][4];
 #pragma unroll
@@ -347,7 +387,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   }
   wait<0>();
   __syncthreads();
-  if (first < last) leave(last * TOKENS - 32);
+  if (before >= 0) leave(before);
   if (SINKS > 0) {
     __syncthreads();  // what is exact comes after what stands in its place
     const int count = min(marks[0], TEAM * SINKS);
@@ -392,6 +432,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const int lane = threadIdx.x & 31, half = threadIdx.x >> 5 & 1, g = lane >> 2, t = lane & 3;
   const int pair_ = threadIdx.x / PAIR, thread = threadIdx.x % PAIR;
   const int part = blockIdx.x / TEAM, member = blockIdx.x % TEAM;
+  launch_dependents();
   const Share s_ = share_of(spans, starts, rows, part, lane);
   if (s_.row >= rows) {
     wait_for_others();  // so that this kernel is never done before the one in front of it
@@ -410,7 +451,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     for (int i = 0; i < 3; i++) next[i] = ahead < last ? table[(long long)ahead * FIELDS + 3 + i] * 2 : 0;
   };
   look_up();
-  auto fetch = [&](u32 unit) {
+  auto fetch_page = [&](u32 unit) {
     if (ahead < last) {
       const char* words = reinterpret_cast<const char*>(next[0]) + thread * 16;
       constexpr int BLOCK = ROW / 16, SPREAD = 2 * TOKENS * GROUPS;
@@ -421,15 +462,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       for (int side = 0; side < 2; side++)
         for (int i = thread; i < SPREAD / 16; i += PAIR)
           copy16(ring + unit + WORDS + side * SPREAD + i * 16, reinterpret_cast<const char*>(next[1 + side]) + i * 16);
-      const char* from = reinterpret_cast<const char*>(scores + (long long)ahead * TOKENS);
+    }
+    ahead += PAIRS;
+    look_up();
+  };
+  auto fetch_scores = [&](u32 unit, int page) {
+    if (page < last) {
+      const char* from = reinterpret_cast<const char*>(scores + (long long)page * TOKENS);
       for (int h = 0; h < heads; h++)
         for (int i = thread; i < TOKENS / 4; i += PAIR)
           copy16(ring + unit + SIDE + h * SCORE_ROW + i * 16, from + (h * slots + i * 4) * 4);
     }
     commit();
-    ahead += PAIRS;
-    look_up();
   };
+  // Pages stand there since before the kernel in front of this one.
+#pragma unroll
+  for (int unit = 0; unit < UNITS - 1; unit++) fetch_page(unit * UNIT);
   int* const marks = reinterpret_cast<int*>(memory + AT_MARKS);
   if (SINKS > 0) {
     if (threadIdx.x == 0) marks[0] = 0;
@@ -448,7 +496,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const int exact = SINKS > 0 ? min(marks[0], 32) : 0;
   wait_for_others();
 #pragma unroll
-  for (int unit = 0; unit < UNITS - 1; unit++) fetch(unit * UNIT);
+  for (int unit = 0; unit < UNITS - 1; unit++) fetch_scores(unit * UNIT, first + pair_ + unit * PAIRS);
 
   // [channels g and g + 8 of 16] x [heads 2t, 2t + 1]; [zero points of value group g, sum of weights] x the same heads.
   float acc[2 * BLOCKS][4] = {}, sums[CLASSES][4] = {};
@@ -465,7 +513,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     wait<UNITS - 2>();
     sync_pair(pair_);
     const char* const side = own + here;
-    fetch(behind);
+    fetch_page(behind);
+    fetch_scores(behind, page + (UNITS - 1) * PAIRS);
     float s[PLANES][4];
     bool above = fresh;
 #pragma unroll

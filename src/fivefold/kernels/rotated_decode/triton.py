@@ -304,6 +304,7 @@ def attend(
     out: torch.Tensor,
     lse: torch.Tensor,
     scores: torch.Tensor | None = None,
+    early: bool = False,
     warps: tuple[int, int] = (4, 2),
     stages: int = 1,
     registers: tuple[int | None, int | None] = (None, None),
@@ -317,7 +318,7 @@ def attend(
     sink_keys, sink_values = packed.learned if form.sinks else (queries, queries)
     compiled = queries.is_cuda and choose(queries.device).path == "cuda" and sink_keys.dtype == queries.dtype
     if compiled and cuda.supports(form, heads, queries.dtype):
-        cuda.attend(form, packed, queries, scale, spans, starts, out, lse, scores)
+        cuda.attend(form, packed, queries, scale, spans, starts, out, lse, scores, early)
         return
     each = triton.next_power_of_2(heads)
     common = {
