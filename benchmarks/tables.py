@@ -97,18 +97,14 @@ def steps() -> str:
     return markdown("cache | SmolLM2, 7,000 | 8B, 4,096 | 8B, 32,768 | 8B, 131,072 | faster | of its floor", made)
 
 
-def steps_since() -> str:
-    rows = result("steps_since_h100")["rows"]
-    at = {(row["context"], row["recipe"]): row for row in rows}
-
-    def cell(context: int, recipe: str) -> str:
-        row = at.get((context, recipe))
-        return "–" if row is None else f"{row['ms']:.2f} ({row['graph_ms']:.2f}), {row['full_ms'] / row['ms']:.2f}x"
-
+def packing() -> str:
+    found = result("packing_h100")
+    before = {row["recipe"]: row for row in found["before"]}
     made = [
-        (code(name), cell(32768, name), cell(131072, name)) for name in dict.fromkeys(row["recipe"] for row in rows)
+        (code(row["recipe"]), f"{row['ms']:.2f}", f"{row['mean_ms']:.2f}", f"{before[row['recipe']]['mean_ms']:.2f}")
+        for row in found["rows"]
     ]
-    return markdown("cache | 8B, 32,768 | 8B, 131,072 (on its branch)", made)
+    return markdown("cache | median ms | mean ms | mean ms, layer by layer", made)
 
 
 def _prefill(name: str) -> str:
@@ -241,7 +237,7 @@ def decode_cpu() -> str:
 
 
 TABLES = (
-    demo, kernels, decode, steps, steps_since, prefill, prefill_chunked, largest_batch, longest_context, ragged,
+    demo, kernels, decode, steps, packing, prefill, prefill_chunked, largest_batch, longest_context, ragged,
     generation, prefix, sessions, sessions_cpu, day, decode_cpu,
 )  # fmt: skip
 
