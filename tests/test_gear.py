@@ -256,11 +256,12 @@ def test_equals_the_official_code_up_to_rounding(bits: int) -> None:
         off = (base - official).abs()[~outliers]
         assert (off > drift[~outliers]).float().mean() <= {2: 7e-4, 4: 2e-3}[bits]
         assert (off <= (step + drift)[~outliers]).all()
-        # The low-rank part of the same error is the same.
+        # The low-rank part of the same error is the same, as far as float32 goes: the power iteration takes rounding to
+        # the fifth power of singular values, so processors differ by up to 4e-4 of it. A loop more or less is 9e-3.
         error = x - golden_part["quantised"]
         left, right = low_rank(error, start(64, 4))
         product = golden_part["left"] @ golden_part["right"].transpose(1, 2)
-        assert torch.allclose(left @ right.transpose(1, 2), product, atol=1e-4 * float(product.abs().max()))
+        assert (left @ right.transpose(1, 2) - product).norm() <= 2e-3 * product.norm()
         # All of it together: apart by the few numbers with another code, each by a step, and as near to what was given.
         whole_official = golden_part["quantised"] + product
         assert (made - whole_official).norm() <= 0.16 * (whole_official - x).norm()
