@@ -131,6 +131,8 @@ def test_methods_do_as_on_a_cpu(model, recipe, tmp_path):
         fivefold.restore(model)
     (cpu, cpu_report), (cuda, cuda_report) = found["cpu"], found["cuda"]
     assert cpu_report.kept_tokens == cuda_report.kept_tokens
-    # A token at the edge of a choice can differ by rounding, and shows in some steps; most say the same.
+    # A token at the edge of a choice can differ by rounding; what is held, and nearly all that is said, does not.
     assert ((cpu - cuda).abs().mean((0, 2)) / cpu.abs().mean((0, 2))).median() < 0.01
+    if not ("anchors" in recipe and "kivi" in recipe):  # whose picks are by packed keys, and differ in more steps
+        assert (cpu - cuda).abs().mean() < 0.01 * cpu.abs().mean()
     assert (cpu.argmax(-1) == cuda.argmax(-1)).float().mean() > 0.95
