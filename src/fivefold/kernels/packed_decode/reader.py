@@ -31,6 +31,9 @@ class Reader:
     """Whether `attend` merges: the part of a row's (or a team's) first program is all, the others are not set."""
     scores: ClassVar[bool] = False
     """Whether `attend` leaves scores where it is asked to."""
+    eager: ClassVar[bool] = False
+    """Whether `attend` can be launched before the kernel in front of it is done, and lets the one behind it begin when
+    that is."""
     team: int = 1
     """So many rows in succession are read together: they see the same slots, and the work lists name the first."""
 
@@ -68,6 +71,7 @@ class Reader:
         out: torch.Tensor,
         lse: torch.Tensor,
         scores: torch.Tensor | None = None,
+        ahead: bool = False,
     ) -> None:
         """Leave a part of each program in out, float32 `[programs, team * query_heads, head_dim]`, and lse, to the base
         2, float32 `[programs, team * query_heads]`: of the rows that a program is for, one after the other.
@@ -75,10 +79,11 @@ class Reader:
         queries: contiguous `[rows, query_heads, head_dim]`; scale: what scores are multiplied with before a power of 2;
         spans: int32 `[rows, SPAN]`; starts: int32 `[rows + 1]`, the work list (see `schedule.starts_of`). scores:
         float32 `[rows, query_heads, columns * tokens]`, which gets those of the packed slots that are seen, to the base
-        2; what stands elsewhere is anything.
+        2; what stands elsewhere is anything. ahead: whether it is launched early, if it is `eager`.
         """
         more = () if scores is None else (scores,)
-        self.kernel(self, packed, queries, scale, spans, starts, out, lse, *more)
+        early = {"ahead": ahead} if self.eager else {}
+        self.kernel(self, packed, queries, scale, spans, starts, out, lse, *more, **early)
 
 
 @dataclass(frozen=True)

@@ -620,7 +620,7 @@ def decode(
 
     with on(device):
         packed_out, packed_lse = exact_out, exact_lse = queries, queries
-        whole = packed is not None and packed.form.whole
+        whole, eager = packed is not None and packed.form.whole, packed is not None and packed.form.eager
         team = 1
         if packed is not None and isinstance(packed.form, Form):
             form = packed.form
@@ -648,12 +648,12 @@ def decode(
             if by_cuda(form, heads, device):
                 compiled_for_cuda(form, count)
             else:
-                form.attend(packed, queries, scale, spans, starts[0], packed_out, packed_lse, packed_scores)
+                form.attend(packed, queries, scale, spans, starts[0], packed_out, packed_lse, packed_scores, ahead)
         if exact is not None and joined is None:
             wide = exact.dtype.itemsize == 4
             picked = picks if packed is None else None
             slots = exact.table.shape[1] * 32 if picked is None else picked.shape[1]
-            waits, first = pdl and whole and scores is None, ahead and packed is None
+            waits, first = pdl and (whole or eager) and scores is None, ahead and packed is None
             count, exact_out, exact_lse = parts(programs[1], -(-slots // TILE) * rows)
             _exact[(count,)](
                 queries, exact.table, spans, starts[1], spans if picked is None else picked, exact_out, exact_lse,
