@@ -74,7 +74,7 @@ def alone(
             if whole:
                 decode(queries, 0.1, spans, one, exact, starts=starts, programs=programs)
             else:
-                kernel.attend(form, one, queries, 0.1, spans, starts[0], out, lse)
+                kernel.attend(form, one, queries, 0.1, spans, starts[0], out, lse, early=True)
 
     run()
     torch.cuda.synchronize()

@@ -49,31 +49,35 @@ FORMS = [
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("inner", "dim", "dtype"), FORMS, ids=str)
-def test_pages_of_directions_and_exact_pages(device, inner, dim, dtype):
+@pytest.mark.parametrize(
+    ("inner", "dim", "dtype", "columns"), [*((*form, 2) for form in FORMS), (None, 64, torch.bfloat16, 19)], ids=str
+)
+def test_pages_of_directions_and_exact_pages(device, inner, dim, dtype, columns):
     torch.manual_seed(dim)
     packed = None if inner is None else Form(*inner, min(inner[1], dim), dim)
     tokens = 128 if packed is None else packed.tokens
     form = Directions(packed, dim, dtype, -(-tokens // 64), 1.0 if packed is None else 8.0)
     # Part of a page; a window that begins inside of one; nothing packed; nothing at all.
     spans = [
-        (0, 2 * tokens - 32, 0, 0, 33), (tokens + 5, 2 * tokens, 3, 40, 64), (0, 0, 0, 0, 1), (0, 0, 0, 0, 0),
+        (0, columns * tokens - 32, 0, 0, 33), (tokens + 5, columns * tokens, 3, 40, 64), (0, 0, 0, 0, 1),
+        (0, 0, 0, 0, 0),
     ]  # fmt: skip
     rows, heads = len(spans), 3
     span = torch.zeros(rows, SPAN, dtype=torch.int32, device=device)
     span[:, :5] = torch.tensor(spans, device=device)
-    fields, memory, addresses = pages(form, rows, 2, device), [], []
+    fields, memory, addresses = pages(form, rows, columns, device), [], []
     for field in fields:
         pages_of = [(field[:, :, None].flatten(0, 1)).contiguous()]
-        at = torch.arange(rows * 2, device=device) * (pages_of[0][0].nbytes)
+        at = torch.arange(rows * columns, device=device) * (pages_of[0][0].nbytes)
         memory += pages_of
-        addresses.append((pages_of[0].data_ptr() + at).view(rows, 2) // form.unit)
+        addresses.append((pages_of[0].data_ptr() + at).view(rows, columns) // form.unit)
     keys, values = torch.randn(2, rows, 2, 32, dim, device=device).to(dtype)
     _there, one = records((keys, values))
     slots = Exact(torch.stack([one, one + (32 * dim * dtype.itemsize >> 4)], 2), dtype)
     queries = torch.randn(rows, heads, dim, device=device).to(dtype)
     table = Packed(torch.stack(addresses, 2), form)
-    found, lse = kernel.decode(queries, dim**-0.5, span, table, slots, with_lse=True, programs=(6, 6))
+    programs = 6 if columns == 2 else 2, 6  # few, so that one has many pages
+    found, lse = kernel.decode(queries, dim**-0.5, span, table, slots, with_lse=True, programs=programs)
     wanted, wanted_lse = decode_reference(
         queries, dim**-0.5, span, form, fields, keys.flatten(1, 2), values.flatten(1, 2)
     )

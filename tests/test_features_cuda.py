@@ -119,7 +119,7 @@ def test_the_source_does_as_the_reference(shape, heads, dtype, alone, tmp_path, 
         blocks = min(programs, max(1, processors // split) + rows // form.team - 1) * split
         more = blocks + split  # than there is work for
         library.launch(more, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), rows, columns, processors)
-        assert library.ended_without_waiting() == 0
+        assert library.ended_without_waiting() == library.launched_without_waiting() == 0
         if alone:
             kernel.weigh(form, table, heads, scores, spans, starts, sums, lse)
             split, processors = 0, 1

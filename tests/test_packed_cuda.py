@@ -128,7 +128,7 @@ def test_the_source_does_as_the_reference(
         sizes = (rows, columns, slots.shape[1], heads, 0, 64)
         # One more than there is work for.
         library.launch(programs + 1, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), *sizes, *bases)
-        assert library.ended_without_waiting() == 0
+        assert library.ended_without_waiting() == library.launched_without_waiting() == 0
         if keys is not None:
             there = (torch.arange(64) < span[:, 4, None])[:, None].expand_as(scores)
             logs = (queries.double() * scaling) @ keys.double().nan_to_num(0).transpose(1, 2)
@@ -203,7 +203,7 @@ def test_pages_of_other_kinds(case: tuple[Method, int, torch.dtype, int], tmp_pa
         sizes = (rows, columns, slots.shape[1], heads, columns * page, 0)
         bases = (ctypes.c_longlong(0),) * 2
         library.launch(programs + 1, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), *sizes, *bases)
-        assert library.ended_without_waiting() == 0
+        assert library.ended_without_waiting() == library.launched_without_waiting() == 0
         for row in range(2):
             part = slice(int(starts[row]), int(starts[row + 1]))
             natural = lse[part].double() * math.log(2)

@@ -127,7 +127,7 @@ def test_the_source_does_as_the_reference(given: tuple, tmp_path: Path) -> None:
         scores = found.clone()
         _kept = written_in_front(second, scores)
         second.launch(programs + 1, late, *at(scores, table, spans, starts, sink_values, out, lse), *sizes)
-        assert second.ended_without_waiting() == 0
+        assert second.ended_without_waiting() == second.launched_without_waiting() == 0
         second.forget()
         for row in range(rows):
             lead = row // form.team * form.team

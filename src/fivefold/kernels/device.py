@@ -30,7 +30,7 @@ def sent(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
     return [part.view(x.shape) for part, x in zip(parts, arrays)]
 
 
-def early(device: torch.device) -> bool:
+def overlaps(device: torch.device) -> bool:
     """Whether kernels may start before the one before them has ended, and wait for it themselves (programmatic
     dependent launch)."""
     return device.type == "cuda" and _capability(numbered(device))[0] >= 9

@@ -33,6 +33,7 @@ class Directions(Reader):
     scale: float
 
     unit = 2
+    hurries = True
 
     @property
     def fields(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fivefold.kernels.device import on
+from fivefold.kernels.device import on, overlaps
 from fivefold.kernels.directions.reference import Directions
 from fivefold.kernels.packed_decode.reader import Packed
 from fivefold.kernels.packed_decode.schedule import SPAN
@@ -31,7 +31,7 @@ from fivefold.kernels.packed_decode.triton import (
     _times,
 )  # fmt: skip
 
-_AHEAD = 64, 1
+_TILE = 64, 2
 """Tokens of a tile of directions as they are, and stages of the loop over tiles."""
 
 
@@ -41,6 +41,15 @@ def _line(table, row, columns, page, there, FIELDS: tl.constexpr):
     out = ()
     for field in tl.static_range(FIELDS):
         out = out + (tl.load(table + (row * columns + page) * FIELDS + field, mask=there, other=0),)
+    return out
+
+
+@triton.jit
+def _when(there, line, FIELDS: tl.constexpr):
+    """The same, zeros where there is none. (A loop that hands on what it was handed is not pipelined.)"""
+    out = ()
+    for field in tl.static_range(FIELDS):
+        out = out + (tl.where(there, line[field], 0),)
     return out
 
 
@@ -137,62 +146,152 @@ def _where(
     return tl.multiple_of((at * 2).to(tl.pointer_type(DTYPE)), 16), own
 
 
+@triton.jit
+def _any(slots, token, PLACES: tl.constexpr):
+    """Whether tokens are among the slots."""
+    out = token < 0
+    for place in tl.static_range(PLACES):
+        out = out | (token == slots[place])
+    return out
+
+
+@triton.jit
+def _apart(table, row, columns, first, last, S: tl.constexpr, T: tl.constexpr, PLACES: tl.constexpr):
+    """Of T // S pages from `first` on, the tokens of which a key or a value is kept, one each `[T]`: (fields of its
+    page, its slot or -1, which slots of its page are kept, of keys and of values)."""
+    i = tl.arange(0, T)
+    page = first + i // S
+    there = (page < last) & (i < T // S * S)
+    line = _line(table, row, columns, page, there, 8)
+    key_slots = _page_slots(line, 2, there, PLACES)
+    value_slots = _page_slots(line, 5, there, PLACES)
+    slot = tl.full([T], -1, tl.int32)
+    for place in tl.static_range(PLACES):
+        slot = tl.where(i % S == place, key_slots[place], slot)
+        # One of which both are kept has come with its key.
+        once = (i % S == PLACES + place) & ~_any(key_slots, value_slots[place], PLACES)
+        slot = tl.where(once, value_slots[place], slot)
+    return line, slot, key_slots, value_slots
+
+
+@triton.jit
+def _norms(line, token, seen, NORMS: tl.constexpr):
+    """Norms of keys and of values of tokens `[T]` of a page, float32."""
+    keys = tl.load(_field(line, 3, NORMS, 16) + token, mask=seen, other=0.0).to(tl.float32)
+    return keys, tl.load(_field(line, 6, NORMS, 16) + token, mask=seen, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _attend(q, scale, k, v, key_norm, value_norm, seen, m, weight, acc):
+    """(m, weight, acc) with one tile more: k, v `[T, D]` times norms `[T]`, of which those `seen` count."""
+    s = tl.dot(k, q, input_precision="ieee") * scale * key_norm[:, None]
+    s = tl.where(seen[:, None], s, -1e30)
+    above = tl.maximum(m, tl.max(s, 0))
+    shrink = tl.exp2(m - above)
+    p = tl.where(seen[:, None], tl.exp2(s - above[None, :]), 0.0)
+    weight = weight * shrink[None, :] + p
+    p = (p * value_norm[:, None]).to(v.dtype)
+    return above, weight, tl.dot(tl.trans(v), p, acc * shrink[None, :], input_precision="ieee")
+
+
+@triton.constexpr_function
+def _fetch_asm(nbytes):
+    return f"{{ cp.async.bulk.prefetch.L2.global [$1], {int(nbytes)}; mov.b32 $0, 0; }}"
+
+
+@triton.jit
+def _fetch(address, PIECES: tl.constexpr, NBYTES: tl.constexpr):
+    """Begin to read so many pieces of NBYTES each into the L2 cache, from an address in units of 2 bytes on: one for
+    each thread."""
+    at = address * 2 + tl.arange(0, PIECES) * NBYTES
+    tl.inline_asm_elementwise(_fetch_asm(NBYTES), "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)
+
+
 @triton.jit(do_not_specialize=("rows", "columns", "heads"))
 def _plain(
     queries, table, spans, starts, out, lse, scale, rows, columns, heads,
     N: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr, NORMS: tl.constexpr, TOKENS: tl.constexpr, T: tl.constexpr,
-    PLACES: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
+    PLACES: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One share of a row's pages of directions as they are. Grid: (programs,).
 
-    A token that is kept is read from where it is, and its norm is 1. Addresses, and which tokens are kept, are read a
-    tile ahead: nobody waits for them.
+    Tokens of which something is kept come first, those of many pages in one tile, and are left out of the tiles of
+    their pages, which so are read as they lie. What is small is read a tile ahead: nobody waits for it.
+    EARLY: it was launched before the kernel in front of it was done, and begins to read what that one does not write.
+    PDL: what comes behind may be launched early, and begins once that one is done.
     """
     row = _row(starts, rows, R)
     if row >= rows:
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
         return
     work = tl.float32 if WIDE else DTYPE
+    WIDTH: tl.constexpr = D * DTYPE.primitive_bitwidth // 16
+    TILES: tl.constexpr = TOKENS // T
+    S: tl.constexpr = 2 * PLACES
     t = tl.arange(0, T)
     d = tl.arange(0, D)
+    low = tl.load(spans + row * SPAN)
+    high = tl.load(spans + row * SPAN + 1)
+    first, last = _share(starts, row, tl.cdiv(high, TOKENS) - low // TOKENS)
+    first += low // TOKENS
+    last += low // TOKENS
+    line = _line(table, row, columns, first, first < last, 8)
+    if EARLY:  # noqa: SIM102 (a constant of the compiler's)
+        if first < last:
+            _fetch(line[0], 64, TOKENS * WIDTH // 32)
+            _fetch(line[1], 64, TOKENS * WIDTH // 32)
+    where, slot, key_slots, value_slots = _apart(table, row, columns, first, last, S, T, PLACES)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     q = _queries(queries, row, heads, N, D)
     if work == tl.float16:
         q, unscale = _scaled(q)
         scale = scale * unscale[None, :]
     else:
         q = q.to(work)
-    low = tl.load(spans + row * SPAN)
-    high = tl.load(spans + row * SPAN + 1)
-    first, last = _share(starts, row, tl.cdiv(high, TOKENS) - low // TOKENS)
-    TILES: tl.constexpr = TOKENS // T
     m = tl.full([N], -1e30, tl.float32)
     weight = tl.zeros([T, N], tl.float32)
     acc = tl.zeros([D, N], tl.float32)
-    first = (first + low // TOKENS) * TILES
-    last = (last + low // TOKENS) * TILES
-    line = _line(table, row, columns, first // TILES, first < last, 8)
-    key_slots = _page_slots(line, 2, first < last, PLACES)
-    value_slots = _page_slots(line, 5, first < last, PLACES)
-    for tile in range(first, last):
+    for page in range(first, last, T // S):
+        if tl.max(slot, 0) >= 0:
+            at = (page + t // S) * TOKENS + slot
+            seen = (slot >= 0) & (at >= low) & (at < high)
+            keys, key_own = _where(where, 0, 4, key_slots, slot, DTYPE, D, PLACES)
+            values, value_own = _where(where, 1, 7, value_slots, slot, DTYPE, D, PLACES)
+            k = tl.load(keys[:, None] + d[None, :], mask=seen[:, None], other=0.0).to(work)
+            v = tl.load(values[:, None] + d[None, :], mask=seen[:, None], other=0.0).to(work)
+            key_norm, value_norm = _norms(where, slot, seen, NORMS)
+            key_norm = tl.where(key_own, 1.0, key_norm)
+            value_norm = tl.where(value_own, 1.0, value_norm)
+            m, weight, acc = _attend(q, scale, k, v, key_norm, value_norm, seen, m, weight, acc)
+        where, slot, key_slots, value_slots = _apart(table, row, columns, page + T // S, last, S, T, PLACES)
+    first *= TILES
+    last *= TILES
+    after = _line(table, row, columns, (first + 1) // TILES, first + 1 < last, 8)
+    key_at = _page_slots(line, 2, first < last, PLACES)
+    value_at = _page_slots(line, 5, first < last, PLACES)
+    key_norm, value_norm = _norms(line, first % TILES * T + t, first < last, NORMS)
+    for tile in tl.range(first, last):
         token = tile % TILES * T + t
-        seen = (tile * T + t >= low) & (tile * T + t < high)
-        keys, key_own = _where(line, 0, 4, key_slots, token, DTYPE, D, PLACES)
-        values, value_own = _where(line, 1, 7, value_slots, token, DTYPE, D, PLACES)
-        k = tl.load(keys[:, None] + d[None, :], mask=seen[:, None], other=0.0).to(work)
-        v = tl.load(values[:, None] + d[None, :], mask=seen[:, None], other=0.0).to(work)
-        key_norm = tl.load(_field(line, 3, NORMS, 16) + token, mask=seen, other=0.0).to(tl.float32)
-        value_norm = tl.load(_field(line, 6, NORMS, 16) + token, mask=seen, other=0.0).to(tl.float32)
-        line = _line(table, row, columns, (tile + 1) // TILES, tile + 1 < last, 8)
-        s = tl.dot(k, q, input_precision="ieee") * scale * tl.where(key_own, 1.0, key_norm)[:, None]
-        s = tl.where(seen[:, None], s, -1e30)
-        above = tl.maximum(m, tl.max(s, 0))
-        shrink = tl.exp2(m - above)
-        m = above
-        p = tl.where(seen[:, None], tl.exp2(s - m[None, :]), 0.0)
-        weight = weight * shrink[None, :] + p
-        p = p * tl.where(value_own, 1.0, value_norm)[:, None]
-        key_slots = _page_slots(line, 2, tile + 1 < last, PLACES)
-        value_slots = _page_slots(line, 5, tile + 1 < last, PLACES)
-        acc = tl.dot(tl.trans(v), p.to(work), acc * shrink[None, :], input_precision="ieee")
+        there = (tile * T + t >= low) & (tile * T + t < high)
+        inside = token[:, None] * D + d[None, :]
+        k = tl.load(_field(line, 0, DTYPE, 16) + inside, mask=there[:, None], other=0.0).to(work)
+        v = tl.load(_field(line, 1, DTYPE, 16) + inside, mask=there[:, None], other=0.0).to(work)
+        seen = there & ~_any(key_at, token, PLACES) & ~_any(value_at, token, PLACES)
+        # A norm of what is not there yet may be anything.
+        key_size = tl.where(seen, key_norm, 0.0)
+        value_size = tl.where(seen, value_norm, 0.0)
+        more = tile + 1 < last
+        line = _when(more, after, 8)
+        key_norm, value_norm = _norms(line, (tile + 1) % TILES * T + t, more, NORMS)
+        key_at = _page_slots(line, 2, more, PLACES)
+        value_at = _page_slots(line, 5, more, PLACES)
+        after = _line(table, row, columns, (tile + 2) // TILES, tile + 2 < last, 8)
+        m, weight, acc = _attend(q, scale, k, v, key_size, value_size, seen, m, weight, acc)
     _leave(out, lse, tl.program_id(0), acc, m, tl.sum(weight, 0), heads, N, D)
 
 
@@ -201,9 +300,14 @@ def _planar(
     queries, table, spans, starts, out, lse, scale, unscale, rows, columns, heads,
     N: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr, NORMS: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, CHANNELS: tl.constexpr, PLACES: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr,
-    ASM: tl.constexpr,
+    ASM: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One share of a row's pages of packed directions, which are to be multiplied by `unscale`. Grid: (programs,)."""
+    """One share of a row's pages of packed directions, which are to be multiplied by `unscale`. EARLY, PDL: see
+    `_plain`. Grid: (programs,)."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     row = _row(starts, rows, R)
     if row >= rows:
         return
@@ -316,6 +420,7 @@ def attend(
     starts: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    early: bool = False,
 ) -> None:
     """`Reader.attend` of `Directions`."""
     rows, heads, dim = queries.shape
@@ -324,12 +429,13 @@ def attend(
     norms = tl.float32 if form.dtype is torch.float32 else tl.float16
     common = {
         "N": 8 if heads <= 8 else 16, "D": dim, "DTYPE": _TYPES[form.dtype], "NORMS": norms, "PLACES": form.places,
-        "SPAN": SPAN, "R": triton.next_power_of_2(rows),
+        "SPAN": SPAN, "R": triton.next_power_of_2(rows), "EARLY": early, "PDL": overlaps(device),
+        **({"launch_pdl": True} if early else {}),
     }  # fmt: skip
     given = rows, packed.table.shape[1], heads
     with on(device):
         if inner is None:
-            tile, stages = (32, 1) if form.dtype is torch.float32 else _AHEAD
+            tile, stages = (32, 1) if form.dtype is torch.float32 else _TILE
             _plain[(len(out),)](
                 queries, packed.table, spans, starts, out, lse, scale, *given, TOKENS=form.tokens, T=tile,
                 WIDE=interpreted, num_warps=2, num_stages=stages, **common,

@@ -29,8 +29,6 @@ HELD, KEYS = 512, 512
 """Features of keys and of values together, and of keys alone, that there are registers for."""
 SHARED = 227 << 10
 """Bytes of shared memory that a program may have on Hopper."""
-EARLY = True
-"""Whether it starts before the kernel in front of it has ended (programmatic dependent launch)."""
 _QUERIES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -104,11 +102,12 @@ def features(
     sums: torch.Tensor,
     sums_lse: torch.Tensor,
     scores: torch.Tensor,
+    early: bool = False,
 ) -> tuple[int, int]:
     """Leave weighted features, divided, in sums, float32 `[programs, team * heads, features]`, and their log-sum-exp in
     sums_lse: of a team's first programs only. Which these are, `_expand` works out from what is returned: how many
     launched programs share a team's heads out, and processors. Where `scores_alone` leave these, to the base 2, in
-    scores, float32 `[teams, slots, team * heads]`."""
+    scores, float32 `[teams, slots, team * heads]`. early: see `Reader.attend`."""
     (rows, columns), device, made = table.shape, queries.device, form.prepared
     function, shared, processors = _kernel(form, queries.dtype, numbered(device))
     split = form.team // group(form)
@@ -119,7 +118,7 @@ def features(
     pointers = [x.data_ptr() for x in tensors]
     types = (*[ctypes.c_void_p] * 10, ctypes.c_float, *[ctypes.c_int] * 3)
     values = (*pointers, scale, rows, columns, processors)
-    launch(function, programs, 128 * WORKERS, shared, device, values, types, EARLY)
+    launch(function, programs, 128 * WORKERS, shared, device, values, types, early)
     return split, processors
 
 

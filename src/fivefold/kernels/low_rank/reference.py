@@ -50,6 +50,7 @@ class Features(Reader):
 
     positional: ClassVar[bool] = True
     whole: ClassVar[bool] = True
+    hurries: ClassVar[bool] = True
 
     @property
     def fields(self) -> tuple[str, ...]:  # type: ignore[override]

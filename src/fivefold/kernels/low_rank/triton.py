@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fivefold.kernels.device import early, on
+from fivefold.kernels.device import on, overlaps
 from fivefold.kernels.low_rank import cuda
 from fivefold.kernels.low_rank.reference import CHUNK, Features, padded
 from fivefold.kernels.packed_decode.reader import Packed
@@ -239,15 +239,15 @@ def _features(
 @triton.jit(do_not_specialize=("processors",))
 def _expand(
     sums, sums_lse, starts, value_up, out, lse, processors, BLOCKS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
-    NV: tl.constexpr, P: tl.constexpr, W: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr, WAITS: tl.constexpr,
+    NV: tl.constexpr, P: tl.constexpr, W: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Merge the weighted features of one head of a row, and make N channels of a value of them: the part of the team's
     first program. Grid: (rows, query heads of a row, D / N); W: at least NV.
 
-    SPLIT: 0 where every program of the team has a part, else as `cuda.features` says. WAITS: it was launched before the
+    SPLIT: 0 where every program of the team has a part, else as `cuda.features` says. EARLY: it was launched before the
     kernel in front of it was done.
     """
-    if WAITS:
+    if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
     heads = tl.num_programs(1)
@@ -261,7 +261,7 @@ def _expand(
         last = tl.where(last > begin, begin + tl.maximum(1, (last - begin) // each), last)
     up = value_up + row % (BLOCKS * HEADS) * (NV * D)
     made = tl.load(up + w[:, None] * D + d[None, :], mask=w[:, None] < NV, other=0.0)
-    if WAITS:
+    if EARLY:
         tl.extra.cuda.gdc_wait()
     m = -1e30
     total = 0.0
@@ -385,6 +385,7 @@ def attend(
     starts: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    early: bool = False,
     settings: dict[str, int] | None = None,
 ) -> None:
     """`Reader.attend` of `Features`. settings: what `settings_of` gives, to try others; of the kernel in Triton."""
@@ -402,7 +403,7 @@ def attend(
             alone = cuda.scores_alone(form)
             slots = packed.table.shape[1] * form.tokens
             scores = empty(rows // form.team, slots, form.team * heads) if alone else sums
-            made_by = cuda.features(form, packed.table, queries, scale, spans, starts, sums, sums_lse, scores)
+            made_by = cuda.features(form, packed.table, queries, scale, spans, starts, sums, sums_lse, scores, early)
             if alone:
                 weigh(form, packed.table, heads, scores, spans, starts, sums, sums_lse)
             else:
@@ -417,9 +418,9 @@ def attend(
                 OFFSET=form.side(form.ranks[0]), NEIGHBOURS=form.neighbours, PAIRS=form.pairs, SPAN=SPAN,
                 R=triton.next_power_of_2(rows), WIDE=device.type != "cuda", **given,
             )  # fmt: skip
-        waits = early(device)
+        begins = overlaps(device)
         _expand[(rows, heads, dim // 64)](
             sums, sums_lse, starts, made.values, out, lse, processors, BLOCKS=form.blocks, HEADS=form.team, D=dim,
-            NV=nv, P=32, W=triton.next_power_of_2(nv), N=64, SPLIT=split, WAITS=waits, num_warps=8,
-            **({"launch_pdl": True} if waits else {}),
+            NV=nv, P=32, W=triton.next_power_of_2(nv), N=64, SPLIT=split, EARLY=begins, num_warps=8,
+            **({"launch_pdl": True} if begins else {}),
         )  # fmt: skip

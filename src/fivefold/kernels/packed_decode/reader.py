@@ -32,7 +32,7 @@ class Reader:
     scores: ClassVar[bool] = False
     """Whether `attend` leaves scores where it is asked to."""
     hurries: ClassVar[bool] = False
-    """Whether `attend` may be told to start early."""
+    """Whether the first kernel of `attend` can be launched before the kernel in front of it is done."""
     team: int = 1
     """So many rows in succession are read together: they see the same slots, and the work lists name the first."""
 
@@ -78,8 +78,11 @@ class Reader:
         queries: contiguous `[rows, query_heads, head_dim]`; scale: what scores are multiplied with before a power of 2;
         spans: int32 `[rows, SPAN]`; starts: int32 `[rows + 1]`, the work list (see `schedule.starts_of`). scores:
         float32 `[rows, query_heads, columns * tokens]`, which gets those of the packed slots that are seen, to the base
-        2; what stands elsewhere is anything. early: the first kernel may read all but the queries before the kernel in
-        front of it is done, where the reader `hurries`.
+        2; what stands elsewhere is anything. early: launch the first kernel before the kernel in front of it is done,
+        where the reader `hurries`: it may read all but the queries then, and each of its programs waits.
+
+        No kernel lets what comes behind `attend` begin before all that is in front of it is done. So that may read
+        queries at once; it waits before it writes or ends.
         """
         more = () if scores is None else (scores,)
         named = {"early": True} if early and self.hurries else {}

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from fivefold.kernels.choice import choose
-from fivefold.kernels.device import early, numbered, on
+from fivefold.kernels.device import numbered, on, overlaps
 from fivefold.kernels.packed_decode import cuda
 from fivefold.kernels.packed_decode.reader import Reader
 from fivefold.kernels.packed_decode.reference import Form
@@ -76,7 +76,7 @@ RESIDENT = 4
 
 PDL = True
 """Launch what merges the parts before the kernel that leaves them is done (programmatic dependent launch)."""
-AHEAD = True
+EARLY = True
 """In a captured step, launch the first of them before the kernel in front of it is done, too. (Outside of one that may
 be what writes the tables.)"""
 
@@ -300,27 +300,28 @@ def _packed(
 def _exact(
     queries, table, spans, starts, picks, out, lse, scores, scale, rows, columns, heads, width,
     DTYPE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr,
-    TILE: tl.constexpr, WIDE: tl.constexpr, PICKED: tl.constexpr, SCORED: tl.constexpr, WAITS: tl.constexpr,
-    AHEAD: tl.constexpr, EARLY: tl.constexpr,
+    TILE: tl.constexpr, WIDE: tl.constexpr, PICKED: tl.constexpr, SCORED: tl.constexpr, EARLY: tl.constexpr,
+    BEHIND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One share of the exact slots of a row, in tiles of TILE. table: `[rows, columns, 2]`. Grid: (programs,).
 
     PICKED: of the slots named in `picks`, a row's `stop` of them one behind the other; negative ones are none.
     WIDE multiplies in float32 whatever the pages hold: the interpreter has no products of bfloat16. SCORED: scaled
-    scores go to `scores [rows, heads, width]`, -1e30 where a slot is not seen. WAITS: see `_combine`; it reads nothing
-    that the kernel in front of it leaves. AHEAD: as WAITS, but it does.
+    scores go to `scores [rows, heads, width]`, -1e30 where a slot is not seen.
+    EARLY: it was launched before the kernel in front of it was done. BEHIND: that is one over packed pages, which lets
+    nothing begin before queries are there (see `Reader.attend`). PDL: what comes behind may be launched early.
     """
-    if EARLY:
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     row = _row(starts, rows, R)
     if row >= rows:
-        if WAITS or AHEAD:
+        if EARLY:
             tl.extra.cuda.gdc_wait()
         return
     work = tl.float32 if WIDE else DTYPE
     t = tl.arange(0, T)
     d = tl.arange(0, D)
-    if AHEAD:
+    if EARLY and not BEHIND:
         tl.extra.cuda.gdc_wait()
     q = _queries(queries, row, heads, N, D)
     if work == tl.float16:
@@ -363,7 +364,7 @@ def _exact(
         p = tl.where(seen[:, None], tl.exp2(s - m[None, :]), 0.0)
         weight = weight * shrink[None, :] + p
         acc = tl.dot(tl.trans(v), p.to(work), acc * shrink[None, :], input_precision="ieee")
-    if WAITS:
+    if EARLY and BEHIND:
         tl.extra.cuda.gdc_wait()
     _leave(out, lse, tl.program_id(0), acc, m, tl.sum(weight, 0), heads, N, D)
 
@@ -466,11 +467,11 @@ def _merge(out, lse, first, last, head, heads, m, total, acc, D: tl.constexpr, P
 def _combine(
     packed_out, packed_lse, exact_out, exact_lse, starts, exact_starts, merged, merged_lse,
     D: tl.constexpr, P: tl.constexpr, WITH_LSE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
-    TEAM: tl.constexpr, WHOLE: tl.constexpr, WAITS: tl.constexpr,
+    TEAM: tl.constexpr, WHOLE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts of one head of a row. Grid: (rows, heads).
 
-    TEAM, WHOLE: see `Reader`. WAITS: it was launched before the kernel in front of it was done.
+    TEAM, WHOLE: see `Reader`. EARLY: it was launched before the kernel in front of it was done.
     """
     row = tl.program_id(0)
     head = tl.program_id(1)
@@ -483,7 +484,7 @@ def _combine(
         last = tl.minimum(last, first + 1)
     first_exact = tl.load(exact_starts + row)
     last_exact = tl.load(exact_starts + row + 1)
-    if WAITS:
+    if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     m = -1e30
@@ -587,9 +588,9 @@ def decode(
     programs = programs or programs_for(rows, device, form, heads, None if exact is None else exact.dtype)
     joined = exact if programs[1] == 0 else None
     """Exact pages that the kernel of the packed ones attends over."""
-    pdl = PDL and early(device)
+    pdl = PDL and overlaps(device)
     # Where scores are wanted a captured step may also wait for what read those of an earlier layer.
-    ahead = AHEAD and pdl and scores is None and packed_scores is None and torch.cuda.is_current_stream_capturing()
+    early = EARLY and pdl and scores is None and packed_scores is None and torch.cuda.is_current_stream_capturing()
     if starts is None:
         page, team = (TILE, 1) if packed is None else (packed.form.tokens, packed.form.team)
         pages = pages_of(spans.cpu().numpy(), page, team, joined is not None)
@@ -615,7 +616,7 @@ def decode(
         kind = queries.dtype, None if joined is None else joined.dtype, device, SPAN, heads
         cuda.kernel(form, *kind, found is not None, scored is not None)(
             count, queries, packed, joined, spans, starts[0], packed_out, packed_lse, scale, found, scored,
-            early=ahead,
+            early=early,
         )  # fmt: skip
 
     with on(device):
@@ -648,30 +649,30 @@ def decode(
             if by_cuda(form, heads, device):
                 compiled_for_cuda(form, count)
             else:
-                form.attend(packed, queries, scale, spans, starts[0], packed_out, packed_lse, packed_scores, ahead)
+                form.attend(packed, queries, scale, spans, starts[0], packed_out, packed_lse, packed_scores, early)
         if exact is not None and joined is None:
             wide = exact.dtype.itemsize == 4
             picked = picks if packed is None else None
             slots = exact.table.shape[1] * 32 if picked is None else picked.shape[1]
-            waits = pdl and whole and scores is None
-            first = ahead and not waits
+            behind = packed is not None
+            begins = pdl and scores is None if behind else early
             count, exact_out, exact_lse = parts(programs[1], -(-slots // TILE) * rows)
             _exact[(count,)](
                 queries, exact.table, spans, starts[1], spans if picked is None else picked, exact_out, exact_lse,
                 exact_lse if scores is None else scores, scale, rows, exact.table.shape[1], heads,
                 1 if scores is None else scores.shape[2], DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE,
-                TILE=TILE, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None, WAITS=waits,
-                AHEAD=first, EARLY=pdl, num_warps=2, num_stages=1 if wide else 3, **common,
-                **({"launch_pdl": True} if waits or first else {}),
+                TILE=TILE, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None, EARLY=begins,
+                BEHIND=behind, PDL=pdl, num_warps=2, num_stages=1 if wide else 3, **common,
+                **({"launch_pdl": True} if begins else {}),
             )  # fmt: skip
         merged = torch.empty_like(queries) if out is None else out
         merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
-        waits = pdl and (exact is not joined or packed is not None)
+        begins = pdl and (exact is not joined or packed is not None)
         _combine[(rows, heads)](
             packed_out, packed_lse, exact_out, exact_lse, starts[0], starts[1], merged,
             merged_lse if with_lse else exact_lse,
             D=dim, P=64, WITH_LSE=with_lse, PACKED=packed is not None, EXACT=exact is not joined, TEAM=team,
-            WHOLE=whole, WAITS=waits, num_warps=8,
-            **({"launch_pdl": True} if waits else {}),
+            WHOLE=whole, EARLY=begins, num_warps=8,
+            **({"launch_pdl": True} if begins else {}),
         )  # fmt: skip
     return merged, merged_lse

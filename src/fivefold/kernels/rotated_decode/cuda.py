@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fivefold.kernels.device import early, numbered
+from fivefold.kernels.device import numbered, overlaps
 from fivefold.kernels.nvrtc import launch, loaded
 from fivefold.kernels.packed_decode.reader import Packed
 from fivefold.kernels.packed_decode.schedule import SPAN
@@ -24,8 +24,6 @@ from fivefold.kernels.rotated_decode.reference import Rotated
 SOURCE = Path(__file__).with_name("rotated.cu")
 PAIRS, UNITS = 1, 2
 """Of `values`: pairs of warps of a program, and pages in shared memory for each."""
-EARLY = True
-"""Launch `values` before `scores` is done (programmatic dependent launch): it waits itself."""
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MOST = 227 << 10
 """Bytes of shared memory of a program on an H100, at most."""
@@ -133,7 +131,7 @@ def attend(
     out: torch.Tensor,
     lse: torch.Tensor,
     scores: torch.Tensor,
-    ahead: bool = False,
+    early: bool = False,
 ) -> None:
     """See `Reader.attend`."""
     rows, heads, _ = queries.shape
@@ -144,6 +142,6 @@ def attend(
     sizes = [*((x, ctypes.c_int) for x in (rows, columns, heads)), (columns * form.tokens, ctypes.c_longlong)]
     given = [(x, None) for x in (queries, packed.table, spans, starts, places, turns, small, keys, scores)]
     enough = max(len(out), form.resident * torch.cuda.get_device_properties(device).multi_processor_count)
-    scored(enough, device, *given, (scale, ctypes.c_float), *sizes, early=ahead)
+    scored(enough, device, *given, (scale, ctypes.c_float), *sizes, early=early)
     given = [(x, None) for x in (scores, packed.table, spans, starts, values, out, lse)]
-    valued(len(out) * form.team, device, *given, *sizes, early=EARLY and early(device))
+    valued(len(out) * form.team, device, *given, *sizes, early=overlaps(device))

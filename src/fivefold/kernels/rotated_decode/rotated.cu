@@ -432,7 +432,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const int lane = threadIdx.x & 31, half = threadIdx.x >> 5 & 1, g = lane >> 2, t = lane & 3;
   const int pair_ = threadIdx.x / PAIR, thread = threadIdx.x % PAIR;
   const int part = blockIdx.x / TEAM, member = blockIdx.x % TEAM;
-  launch_dependents();
   const Share s_ = share_of(spans, starts, rows, part, lane);
   if (s_.row >= rows) {
     wait_for_others();  // so that this kernel is never done before the one in front of it
@@ -495,6 +494,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   }
   const int exact = SINKS > 0 ? min(marks[0], 32) : 0;
   wait_for_others();
+  launch_dependents();  // what is in front of `scores` is done, too
 #pragma unroll
   for (int unit = 0; unit < UNITS - 1; unit++) fetch_scores(unit * UNIT, first + pair_ + unit * PAIRS);
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda as dependent
 
-from fivefold.kernels.device import early, on
+from fivefold.kernels.device import on, overlaps
 from fivefold.kernels.packed_decode.schedule import SPAN
 from fivefold.kernels.step.reference import Biases, Heads, Norm, Pages, Turn
 
@@ -435,7 +435,7 @@ def _launch(
     sizes += [0] * (3 - len(sizes))
     w = [*weights, *[weights[0]] * (3 - len(weights))]
     b = [x if bias is None else bias for bias in (*biases, *[biases[0]] * (3 - len(biases)))]
-    pdl = early(device) if pdl is None else pdl
+    pdl = overlaps(device) if pdl is None else pdl
     more = {"launch_pdl": True} if pdl else {}
     cos, sin, dim = (x, x, 2) if turn is None else (turn.cos, turn.sin, turn.cos.shape[1])
     table, spans, columns = (x, x, 0) if pages is None else (pages.exact.table, pages.spans, pages.exact.table.shape[1])
@@ -531,7 +531,7 @@ def turned(
     first, second = turn.norms
     normed = first is not None and second is not None
     gains = (q, q, 0.0, 0.0) if first is None or second is None else (first.gain, second.gain, first.eps, second.eps)
-    pdl = early(device) if pdl is None else pdl
+    pdl = overlaps(device) if pdl is None else pdl
     more = {"launch_pdl": True} if pdl else {}
     with on(device):
         _rotate_append[(count, (sizes[0] + 2 * sizes[1]) // dim)](
@@ -546,7 +546,7 @@ def normed(x: torch.Tensor, norm: Norm, pdl: bool | None = None) -> torch.Tensor
     """See `reference.normed`."""
     count, width = x.shape
     out = torch.empty_like(x)
-    pdl = early(x.device) if pdl is None else pdl
+    pdl = overlaps(x.device) if pdl is None else pdl
     more = {"launch_pdl": True} if pdl else {}
     with on(x.device):
         _normed[(count,)](
@@ -559,7 +559,7 @@ def normed(x: torch.Tensor, norm: Norm, pdl: bool | None = None) -> torch.Tensor
 def gate_times(gate: torch.Tensor, up: torch.Tensor, act: str, pdl: bool | None = None) -> torch.Tensor:
     """See `reference.gate_times`."""
     out = torch.empty_like(gate)
-    pdl = early(gate.device) if pdl is None else pdl
+    pdl = overlaps(gate.device) if pdl is None else pdl
     more = {"launch_pdl": True} if pdl else {}
     with on(gate.device):
         _gate[(-(-gate.numel() // 1024),)](
