@@ -1,9 +1,9 @@
-"""The vLLM plug-in on a GPU in what it must serve: heads, dtypes, bits, tensor parallel, chunks, prefix hits, preemption.
+"""What the vLLM plug-in must serve on a GPU: heads, dtypes, bits, tensor parallel, chunks, prefix hits, preemption.
 
     python benchmarks/vllm_matrix.py benchmarks/results/vllm_h100.json gqa-8
     CUDA_VISIBLE_DEVICES=2,3 python benchmarks/vllm_matrix.py FILE tensor-4
 
-A case is one engine, in this process, over a small model with random weights and so few blocks that requests that come
+A case is one engine over a small model with random weights and so few blocks that requests that come
 together put each other off. It is asked
 
     alone      prompts one by one, the longer ones in chunks
@@ -13,8 +13,8 @@ together put each other off. It is asked
     again      prompts of `alone` again, where the prefix cache is not asked
 
 and a `long` case prompts as long as `max_model_len` allows, which vLLM finds out. What vLLM did, which tokens of a
-request it computed in which step, is written down, and Fivefold in transformers (in plain PyTorch) does the same: chunks
-of that size, a hit as packed tokens, and what was put off from the beginning. Of each greedy token, the divergence (KL,
+request it computed in which step, is written down, and Fivefold in transformers (in plain PyTorch) does the same: the
+same chunks, a hit as packed tokens, and what was put off from its beginning. Of each greedy token, the divergence (KL,
 nats) of vLLM's distribution from that one must be no more than `TIMES` that of transformers in this dtype from itself
 in float32, and, where bits are few, far from that of a cache that is exact. `again` must be what `alone` was, bit for
 bit, and so must `hit` be where nothing is exact beside the packed tokens and both read the same chunks. Exit code 1 if
@@ -28,6 +28,7 @@ import json
 import os
 import random
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ TIMES = 3.0
 """What transformers' own rounding may be exceeded by: both round, each in its own way."""
 LEAST = 2e-3
 """Nats that are always let pass: where rounding changes no code, both are nearly none."""
+TOLD = "FIVEFOLD_VLLM_TOLD"
 WORDS, HIDDEN = 8192, 1024
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
 
@@ -71,7 +73,7 @@ CASES = {
     "narrow-mqa-2": Case("kivi(bits=2)", (16, 1, 64), "float16"),
     "tensor-4": Case("kivi(bits=4, residual=0)", (8, 2, 128), "bfloat16", SPLIT, compiled=True),
     "tensor-mqa-2": Case("kivi(bits=2)", (8, 1, 128), "float16", SPLIT),
-    "long-4": Case("kivi(bits=4)", (8, 2, 128), "float16", long=9500),
+    "long-4": Case("kivi(bits=4)", (8, 2, 128), "float16", long=12000),
 }
 
 
@@ -79,6 +81,7 @@ def small_model(case: Case, name: str) -> Path:
     """A small Llama with random weights, whose texts do not repeat themselves and whose attention matters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
     from vllm_gpu import FOLDER
 
     heads, kv_heads, dim = case.heads
@@ -101,8 +104,8 @@ def small_model(case: Case, name: str) -> Path:
 
 @dataclass
 class Answer:
-    """steps: of every step with tokens of this request, the first that it computed, and how many; at: the steps' numbers.
-    cached: tokens of a prefix hit. logprobs: of each greedy token, pairs of vLLM's likeliest."""
+    """steps: of every step with tokens of this request, the first that it computed, and how many; at: the numbers of
+    these steps. cached: tokens of a prefix hit. logprobs: of each greedy token, pairs of vLLM's likeliest."""
 
     prompt: list[int]
     tokens: list[int]
@@ -122,41 +125,51 @@ class Answer:
         return [count for _, count in self.steps[: end + 1]]
 
 
+def tell() -> None:
+    """Have vLLM's scheduler write to the file `TOLD` what it schedules."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    schedule = Scheduler.schedule
+
+    def told(*args: Any, **settings: Any) -> Any:
+        out = schedule(*args, **settings)
+        first = {one.req_id: one.num_computed_tokens for one in out.scheduled_new_reqs}
+        first |= dict(zip(out.scheduled_cached_reqs.req_ids, out.scheduled_cached_reqs.num_computed_tokens))
+        new = {one.req_id: list(one.prompt_token_ids) for one in out.scheduled_new_reqs}
+        steps = {name: [first[name], count] for name, count in out.num_scheduled_tokens.items()}
+        with Path(os.environ[TOLD]).open("a") as file:
+            file.write(json.dumps([new, steps]) + "\n")
+        return out
+
+    Scheduler.schedule = told
+
+
 class Asked:
     """An engine whose scheduler tells what it schedules."""
 
     def __init__(self, llm: Any) -> None:
         self.llm = llm
-        self.seen: dict[str, tuple[list[int], list[tuple[int, int]], list[int]]] = {}
-        self.steps = 0
-        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-        schedule = scheduler.schedule
-
-        def told(*args: Any, **settings: Any) -> Any:
-            out = schedule(*args, **settings)
-            self.steps += 1
-            first = {one.req_id: one.num_computed_tokens for one in out.scheduled_new_reqs}
-            first |= dict(zip(out.scheduled_cached_reqs.req_ids, out.scheduled_cached_reqs.num_computed_tokens))
-            for one in out.scheduled_new_reqs:
-                self.seen.setdefault(one.req_id, (list(one.prompt_token_ids), [], []))
-            for name, count in out.num_scheduled_tokens.items():
-                self.seen[name][1].append((first[name], count))
-                self.seen[name][2].append(self.steps)
-            return out
-
-        scheduler.schedule = told
+        self.told = Path(os.environ[TOLD])
 
     def __call__(self, prompts: list[list[int]], fresh: bool = False) -> list[Answer]:
         """Together, different from each other. fresh: the prefix cache is not asked."""
         from vllm import SamplingParams
 
-        self.seen.clear()
+        before = len(self.told.read_text()) if self.told.exists() else 0
         sampling = SamplingParams(
             temperature=0, max_tokens=COUNT, min_tokens=COUNT, ignore_eos=True, detokenize=False, logprobs=TOP,
             skip_reading_prefix_cache=fresh,
         )  # fmt: skip
         outs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
-        steps = {tuple(ids): mine for ids, *mine in self.seen.values()}
+        names, steps = {}, {}
+        for number, line in enumerate(self.told.read_text()[before:].splitlines()):
+            new, step = json.loads(line)
+            for name, ids in new.items():
+                names.setdefault(name, tuple(ids))
+            for name in step.keys() & names.keys():  # others are of a question before
+                mine = steps.setdefault(names[name], ([], []))
+                mine[0].append(tuple(step[name]))
+                mine[1].append(number)
         return [
             Answer(
                 ids, list(out.outputs[0].token_ids),
@@ -262,14 +275,13 @@ def run(name: str, case: Case, out: Path, more: dict[str, Any]) -> bool:
     blocks = max(1 + 4 * (-(-near // block) + exact) + 2, 1 + -(-1536 // block) + exact)
     settings = {
         "dtype": case.dtype, "max_num_batched_tokens": chunk, "max_num_seqs": 4, "max_model_len": 1536,
-        "num_gpu_blocks_override": blocks, "gpu_memory_utilization": 0.3, "disable_log_stats": False,
+        "num_gpu_blocks_override": blocks, "kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.3,
         "enable_prefix_caching": True,
     } | case.settings  # fmt: skip
     if not case.compiled and not more.get("enforce_eager"):
         settings["compilation_config"] = GRAPHS
     if case.long:
-        for one in ("num_gpu_blocks_override", "gpu_memory_utilization"):
-            del settings[one]
+        del settings["num_gpu_blocks_override"]
         held = pages.blocks_of(case.long) * pages.block_bytes * kv_heads * 2  # of two layers
         settings |= {"max_model_len": -1, "kv_cache_memory_bytes": held, "max_num_batched_tokens": 2048}
     llm = engine(path, case.recipe, **settings | more)
@@ -285,7 +297,9 @@ def run(name: str, case: Case, out: Path, more: dict[str, Any]) -> bool:
     if case.long:
         texts = prompts(longest - COUNT)
         asked["alone"] = ask(texts)
-        must["longer than what is decoded at a time"] = longest - COUNT > 8192 + 2048 or not torch.cuda.is_available()
+        from fivefold.serving.vllm.cuda import PIECE
+
+        must["a chunk behind two pieces"] = any(first > PIECE for first, count in asked["alone"][0].steps if count > 1)
         try:
             ask(prompts(longest + 1))
             must["longer prompts are refused"] = False
@@ -375,12 +389,16 @@ def main() -> int:
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=JSON", help="a setting of vLLM's")
     given = parser.parse_args()
-    # The scheduler is asked, so the engine is in this process.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if "tensor_parallel_size" not in CASES[given.case].settings:  # with it an engine in this process waits for ever
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ[TOLD] = str(Path(tempfile.mkdtemp()) / "told.jsonl")
+    tell()
     sys.path.append(str(Path(__file__).parents[1] / "scripts"))
     settings = {name: json.loads(value) for name, _, value in (x.partition("=") for x in given.set)}
     return not run(given.case, CASES[given.case], given.out, settings)
 
 
+if __name__ == "__mp_main__" and TOLD in os.environ:  # a process that vLLM spawned
+    tell()
 if __name__ == "__main__":
     sys.exit(main())
