@@ -32,7 +32,7 @@ from fivefold.plan import time as plan_time
 from fivefold.plan.machine import Machine, find_machine
 
 RECIPES = ("full()", "kivi(bits=4)", "kivi(bits=2)", "duo(keep=0.5) + kivi(bits=2)")
-CONTEXTS = (4096, 32768, 131072)
+CONTEXTS = (4096, 32768, 131072, 524288)
 BATCHED = (4096, 32768)
 EIGHT, ONE = "llama-3-8b", "llama-3.2-1b"
 SHAPES = {"steps-8b": (EIGHT, None), "steps-1b": (ONE, None), "short": (EIGHT, 8)}
@@ -142,6 +142,8 @@ def one_step(results: Results, row: dict[str, Any], model: Any, shape: dict[str,
         batch = min(room // one, 1024) if not cpu else 3
         if row["size"] == "middle":
             batch = max(2, batch // 3)
+        elif not cpu:
+            batch = capacity.likely_batch(model, recipe, context, batch)
     else:
         return {"error": "no row of a sequence alone"}
     while True:

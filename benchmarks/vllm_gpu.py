@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 TOKENS = 64
+TOP = 20
+"""Log-probabilities that are given of a token, as many as vLLM gives at most."""
 FOLDER = Path(tempfile.gettempdir()) / "fivefold-vllm-gpu"
 SHAPES = {"small": (1024, 2, 8, 2, 2048, 8192), "8b": (4096, 32, 32, 8, 14336, 128256)}
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fivefold.kernels.packed_decode import Form, decode_reference
+from fivefold.kernels.packed_decode import Form, decode_reference, schedule
 from fivefold.methods.bits.kivi import Kivi, KiviCodec
 from fivefold.store.layer_cache import LayerSpec, exact_layout
 from fivefold.store.pages import PagePool
@@ -19,6 +19,14 @@ from fivefold.store.pages import PagePool
 GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="needs Triton")
 kernel = importlib.import_module("fivefold.kernels.packed_decode.triton")
+
+tl = pytest.importorskip("triton.language")
+
+
+@kernel.triton.jit
+def _rows_of(starts, out, rows, R: tl.constexpr):
+    tl.store(out + tl.program_id(0), kernel._row(starts, rows, R))
+
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
 PATHS = [pytest.param("cuda", marks=ON_GPU), pytest.param("triton", marks=ON_GPU)]
@@ -181,6 +189,21 @@ def test_sinks_that_fade_out(device: str) -> None:
     form = Form(2, 32, 32, 64)
     for fading in [(4, 30), (2, 70), (100, 130), (0, 0)]:
         check(device, 2, 3, form, 1, 5, [(0, 64, 4, 120, 150, *fading), (0, 0, 0, 90, 99, 0, 7)], programs=(3, 3))
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_programs_find_their_rows(device) -> None:
+    """Among more rows than are looked at at once, of which some have no program; the last two are for nobody."""
+    for rows, size in ((1, 1), (3, 4), (4, 4), (5, 4), (13, 4), (16, 4), (30, 8)):
+        shares = torch.from_numpy(np.random.default_rng(rows).integers(0, 3, rows))
+        starts = torch.cat([shares.new_zeros(1), shares.cumsum(0)]).int()
+        count = int(starts[-1])
+        found = torch.full((count + 2,), -1, dtype=torch.int32, device=device)
+        _rows_of[(count + 2,)](starts.to(device), found, rows, R=size)
+        assert found.tolist() == [*torch.arange(rows).repeat_interleave(shares).tolist(), rows, rows]
+    for rows in (1, 2, 255, 257, 1024, 65536, 65537, 1000000):
+        size = schedule.searched(rows)
+        assert size**2 >= rows and size == kernel.triton.next_power_of_2(size) <= max(256, 2 * rows**0.5)
 
 
 def test_work_lists() -> None:

@@ -49,6 +49,23 @@ def _width(config: Any) -> int:
     return config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
 
 
+def likely_batch(model: Any, name: str | Recipe, context: int, most: int) -> int:
+    """How many sequences, `most` at best, fit on a GPU, as two smaller batches say: one that does not fit takes as long
+    to fill as one that does. What a step takes for each sequence counts, and what it takes however many there are."""
+    if model.device.type != "cuda" or most < 16:
+        return most
+    start, few, peaks = room(model.device, None), (most // 16, most // 8), []
+    base = torch.cuda.memory_allocated()
+    for batch in few:
+        torch.cuda.reset_peak_memory_stats()
+        with torch.inference_mode():
+            decode.timed(model, decode.filled(model, name, context, batch, True), batch, 1)
+        peaks.append(torch.cuda.max_memory_allocated() - base)
+        room(model.device, None)
+    each = (peaks[1] - peaks[0]) / (few[1] - few[0])
+    return max(1, min(most, int(few[0] + (start - peaks[0]) / each)))
+
+
 def largest_batch(
     model: Any, recipe: Recipe | None, context: int, steps: int, limit: int | None = None
 ) -> dict[str, Any]:
@@ -68,6 +85,8 @@ def largest_batch(
             cache.free()
             del cache
     batch = room(device, limit) // one
+    if recipe is not None and limit is None:
+        batch = likely_batch(model, name, context, batch)
     while batch > 0:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()

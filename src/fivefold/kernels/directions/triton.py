@@ -14,7 +14,7 @@ import triton.language as tl
 from fivefold.kernels.device import on, overlaps
 from fivefold.kernels.directions.reference import Directions
 from fivefold.kernels.packed_decode.reader import Packed
-from fivefold.kernels.packed_decode.schedule import SPAN
+from fivefold.kernels.packed_decode.schedule import SPAN, searched
 from fivefold.kernels.packed_decode.triton import (
     _TYPES,
     _code_planes,
@@ -429,7 +429,7 @@ def attend(
     norms = tl.float32 if form.dtype is torch.float32 else tl.float16
     common = {
         "N": 8 if heads <= 8 else 16, "D": dim, "DTYPE": _TYPES[form.dtype], "NORMS": norms, "PLACES": form.places,
-        "SPAN": SPAN, "R": triton.next_power_of_2(rows), "EARLY": early, "PDL": overlaps(device),
+        "SPAN": SPAN, "R": searched(rows), "EARLY": early, "PDL": overlaps(device),
         **({"launch_pdl": True} if early else {}),
     }  # fmt: skip
     given = rows, packed.table.shape[1], heads

@@ -20,7 +20,7 @@ from fivefold.kernels.device import on, overlaps
 from fivefold.kernels.low_rank import cuda
 from fivefold.kernels.low_rank.reference import CHUNK, Features, padded
 from fivefold.kernels.packed_decode.reader import Packed
-from fivefold.kernels.packed_decode.schedule import SPAN
+from fivefold.kernels.packed_decode.schedule import SPAN, searched
 from fivefold.kernels.packed_decode.triton import _TYPES, _row
 
 
@@ -363,7 +363,7 @@ def weigh(
     _weigh[(len(sums), form.team)](
         scores, table, spans, starts, sums, sums_lse, rows, columns, M=heads, NQ=nq, HEADS=form.team, RV=rank,
         RP=max(16, triton.next_power_of_2(rank)), NV=padded(form.team * rank), DTYPE=_TYPES[form.work],
-        TOKENS=form.tokens, OFFSET=form.side(form.ranks[0]), SPAN=SPAN, R=triton.next_power_of_2(rows),
+        TOKENS=form.tokens, OFFSET=form.side(form.ranks[0]), SPAN=SPAN, R=searched(rows),
         WIDE=table.device.type != "cuda", num_warps=4, num_stages=3,
     )  # fmt: skip
 
@@ -416,7 +416,7 @@ def attend(
                 packed.table.shape[1], M=heads, NQ=nq, BLOCKS=form.blocks, HEADS=form.team, D=dim, RK=form.ranks[0],
                 RV=form.ranks[1], NK=nk, NV=nv, BITS=form.bits or 0, DTYPE=_TYPES[form.work], TOKENS=form.tokens,
                 OFFSET=form.side(form.ranks[0]), NEIGHBOURS=form.neighbours, PAIRS=form.pairs, SPAN=SPAN,
-                R=triton.next_power_of_2(rows), WIDE=device.type != "cuda", **given,
+                R=searched(rows), WIDE=device.type != "cuda", **given,
             )  # fmt: skip
         begins = overlaps(device)
         _expand[(rows, heads, dim // 64)](

@@ -149,9 +149,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const int pair_ = threadIdx.x / PAIR, thread = threadIdx.x % PAIR;
   const int part = blockIdx.x;
 
-  int row = 0;
-  for (int first = 0; first < rows; first += 32)
-    row += __popc(__ballot_sync(~0u, first + lane < rows && starts[1 + first + lane] <= part));
+  const int row = row_of(starts, rows, part, lane);
   if (row >= rows) {
     wait_for_others();  // where nothing is packed all programs are such: what comes behind waits for none but these
     return;

@@ -14,7 +14,8 @@ from fivefold.kernels.packed_decode.reader import Packed, Reader
 from fivefold.kernels.packed_decode.reference import Form
 
 __all__ = [
-    "HEADS", "LIMIT", "PAGE", "PICKS", "SPAN", "TILE", "Exact", "Packed", "lacks", "pages_of", "starts_of", "supports",
+    "HEADS", "LIMIT", "PAGE", "PICKS", "SPAN", "TILE", "Exact", "Packed", "lacks", "pages_of", "searched",
+    "starts_of", "supports",
 ]  # fmt: skip
 SPAN = 8
 """Columns of a table of spans; the first seven are used (see `decode_reference`)."""
@@ -96,3 +97,9 @@ def starts_of(pages: np.ndarray, programs: tuple[int, int]) -> np.ndarray:
     out = np.zeros((*pages.shape[:-1], pages.shape[-1] + 1), dtype=np.int32)
     np.cumsum(shares, -1, out=out[..., 1:])
     return out
+
+
+def searched(rows: int) -> int:
+    """How many starts a program that looks for its row reads at a time, a power of two whose square is `rows` or more:
+    of thousands of rows, all starts would be more than the pages of a program."""
+    return 1 << max(min((rows - 1).bit_length(), 8), -(-(rows - 1).bit_length() // 2))

@@ -40,6 +40,7 @@ from fivefold.kernels.packed_decode.schedule import (
     Exact,
     Packed,
     pages_of,
+    searched,
     starts_of,
     supports,
 )
@@ -175,9 +176,15 @@ def _scaled(q):
 
 @triton.jit
 def _row(starts, rows, R: tl.constexpr):
-    """The row that this program works for, `rows` if none; starts: the first program of each, and how many in all."""
+    """The row that this program works for, `rows` if none; starts: the first program of each, and how many in all.
+    R: see `schedule.searched`; of more rows than that, first the R that it is among are looked for."""
     i = tl.arange(0, R)
-    return tl.sum((tl.load(starts + 1 + i, mask=i < rows, other=2147483647) <= tl.program_id(0)).to(tl.int32), 0)
+    first = 0
+    if rows > R:
+        lasts = tl.load(starts + (i + 1) * R, mask=(i + 1) * R <= rows, other=2147483647)
+        first = R * tl.sum((lasts <= tl.program_id(0)).to(tl.int32), 0)
+    found = tl.load(starts + 1 + first + i, mask=first + i < rows, other=2147483647) <= tl.program_id(0)
+    return first + tl.sum(found.to(tl.int32), 0)
 
 
 @triton.jit
@@ -597,7 +604,7 @@ def decode(
         if picks is not None and packed is not None:
             pages[0] = -(-picks.shape[1] // PICKS)
         starts = torch.from_numpy(starts_of(pages, programs)).to(device)
-    common = {"N": n, "D": dim, "SPAN": SPAN, "R": triton.next_power_of_2(rows)}
+    common = {"N": n, "D": dim, "SPAN": SPAN, "R": searched(rows)}
     # Only CUDA C++ counts from a base.
     if packed is not None and packed.base and not (picks is None and by_cuda(packed.form, heads, device)):
         packed = replace(packed, table=packed.table + packed.base, base=0)

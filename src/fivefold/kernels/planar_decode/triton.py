@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from fivefold.kernels.packed_decode.reader import Packed
-from fivefold.kernels.packed_decode.schedule import SPAN
+from fivefold.kernels.packed_decode.schedule import SPAN, searched
 from fivefold.kernels.packed_decode.triton import _SHIFTS, _code_planes, _leave, _queries, _row, _share
 from fivefold.kernels.planar_decode.reference import Planar
 
@@ -251,6 +251,6 @@ def attend(
         GROUP=form.group, CHANNELS=form.channels, RANK=form.rank, R16=max(16, triton.next_power_of_2(form.rank)),
         KEY_OUT=form.key_outliers, VALUE_OUT=form.value_outliers, UNBIAS=form.unbias, BALANCED=form.balanced,
         FIELDS=1 if form.record else len(form.fields), **{name.upper(): at.get(name, 0) for name in names}, SPAN=SPAN,
-        R=triton.next_power_of_2(rows), ASM=queries.device.type == "cuda", FOUND=scores is not None,
+        R=searched(rows), ASM=queries.device.type == "cuda", FOUND=scores is not None,
         num_warps=warps, num_stages=1, maxnreg=registers,
     )  # fmt: skip

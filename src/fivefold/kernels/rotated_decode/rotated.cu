@@ -51,9 +51,7 @@ struct Share {
 
 __device__ __forceinline__ Share share_of(const int* spans, const int* starts, int rows, int part, int lane) {
   Share s;
-  s.row = 0;
-  for (int first = 0; first < rows; first += 32)
-    s.row += __popc(__ballot_sync(~0u, first + lane < rows && starts[1 + first + lane] <= part));
+  s.row = row_of(starts, rows, part, lane);
   if (s.row >= rows) return s;
   const int begin = starts[s.row], programs = starts[s.row + 1] - begin;
   const int* const span = spans + s.row * SPAN;

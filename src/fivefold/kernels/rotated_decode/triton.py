@@ -18,7 +18,7 @@ import triton.language as tl
 
 from fivefold.kernels.choice import choose
 from fivefold.kernels.packed_decode.reader import Packed
-from fivefold.kernels.packed_decode.schedule import SPAN
+from fivefold.kernels.packed_decode.schedule import SPAN, searched
 from fivefold.kernels.packed_decode.triton import _code_planes, _leave, _row, _share
 from fivefold.kernels.planar_decode.triton import _code, _rest, _spread
 from fivefold.kernels.rotated_decode import cuda
@@ -324,7 +324,7 @@ def attend(
     common = {
         "D": dim, "BITS": form.bits, "CHANNELS": form.channels, "TEAM": form.team,
         "SINKS": form.sinks, "S": 16 if form.sinks <= 16 else 32, "FIELDS": len(form.fields), "SPAN": SPAN,
-        "R": triton.next_power_of_2(rows), "ASM": queries.device.type == "cuda",
+        "R": searched(rows), "ASM": queries.device.type == "cuda",
     }  # fmt: skip
     _scores[(len(out),)](
         queries, packed.table, spans, starts, places, turns, small, matrices, sink_keys, scores, scale, rows, columns,
