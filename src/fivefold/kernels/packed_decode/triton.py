@@ -30,7 +30,7 @@ import triton.language as tl
 from fivefold.kernels.choice import choose
 from fivefold.kernels.device import early, numbered, on
 from fivefold.kernels.packed_decode import cuda
-from fivefold.kernels.packed_decode.reader import Reader
+from fivefold.kernels.packed_decode.reader import Divided, Reader
 from fivefold.kernels.packed_decode.reference import Form
 from fivefold.kernels.packed_decode.schedule import (
     LIMIT,
@@ -466,19 +466,28 @@ def _merge(out, lse, first, last, head, heads, m, total, acc, D: tl.constexpr, P
 def _combine(
     packed_out, packed_lse, exact_out, exact_lse, starts, exact_starts, merged, merged_lse,
     D: tl.constexpr, P: tl.constexpr, WITH_LSE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
-    TEAM: tl.constexpr, WHOLE: tl.constexpr, WAITS: tl.constexpr,
+    TEAM: tl.constexpr, WHOLE: tl.constexpr, WAITS: tl.constexpr, DIVIDED: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts of one head of a row. Grid: (rows, heads).
 
-    TEAM, WHOLE: see `Reader`. WAITS: it was launched before the kernel in front of it was done.
+    TEAM, WHOLE: see `Reader`. WAITS: it was launched before the kernel in front of it was done. DIVIDED: starts are the
+    parts of `Divided`.
     """
     row = tl.program_id(0)
     head = tl.program_id(1)
     heads = tl.num_programs(1)
     d = tl.arange(0, D)
-    lead = row // TEAM * TEAM
-    first = tl.load(starts + lead)
-    last = tl.load(starts + lead + 1)
+    if DIVIDED:
+        first = tl.load(starts + row * 4)
+        last = tl.load(starts + row * 4 + 1)
+        line = tl.load(starts + row * 4 + 2)
+        apart = tl.load(starts + row * 4 + 3)
+    else:
+        lead = row // TEAM * TEAM
+        first = tl.load(starts + lead)
+        last = tl.load(starts + lead + 1)
+        line = row % TEAM * heads
+        apart = heads * TEAM
     if WHOLE:
         last = tl.minimum(last, first + 1)
     first_exact = tl.load(exact_starts + row)
@@ -490,8 +499,7 @@ def _combine(
     total = 0.0
     acc = tl.zeros([D], tl.float32)
     if PACKED:
-        whose = head + row % TEAM * heads
-        m, total, acc = _merge(packed_out, packed_lse, first, last, whose, heads * TEAM, m, total, acc, D, P)
+        m, total, acc = _merge(packed_out, packed_lse, first, last, line + head, apart, m, total, acc, D, P)
     if EXACT:
         m, total, acc = _merge(exact_out, exact_lse, first_exact, last_exact, head, heads, m, total, acc, D, P)
     at = row * heads + head
@@ -553,7 +561,7 @@ def decode(
     queries: torch.Tensor,
     scaling: float,
     spans: torch.Tensor,
-    packed: Packed | None = None,
+    packed: Packed | Divided | None = None,
     exact: Exact | None = None,
     with_lse: bool = False,
     asm: bool | None = None,
@@ -580,6 +588,8 @@ def decode(
     """
     rows, heads, dim = queries.shape
     device = queries.device
+    divided, packed = (packed, None) if isinstance(packed, Divided) else (None, packed)
+    assert divided is None or (picks is None and packed_scores is None and starts is not None)
     asm = device.type == "cuda" if asm is None else asm
     scale = scaling * 1.4426950408889634
     n = 8 if heads <= 8 else 16
@@ -622,7 +632,10 @@ def decode(
         packed_out, packed_lse = exact_out, exact_lse = queries, queries
         whole = packed is not None and packed.form.whole
         team = 1
-        if packed is not None and isinstance(packed.form, Form):
+        if divided is not None:
+            whole = divided.sets[0][0].form.whole
+            packed_out, packed_lse = _attend_divided(divided, queries, scale, ahead)
+        elif packed is not None and isinstance(packed.form, Form):
             form = packed.form
             tiles = packed.table.numel() if picks is None else -(-picks.shape[1] // PICKS) * rows
             tiles += 0 if joined is None else joined.table.numel() // 2
@@ -666,12 +679,28 @@ def decode(
             )  # fmt: skip
         merged = torch.empty_like(queries) if out is None else out
         merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
-        waits = pdl and (exact is not joined or packed is not None)
+        some = packed is not None or divided is not None
+        waits = pdl and (exact is not joined or some)
         _combine[(rows, heads)](
-            packed_out, packed_lse, exact_out, exact_lse, starts[0], starts[1], merged,
-            merged_lse if with_lse else exact_lse,
-            D=dim, P=64, WITH_LSE=with_lse, PACKED=packed is not None, EXACT=exact is not joined, TEAM=team,
-            WHOLE=whole, WAITS=waits, num_warps=8,
+            packed_out, packed_lse, exact_out, exact_lse, starts[0] if divided is None else divided.parts, starts[1],
+            merged, merged_lse if with_lse else exact_lse,
+            D=dim, P=64, WITH_LSE=with_lse, PACKED=some, EXACT=exact is not joined, TEAM=team,
+            WHOLE=whole, WAITS=waits, DIVIDED=divided is not None, num_warps=8,
             **({"launch_pdl": True} if waits else {}),
         )  # fmt: skip
     return merged, merged_lse
+
+
+def _attend_divided(divided: Divided, queries: torch.Tensor, scale: float, early: bool) -> tuple[torch.Tensor, ...]:
+    """Parts of the packed pages of all sets, one behind the other: float32 `[lines, head_dim]` and `[lines]`."""
+    heads, dim = queries.shape[1:]
+    sizes = [programs * packed.form.team * heads for packed, _, programs in divided.sets]
+    out = torch.empty((sum(sizes), dim), dtype=torch.float32, device=queries.device)
+    lse = torch.empty(sum(sizes), dtype=torch.float32, device=queries.device)
+    asked, row, line = queries.index_select(0, divided.order), 0, 0
+    for (packed, starts, programs), lines in zip(divided.sets, sizes):
+        rows, at = slice(row, row + len(packed.table)), slice(line, line + lines)
+        mine = out[at].view(programs, -1, dim), lse[at].view(programs, -1)
+        packed.form.attend(packed, asked[rows], scale, divided.spans[rows], starts, *mine, early=early)
+        row, line = rows.stop, at.stop
+    return out, lse
