@@ -19,7 +19,8 @@ pytest.importorskip("triton", reason="needs Triton")
 pytestmark = pytest.mark.usefixtures("one_thread")
 GPU = torch.cuda.is_available()
 RECIPES = [
-    "rotatekv", "gear", "mikv", "rotatekv+duo", "cskv+duo", "kv_heads-group+duo", "gear+streaming", "kivi(bits=2, unbias=True)",
+    "rotatekv", "gear", "mikv", "rotatekv+duo", "cskv+duo", "kv_heads-group+duo", "gear+streaming",
+    "kivi(bits=2, unbias=True)",
     "kivi(key_bits=4, value_bits=2, residual=0)",
 ]  # fmt: skip
 
@@ -56,7 +57,9 @@ def test_steps_are_those_without(model, name: str) -> None:
             model(prompt, attention_mask=mask, past_key_values=cache)
     alike(*steps(model, caches, ids(batch, count, model.device, 1)))
     assert caches[1].step.replays == count and caches[1].step.failed is None and caches[0].step is None
-    if GPU or name.startswith(("rotatekv", "gear", "mikv", "cskv", "kv_heads")):  # of others so few tokens are all exact
+    if GPU or name.startswith(
+        ("rotatekv", "gear", "mikv", "cskv", "kv_heads")
+    ):  # of others so few tokens are all exact
         assert caches[1].session.banks[0].at(slice(None)).packed_tokens.any()
     if not GPU:
         return

@@ -309,7 +309,7 @@ class DeviceTables:
         if self.device.type == "meta":
             return 1, 1
         given = rows, self.device, reader, self._spec.query_heads // self._spec.kv_heads, dtype
-        return kernels(self.device).programs_for(*given)  # type: ignore[no-any-return]
+        return kernels(self.device).programs_for(*given)
 
     def _pages_of(self, index: slice | torch.Tensor, reader: Reader) -> schedule.Packed:
         """The packed pages that stand there."""
