@@ -65,7 +65,7 @@ class Division:
 
     def __init__(self, tables: Tables, layers: list[Any]) -> None:
         heads = layers[0].spec.kv_heads
-        self.page, self.queries = tables.page, layers[0].spec.query_heads // heads
+        self.page, self.queries, self.sequences = tables.page, layers[0].spec.query_heads // heads, tables.sequences
         rows = np.arange(tables.sequences * heads)
         self.order, divides = np.tile(rows, (len(layers), 1)), choose(tables.device).triton
         self.readers = [None if layer.codec is None else layer.codec.reader for layer in layers]
@@ -115,6 +115,12 @@ class Division:
             return rows
         layer, row = np.divmod(rows, self.rows)
         return layer * self.rows + self.place[layer, row]
+
+    def rows_of(self, sequences: np.ndarray, each: int) -> np.ndarray:
+        """The rows of some sequences in all layers, of which each has so many: int64."""
+        heads = self.rows // self.sequences
+        rows = sequences[:, None] * heads + np.arange(heads)
+        return (np.arange(len(self.sets))[:, None] * each + rows.reshape(-1)).reshape(-1)
 
     # -- a step -------------------------------------------------------------------------------------------
 

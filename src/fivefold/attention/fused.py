@@ -144,7 +144,7 @@ def why_not(layer: Layer, device: torch.device, heads: int, large: bool = False)
         return choice.why
     if layer.spec.cap is not None:
         return "scores are capped, which no kernel does"
-    if layer.exact_pool.layout.holds is not None:
+    if layer.exact_pool.layout.holds is not None and not choice.triton:
         return "exact pages hold eight bits a number"
     codec = layer.codec
     if codec is not None:

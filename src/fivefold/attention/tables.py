@@ -24,6 +24,7 @@ from fivefold.kernels.packed_decode import Reader, schedule
 from fivefold.store.bank import Bank
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.layer_cache import LayerCache
+from fivefold.store.rounded import SIDES
 from fivefold.store.rows import PAGE, Bounds, Span
 
 
@@ -84,7 +85,8 @@ class DeviceTables:
         self.readers = self.division.readers
         """What reads the packed pages of layers. A captured graph needs it, and its tensors, as they are."""
         self.constants = self.division.constants if self.listed else []
-        self._share_out(True)
+        fields = self._fields = KV if first.exact_pool.layout.holds is None else SIDES
+        self._share_out(fields is KV)
         self._pages: np.ndarray | None = None
         self._ahead: np.ndarray | None = None
         """The bounds for which spans are written already."""
@@ -105,14 +107,13 @@ class DeviceTables:
         self._divided = slice(self._watched.stop, None)
         width = self._watched.stop + self.division.width
         with torch.inference_mode(False):
-            self._exact = torch.zeros((rows, self.exact_columns, 2), dtype=torch.int64, device=self.device)
+            self._exact = torch.zeros((rows, self.exact_columns, len(fields)), dtype=torch.int64, device=self.device)
             several = (len(reader.fields),) if reader and len(reader.fields) > 1 else ()
-            shape = (rows, self.packed_columns, *several)
-            self._packed = torch.zeros(shape, dtype=torch.int64, device=self.device)
+            self._packed = torch.zeros((rows, self.packed_columns, *several), dtype=torch.int64, device=self.device)
             # A layer's spans, then its work lists.
             self._numbers = torch.zeros((self.layers, width), dtype=torch.int32, device=self.device)
             self._sending = Sending(self._numbers)
-            shape = (2, PAGE, first.spec.head_dim) if sequences else (0,)
+            shape = (len(fields), PAGE, first.spec.head_dim) if sequences else (0,)
             self._padding = torch.zeros(shape, dtype=first.spec.dtype, device=self.device)
         self.bind(bank)
 
@@ -133,12 +134,7 @@ class DeviceTables:
         if not self._room(bank):
             return
         moved, new = np.flatnonzero((kept >= 0) & (kept != np.arange(len(kept)))), np.flatnonzero(kept < 0)
-
-        def rows_of(sequences: np.ndarray, each: int) -> np.ndarray:
-            """Of all layers, each of so many rows."""
-            rows = sequences[:, None] * bank.heads + np.arange(bank.heads)
-            return (np.arange(self.layers)[:, None] * each + rows.reshape(-1)).reshape(-1)
-
+        rows_of = self.division.rows_of
         old, here = rows_of(kept[moved], self.rows), rows_of(moved, self.rows)
         for table in (self._exact, self._packed)[:seen]:
             if len(moved):
@@ -171,7 +167,7 @@ class DeviceTables:
         self._tiers = [tier for tier in (bank.exact, bank.packed) if tier is not None]
         if bank.batch < self.sequences:
             page = torch.tensor([x.data_ptr() >> 4 for x in self._padding], device=self.device)
-            self._exact.view(self.layers, self.rows, -1, 2)[:, bank.rows :, 0] = page
+            self._exact.unflatten(0, (self.layers, -1))[:, bank.rows :, 0] = page
 
     @property
     def nbytes(self) -> int:
@@ -202,10 +198,9 @@ class DeviceTables:
     def sync(self) -> None:
         """Make the page tables those of the bank."""
         bank, reader = self.bank, self.readers[0]
-        send_pages(bank, bank.exact, KV, self._exact, 16, self.rows)
+        send_pages(bank, bank.exact, self._fields, self._exact, 16, self.rows)
         if bank.packed is not None and reader is not None:
-            there = self._packed, reader.unit, self.rows, self.division.standing
-            send_pages(bank, bank.packed, reader.fields, *there)
+            send_pages(bank, bank.packed, reader.fields, self._packed, reader.unit, self.rows, self.division.standing)
             for layer in bank.layers if reader.learned else ():
                 self._copy(layer, reader.learned)
 

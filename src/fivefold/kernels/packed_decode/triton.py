@@ -29,6 +29,7 @@ import triton.language as tl
 
 from fivefold.kernels.choice import choose
 from fivefold.kernels.device import early, numbered, on
+from fivefold.kernels.pack.triton import _codes, _ends, _step
 from fivefold.kernels.packed_decode import cuda
 from fivefold.kernels.packed_decode.reader import Divided, Reader
 from fivefold.kernels.packed_decode.reference import Form
@@ -296,14 +297,32 @@ def _packed(
     _leave(out, lse, tl.program_id(0), acc, m, tl.sum(weight, 0), heads, N, D)
 
 
+@triton.jit
+def _tokens(at, inside, held, seen, SIDE: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, FIELDS: tl.constexpr):
+    """Keys or values of tokens, `[T, D]` in DTYPE; at: where the addresses of their pages stand."""
+    d = tl.arange(0, D)
+    address = tl.load(at + SIDE, mask=held, other=0) * 16
+    place = inside[:, None] * D + d[None, :]
+    if FIELDS == 2:
+        page = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+        return tl.load(page[:, None] + place, mask=seen[:, None], other=0.0)
+    page = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
+    codes = tl.load(page[:, None] + place, mask=seen[:, None], other=0).to(tl.float32)
+    scales = (tl.load(at + 2 * SIDE + 2, mask=held, other=0) * 16).to(tl.pointer_type(tl.float16))
+    zeros = (tl.load(at + 2 * SIDE + 3, mask=held, other=0) * 16).to(tl.pointer_type(tl.float16))
+    scale = tl.load(scales + inside, mask=seen, other=0.0).to(tl.float32)
+    zero = tl.load(zeros + inside, mask=seen, other=0.0).to(tl.float32)
+    return (codes * scale[:, None] + zero[:, None]).to(DTYPE)
+
+
 @triton.jit(do_not_specialize=("rows", "columns", "heads", "width"))
 def _exact(
     queries, table, spans, starts, picks, out, lse, scores, scale, rows, columns, heads, width,
     DTYPE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr,
     TILE: tl.constexpr, WIDE: tl.constexpr, PICKED: tl.constexpr, SCORED: tl.constexpr, WAITS: tl.constexpr,
-    AHEAD: tl.constexpr, EARLY: tl.constexpr,
+    AHEAD: tl.constexpr, EARLY: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """One share of the exact slots of a row, in tiles of TILE. table: `[rows, columns, 2]`. Grid: (programs,).
+    """One share of the exact slots of a row, in tiles of TILE. table: `[rows, columns, FIELDS]`. Grid: (programs,).
 
     PICKED: of the slots named in `picks`, a row's `stop` of them one behind the other; negative ones are none.
     WIDE multiplies in float32 whatever the pages hold: the interpreter has no products of bfloat16. SCORED: scaled
@@ -319,7 +338,6 @@ def _exact(
         return
     work = tl.float32 if WIDE else DTYPE
     t = tl.arange(0, T)
-    d = tl.arange(0, D)
     if AHEAD:
         tl.extra.cuda.gdc_wait()
     q = _queries(queries, row, heads, N, D)
@@ -344,14 +362,11 @@ def _exact(
             slot = tl.load(picks + row * stop + slot, mask=held, other=-1)
             held = slot >= 0
             slot = tl.maximum(slot, 0)
-        at = table + (row * columns + slot // 32) * 2
-        inside = (slot % 32)[:, None] * D + d[None, :]
-        keys = tl.multiple_of((tl.load(at, mask=held, other=0) * 16).to(tl.pointer_type(DTYPE)), 16)
-        values = tl.multiple_of((tl.load(at + 1, mask=held, other=0) * 16).to(tl.pointer_type(DTYPE)), 16)
+        at = table + (row * columns + slot // 32) * FIELDS
         # What is not seen is not read: it may be anything, also not a number.
         seen = held & ((slot < sink) | (slot >= start) | ((slot >= fading) & (slot < faded)))
-        k = tl.load(keys[:, None] + inside, mask=seen[:, None], other=0.0).to(work)
-        v = tl.load(values[:, None] + inside, mask=seen[:, None], other=0.0).to(work)
+        k = _tokens(at, slot % 32, held, seen, 0, DTYPE, D, FIELDS).to(work)
+        v = _tokens(at, slot % 32, held, seen, 1, DTYPE, D, FIELDS).to(work)
         s = tl.where(seen[:, None], tl.dot(k, q, input_precision="ieee") * scale, -1e30)
         if SCORED:
             h = tl.arange(0, N)
@@ -431,16 +446,32 @@ def _picked(
 
 
 @triton.jit(do_not_specialize=("columns",))
-def _append(keys, values, table, spans, columns, DTYPE: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr):
+def _append(
+    keys, values, table, spans, columns, DTYPE: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr, FIELDS: tl.constexpr
+):
     """The newest token of a row into its last exact slot: `[rows, D]` each. Grid: (rows, 2)."""
     row = tl.program_id(0)
     side = tl.program_id(1)
     d = tl.arange(0, D)
     slot = tl.load(spans + row * SPAN + 4) - 1
-    address = tl.load(table + (row * columns + slot // 32) * 2 + side)
-    page = tl.multiple_of((address * 16).to(tl.pointer_type(DTYPE)), 16)
+    at = table + (row * columns + slot // 32) * FIELDS
+    address = tl.load(at + side) * 16
+    inside = slot % 32
     source = keys if side == 0 else values
-    tl.store(page + (slot % 32) * D + d, tl.load(source + row * D + d))
+    x = tl.load(source + row * D + d)
+    if FIELDS == 2:
+        page = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+        tl.store(page + inside * D + d, x)
+    else:  # as `planar.quantise` does, bit for bit
+        x = x.to(tl.float32)[None, :]
+        scale, zero = _ends(tl.min(x, 1), tl.max(x, 1), 255)
+        step, inverse = _step(scale)
+        codes = _codes(x, zero.to(tl.float32)[:, None], step[:, None], inverse[:, None], 255, False)
+        page = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
+        tl.store(page + inside * D + d[None, :], codes.to(tl.uint8))
+        one = inside + tl.arange(0, 1)
+        tl.store((tl.load(at + 2 * side + 2) * 16).to(tl.pointer_type(tl.float16)) + one, scale)
+        tl.store((tl.load(at + 2 * side + 3) * 16).to(tl.pointer_type(tl.float16)) + one, zero)
 
 
 @triton.jit
@@ -553,7 +584,7 @@ def append(keys: torch.Tensor, values: torch.Tensor, spans: torch.Tensor, exact:
     with on(keys.device):
         _append[(rows, 2)](
             keys, values, exact.table, spans, exact.table.shape[1], DTYPE=_TYPES[exact.dtype], D=dim, SPAN=SPAN,
-            num_warps=1,
+            FIELDS=exact.table.shape[2], num_warps=1,
         )  # fmt: skip
 
 
@@ -594,7 +625,8 @@ def decode(
     scale = scaling * 1.4426950408889634
     n = 8 if heads <= 8 else 16
     form = packed.form if packed is not None and picks is None else None
-    programs = programs or programs_for(rows, device, form, heads, None if exact is None else exact.dtype)
+    dtype = None if exact is None or exact.rounded else exact.dtype
+    programs = programs or programs_for(rows, device, form, heads, dtype)
     joined = exact if programs[1] == 0 else None
     """Exact pages that the kernel of the packed ones attends over."""
     pdl = PDL and early(device)
@@ -674,7 +706,7 @@ def decode(
                 exact_lse if scores is None else scores, scale, rows, exact.table.shape[1], heads,
                 1 if scores is None else scores.shape[2], DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE,
                 TILE=TILE, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None, WAITS=waits,
-                AHEAD=first, EARLY=pdl, num_warps=2, num_stages=1 if wide else 3, **common,
+                AHEAD=first, EARLY=pdl, FIELDS=exact.table.shape[2], num_warps=2, num_stages=1 if wide else 3, **common,
                 **({"launch_pdl": True} if waits or first else {}),
             )  # fmt: skip
         merged = torch.empty_like(queries) if out is None else out
