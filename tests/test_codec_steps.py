@@ -19,8 +19,8 @@ pytest.importorskip("triton", reason="needs Triton")
 pytestmark = pytest.mark.usefixtures("one_thread")
 GPU = torch.cuda.is_available()
 RECIPES = [
-    "rotatekv", "gear", "mikv", "mikv-high8", "rotatekv+duo", "cskv+duo", "kv_heads-group+duo", "gear+streaming",
-    "kivi(bits=2, unbias=True)",
+    "rotatekv", "gear", "mikv", "mikv-high8", "mikv-high8+duo", "rotatekv+duo", "cskv+duo", "kv_heads-group+duo",
+    "gear+streaming", "kivi(bits=2, unbias=True)",
     "kivi(key_bits=4, value_bits=2, residual=0)",
 ]  # fmt: skip
 
