@@ -53,11 +53,11 @@ _ALONE = {
     "minicache": "minicache(start=0)",
 }
 # Methods of the slots layers, heads, tokens and reads: those that `kivi` may stand beside.
-_BESIDE = (
+BESIDE = (
     "duo", "razor", "streaming", "h2o", "snapkv", "keyformer", "d2o", "elastic", "random", "tidal", "anchors", "drop",
     "minicache",
 )  # fmt: skip
-RECIPES: dict[str, str] = {**_ALONE, **{f"{name}+kivi": f"{_ALONE[name]} + {KIVI}" for name in _BESIDE}}
+RECIPES: dict[str, str] = {**_ALONE, **{f"{name}+kivi": f"{_ALONE[name]} + {KIVI}" for name in BESIDE}}
 """The recipes by name, which is the id of a test."""
 
 _QUICK = ("duo+kivi", "h2o+kivi", "anchors+kivi")
@@ -71,7 +71,7 @@ PACKING = tuple(
     if any(codec in recipe for codec in ("kivi", "gear", "mikv", "rotate", "cskv", "kv_heads", "minicache"))
 )
 """Those that pack tokens."""
-CHOOSING = tuple(name for name in RECIPES if name.split("+")[0] in _BESIDE[3:9])
+CHOOSING = tuple(name for name in RECIPES if name.split("+")[0] in BESIDE[3:9])
 """Those that choose tokens one by one."""
 
 _LEARNED = {
@@ -85,7 +85,11 @@ _LEARNED = {
 
 def written(name: str, model: Any) -> str:
     """A recipe of the list as text for `model`, whose profile is made first where the recipe needs one."""
-    recipe = RECIPES[name]
+    return folders(RECIPES[name], model)
+
+
+def folders(recipe: str, model: Any) -> str:
+    """The same of a recipe that is written as those of the list."""
     for method in _LEARNED:
         place = f"{{{method}}}"
         if place in recipe:

@@ -17,11 +17,11 @@ import torch
 import fivefold
 from conftest import VOCAB
 from fivefold.attention import decode
-from fivefold.errors import CacheStateError
+from fivefold.errors import CacheStateError, RecipeError
 from fivefold.kernels import choice, compiled
 from fivefold.kernels.packed_decode import cpu
 from fivefold.store.transaction import Transaction
-from recipes import SHAPE, written
+from recipes import BESIDE, RECIPES, SHAPE, folders, written
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -327,6 +327,42 @@ def test_kernels_that_no_device_here_can_run_are_refused_when_a_cache_is_made(
 def test_layers_that_stay_transformers_own_are_named(tiny: Any) -> None:
     cache = fivefold.compress(tiny("gemma3_text"), "full()")
     assert cache.decoding.endswith("in 2 of 2 layers; 2 more, with a sliding window, are transformers' own")
+
+
+CODECS = ("gear", "mikv", "mikv-high8", "rotatekv", "cskv", "kv_heads", "kv_heads-group")
+CHOOSING = ("h2o", "snapkv", "keyformer", "d2o", "elastic", "random")
+WITHOUT_KERNEL = {
+    "what keyformer makes of a step's attention is not summed by a kernel":
+        ["keyformer+kivi", "keyformer+gear", "keyformer+rotatekv"],
+    "packed pages do not say where in the text the tokens that were chosen stand":
+        [f"{name}+rotatekv" for name in CHOOSING if name != "keyformer"],
+    "no kernel says what this codec's tokens receive":
+        [f"{name}+{codec}" for name in CHOOSING for codec in CODECS[4:]],
+    "no kernel picks of such pages":
+        [f"{name}+{codec}" for name in ("tidal", "anchors") for codec in ("gear", *CODECS[3:])],
+    "what is picked are tokens that are chosen":
+        [f"{name}+{codec}" for name in ("tidal", "anchors") for codec in CODECS[1:3]],
+    "no kernel reads this codec's pages": ["minicache+gear"],
+}  # fmt: skip
+"""Of all methods, and pairs of one with a codec: whose steps are plain PyTorch on a GPU, and why. May only shrink."""
+
+
+@pytest.mark.filterwarnings("ignore::fivefold.SlowPathWarning")
+def test_what_decodes_without_kernels_on_a_gpu_is_known(tiny: Any, monkeypatch: Any) -> None:
+    interpret(monkeypatch)
+    model, found = tiny(**SHAPE), dict[str, list[str]]()
+    pairs = {f"{name}+{codec}": f"{RECIPES[name]} + {RECIPES[codec]}" for name in BESIDE for codec in CODECS}
+    for name, recipe in {**RECIPES, **pairs}.items():
+        try:
+            cache = fivefold.compress(model, folders(recipe, model))
+        except RecipeError:
+            continue  # the two do not go together at all
+        for why in {why for why in cache.session.why_not_fused().values() if why is not None}:
+            found.setdefault(why, []).append(name)
+        fivefold.restore(model)
+    assert {why: sorted(names) for why, names in found.items()} == {
+        why: sorted(names) for why, names in WITHOUT_KERNEL.items()
+    }
 
 
 @pytest.mark.gpu

@@ -52,6 +52,7 @@ CASES = [
     ((4, 64, 4, 4, 0, True), 1, torch.float32),
     ((4, 128, 1, 4, 2, False), 8, torch.float32),
     ((2, 64, 4, 4, 4, True), 7, torch.bfloat16),
+    ((4, 128, 5, 4, 4, False), 4, torch.bfloat16),  # as a set of heads may be: rotated one by one, sorted together
 ]
 
 

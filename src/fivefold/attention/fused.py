@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fivefold.attention.compensate import Part, beside
+from fivefold.attention.divided import readers_of
 from fivefold.attention.merge import with_sinks
 from fivefold.attention.tables import kernels, tables_of
 from fivefold.attention.watch import why_not_watched
@@ -39,9 +40,12 @@ def attend_fused(
     tables = tables_of(layer.bank)
     tables.sync()
     packed, exact = tables.pages(group, tables.joined)
-    span, starts = _work(group, group.bounds.span(), tables.page, tables.programs)
+    reader, programs = tables.division.reader(group), tables.programs
+    if programs is not None and reader is not None and reader is not tables.readers[layer.index]:
+        programs = tables.programs_of(len(group.rows), reader)[0], programs[1]
+    span, starts = _work(group, group.bounds.span(), tables.page, programs, 1 if reader is None else reader.team)
     with_lse = sinks is not None or left is not None
-    settings = {"starts": starts, "programs": tables.programs, "with_lse": with_lse}
+    settings = {"starts": starts, "programs": programs, "with_lse": with_lse}
     out, lse = kernels(queries.device).decode(queries.contiguous(), scaling, span, packed, exact, **settings)
     out, lse = beside(out, lse, left)
     return with_sinks(out, lse, sinks)
@@ -140,7 +144,7 @@ def why_not(layer: Layer, device: torch.device, heads: int, large: bool = False)
         return choice.why
     if layer.spec.cap is not None:
         return "scores are capped, which no kernel does"
-    if layer.exact_pool.layout.holds is not None:
+    if layer.exact_pool.layout.holds is not None and not choice.triton:
         return "exact pages hold eight bits a number"
     codec = layer.codec
     if codec is not None:
@@ -153,10 +157,10 @@ def why_not(layer: Layer, device: torch.device, heads: int, large: bool = False)
             return f"keys or values reach {peak:.0f}, more than the kernels' {reader.limit:.0f}"
         if reader.positional and any(layer.head_chosen):
             return "packed pages do not say where in the text the tokens that were chosen stand"
-        if reader.together > 1 and not layer.alike:
-            return "heads that are packed together hold different tokens"
-    supports = schedule.supports if choice.triton else cpu.supports
-    return supports(None if codec is None else codec.reader, heads, layer.spec.head_dim)
+    supports, readers = schedule.supports if choice.triton else cpu.supports, readers_of(layer)
+    if codec is not None and None in readers:
+        return "heads that are packed together hold different tokens"
+    return next((why for one in readers if (why := supports(one, heads, layer.spec.head_dim)) is not None), None)
 
 
 def why_not_each(layers: dict[int, LayerCache], roles: Mapping[int, str]) -> dict[int, str | None]:
@@ -174,7 +178,7 @@ def why_not_each(layers: dict[int, LayerCache], roles: Mapping[int, str]) -> dic
         if bank not in peaks:
             peaks[bank] = bank.peaks()
         large = reader is not None and bool(peaks[bank][layer.index] > reader.limit)
-        kind = bank, large, role, windows, policy, layer.alike, id(layer.spec.rope), layer.spec.cap
+        kind = bank, large, role, windows, policy, layer.sets, id(layer.spec.rope), layer.spec.cap
         if kind not in kinds:
             kinds[kind] = _why_not_step(layer, role)
         out[index] = kinds[kind]
@@ -205,17 +209,15 @@ def _why_not_step(layer: LayerCache, role: str) -> str | None:
 
 
 def _work(
-    group: RowGroup, span: Span, page: int, programs: tuple[int, int] | None
+    group: RowGroup, span: Span, page: int, programs: tuple[int, int] | None, team: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A table of the same span for all rows of a group, int32 `[rows, SPAN]`, and the work lists
-    (`schedule.starts_of`); the same for all layers of a step."""
+    (`schedule.starts_of`); the same for all layers of a step. team: see `Reader`."""
     layer = group.layer
     device, rows = layer.spec.device, len(group.rows)
-    reader, first, team = None if layer.codec is None else layer.codec.reader, None, 1
-    if reader is not None:
-        team = reader.team
-        if reader.positional:
-            first = (layer.offsets[group.rows] + group.bounds.packed_base).tolist()
+    reader, first = None if layer.codec is None else layer.codec.reader, None
+    if reader is not None and reader.positional:
+        first = (layer.offsets[group.rows] + group.bounds.packed_base).tolist()
 
     def make() -> tuple[torch.Tensor, torch.Tensor | None]:
         table = np.zeros((rows, schedule.SPAN), dtype=np.int32)
@@ -228,4 +230,4 @@ def _work(
         starts = schedule.starts_of(schedule.pages_of(table, page, team, joined), programs)
         return torch.from_numpy(table).to(device), torch.from_numpy(starts).to(device)
 
-    return layer.bank.memo.get((span, rows, page, programs, tuple(first or ())), make)
+    return layer.bank.memo.get((span, rows, page, programs, team, tuple(first or ())), make)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -43,11 +43,19 @@ class Sending:
             event.record()
 
 
-def send_pages(bank: Bank, tier: Tier, names: Sequence[str], table: torch.Tensor, unit: int, rows_there: int) -> None:
+def send_pages(
+    bank: Bank,
+    tier: Tier,
+    names: Sequence[str],
+    table: torch.Tensor,
+    unit: int,
+    rows_there: int,
+    standing: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> None:
     """Bring a table of pages on a device up to date with a tier of a bank: where what changed lies.
 
     table: int64 `[layers * rows_there, columns]`, or with a last axis of `names` where there are several; unit: bytes
-    that an address counts.
+    that an address counts. standing: where its rows stand, if not as they are.
     """
     if not tier.changed:
         return
@@ -62,6 +70,8 @@ def send_pages(bank: Bank, tier: Tier, names: Sequence[str], table: torch.Tensor
     pages = [(where[name][0], name, where[name][1][rows, columns]) for name in names]
     if bank.rows < rows_there:
         rows = rows // bank.rows * rows_there + rows % bank.rows
+    if standing is not None:
+        rows = standing(rows)
     at = rows * table.shape[1] + columns
     if len(at) and table.device.type != "meta":
         new = np.stack([pool.addresses(name, ids) for pool, name, ids in pages], 1) // unit

@@ -13,15 +13,18 @@ import numpy as np
 import torch
 
 from fivefold.attention.compensate import Left, beside, compensates, left_of_all
+from fivefold.attention.divided import Division
 from fivefold.attention.merge import with_sinks
 from fivefold.attention.picks import Picked, Shares
 from fivefold.attention.sending import Sending, send_pages
 from fivefold.attention.watch import NUMBERS, Aside, Watch, bank_chooses
 from fivefold.kernels.choice import choose
-from fivefold.kernels.packed_decode import schedule
+from fivefold.kernels.device import sent
+from fivefold.kernels.packed_decode import Reader, schedule
 from fivefold.store.bank import Bank
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.layer_cache import LayerCache
+from fivefold.store.rounded import SIDES
 from fivefold.store.rows import PAGE, Bounds, Span
 
 
@@ -71,17 +74,19 @@ class DeviceTables:
             self.exact_columns = max(self.exact_columns, waiting // PAGE + 2 + pinned)
             if packing is not None:
                 self.packed_columns = max(self.packed_columns, tokens // packing.page + 1)
-        self.readers = [layer.codec.reader if layer.codec else None for layer in bank.layers]
-        """What reads the packed pages of each layer. A captured graph needs them, and their tensors, as they are."""
-        self.constants = [reader.constants for reader in self.readers if reader and choose(self.device).triton]
-        self._spec, reader = first.spec, self.readers[0]
+        self._spec, reader = first.spec, first.codec.reader if first.codec else None
         self._learned: dict[str, torch.Tensor] = {}
         self._copied: dict[tuple[int, str], torch.Tensor] = {}
         self.page = packing.page if packing else schedule.TILE
         self.listed = choose(self.device).triton
         """Whether kernels want work lists."""
         self.watches = self.listed and bank_chooses(bank.layers)
-        self._share_out(True)
+        self.division = Division(self, bank.layers)
+        self.readers = self.division.readers
+        """What reads the packed pages of layers. A captured graph needs it, and its tensors, as they are."""
+        self.constants = self.division.constants if self.listed else []
+        fields = self._fields = KV if first.exact_pool.layout.holds is None else SIDES
+        self._share_out(fields is KV)
         self._pages: np.ndarray | None = None
         self._ahead: np.ndarray | None = None
         """The bounds for which spans are written already."""
@@ -99,16 +104,16 @@ class DeviceTables:
         self.left = Left(self, bank) if self.listed and any(compensates(layer) for layer in bank.layers) else None
         width = self.rows * schedule.SPAN + (2 * (self.rows + 1) if self.listed else 0)
         self._watched = slice(width, width + (self.rows * NUMBERS if self.watches else 0))
-        width = self._watched.stop
+        self._divided = slice(self._watched.stop, None)
+        width = self._watched.stop + self.division.width
         with torch.inference_mode(False):
-            self._exact = torch.zeros((rows, self.exact_columns, 2), dtype=torch.int64, device=self.device)
+            self._exact = torch.zeros((rows, self.exact_columns, len(fields)), dtype=torch.int64, device=self.device)
             several = (len(reader.fields),) if reader and len(reader.fields) > 1 else ()
-            shape = (rows, self.packed_columns, *several)
-            self._packed = torch.zeros(shape, dtype=torch.int64, device=self.device)
+            self._packed = torch.zeros((rows, self.packed_columns, *several), dtype=torch.int64, device=self.device)
             # A layer's spans, then its work lists.
             self._numbers = torch.zeros((self.layers, width), dtype=torch.int32, device=self.device)
             self._sending = Sending(self._numbers)
-            shape = (2, PAGE, first.spec.head_dim) if sequences else (0,)
+            shape = (len(fields), PAGE, first.spec.head_dim) if sequences else (0,)
             self._padding = torch.zeros(shape, dtype=first.spec.dtype, device=self.device)
         self.bind(bank)
 
@@ -129,27 +134,25 @@ class DeviceTables:
         if not self._room(bank):
             return
         moved, new = np.flatnonzero((kept >= 0) & (kept != np.arange(len(kept)))), np.flatnonzero(kept < 0)
+        rows_of = self.division.rows_of
+        old, here = rows_of(kept[moved], self.rows), rows_of(moved, self.rows)
         for table in (self._exact, self._packed)[:seen]:
             if len(moved):
-                each = table.view(self.layers, self.sequences, -1)
-                old, here = (torch.from_numpy(x).to(self.device) for x in (kept[moved], moved))
-                each.index_copy_(1, here, each.index_select(1, old))
+                if table is self._packed:
+                    old, here = self.division.standing(old), self.division.standing(here)
+                before, after = sent(self.device, old, here)
+                table.index_copy_(0, after, table.index_select(0, before))
         self._show(bank)
-        rows = np.arange(self.layers)[:, None, None] * bank.rows + new[:, None] * bank.heads + np.arange(bank.heads)
         for tier in self._tiers:
             tier.known()
             if len(new):
-                tier.change(rows.reshape(-1, 1), np.arange(tier.capacity))
+                tier.change(rows_of(new, bank.rows)[:, None], np.arange(tier.capacity))
 
     def _share_out(self, joins: bool) -> None:
         """How many programs work for these rows. joins: whether one kernel may attend over packed and exact pages,
         which then knows of no picks."""
-        self.programs: tuple[int, int] | None = None
-        if self.listed and self.device.type == "meta":
-            self.programs = (1, 1)
-        elif self.listed:
-            heads, dtype = self._spec.query_heads // self._spec.kv_heads, self._spec.dtype if joins else None
-            self.programs = kernels(self.device).programs_for(self.rows, self.device, self.readers[0], heads, dtype)
+        given = self.rows, self.readers[0], self._spec.dtype if joins else None
+        self.programs = self.programs_of(*given) if self.listed else None
         self.joined = self.programs is not None and self.programs[1] == 0
 
     def _show(self, bank: Bank) -> None:
@@ -164,13 +167,14 @@ class DeviceTables:
         self._tiers = [tier for tier in (bank.exact, bank.packed) if tier is not None]
         if bank.batch < self.sequences:
             page = torch.tensor([x.data_ptr() >> 4 for x in self._padding], device=self.device)
-            self._exact.view(self.layers, self.rows, -1, 2)[:, bank.rows :, 0] = page
+            self._exact.unflatten(0, (self.layers, -1))[:, bank.rows :, 0] = page
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device and of what is sent there."""
         tables = self._exact.nbytes + self._packed.nbytes + self._sending.nbytes + self._padding.nbytes
-        beside = sum(x.nbytes for x in (self.watch, self.left, self.shares, *self._learned.values()) if x is not None)
+        others = self.watch, self.left, self.shares, self.division, *self._learned.values()
+        beside = sum(x.nbytes for x in others if x is not None)
         return tables + beside
 
     def fit(self) -> bool:
@@ -194,9 +198,9 @@ class DeviceTables:
     def sync(self) -> None:
         """Make the page tables those of the bank."""
         bank, reader = self.bank, self.readers[0]
-        send_pages(bank, bank.exact, KV, self._exact, 16, self.rows)
+        send_pages(bank, bank.exact, self._fields, self._exact, 16, self.rows)
         if bank.packed is not None and reader is not None:
-            send_pages(bank, bank.packed, reader.fields, self._packed, reader.unit, self.rows)
+            send_pages(bank, bank.packed, reader.fields, self._packed, reader.unit, self.rows, self.division.standing)
             for layer in bank.layers if reader.learned else ():
                 self._copy(layer, reader.learned)
 
@@ -210,7 +214,8 @@ class DeviceTables:
                 with torch.inference_mode(False):
                     shape = (self.layers, self.rows, *new.shape[1:])
                     self._learned[name] = torch.zeros(shape, dtype=new.dtype, device=self.device)
-            self._learned[name][layer.index, : len(new)].copy_(new)
+            (at,) = sent(self.device, self.division.place[layer.index, : len(new)])
+            self._learned[name][layer.index].index_copy_(0, at, new)
             self._copied[layer.index, name] = new
 
     def sync_once(self) -> None:
@@ -277,6 +282,7 @@ class DeviceTables:
                 assert self.programs is not None
                 self._pages, self._starts = pages, schedule.starts_of(pages, self.programs)
             numbers[:, width : self._watched.start] = self._starts.reshape(len(seen), -1)
+        self.division.fill(numbers[:, self._divided], seen)
         live = self.bank.live
         if live is not None and live.watch is self.watch:
             numbers[:, self._watched] = self.watch.numbers(self.bank, data).reshape(self.layers, -1)
@@ -288,14 +294,20 @@ class DeviceTables:
         layer, index, first = group.layer, group.index_on(self.device), group.layer.index * self.rows
         # Where they are no run, what is on the device already is moved there: nobody waits.
         index = slice(first + index.start, first + index.stop) if isinstance(index, slice) else index + first
-        exact = schedule.Exact(self._exact[index], layer.spec.dtype)
-        return self._pages_of(layer.index, index) if always or group.bounds.packed_tokens else None, exact
+        exact, reader = schedule.Exact(self._exact[index], layer.spec.dtype), self.division.reader(group)
+        if reader is None or not (always or group.bounds.packed_tokens):
+            return None, exact
+        return self._pages_of(self.division.index(group, self.device), reader), exact
 
-    def _pages_of(self, layer: int, index: slice | torch.Tensor) -> schedule.Packed | None:
-        """The packed pages of some rows of a layer."""
-        reader = self.readers[layer]
-        if reader is None:
-            return None
+    def programs_of(self, rows: int, reader: Reader | None, dtype: torch.dtype | None = None) -> tuple[int, int]:
+        """How many programs read packed and exact pages of so many rows; dtype: see `programs_for`."""
+        if self.device.type == "meta":
+            return 1, 1
+        given = rows, self.device, reader, self._spec.query_heads // self._spec.kv_heads, dtype
+        return kernels(self.device).programs_for(*given)
+
+    def _pages_of(self, index: slice | torch.Tensor, reader: Reader) -> schedule.Packed:
+        """The packed pages that stand there."""
         learned = (self._learned[name].flatten(0, 1)[index] for name in reader.learned)
         return schedule.Packed(self._packed[index], reader, tuple(learned))
 
@@ -316,8 +328,9 @@ class DeviceTables:
         """
         if keys is not None and values is not None:
             self.append(layer, keys, values)
-        kernel, (rows, span, exact) = kernels(self.device), self._place(layer)
-        starts, queries, packed = self.starts(layer), queries.contiguous(), self._pages_of(layer.index, rows)
+        kernel, (_, span, exact) = kernels(self.device), self._place(layer)
+        starts, queries, numbers = self.starts(layer), queries.contiguous(), self._numbers[layer.index, self._divided]
+        packed: Any = self.division.packed(layer.index, numbers, self._pages_of)
         role = "full" if self.picked is None else self.picked.role(layer)
         if role == "sparse" and self.picked is not None and self.picked.there(layer):
             return self._attend_picked(layer, queries, scaling, span, packed, exact, sinks)

@@ -8,6 +8,7 @@ which heads go together, is the method's.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -157,41 +158,50 @@ class LowRankCodec(LearnedCodec):
             self.limit = torch.finfo(dtype).max
         self.orthonormal = "key_weight" not in profile.tensors  # B is A turned round then, and not held beside it
         self.made = {}
-        self._reader: Features | None = None
+        self._readers: dict[tuple[int, ...], Features] = {}
 
     @property
     def reader(self) -> Features:
-        if self._reader is None:
-            team = self.share or self.spec.kv_heads
-            self._reader = Features(
+        return self.reader_of(tuple(range(self.spec.kv_heads)))
+
+    def reader_of(self, heads: tuple[int, ...]) -> Features:
+        if heads not in self._readers:
+            teams = self._teams(heads)
+            self._readers[heads] = Features(
                 ranks=self.ranks,
                 bits=self.bits,
                 head_dim=self.spec.head_dim,
                 dtype=self.dtype,
-                team=team,
-                blocks=self.spec.kv_heads // team,
+                team=len(teams[0]),
+                blocks=len(teams),
                 queries=self.spec.query_heads // self.spec.kv_heads,
                 inv_freq=self.rope.inv_freq,
                 neighbours=self.rope.neighbours,
-                ups=self._ups,
+                ups=partial(self._ups, teams),
             )
-        return self._reader
+        return self._readers[heads]
 
-    def _ups(self) -> Bases:
-        """B of keys and of values of all heads, those that share features in one: `[blocks, rank, channels]`."""
-        heads, split = tuple(range(self.spec.kv_heads)), self.share or self.spec.kv_heads
-        teams = [heads[first : first + split] for first in range(0, len(heads), split)]
+    def _teams(self, heads: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Of heads that hold the same tokens: those that share features; all of them as one where these are not as
+        many everywhere."""
+        split, teams = self.share or self.spec.kv_heads, dict[int, tuple[int, ...]]()
+        for head in heads:
+            teams[head // split] = (*teams.get(head // split, ()), head)
+        return list(teams.values()) if len({len(team) for team in teams.values()}) == 1 else [heads]
+
+    def _ups(self, teams: list[tuple[int, ...]]) -> Bases:
+        """B of keys and of values of teams of heads: `[blocks, rank, channels]`."""
         keys, values = (torch.stack([self._blocks(*side, team)[1] for team in teams]) for side in self._sides())
         return keys.to(self.spec.device), values.to(self.spec.device)
 
     @property
     def nbytes(self) -> int:
-        read = () if self._reader is None or not self._reader.ready else self._reader.constants
+        read = [x for reader in self._readers.values() if reader.ready for x in reader.constants]
         return super().nbytes + sum(x.nbytes for x in read)
 
     def forget(self) -> None:
         super().forget()
-        self._reader = None
+        self._readers.clear()
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         check_finite(keys, values, self.limit)

@@ -309,6 +309,8 @@ def _fits(session: Session, layer: Layer) -> None:
         raise Unlike(f"projections of {sizes} rows")
     if spec.cap is not None:
         raise Unlike("scores are capped")
+    if store.exact_pool.layout.holds is not None:
+        raise Unlike("exact pages hold eight bits a number")
     if layer.before.gain.dtype is not spec.dtype:
         raise Unlike(f"weights in {layer.before.gain.dtype} and a cache in {spec.dtype}")
 

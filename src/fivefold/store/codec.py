@@ -67,6 +67,11 @@ class Codec:
         heads together: over those of rows in which no head holds other tokens than another."""
         return self.form
 
+    def reader_of(self, heads: tuple[int, ...]) -> Reader | None:
+        """Of one that packs heads together: the same for the rows of these heads alone, which hold the same tokens and
+        no other head of the layer does."""
+        return self.reader
+
     @property
     def fingerprint(self) -> str:
         """What its pages were made with, besides their format: the hash of a profile. Pages can be read by a codec of

@@ -25,7 +25,7 @@ class Layer(Protocol):
     packing: Packing | None
     policy: Any
     extents: tuple[Extent, ...]
-    alike: bool
+    sets: tuple[tuple[int, ...], ...]
     head_chosen: list[bool]
     exact_pool: PagePool
     packed_pools: list[PagePool]

@@ -54,8 +54,11 @@ class LayerCache(Holds):
         if len(extents) != spec.kv_heads:
             raise ValueError(f"{len(extents)} extents for {spec.kv_heads} kv heads")
         self.spec, self.pools, self.extents = spec, pools, tuple(extents)
-        self.alike = len(set(self.extents)) == 1
-        """Whether all of its heads hold the same tokens."""
+        self.sets = tuple(
+            tuple(head for head, one in enumerate(self.extents) if one == extent)
+            for extent in dict.fromkeys(self.extents)
+        )
+        """Heads that hold the same tokens, together."""
         self.codec, self.residual, self.policy = codec, residual, policy
         self.packing = None if codec is None else Packing(codec.group, residual, codec.layout.tokens)
         layout = exact_layout(spec.head_dim, spec.dtype) if policy is None else policy.exact_layout(spec)

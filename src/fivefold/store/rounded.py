@@ -63,3 +63,5 @@ class RoundedPool(PagePool):
 
 
 _PARTS = ("codes", "scale", "zero")
+SIDES = ("keys.codes", "values.codes", "keys.scale", "keys.zero", "values.scale", "values.zero")
+"""Fields of a page, in the order in which kernels want to know where they are."""

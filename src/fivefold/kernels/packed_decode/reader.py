@@ -100,3 +100,20 @@ class Packed:
     form: Reader
     learned: tuple[torch.Tensor, ...] = ()
     base: int = 0
+
+
+@dataclass(frozen=True)
+class Divided:
+    """Packed pages of rows whose heads are packed together, but hold different tokens: a call of a reader for each set
+    of heads that hold the same ones. Rows stand set by set, and in a set as in the layer.
+
+    sets: the pages of each set's rows, and its work list int32 `[rows of the set + 1]`, for so many programs at most.
+    order: int64 `[rows]`, which row of the layer stands at each place; spans: int32 `[rows, SPAN]`, place by place.
+    parts: int32 `[rows, 4]`, for each row of the layer: the first and one behind the last program that leave parts of
+    it, and where, in lines of `head_dim` numbers: those of program 0, and how many lie between two programs'.
+    """
+
+    sets: tuple[tuple[Packed, torch.Tensor, int], ...]
+    order: torch.Tensor
+    spans: torch.Tensor
+    parts: torch.Tensor

@@ -34,11 +34,16 @@ HEADS = 16
 @dataclass(frozen=True)
 class Exact:
     """Exact pages of 32 tokens: table int64 `[rows, columns, 2]` of the addresses of keys and values, in units of
-    16 bytes, counted from `base`, and the dtype of both."""
+    16 bytes, counted from `base`, and the dtype of both. Rounded ones, `[rows, columns, 6]`, have codes of eight bits
+    there, and then the addresses of float16 scales and zero points of keys, and of values, `[32]` each."""
 
     table: torch.Tensor
     dtype: torch.dtype
     base: int = 0
+
+    @property
+    def rounded(self) -> bool:
+        return self.table.shape[2] == 6
 
 
 def lacks(form: Reader | None, heads: int) -> str | None:

@@ -29,8 +29,9 @@ import triton.language as tl
 
 from fivefold.kernels.choice import choose
 from fivefold.kernels.device import numbered, on, overlaps
+from fivefold.kernels.pack.triton import _codes, _ends, _step
 from fivefold.kernels.packed_decode import cuda
-from fivefold.kernels.packed_decode.reader import Reader
+from fivefold.kernels.packed_decode.reader import Divided, Reader
 from fivefold.kernels.packed_decode.reference import Form
 from fivefold.kernels.packed_decode.schedule import (
     LIMIT,
@@ -303,14 +304,32 @@ def _packed(
     _leave(out, lse, tl.program_id(0), acc, m, tl.sum(weight, 0), heads, N, D)
 
 
+@triton.jit
+def _tokens(at, inside, held, seen, SIDE: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, FIELDS: tl.constexpr):
+    """Keys or values of tokens, `[T, D]` in DTYPE; at: where the addresses of their pages stand."""
+    d = tl.arange(0, D)
+    address = tl.load(at + SIDE, mask=held, other=0) * 16
+    place = inside[:, None] * D + d[None, :]
+    if FIELDS == 2:
+        page = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+        return tl.load(page[:, None] + place, mask=seen[:, None], other=0.0)
+    page = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
+    codes = tl.load(page[:, None] + place, mask=seen[:, None], other=0).to(tl.float32)
+    scales = (tl.load(at + 2 * SIDE + 2, mask=held, other=0) * 16).to(tl.pointer_type(tl.float16))
+    zeros = (tl.load(at + 2 * SIDE + 3, mask=held, other=0) * 16).to(tl.pointer_type(tl.float16))
+    scale = tl.load(scales + inside, mask=seen, other=0.0).to(tl.float32)
+    zero = tl.load(zeros + inside, mask=seen, other=0.0).to(tl.float32)
+    return (codes * scale[:, None] + zero[:, None]).to(DTYPE)
+
+
 @triton.jit(do_not_specialize=("rows", "columns", "heads", "width"))
 def _exact(
     queries, table, spans, starts, picks, out, lse, scores, scale, rows, columns, heads, width,
     DTYPE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr,
     TILE: tl.constexpr, WIDE: tl.constexpr, PICKED: tl.constexpr, SCORED: tl.constexpr, EARLY: tl.constexpr,
-    BEHIND: tl.constexpr, PDL: tl.constexpr,
+    BEHIND: tl.constexpr, PDL: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """One share of the exact slots of a row, in tiles of TILE. table: `[rows, columns, 2]`. Grid: (programs,).
+    """One share of the exact slots of a row, in tiles of TILE. table: `[rows, columns, FIELDS]`. Grid: (programs,).
 
     PICKED: of the slots named in `picks`, a row's `stop` of them one behind the other; negative ones are none.
     WIDE multiplies in float32 whatever the pages hold: the interpreter has no products of bfloat16. SCORED: scaled
@@ -327,7 +346,6 @@ def _exact(
         return
     work = tl.float32 if WIDE else DTYPE
     t = tl.arange(0, T)
-    d = tl.arange(0, D)
     if EARLY and not BEHIND:
         tl.extra.cuda.gdc_wait()
     q = _queries(queries, row, heads, N, D)
@@ -352,14 +370,11 @@ def _exact(
             slot = tl.load(picks + row * stop + slot, mask=held, other=-1)
             held = slot >= 0
             slot = tl.maximum(slot, 0)
-        at = table + (row * columns + slot // 32) * 2
-        inside = (slot % 32)[:, None] * D + d[None, :]
-        keys = tl.multiple_of((tl.load(at, mask=held, other=0) * 16).to(tl.pointer_type(DTYPE)), 16)
-        values = tl.multiple_of((tl.load(at + 1, mask=held, other=0) * 16).to(tl.pointer_type(DTYPE)), 16)
+        at = table + (row * columns + slot // 32) * FIELDS
         # What is not seen is not read: it may be anything, also not a number.
         seen = held & ((slot < sink) | (slot >= start) | ((slot >= fading) & (slot < faded)))
-        k = tl.load(keys[:, None] + inside, mask=seen[:, None], other=0.0).to(work)
-        v = tl.load(values[:, None] + inside, mask=seen[:, None], other=0.0).to(work)
+        k = _tokens(at, slot % 32, held, seen, 0, DTYPE, D, FIELDS).to(work)
+        v = _tokens(at, slot % 32, held, seen, 1, DTYPE, D, FIELDS).to(work)
         s = tl.where(seen[:, None], tl.dot(k, q, input_precision="ieee") * scale, -1e30)
         if SCORED:
             h = tl.arange(0, N)
@@ -439,16 +454,32 @@ def _picked(
 
 
 @triton.jit(do_not_specialize=("columns",))
-def _append(keys, values, table, spans, columns, DTYPE: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr):
+def _append(
+    keys, values, table, spans, columns, DTYPE: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr, FIELDS: tl.constexpr
+):
     """The newest token of a row into its last exact slot: `[rows, D]` each. Grid: (rows, 2)."""
     row = tl.program_id(0)
     side = tl.program_id(1)
     d = tl.arange(0, D)
     slot = tl.load(spans + row * SPAN + 4) - 1
-    address = tl.load(table + (row * columns + slot // 32) * 2 + side)
-    page = tl.multiple_of((address * 16).to(tl.pointer_type(DTYPE)), 16)
+    at = table + (row * columns + slot // 32) * FIELDS
+    address = tl.load(at + side) * 16
+    inside = slot % 32
     source = keys if side == 0 else values
-    tl.store(page + (slot % 32) * D + d, tl.load(source + row * D + d))
+    x = tl.load(source + row * D + d)
+    if FIELDS == 2:
+        page = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+        tl.store(page + inside * D + d, x)
+    else:  # as `planar.quantise` does, bit for bit
+        x = x.to(tl.float32)[None, :]
+        scale, zero = _ends(tl.min(x, 1), tl.max(x, 1), 255)
+        step, inverse = _step(scale)
+        codes = _codes(x, zero.to(tl.float32)[:, None], step[:, None], inverse[:, None], 255, False)
+        page = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
+        tl.store(page + inside * D + d[None, :], codes.to(tl.uint8))
+        one = inside + tl.arange(0, 1)
+        tl.store((tl.load(at + 2 * side + 2) * 16).to(tl.pointer_type(tl.float16)) + one, scale)
+        tl.store((tl.load(at + 2 * side + 3) * 16).to(tl.pointer_type(tl.float16)) + one, zero)
 
 
 @triton.jit
@@ -474,19 +505,28 @@ def _merge(out, lse, first, last, head, heads, m, total, acc, D: tl.constexpr, P
 def _combine(
     packed_out, packed_lse, exact_out, exact_lse, starts, exact_starts, merged, merged_lse,
     D: tl.constexpr, P: tl.constexpr, WITH_LSE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
-    TEAM: tl.constexpr, WHOLE: tl.constexpr, EARLY: tl.constexpr,
+    TEAM: tl.constexpr, WHOLE: tl.constexpr, EARLY: tl.constexpr, DIVIDED: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts of one head of a row. Grid: (rows, heads).
 
-    TEAM, WHOLE: see `Reader`. EARLY: it was launched before the kernel in front of it was done.
+    TEAM, WHOLE: see `Reader`. EARLY: it was launched before the kernel in front of it was done. DIVIDED: starts are the
+    parts of `Divided`.
     """
     row = tl.program_id(0)
     head = tl.program_id(1)
     heads = tl.num_programs(1)
     d = tl.arange(0, D)
-    lead = row // TEAM * TEAM
-    first = tl.load(starts + lead)
-    last = tl.load(starts + lead + 1)
+    if DIVIDED:
+        first = tl.load(starts + row * 4)
+        last = tl.load(starts + row * 4 + 1)
+        line = tl.load(starts + row * 4 + 2)
+        apart = tl.load(starts + row * 4 + 3)
+    else:
+        lead = row // TEAM * TEAM
+        first = tl.load(starts + lead)
+        last = tl.load(starts + lead + 1)
+        line = row % TEAM * heads
+        apart = heads * TEAM
     if WHOLE:
         last = tl.minimum(last, first + 1)
     first_exact = tl.load(exact_starts + row)
@@ -498,8 +538,7 @@ def _combine(
     total = 0.0
     acc = tl.zeros([D], tl.float32)
     if PACKED:
-        whose = head + row % TEAM * heads
-        m, total, acc = _merge(packed_out, packed_lse, first, last, whose, heads * TEAM, m, total, acc, D, P)
+        m, total, acc = _merge(packed_out, packed_lse, first, last, line + head, apart, m, total, acc, D, P)
     if EXACT:
         m, total, acc = _merge(exact_out, exact_lse, first_exact, last_exact, head, heads, m, total, acc, D, P)
     at = row * heads + head
@@ -553,7 +592,7 @@ def append(keys: torch.Tensor, values: torch.Tensor, spans: torch.Tensor, exact:
     with on(keys.device):
         _append[(rows, 2)](
             keys, values, exact.table, spans, exact.table.shape[1], DTYPE=_TYPES[exact.dtype], D=dim, SPAN=SPAN,
-            num_warps=1,
+            FIELDS=exact.table.shape[2], num_warps=1,
         )  # fmt: skip
 
 
@@ -561,7 +600,7 @@ def decode(
     queries: torch.Tensor,
     scaling: float,
     spans: torch.Tensor,
-    packed: Packed | None = None,
+    packed: Packed | Divided | None = None,
     exact: Exact | None = None,
     with_lse: bool = False,
     asm: bool | None = None,
@@ -588,11 +627,14 @@ def decode(
     """
     rows, heads, dim = queries.shape
     device = queries.device
+    divided, packed = (packed, None) if isinstance(packed, Divided) else (None, packed)
+    assert divided is None or (picks is None and packed_scores is None and starts is not None)
     asm = device.type == "cuda" if asm is None else asm
     scale = scaling * 1.4426950408889634
     n = 8 if heads <= 8 else 16
     form = packed.form if packed is not None and picks is None else None
-    programs = programs or programs_for(rows, device, form, heads, None if exact is None else exact.dtype)
+    dtype = None if exact is None or exact.rounded else exact.dtype
+    programs = programs or programs_for(rows, device, form, heads, dtype)
     joined = exact if programs[1] == 0 else None
     """Exact pages that the kernel of the packed ones attends over."""
     pdl = PDL and overlaps(device)
@@ -630,7 +672,10 @@ def decode(
         packed_out, packed_lse = exact_out, exact_lse = queries, queries
         whole = packed is not None and packed.form.whole
         team = 1
-        if packed is not None and isinstance(packed.form, Form):
+        if divided is not None:
+            whole = divided.sets[0][0].form.whole
+            packed_out, packed_lse = _attend_divided(divided, queries, scale, early)
+        elif packed is not None and isinstance(packed.form, Form):
             form = packed.form
             tiles = packed.table.numel() if picks is None else -(-picks.shape[1] // PICKS) * rows
             tiles += 0 if joined is None else joined.table.numel() // 2
@@ -661,7 +706,7 @@ def decode(
             wide = exact.dtype.itemsize == 4
             picked = picks if packed is None else None
             slots = exact.table.shape[1] * 32 if picked is None else picked.shape[1]
-            behind = packed is not None
+            behind = packed is not None or divided is not None
             begins = pdl and scores is None if behind else early
             count, exact_out, exact_lse = parts(programs[1], -(-slots // TILE) * rows)
             _exact[(count,)](
@@ -669,17 +714,35 @@ def decode(
                 exact_lse if scores is None else scores, scale, rows, exact.table.shape[1], heads,
                 1 if scores is None else scores.shape[2], DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE,
                 TILE=TILE, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None, EARLY=begins,
-                BEHIND=behind, PDL=pdl, num_warps=2, num_stages=1 if wide else 3, **common,
+                BEHIND=behind, PDL=pdl, FIELDS=exact.table.shape[2], num_warps=2, num_stages=1 if wide else 3, **common,
                 **({"launch_pdl": True} if begins else {}),
             )  # fmt: skip
         merged = torch.empty_like(queries) if out is None else out
         merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
-        begins = pdl and (exact is not joined or packed is not None)
+        some = packed is not None or divided is not None
+        begins = pdl and (exact is not joined or some)
+        # Of thousands of rows each has one or two parts, for which a few threads will do.
+        many = 64 if divided is not None else max(4, min(64, triton.next_power_of_2(2 * max(programs) // rows)))
         _combine[(rows, heads)](
-            packed_out, packed_lse, exact_out, exact_lse, starts[0], starts[1], merged,
-            merged_lse if with_lse else exact_lse,
-            D=dim, P=64, WITH_LSE=with_lse, PACKED=packed is not None, EXACT=exact is not joined, TEAM=team,
-            WHOLE=whole, EARLY=begins, num_warps=8,
+            packed_out, packed_lse, exact_out, exact_lse, starts[0] if divided is None else divided.parts, starts[1],
+            merged, merged_lse if with_lse else exact_lse,
+            D=dim, P=many, WITH_LSE=with_lse, PACKED=some, EXACT=exact is not joined, TEAM=team,
+            WHOLE=whole, EARLY=begins, DIVIDED=divided is not None, num_warps=min(8, max(1, many * dim // 512)),
             **({"launch_pdl": True} if begins else {}),
         )  # fmt: skip
     return merged, merged_lse
+
+
+def _attend_divided(divided: Divided, queries: torch.Tensor, scale: float, early: bool) -> tuple[torch.Tensor, ...]:
+    """Parts of the packed pages of all sets, one behind the other: float32 `[lines, head_dim]` and `[lines]`."""
+    heads, dim = queries.shape[1:]
+    sizes = [programs * packed.form.team * heads for packed, _, programs in divided.sets]
+    out = torch.empty((sum(sizes), dim), dtype=torch.float32, device=queries.device)
+    lse = torch.empty(sum(sizes), dtype=torch.float32, device=queries.device)
+    asked, row, line = queries.index_select(0, divided.order), 0, 0
+    for (packed, starts, programs), lines in zip(divided.sets, sizes):
+        rows, at = slice(row, row + len(packed.table)), slice(line, line + lines)
+        mine = out[at].view(programs, -1, dim), lse[at].view(programs, -1)
+        packed.form.attend(packed, asked[rows], scale, divided.spans[rows], starts, *mine, early=early)
+        row, line = rows.stop, at.stop
+    return out, lse

@@ -229,8 +229,10 @@ def _tally(
 def _choose(
     least, place, numbers, spans, table, goes, stash, columns, tiles,
     DTYPE: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, NUMBERS: tl.constexpr,
+    ROUNDED: tl.constexpr,
 ):  # fmt: skip
-    """The slot of each row that goes, and the newest token's key and value out of its page. Grid: (rows,)."""
+    """The slot of each row that goes, and the newest token's key and value out of its page. ROUNDED: that stays where
+    it is. Grid: (rows,)."""
     row = tl.program_id(0).to(tl.int64)
     t = tl.arange(0, T)
     d = tl.arange(0, D)
@@ -242,10 +244,11 @@ def _choose(
     slot = tl.load(place + row * tiles + index)
     slot = tl.where((kind == 2) & (slot < total), slot, total - 1)
     tl.store(goes + row, tl.where(kind == 0, -1, slot))
-    for side in tl.static_range(2):
-        address = tl.load(table + (row * columns + (stop - 1) // 32) * 2 + side)
-        page = tl.multiple_of((address * 16).to(tl.pointer_type(DTYPE)), 16)
-        tl.store(stash + (row * 2 + side) * D + d, tl.load(page + ((stop - 1) % 32) * D + d))
+    if not ROUNDED:
+        for side in tl.static_range(2):
+            address = tl.load(table + (row * columns + (stop - 1) // 32) * 2 + side)
+            page = tl.multiple_of((address * 16).to(tl.pointer_type(DTYPE)), 16)
+            tl.store(stash + (row * 2 + side) * D + d, tl.load(page + ((stop - 1) % 32) * D + d))
 
 
 @triton.jit(do_not_specialize=("columns",))
@@ -482,7 +485,7 @@ def tally(
         _choose[(rows,)](
             least, place, numbers, spans, exact.table, goes, stash, exact.table.shape[1], tiles,
             DTYPE=_TYPES[exact.dtype], D=stash.shape[2], T=triton.next_power_of_2(tiles), SPAN=SPAN, NUMBERS=NUMBERS,
-            num_warps=4,
+            ROUNDED=exact.rounded, num_warps=4,
         )  # fmt: skip
 
 

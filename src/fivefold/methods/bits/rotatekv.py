@@ -167,18 +167,24 @@ class RotateCodec(LearnedCodec):
             fields.append(Field("sinks", (method.sinks,), torch.int16, "other"))
         self.layout = PageLayout(f"rotatekv{method.bits}", self.planes * 32, tuple(fields))
         self.made = {}
+        self._readers: dict[tuple[int, ...], Rotated] = {}
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         # A rotation of n channels makes numbers at most sqrt(n) times as large.
         limit = FLOAT16_MAX / (self.spec.kv_heads * self.spec.head_dim) ** 0.5
         check_finite(keys, values, limit)
 
-    @cached_property
+    @property
     def reader(self) -> Rotated:
-        spec, sinks = self.spec, self.method.sinks
-        order = self.order_of(tuple(range(spec.kv_heads)), spec.kv_heads).to(spec.device)
-        shape = self.method.bits, self.channels, spec.head_dim, spec.kv_heads, self.block(spec.kv_heads), sinks
-        return Rotated(*shape, order.argsort().to(torch.int32), self.rope.inv_freq, self.rope.neighbours)
+        return self.reader_of(tuple(range(self.spec.kv_heads)))
+
+    def reader_of(self, heads: tuple[int, ...]) -> Rotated:
+        if heads not in self._readers:
+            count, dim, device = len(heads), self.spec.head_dim, self.spec.device
+            places = self.order_of(heads, count).to(device).argsort().to(torch.int32)
+            shape = self.method.bits, self.channels, dim, count, self.block(count), self.method.sinks
+            self._readers[heads] = Rotated(*shape, places, self.rope.inv_freq, self.rope.neighbours)
+        return self._readers[heads]
 
     def learn(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inputs: torch.Tensor
@@ -210,8 +216,11 @@ class RotateCodec(LearnedCodec):
 
     @property
     def nbytes(self) -> int:
-        reader = vars(self).get("reader")
-        return super().nbytes + (0 if reader is None else sum(x.nbytes for x in reader.constants))
+        return super().nbytes + sum(x.nbytes for reader in self._readers.values() for x in reader.constants)
+
+    def forget(self) -> None:
+        super().forget()
+        self._readers.clear()
 
     def block(self, heads: int) -> int:
         return heads_together(heads, self.method.head_group, self.spec.head_dim)
