@@ -76,10 +76,6 @@ class Slabs:
             if slab is not None:
                 yield number, slab
 
-    def _with_free(self) -> Iterator[tuple[int, Slab]]:
-        for number in np.flatnonzero(self._free).tolist():
-            yield number, cast(Slab, self._slabs[number])
-
     def _add(self, slab: Slab, number: int | None = None) -> int:
         """Returns the number that it gets."""
         if number is None:
@@ -137,13 +133,25 @@ class Slabs:
         return None
 
     def _scattered(self, count: int, without: Sequence[int] = ()) -> np.ndarray:
-        """At most so many free pages, none of these slabs."""
-        parts = [np.empty(0, dtype=np.int64)]
-        for number, slab in self._with_free():
-            if count and number not in without:
-                parts.append(self._take(number, np.flatnonzero(slab.references == 0)[:count]))
-                count -= len(parts[-1])
-        return np.concatenate(parts)
+        """At most so many free pages, the first ones of all slabs but these. What a step wants is in many slabs, a few
+        pages in each."""
+        numbers = np.flatnonzero(self._free)
+        if len(without):
+            numbers = numbers[~np.isin(numbers, without)]
+        ends = self._free[numbers].cumsum()
+        numbers = numbers[: int(ends.searchsorted(count)) + 1]
+        if not count or not len(numbers):
+            return np.empty(0, dtype=np.int64)
+        pages = self._pages[numbers]
+        parts = [self._counts[0, start : start + many] for start, many in zip(self._starts[0, numbers], pages)]
+        found = np.flatnonzero(np.concatenate(parts) == 0)[:count]
+        ends = pages.cumsum()
+        which = ends.searchsorted(found, "right")
+        index = found - (ends - pages)[which]
+        self._counts[0, self._starts[0, numbers][which] + index] = 1
+        self._free[numbers] -= np.bincount(which, minlength=len(numbers))
+        self._longest[numbers] = np.minimum(self._longest[numbers], self._free[numbers])
+        return (numbers[which] << SLAB_SHIFT) + index
 
     def _at(self, pages: np.ndarray) -> np.ndarray:
         """Where the counts of pages stand."""
