@@ -31,13 +31,13 @@ def locked(method: F) -> F:
 
 
 class Slab:
-    """Memory of many pages. tensors: by field; counts: of each page how many hold it, and which change took it, int32
-    `[2, pages]`, a part of an array for all slabs."""
+    """Memory of many pages. tensors: by field; records: what these are views of, if they are; counts: of each page how
+    many hold it, and which change took it, int32 `[2, pages]`, a part of an array for all slabs."""
 
-    __slots__ = ("counts", "tensors")
+    __slots__ = ("counts", "records", "tensors")
 
-    def __init__(self, tensors: dict[str, torch.Tensor], pages: int) -> None:
-        self.tensors, self.counts = tensors, np.zeros((2, pages), dtype=np.int32)
+    def __init__(self, tensors: dict[str, torch.Tensor], records: torch.Tensor | None, pages: int) -> None:
+        self.tensors, self.records, self.counts = tensors, records, np.zeros((2, pages), dtype=np.int32)
 
     @property
     def references(self) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -64,13 +65,7 @@ class Transaction:
         pages = pages[pool.marks(pages) != self._number]  # the others go anyway, and may be somebody else's by then
         if not len(pages):
             return
-        before = [(part.name, pool.read(part.name, pages).clone()) for part in pool.layout.fields]
-
-        def restore() -> None:
-            for name, x in before:
-                pool.write(name, pages, x)
-
-        self.undo(restore)
+        self.undo(partial(pool.write_fields, pages, {name: [x] for name, x in pool.copies(pages).items()}))
 
     def undo(self, action: Callable[[], None]) -> None:
         """What a rollback has to do, the latest first."""
