@@ -20,9 +20,11 @@ import fivefold
 from conftest import DEVICES, KERNELS
 from fivefold.attention.tables import DeviceTables, tables_of
 from fivefold.errors import CacheFullError, CacheStateError
+from fivefold.kernels.device import Beside
 from fivefold.kernels.packed_decode import schedule
 from fivefold.methods.bits.kivi import Kivi
 from fivefold.models.forward import Forward
+from fivefold.models.graph import Step
 from fivefold.store.bank import Bank
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.rows import PAGE, Extent
@@ -383,3 +385,27 @@ def test_tables_follow_whatever_happens_to_the_pages(seed: int, monkeypatch) -> 
     for one in (bank, *others):
         one.free()
     assert all(pool.pages_in_use == 0 for pool in pools)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "prompt", "aside"), [("kivi(bits=4, residual=32)", 62, 1), ("kivi(residual=0)", 30, 0)]
+)
+def test_what_need_not_wait_for_a_step_runs_beside_it(model, recipe, prompt: int, aside: int, monkeypatch) -> None:
+    """The mask is counted once the step is launched. So is packed what the step only reads, but not what it brings."""
+    said: list[str] = []
+    for owner, name in ((Step, "_replay"), (Beside, "running")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, real=real, name=name: said.append(name) or real(*args))
+    tokens = ids(2, prompt + 2, model.device)
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    cache = fivefold.compress(model, recipe, cuda_graph=True)
+    with torch.inference_mode():
+        model(tokens[:, :prompt], past_key_values=cache, attention_mask=mask[:, :prompt])
+        for length, packs in ((prompt + 1, 0), (prompt + 2, aside)):
+            said.clear()
+            where = mask[:, :length].cumsum(1)[:, -1:] - 1
+            given = {"attention_mask": mask[:, :length], "position_ids": where}
+            model(tokens[:, length - 1 : length], past_key_values=cache, **given)
+            assert said == ["_replay"] + ["running"] * (1 + packs)
+    assert [group.bounds.packed_stop for group in cache.session.stores[0].groups] == [0, 32]

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fivefold
 from conftest import VOCAB
 from fivefold.engine.session import Session
-from fivefold.store import joint
+from fivefold.store import joint, plan
 from fivefold.store.group import KV
 from test_transactions import FailsAt, Fault
 
@@ -68,10 +68,11 @@ def test_it_is_what_each_layer_does(name: str, at_once: int, tiny: Any, monkeypa
     together = joint.advance
 
     def advance(bank: Any, revocable: int) -> Any:
-        slots = bank.rows * bank.layers[0].known[0].slots
-        of_tokens = 32 * bank.packing.page * 64 * bank.rows if bank.layers[0].policy.evicts else 0
-        monkeypatch.setattr(joint, "NUMBERS", at_once * max(slots, of_tokens))
-        done = together(bank, revocable)
+        with monkeypatch.context() as patch:
+            patch.setattr(joint, "NUMBERS", at_once * bank.rows * bank.layers[0].known[0].slots)
+            if at_once < LAYERS:
+                patch.setattr(plan, "NUMBERS", 3 * bank.packing.page * 64)  # pages that are written anew at a time
+            done = together(bank, revocable)
         moved.append(len(done))
         return done
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fivefold.errors import CacheFullError
-from fivefold.store.pages import SLAB_SHIFT, Budget, Field, PageLayout, PagePool
+from fivefold.store.layout import Field, PageLayout
+from fivefold.store.pages import SLAB_SHIFT, Budget, PagePool
 from fivefold.store.tier import Tier
 from fivefold.store.transaction import Transaction
 

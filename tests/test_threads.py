@@ -20,7 +20,8 @@ import torch
 import fivefold
 from conversations import text
 from fivefold.errors import CacheFullError
-from fivefold.store.pages import Budget, Field, PageLayout, PagePool
+from fivefold.store.layout import Field, PageLayout
+from fivefold.store.pages import Budget, PagePool
 from recipes import SHAPE, written
 
 pytestmark = pytest.mark.usefixtures("one_thread")

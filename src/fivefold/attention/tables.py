@@ -25,7 +25,7 @@ from fivefold.store.bank import Bank
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.rounded import SIDES
-from fivefold.store.rows import PAGE, Bounds, Span
+from fivefold.store.rows import FIXED, PAGE, Bounds, Span
 
 
 def kernels(device: torch.device) -> ModuleType:
@@ -89,7 +89,7 @@ class DeviceTables:
         self._share_out(fields is KV)
         self._pages: np.ndarray | None = None
         self._ahead: np.ndarray | None = None
-        """The bounds for which spans are written already."""
+        """The bounds for which spans are written already, but for what of them never changes."""
         self._from = b""
         """The bounds that they follow from, where a step needs nothing but these, and no new page."""
         self.sent = False
@@ -230,7 +230,7 @@ class DeviceTables:
         self.sync()
         if self.left is not None:
             self.left.sync(self.bank)
-        if self._ahead is None or not np.array_equal(self._ahead, self.bank.data):
+        if self._ahead is None or not np.array_equal(self._ahead, self.bank.data[FIXED:]):
             self._fill(self.bank.data)
             self.sent = False
         if not self.sent:
@@ -241,11 +241,12 @@ class DeviceTables:
         """Work out what the next step of all rows will want to know, while a GPU is still busy with this one."""
         self.sent, self._from = False, b""
         if self.listed and self.device.type != "meta" and self.fit():
-            self._ahead = self.bank.data.copy()
-            self._ahead[Bounds._fields.index("length")] += 1
-            self._fill(self._ahead)
+            ahead = self.bank.data.copy()
+            ahead[Bounds._fields.index("length")] += 1
+            self._fill(ahead)
+            self._ahead = ahead[FIXED:]
             if self.left is None and not self.bank.at(slice(None)).full.any():
-                self._from = self.bank.data.tobytes()
+                self._from = self.bank.data[FIXED:].tobytes()
 
     @property
     def foreseen(self) -> bool:
@@ -255,7 +256,7 @@ class DeviceTables:
             return False
         if any(tier.changed or tier.shared for tier in self._tiers):
             return False
-        return bool(self._from) and self._from == bank.data.tobytes()
+        return bool(self._from) and self._from == bank.data[FIXED:].tobytes()
 
     def send_ahead(self) -> None:
         """Send what `prepare` wrote, where it is `foreseen`, before a step is begun. `update` looks whether it was."""

@@ -67,16 +67,9 @@ def expect(
 
     The arguments are those of `new_tokens` and `offsets`.
     """
-    found, wanted = [], []
-    if mask is not None:
-        some = mask != 0
-        for part, want in ((some[:, :length].sum(1), held), (some[:, length:].sum(1), np.ones_like(held))):
-            found.append(part.expand(len(held)))
-            wanted.append(want)
-    if positions is not None:
-        found.append(positions[:, -1].expand(len(held)).to(found[0].device if found else positions.device))
-        wanted.append(known + held)
-    if not found:
+    wanted = [] if mask is None else [held, np.ones_like(held)]
+    wanted += [] if positions is None else [known + held]
+    if not wanted:
         return
     expected = np.concatenate(wanted).tolist()
 
@@ -84,7 +77,16 @@ def expect(
         if numbers != expected:
             raise Padded
 
-    change.check(torch.cat(found), look)
+    def count() -> None:
+        found = list[torch.Tensor]()
+        if mask is not None:
+            some = mask != 0
+            found += [part.sum(1).expand(len(held)) for part in (some[:, :length], some[:, length:])]
+        if positions is not None:
+            found.append(positions[:, -1].expand(len(held)).to(found[0].device if found else positions.device))
+        change.check(torch.cat(found), look)
+
+    change.postpone(count)  # a GPU need not count before it begins
 
 
 def new_tokens(mask: torch.Tensor | None, length: int, held: np.ndarray, chunk: int) -> np.ndarray:

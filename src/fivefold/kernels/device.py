@@ -58,6 +58,39 @@ def coming(x: torch.Tensor) -> Callable[[], list[float]]:
     return wait
 
 
+class Beside:
+    """Where work runs that waits for what a GPU had been given at one moment (`mark`), beside what came since: a stream
+    of its own. On a CPU it runs as ever."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, cuda = device, device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if cuda else None
+        self._event = torch.cuda.Event() if cuda else None
+        self._used = False
+
+    def mark(self) -> None:
+        """This is the moment."""
+        if self._event is not None:
+            self._event.record(torch.cuda.current_stream(self._device))
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within it, what is launched goes there."""
+        if self._stream is None or self._event is None:
+            yield
+            return
+        self._stream.wait_event(self._event)
+        self._used = True
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """What the GPU is given from now on waits for that work."""
+        if self._used and self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            self._used = False
+
+
 @contextmanager
 def no_garbage() -> Iterator[None]:
     """For a capture of a CUDA graph: without Python's collector of cycles, which might destroy a graph that is nobody's

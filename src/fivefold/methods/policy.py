@@ -11,7 +11,7 @@ import torch
 from fivefold.kernels.watched import Noise
 from fivefold.methods.method import Method, param
 from fivefold.store.held import Held
-from fivefold.store.pages import PageLayout
+from fivefold.store.layout import PageLayout
 from fivefold.store.plan import Append, Demote, EvictOne, EvictPacked, Keep, Plan, Stored
 from fivefold.store.rows import Bounds, Extent, Packing
 from fivefold.store.spec import LayerSpec, exact_layout

@@ -26,7 +26,7 @@ from fivefold.engine.admission import Padded
 from fivefold.engine.session import Session
 from fivefold.errors import CacheStateError, FivefoldError
 from fivefold.kernels.choice import choose
-from fivefold.kernels.device import no_garbage
+from fivefold.kernels.device import Beside, no_garbage
 from fivefold.models.fused import Whole, verified
 from fivefold.models.selection import NAME, selected
 from fivefold.models.specs import configs_of
@@ -95,6 +95,8 @@ class Step:
         self._moved = True
         self._next: Captured | None = None
         self._pool: Any = None
+        self._beside: Beside | None = None
+        """Where runs what need not wait for a step that a GPU is at work on."""
         self._ready: object = None
         self._whys: Mapping[int, str | None] = {}
 
@@ -168,6 +170,8 @@ class Step:
     ) -> torch.Tensor:
         """early: the logits, if the step is taken already (see `_early`)."""
         session, positions, batch = cache.session, given.get("position_ids"), ids.shape[0]
+        assert session.change is not None
+        session.change.beside = self._beside = self._beside or Beside(_device(session))
         banks = session.banks
         size = 1 << (batch - 1).bit_length() if session.ragged else batch
         now = getattr(banks[0].mirror, "sequences", 0)
@@ -191,7 +195,7 @@ class Step:
             captured = self._prepare(model, found, size, same)
         assert captured is not None
         if early is not None and not fresh and all(tables.sent for tables in found):
-            return early
+            return early  # what was postponed is done before this is committed
         captured.ids[:batch].copy_(ids)
         captured.next = -1
         at = captured.positions[:batch]
@@ -199,7 +203,9 @@ class Step:
         if fresh:
             self._fuse(model, cache, captured)
             self._capture(forward, cache, captured)
-        return self._replay(forward, cache, captured)[:batch]
+        logits = self._replay(forward, cache, captured)[:batch]
+        session.change.launched()
+        return logits
 
     def _early_one(self, session: Session) -> Captured | None:
         """What a step can be taken by before it is begun. The model's own code wants a change that is begun."""
@@ -304,6 +310,8 @@ class Step:
         self.replays += 1
         if captured.graph is None:
             return self._run(forward, cache, captured)
+        if self._beside is not None:
+            self._beside.mark()
         captured.graph.replay()
         assert captured.logits is not None
         return captured.logits.clone()

@@ -3,7 +3,8 @@
 from fivefold.store.context import Context, Rope
 from fivefold.store.held import Held
 from fivefold.store.layer_cache import LayerCache
-from fivefold.store.pages import Budget, Field, PageLayout, PagePool
+from fivefold.store.layout import Field, PageLayout
+from fivefold.store.pages import Budget, PagePool
 from fivefold.store.rows import Extent
 from fivefold.store.spec import LayerSpec
 

@@ -133,11 +133,13 @@ class Bank:
         """What brings the rows back as they are now; the page tables know themselves what was done to them."""
         names = (*ROWS, "batch", "exact", "packed", "mirror", "pending", "live")
         before = {name: getattr(self, name) for name in names}
-        data, layers = self.data.copy(), [(list(layer.known), dict(layer.learned)) for layer in self.layers]
+        data, moving = self.data, self.data[FIXED:].copy()
+        layers = [(list(layer.known), dict(layer.learned)) for layer in self.layers]
         tiers = [(tier, tier.shared, tier.capacity) for tier in (self.exact, self.packed) if tier is not None]
 
         def restore() -> None:
             other = self.mirror is not before["mirror"]
+            data[FIXED:] = moving
             vars(self).update(before, data=data, due=None, memo=Memo())
             for tier, shared, capacity in tiers:
                 tier.shared = shared

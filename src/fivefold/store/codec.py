@@ -10,7 +10,7 @@ import torch
 from fivefold.errors import CodecError, NonFiniteError
 from fivefold.kernels.packed_decode import Form, Reader
 from fivefold.store.context import Context, Rope
-from fivefold.store.pages import Field, PageLayout
+from fivefold.store.layout import Field, PageLayout
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
 

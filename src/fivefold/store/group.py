@@ -151,7 +151,7 @@ class RowGroup:
     def read_packed(self, where: Sequence[Location]) -> dict[str, torch.Tensor]:
         """Every field of a block of the packed tier: `[rows, columns, *shape]`."""
         pools = zip(self.layer.packed_pools, where)
-        return {part.name: pool.fetch(part.name, at) for pool, at in pools for part in pool.layout.fields}
+        return {name: x for pool, at in pools for name, x in pool.fetch_all(at).items()}
 
     def packed_fields(self, first: int, last: int) -> dict[str, torch.Tensor]:
         """Every field of packed columns first..last: `[rows, columns, *shape]`."""

@@ -19,11 +19,8 @@ from fivefold.store.bank import Bank
 from fivefold.store.group import Stacked
 from fivefold.store.held import Held
 from fivefold.store.layer_cache import LayerCache
-from fivefold.store.plan import Demote, EvictPacked, Stored, execute
-from fivefold.store.rows import PAGE, Bounds
-
-NUMBERS = 1 << 25
-"""Of tokens, or of what is known of them, that are worked on at a time: it bounds the memory that this takes."""
+from fivefold.store.plan import NUMBERS, Demote, EvictPacked, Stored, execute
+from fivefold.store.rows import Bounds
 
 
 class Joined(Stacked):
@@ -59,9 +56,7 @@ def advance(bank: Bank, revocable: int) -> list[LayerCache]:
     held, bounds = [layer.held[0] for layer in layers], Bounds(*bank.data[:, 0].tolist())
     if policy.step(held[0], bounds, first.packing_of(held[0])) is not None:
         return []
-    # Of each token that goes out of a page the whole page is packed again.
-    of_tokens = PAGE * packing.page * first.spec.head_dim if policy.evicts else 0
-    at_once = NUMBERS // (bank.rows * max(held[0].slots, of_tokens))
+    at_once = NUMBERS // (bank.rows * held[0].slots)
     done: list[LayerCache] = []
     for start in range(0, len(layers), at_once) if at_once > 1 else ():
         some = layers[start : start + at_once]

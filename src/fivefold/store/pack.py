@@ -7,6 +7,7 @@ addresses where there is one, else by the codec, those together whose groups sta
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -201,8 +202,6 @@ def _by_kernel(bank: Tables, due: Due, keys: np.ndarray, chunks: Sequence[Chunk]
         some = size == planes_of_page
         work += [sources[begin[some][:, None] + np.arange(planes_of_page)], places[some]]
         whose.append(row[some])
-    tensors = sent(bank.device, *work)
-    peaks = [pack_exact(form, *pair, first.spec.dtype) for pair in zip(tensors[::2], tensors[1::2])]
     came = len(chunks) > 0  # `look` waits until the change is committed, and must not hold the chunk until then
 
     def look(found: list[float]) -> None:
@@ -216,8 +215,21 @@ def _by_kernel(bank: Tables, due: Due, keys: np.ndarray, chunks: Sequence[Chunk]
             codec.check(*(bank.exact.pool.read(name, stands[np.isin(planes_of, which)]) for name in KV))
         raise beyond("keys or values", largest)
 
-    bank.change.check(torch.cat(peaks) if len(peaks) > 1 else peaks[0], look, last=came)
+    with nullcontext() if came else _aside(bank, due, count):
+        tensors = sent(bank.device, *work)
+        peaks = [pack_exact(form, *pair, first.spec.dtype) for pair in zip(tensors[::2], tensors[1::2])]
+        bank.change.check(torch.cat(peaks) if len(peaks) > 1 else peaks[0], look, last=came)
     return True
+
+
+def _aside(bank: Tables, due: Due, count: np.ndarray) -> AbstractContextManager[None]:
+    """Where `count` stored tokens of each row are packed: beside a step that a device is at work on, which reads what
+    stands before them in their pages, and that stays as it is; unless it brings one of them, or pages were copied."""
+    assert bank.packed is not None and bank.change is not None
+    beside = bank.change.beside
+    if beside is None or bank.packed.shared or (due.start + count >= due.bounds.length).any():
+        return nullcontext()
+    return beside.running()
 
 
 def _complete(bank: Tables, due: Due, stored: int, count: int, chunks: Sequence[Chunk]) -> None:

@@ -12,8 +12,7 @@ Pages are reference-counted: sharing (beam search, forks, layers that share stor
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple, cast
 
@@ -22,6 +21,8 @@ import torch
 
 from fivefold.errors import CacheFullError
 from fivefold.kernels.device import sent
+from fivefold.store.layout import PageLayout, fields_of, records_of, tensors_of
+from fivefold.store.rows import run_of
 from fivefold.store.slabs import INDEX_MASK, SLAB_SHIFT, Slab, Slabs, locked
 
 # For a few pages a slab of this fraction of the pool is added, so that slabs are few. More come step by step, but
@@ -33,62 +34,6 @@ _SCATTER = 64
 _SHRINK = 8
 # Memory for convenience is taken while this part of the cap (one over it) stays free.
 _RESERVE = 8
-
-
-@dataclass(frozen=True)
-class Field:
-    """One named part of a page.
-
-    `shape` is per page; `kind` is the line of the report its bytes belong to ("exact", "codes", "scales",
-    or any other word); `own` marks a field that every sharer of a page keeps for itself.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    kind: str
-    own: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class PageLayout:
-    """What a page of `tokens` tokens is made of.
-
-    A `record` keeps a page's fields together, in the order given: one address finds all of them. Else every field
-    lies by itself, so that consecutive pages of a field are one stretch of memory.
-    """
-
-    name: str
-    tokens: int
-    fields: tuple[Field, ...]
-    record: bool = False
-    holds: torch.dtype | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.fields)
-
-    def bytes_by_kind(self) -> dict[str, int]:
-        """Bytes of a page by line of the report."""
-        kinds: dict[str, int] = {}
-        for part in self.fields:
-            kinds[part.kind] = kinds.get(part.kind, 0) + part.nbytes
-        return kinds
-
-    def split(self) -> tuple[PageLayout, PageLayout | None]:
-        """The layout of what sharers of a page share, and of what each keeps for itself (None if nothing)."""
-        own = tuple(part for part in self.fields if part.own)
-        if not own:
-            return self, None
-        shared = tuple(part for part in self.fields if not part.own)
-        return (
-            PageLayout(self.name, self.tokens, shared, self.record),
-            PageLayout(f"{self.name}.own", self.tokens, own, self.record),
-        )
 
 
 class Budget:
@@ -147,19 +92,6 @@ class Budget:
             pool.trim()
 
 
-def _tensors(layout: PageLayout, pages: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """The fields of `pages` pages; of records, as views of one tensor."""
-    if not layout.record:
-        return {x.name: torch.empty((pages, *x.shape), dtype=x.dtype, device=device) for x in layout.fields}
-    records = torch.empty((pages, layout.nbytes), dtype=torch.uint8, device=device)
-    tensors, start = {}, 0
-    for part in layout.fields:
-        stretch = records[:, start : start + part.nbytes]
-        tensors[part.name] = stretch.view(part.dtype).unflatten(1, part.shape)
-        start += part.nbytes
-    return tensors
-
-
 class Location(NamedTuple):
     """Where pages lie: a regular grid in one slab (`strides` in pages), several such side by side (`runs`), or indices
     to gather per slab."""
@@ -199,7 +131,7 @@ class PagePool(Slabs):
         layout, pages = self.layout, min(pages, 1 << SLAB_SHIFT)
         # Tensors made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
-            return self._add(Slab(_tensors(layout, pages, self.device), pages))
+            return self._add(Slab(*tensors_of(layout, pages, self.device), pages))
 
     def _add(self, slab: Slab, number: int | None = None) -> int:
         number = super()._add(slab, number)
@@ -328,10 +260,7 @@ class PagePool(Slabs):
                 return Location(pages.shape, slab, first & INDEX_MASK, (stride, step), ())
         if runs := self._runs(pages):
             return Location(pages.shape, None, 0, (0, 0), (), runs)
-        parts = []
-        for slab, index, where in self._by_slab(pages.reshape(-1)):
-            parts.append((slab, self._inside(index), self._among(where)))
-        return Location(pages.shape, None, 0, (0, 0), tuple(parts))
+        return Location(pages.shape, None, 0, (0, 0), tuple(self._indexed(pages.reshape(-1))))
 
     def _runs(self, pages: np.ndarray) -> tuple[Location, ...]:
         """The regular grids that a table is made of, from column to column, if these are few: a chunk leaves one."""
@@ -349,29 +278,46 @@ class PagePool(Slabs):
             for start, stop, slab, page, step in zip(*(x.tolist() for x in (starts, stops, slabs, first[0], steps)))
         )
 
-    def _inside(self, index: np.ndarray) -> torch.Tensor | slice:
-        """Places in a slab as an index on the device: a slice, which nobody sends, where they go up by one step."""
-        first, last = int(index[0]), int(index[-1])
-        step = int(index[1]) - first if len(index) > 1 else 1
-        if step < 1 or last - first != step * (len(index) - 1) or (np.diff(index) != step).any():
-            return sent(self.device, index)[0]
-        return slice(first, last + 1, step)
+    def _indexed(self, pages: np.ndarray, slots: np.ndarray | None = None) -> list[tuple[Slab, Any, Any]]:
+        """(slab, places in it, where they stand in `pages`, None if all of them) on the device: slices, which nobody
+        sends, where they go up by one step, and where they are a run; the others are sent together. slots: places are
+        those of tokens, one of each page."""
+        found, places = list(self._by_slab(pages)), list[Any]()
+        for _, index, where in found:
+            if slots is None:
+                places.append(_steps(index))
+            else:
+                places.append(index * self.layout.tokens + (slots if where is None else slots[where]))
+        places += [None if where is None else run_of(where) or where for _, _, where in found]
+        arrays = [x for x in places if isinstance(x, np.ndarray)]
+        tensors = iter(sent(self.device, *arrays) if arrays else ())
+        places = [next(tensors) if isinstance(x, np.ndarray) else x for x in places]
+        return [(slab, *both) for (slab, _, _), *both in zip(found, places, places[len(found) :])]
 
-    def _among(self, where: np.ndarray | None) -> Any:
-        """Places in a list as an index on the device: a slice, which nobody sends, where they are a run."""
-        if where is None or int(where[-1]) - int(where[0]) == len(where) - 1:  # they go up
-            return None if where is None else slice(int(where[0]), int(where[-1]) + 1)
-        return sent(self.device, where)[0]
+    def _fetch(self, location: Location, of: Callable[[Slab], torch.Tensor]) -> torch.Tensor:
+        if location.slab is not None:
+            return _grid(of(location.slab), location)
+        if location.runs:
+            return torch.cat([_grid(of(cast(Slab, run.slab)), run) for run in location.runs], 1)
+        found = ((where, of(slab), at) for slab, at, where in location.parts)
+        parts = ((where, x[at] if isinstance(at, slice) else x.index_select(0, at)) for where, x, at in found)
+        return _rows_from(parts, prod(location.shape)).unflatten(0, location.shape)
 
     def fetch(self, name: str, location: Location) -> torch.Tensor:
         """Field `name` of the pages at a location: `[rows, columns, *shape]`; of a regular grid a view."""
-        if location.slab is not None:
-            return _grid(location.slab.tensors[name], location)
-        if location.runs:
-            return torch.cat([_grid(cast(Slab, run.slab).tensors[name], run) for run in location.runs], 1)
-        found = ((where, slab.tensors[name], at) for slab, at, where in location.parts)
-        parts = ((where, x[at] if isinstance(at, slice) else x.index_select(0, at)) for where, x, at in found)
-        return _rows_from(parts, prod(location.shape)).unflatten(0, location.shape)
+        return self._fetch(location, lambda slab: slab.tensors[name])
+
+    def fetch_all(self, location: Location) -> dict[str, torch.Tensor]:
+        """Every field of the pages at a location: records are gathered as they are."""
+        if location.slab is None and self.layout.record:
+            return fields_of(self.layout, self._fetch(location, _records))
+        return {part.name: self.fetch(part.name, location) for part in self.layout.fields}
+
+    def copies(self, pages: np.ndarray) -> dict[str, torch.Tensor]:
+        """Every field of a list of pages, as they are now: `[len(pages), *shape]`."""
+        place = self.locate(pages.reshape(1, -1))
+        gathered = len(place.parts) > 1 or len(place.runs) > 1
+        return {name: x[0] if gathered else x[0].clone() for name, x in self.fetch_all(place).items()}
 
     def read(self, name: str, pages: np.ndarray) -> torch.Tensor:
         """Field `name` of a list of pages: `[len(pages), *shape]`; a view where they are consecutive."""
@@ -389,14 +335,19 @@ class PagePool(Slabs):
         pages = pages.reshape(-1)
         if not len(pages):
             return
-        places = [(slab, self._inside(index), self._among(where)) for slab, index, where in self._by_slab(pages)]
+        places = self._indexed(pages)
         runs = all(isinstance(among, slice) for _, _, among in places)
         if runs:
             places.sort(key=lambda place: place[2].start)
         targets, sources = list[torch.Tensor](), list[torch.Tensor]()
+        tensors = [slab.tensors for slab, _, _ in places]
+        if self.layout.record and at is None and len(places) > 1 and len(fields) == len(self.layout.fields):
+            whole = {name: joined(pieces).reshape(len(pages), -1) for name, pieces in fields.items()}
+            tensors = [{"": _records(slab)} for slab, _, _ in places]
+            fields = {"": [records_of(self.layout, whole).view(tensors[0][""].dtype)]}
         for name, pieces in fields.items():
-            slab, rows, among = places[0]
-            first = slab.tensors[name]
+            _, rows, among = places[0]
+            first = tensors[0][name]
             if among is None and at is None and isinstance(rows, slice) and rows.step == 1:
                 run = first[rows].view(-1, *pieces[0].shape[1:])
                 run.copy_(pieces[0]) if len(pieces) == 1 else torch.cat(list(pieces), out=run)
@@ -407,8 +358,8 @@ class PagePool(Slabs):
                 parts = values.split([among.stop - among.start for _, _, among in places])
             else:
                 parts = [values if among is None else values[among] for _, _, among in places]
-            for (slab, rows, _), part in zip(places, parts):
-                target = slab.tensors[name]
+            for (_, rows, _), part, of in zip(places, parts, tensors):
+                target = of[name]
                 if isinstance(rows, slice):
                     targets.append(target[rows] if at is None else target[rows, at])
                     sources.append(part)
@@ -421,16 +372,8 @@ class PagePool(Slabs):
 
     def read_tokens(self, name: str, pages: np.ndarray, slots: np.ndarray) -> torch.Tensor:
         """One token of each of `pages`, that in its slot `slots`: `[len(pages), *shape[1:]]`."""
-        places = self._places(pages, slots)
-        return _rows_from(((where, x[name].flatten(0, 1).index_select(0, at)) for x, at, where in places), len(pages))
-
-    def _places(
-        self, pages: np.ndarray, slots: np.ndarray
-    ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor, Any]]:
-        """(fields of a slab, tokens in it, where they stand in `pages`; None if all of them): on the device."""
-        for slab, index, where in self._by_slab(pages):
-            at = index * self.layout.tokens + (slots if where is None else slots[where])
-            yield slab.tensors, sent(self.device, at)[0], self._among(where)
+        places = self._indexed(pages, slots)
+        return _rows_from(((where, _tokens(x, name).index_select(0, at)) for x, at, where in places), len(pages))
 
     def tail(self, location: Location) -> list[torch.Tensor]:
         """The fields of single pages on a regular grid, as views, for `put`: `[rows, *shape]` each."""
@@ -448,14 +391,31 @@ class PagePool(Slabs):
 
     def write_tokens(self, name: str, pages: np.ndarray, slots: np.ndarray, values: torch.Tensor) -> None:
         """Write one token of each of `pages`, that in its slot `slots`: `[len(pages), *shape[1:]]`."""
-        for tensors, at, where in self._places(pages, slots):
-            _put_at(tensors[name].flatten(0, 1), at, values if where is None else values[where])
+        for slab, at, where in self._indexed(pages, slots):
+            _put_at(_tokens(slab, name), at, values if where is None else values[where])
 
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copy whole pages."""
         for part in self.layout.fields:
             # What is read may be a view of the slab that is written into.
             self.write(part.name, target, self.read(part.name, source).clone())
+
+
+def _steps(at: np.ndarray) -> slice | np.ndarray:
+    """Places as a slice where they go up by one step."""
+    first, last = int(at[0]), int(at[-1])
+    step = int(at[1]) - first if len(at) > 1 else 1
+    even = step >= 1 and last - first == step * (len(at) - 1) and (np.diff(at) == step).all()
+    return slice(first, last + 1, step) if even else at
+
+
+def _records(slab: Slab) -> torch.Tensor:
+    assert slab.records is not None
+    return slab.records
+
+
+def _tokens(slab: Slab, name: str) -> torch.Tensor:
+    return slab.tensors[name].flatten(0, 1)
 
 
 def _grid(field: torch.Tensor, location: Location) -> torch.Tensor:

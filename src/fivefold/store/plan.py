@@ -19,10 +19,12 @@ from fivefold.store.codec import whole
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.held import Held
 from fivefold.store.interfaces import Layer
-from fivefold.store.pages import PageLayout
+from fivefold.store.layout import PageLayout
 from fivefold.store.rows import PAGE, Bounds, Extent, Packing
 from fivefold.store.spec import LayerSpec
 
+NUMBERS = 1 << 25
+"""Of tokens, or of what is known of them, that are worked on at a time: it bounds the memory that this takes."""
 Extra = dict[str, torch.Tensor]
 Merge = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, Extra]]
 
@@ -306,32 +308,32 @@ def _replace_packed(layer: Layer, group: RowGroup, plan: EvictPacked, held: Held
     bank, packing, bounds = layer.bank, layer.packing, group.bounds
     assert packing is not None and bank.packed is not None and bank.change is not None
     stop, due, page, width = int(bounds.packed_stop), plan.goes.shape[1], packing.page, group.packed.shape[1]
-    gone = torch.zeros_like(held.scores, dtype=torch.bool).scatter_(1, plan.goes, True)
     # Each row: as many tokens of the group stay as packed ones go; they are matched in order.
-    row, slot = np.nonzero(gone[:, :stop].cpu().numpy())
-    _, place = np.nonzero(~gone[:, stop : stop + due].cpu().numpy())
-    pages_at = row * width + slot // page
-    columns, first = np.unique(pages_at), stop // page
-    group_tokens = [torch.cat(group.exact_parts(name), 1)[:, :due] for name in KV]
-    new = [x[row, place] for x in group_tokens]
-    rows_at, slots_at, places = (torch.from_numpy(x).to(held.scores.device) for x in (row, slot, place + stop))
+    goes = np.sort(plan.goes.cpu().numpy(), 1)
+    stays = np.ones((len(goes), due), dtype=bool)
+    row, slot = np.nonzero(goes < stop)[0], goes[goes < stop]
+    stays[np.nonzero(goes >= stop)[0], goes[goes >= stop] - stop] = False
+    pages_at, place = row * width + slot // page, np.nonzero(stays)[1]
+    columns, which = np.unique(pages_at, return_inverse=True)
+    rows_at, slots_at, places, inside = sent(held.scores.device, row, slot, place, slot % page)
+    new = [torch.cat(group.exact_parts(name), 1)[rows_at, places] for name in KV]
     moved = []
     for x in (held.positions, held.scores):
         x = x.clone()
-        x[rows_at, slots_at] = x[rows_at, places]
+        x[rows_at, slots_at] = x[rows_at, places + stop]
         moved.append(x)
     after = replace(held, positions=moved[0])
-    for pages in (columns[columns % width < first], columns[columns % width >= first]):
-        if not len(pages):
-            continue
-        r, c = np.divmod(pages, width)
-        filled = page if int(c[0]) < first else stop % page
+    opened = columns % width >= stop // page
+    most = max(1, NUMBERS // (page * layer.spec.head_dim))
+    for pages in (x for some in (~opened, opened) for x in _pieces(np.flatnonzero(some), most)):
+        r, c = np.divmod(columns[pages], width)
+        filled = page if not opened[pages[0]] else stop % page
         slots = torch.from_numpy(c * page)[:, None] + torch.arange(page)
         tokens = [x[:, :filled] for x in group.codec_at(slots, r).decode(group.fields_at(r, c))]
-        mine = np.isin(pages_at, pages)
-        which = np.searchsorted(pages, pages_at[mine])
+        mine = np.isin(which, pages)
+        target, source = sent(held.scores.device, np.searchsorted(pages, which[mine]), np.flatnonzero(mine))
         for x, y in zip(tokens, new):
-            x[which, slot[mine] % page] = y[mine].to(x.dtype)
+            x[target, inside[source]] = y[source].to(x.dtype)
         codec = group.codec_at(slots[:, :filled], r, after)
         made = whole(codec, codec.encode(tokens[0], tokens[1], 0, None))
         bank.packed.unshare(bank.change, group.flat[r], c)
@@ -339,3 +341,7 @@ def _replace_packed(layer: Layer, group: RowGroup, plan: EvictPacked, held: Held
             bank.change.keep(pool, table[group.flat[r], c])
         bank.packed.write(group.flat[r], c, made)
     return moved
+
+
+def _pieces(x: np.ndarray, most: int) -> list[np.ndarray]:
+    return [x[start : start + most] for start in range(0, len(x), most)]

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from fivefold.kernels.planar import dequantise, quantise
-from fivefold.store.pages import Field, Location, PageLayout, PagePool, joined
+from fivefold.store.layout import Field, PageLayout
+from fivefold.store.pages import Location, PagePool, joined
 
 BITS = 8
 

@@ -31,13 +31,13 @@ def locked(method: F) -> F:
 
 
 class Slab:
-    """Memory of many pages. tensors: by field; counts: of each page how many hold it, and which change took it, int32
-    `[2, pages]`, a part of an array for all slabs."""
+    """Memory of many pages. tensors: by field; records: what these are views of, if they are; counts: of each page how
+    many hold it, and which change took it, int32 `[2, pages]`, a part of an array for all slabs."""
 
-    __slots__ = ("counts", "tensors")
+    __slots__ = ("counts", "records", "tensors")
 
-    def __init__(self, tensors: dict[str, torch.Tensor], pages: int) -> None:
-        self.tensors, self.counts = tensors, np.zeros((2, pages), dtype=np.int32)
+    def __init__(self, tensors: dict[str, torch.Tensor], records: torch.Tensor | None, pages: int) -> None:
+        self.tensors, self.records, self.counts = tensors, records, np.zeros((2, pages), dtype=np.int32)
 
     @property
     def references(self) -> np.ndarray:
@@ -75,10 +75,6 @@ class Slabs:
         for number, slab in enumerate(self._slabs):
             if slab is not None:
                 yield number, slab
-
-    def _with_free(self) -> Iterator[tuple[int, Slab]]:
-        for number in np.flatnonzero(self._free).tolist():
-            yield number, cast(Slab, self._slabs[number])
 
     def _add(self, slab: Slab, number: int | None = None) -> int:
         """Returns the number that it gets."""
@@ -137,13 +133,25 @@ class Slabs:
         return None
 
     def _scattered(self, count: int, without: Sequence[int] = ()) -> np.ndarray:
-        """At most so many free pages, none of these slabs."""
-        parts = [np.empty(0, dtype=np.int64)]
-        for number, slab in self._with_free():
-            if count and number not in without:
-                parts.append(self._take(number, np.flatnonzero(slab.references == 0)[:count]))
-                count -= len(parts[-1])
-        return np.concatenate(parts)
+        """At most so many free pages, the first ones of all slabs but these. What a step wants is in many slabs, a few
+        pages in each."""
+        numbers = np.flatnonzero(self._free)
+        if len(without):
+            numbers = numbers[~np.isin(numbers, without)]
+        ends = self._free[numbers].cumsum()
+        numbers = numbers[: int(ends.searchsorted(count)) + 1]
+        if not count or not len(numbers):
+            return np.empty(0, dtype=np.int64)
+        pages = self._pages[numbers]
+        parts = [self._counts[0, start : start + many] for start, many in zip(self._starts[0, numbers], pages)]
+        found = np.flatnonzero(np.concatenate(parts) == 0)[:count]
+        ends = pages.cumsum()
+        which = ends.searchsorted(found, "right")
+        index = found - (ends - pages)[which]
+        self._counts[0, self._starts[0, numbers][which] + index] = 1
+        self._free[numbers] -= np.bincount(which, minlength=len(numbers))
+        self._longest[numbers] = np.minimum(self._longest[numbers], self._free[numbers])
+        return (numbers[which] << SLAB_SHIFT) + index
 
     def _at(self, pages: np.ndarray) -> np.ndarray:
         """Where the counts of pages stand."""

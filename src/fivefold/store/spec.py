@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from fivefold.store.context import Rope
-from fivefold.store.pages import Budget, Field, PageLayout, PagePool
+from fivefold.store.layout import Field, PageLayout
+from fivefold.store.pages import Budget, PagePool
 from fivefold.store.rounded import RoundedPool
 from fivefold.store.rows import PAGE
 

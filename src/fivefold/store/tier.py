@@ -72,7 +72,8 @@ class Tier:
     def read(self, rows: np.ndarray, columns: np.ndarray) -> dict[str, torch.Tensor]:
         """Every field of a page of each row: `[rows, *shape]`."""
         places = [pool.locate(table[rows, columns][None]) for pool, table in zip(self.pools, self.tables)]
-        return {name: pool.fetch(name, places[i])[0] for pool, name, i in self.fields()}
+        found = (pool.fetch_all(place) for pool, place in zip(self.pools, places))
+        return {name: x[0] for fields in found for name, x in fields.items()}
 
     def write(self, rows: np.ndarray, columns: np.ndarray, fields: dict[str, torch.Tensor]) -> None:
         """Write fields of pages, of those rows and columns (arrays that are broadcast together), `[pages, *shape]`:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from fivefold.kernels.device import coming
+from fivefold.kernels.device import Beside, coming
 from fivefold.store.pages import PagePool
 
 _numbers = itertools.count()
@@ -27,6 +28,9 @@ class Transaction:
         self._number = 1 + next(_numbers) % 0x7FFFFFFF
         self.step = False
         """Whether it is a decoding step (`PagePool.allocate`)."""
+        self.beside: Beside | None = None
+        """Of a step that a device is given as a whole: where what need not wait for it runs, once it has been given."""
+        self._postponed: list[Callable[[], None]] = []
         self._fresh: dict[PagePool, list[np.ndarray]] = {}
         self._released: list[tuple[PagePool, np.ndarray]] = []
         self._undo: list[Callable[[], None]] = []
@@ -61,17 +65,26 @@ class Transaction:
         pages = pages[pool.marks(pages) != self._number]  # the others go anyway, and may be somebody else's by then
         if not len(pages):
             return
-        before = [(part.name, pool.read(part.name, pages).clone()) for part in pool.layout.fields]
-
-        def restore() -> None:
-            for name, x in before:
-                pool.write(name, pages, x)
-
-        self.undo(restore)
+        self.undo(partial(pool.write_fields, pages, {name: [x] for name, x in pool.copies(pages).items()}))
 
     def undo(self, action: Callable[[], None]) -> None:
         """What a rollback has to do, the latest first."""
         self._undo.append(action)
+
+    def postpone(self, action: Callable[[], None]) -> None:
+        """Do it beside the step, once a device is at work on that; at once where nobody waits for such a moment."""
+        if self.beside is None:
+            action()
+        else:
+            self._postponed.append(action)
+
+    def launched(self) -> None:
+        """The device has been given the step."""
+        postponed, self._postponed = self._postponed, []
+        if postponed and self.beside is not None:
+            with self.beside.running():
+                for action in postponed:
+                    action()
 
     def check(self, numbers: torch.Tensor, action: Callable[[list[float]], None], last: bool = False) -> None:
         """What is known only when a device has done its part: `action` is given the numbers (of any shape) and raises
@@ -84,6 +97,7 @@ class Transaction:
 
     def verify(self) -> None:
         """Ask all that, as late as can be: before `commit`. What came after the last of them is not waited for."""
+        self.launched()
         checks, self._checks = self._checks, []
         for numbers, action in checks:
             action(numbers())
@@ -96,6 +110,8 @@ class Transaction:
                 found = found[len(x) :]
 
     def _close(self) -> None:
+        if self.beside is not None:
+            self.beside.join()  # pages that it worked on may be another's from now on
         for bank in self.members:
             bank.change = None
 
@@ -111,7 +127,7 @@ class Transaction:
     def rollback(self) -> None:
         """Bring back what was before."""
         self._close()
-        self._released, self._checks, self._last = [], [], []
+        self._released, self._checks, self._last, self._postponed = [], [], [], []
         while self._undo:
             self._undo.pop()()
         while self._fresh:
