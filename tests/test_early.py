@@ -4,7 +4,6 @@ interpreter: none reads what is not there yet, or writes or ends too early."""
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +23,10 @@ import test_directions
 import test_low_rank
 import test_packed_decode
 
-kernel = importlib.import_module("fivefold.kernels.packed_decode.triton")
+MODULES = [
+    importlib.import_module(f"fivefold.kernels.{name}.triton") for name in ("packed_decode", "directions", "low_rank")
+]
+kernel = MODULES[0]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -94,9 +96,8 @@ def chains(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Chain]]:
         found[-1].begin()
         begin(*index)
 
-    for name, module in list(sys.modules.items()):
-        if name.startswith("fivefold.kernels.") and "overlaps" in vars(module):
-            monkeypatch.setattr(module, "overlaps", lambda device: True)
+    for module in MODULES:
+        monkeypatch.setattr(module, "overlaps", lambda device: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(kernel, "decode", chained)
     monkeypatch.setattr(
