@@ -26,12 +26,12 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from fivefold.errors import RecipeError, UnsupportedModelError
 from fivefold.serving.vllm import codecs_for, facts_of
-from fivefold.serving.vllm.exact import Exact, ExactSpec, register_spec
+from fivefold.serving.vllm.exact import Exact, ExactSpec
 from fivefold.serving.vllm.options import NO_RECIPE, RECIPE, Options, Pages, recipe_text
 from fivefold.serving.vllm.rotated_cpu import RotatedPath
 from fivefold.serving.vllm.streaming import StreamingCpuPath, StreamingPages, StreamingTables, split
 from fivefold.serving.vllm.tables import Place, Prefill, Step, Tables
-from fivefold.serving.vllm.windows import PackedWindowSpec, WindowSpec, register_specs
+from fivefold.serving.vllm.windows import PackedWindowSpec, WindowSpec
 
 
 def options_of(vllm_config: Any) -> Options:
@@ -317,7 +317,3 @@ class Impl(AttentionImpl):
             of.path.forward(of, part, *new, *mine, of.step, made)
             out[:, part.queries] = made
         return output
-
-
-register_spec()
-register_specs()

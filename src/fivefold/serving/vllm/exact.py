@@ -176,10 +176,10 @@ class ExactManager(SlidingWindowManager):
         return tuple([] for _ in kv_cache_group_ids), 0
 
 
-def register_spec() -> None:
-    """Tell vLLM which manager has these blocks. Its registry fills itself only while it is empty."""
-    KVCacheSpecRegistry._ensure_registered()
-    KVCacheSpecRegistry.register(ExactSpec, ExactManager)
+# Here, where whoever unpickles a spec comes by: with tensor parallel vLLM's scheduler is in a process that builds no
+# layer, and would take a sliding window's manager. vLLM's registry fills itself only while it is empty.
+KVCacheSpecRegistry._ensure_registered()
+KVCacheSpecRegistry.register(ExactSpec, ExactManager)
 
 
 class ExactBackend(AttentionBackend):

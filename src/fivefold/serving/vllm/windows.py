@@ -82,8 +82,5 @@ class PackedWindowManager(WindowManager):
         return self.pages.packed(num_tokens)
 
 
-def register_specs() -> None:
-    """Tell vLLM which managers have these blocks."""
-    KVCacheSpecRegistry._ensure_registered()
-    KVCacheSpecRegistry.register(WindowSpec, WindowManager)
-    KVCacheSpecRegistry.register(PackedWindowSpec, PackedWindowManager)
+KVCacheSpecRegistry.register(WindowSpec, WindowManager)
+KVCacheSpecRegistry.register(PackedWindowSpec, PackedWindowManager)
