@@ -110,14 +110,24 @@ def test_many_queries_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_library_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its source is copied to; other numbers, or another source, are another library."""
     monkeypatch.setenv("FIVEFOLD_CACHE", str(tmp_path))
+    copy = tmp_path / compiled._PROBE.name
+    copy.write_bytes(compiled._PROBE.read_bytes())
+
+    def there() -> list[tuple[Path, int]]:
+        return [(path, path.stat().st_mtime_ns) for path in (tmp_path / "kernels").iterdir()]
+
     made = compiled.library.__wrapped__(compiled._PROBE, N=1)
     assert made.threads() == torch.get_num_threads()
-    first = [(path, path.stat().st_mtime_ns) for path in (tmp_path / "kernels").iterdir()]
-    compiled.library.__wrapped__(compiled._PROBE, N=1)
-    assert [(path, path.stat().st_mtime_ns) for path in (tmp_path / "kernels").iterdir()] == first
+    first = there()
+    for source in (compiled._PROBE, copy):
+        compiled.library.__wrapped__(source, N=1)
+        assert there() == first and len(first) == 1
     compiled.library.__wrapped__(compiled._PROBE, N=2)
-    assert len(first) == 1 and len(list((tmp_path / "kernels").iterdir())) == 2
+    copy.write_text(f"{copy.read_text()}\n")
+    compiled.library.__wrapped__(copy, N=1)
+    assert len(there()) == 3
 
 
 def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

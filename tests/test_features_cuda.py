@@ -7,18 +7,18 @@ import ctypes
 import importlib
 import math
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import cuda_on_cpu
+from cuda_on_cpu import written_in_front
 from fivefold.kernels.low_rank import Features, cuda, decode_reference
 from fivefold.kernels.low_rank.reference import blocked_keys, blocked_waves
 from fivefold.kernels.packed_decode.schedule import SPAN, pages_of, starts_of
 from test_low_rank import form_of, pages, records
-from test_packed_cuda import written_in_front
 
 pytest.importorskip("triton", reason="needs Triton")
 kernel = importlib.import_module("fivefold.kernels.low_rank.triton")
@@ -39,14 +39,8 @@ extern "C" void launch(int blocks, int late, const Query* queries, const long lo
 
 
 def compiled(form: Features, dtype: torch.dtype, folder: Path) -> ctypes.CDLL:
-    source, library = folder / "features.cpp", folder / "features.so"
-    header = Path(__file__).with_name("features_on_cpu.h")
-    source.write_text(f'#define CUDA_ON_CPU\n#include "{header}"\n#include "{cuda.SOURCE}"\n{LAUNCH}')
     values = {**cuda.definitions(form, dtype), "PAIRS": 4, "EXACT": 2 if form.work == torch.bfloat16 else 0}
-    options = [f"-D{name}={value}" for name, value in values.items()]
-    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", *options, str(source), "-o", str(library)]
-    subprocess.run(command, check=True, timeout=120)
-    return ctypes.CDLL(str(library))
+    return cuda_on_cpu.compiled(cuda.SOURCE, "features_on_cpu.h", LAUNCH, values, folder)
 
 
 def expanded(form: Features, sums: torch.Tensor, lse: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:

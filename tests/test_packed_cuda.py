@@ -8,14 +8,15 @@ import importlib
 import math
 import random
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import cuda_on_cpu
 from conftest import quick
+from cuda_on_cpu import written_in_front
 from fivefold.kernels.packed_decode import Form, Reader, cuda, decode_reference
 from fivefold.kernels.planar_decode import attend_planar
 from fivefold.methods.bits.gear import Gear
@@ -47,23 +48,8 @@ def compiled(
     form: Reader, dtype: torch.dtype, exact: torch.dtype | None, pairs: int, folder: Path, heads: int = 8,
     found: bool = False, scored: bool = False,
 ) -> ctypes.CDLL:  # fmt: skip
-    source, library = folder / "packed.cpp", folder / "packed.so"
-    header = Path(__file__).with_name("cuda_on_cpu.h")
-    source.write_text(f'#define CUDA_ON_CPU\n#include "{header}"\n#include "{cuda.SOURCE}"\n{LAUNCH}')
     values = cuda.definitions(form, dtype, exact, kernel.SPAN, pairs, 1, heads, found, scored)
-    options = [f"-D{name}={value}" for name, value in values.items()]
-    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", *options, str(source), "-o", str(library)]
-    subprocess.run(command, check=True, timeout=120)
-    return ctypes.CDLL(str(library))
-
-
-def written_in_front(library: ctypes.CDLL, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """These are what the kernel in front of an early one writes: there once a thread has waited, in each block."""
-    copies = [x.clone() for x in tensors]
-    for x, copy in zip(tensors, copies):
-        assert x.is_contiguous()
-        library.arrives(*(ctypes.c_void_p(one.data_ptr()) for one in (x, copy)), ctypes.c_long(x.nbytes))
-    return copies
+    return cuda_on_cpu.compiled(cuda.SOURCE, "cuda_on_cpu.h", LAUNCH, values, folder)
 
 
 @pytest.mark.parametrize(

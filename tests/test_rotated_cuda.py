@@ -5,20 +5,20 @@ from __future__ import annotations
 import ctypes
 import math
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import cuda_on_cpu
 from conftest import quick
+from cuda_on_cpu import written_in_front
 from fivefold.kernels.packed_decode import schedule
 from fivefold.kernels.rotated_decode import attend_rotated, cuda
 from fivefold.store.context import Context
 
 pytest.importorskip("triton", reason="needs Triton")
-from test_packed_cuda import written_in_front
 from test_packed_decode import Tier, numbers
 from test_rotated_decode import codec_of
 
@@ -57,15 +57,9 @@ CASES = [
 
 
 def compiled(shape: cuda.Shape, scores: bool, folder: Path) -> ctypes.CDLL:
-    source, library = folder / f"rotated{scores}.cpp", folder / f"rotated{scores}.so"
-    header = Path(__file__).with_name("rotated_on_cpu.h")
-    text = f'#define CUDA_ON_CPU\n#include "{header}"\n#include "{cuda.SOURCE}"\n{SCORES if scores else VALUES}'
-    source.write_text(f"{text}\nint bytes() {{ return BYTES; }}")
+    launch = f"{SCORES if scores else VALUES}\nint bytes() {{ return BYTES; }}"
     values = {**shape.definitions(scores), "RESIDENT": 1}
-    options = [f"-D{name}={value}" for name, value in values.items()]
-    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", *options, str(source), "-o", str(library)]
-    subprocess.run(command, check=True, timeout=120)
-    return ctypes.CDLL(str(library))
+    return cuda_on_cpu.compiled(cuda.SOURCE, "rotated_on_cpu.h", launch, values, folder)
 
 
 @pytest.mark.parametrize("given", quick(CASES, 1), ids=str)

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -78,31 +79,45 @@ def library(source: Path, *, strict: bool = False, **numbers: int) -> ctypes.CDL
     Raises `CompileError` with the compiler's words.
     """
     # torch's own OpenMP: a second one would have threads of its own, which wait for work on the same cores.
-    openmp = sorted(map(str, Path(torch.__file__).parent.glob("lib/libgomp*.so*")))
+    openmp = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
     definitions = [f"-D{name}={value}" for name, value in sorted(numbers.items())]
-    command = [str(compiler()), *_OPTIONS, *(_STRICT if strict else ()), *definitions, str(source), *openmp]
-    texts = [path.read_bytes() for path in (source, *sorted(_HERE.glob("*.h")))]
-    key = hashlib.sha256(repr((command, _machine(), texts)).encode()).hexdigest()
-    folder = cache_dir() / "kernels"
-    target = folder / f"{source.stem}-{key[:24]}.so"
+    options = [*_OPTIONS, *(_STRICT if strict else ()), *definitions]
     try:
-        if not target.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".") as work:
-                made = Path(work) / target.name
-                done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
-                if done.returncode:
-                    raise CompileError(
-                        f"{source.name} does not compile here (FIVEFOLD_KERNELS=reference does without it): "
-                        f"{done.stderr.strip()[-2000:]}"
-                    )
-                made.replace(target)
-        return ctypes.CDLL(str(target))
+        return ctypes.CDLL(str(built(source, options, sorted(_HERE.glob("*.h")), openmp)))
     except OSError as error:
         raise CompileError(
-            f"{source.name} cannot be compiled or loaded in {folder} ({error}): set FIVEFOLD_CACHE to a folder that "
-            "can be written to."
+            f"{source.name} cannot be compiled or loaded in {cache_dir() / 'kernels'} ({error}): set FIVEFOLD_CACHE to "
+            "a folder that can be written to."
         ) from error
+
+
+def built(source: Path, options: Sequence[str], headers: Sequence[Path], linked: Sequence[Path] = ()) -> Path:
+    """The library that the compiler makes of a C++ source, in the cache folder; made if it is not there.
+
+    headers: what the source includes, from their folders. linked: libraries it is linked with. A library is known by
+    what is in its sources and by the names of what it is linked with, wherever they are: a second environment compiles
+    nothing anew.
+    Raises `CompileError` with the compiler's words, or OSError.
+    """
+    texts = [path.read_bytes() for path in (source, *headers)]
+    names = [path.name for path in (source, *linked)]
+    key = hashlib.sha256(repr((compiler(), *options, names, _machine(), texts)).encode()).hexdigest()
+    folder = cache_dir() / "kernels"
+    target = folder / f"{source.stem}-{key[:24]}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as work:
+            made = Path(work) / target.name
+            folders = dict.fromkeys(f"-I{path.parent}" for path in headers)
+            command = [str(compiler()), *options, *folders, str(source), *map(str, linked), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise CompileError(
+                    f"{source.name} does not compile here (FIVEFOLD_KERNELS=reference does without it): "
+                    f"{done.stderr.strip()[-2000:]}"
+                )
+            made.replace(target)
+    return target
 
 
 @cache
