@@ -1,12 +1,14 @@
 """The same engine on a CUDA device; run by hand with `pytest -m gpu`."""
 
 import json
+import os
 
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import fivefold
+from fivefold.kernels.device import SETTINGS
 from learned import learn
 
 pytestmark = [
@@ -136,3 +138,17 @@ def test_methods_do_as_on_a_cpu(model, recipe, tmp_path):
     if not ("anchors" in recipe and "kivi" in recipe):  # whose picks are by packed keys, and differ in more steps
         assert (cpu - cuda).abs().mean() < 0.01 * cpu.abs().mean()
     assert (cpu.argmax(-1) == cuda.argmax(-1)).float().mean() > 0.95
+
+
+def test_memory_grows_page_by_page(model, monkeypatch):
+    """Slabs lie in segments that grow, without gaps that nothing fits into, unless the user has a say of their own."""
+    if any(name in os.environ for name in SETTINGS):
+        pytest.skip("torch's allocator is set up by the environment")
+    cache = fivefold.compress(model, "kivi(bits=4)")
+    with torch.inference_mode():
+        model(torch.ones(64, 700, dtype=torch.long, device="cuda"), past_key_values=cache)
+    slabs = [x for pool in cache.session.pools for _, slab in pool._live() for x in slab.tensors.values()]
+    large = {x.untyped_storage().data_ptr() for x in slabs if x.untyped_storage().nbytes() > 1 << 20}
+    found = torch.cuda.memory_snapshot()
+    grow = {part["address"]: one["is_expandable"] for one in found for part in one["blocks"]}
+    assert large and all(grow[address] for address in large)

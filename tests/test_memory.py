@@ -6,6 +6,7 @@ In Triton's interpreter, where places out of range are read in silence, unless s
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 import fivefold
 from conftest import VOCAB, quick
+from fivefold.kernels import device
 from memory import captured, checked, gone
 from recipes import RECIPES, SHAPE, _profile, written
 
@@ -91,3 +93,26 @@ def test_what_kernels_touch_is_there_and_stays(name: str, tiny: Any, monkeypatch
         model(ids(2, 1, 2), attention_mask=mask, past_key_values=cache)
     assert cache.step.captured == before and cache.step.replays == 2
     assert not gone(found)
+
+
+def test_an_allocator_that_the_user_set_up_is_left_alone(monkeypatch) -> None:
+    """Memory is mapped page by page from the first cache on a GPU on, unless the environment has a say."""
+    asked: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", asked.append, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in device.SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    gpu, wanted = torch.device("cuda", 0), ["expandable_segments:True"]
+    device._let_memory_grow.cache_clear()
+    device.let_memory_grow(torch.device("cpu"))
+    for name in device.SETTINGS:
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "garbage_collection_threshold:0.9")
+            device.let_memory_grow(gpu)
+    assert not asked
+    for _ in range(2):
+        device.let_memory_grow(gpu)
+    assert asked == wanted
+    device._let_memory_grow.cache_clear()

@@ -17,7 +17,7 @@ from fivefold.engine import decoding as steps
 from fivefold.engine.build import build
 from fivefold.errors import FivefoldError
 from fivefold.kernels.choice import choose
-from fivefold.kernels.device import no_garbage
+from fivefold.kernels.device import SETTINGS, no_garbage
 from fivefold.methods import registered
 from fivefold.recipe import Recipe
 from fivefold.serving.vllm import state
@@ -43,6 +43,9 @@ def describe() -> dict[str, Any]:
     found["vllm"] = state().said
     found["cuda"] = torch.version.cuda
     found["FIVEFOLD_KERNELS"] = os.environ.get("FIVEFOLD_KERNELS", "auto")
+    if torch.cuda.is_available():
+        asked = next((os.environ[name] for name in SETTINGS if name in os.environ), None)
+        found["allocator"] = asked or "as torch's is, until compress() has it map memory page by page"
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     found["devices"] = [{"device": str(d), **_hardware(d), **choose(d)._asdict()} for d in devices]
     return found

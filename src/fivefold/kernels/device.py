@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -18,6 +20,25 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _NOTHING
     return torch.cuda.device(device)
+
+
+SETTINGS = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+"""Where a user sets up torch's allocator; then it is left as it is."""
+
+
+def let_memory_grow(device: torch.device) -> None:
+    """Have torch's allocator map a GPU's memory page by page from now on (`expandable_segments`), unless the environment
+    says how it is to work. Pages of a cache stay while what a model computes with comes and goes: blocks of fixed size
+    would leave up to a third of the memory in gaps between them that nothing fits into."""
+    if device.type == "cuda" and sys.platform == "linux" and not any(name in os.environ for name in SETTINGS):
+        _let_memory_grow()
+
+
+@cache
+def _let_memory_grow() -> None:
+    change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    if change is not None and torch.version.hip is None and torch.cuda.get_allocator_backend() == "native":
+        change("expandable_segments:True")
 
 
 def sent(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:

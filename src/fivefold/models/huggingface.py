@@ -28,6 +28,7 @@ from fivefold.engine.admission import positional
 from fivefold.engine.build import build
 from fivefold.errors import RecipeError, UnsupportedModelError
 from fivefold.kernels.choice import check_asked
+from fivefold.kernels.device import let_memory_grow
 from fivefold.models import compiled, forward, skipping
 from fivefold.models.attention import CALLED, NAME, Called, attention, mask
 from fivefold.models.cache import FivefoldCache, cache_in, cache_of
@@ -154,6 +155,8 @@ def make_cache(
             "sliding=True to compress what windows hold, or use DynamicCache."
         )
     check_asked(next(iter(specs.values())).device)
+    for spec in specs.values():
+        let_memory_grow(spec.device)
     companions = StockLayers(beside) if beside else None
     kept, absent = recipe.divided(list(specs.values()))
     gone = {spec.layer for spec in absent}
