@@ -43,3 +43,24 @@ def put_at(target: torch.Tensor, rows: torch.Tensor | slice, values: torch.Tenso
     if target.dtype.itemsize == 1:
         target, values = target.view(torch.uint8), values.view(torch.uint8)
     target.index_copy_(0, rows, values)
+
+
+class Copies:
+    """Tensors of all layers that are copied in one call."""
+
+    def __init__(self) -> None:
+        self._sides: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+
+    def add(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        for side, x in zip(self._sides.setdefault(target.dtype, ([], [])), (target, source)):
+            side.append(x)
+
+    def of(self, source: torch.Tensor) -> torch.Tensor:
+        """What will be a copy."""
+        out = torch.empty_like(source, memory_format=torch.contiguous_format)
+        self.add(out, source)
+        return out
+
+    def now(self) -> None:
+        for sides in self._sides.values():
+            torch._foreach_copy_(*sides)
