@@ -450,9 +450,7 @@ class PagePool(Slabs):
 
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copy whole pages."""
-        for part in self.layout.fields:
-            # What is read may be a view of the slab that is written into.
-            self.write(part.name, target, self.read(part.name, source).clone())
+        self.write_fields(target, {name: [x] for name, x in self.copies(source).items()})
 
 
 def by_address(device: torch.device) -> bool:
