@@ -25,6 +25,7 @@ from fivefold.store.bank import Bank
 from fivefold.store.held import Held
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.rows import PAGE, Bounds, run_of
+from fivefold.store.scattered import Copies
 
 NUMBERS = 4
 """Of each row and step, see `kernels/watched/triton.py`."""
@@ -111,15 +112,18 @@ class Watch:
         """From now on what is known of the rows' tokens is here; False if it was already."""
         if bank.live is not None and bank.live.watch is self:
             return False
-        known: list[Known] = []
+        known, copied = list[Known](), Copies()
         for index, layer in enumerate(bank.layers):
             mine = []
             for held in layer.held:
                 # They go up, so nobody has to ask a device which these are.
                 rows = np.arange(bank.rows) if held.rows == bank.rows else held.places.cpu().numpy()
                 at = run_of(rows) or torch.from_numpy(rows).to(self.positions.device)
-                self.positions[index, at, : held.slots] = held.positions
-                self.scores[index, at, : held.slots] = held.scores
+                for there, x in ((self.positions, held.positions), (self.scores, held.scores)):
+                    if isinstance(at, slice):
+                        copied.add(there[index, at, : held.slots], x)
+                    else:
+                        there[index, at, : held.slots] = x
                 self.low[index, at] = layer.policy.guards(held)[0]
                 if self.merges is not None:
                     self.merges[2][index, at] = held.extra.get("threshold", torch.nan)
@@ -127,6 +131,7 @@ class Watch:
                 bare = replace(held, positions=none, scores=none.float())
                 mine.append((bare, rows))
             known.append(tuple(mine))
+        copied.now()
         for layer, some in zip(bank.layers, known):
             layer.known = [held for held, _ in some]
         bank.live = Live(self, tuple(known), np.zeros(bank.data.shape[1], dtype=np.int64))
@@ -135,7 +140,7 @@ class Watch:
     def held(self, bank: Bank, stepped: bool = False) -> list[list[Held]]:
         """What the policy knows, of each layer. stepped: after a step that the host is yet to plan, as if its attention
         had just been observed."""
-        live, out = bank.live, []
+        live, out, copied, newest = bank.live, [], Copies(), dict[int, list[torch.Tensor]]()
         assert live is not None and not live.pending
         more = int(live.opened and not stepped)
         for index, (layer, known) in enumerate(zip(bank.layers, live.known)):
@@ -144,10 +149,10 @@ class Watch:
                 bounds = Bounds(*bank.data[:, layer.base + rows[0]].tolist())
                 slots, seen = int(bounds.length) - more, int(bounds.seen) - more
                 at = run_of(rows) or torch.from_numpy(rows).to(self.positions.device)
-                scores = (self.new if stepped else self.scores)[index, at, :slots].clone()
-                positions = self.positions[index, at, :slots].clone()
+                scores = copied.of((self.new if stepped else self.scores)[index, at, :slots])
+                positions = copied.of(self.positions[index, at, :slots])
                 if stepped:
-                    positions[:, -1] = seen - 1
+                    newest.setdefault(seen - 1, []).append(positions[:, -1])
                 final = max(held.final, int(live.final[layer.base + rows[0]]))
                 extra = held.extra
                 if self.merges is not None:
@@ -156,6 +161,10 @@ class Watch:
                         extra = {**extra, "threshold": threshold}
                 mine.append(replace(held, positions=positions, scores=scores, extra=extra, seen=seen, final=final))
             out.append(mine)
+        copied.now()
+        for position, some in newest.items():
+            torch._foreach_zero_(some)
+            torch._foreach_add_(some, position)
         return out
 
     # -- a step -------------------------------------------------------------------------------------------

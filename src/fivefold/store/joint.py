@@ -21,6 +21,7 @@ from fivefold.store.held import Held
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.plan import NUMBERS, Demote, EvictPacked, Stored, execute
 from fivefold.store.rows import Bounds
+from fivefold.store.scattered import Copies
 
 
 class Joined(Stacked):
@@ -109,10 +110,11 @@ _BY_ROW = ("places", "positions", "scores")
 def _apart(layers: Sequence[LayerCache], held: Held | None) -> None:
     """What is known of each layer's rows, in tensors of its own."""
     assert held is not None
-    rows = layers[0].rows
+    rows, copied = layers[0].rows, Copies()
     for number, layer in enumerate(layers):
         at, before = slice(number * rows, (number + 1) * rows), layer.held[0]
-        extra = {name: x[at].clone() for name, x in held.extra.items()}
-        own = replace(before, positions=held.positions[at].clone(), scores=held.scores[at].clone(), extra=extra)
+        extra = {name: copied.of(x[at]) for name, x in held.extra.items()}
+        own = replace(before, positions=copied.of(held.positions[at]), scores=copied.of(held.scores[at]), extra=extra)
         layer.held[0] = replace(own, prompt=held.prompt, seen=held.seen, share=held.share, final=held.final)
         layer.regroup()
+    copied.now()

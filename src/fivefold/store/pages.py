@@ -12,7 +12,7 @@ Pages are reference-counted: sharing (beam search, forks, layers that share stor
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple, cast
 
@@ -20,9 +20,11 @@ import numpy as np
 import torch
 
 from fivefold.errors import CacheFullError
+from fivefold.kernels.choice import choose
 from fivefold.kernels.device import sent
 from fivefold.store.layout import PageLayout, fields_of, records_of, tensors_of
 from fivefold.store.rows import run_of
+from fivefold.store.scattered import joined, put_at, rows_from, steps
 from fivefold.store.slabs import INDEX_MASK, SLAB_SHIFT, Slab, Slabs, locked
 
 # For a few pages a slab of this fraction of the pool is added, so that slabs are few. More come step by step, but
@@ -34,6 +36,8 @@ _SCATTER = 64
 _SHRINK = 8
 # Memory for convenience is taken while this part of the cap (one over it) stays free.
 _RESERVE = 8
+# Addresses that a kernel is given count so many bytes.
+_UNIT = 16
 
 
 class Budget:
@@ -94,7 +98,7 @@ class Budget:
 
 class Location(NamedTuple):
     """Where pages lie: a regular grid in one slab (`strides` in pages), several such side by side (`runs`), or indices
-    to gather per slab."""
+    to gather per slab; `far` are pages in several slabs that a kernel gathers."""
 
     shape: tuple[int, ...]
     slab: Slab | None
@@ -102,6 +106,7 @@ class Location(NamedTuple):
     strides: tuple[int, int]
     parts: tuple[tuple[Slab, torch.Tensor | slice, Any], ...]
     runs: tuple[Any, ...] = ()
+    far: np.ndarray | None = None
 
 
 class PagePool(Slabs):
@@ -118,6 +123,7 @@ class PagePool(Slabs):
         self.device = device
         self.budget = budget if budget is not None else Budget()
         self.budget.pools.append(self)
+        self._nbytes = {part.name: part.nbytes for part in layout.fields}
         steps = {part.name: layout.nbytes if layout.record else part.nbytes for part in layout.fields}
         super().__init__(self.budget.lock, steps)
 
@@ -260,7 +266,22 @@ class PagePool(Slabs):
                 return Location(pages.shape, slab, first & INDEX_MASK, (stride, step), ())
         if runs := self._runs(pages):
             return Location(pages.shape, None, 0, (0, 0), (), runs)
+        if self._far(pages) and all(part.nbytes % _UNIT == 0 for part in self.layout.fields):
+            return Location(pages.shape, None, 0, (0, 0), (), (), pages.flatten())
         return Location(pages.shape, None, 0, (0, 0), tuple(self._indexed(pages.reshape(-1))))
+
+    def _far(self, pages: np.ndarray) -> bool:
+        """Whether pages are in several slabs, and a kernel moves what is there by its addresses."""
+        slabs = pages >> SLAB_SHIFT
+        return pages.size > 1 and by_address(self.device) and bool((slabs != slabs.flat[0]).any())
+
+    def _slab_of(self, pages: np.ndarray) -> Slab:
+        """That of the first one."""
+        return cast(Slab, self._slabs[int(pages.flat[0]) >> SLAB_SHIFT])
+
+    def _there(self, name: str, pages: np.ndarray, offset: np.ndarray | int = 0) -> torch.Tensor:
+        """Addresses of a field of pages, `offset` bytes behind its beginning, for that kernel."""
+        return sent(self.device, (self.addresses(name, pages) + offset) // _UNIT)[0]
 
     def _runs(self, pages: np.ndarray) -> tuple[Location, ...]:
         """The regular grids that a table is made of, from column to column, if these are few: a chunk leaves one."""
@@ -285,7 +306,7 @@ class PagePool(Slabs):
         found, places = list(self._by_slab(pages)), list[Any]()
         for _, index, where in found:
             if slots is None:
-                places.append(_steps(index))
+                places.append(steps(index))
             else:
                 places.append(index * self.layout.tokens + (slots if where is None else slots[where]))
         places += [None if where is None else run_of(where) or where for _, _, where in found]
@@ -294,29 +315,35 @@ class PagePool(Slabs):
         places = [next(tensors) if isinstance(x, np.ndarray) else x for x in places]
         return [(slab, *both) for (slab, _, _), *both in zip(found, places, places[len(found) :])]
 
-    def _fetch(self, location: Location, of: Callable[[Slab], torch.Tensor]) -> torch.Tensor:
+    def _fetch(self, location: Location, of: Callable[[Slab], torch.Tensor], name: str, nbytes: int) -> torch.Tensor:
+        """What `of` gives of a slab, of the pages at a location: from where field `name` begins, so many bytes."""
+        if location.far is not None:
+            like = of(self._slab_of(location.far))
+            found = _kernel().gather(self._there(name, location.far), nbytes).view(like.dtype)
+            return found.view(*location.shape, *like.shape[1:])
         if location.slab is not None:
             return _grid(of(location.slab), location)
         if location.runs:
             return torch.cat([_grid(of(cast(Slab, run.slab)), run) for run in location.runs], 1)
         found = ((where, of(slab), at) for slab, at, where in location.parts)
         parts = ((where, x[at] if isinstance(at, slice) else x.index_select(0, at)) for where, x, at in found)
-        return _rows_from(parts, prod(location.shape)).unflatten(0, location.shape)
+        return rows_from(parts, prod(location.shape)).unflatten(0, location.shape)
 
     def fetch(self, name: str, location: Location) -> torch.Tensor:
         """Field `name` of the pages at a location: `[rows, columns, *shape]`; of a regular grid a view."""
-        return self._fetch(location, lambda slab: slab.tensors[name])
+        return self._fetch(location, lambda slab: slab.tensors[name], name, self._nbytes[name])
 
     def fetch_all(self, location: Location) -> dict[str, torch.Tensor]:
         """Every field of the pages at a location: records are gathered as they are."""
         if location.slab is None and self.layout.record:
-            return fields_of(self.layout, self._fetch(location, _records))
+            first = self.layout.fields[0].name
+            return fields_of(self.layout, self._fetch(location, _records, first, self.layout.nbytes))
         return {part.name: self.fetch(part.name, location) for part in self.layout.fields}
 
     def copies(self, pages: np.ndarray) -> dict[str, torch.Tensor]:
         """Every field of a list of pages, as they are now: `[len(pages), *shape]`."""
         place = self.locate(pages.reshape(1, -1))
-        gathered = len(place.parts) > 1 or len(place.runs) > 1
+        gathered = len(place.parts) > 1 or len(place.runs) > 1 or place.far is not None
         return {name: x[0] if gathered else x[0].clone() for name, x in self.fetch_all(place).items()}
 
     def read(self, name: str, pages: np.ndarray) -> torch.Tensor:
@@ -335,6 +362,9 @@ class PagePool(Slabs):
         pages = pages.reshape(-1)
         if not len(pages):
             return
+        if at is None and self._far(pages) and all(part.nbytes % _UNIT == 0 for part in self.layout.fields):
+            self._scatter(pages, fields)
+            return
         places = self._indexed(pages)
         runs = all(isinstance(among, slice) for _, _, among in places)
         if runs:
@@ -342,9 +372,8 @@ class PagePool(Slabs):
         targets, sources = list[torch.Tensor](), list[torch.Tensor]()
         tensors = [slab.tensors for slab, _, _ in places]
         if self.layout.record and at is None and len(places) > 1 and len(fields) == len(self.layout.fields):
-            whole = {name: joined(pieces).reshape(len(pages), -1) for name, pieces in fields.items()}
             tensors = [{"": _records(slab)} for slab, _, _ in places]
-            fields = {"": [records_of(self.layout, whole).view(tensors[0][""].dtype)]}
+            fields = {"": [self._whole(len(pages), fields).view(tensors[0][""].dtype)]}
         for name, pieces in fields.items():
             _, rows, among = places[0]
             first = tensors[0][name]
@@ -364,16 +393,36 @@ class PagePool(Slabs):
                     targets.append(target[rows] if at is None else target[rows, at])
                     sources.append(part)
                 elif at is None:
-                    _put_at(target, rows, part.to(target.dtype))
+                    put_at(target, rows, part.to(target.dtype))
                 else:
                     target[rows, at] = part.to(target.dtype)
         if targets:
             torch._foreach_copy_(targets, sources)
 
+    def _whole(self, count: int, fields: Mapping[str, Sequence[torch.Tensor]]) -> torch.Tensor:
+        """Records of so many pages, in bytes."""
+        return records_of(self.layout, {name: joined(x).reshape(count, -1) for name, x in fields.items()})
+
+    def _scatter(self, pages: np.ndarray, fields: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        """`write_fields` of whole pages in several slabs."""
+        if self.layout.record and len(fields) == len(self.layout.fields):
+            first = self.layout.fields[0].name
+            _kernel().scatter(self._there(first, pages), self._whole(len(pages), fields))
+            return
+        for part in self.layout.fields:
+            if part.name in fields:
+                values = joined(fields[part.name]).reshape(len(pages), -1).to(part.dtype).contiguous()
+                _kernel().scatter(self._there(part.name, pages), values)
+
     def read_tokens(self, name: str, pages: np.ndarray, slots: np.ndarray) -> torch.Tensor:
         """One token of each of `pages`, that in its slot `slots`: `[len(pages), *shape[1:]]`."""
+        size = self._nbytes[name] // self.layout.tokens
+        if size % _UNIT == 0 and self._far(pages):
+            like = self._slab_of(pages).tensors[name]
+            found = _kernel().gather(self._there(name, pages, slots * size), size)
+            return found.view(like.dtype).view(len(pages), *like.shape[2:])
         places = self._indexed(pages, slots)
-        return _rows_from(((where, _tokens(x, name).index_select(0, at)) for x, at, where in places), len(pages))
+        return rows_from(((where, _tokens(x, name).index_select(0, at)) for x, at, where in places), len(pages))
 
     def tail(self, location: Location) -> list[torch.Tensor]:
         """The fields of single pages on a regular grid, as views, for `put`: `[rows, *shape]` each."""
@@ -391,22 +440,28 @@ class PagePool(Slabs):
 
     def write_tokens(self, name: str, pages: np.ndarray, slots: np.ndarray, values: torch.Tensor) -> None:
         """Write one token of each of `pages`, that in its slot `slots`: `[len(pages), *shape[1:]]`."""
+        size = self._nbytes[name] // self.layout.tokens
+        if size % _UNIT == 0 and self._far(pages):
+            values = values.to(self._slab_of(pages).tensors[name].dtype).contiguous()
+            _kernel().scatter(self._there(name, pages, slots * size), values)
+            return
         for slab, at, where in self._indexed(pages, slots):
-            _put_at(_tokens(slab, name), at, values if where is None else values[where])
+            put_at(_tokens(slab, name), at, values if where is None else values[where])
 
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copy whole pages."""
-        for part in self.layout.fields:
-            # What is read may be a view of the slab that is written into.
-            self.write(part.name, target, self.read(part.name, source).clone())
+        self.write_fields(target, {name: [x] for name, x in self.copies(source).items()})
 
 
-def _steps(at: np.ndarray) -> slice | np.ndarray:
-    """Places as a slice where they go up by one step."""
-    first, last = int(at[0]), int(at[-1])
-    step = int(at[1]) - first if len(at) > 1 else 1
-    even = step >= 1 and last - first == step * (len(at) - 1) and (np.diff(at) == step).all()
-    return slice(first, last + 1, step) if even else at
+def by_address(device: torch.device) -> bool:
+    """Whether a kernel reads and writes what lies anywhere in memory."""
+    return device.type == "cuda" and choose(device).triton
+
+
+def _kernel() -> Any:
+    from fivefold.kernels.move import triton
+
+    return triton
 
 
 def _records(slab: Slab) -> torch.Tensor:
@@ -415,6 +470,7 @@ def _records(slab: Slab) -> torch.Tensor:
 
 
 def _tokens(slab: Slab, name: str) -> torch.Tensor:
+    """Of a slab of no records."""
     return slab.tensors[name].flatten(0, 1)
 
 
@@ -424,31 +480,3 @@ def _grid(field: torch.Tensor, location: Location) -> torch.Tensor:
     rows, columns = location.strides
     start = field.storage_offset() + location.first * page
     return field.as_strided((*location.shape, *field.shape[1:]), (rows * page, columns * page, *inner), start)
-
-
-def joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Pieces that come one after the other."""
-    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
-
-
-def _rows_from(parts: Iterable[tuple[Any, torch.Tensor]], count: int) -> torch.Tensor:
-    """`count` rows from parts of them, each with where its rows belong; None is all."""
-    found = list(parts)
-    if len(found) == 1:
-        return found[0][1]
-    if all(isinstance(where, slice) for where, _ in found):
-        return torch.cat([part for _, part in sorted(found, key=lambda one: one[0].start)])
-    out = found[0][1].new_empty((count, *found[0][1].shape[1:]))
-    for where, part in found:
-        _put_at(out, where, part)
-    return out
-
-
-def _put_at(target: torch.Tensor, rows: torch.Tensor | slice, values: torch.Tensor) -> None:
-    """`index_copy_` along the first axis, which PyTorch lacks for numbers of eight bits with a floating point."""
-    if isinstance(rows, slice):
-        target[rows] = values
-        return
-    if target.dtype.itemsize == 1:
-        target, values = target.view(torch.uint8), values.view(torch.uint8)
-    target.index_copy_(0, rows, values)

@@ -9,7 +9,8 @@ import torch
 
 from fivefold.kernels.planar import dequantise, quantise
 from fivefold.store.layout import Field, PageLayout
-from fivefold.store.pages import Location, PagePool, joined
+from fivefold.store.pages import Location, PagePool
+from fivefold.store.scattered import joined
 
 BITS = 8
 
