@@ -38,7 +38,8 @@ RECIPES = (
     "cskv(bits=4)", "kv_heads(group=2)", "kv_heads()", "minicache()", "minicache() + kivi(bits=4)", "gear()", "mikv()",
     "tidal()", "anchors(anchors=[0, 2, 4, 8, 12, 16, 20, 24, 28])", "tidal() + kivi(bits=4)", "h2o()",
     "h2o() + kivi(bits=4)", "d2o()", "keyformer()", "elastic()", "snapkv()", "random()", "streaming()",
-    "duo(keep=0.25)", "duo(keep=0.25) + kivi(bits=2)", "drop(layers=HALF)",
+    "duo(keep=0.25)", "duo(keep=0.25) + kivi(bits=2)", "duo(keep=0.25) + rotatekv()",
+    "duo(keep=0.5) + rotatekv(bits=4)", "duo(keep=0.25) + cskv(bits=4)", "mikv(high=8)", "drop(layers=HALF)",
 )  # fmt: skip
 LARGEST = ("kivi(bits=2)", 32768)
 """(recipe, tokens) of as many sequences as fit."""

@@ -57,7 +57,7 @@ def filled(model, recipe: str, *graphs: bool) -> list:
     return caches
 
 
-@pytest.mark.parametrize("name", quick(list(CODECS), 1))
+@pytest.mark.parametrize("name", quick(list(CODECS), 0))
 def test_steps_are_those_of_the_reference(model, name: str, tmp_path: Path) -> None:
     """Two sequences of different lengths, groups packed between steps, windows that slide over packed pages, a fork, a
     crop, and sequences that go while the tables stay."""

@@ -16,7 +16,7 @@ import fivefold
 from conftest import VOCAB, quick
 from fivefold.kernels import device
 from memory import captured, checked, gone
-from recipes import RECIPES, SHAPE, _profile, written
+from recipes import RECIPES, SHAPE, folders, written
 
 pytest.importorskip("triton", reason="needs Triton")
 pytestmark = [
@@ -34,6 +34,7 @@ MIXED = {
     "kv_heads": f'{DUO} + kv_heads(keep=0.5, profile="{{kv_heads}}")',
     "kv_heads-group": f'{DUO} + kv_heads(keep=0.3, group=1, bits=8, profile="{{kv_heads}}")',
     "gear": f"{DUO} + gear(bits=4)",
+    "mikv-high8": f"{DUO} + mikv(high=8, floor=0)",
     "tidal": f"{DUO} + tidal(top=32, full_layers=0, select_layers=[0]) + kivi(bits=4, residual=32)",
 }
 
@@ -57,11 +58,8 @@ def read(model: Any, recipe: str, graph: bool = False) -> tuple[Any, torch.Tenso
 @pytest.mark.parametrize("name", quick(MIXED, 1))
 def test_heads_with_windows_beside_others(name: str, tiny: Any, monkeypatch: Any) -> None:
     """Layers of one bank are a kernel's or not each for itself, whatever the first of them is."""
-    model, recipe = tiny("llama", num_hidden_layers=3), MIXED[name]
-    for method in ("rotatekv", "cskv", "kv_heads"):
-        if f"{{{method}}}" in recipe:
-            recipe = recipe.replace(f"{{{method}}}", _profile(method, model))
-    cache, mask = read(model, recipe)
+    model = tiny("llama", num_hidden_layers=3)
+    cache, mask = read(model, folders(MIXED[name], model))
     other = cache.fork()
     with torch.inference_mode():
         monkeypatch.setenv("FIVEFOLD_KERNELS", "triton")
@@ -74,12 +72,16 @@ def test_heads_with_windows_beside_others(name: str, tiny: Any, monkeypatch: Any
 
 
 @pytest.mark.filterwarnings("ignore::fivefold.errors.SlowPathWarning")
-@pytest.mark.parametrize("name", [name if name == "anchors" else pytest.param(name, marks=SLOW) for name in RECIPES])
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "anchors" else pytest.param(name, marks=SLOW) for name in (*RECIPES, "duo+rotatekv", "duo+cskv")],
+)
 def test_what_kernels_touch_is_there_and_stays(name: str, tiny: Any, monkeypatch: Any) -> None:
     """A graph is replayed long after the step that it was captured from: with all that this one read and did not make.
     What the process shares may be forgotten meanwhile."""
     model = tiny(**SHAPE)
-    cache, mask = read(model, written(name, model), graph=True)
+    recipe = written(name, model) if name in RECIPES else f"{DUO} + {written(name[4:], model)}"
+    cache, mask = read(model, recipe, graph=True)
     monkeypatch.setenv("FIVEFOLD_KERNELS", "triton")
     with torch.inference_mode():
         with checked(cache) as ran, captured(cache.step) as found:

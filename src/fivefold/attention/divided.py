@@ -22,9 +22,12 @@ from fivefold.store.rows import run_of
 
 
 def readers_of(layer: Layer) -> list[Reader | None]:
-    """What reads a layer's packed pages: one for each set of its heads where those of a set are read together."""
+    """What reads a layer's packed pages: on a GPU one for each set of its heads where those of a set are read
+    together."""
     reader = None if layer.codec is None else layer.codec.reader
     if layer.codec is None or reader is None or reader.together == 1 or len(layer.sets) == 1:
+        return [reader]
+    if not choose(layer.spec.device).triton:
         return [reader]
     return [layer.codec.reader_of(heads) for heads in layer.sets]
 
@@ -67,9 +70,9 @@ class Division:
         heads = layers[0].spec.kv_heads
         self.page, self.queries, self.sequences = tables.page, layers[0].spec.query_heads // heads, tables.sequences
         rows = np.arange(tables.sequences * heads)
-        self.order, divides = np.tile(rows, (len(layers), 1)), choose(tables.device).triton
+        self.order = np.tile(rows, (len(layers), 1))
         self.readers = [None if layer.codec is None else layer.codec.reader for layer in layers]
-        self.sets = [self._sets(tables, layer) if divides else [] for layer in layers]
+        self.sets = [self._sets(tables, layer) for layer in layers]
         for index in np.flatnonzero([bool(some) for some in self.sets]).tolist():
             parts = [rows[np.isin(rows % heads, some)] for some in layers[index].sets]
             self.order[index] = np.concatenate(parts)
