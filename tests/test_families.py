@@ -15,7 +15,7 @@ from fivefold.errors import FivefoldError, UnsupportedModelError
 from recipes import RECIPES, written
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NEW = 10
+NEW = 6
 
 
 @pytest.fixture(scope="module")
