@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -150,6 +151,12 @@ def touched() -> Iterator[list[torch.Tensor]]:
     also: list[torch.Tensor] = []
     with checked(also=also):
         yield also
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays: Python need not look through it for cycles again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -56,8 +56,9 @@ def filled(codec: Any, context: Context, tokens: int, slot: int = 0) -> tuple[to
 
 
 @pytest.mark.parametrize("recipe", METHODS)
-@pytest.mark.parametrize("heads", [(0, 1), (1,), (0, 1, 0, 1)], ids=str)
-@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "alone"), [((0, 1), False), ((1,), True), ((0, 1, 0, 1), False), ((0, 1, 0, 1), True)], ids=str
+)
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
 def test_attending_in_compressed_form_is_attending_to_what_is_decoded(
     learned: Any, recipe: str, heads: tuple[int, ...], alone: bool, kernels: str, monkeypatch: pytest.MonkeyPatch
@@ -123,10 +124,10 @@ RESTS = ["",
 @pytest.mark.parametrize("rest", quick(RESTS, 2))
 def test_combinations_stay_near_what_they_pack(learned: Any, recipe: str, rest: str) -> None:
     model, whole = learned(recipe, rest=rest, initializer_range=0.1)
-    ids = prompt(3, 260)
+    ids = prompt(3, 270)
     mask = torch.ones_like(ids)
     mask[0, :70] = mask[1, :33] = 0
-    settings = {"attention_mask": mask, "max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False,
+    settings = {"attention_mask": mask, "max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False,
                 "return_dict_in_generate": True, "output_logits": True}  # fmt: skip
     base = rest.removeprefix(" + ") or "full()"
     exact = model.generate(ids, past_key_values=fivefold.compress(model, base), **settings)
@@ -134,7 +135,7 @@ def test_combinations_stay_near_what_they_pack(learned: Any, recipe: str, rest: 
     packed = model.generate(ids, past_key_values=cache, **settings)
     assert cache.report().codes > 0
     first, other = packed.logits[1], exact.logits[1]
-    if torch.equal(packed.sequences[:, 260], exact.sequences[:, 260]):
+    if torch.equal(packed.sequences[:, 270], exact.sequences[:, 270]):
         assert (first - other).abs().max() < (0.4 if "rotatekv" in recipe else 0.05) * other.abs().max()
 
 
@@ -144,13 +145,13 @@ def test_forks_crops_and_beams(learned: Any, recipe: str) -> None:
     ids, cache = prompt(2, 300), fivefold.compress(model, recipe)
     logits(model, cache, [ids])
     fork, twin = cache.fork(), cache.fork()
-    new = prompt(2, 70, 9)
+    new = prompt(2, 54, 9)
     expected = logits(model, fork, [new[:, :40], *new[:, 40:].split(1, 1)])
     assert torch.equal(logits(model, cache, [new[:, :40], *new[:, 40:].split(1, 1)]), expected)
     twin.reorder_cache(torch.tensor([1, 0]))
     swapped = logits(model, twin, [new[[1, 0], :40], *new[[1, 0], 40:].split(1, 1)])
     assert (swapped[[1, 0]] - expected).abs().max() < 1e-3 * expected.abs().max()
-    cache.crop(-170)  # into packed tokens
+    cache.crop(-154)  # into packed tokens
     assert cache.get_seq_length() == 200
     logits(model, cache, [new[:, :40], *new[:, 40:].split(1, 1)])
     for c in (fork, twin, cache):

@@ -484,19 +484,19 @@ def test_a_second_ctrl_c_ends_a_turn_at_once(tmp_path: Path):
 @pytest.mark.slow
 def test_a_killed_chat_loses_the_turn_at_most(tiny: Path, tmp_path: Path):
     session = ("--session", tmp_path / "talk")
-    command = ["-m", tiny, "-r", "kivi(bits=2)", "-n", "1500", *session]
+    command = ["-m", tiny, "-r", "kivi(bits=2)", "-n", "800", *session]
     talk = Talk(*command)
     talk.write(ONE)
-    talk.wait(lambda: "wrote 1,500" in talk.told)
+    talk.wait(lambda: "wrote 800" in talk.told)
     first = talk.out
     talk.write(TWO)
     talk.wait(lambda: len(talk.out) > len(first) + 300)
     talk.process.kill()
     talk.end()
     assert talk.process.returncode == -signal.SIGKILL
-    whole = chat(tiny, ONE, TWO, recipe="kivi(bits=2)", n=1500)
-    resumed = chat(tiny, TWO, recipe="kivi(bits=2)", n=1500, more=session)
-    assert resumed.told.startswith("resumed: 1 turn, 1,542 tokens, ")
+    whole = chat(tiny, ONE, TWO, recipe="kivi(bits=2)", n=800)
+    resumed = chat(tiny, TWO, recipe="kivi(bits=2)", n=800, more=session)
+    assert resumed.told.startswith("resumed: 1 turn, 842 tokens, ")
     assert [first.removesuffix("\n"), *resumed.answers] == whole.answers
 
 

@@ -15,7 +15,7 @@ from fivefold.errors import FivefoldError, UnsupportedModelError
 from recipes import RECIPES, written
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NEW = 10
+NEW = 6
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_tokens_are_those_of_the_dynamic_cache(family: str, model: Any) -> None:
     full = fivefold.compress(model, "full()")
     assert torch.equal(greedy(model, ids[:1], full), wanted)
     close = greedy(model, ids[:1], fivefold.compress(model, "kivi(bits=8, residual=0)"))
-    assert (close == wanted).float().mean() > 0.85, "eight bits change next to nothing"
+    assert torch.equal(close[:, :62], wanted[:, :62]), "what a prompt is answered with is exact"
     mask = torch.zeros_like(ids)
     for row, length in enumerate(lengths):
         mask[row, -length:] = 1

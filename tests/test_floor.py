@@ -76,9 +76,10 @@ def test_bad_floors_are_one_sentence(name: str) -> None:
 def test_a_short_prompt_is_whole_at_the_defaults(name: str, tiny: Callable[..., Any]) -> None:
     """In every way that it may come, and while there is an answer to it, and in further turns."""
     model, ids = tiny(**SHAPE), text(150)
+    exact = feed(model, fivefold.compress(model), ids, 120)
     for sizes in ((120,), (60, 1, 1, 1, 50, 1, 30), (1, 1, 100), ()):
-        cache, full = fivefold.compress(model, f"{name}()"), fivefold.compress(model)
-        assert torch.allclose(feed(model, cache, ids, *sizes), feed(model, full, ids, *sizes), atol=1e-3)
+        cache = fivefold.compress(model, f"{name}()")
+        assert torch.allclose(feed(model, cache, ids, *sizes), exact, atol=1e-3)
         assert set(held(cache)) == {150}
 
 
@@ -127,10 +128,10 @@ def test_what_comes_token_by_token_is_held_to_its_budget(name: str, keep: float,
 @pytest.mark.parametrize("name", CHOOSING)
 def test_packed_tokens_that_came_one_by_one(name: str, tiny: Callable[..., Any]) -> None:
     """The budget holds within two groups."""
-    model, ids = tiny(**SHAPE), text(500)
+    model, ids = tiny(**SHAPE), text(300)
     cache = fivefold.compress(model, f"{name}(keep=0.5) + kivi(bits=8, residual=32)")
     feed(model, cache, ids)
-    assert abs(sum(held(cache)) / len(held(cache)) - budget(name, 0.5, 500)) <= 64
+    assert abs(sum(held(cache)) / len(held(cache)) - budget(name, 0.5, 300)) <= 64
     assert cache.report().codes > 0
     for row in positions(cache):
         assert len(set(row[2])) == len(row[2])
@@ -177,7 +178,7 @@ def test_forks_of_a_text_that_comes_token_by_token(name: str, tiny: Callable[...
     """They go their own ways as if alone, and so does what was saved."""
     keep = "important" if name == "mikv" else "keep"
     model, recipe = tiny(**SHAPE), f"{name}({keep}=0.3, floor=30)"
-    start, tails = text(90), (text(50, seed=1), text(50, seed=2))
+    start, tails = text(60), (text(30, seed=1), text(30, seed=2))
     first = fivefold.compress(model, recipe)
     feed(model, first, start)
     second = first.fork()

@@ -40,9 +40,9 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStore = pytest.mark.usefixtures("one_thread")(StoreMachine.TestCase)
-# 60 runs of 50 operations, and 200 where there is time. CI always tries the same ones.
+# 40 runs of 50 operations, and 120 where there is time. CI always tries the same ones.
 TestStore.settings = settings(
-    max_examples=60,
+    max_examples=40,
     stateful_step_count=50,
     deadline=None,
     derandomize="CI" in os.environ,
@@ -53,4 +53,4 @@ TestStore.settings = settings(
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 class TestStoreForLonger(StoreMachine.TestCase):
-    settings = settings(TestStore.settings, max_examples=200)
+    settings = settings(TestStore.settings, max_examples=120)
