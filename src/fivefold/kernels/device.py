@@ -28,8 +28,8 @@ SETTINGS = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 
 def let_memory_grow(device: torch.device) -> None:
     """Have torch's allocator map a GPU's memory page by page from now on (`expandable_segments`), unless the
-    environment says how it is to work. Pages of a cache stay while what a model computes with comes and goes: blocks of fixed size
-    would leave up to a third of the memory in gaps between them that nothing fits into."""
+    environment says how it is to work. Pages of a cache stay while what a model computes with comes and goes: blocks of
+    fixed size would leave up to a third of the memory in gaps between them that nothing fits into."""
     if device.type == "cuda" and sys.platform == "linux" and not any(name in os.environ for name in SETTINGS):
         _let_memory_grow()
 
