@@ -74,9 +74,13 @@ class Place:
 
     @property
     def each(self) -> int:
-        """Bytes of what a step computes with for one user: the logits, also in float32, and the products of an MLP."""
-        item = self.dtype.itemsize
-        return (item + 4) * self.shape.vocabulary + 3 * item * self.shape.intermediate // self.gpus
+        """Bytes of what a step computes with for one user: the logits, also in float32, and the products of an MLP. The
+        first step in fused kernels has most, where its logits are compared with those of the model's own code
+        (`models/fused.py`): both and zeros, in float32 too, and a difference."""
+        item, compared = self.dtype.itemsize, self.shape.fused and self.gpus == 1
+        return (3 * item + 16 if compared else item + 4) * self.shape.vocabulary + 3 * item * (
+            self.shape.intermediate // self.gpus
+        )
 
     @property
     def room(self) -> int:
