@@ -22,6 +22,7 @@ from fivefold.errors import CacheStateError, UnsupportedModelError
 from fivefold.models import calls, compiled, skipping
 from fivefold.models.attention import NAME
 from fivefold.models.cache import FivefoldCache
+from fivefold.models.chunks import Chunks
 from fivefold.models.selection import decoder_config, selected
 from fivefold.models.specs import configs_of, rope_switch
 
@@ -107,9 +108,11 @@ class Forward:
         kwargs: dict[str, Any],
         graph: bool,
     ) -> Any:
-        if graph and cache.step is not None and len(args) <= 1:
+        if len(args) <= 1:
             given = {"input_ids": args[0], **kwargs} if args else kwargs
-            out = cache.step(self.model, run, cache, given)
+            out = cache.step(self.model, run, cache, given) if graph and cache.step is not None else None
+            if out is None and getattr(run, "func", None) is type(self.model).forward:  # nothing that is compiled
+                out = self.chunks(cache, given)
             if out is not None:
                 return out
         with selected(self.configs, NAME, cache.windows), cache.session.atomic():
@@ -124,6 +127,10 @@ class Forward:
     @functools.cached_property
     def compiled(self) -> compiled.Compiled:
         return compiled.Compiled(self.model)
+
+    @functools.cached_property
+    def chunks(self) -> Chunks:
+        return Chunks(self.model)
 
     @functools.cached_property
     def configs(self) -> list[Any]:

@@ -70,7 +70,7 @@ class Parts:
 
 def parts_of(model: PreTrainedModel) -> Parts:
     """The parts of a model of a Llama's kind. Raises `Unlike` if it is none, or somebody has changed how it runs."""
-    _untouched(model)
+    untouched(model)
     base: Any = _children(model, {"model", "lm_head"})["model"]
     parts = _children(base, {"embed_tokens", "layers", "norm", "rotary_emb"})
     embedding = parts["embed_tokens"]
@@ -91,7 +91,7 @@ def parts_of(model: PreTrainedModel) -> Parts:
     return found
 
 
-def _untouched(model: PreTrainedModel) -> None:
+def untouched(model: PreTrainedModel) -> None:
     """Raise `Unlike` where somebody else's code runs in a module's place, or beside it."""
     if model.training:
         raise Unlike("the model is in train mode")
@@ -211,9 +211,11 @@ class Whole:
             tables, dim = store.bank.mirror, store.spec.head_dim
             spans, exact = tables.newest(store)
             weights, biases = _of(*layer.qkv)
-            place = Pages(spans, exact)
-            queries, _, _ = kernels.heads(hidden, weights, biases, layer.before, Turn(*turn, layer.norms), place)
-            out = tables.attend(store, queries.view(tables.rows, -1, dim), None, None, layer.scaling)
+            # Tokens that are rounded on their way into a page have a kernel of their own.
+            place = Pages(spans, exact) if store.exact_pool.layout.holds is None else None
+            q, k, v = kernels.heads(hidden, weights, biases, layer.before, Turn(*turn, layer.norms), place)
+            new = [None if x is None else x.reshape(tables.rows, dim) for x in (k, v)]
+            out = tables.attend(store, q.reshape(tables.rows, -1, dim), *new, layer.scaling)
             hidden = kernels.added(out.view(len(hidden), -1), layer.out.weight, layer.out.bias, hidden)
         (gate, up), biases = _of(layer.gate, layer.up)
         inner = kernels.gated(hidden, gate, up, biases, layer.behind, layer.act)
@@ -253,13 +255,15 @@ def verified(
     try:
         parts = parts_of(model)
         for layer in parts.layers:
-            _fits(session, layer)
+            fits(session, layer)
+            if layer.index in session.stores and layer.index not in session.stepping:
+                raise Unlike(f"what layer {layer.index} reads is not one call of a kernel")
     except Unlike as why:
         return str(why)
     if torch.is_autocast_enabled(ids.device.type):
         return "the model is called under autocast"
     whole, seen = Whole(parts), dict[int, tuple[torch.Tensor, torch.Tensor]]()
-    with _watched(model, seen):
+    with watched(model, seen):
         logits = own()[:, 0]
     try:
         return _unlike(whole, session, ids, positions, seen, logits) or whole
@@ -282,40 +286,41 @@ def _unlike(
     parts, live = whole.parts, session.batch  # other sequences are padding
     hidden = nn.functional.embedding(ids[:, 0], parts.embedding)
     turn = whole.turn(hidden, positions)
-    apart = {"the embedding": _apart(hidden[:live], seen[0][0][:live], 0 * hidden[:live])}
+    far = {"the embedding": apart(hidden[:live], seen[0][0][:live], 0 * hidden[:live])}
     for number, layer in enumerate(parts.layers):
         given, wanted = seen[number]
         found = whole.layer(session, layer, given, turn)
-        apart[f"layer {layer.index}"] = _apart(found[:live], wanted[:live], given[:live])
+        far[f"layer {layer.index}"] = apart(found[:live], wanted[:live], given[:live])
     found, wanted = whole.head(seen[len(parts.layers) - 1][1])[:live], logits[:live]
-    apart["the head"] = _apart(found, wanted, 0 * wanted)
-    for name, far in zip(apart, torch.stack(list(apart.values())).tolist()):
-        if not far <= BOUNDS[hidden.dtype]:
-            return f"{name} computes something else ({far:.2g} of its norm apart)"
+    far["the head"] = apart(found, wanted, 0 * wanted)
+    return differing(far, hidden.dtype)
+
+
+def differing(far: dict[str, torch.Tensor], dtype: torch.dtype) -> str | None:
+    """Which part computes something else, in a few words; None if none does. far: of each, see `apart`."""
+    for name, one in zip(far, torch.stack(list(far.values())).tolist()):
+        if not one <= BOUNDS[dtype]:
+            return f"{name} computes something else ({one:.2g} of its norm apart)"
     return None
 
 
-def _fits(session: Session, layer: Layer) -> None:
-    """Raise `Unlike` where a cache's layer is not one append and one call of `DeviceTables.attend`."""
+def fits(session: Session, layer: Layer) -> None:
+    """Raise `Unlike` where a cache's layer is not made for what this one computes."""
     store = session.stores.get(layer.index)
     if store is None:
         if any(spec.layer == layer.index for spec in session.absent):
             return
         raise Unlike(f"layer {layer.index} has no store")
-    if layer.index not in session.stepping:
-        raise Unlike(f"what layer {layer.index} reads is not one call of a kernel")
     spec, sizes = store.spec, [len(linear.weight) for linear in layer.qkv]
     if sizes != [n * spec.head_dim for n in (spec.query_heads, spec.kv_heads, spec.kv_heads)]:
         raise Unlike(f"projections of {sizes} rows")
     if spec.cap is not None:
         raise Unlike("scores are capped")
-    if store.exact_pool.layout.holds is not None:
-        raise Unlike("exact pages hold eight bits a number")
     if layer.before.gain.dtype is not spec.dtype:
         raise Unlike(f"weights in {layer.before.gain.dtype} and a cache in {spec.dtype}")
 
 
-def _apart(found: torch.Tensor, wanted: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+def apart(found: torch.Tensor, wanted: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
     """How far what was found is from what is wanted, in parts of what was to be added to `given`; half a unit in the
     last place of the sum is no difference."""
     dtype, found, wanted = wanted.dtype, found.float(), wanted.float()
@@ -324,12 +329,13 @@ def _apart(found: torch.Tensor, wanted: torch.Tensor, given: torch.Tensor) -> to
 
 
 @contextmanager
-def _watched(model: Any, seen: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
-    """Within it, what each layer is given and returns, `[sequences, hidden]`, goes to `seen`."""
+def watched(model: Any, seen: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """Within it, what each layer is given and returns, `[tokens, hidden]` of all sequences, goes to `seen`."""
 
     def look(number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         given = args[0] if args else kwargs["hidden_states"]
-        seen[number] = given[:, 0].clone(), (out[0] if isinstance(out, tuple) else out)[:, 0].clone()
+        returned = out[0] if isinstance(out, tuple) else out
+        seen[number] = given.flatten(0, 1).clone(), returned.flatten(0, 1).clone()
 
     hooks = [
         layer.register_forward_hook(functools.partial(look, number), with_kwargs=True)

@@ -130,7 +130,7 @@ class Step:
                 why = _first(whys)
         if why and self.captured:
             self.reset()
-        self.failed = why or _why_not_now(given, ids, _device(session))
+        self.failed = why or why_not_now(model, given, ids, _device(session))
         if self.failed:
             decoding.tell(session, f"decoding without a CUDA graph: {self.failed}", 6)
             return None
@@ -358,8 +358,11 @@ def _first(whys: Mapping[int, str | None]) -> str | None:
     return next((why for why in whys.values() if why is not None), None)
 
 
-def _why_not_now(given: dict[str, Any], ids: torch.Tensor, device: torch.device) -> str | None:
+def why_not_now(model: PreTrainedModel, given: dict[str, Any], ids: torch.Tensor, device: torch.device) -> str | None:
     """Why this call cannot be replayed, in a few words; None if it can."""
+    config = model.config
+    if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
+        return "the model's configuration asks for hidden states or attentions, which a replay does not know"
     mask, more = given.get("attention_mask"), [name for name, x in given.items() if name not in _KNOWN]
     asked = [name for name in more if given[name] is not None and given[name] is not False]
     if asked:

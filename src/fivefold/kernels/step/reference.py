@@ -103,3 +103,16 @@ def heads(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Biases, norm
     """Queries, keys and values of tokens: products with three weights, and `turned`."""
     q, k, v = products(x, weights, biases, norm)
     return turned(q, k, v, turn)
+
+
+def added_normed(x: torch.Tensor, residual: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
+    """`residual + x`, and its norm: `[tokens, K]` each."""
+    total = residual + x
+    return total, normed(total, norm)
+
+
+def spread(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turn: Turn, batch: int) -> tuple[torch.Tensor, ...]:
+    """`turned`, for a chunk of each of `batch` sequences, one behind the other: contiguous `[batch, head, tokens,
+    head_dim]`, as attention to a chunk wants them."""
+    heads = turned(q, k, v, turn)
+    return tuple(x.unflatten(0, (batch, -1)).transpose(1, 2).contiguous() for x in heads if x is not None)

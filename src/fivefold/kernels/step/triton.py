@@ -556,9 +556,11 @@ def normed(x: torch.Tensor, norm: Norm, pdl: bool | None = None) -> torch.Tensor
     return out
 
 
-def gate_times(gate: torch.Tensor, up: torch.Tensor, act: str, pdl: bool | None = None) -> torch.Tensor:
-    """See `reference.gate_times`."""
-    out = torch.empty_like(gate)
+def gate_times(
+    gate: torch.Tensor, up: torch.Tensor, act: str, pdl: bool | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """See `reference.gate_times`. out: where it goes, which may be `gate`."""
+    out = torch.empty_like(gate) if out is None else out
     pdl = overlaps(gate.device) if pdl is None else pdl
     more = {"launch_pdl": True} if pdl else {}
     with on(gate.device):
