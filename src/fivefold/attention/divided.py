@@ -40,7 +40,7 @@ class Tables(Protocol):
     page: int
     device: torch.device
 
-    def programs_of(self, rows: int, reader: Reader | None) -> tuple[int, int]: ...
+    def programs_of(self, rows: int, reader: Reader | None) -> schedule.Programs: ...
 
 
 @dataclass(frozen=True)

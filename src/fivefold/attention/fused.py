@@ -42,7 +42,7 @@ def attend_fused(
     packed, exact = tables.pages(group, tables.joined)
     reader, programs = tables.division.reader(group), tables.programs
     if programs is not None and reader is not None and reader is not tables.readers[layer.index]:
-        programs = tables.programs_of(len(group.rows), reader)[0], programs[1]
+        programs = tables.programs_of(len(group.rows), reader)._replace(exact=programs.exact)
     span, starts = _work(group, group.bounds.span(), tables.page, programs, 1 if reader is None else reader.team)
     with_lse = sinks is not None or left is not None
     settings = {"starts": starts, "programs": programs, "with_lse": with_lse}
@@ -87,7 +87,7 @@ def attend_picked_fused(
     span = Span(0, 0, 0, 0, count, 0, 0)
     if packed is not None:
         span = group.bounds.span()._replace(packed_first=0, packed_stop=count)
-    programs = kernels(queries.device).programs_for(rows, queries.device) if tables.listed else None
+    programs = kernels(queries.device).programs_for(rows, queries.device)[:2] if tables.listed else None
     page = schedule.TILE if packed is None else schedule.PICKS
     table, starts = _work(group, span, page, programs)
     picks = slots.to(torch.int32).contiguous()
@@ -209,7 +209,7 @@ def _why_not_step(layer: LayerCache, role: str) -> str | None:
 
 
 def _work(
-    group: RowGroup, span: Span, page: int, programs: tuple[int, int] | None, team: int = 1
+    group: RowGroup, span: Span, page: int, programs: tuple[int, ...] | None, team: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A table of the same span for all rows of a group, int32 `[rows, SPAN]`, and the work lists
     (`schedule.starts_of`); the same for all layers of a step. team: see `Reader`."""

@@ -300,12 +300,13 @@ class DeviceTables:
             return None, exact
         return self._pages_of(self.division.index(group, self.device), reader), exact
 
-    def programs_of(self, rows: int, reader: Reader | None, dtype: torch.dtype | None = None) -> tuple[int, int]:
+    def programs_of(self, rows: int, reader: Reader | None, dtype: torch.dtype | None = None) -> schedule.Programs:
         """How many programs read packed and exact pages of so many rows; dtype: see `programs_for`."""
         if self.device.type == "meta":
-            return 1, 1
+            return schedule.Programs(1, 1, 1)
         given = rows, self.device, reader, self._spec.query_heads // self._spec.kv_heads, dtype
-        return kernels(self.device).programs_for(*given)
+        found: schedule.Programs = kernels(self.device).programs_for(*given)
+        return found
 
     def _pages_of(self, index: slice | torch.Tensor, reader: Reader) -> schedule.Packed:
         """The packed pages that stand there."""

@@ -10,6 +10,7 @@ says. Attention is the engine's in either case.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from fivefold.errors import FivefoldError
 from fivefold.kernels.choice import choose
 from fivefold.kernels.step.reference import Turn
 from fivefold.models.cache import FivefoldCache
-from fivefold.models.fused import BOUNDS, Layer, Parts, Unlike, apart, differing, fits, parts_of, untouched, watched
+from fivefold.models.fused import Layer, Parts, Unlike, apart, differing, fits, parts_of, untouched, watched
 from fivefold.models.graph import why_not_now
 
 PROBE = 16
@@ -47,8 +48,9 @@ class Chunk:
         positions, mask = given.get("position_ids"), given.get("attention_mask")
         if positions is None:
             positions = torch.arange(session.length, session.length + tokens, device=ids.device)[None]
-        hidden = nn.functional.embedding(ids, self.parts.embedding).flatten(0, 1)
-        turn, added = self.turn(hidden, positions, batch), None
+        hidden: Any = nn.functional.embedding(ids, self.parts.embedding).flatten(0, 1)
+        turn = self.turn(hidden, positions, batch)
+        added: Any = None
         mask = None if mask is None else mask.to(ids.device, torch.bool)
         wanted = positional(session.stores) is not None
         for layer in self.parts.layers:
@@ -69,11 +71,8 @@ class Chunk:
                 added = nn.functional.linear(added.view(batch * tokens, -1), layer.out.weight, layer.out.bias)
             hidden, added = self.mlp(layer, hidden, added)
         kept = given.get("logits_to_keep") or tokens
-        last = [
-            None if x is None else x.view(batch, tokens, -1)[:, -kept:].flatten(0, 1).contiguous()
-            for x in (hidden, added)
-        ]
-        return self.head(last[0], last[1]).view(batch, -1, len(self.parts.head.weight))
+        last = (x.view(batch, tokens, -1)[:, -kept:].flatten(0, 1).contiguous() for x in (hidden, added))
+        return self.head(*last).view(batch, -1, len(self.parts.head.weight))
 
     def turn(self, hidden: torch.Tensor, positions: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin `[batch * tokens, head_dim]`, as the model's own module makes them."""
@@ -98,8 +97,8 @@ class Chunk:
         """Queries, keys and values of a layer, `[batch, head, tokens, head_dim]`."""
         from fivefold.kernels.step.chunk import spread
 
-        qkv = (nn.functional.linear(normed, one.weight, one.bias) for one in layer.qkv)
-        return spread(*qkv, Turn(*turn, layer.norms), batch)
+        q, k, v = (nn.functional.linear(normed, one.weight, one.bias) for one in layer.qkv)
+        return spread(q, k, v, Turn(*turn, layer.norms), batch)
 
     def mlp(self, layer: Layer, hidden: torch.Tensor, added: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream before a layer's MLP, and what that adds to it."""
@@ -190,7 +189,9 @@ def verified(model: PreTrainedModel) -> Chunk:
     return chunk
 
 
-def _compare(chunk: Chunk, ids: torch.Tensor, seen: dict[int, tuple[torch.Tensor, ...]], logits: torch.Tensor) -> None:
+def _compare(
+    chunk: Chunk, ids: torch.Tensor, seen: Mapping[int, tuple[torch.Tensor, ...]], logits: torch.Tensor
+) -> None:
     """Raise `Unlike` where something else comes out than layers have `seen` and left."""
     parts = chunk.parts
     hidden = nn.functional.embedding(ids[0], parts.embedding)

@@ -43,6 +43,8 @@ class Reader:
 
     resident: int = 4
     """Programs that fit on a processor at a time."""
+    share: int = 1
+    """Pages that are worth a program where programs are many."""
     limit: float = 30000.0
     """Keys and values up to this absolute value can be attended on."""
 

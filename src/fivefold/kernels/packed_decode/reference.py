@@ -29,6 +29,9 @@ class Form(Reader):
 
     fields: ClassVar[tuple[str, ...]] = ("key_words",)
     limit: ClassVar[float] = 750.0  # type: ignore[misc]
+    share: ClassVar[int] = 32  # type: ignore[misc]
+    """The fastest of 1 to 64 on an H200, for 2 and 4 bits: a step of 8 sequences of 32,768 tokens takes up to 16% less
+    than with 1."""
 
     @property
     def tokens(self) -> int:

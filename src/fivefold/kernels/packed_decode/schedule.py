@@ -6,6 +6,7 @@ It needs neither Triton nor a compiler.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,8 +15,8 @@ from fivefold.kernels.packed_decode.reader import Packed, Reader
 from fivefold.kernels.packed_decode.reference import Form
 
 __all__ = [
-    "HEADS", "LIMIT", "PAGE", "PICKS", "SPAN", "TILE", "Exact", "Packed", "lacks", "pages_of", "searched",
-    "starts_of", "supports",
+    "HEADS", "LIMIT", "PAGE", "PICKS", "SPAN", "TILE", "Exact", "Packed", "Programs", "lacks",
+    "pages_of", "searched", "starts_of", "supports",
 ]  # fmt: skip
 SPAN = 8
 """Columns of a table of spans; the first seven are used (see `decode_reference`)."""
@@ -81,13 +82,29 @@ def pages_of(spans: np.ndarray, page: int, team: int = 1, joined: bool = False) 
     return np.stack([packed, -(-stop // TILE)], -2)
 
 
-def starts_of(pages: np.ndarray, programs: tuple[int, int]) -> np.ndarray:
+class Programs(NamedTuple):
+    """How many programs there are for packed and for exact pages. once: of the first, how many fill a device once;
+    share: how many pages are worth more than these."""
+
+    packed: int
+    exact: int
+    once: int
+    share: int = 1
+
+
+def starts_of(pages: np.ndarray, programs: Programs | tuple[int, ...]) -> np.ndarray:
     """The work lists: the first program of each row, and how many programs there are, int32 `[..., 2, rows + 1]`.
 
     pages: `[..., 2, rows]`, at most `programs` of which may have any (none of a kind that has no programs). No
-    program gets more pages than it must, and few are left without any.
+    program gets more pages than it must, and few are left without any. Where the device is filled more than once,
+    those of packed pages get a share of them at least: what a program begins and ends with costs more than an even end.
     """
-    most = np.array(programs)[:, None]
+    most = np.broadcast_to(np.array(programs[:2])[:, None], (*pages.shape[:-1], 1))
+    if isinstance(programs, Programs):
+        packed = pages[..., :1, :]
+        enough = np.maximum(packed.sum(-1, keepdims=True) // programs.share, (packed > 0).sum(-1, keepdims=True))
+        enough = np.maximum(enough, programs.once)
+        most = np.concatenate([np.minimum(most[..., :1, :], enough), most[..., 1:, :]], -2)
     each = np.maximum(1, -(-pages.sum(-1, keepdims=True) // np.maximum(1, most)))
     while True:
         shares = -(-pages // each)

@@ -40,6 +40,7 @@ from fivefold.kernels.packed_decode.schedule import (
     TILE,
     Exact,
     Packed,
+    Programs,
     pages_of,
     searched,
     starts_of,
@@ -566,7 +567,7 @@ def by_cuda(form: Reader, heads: int, device: torch.device) -> bool:
 
 def programs_for(
     rows: int, device: torch.device, form: Reader | None = None, heads: int = 1, dtype: torch.dtype | None = None
-) -> tuple[int, int]:
+) -> Programs:
     """How many programs work on the packed pages of that many rows, and on their exact ones, whose dtype may be given:
     none where the first do both (`pages_of(joined=True)`).
 
@@ -576,13 +577,14 @@ def programs_for(
     resident, team = (RESIDENT, 1) if form is None else (form.resident, form.team)
     if form is not None and by_cuda(form, heads, device):
         resident = cuda.resident(form, device, 8 if isinstance(form, Form) else heads)
+    once = resident * _processors(device)
     packed, exact = (
         once if 8 * rows <= once else max(8 * once, 2 * rows)
-        for rows, once in ((rows // team, resident * _processors(device)), (rows, RESIDENT * _processors(device)))
+        for rows, once in ((rows // team, once), (rows, RESIDENT * _processors(device)))
     )
     if form is not None and by_cuda(form, heads, device) and cuda.joins(dtype):
-        return packed, 0
-    return packed, exact
+        exact = 0
+    return Programs(packed, exact, once, 1 if form is None else form.share)
 
 
 def append(keys: torch.Tensor, values: torch.Tensor, spans: torch.Tensor, exact: Exact) -> None:
@@ -605,7 +607,7 @@ def decode(
     with_lse: bool = False,
     asm: bool | None = None,
     starts: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
-    programs: tuple[int, int] | None = None,
+    programs: Programs | tuple[int, int] | None = None,
     picks: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
     within: bool = False,
@@ -645,7 +647,7 @@ def decode(
         pages = pages_of(spans.cpu().numpy(), page, team, joined is not None)
         if picks is not None and packed is not None:
             pages[0] = -(-picks.shape[1] // PICKS)
-        starts = torch.from_numpy(starts_of(pages, programs)).to(device)
+        starts = torch.from_numpy(starts_of(pages, programs if picks is None else programs[:2])).to(device)
     common = {"N": n, "D": dim, "SPAN": SPAN, "R": searched(rows)}
     # Only CUDA C++ counts from a base.
     if packed is not None and packed.base and not (picks is None and by_cuda(packed.form, heads, device)):

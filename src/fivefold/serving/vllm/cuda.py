@@ -48,7 +48,7 @@ class CudaTables(Tables):
         from fivefold.kernels.packed_decode.triton import programs_for
 
         form, dtype = self.pages.form, self.pages.dtype
-        return programs_for(requests * self.kv_heads, self.device, form, self.query_heads, dtype)
+        return programs_for(requests * self.kv_heads, self.device, form, self.query_heads, dtype)[:2]
 
     def fill(
         self,
