@@ -62,19 +62,22 @@ def _attend_joined(
     """`attend_chunk` where `takes_windows`, over what is stored without a window: the newest exact tokens, and the last
     packed ones where they are few, are copied together with the chunk. A GPU copies sooner than it attends once more
     and merges what comes out."""
-    layer = group.layer
-    blocks, chunk, parts = list(_exact(group, True)), keys.shape[1], []
-    # What is large is better off alone, where another kernel takes it.
-    joined = [blocks.pop()] if blocks and not is_large(queries, blocks[-1][1].shape[1]) else []
-    parts += [_over_all(queries, k, v, scaling, None) for _, k, v in blocks]
-    sizes = _block_sizes(queries, layer.packing.page) if layer.packing is not None else []
-    regular = chunk % CHUNK_STEP == 0
-    for piece in _packed(group, queries):
-        _, k, v = piece
-        if k.shape[1] in sizes or k.shape[1] > 4 * chunk or is_large(queries, k.shape[1]):
-            parts.append(_over_all(queries, k, v, scaling, None, regular and k.shape[1] in sizes))
-        else:
-            joined.append(piece)
+    layer, chunk = group.layer, keys.shape[1]
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    joined: list[Piece] = []
+    tiers = [(_exact(group, True, queries), PAGE, 1 << 40)]
+    if layer.packing is not None:
+        tiers.append((_packed(group, queries), layer.packing.page, 4 * chunk))
+    for pieces, page, most in tiers:
+        sizes = _block_sizes(queries, page)
+        for piece in pieces:
+            held = piece[1].shape[1]
+            # What is large is better off alone, where another kernel takes it.
+            if held in sizes or held > most or is_large(queries, held):
+                recurs = chunk % CHUNK_STEP == 0 and held in sizes
+                parts.append(_over_all(queries, *piece[1:], scaling, None, recurs))
+            else:
+                joined.append(piece)
     _, k, v = _join([*joined, (np.arange(chunk), keys, values)])
     before, k, v = k.shape[1] - chunk, _spread(k, queries), _spread(v, queries)
     if joined:
@@ -213,8 +216,9 @@ def _window_bias(extent: Extent, queries: torch.Tensor, keys: torch.Tensor) -> t
     return torch.where(seen, 0.0, MASKED)
 
 
-def _exact(group: RowGroup, joined: bool) -> Iterator[Piece]:
-    """The exact tier, block by block. Where a kernel `gathers` it, of up to `KEY_NUMBERS` each.
+def _exact(group: RowGroup, joined: bool, queries: torch.Tensor | None = None) -> Iterator[Piece]:
+    """The exact tier, block by block. Where a kernel `gathers` it, of up to `KEY_NUMBERS` each, or as `queries` that see
+    all of it want them.
 
     joined: blocks are copied together, as many as make `KEY_NUMBERS`. A GPU copies sooner than it attends over many
     blocks and merges what comes out, and every earlier chunk has left a block of its own.
@@ -223,9 +227,11 @@ def _exact(group: RowGroup, joined: bool) -> Iterator[Piece]:
     positions = bounds.exact_positions(int(bounds.exact_pages))[: int(bounds.exact_tokens)]
     most = KEY_NUMBERS // (len(group.rows) * group.layer.spec.head_dim)
     if gathers(group.layer):
-        for first in range(0, len(positions), max(1, most // PAGE) * PAGE):
-            at = positions[first : first + max(1, most // PAGE) * PAGE]
-            yield (at, *gather_fused(group, first // PAGE, len(at)))
+        sizes = [max(1, most // PAGE) * PAGE] if queries is None else _block_sizes(queries, PAGE)
+        large = most + PAGE if queries is None else _large(queries)
+        for first, last in _blocks(int(bounds.exact_pages), len(positions) // PAGE, PAGE, sizes, large):
+            at = positions[first * PAGE : last * PAGE]
+            yield (at, *gather_fused(group, first, len(at)))
         return
     most = most if joined else 0
     for first, last, location in group.exact_blocks():
@@ -273,6 +279,11 @@ def _block_sizes(queries: torch.Tensor, page: int) -> list[int]:
     return [size * page for size in sizes]
 
 
+def _large(queries: torch.Tensor) -> int:
+    """Tokens that are worth a plan of cuDNN of their own."""
+    return -(-CUDNN_OPERATIONS // (4 * queries.numel()))
+
+
 def _blocks(columns: int, whole: int, page: int, sizes: Sequence[int], large: int) -> Iterator[tuple[int, int]]:
     """First and last column of the blocks of `columns` pages, the first `whole` of which are full: of the first of
     these sizes, then all that is left if that is `large` tokens, else of the other sizes while they fit."""
@@ -292,8 +303,7 @@ def _packed(group: RowGroup, queries: torch.Tensor) -> Iterator[Piece]:
     assert layer.codec is not None and layer.packing is not None
     bounds, page = group.bounds, layer.packing.page
     columns, whole = group.packed.shape[1], (int(bounds.packed_stop) - int(bounds.packed_base)) // page
-    large = -(-CUDNN_OPERATIONS // (4 * queries.numel()))
-    for first, last in _blocks(columns, whole, page, _block_sizes(queries, page), large):
+    for first, last in _blocks(columns, whole, page, _block_sizes(queries, page), _large(queries)):
         begin = int(bounds.packed_base) + first * page
         stop = min(int(bounds.packed_stop), int(bounds.packed_base) + last * page)
         pair = unpack_fused(group, first, last, queries.dtype)
