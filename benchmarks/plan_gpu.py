@@ -37,6 +37,7 @@ BATCHED = (4096, 32768)
 EIGHT, ONE = "llama-3-8b", "llama-3.2-1b"
 SHAPES = {"steps-8b": (EIGHT, None), "steps-1b": (ONE, None), "short": (EIGHT, 8)}
 PROMPTS = ((1024, None), (4096, None), (32768, None), (131072, None), (32768, 8192), (131072, 8192), (32768, 2048))
+OWN = ((32768, 8192), (32768, 2048))  # by the model's own code
 SWITCHED = (4096, 16384, 32768, 131072)  # of full() of the 8B shape: 0.5, 2, 4 and 17 GB
 PARTS = ("measure", "prompts-kernels", "weights", "short", "steps-8b", "steps-1b", "prefill-8b", "prefill-1b", "switch")
 PIECES: dict[str, Callable[[Any], Any]] = {"prompts-kernels": measure.prompts, "weights": measure.weights}
@@ -162,15 +163,18 @@ def one_step(results: Results, row: dict[str, Any], model: Any, shape: dict[str,
 def prompts(results: Results, part: str, cpu: bool) -> None:
     name = EIGHT if part == "prefill-8b" else ONE
     model = None
-    for context, chunk in PROMPTS if not cpu else ((256, None), (256, 128)):
-        for recipe in RECIPES:
+    wanted = [(*one, False) for one in (PROMPTS if not cpu else ((256, None), (256, 128)))]
+    for context, chunk, own in [*wanted, *((*one, True) for one in (OWN if not cpu else ()))]:
+        for recipe in RECIPES if not own else RECIPES[:2]:
             row = {"what": "prompt", "model": name, "recipe": recipe, "context": context, "chunk": chunk}
+            row |= {"own": True} if own else {}
             if not results.wants(row):
                 continue
             if model is None:
                 model, shape = build(name, None)
             turns = 2 if context < 65536 else 1
-            results.add(row, lambda: measure.timed_prompt(model, shape, recipe, context, chunk, turns))  # noqa: B023
+            given = recipe, context, chunk, turns, own
+            results.add(row, lambda: measure.timed_prompt(model, shape, *given))  # noqa: B023
     model = None
     measure.tidy(machine.device())
 
@@ -233,6 +237,7 @@ def predictions(rows: Iterable[dict[str, Any]], using: Machine) -> Iterator[tupl
         elif row["what"] == "prompt":
             chunk = row["chunk"]
             kind = "at once" if chunk is None else f"in chunks of {chunk:,}"
+            kind += ", the model's own code" if row.get("own") else ""
             yield f"prompts {kind}", row, fit.Prompt.from_dict(row).predicted(using), row["seconds"]
         elif row["what"] == "switch":
             packed = row["recipe"] != "full()"

@@ -217,8 +217,8 @@ def _window_bias(extent: Extent, queries: torch.Tensor, keys: torch.Tensor) -> t
 
 
 def _exact(group: RowGroup, joined: bool, queries: torch.Tensor | None = None) -> Iterator[Piece]:
-    """The exact tier, block by block. Where a kernel `gathers` it, of up to `KEY_NUMBERS` each, or as `queries` that see
-    all of it want them.
+    """The exact tier, block by block. Where a kernel `gathers` it, of up to `KEY_NUMBERS` each, or as `queries` that
+    see all of it want them.
 
     joined: blocks are copied together, as many as make `KEY_NUMBERS`. A GPU copies sooner than it attends over many
     blocks and merges what comes out, and every earlier chunk has left a block of its own.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import DynamicCache
 
 import fivefold
 from fivefold.benchmark.decode import BASELINE, build, for_random_weights, held_bytes
+from fivefold.models.chunks import by_own_code
 from fivefold.recipe import Recipe
 
 RECIPES = ("full()", "kivi(bits=4)", "duo(keep=0.5) + kivi(bits=2)", "streaming()", "snapkv()", "h2o()", "d2o()")
@@ -43,8 +45,8 @@ def measure(
         yield row
 
 
-def read(model: Any, name: str, ids: torch.Tensor, chunk: int | None) -> dict[str, Any]:
-    """Read `[batch, tokens]` with a new cache, and time it; as a row of `measure`."""
+def read(model: Any, name: str, ids: torch.Tensor, chunk: int | None, own: bool = False) -> dict[str, Any]:
+    """Read `[batch, tokens]` with a new cache, and time it; as a row of `measure`. own: by the model's own code."""
     cuda = ids.is_cuda
     if name == BASELINE:
         fivefold.restore(model)
@@ -58,7 +60,7 @@ def read(model: Any, name: str, ids: torch.Tensor, chunk: int | None) -> dict[st
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     start = time.perf_counter()
-    with torch.inference_mode():
+    with torch.inference_mode(), by_own_code() if own else nullcontext():
         for part in ids.split(chunk or ids.shape[1], 1):
             model(part, past_key_values=cache, logits_to_keep=1)
     if cuda:

@@ -10,7 +10,8 @@ says. Attention is the engine's in either case.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +116,17 @@ class Chunk:
         """Logits of tokens `[tokens, hidden]`."""
         _, normed = self.normed(hidden, added, self.parts.norm)
         return nn.functional.linear(normed, self.parts.head.weight, self.parts.head.bias)
+
+
+@contextmanager
+def by_own_code() -> Iterator[None]:
+    """Within it every chunk goes through the model's own code, as those of other kinds of models do."""
+    before = set(DEVICES)
+    DEVICES.clear()
+    try:
+        yield
+    finally:
+        DEVICES.update(before)
 
 
 class Chunks:

@@ -41,7 +41,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt whose reading was timed; its other fields are what `time.prefill` is given."""
+    """A prompt whose reading was timed; its other fields are what `time.prefill` is given. own: by the model's own
+    code."""
 
     model: ModelShape
     tokens: int
@@ -51,6 +52,7 @@ class Prompt:
     reach: float
     split: bool
     seconds: float
+    own: bool = False
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Prompt:
@@ -59,11 +61,13 @@ class Prompt:
         bits = getattr(recipe.get("bits"), "bits", None)
         packed = row["cache_bytes"] / context if bits else 0.0
         reach, split = memory.reach_of(recipe, model, context)
-        return cls(model, context, row["chunk"], packed, bits, reach, split, row["seconds"])
+        own = bool(row.get("own_code"))
+        return cls(model, context, row["chunk"], packed, bits, reach, split, row["seconds"], own)
 
     def predicted(self, machine: Machine) -> float:
-        given = {"packed": self.packed, "bits": self.bits, "reach": self.reach, "split": self.split}
-        one = prefill(self.model, machine, self.tokens, chunk=self.chunk, **given)  # type: ignore[arg-type]
+        names = ("packed", "bits", "reach", "split", "own")
+        given = {name: getattr(self, name) for name in names}
+        one = prefill(self.model, machine, self.tokens, chunk=self.chunk, **given)
         assert one is not None
         return one.seconds
 
@@ -126,23 +130,29 @@ def fit_steps(rows: Sequence[Row], machine: Machine, efficiencies: bool = False)
 
 
 def fit_prompts(rows: Sequence[Prompt], machine: Machine) -> Machine:
-    """The machine with the `prompt_pointwise` for which the relative errors of the rows are least. Rates of products
-    and of attention stay as they were measured: both grow with the tokens, as what is fitted does, and rows of one
-    model cannot tell them apart. Rows that the host bounds say nothing about the device."""
-    idle = replace(machine, prompt_pointwise=0.0, host_layer=dict.fromkeys(machine.host_layer, 0.0), host_first={})
-    least_work = replace(machine, prompt_pointwise=0.0)
-    busy = [row for row in rows if row.predicted(least_work) <= HOST * row.predicted(idle)]
-    known, seconds = (np.array([x(row) for row in busy]) for x in (lambda r: r.predicted(idle), lambda r: r.seconds))
-    one = replace(idle, prompt_pointwise=1.0)
-    table = np.array([row.predicted(one) for row in busy]) - known
-    (moved,) = least((table / seconds)[:, None], (seconds - known) / seconds)
-    return replace(machine, prompt_pointwise=moved)
+    """The machine with the `prompt_pointwise` and `own_prompt_pointwise` for which the relative errors of the rows are
+    least. Rates of products and of attention stay as they were measured: both grow with the tokens, as what is fitted
+    does, and rows of one model cannot tell them apart. Rows that the host bounds say nothing about the device."""
+    for name, own in (("prompt_pointwise", False), ("own_prompt_pointwise", True)):
+        least_work = replace(machine, **{name: 0.0})  # type: ignore[arg-type]
+        nothing = {kind: dict.fromkeys(getattr(machine, kind), 0.0) for kind in ("host_layer", "own_host_layer")}
+        idle = replace(least_work, host_first={}, **nothing)  # type: ignore[arg-type]
+        busy = [row for row in rows if row.own is own and row.predicted(least_work) <= HOST * row.predicted(idle)]
+        if not busy:
+            continue
+        known, seconds = np.array([row.predicted(idle) for row in busy]), np.array([row.seconds for row in busy])
+        one = replace(idle, **{name: 1.0})  # type: ignore[arg-type]
+        table = np.array([row.predicted(one) for row in busy]) - known
+        (moved,) = least((table / seconds)[:, None], (seconds - known) / seconds)
+        machine = replace(machine, **{name: moved})  # type: ignore[arg-type]
+    return machine
 
 
 def fit_host(rows: Sequence[Prompt], machine: Machine) -> Machine:
     """The machine with the `host_layer` that prompts show which the host bounds: of each kind the mean of what would
     make a row's seconds, over the rows of which the device's work is less than `EXPLAINED`; before that the
     `host_first` of those that are read at once."""
+    rows = [row for row in rows if not row.own]
     for name, some in (
         ("host_first", [row for row in rows if row.chunk is None or row.chunk >= row.tokens]),
         ("host_layer", [row for row in rows if row.chunk is not None and row.chunk < row.tokens]),

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -44,7 +44,8 @@ class Machine:
 
     host_layer: what the host takes to launch one layer of a chunk of a prompt, "exact", "packed", or "split" where it
     packs and its heads are of two kinds; host_first: of the first chunk, which has nothing stored before it, where that
-    was measured.
+    was measured. These, and prompt_pointwise, are of prompts with fused kernels (`models/chunks.py`);
+    own_prompt_pointwise and own_host_layer of those that a model's own code reads, where that was measured.
 
     to_host, from_host: what `cache.offload()` and `restore()` reach; put_start, bring_start: what they take besides, of
     an "exact" cache or one with "packed" pages.
@@ -88,6 +89,8 @@ class Machine:
     own_layer: float | None = None
     own_pointwise: float | None = None
     host_first: Mapping[str, float] = field(default_factory=dict)
+    own_prompt_pointwise: float | None = None
+    own_host_layer: Mapping[str, float] = field(default_factory=dict)
 
     def __hash__(self) -> int:  # equal machines have equal names
         return hash((self.name, self.date, self.source))
@@ -108,6 +111,14 @@ class Machine:
         """Whether our fused kernels take a step of so many sequences."""
         return any(rows <= int(count) for count in self.fused)
 
+    @property
+    def by_own_code(self) -> Machine:
+        """The same for prompts that are read by a model's own code."""
+        if self.own_prompt_pointwise is None or not self.own_host_layer:
+            return self
+        own = self.own_prompt_pointwise
+        return replace(self, prompt_pointwise=own, host_layer=self.own_host_layer, host_first={})
+
     @staticmethod
     def prompt_key(kind: str, large: bool, head_dim: int) -> str:
         """The key in `prompt` of an attention: heads of 64 channels and fewer reach less."""
@@ -123,7 +134,7 @@ class Machine:
         if not isinstance(found, Mapping):
             raise InputError("these are no constants of a machine: measure them anew with --measure.")
         names = {one.name for one in fields(cls)}
-        wanted = names - {"measured", "aliases", "fused", "fused_layer", "own_layer", "own_pointwise", "host_first"}
+        wanted = {one.name for one in fields(cls) if one.default is MISSING and one.default_factory is MISSING}
         missing = sorted(wanted - found.keys())
         if missing:
             raise InputError(f"a machine's constants lack {', '.join(missing)}: measure them anew with --measure.")

@@ -95,7 +95,8 @@ def measure(device: torch.device | None = None, progress: Progress | None = None
     raw: dict[str, Any] = {}
     parts: dict[str, Callable[[torch.device, Sizes], Mapping[str, Any]]] = {
         "copies": _copies, "products": _products, "weights": weights, "attention": _attention, "prompts": prompts,
-        "packing": _packing, "launches": _launches, "link": _link, "steps": _steps,
+        "packing": _packing, "launches": _launches, "own launches": partial(_launches, own=True), "link": _link,
+        "steps": _steps,
         "reading": _reading,
     }  # fmt: skip
     for name, part in parts.items():
@@ -129,6 +130,8 @@ def constants(raw: Mapping[str, Any], name: str | None = None, date: str | None 
         packed_layer=0.0,
         packed_row=0.0,
         host_layer=raw["launches"],
+        own_prompt_pointwise=PROMPT_POINTWISE if "own launches" in raw else None,
+        own_host_layer=raw.get("own launches", {}),
         to_host=link["to_host"],
         from_host=link["from_host"],
         put_start=link["put_start"],
@@ -366,8 +369,9 @@ def _packing(device: torch.device, sizes: Sizes) -> dict[str, Any]:
     return {"pack": packed, "unpack": unpacked}
 
 
-def _launches(device: torch.device, sizes: Sizes) -> dict[str, float]:
-    """Seconds that the host takes for a layer of a chunk, of a model so narrow that the device waits for it."""
+def _launches(device: torch.device, sizes: Sizes, own: bool = False) -> dict[str, float]:
+    """Seconds that the host takes for a layer of a chunk, of a model so narrow that the device waits for it. own: by
+    the model's own code."""
     chunk, chunks, found = 128, 6, {}
     split = "duo(keep=0.5) + kivi(bits=4)"
     for kind, recipe in (("exact", "full()"), ("packed", "kivi(bits=4)"), ("split", split)):
@@ -375,7 +379,7 @@ def _launches(device: torch.device, sizes: Sizes) -> dict[str, float]:
         for layers in sizes.layers:
             model = decode.build({**sizes.narrow, "num_hidden_layers": layers}, device)
             ids = torch.randint(1024, (1, chunk * chunks), device=device)
-            times.append(min(prefill.read(model, recipe, ids, chunk)["seconds"] for _ in range(4)) / chunks)
+            times.append(min(prefill.read(model, recipe, ids, chunk, own)["seconds"] for _ in range(4)) / chunks)
         few, many = sizes.layers
         found[kind] = max(0.0, (times[1] - times[0]) / (many - few))
     return found
@@ -439,8 +443,8 @@ def _reading(device: torch.device, sizes: Sizes) -> dict[str, Any]:
         shape = {**sizes.step, "num_hidden_layers": layers}
         model = decode.build(shape, device)
         for context, chunk in sizes.read:
-            for recipe in READ:
-                rows.append(timed_prompt(model, shape, recipe, context, chunk, 2))
+            for recipe, own in [*((recipe, False) for recipe in READ), ("full()", True)]:
+                rows.append(timed_prompt(model, shape, recipe, context, chunk, 2, own))
                 tidy(device)
         del model
         tidy(device)
@@ -448,14 +452,14 @@ def _reading(device: torch.device, sizes: Sizes) -> dict[str, Any]:
 
 
 def timed_prompt(
-    model: Any, shape: Mapping[str, Any], recipe: str, context: int, chunk: int | None, turns: int
+    model: Any, shape: Mapping[str, Any], recipe: str, context: int, chunk: int | None, turns: int, own: bool = False
 ) -> dict[str, Any]:
     """A prompt that is read `turns` times, and once before: the first time plans what there is to plan for its
-    shapes."""
+    shapes. own: by the model's own code."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (1, context), generator=generator).to(model.device)
-    first, *others = (prefill.read(model, recipe, ids, chunk) for _ in range(turns + 1))
-    row = {"shape": dict(shape), "recipe": recipe, "context": context, "chunk": chunk}
+    first, *others = (prefill.read(model, recipe, ids, chunk, own) for _ in range(turns + 1))
+    row = {"shape": dict(shape), "recipe": recipe, "context": context, "chunk": chunk, "own_code": own}
     return {**row, "first_seconds": first["seconds"], **min(others, key=lambda turn: turn["seconds"])}
 
 

@@ -20,12 +20,14 @@ Bound = Literal["bandwidth", "compute", "launches", "link"]
 
 LARGE = 1 << 40
 """Operations from which a prompt's attention is by cuDNN (`attention.merge.CUDNN_OPERATIONS`), twice that if causal."""
+RECURRING = 1 << 38
+"""The same for blocks whose shape comes again (`attention.merge.RECURRING_OPERATIONS`), as in chunks of a multiple of
+`CHUNK_STEP` tokens."""
+CHUNK_STEP = 256
 BLOCK = 1 << 25
 """Numbers of stored keys that a chunk attends to at a time (`attention.prefill.KEY_NUMBERS`)."""
 STORED = "what is stored"
 """What the names of those parts of a prompt end with that grow with what has been read before."""
-MERGED = 32
-"""Bytes that move for each number of an attention's output when another part is merged into it, in float32."""
 ITEM = {"float32": 4, "float64": 8, "float8_e4m3fn": 1, "int8": 1}
 """Bytes of a number of a dtype; of all others 2."""
 NOT_PREDICTED = "not predicted: this recipe has no kernel here"
@@ -182,16 +184,20 @@ def prefill(
     split: bool = False,
     gpus: int = 1,
     fused: bool = True,
+    own: bool = False,
 ) -> Estimate | None:
     """Reading a prompt of `tokens` tokens, all at once or `chunk` at a time, for each of `batch` sequences.
 
     packed: bytes that a token takes packed in all layers, `bits` a number; 0 if nothing is. reach: the share of the
     pairs of a query and a key before it that full layers compute, the mean of their heads: below 1 where heads see a
-    window alone. split: whether heads of one layer differ in that, so that it attends, stores and packs twice. None
-    (say `NOT_PREDICTED`) if the recipe has no kernels.
+    window alone. split: whether heads of one layer differ in that, so that it attends, stores and packs twice. own: by
+    the model's own code, although it is of a kind that has fused kernels. None (say `NOT_PREDICTED`) if the recipe has
+    no kernels.
     """
     if not fused:
         return None
+    if own or not model.fused or gpus > 1:
+        machine = machine.by_own_code
     size = itemsize(model)
     sizes = list(chunks(tokens, chunk))
     # Logits are of the last token alone.
@@ -243,16 +249,14 @@ def _prompt_attention(
         rows = batch / gpus * (reach if window is None else 1.0)
         each, block = 4 * layer.query_heads * layer.head_dim * rows, _block(layer, rows)
         for chunk in chunks:
-            held = before if window is None else min(before, window)
-            beside = held > 0 and window is None and _joins(each, chunk, held, block, packed)
-            own, last = pairs(chunk, window), 0 if packed or not beside else (held - 1) // block * block
-            parts = [("causal", not beside and each * chunk * chunk >= 2 * LARGE, own)]
-            if beside and not packed:
-                parts.append(("past", False, chunk * (held - last)))
-                held = last
-            for first in range(0, held, block):
-                seen = chunk * min(block, held - first)
-                parts.append(("past", each * seen >= LARGE, seen))
+            alone, joined = _cut(each, chunk, before, block, packed) if window is None else ([], 0)
+            if window is not None:
+                held = min(before, window)
+                seen = [min(block, held - first) for first in range(0, held, block)]
+                alone = [(tokens, each * chunk * tokens >= LARGE) for tokens in seen]
+            parts = [("causal", not joined and each * chunk * chunk >= 2 * LARGE, pairs(chunk, window))]
+            parts += [("past", False, chunk * joined)] if joined else []
+            parts += [("past", large, chunk * tokens) for tokens, large in alone]
             for kind, large, many in parts:
                 key = machine.prompt_key(kind, large, layer.head_dim)
                 found[key] = found.get(key, 0.0) + count * each * many
@@ -263,10 +267,23 @@ def _prompt_attention(
         yield Term(f"attention to {what}", operations / machine.prompt[key], said, "compute")
 
 
-def _joins(each: float, chunk: int, held: int, block: int, packed: bool) -> bool:
-    """Whether a chunk attends to the newest exact tokens and to itself at once: where they are not worth a plan of
-    cuDNN, which the few that are not packed never are. each: operations of a pair of tokens."""
-    return packed or each * chunk * (held - (held - 1) // block * block) < LARGE
+def _cut(each: float, chunk: int, held: int, block: int, packed: bool) -> tuple[list[tuple[int, bool]], int]:
+    """Blocks of what is stored that a chunk attends to by themselves, in tokens and whether by cuDNN; and how many
+    tokens it attends to together with itself (`attention.prefill`). each: operations of a pair of tokens."""
+    regular, sizes = chunk % CHUNK_STEP == 0, [block]
+    while regular and sizes[-1] > 1 and each * chunk * (sizes[-1] // 2) >= RECURRING:
+        sizes.append(sizes[-1] // 2)
+    alone, joined = list[tuple[int, bool]](), 0
+    while held:
+        size = block if each * chunk * held >= LARGE else next((size for size in sizes if size <= held), block)
+        tokens = min(size, held)
+        held -= tokens
+        large = each * chunk * tokens >= (RECURRING if regular and tokens in sizes else LARGE)
+        if large or tokens in sizes or (packed and tokens > 4 * chunk):
+            alone.append((tokens, large))
+        else:
+            joined += tokens
+    return alone, joined
 
 
 def _block(layer: LayerShape, rows: float) -> int:
@@ -306,15 +323,16 @@ def _stored(
             nbytes, rate = tokens * (exact + packed), rates[str(bits)] * machine.bandwidth
             if nbytes:
                 yield Term(name, nbytes / rate, f"{_bytes(nbytes)} / {_rate(rate)}", "bandwidth")
-    moved = 0.0 if packed else 2 * back * exact  # chunks lie apart, and are copied together
+    moved = 0.0 if packed else 2 * back * exact  # they lie apart, and are copied together
     for layer, count in Counter(full).items():
         rows = batch * reach / gpus
         each, block = 4 * layer.query_heads * layer.head_dim * rows, _block(layer, rows)
+        token = layer.numbers * itemsize(model) * batch * share
         for chunk, before in zip(chunks, held):
-            parts = -(-before // block)
-            if before and not packed and _joins(each, chunk, before, block, False):
-                parts -= 1
-            moved += count * parts * MERGED * chunk * rows * layer.query_heads * layer.head_dim
+            alone, joined = _cut(each, chunk, before, block, bool(packed))
+            moved += count * 2 * (joined + chunk) * token if joined else 0.0
+            numbers = chunk * rows * layer.query_heads * layer.head_dim
+            moved += count * (len(alone) + 2) * itemsize(model) * numbers if alone else 0.0
     if moved:
         said = f"{_bytes(moved)} moved / {_rate(machine.bandwidth)}"
         yield Term("merging with what is stored", moved / machine.bandwidth, said, "bandwidth")
