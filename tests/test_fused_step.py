@@ -71,6 +71,15 @@ def test_batches(device, family: str, columns: int, monkeypatch) -> None:
         assert (found - wanted).norm() < 1e-3 * wanted.norm()
 
 
+@pytest.mark.slow
+def test_exact_pages_of_eight_bits(device) -> None:
+    """A token is rounded on its way into its page by a kernel of its own."""
+    model = build("llama", **ONE).to(device)
+    found, wanted, cache = stepped(model, "mikv(high=8, floor=0)", 1, device)
+    assert cache.step.own is None
+    assert (found - wanted).norm() < 2e-2 * wanted.norm()
+
+
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16])
 def test_half_precision(device, dtype) -> None:
     model = build("llama", **ONE).to(device, dtype)

@@ -225,6 +225,11 @@ def test_calls_that_ask_for_more_go_through_the_model(model) -> None:
         assert len(seen.hidden_states) == 3 and cache.step.replays == 0
         one = model(ids(1, 1, model.device), past_key_values=cache, logits_to_keep=1)
         assert cache.step.replays == 1 and one.logits.shape == (1, 1, VOCAB)
+        model.config.output_hidden_states = True
+        seen = model(ids(1, 1, model.device), past_key_values=cache)
+        assert len(seen.hidden_states) == 3 and cache.step.replays == 1
+        assert "configuration asks for hidden states" in cache.step.failed
+        model.config.output_hidden_states = False
     assert "position_ids" in inspect.signature(model.forward).parameters
     twin = copy.deepcopy(model)
     assert isinstance(twin.forward, Forward) and twin.forward.model is twin
