@@ -15,6 +15,7 @@ from fivefold.attention.compensate import left_of
 from fivefold.attention.fused import gather_fused, gathers, unpack_fused
 from fivefold.attention.merge import CUDNN_OPERATIONS, MASKED, attend, attend_window, is_large, merge, takes_windows
 from fivefold.kernels.device import sent
+from fivefold.kernels.merge import Part
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.rows import PAGE, Bounds, Extent
 
@@ -25,85 +26,122 @@ KEY_NUMBERS = 1 << 25
 CHUNK_STEP = 256
 """Chunks of a multiple of so many tokens are taken to come again."""
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values `[rows, tokens, head_dim]`."""
 Piece = tuple[np.ndarray, torch.Tensor, torch.Tensor]
 """Tokens of some rows that stand alike: their positions `[tokens]`, keys and values `[rows, tokens, head_dim]`."""
 
 
 def attend_chunk(
-    group: RowGroup, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    group: RowGroup,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    out: torch.Tensor | None = None,
+) -> Part:
     """Attention of a chunk that is not yet stored.
 
     queries: `[rows, query_heads per kv head, tokens, head_dim]`; keys, values: `[rows, tokens, head_dim]`.
-    Returns the output, shape and dtype of the queries, and its log-sum-exp, float32 `[rows, heads, tokens]`. Where the
-    window is one of the text, every query sees all of the chunk before it and all that has not left by now.
+    Returns the output, shape and dtype of the queries, which is `out` if that is given, and its log-sum-exp, float32
+    `[rows, heads, tokens]`. Where the window is one of the text, every query sees all of the chunk before it and all
+    that has not left by now.
     """
+    return merge(_parts(group, queries, keys, values, scaling), queries.dtype, out)
+
+
+def _parts(
+    group: RowGroup, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+) -> list[Part]:
+    """What is merged to that."""
     extent, chunk, cap = group.bounds.extent, keys.shape[1], group.layer.spec.cap
     start = int(group.bounds.length)
-    if start and cap is None and not extent.late_sink and extent.share is None and takes_windows(queries):
-        joined = _attend_joined if extent.recent is None else _attend_window_joined
-        return joined(group, queries, keys, values, scaling)
-    if _sees_all(extent) or (start == 0 and chunk <= extent.recent):  # type: ignore[operator]
+    # Nothing has left what any query sees.
+    whole = _sees_all(extent) or start + chunk <= extent.recent  # type: ignore[operator]
+    if cap is None and not extent.late_sink and extent.share is None and takes_windows(queries):
+        if not whole:
+            return _parts_under_window(group, queries, keys, values, scaling)
+        if start:
+            return _parts_joined(group, queries, keys, values, scaling)
+    if whole:
         own = attend(queries, _spread(keys, queries), _spread(values, queries), scaling, causal=True, cap=cap)
     else:
         own = windowed(extent, start, queries, keys, values, np.arange(start, start + chunk), scaling, cap)
+    parts = [own]
     if start:
         for part in _stored(group, queries, scaling):
-            own = merge([own, part])
+            parts = [merge([*parts, part])]  # at once: there may be many
     left = left_of(group, queries, scaling)
-    if left is not None:
-        own = merge([own, left])
-    return own[0].to(queries.dtype), own[1]
+    return parts if left is None else [*parts, left]
 
 
-def _attend_joined(
+def _parts_joined(
     group: RowGroup, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attend_chunk` where `takes_windows`, over what is stored without a window: the newest exact tokens, and the last
-    packed ones where they are few, are copied together with the chunk. A GPU copies sooner than it attends once more
-    and merges what comes out."""
+) -> list[Part]:
+    """Where `takes_windows`, and every query sees all that is stored: the newest exact tokens, and the last packed ones
+    where they are few, are copied together with the chunk. A GPU copies sooner than it attends once more and merges
+    what comes out."""
     layer = group.layer
-    blocks, chunk, parts = list(_exact(group, True)), keys.shape[1], []
+    blocks, chunk = list(_exact(group, True)), keys.shape[1]
     # What is large is better off alone, where another kernel takes it.
-    joined = [blocks.pop()] if blocks and not is_large(queries, blocks[-1][1].shape[1]) else []
-    parts += [_over_all(queries, k, v, scaling, None) for _, k, v in blocks]
+    joined = [blocks.pop()[1:]] if blocks and not is_large(queries, blocks[-1][1].shape[1]) else []
+    parts = [_over_all(queries, k, v, scaling, None) for _, k, v in blocks]
     sizes = _block_sizes(queries, layer.packing.page) if layer.packing is not None else []
     regular = chunk % CHUNK_STEP == 0
-    for piece in _packed(group, queries):
-        _, k, v = piece
+    for _, k, v in _packed(group, queries):
         if k.shape[1] in sizes or k.shape[1] > 4 * chunk or is_large(queries, k.shape[1]):
             parts.append(_over_all(queries, k, v, scaling, None, regular and k.shape[1] in sizes))
         else:
-            joined.append(piece)
-    _, k, v = _join([*joined, (np.arange(chunk), keys, values)])
-    before, k, v = k.shape[1] - chunk, _spread(k, queries), _spread(v, queries)
+            joined.append((k, v))
+    k, v = (_spread(x, queries) for x in _cat([*joined, (keys, values)]))
     if joined:
+        before = k.shape[2] - chunk
         parts.append(attend_window(queries, k, v, scaling, before, before + chunk))
     else:
         parts.append(attend(queries, k, v, scaling, causal=True))
-    out, lse = merge(parts)
-    return out.to(queries.dtype), lse
+    return parts
 
 
-def _attend_window_joined(
+def _parts_under_window(
     group: RowGroup, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same under a window: all that a query may see is copied together with the chunk."""
-    extent, start = group.bounds.extent, int(group.bounds.length)
+) -> list[Part]:
+    """The same under a window: what the queries see of it is copied together with the chunk, and sinks are attended
+    on once more. Tokens between these are seen by no query."""
+    bounds, extent, start = group.bounds, group.bounds.extent, int(group.bounds.length)
     assert extent.recent is not None
-    own = np.arange(start, start + keys.shape[1])
-    seen: list[Piece] = []
-    for at, k, v in (*_exact(group, False), *_packed(group, queries), (own, keys, values)):
-        # Sinks and the others may lie side by side, and so may tokens that no query sees.
-        wanted = np.flatnonzero((at < extent.sink) | (at > start - extent.recent))
-        for run in np.split(wanted, np.flatnonzero((np.diff(wanted) != 1) | (np.diff(at[wanted]) != 1)) + 1):
-            if len(run):
-                part = slice(int(run[0]), int(run[-1]) + 1)
-                seen.append((at[part], k[:, part], v[:, part]))
-    seen.sort(key=lambda piece: int(piece[0][0]))
-    at, k, v = _join(seen)
-    out, lse = windowed(extent, start, queries, k, v, at, scaling, None)
-    return out.to(queries.dtype), lse
+    sink, oldest = extent.sink, max(extent.sink, start - extent.recent + 1)
+    sinks: list[Pair] = []
+    window: list[tuple[int, Pair]] = []
+    for at, k, v in (*_exact(group, False), *_packed(group, queries)):
+        # Two runs of positions at most: those of the pinned pages, and others.
+        pinned = min(len(at), max(0, int(bounds.pinned_tokens) - int(at[0])))
+        for low, high in ((0, pinned), (pinned, len(at))):
+            if low == high:
+                continue
+            few, first = (min(high, max(low, low + x - int(at[low]))) for x in (sink, oldest))
+            if low < few:
+                sinks.append((k[:, low:few], v[:, low:few]))
+            if first < high:
+                window.append((int(at[first]), (k[:, first:high], v[:, first:high])))
+    window.sort(key=lambda piece: piece[0])
+    # Queries that are sinks themselves see all that is before them, and there is nothing that they do not.
+    early = min(keys.shape[1], max(0, sink - start))
+    if early:
+        sinks.append((keys[:, :early], values[:, :early]))
+    run = _cat([*(pair for _, pair in window), (keys[:, early:], values[:, early:])])
+    rest, parts = queries[:, :, early:], list[Part]()
+    if rest.shape[2]:
+        k, v = (_spread(x, queries) for x in run)
+        parts.append(attend_window(rest, k, v, scaling, k.shape[2] - rest.shape[2], extent.recent))
+    if sinks:
+        k, v = (_spread(x, queries) for x in _cat(sinks))
+        if rest.shape[2]:
+            parts.append(attend(rest, k, v, scaling))
+        if early:
+            first_ones = attend_window(queries[:, :, :early], k, v, scaling, k.shape[2] - early, k.shape[2])
+            both = [first_ones] if not parts else [first_ones, merge(parts, queries.dtype)]
+            parts = [(torch.cat([out for out, _ in both], 2), torch.cat([lse for _, lse in both], 2))]
+    return parts
 
 
 def _sees_all(extent: Extent) -> bool:
@@ -130,14 +168,6 @@ def windowed(
     against what any of them sees."""
     assert extent.recent is not None
     pinned = int(np.searchsorted(positions, max(extent.sink, extent.late_sink)))
-    run = positions[pinned:]
-    if (
-        takes_windows(queries)
-        and cap is None
-        and not extent.late_sink
-        and (not len(run) or run[-1] - run[0] == len(run) - 1)
-    ):
-        return _windowed_run(extent, start, queries, keys, values, positions, pinned, scaling)
     where = sent(keys.device, positions)[0]
     outs, lses = [], []
     for first in range(0, queries.shape[2], QUERY_BLOCK):
@@ -163,45 +193,6 @@ def windowed(
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, 2), torch.cat(lses, 2)
-
-
-def _windowed_run(
-    extent: Extent,
-    start: int,
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    positions: np.ndarray,
-    pinned: int,
-    scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`windowed` where the keys after the `pinned` sinks are a run of positions: all queries at once."""
-    assert extent.recent is not None
-    count, part, first, stop = queries.shape[2], None, 0, 0
-    if pinned < len(positions):
-        base, last = int(positions[pinned]), int(positions[-1])
-        first, stop = max(0, base - start), min(count, last + extent.recent - start)
-    if first < stop:
-        block = queries[:, :, first:stop]
-        k, v = (_spread(x[:, pinned:], block) for x in (keys, values))
-        part = attend_window(block, k, v, scaling, start + first - base, extent.recent)
-        if not pinned and stop - first == count:
-            return part
-    out, lse = torch.zeros_like(queries), queries.new_full(queries.shape[:3], MASKED, dtype=torch.float32)
-    # Sinks may lie in the chunk itself, whose first queries then see but some of them.
-    whole = min(count, max(0, int(positions[pinned - 1]) + 1 - start)) if pinned else count
-    for low, high in ((0, whole), (whole, count)):
-        if pinned and low < high:
-            block, bias = queries[:, :, low:high], None
-            if low < whole:
-                where = sent(queries.device, positions[:pinned])[0]
-                bias = _window_bias(extent, torch.arange(start + low, start + high, device=where.device), where)
-            k, v = (_spread(x[:, :pinned], block) for x in (keys, values))
-            out[:, :, low:high], lse[:, :, low:high] = attend(block, k, v, scaling, bias)
-    if part is not None:
-        out = out.float()
-        out[:, :, first:stop], lse[:, :, first:stop] = merge([(out[:, :, first:stop], lse[:, :, first:stop]), part])
-    return out, lse
 
 
 def _window_bias(extent: Extent, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -240,10 +231,14 @@ def _exact(group: RowGroup, joined: bool) -> Iterator[Piece]:
 
 
 def _join(parts: Sequence[Piece]) -> Piece:
-    if len(parts) == 1:
-        return parts[0]
-    at, keys, values = zip(*parts)
-    return np.concatenate(at), torch.cat(keys, 1), torch.cat(values, 1)
+    return np.concatenate([at for at, _, _ in parts]), *_cat([(k, v) for _, k, v in parts])
+
+
+def _cat(pairs: Sequence[Pair]) -> Pair:
+    if len(pairs) == 1:
+        return pairs[0]
+    keys, values = zip(*pairs)
+    return torch.cat(keys, 1), torch.cat(values, 1)
 
 
 def _over_all(
