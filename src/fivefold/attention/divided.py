@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fivefold.kernels.choice import choose
+from fivefold.kernels.device import sent
 from fivefold.kernels.packed_decode import Reader, schedule
 from fivefold.kernels.packed_decode.reader import Divided, Packed
 from fivefold.store.group import RowGroup
@@ -182,4 +183,4 @@ class Division:
     def index(self, group: RowGroup, device: torch.device) -> slice | torch.Tensor:
         """Where the pages of these rows stand among those of all layers."""
         at = self.standing(group.layer.index * self.rows + group.rows)
-        return run_of(at) or torch.from_numpy(at).to(device)
+        return run_of(at) or sent(device, at)[0]

@@ -108,9 +108,7 @@ def unpack_fused(
         return None
     from fivefold.kernels.pack import triton as kernel
 
-    tables = tables_of(layer.bank)
-    tables.sync_once()
-    packed, _ = tables.pages(group)
+    packed, _ = tables_of(layer.bank).read_once(group)
     return kernel.unpack_pages(codec.form, packed.table[:, first:last], dtype)
 
 
@@ -127,9 +125,7 @@ def gather_fused(group: RowGroup, first: int, tokens: int) -> tuple[torch.Tensor
     layer = group.layer
     from fivefold.kernels.gather import triton as kernel
 
-    tables = tables_of(layer.bank)
-    tables.sync_once()
-    table = tables.pages(group)[1].table[:, first : first + -(-tokens // PAGE)]
+    table = tables_of(layer.bank).read_once(group)[1].table[:, first : first + -(-tokens // PAGE)]
     return kernel.gather_pages(table, tokens, layer.spec.head_dim, layer.spec.dtype)
 
 

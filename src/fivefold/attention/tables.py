@@ -218,11 +218,12 @@ class DeviceTables:
             self._learned[name][layer.index].index_copy_(0, at, new)
             self._copied[layer.index, name] = new
 
-    def sync_once(self) -> None:
-        """The same, but once in a forward: for rows that attend to what was there before they take their chunk."""
+    def read_once(self, group: RowGroup) -> tuple[Any, Any]:
+        """`pages` of rows that attend to what was there before their chunk: made right but once in a forward."""
         if self._synced is None or self._synced is not self.bank.change:
             self.sync()
-            self._synced = self.bank.change
+            self._synced, self._read = self.bank.change, dict[RowGroup, tuple[Any, Any]]()
+        return self._read.get(group) or self._read.setdefault(group, self.pages(group))
 
     def update(self) -> None:
         """Page tables and spans, as the bank has them now: before a step of all rows."""
