@@ -218,13 +218,6 @@ class DeviceTables:
             self._learned[name][layer.index].index_copy_(0, at, new)
             self._copied[layer.index, name] = new
 
-    def read_once(self, group: RowGroup) -> tuple[Any, Any]:
-        """`pages` of rows that attend to what was there before their chunk: made right but once in a forward."""
-        if self._synced is None or self._synced is not self.bank.change:
-            self.sync()
-            self._synced, self._read = self.bank.change, dict[RowGroup, tuple[Any, Any]]()
-        return self._read.get(group) or self._read.setdefault(group, self.pages(group))
-
     def update(self) -> None:
         """Page tables and spans, as the bank has them now: before a step of all rows."""
         self.sent = self.sent and not any(tier.changed for tier in self._tiers)
@@ -293,13 +286,20 @@ class DeviceTables:
 
     def pages(self, group: RowGroup, always: bool = False) -> tuple[Any, Any]:
         """Packed pages (None if there are none, unless `always`) and exact pages of a group's rows, for the kernels."""
-        layer, index, first = group.layer, group.index_on(self.device), group.layer.index * self.rows
-        # Where they are no run, what is on the device already is moved there: nobody waits.
-        index = slice(first + index.start, first + index.stop) if isinstance(index, slice) else index + first
-        exact, reader = schedule.Exact(self._exact[index], layer.spec.dtype), self.division.reader(group)
+        there, packed = self.division.places(group, self.device)
+        exact, reader = schedule.Exact(self._exact[there], self._spec.dtype), self.division.reader(group)
         if reader is None or not (always or group.bounds.packed_tokens):
             return None, exact
-        return self._pages_of(self.division.index(group, self.device), reader), exact
+        return self._pages_of(packed, reader), exact
+
+    def rows_of(self, group: RowGroup, packed: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A table of packed or exact pages, and which of its rows are the group's, None if all: no copy, and synced
+        once in a forward, for rows that attend to what was there before they take their chunk."""
+        if self._synced is None or self._synced is not self.bank.change:
+            self.sync()
+        self._synced = self.bank.change
+        at, table = self.division.places(group, self.device)[packed], self._packed if packed else self._exact
+        return (table[at], None) if isinstance(at, slice) else (table, at)
 
     def programs_of(self, rows: int, reader: Reader | None, dtype: torch.dtype | None = None) -> tuple[int, int]:
         """How many programs read packed and exact pages of so many rows; dtype: see `programs_for`."""
