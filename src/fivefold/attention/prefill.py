@@ -28,8 +28,9 @@ CHUNK_STEP = 256
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """Keys and values `[rows, tokens, head_dim]`."""
-Piece = tuple[np.ndarray, torch.Tensor, torch.Tensor]
-"""Tokens of some rows that stand alike: their positions `[tokens]`, keys and values `[rows, tokens, head_dim]`."""
+Piece = tuple[int, torch.Tensor, torch.Tensor]
+"""Tokens of some rows that stand alike: the first one's position (in the exact tier, its slot), keys and values `[rows,
+tokens, head_dim]`."""
 
 
 def attend_chunk(
@@ -107,22 +108,17 @@ def _parts_under_window(
 ) -> list[Part]:
     """The same under a window: what the queries see of it is copied together with the chunk, and sinks are attended
     on once more. Tokens between these are seen by no query."""
-    bounds, extent, start = group.bounds, group.bounds.extent, int(group.bounds.length)
+    extent, start = group.bounds.extent, int(group.bounds.length)
     assert extent.recent is not None
     sink, oldest = extent.sink, max(extent.sink, start - extent.recent + 1)
     sinks: list[Pair] = []
     window: list[tuple[int, Pair]] = []
-    for at, k, v in (*_exact(group, False), *_packed(group, queries)):
-        # Two runs of positions at most: those of the pinned pages, and others.
-        pinned = min(len(at), max(0, int(bounds.pinned_tokens) - int(at[0])))
-        for low, high in ((0, pinned), (pinned, len(at))):
-            if low == high:
-                continue
-            few, first = (min(high, max(low, low + x - int(at[low]))) for x in (sink, oldest))
-            if low < few:
-                sinks.append((k[:, low:few], v[:, low:few]))
-            if first < high:
-                window.append((int(at[first]), (k[:, first:high], v[:, first:high])))
+    for at, k, v in _runs(group, queries):
+        few, first = sink - at, max(0, oldest - at)
+        if few > 0:
+            sinks.append((k[:, :few], v[:, :few]))
+        if first < k.shape[1]:
+            window.append((at + first, (k[:, first:], v[:, first:])))
     window.sort(key=lambda piece: piece[0])
     # Queries that are sinks themselves see all that is before them, and there is nothing that they do not.
     early = min(keys.shape[1], max(0, sink - start))
@@ -210,28 +206,39 @@ def _exact(group: RowGroup, joined: bool) -> Iterator[Piece]:
     joined: blocks are copied together, as many as make `KEY_NUMBERS`. A GPU copies sooner than it attends over many
     blocks and merges what comes out, and every earlier chunk has left a block of its own.
     """
-    bounds, parts = group.bounds, list[Piece]()
-    positions = bounds.exact_positions(int(bounds.exact_pages))[: int(bounds.exact_tokens)]
+    tokens, parts = int(group.bounds.exact_tokens), list[Piece]()
     most = KEY_NUMBERS // (len(group.rows) * group.layer.spec.head_dim)
     if gathers(group.layer):
-        for first in range(0, len(positions), max(1, most // PAGE) * PAGE):
-            at = positions[first : first + max(1, most // PAGE) * PAGE]
-            yield (at, *gather_fused(group, first // PAGE, len(at)))
+        block = max(1, most // PAGE) * PAGE
+        for first in range(0, tokens, block):
+            yield (first, *gather_fused(group, first // PAGE, min(block, tokens - first)))
         return
     most = most if joined else 0
-    for first, last, location in group.exact_blocks():
-        at = positions[first * PAGE : last * PAGE]
-        keys, values = (group.read_exact(name, location)[:, : len(at)] for name in KV)
-        if parts and sum(len(one) for one, _, _ in parts) + len(at) > most:
+    for column, last, location in group.exact_blocks():
+        first, stop = column * PAGE, min(last * PAGE, tokens)
+        keys, values = (group.read_exact(name, location)[:, : stop - first] for name in KV)
+        if parts and stop - parts[0][0] > most:
             yield _join(parts)
             parts = []
-        parts.append((at, keys, values))
+        parts.append((first, keys, values))
     if parts:
         yield _join(parts)
 
 
+def _runs(group: RowGroup, queries: torch.Tensor) -> Iterator[Piece]:
+    """All that is stored, as runs of positions."""
+    bounds, pinned = group.bounds, int(group.bounds.pinned_tokens)
+    for first, keys, values in _exact(group, False):
+        count = min(keys.shape[1], max(0, pinned - first))
+        if count:
+            yield first, keys[:, :count], values[:, :count]
+        if count < keys.shape[1]:
+            yield int(bounds.exact_base) + first + count - pinned, keys[:, count:], values[:, count:]
+    yield from _packed(group, queries)
+
+
 def _join(parts: Sequence[Piece]) -> Piece:
-    return np.concatenate([at for at, _, _ in parts]), *_cat([(k, v) for _, k, v in parts])
+    return parts[0][0], *_cat([(k, v) for _, k, v in parts])
 
 
 def _cat(pairs: Sequence[Pair]) -> Pair:
@@ -296,7 +303,7 @@ def _packed(group: RowGroup, queries: torch.Tensor) -> Iterator[Piece]:
             keys, values = group.decoded(first, last)
             pair = keys.to(queries.dtype), values.to(queries.dtype)
         keys, values = (x[:, : stop - begin] for x in pair)
-        yield np.arange(begin, stop), keys, values
+        yield begin, keys, values
 
 
 def _stored(group: RowGroup, queries: torch.Tensor, scaling: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -304,8 +311,12 @@ def _stored(group: RowGroup, queries: torch.Tensor, scaling: float) -> Iterator[
     bounds, extent, cap = group.bounds, group.bounds.extent, group.layer.spec.cap
 
     # Under a window sinks and the rest stay apart: what is attended on at once is a run of positions.
-    for pieces in (_exact(group, queries.is_cuda and _sees_all(extent)), _packed(group, queries)):
-        for at, keys, values in pieces:
+    exact = bounds.exact_positions(int(bounds.exact_pages))
+    for packed in (False, True):
+        pieces = _packed(group, queries) if packed else _exact(group, queries.is_cuda and _sees_all(extent))
+        for begin, keys, values in pieces:
+            stop = begin + keys.shape[1]
+            at = np.arange(begin, stop) if packed else exact[begin:stop]
             for first, last in _seen(bounds, at):
                 k, v = keys[:, first:last], values[:, first:last]
                 if _sees_all(extent):
