@@ -77,7 +77,7 @@ registers; kivi4-short: of which nothing is packed yet, though there is room for
 SHAPES = {"4x128": (8, 4, 128), "3x64": (9, 3, 64)}
 """Query heads, KV heads and head_dim. Three heads are no power of two: Triton rotates them."""
 DTYPES = {"4x128": "bfloat16", "3x64": "float32"}
-TESTS = [f"tests/test_{name}.py" for name in ("paged_pack", "gather", "step_kernels", "received")]
+TESTS = [f"tests/test_{name}.py" for name in ("paged_pack", "gather", "step_kernels", "received", "merge")]
 """Of kernels that no recipe here comes to: of blocks of a serving engine, and of chunks."""
 STEPS = 2
 

@@ -28,6 +28,8 @@ def test_the_kernel_is_the_reference(device: str, dtype: torch.dtype, tokens: in
     touched.append(there)
     wide = (there.data_ptr() + order * PAGE * dim * dtype.itemsize).to(device) >> 4
     found = kernel.gather_pages(wide[:, :columns], tokens, dim, dtype)
+    named = kernel.gather_pages(wide[:, :columns], tokens, dim, dtype, torch.tensor([1, 1, 0], device=device))
+    assert all(torch.equal(mine, theirs[[1, 1, 0]]) for mine, theirs in zip(named, found))
     here = (pages.data_ptr() + order * PAGE * dim * dtype.itemsize) >> 4
     for mine, theirs in zip(found, gather_pages(here[:, :columns], tokens, dim, dtype)):
         assert mine.dtype == dtype and torch.equal(mine.cpu(), theirs)
@@ -36,11 +38,12 @@ def test_the_kernel_is_the_reference(device: str, dtype: torch.dtype, tokens: in
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("extent", [Extent(), Extent(4, 60)])
 def test_what_a_layer_holds(device: str, extent: Extent, monkeypatch) -> None:
-    """All that the exact tier holds, and from some page on, also after it has grown and slid."""
+    """All that the exact tier holds, and from some page on, also after it has grown and slid; heads of a kind that are
+    a run, and that are none."""
     monkeypatch.setenv("FIVEFOLD_KERNELS", KERNELS)
-    spec = LayerSpec(0, 1, 2, 2, 16, torch.float32, torch.device(device))
-    layer = LayerCache(spec, Pools(), [extent, Extent()])
-    layer.start(1)
+    spec = LayerSpec(0, 1, 4, 4, 16, torch.float32, torch.device(device))
+    layer = LayerCache(spec, Pools(), [Extent(4, 90), extent, Extent(4, 90), extent])
+    layer.start(2)
     for count in (50, 70, 9):
         for group in layer.groups:
             x = torch.randn(2, len(group.rows), count, 16, device=device)

@@ -19,6 +19,7 @@ from fivefold.store.transaction import Transaction
 from recipes import RECIPES, SHAPE, written
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextmanager
@@ -68,9 +69,15 @@ def test_every_method_refuses_what_is_no_number(tiny: Any, name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1e5, 7.5])
 @pytest.mark.parametrize("which", [0, 1])
-def test_what_is_checked_later_is_what_is_checked_at_once(which: int, value: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("path", ["auto", "triton"])
+def test_what_is_checked_later_is_what_is_checked_at_once(
+    path: str, which: int, value: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A GPU says at the end of a forward what a CPU says of each layer."""
-    pair = torch.linspace(-2, 3, 2 * 4 * 32 * 64).view(2, 4, 32, 64).to(dtype)
+    if path == "triton":
+        pytest.importorskip("triton", reason="needs Triton")
+        monkeypatch.setenv("FIVEFOLD_KERNELS", path)
+    pair = torch.linspace(-2, 3, 2 * 4 * 32 * 64).view(2, 4, 32, 64).to(dtype).to(DEVICE)
     pair[which, 3, 7, 11] = value
     said = []
     for later in (False, True):

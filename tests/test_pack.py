@@ -99,6 +99,8 @@ def test_unpacked_pages_are_those_of_the_reference(device: str, bits: int, group
     order = torch.tensor([[3, 0, 5], [1, 4, 2]])
     table = (records.data_ptr() + order * form.nbytes).to(device) // 16
     found = kernel.unpack_pages(form, table[:, 1:], torch.float32)
+    named = kernel.unpack_pages(form, table[:, 1:], torch.float32, torch.tensor([1, 0, 1], device=device))
+    assert all(torch.equal(mine, theirs[[1, 0, 1]]) for mine, theirs in zip(named, found))
     for mine, theirs in zip(found, decode_page(form, fields)):
         wanted = theirs[order[:, 1:].to(device)].flatten(1, 2)
         # One rounding less where product and sum are one instruction.

@@ -14,13 +14,12 @@ import numpy as np
 import torch
 
 from fivefold.attention.merge import MASKED, capped, merge
+from fivefold.kernels.merge import Part
 from fivefold.store.bank import Bank
 from fivefold.store.compensation import MEANS
 from fivefold.store.group import RowGroup
 from fivefold.store.interfaces import Layer
 from fivefold.store.layer_cache import LayerCache
-
-Part = tuple[torch.Tensor, torch.Tensor]
 
 
 def left_of(group: RowGroup, queries: torch.Tensor, scaling: float) -> Part | None:
@@ -127,8 +126,7 @@ def beside(out: torch.Tensor, lse: torch.Tensor | None, left: Part | None) -> tu
     if left is None:
         return out, lse
     assert lse is not None
-    whole, total = merge([(out, lse), left])
-    return whole.to(out.dtype), total
+    return merge([(out, lse), left], out.dtype)
 
 
 def compensates(layer: Layer) -> bool:

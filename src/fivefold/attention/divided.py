@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fivefold.kernels.choice import choose
+from fivefold.kernels.device import sent
 from fivefold.kernels.packed_decode import Reader, schedule
 from fivefold.kernels.packed_decode.reader import Divided, Packed
 from fivefold.store.group import RowGroup
@@ -84,6 +85,7 @@ class Division:
         """Of what kernels want to know of a layer in a step, int32: spans, place by place; the sets' work lists; and
         the parts of each row (see `Divided`)."""
         self._pages: np.ndarray | None = None
+        self._places: dict[tuple[int, bytes], tuple[slice | torch.Tensor, slice | torch.Tensor]] = {}
         self._shared = np.zeros((len(layers), self._parts.stop - self._starts.start), dtype=np.int32)
         with torch.inference_mode(False):
             self._order = torch.from_numpy(self.order if most else self.order[:0]).to(tables.device)
@@ -179,7 +181,14 @@ class Division:
         place, whole = self.place[index, group.rows[0]], self.readers[index]
         return next((one.reader for one in self.sets[index] if one.at.start <= place < one.at.stop), whole)
 
-    def index(self, group: RowGroup, device: torch.device) -> slice | torch.Tensor:
-        """Where the pages of these rows stand among those of all layers."""
-        at = self.standing(group.layer.index * self.rows + group.rows)
-        return run_of(at) or torch.from_numpy(at).to(device)
+    def places(self, group: RowGroup, device: torch.device) -> tuple[slice | torch.Tensor, slice | torch.Tensor]:
+        """Where the exact pages of these rows, and their packed ones, stand among those of all layers: runs, or int64
+        tensors that are kept, since a prompt asks for the same with every chunk."""
+        key = group.layer.index, group.rows.tobytes()
+        if key not in self._places:
+            if len(self._places) > 8 * len(self.sets):
+                self._places.clear()
+            rows = group.layer.index * self.rows + group.rows
+            exact, packed = (run_of(at) or sent(device, at)[0] for at in (rows, self.standing(rows)))
+            self._places[key] = exact, packed
+        return self._places[key]

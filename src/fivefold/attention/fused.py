@@ -108,10 +108,8 @@ def unpack_fused(
         return None
     from fivefold.kernels.pack import triton as kernel
 
-    tables = tables_of(layer.bank)
-    tables.sync_once()
-    packed, _ = tables.pages(group)
-    return kernel.unpack_pages(codec.form, packed.table[:, first:last], dtype)
+    table, at = tables_of(layer.bank).rows_of(group, True)
+    return kernel.unpack_pages(codec.form, table[:, first:last], dtype, at)
 
 
 def gathers(layer: Layer) -> bool:
@@ -127,10 +125,10 @@ def gather_fused(group: RowGroup, first: int, tokens: int) -> tuple[torch.Tensor
     layer = group.layer
     from fivefold.kernels.gather import triton as kernel
 
-    tables = tables_of(layer.bank)
-    tables.sync_once()
-    table = tables.pages(group)[1].table[:, first : first + -(-tokens // PAGE)]
-    return kernel.gather_pages(table, tokens, layer.spec.head_dim, layer.spec.dtype)
+    table, at = tables_of(layer.bank).rows_of(group, False)
+    return kernel.gather_pages(
+        table[:, first : first + -(-tokens // PAGE)], tokens, layer.spec.head_dim, layer.spec.dtype, at
+    )
 
 
 def why_not(layer: Layer, device: torch.device, heads: int, large: bool = False) -> str | None:

@@ -6,8 +6,13 @@ Softmax attention over disjoint token sets A and B, with outputs o and log-sum-e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn.attention import SDPBackend
+
+from fivefold.kernels.choice import choose
+from fivefold.kernels.merge import Part, merge_reference
 
 # cuDNN plans 45 to 70 ms for a new shape, on an H100, and then takes about half of FlashAttention 2's time: a model of
 # 32 layers has that back from its first prompt if an attention is of so many operations.
@@ -176,14 +181,28 @@ def attend_reference(
     return (weights @ values.float()).to(queries.dtype), lse
 
 
-def merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The union of parts (output `[..., head_dim]`, log-sum-exp `[...]`); in float32 if there are several."""
+def merge(
+    parts: Sequence[Part], dtype: torch.dtype | None = None, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The union of parts (output `[..., head_dim]`, log-sum-exp float32 `[...]`). The output is of `dtype`; None is
+    float32 if there are several, else the one part's. It is written to `out`, if that is given."""
     if len(parts) == 1:
-        return parts[0]
-    lses = torch.stack([lse for _, lse in parts])
-    total = lses.logsumexp(0)
-    weights = (lses - total).exp()
-    out = parts[0][0].float() * weights[0][..., None]
-    for (part, _), weight in zip(parts[1:], weights[1:]):
-        out.addcmul_(part.float(), weight[..., None])
-    return out, total
+        whole, total = parts[0]
+        return (whole if dtype is None else whole.to(dtype)) if out is None else out.copy_(whole), total
+    if _by_kernel(parts):
+        from fivefold.kernels.merge import triton as kernel
+
+        if out is None:
+            out = torch.empty_like(parts[0][0], dtype=dtype or torch.float32)
+        return out, kernel.merge_parts(parts, out)
+    whole, total = merge_reference(parts)
+    return (whole if dtype is None else whole.to(dtype)) if out is None else out.copy_(whole), total
+
+
+def _by_kernel(parts: Sequence[Part]) -> bool:
+    """Whether a kernel merges such parts: on a GPU."""
+    if not parts[0][1].is_cuda or parts[0][0].ndim not in (3, 4) or not choose(parts[0][1].device).triton:
+        return False
+    from fivefold.kernels.merge import triton as kernel
+
+    return all(x.dtype in kernel.TYPES and lse.dtype is torch.float32 for x, lse in parts)

@@ -15,6 +15,7 @@ from fivefold.attention.compensate import left_of
 from fivefold.attention.fused import gather_fused, gathers, unpack_fused
 from fivefold.attention.merge import CUDNN_OPERATIONS, MASKED, attend, attend_window, is_large, merge, takes_windows
 from fivefold.kernels.device import sent
+from fivefold.kernels.merge import Part
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.rows import PAGE, Bounds, Extent
 
@@ -25,88 +26,122 @@ KEY_NUMBERS = 1 << 25
 CHUNK_STEP = 256
 """Chunks of a multiple of so many tokens are taken to come again."""
 
-Piece = tuple[np.ndarray, torch.Tensor, torch.Tensor]
-"""Tokens of some rows that stand alike: their positions `[tokens]`, keys and values `[rows, tokens, head_dim]`."""
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values `[rows, tokens, head_dim]`."""
+Piece = tuple[int, torch.Tensor, torch.Tensor]
+"""Tokens of some rows that stand alike: the first one's position (in the exact tier, its slot), keys and values `[rows,
+tokens, head_dim]`."""
 
 
 def attend_chunk(
-    group: RowGroup, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    group: RowGroup,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    out: torch.Tensor | None = None,
+) -> Part:
     """Attention of a chunk that is not yet stored.
 
     queries: `[rows, query_heads per kv head, tokens, head_dim]`; keys, values: `[rows, tokens, head_dim]`.
-    Returns the output, shape and dtype of the queries, and its log-sum-exp, float32 `[rows, heads, tokens]`. Where the
-    window is one of the text, every query sees all of the chunk before it and all that has not left by now.
+    Returns the output, shape and dtype of the queries, which is `out` if that is given, and its log-sum-exp, float32
+    `[rows, heads, tokens]`. Where the window is one of the text, every query sees all of the chunk before it and all
+    that has not left by now.
     """
+    return merge(_parts(group, queries, keys, values, scaling), queries.dtype, out)
+
+
+def _parts(
+    group: RowGroup, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+) -> list[Part]:
+    """What is merged to that."""
     extent, chunk, cap = group.bounds.extent, keys.shape[1], group.layer.spec.cap
     start = int(group.bounds.length)
-    if start and cap is None and not extent.late_sink and extent.share is None and takes_windows(queries):
-        joined = _attend_joined if extent.recent is None else _attend_window_joined
-        return joined(group, queries, keys, values, scaling)
-    if _sees_all(extent) or (start == 0 and chunk <= extent.recent):  # type: ignore[operator]
+    # Nothing has left what any query sees.
+    whole = _sees_all(extent) or start + chunk <= extent.recent  # type: ignore[operator]
+    if cap is None and not extent.late_sink and extent.share is None and takes_windows(queries):
+        if not whole:
+            return _parts_under_window(group, queries, keys, values, scaling)
+        if start:
+            return _parts_joined(group, queries, keys, values, scaling)
+    if whole:
         own = attend(queries, _spread(keys, queries), _spread(values, queries), scaling, causal=True, cap=cap)
     else:
         own = windowed(extent, start, queries, keys, values, np.arange(start, start + chunk), scaling, cap)
+    parts = [own]
     if start:
         for part in _stored(group, queries, scaling):
-            own = merge([own, part])
+            parts = [merge([*parts, part])]  # at once: there may be many
     left = left_of(group, queries, scaling)
-    if left is not None:
-        own = merge([own, left])
-    return own[0].to(queries.dtype), own[1]
+    return parts if left is None else [*parts, left]
 
 
-def _attend_joined(
+def _parts_joined(
     group: RowGroup, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attend_chunk` where `takes_windows`, over what is stored without a window: the newest exact tokens, and the last
-    packed ones where they are few, are copied together with the chunk. A GPU copies sooner than it attends once more
-    and merges what comes out."""
+) -> list[Part]:
+    """Where `takes_windows`, and every query sees all that is stored: the newest exact tokens, and the last packed ones
+    where they are few, are copied together with the chunk. A GPU copies sooner than it attends once more and merges
+    what comes out."""
     layer, chunk = group.layer, keys.shape[1]
-    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
-    joined: list[Piece] = []
+    parts: list[Part] = []
+    joined: list[tuple[torch.Tensor, torch.Tensor]] = []
     tiers = [(_exact(group, True, queries), PAGE, 1 << 40)]
     if layer.packing is not None:
         tiers.append((_packed(group, queries), layer.packing.page, 4 * chunk))
     for pieces, page, most in tiers:
         sizes = _block_sizes(queries, page)
-        for piece in pieces:
-            held = piece[1].shape[1]
+        for _, k, v in pieces:
+            held = k.shape[1]
             # What is large is better off alone, where another kernel takes it.
             if held in sizes or held > most or is_large(queries, held):
                 recurs = chunk % CHUNK_STEP == 0 and held in sizes
-                parts.append(_over_all(queries, *piece[1:], scaling, None, recurs))
+                parts.append(_over_all(queries, k, v, scaling, None, recurs))
             else:
-                joined.append(piece)
-    _, k, v = _join([*joined, (np.arange(chunk), keys, values)])
-    before, k, v = k.shape[1] - chunk, _spread(k, queries), _spread(v, queries)
+                joined.append((k, v))
+    k, v = (_spread(x, queries) for x in _cat([*joined, (keys, values)]))
     if joined:
+        before = k.shape[2] - chunk
         parts.append(attend_window(queries, k, v, scaling, before, before + chunk))
     else:
         parts.append(attend(queries, k, v, scaling, causal=True))
-    out, lse = merge(parts)
-    return out.to(queries.dtype), lse
+    return parts
 
 
-def _attend_window_joined(
+def _parts_under_window(
     group: RowGroup, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same under a window: all that a query may see is copied together with the chunk."""
+) -> list[Part]:
+    """The same under a window: what the queries see of it is copied together with the chunk, and sinks are attended
+    on once more. Tokens between these are seen by no query."""
     extent, start = group.bounds.extent, int(group.bounds.length)
     assert extent.recent is not None
-    own = np.arange(start, start + keys.shape[1])
-    seen: list[Piece] = []
-    for at, k, v in (*_exact(group, False), *_packed(group, queries), (own, keys, values)):
-        # Sinks and the others may lie side by side, and so may tokens that no query sees.
-        wanted = np.flatnonzero((at < extent.sink) | (at > start - extent.recent))
-        for run in np.split(wanted, np.flatnonzero((np.diff(wanted) != 1) | (np.diff(at[wanted]) != 1)) + 1):
-            if len(run):
-                part = slice(int(run[0]), int(run[-1]) + 1)
-                seen.append((at[part], k[:, part], v[:, part]))
-    seen.sort(key=lambda piece: int(piece[0][0]))
-    at, k, v = _join(seen)
-    out, lse = windowed(extent, start, queries, k, v, at, scaling, None)
-    return out.to(queries.dtype), lse
+    sink, oldest = extent.sink, max(extent.sink, start - extent.recent + 1)
+    sinks: list[Pair] = []
+    window: list[tuple[int, Pair]] = []
+    for at, k, v in _runs(group, queries):
+        few, first = sink - at, max(0, oldest - at)
+        if few > 0:
+            sinks.append((k[:, :few], v[:, :few]))
+        if first < k.shape[1]:
+            window.append((at + first, (k[:, first:], v[:, first:])))
+    window.sort(key=lambda piece: piece[0])
+    # Queries that are sinks themselves see all that is before them, and there is nothing that they do not.
+    early = min(keys.shape[1], max(0, sink - start))
+    if early:
+        sinks.append((keys[:, :early], values[:, :early]))
+    run = _cat([*(pair for _, pair in window), (keys[:, early:], values[:, early:])])
+    rest, parts = queries[:, :, early:], list[Part]()
+    if rest.shape[2]:
+        k, v = (_spread(x, queries) for x in run)
+        parts.append(attend_window(rest, k, v, scaling, k.shape[2] - rest.shape[2], extent.recent))
+    if sinks:
+        k, v = (_spread(x, queries) for x in _cat(sinks))
+        if rest.shape[2]:
+            parts.append(attend(rest, k, v, scaling))
+        if early:
+            first_ones = attend_window(queries[:, :, :early], k, v, scaling, k.shape[2] - early, k.shape[2])
+            both = [first_ones] if not parts else [first_ones, merge(parts, queries.dtype)]
+            parts = [(torch.cat([out for out, _ in both], 2), torch.cat([lse for _, lse in both], 2))]
+    return parts
 
 
 def _sees_all(extent: Extent) -> bool:
@@ -133,14 +168,6 @@ def windowed(
     against what any of them sees."""
     assert extent.recent is not None
     pinned = int(np.searchsorted(positions, max(extent.sink, extent.late_sink)))
-    run = positions[pinned:]
-    if (
-        takes_windows(queries)
-        and cap is None
-        and not extent.late_sink
-        and (not len(run) or run[-1] - run[0] == len(run) - 1)
-    ):
-        return _windowed_run(extent, start, queries, keys, values, positions, pinned, scaling)
     where = sent(keys.device, positions)[0]
     outs, lses = [], []
     for first in range(0, queries.shape[2], QUERY_BLOCK):
@@ -168,45 +195,6 @@ def windowed(
     return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
-def _windowed_run(
-    extent: Extent,
-    start: int,
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    positions: np.ndarray,
-    pinned: int,
-    scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`windowed` where the keys after the `pinned` sinks are a run of positions: all queries at once."""
-    assert extent.recent is not None
-    count, part, first, stop = queries.shape[2], None, 0, 0
-    if pinned < len(positions):
-        base, last = int(positions[pinned]), int(positions[-1])
-        first, stop = max(0, base - start), min(count, last + extent.recent - start)
-    if first < stop:
-        block = queries[:, :, first:stop]
-        k, v = (_spread(x[:, pinned:], block) for x in (keys, values))
-        part = attend_window(block, k, v, scaling, start + first - base, extent.recent)
-        if not pinned and stop - first == count:
-            return part
-    out, lse = torch.zeros_like(queries), queries.new_full(queries.shape[:3], MASKED, dtype=torch.float32)
-    # Sinks may lie in the chunk itself, whose first queries then see but some of them.
-    whole = min(count, max(0, int(positions[pinned - 1]) + 1 - start)) if pinned else count
-    for low, high in ((0, whole), (whole, count)):
-        if pinned and low < high:
-            block, bias = queries[:, :, low:high], None
-            if low < whole:
-                where = sent(queries.device, positions[:pinned])[0]
-                bias = _window_bias(extent, torch.arange(start + low, start + high, device=where.device), where)
-            k, v = (_spread(x[:, :pinned], block) for x in (keys, values))
-            out[:, :, low:high], lse[:, :, low:high] = attend(block, k, v, scaling, bias)
-    if part is not None:
-        out = out.float()
-        out[:, :, first:stop], lse[:, :, first:stop] = merge([(out[:, :, first:stop], lse[:, :, first:stop]), part])
-    return out, lse
-
-
 def _window_bias(extent: Extent, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """0 where a query at a position sees a key at a position, else `MASKED`: float32 `[query, key]`."""
     q, k = queries[:, None], keys[None]
@@ -223,33 +211,47 @@ def _exact(group: RowGroup, joined: bool, queries: torch.Tensor | None = None) -
     joined: blocks are copied together, as many as make `KEY_NUMBERS`. A GPU copies sooner than it attends over many
     blocks and merges what comes out, and every earlier chunk has left a block of its own.
     """
-    bounds, parts = group.bounds, list[Piece]()
-    positions = bounds.exact_positions(int(bounds.exact_pages))[: int(bounds.exact_tokens)]
+    tokens, parts = int(group.bounds.exact_tokens), list[Piece]()
     most = KEY_NUMBERS // (len(group.rows) * group.layer.spec.head_dim)
     if gathers(group.layer):
         sizes = [max(1, most // PAGE) * PAGE] if queries is None else _block_sizes(queries, PAGE)
-        large = most + PAGE if queries is None else _large(queries)
-        for first, last in _blocks(int(bounds.exact_pages), len(positions) // PAGE, PAGE, sizes, large):
-            at = positions[first * PAGE : last * PAGE]
-            yield (at, *gather_fused(group, first, len(at)))
+        large = tokens + 1 if queries is None else _large(queries)
+        for first, last in _blocks(-(-tokens // PAGE), tokens // PAGE, PAGE, sizes, large):
+            yield (first * PAGE, *gather_fused(group, first, min(last * PAGE, tokens) - first * PAGE))
         return
     most = most if joined else 0
-    for first, last, location in group.exact_blocks():
-        at = positions[first * PAGE : last * PAGE]
-        keys, values = (group.read_exact(name, location)[:, : len(at)] for name in KV)
-        if parts and sum(len(one) for one, _, _ in parts) + len(at) > most:
+    for column, last, location in group.exact_blocks():
+        first, stop = column * PAGE, min(last * PAGE, tokens)
+        keys, values = (group.read_exact(name, location)[:, : stop - first] for name in KV)
+        if parts and stop - parts[0][0] > most:
             yield _join(parts)
             parts = []
-        parts.append((at, keys, values))
+        parts.append((first, keys, values))
     if parts:
         yield _join(parts)
 
 
+def _runs(group: RowGroup, queries: torch.Tensor) -> Iterator[Piece]:
+    """All that is stored, as runs of positions."""
+    bounds, pinned = group.bounds, int(group.bounds.pinned_tokens)
+    for first, keys, values in _exact(group, False):
+        count = min(keys.shape[1], max(0, pinned - first))
+        if count:
+            yield first, keys[:, :count], values[:, :count]
+        if count < keys.shape[1]:
+            yield int(bounds.exact_base) + first + count - pinned, keys[:, count:], values[:, count:]
+    yield from _packed(group, queries)
+
+
 def _join(parts: Sequence[Piece]) -> Piece:
-    if len(parts) == 1:
-        return parts[0]
-    at, keys, values = zip(*parts)
-    return np.concatenate(at), torch.cat(keys, 1), torch.cat(values, 1)
+    return parts[0][0], *_cat([(k, v) for _, k, v in parts])
+
+
+def _cat(pairs: Sequence[Pair]) -> Pair:
+    if len(pairs) == 1:
+        return pairs[0]
+    keys, values = zip(*pairs)
+    return torch.cat(keys, 1), torch.cat(values, 1)
 
 
 def _over_all(
@@ -311,7 +313,7 @@ def _packed(group: RowGroup, queries: torch.Tensor) -> Iterator[Piece]:
             keys, values = group.decoded(first, last)
             pair = keys.to(queries.dtype), values.to(queries.dtype)
         keys, values = (x[:, : stop - begin] for x in pair)
-        yield np.arange(begin, stop), keys, values
+        yield begin, keys, values
 
 
 def _stored(group: RowGroup, queries: torch.Tensor, scaling: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -319,8 +321,12 @@ def _stored(group: RowGroup, queries: torch.Tensor, scaling: float) -> Iterator[
     bounds, extent, cap = group.bounds, group.bounds.extent, group.layer.spec.cap
 
     # Under a window sinks and the rest stay apart: what is attended on at once is a run of positions.
-    for pieces in (_exact(group, queries.is_cuda and _sees_all(extent)), _packed(group, queries)):
-        for at, keys, values in pieces:
+    exact = bounds.exact_positions(int(bounds.exact_pages))
+    for packed in (False, True):
+        pieces = _packed(group, queries) if packed else _exact(group, queries.is_cuda and _sees_all(extent))
+        for begin, keys, values in pieces:
+            stop = begin + keys.shape[1]
+            at = np.arange(begin, stop) if packed else exact[begin:stop]
             for first, last in _seen(bounds, at):
                 k, v = keys[:, first:last], values[:, first:last]
                 if _sees_all(extent):

@@ -218,12 +218,6 @@ class DeviceTables:
             self._learned[name][layer.index].index_copy_(0, at, new)
             self._copied[layer.index, name] = new
 
-    def sync_once(self) -> None:
-        """The same, but once in a forward: for rows that attend to what was there before they take their chunk."""
-        if self._synced is None or self._synced is not self.bank.change:
-            self.sync()
-            self._synced = self.bank.change
-
     def update(self) -> None:
         """Page tables and spans, as the bank has them now: before a step of all rows."""
         self.sent = self.sent and not any(tier.changed for tier in self._tiers)
@@ -292,13 +286,20 @@ class DeviceTables:
 
     def pages(self, group: RowGroup, always: bool = False) -> tuple[Any, Any]:
         """Packed pages (None if there are none, unless `always`) and exact pages of a group's rows, for the kernels."""
-        layer, index, first = group.layer, group.index_on(self.device), group.layer.index * self.rows
-        # Where they are no run, what is on the device already is moved there: nobody waits.
-        index = slice(first + index.start, first + index.stop) if isinstance(index, slice) else index + first
-        exact, reader = schedule.Exact(self._exact[index], layer.spec.dtype), self.division.reader(group)
+        there, packed = self.division.places(group, self.device)
+        exact, reader = schedule.Exact(self._exact[there], self._spec.dtype), self.division.reader(group)
         if reader is None or not (always or group.bounds.packed_tokens):
             return None, exact
-        return self._pages_of(self.division.index(group, self.device), reader), exact
+        return self._pages_of(packed, reader), exact
+
+    def rows_of(self, group: RowGroup, packed: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A table of packed or exact pages, and which of its rows are the group's, None if all: no copy, and synced
+        once in a forward, for rows that attend to what was there before they take their chunk."""
+        if self._synced is None or self._synced is not self.bank.change:
+            self.sync()
+        self._synced = self.bank.change
+        at, table = self.division.places(group, self.device)[packed], self._packed if packed else self._exact
+        return (table[at], None) if isinstance(at, slice) else (table, at)
 
     def programs_of(self, rows: int, reader: Reader | None, dtype: torch.dtype | None = None) -> schedule.Programs:
         """How many programs read packed and exact pages of so many rows; dtype: see `programs_for`."""

@@ -13,6 +13,7 @@ from fivefold.attention.merge import with_sinks
 from fivefold.engine.arrivals import Arrival
 from fivefold.engine.session import Session
 from fivefold.errors import NonFiniteError
+from fivefold.kernels.peak import peaks
 from fivefold.store.codec import FLOAT16_MAX, beyond
 from fivefold.store.group import RowGroup
 from fivefold.store.layer_cache import LayerCache
@@ -87,32 +88,56 @@ def _over_groups(
     stored: bool,
 ) -> torch.Tensor:
     """The rows that stand alike, one group after the other: the shape of queries `[rows, query_heads per kv head,
-    tokens, head_dim]`."""
+    tokens, head_dim]`; of one sequence, in the memory of `[tokens, rows, query_heads per kv head, head_dim]`."""
     chunk, parts = keys.shape[1], store.split_by(session.tokens)
-    alone = len(parts) == 1 and parts[0][1] == chunk
-    out = queries if alone else torch.zeros_like(queries, memory_format=torch.contiguous_format)
+    even = all(tokens == chunk for _, tokens in parts)
+    alone = len(parts) == 1 and even
+    order = None
+    if even and not alone:
+        order = store.order_on([group for group, _ in parts], queries.device)
+    if order is not None:
+        queries, keys, values = (x.index_select(0, order[0]) for x in (queries, keys, values))
+        sinks = None if sinks is None else sinks.index_select(0, order[0])
+    single = len(queries) == store.spec.kv_heads
+    out = None if alone and (chunk == 1 or not single) else _room(queries, single, even)
+    stop = 0
     for group, tokens in parts:
         if tokens == 0:
             continue
-        new = slice(chunk - tokens, chunk)
-        if alone:
-            q, k, v, s = queries, keys, values, sinks
-        else:
-            rows = group.index_on(queries.device)
+        new, stop = slice(chunk - tokens, chunk), stop + len(group.rows)
+        q, k, v, s, target = queries, keys, values, sinks, out
+        rows = group.index_on(queries.device) if order is None else slice(stop - len(group.rows), stop)
+        if not alone:
             q, k, v = queries[rows][:, :, new], keys[rows][:, new], values[rows][:, new]
             s = None if sinks is None else sinks[rows]
+            target = out[rows, :, new] if out is not None and isinstance(rows, slice) else None
         if not stored and (group.held is not None or not k.is_cuda):  # see `attend`
             _check_finite(store.spec.layer, k, v)
         if store.codec is not None and group.bounds.seen == 0 and not stored:
             sequences = group.rows // store.spec.kv_heads
             at = slice(None) if alone else torch.from_numpy(np.unique(sequences))
             store.learn(group, session.offsets[sequences], partial(_first, q, k, v, inputs, at))
-        part = _attend_group(session, store, group, q, k, v, scaling, chunk == 1, s, stored)
-        if alone:
+        part = _attend_group(session, store, group, q, k, v, scaling, chunk == 1, s, stored, target)
+        if out is None:
             out = part
-        else:
+        elif target is None:
             out[rows, :, new] = part
-    return out
+        elif part is not target:
+            target.copy_(part)
+    assert out is not None
+    if order is None:
+        return out
+    if single:
+        return out.permute(2, 0, 1, 3).index_select(1, order[1]).permute(1, 2, 0, 3)
+    return out.index_select(0, order[1])
+
+
+def _room(queries: torch.Tensor, single: bool, even: bool) -> torch.Tensor:
+    """For the output of these queries; of a `single` sequence in the order in which a model goes on with it. Zeros
+    where it is not `even`: some rows have fewer tokens."""
+    rows, heads, chunk, dim = queries.shape
+    make = queries.new_empty if even else queries.new_zeros
+    return make((chunk, rows, heads, dim)).permute(1, 2, 0, 3) if single else make(queries.shape)
 
 
 def _first(
@@ -130,13 +155,16 @@ def _first(
 def _check_later(change: Transaction, keys: torch.Tensor, values: torch.Tensor) -> None:
     """`Codec.check` of a codec whose pages kernels read, once the device has come so far."""
 
+    found = peaks(keys, values)
+
     def look(ends: list[float]) -> None:
-        for name, low, high in (("keys", ends[0], ends[1]), ("values", ends[2], ends[3])):
-            peak = _peak(low, high)
+        each = len(ends) // 2
+        for name, some in (("keys", ends[:each]), ("values", ends[each:])):
+            peak = next((x for x in some if x != x), max(some))
             if not peak <= FLOAT16_MAX:  # also when it is NaN
                 raise beyond(name, peak)
 
-    change.check(torch.stack([*keys.aminmax(), *values.aminmax()]), look, last=True)
+    change.check(found, look, last=True)
 
 
 def _pick_or_read(
@@ -189,7 +217,9 @@ def _attend_group(
     decoding: bool,
     sinks: torch.Tensor | None,
     stored: bool,
+    out: torch.Tensor | None,
 ) -> torch.Tensor:
+    """out: where a chunk's output may go; it is what is returned if it does."""
     revocable, shared = session.revocable, store.spec.layer in session.sources
     if keys.shape[1] == 1 and (decoding or (group.held is None and not shared)):
         if not stored:
@@ -200,7 +230,7 @@ def _attend_group(
         return part
     observed, each = None, None if sinks is None else sinks[:, :, None]
     if group.held is None or stored:
-        part, lse = attend_chunk(group, queries, keys, values, scaling)
+        part, lse = attend_chunk(group, queries, keys, values, scaling, out if sinks is None else None)
         part = with_sinks(part, lse, each)
     else:
         part, observed = attend_observed(group, queries, keys, values, scaling, each)

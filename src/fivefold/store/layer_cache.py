@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fivefold.errors import CacheStateError
+from fivefold.kernels.device import sent
 from fivefold.store import chunk, pairs
 from fivefold.store.bank import Bank
 from fivefold.store.chunk import Part
@@ -20,7 +21,7 @@ from fivefold.store.group import RowGroup
 from fivefold.store.held import Held, Holds
 from fivefold.store.pages import PagePool
 from fivefold.store.plan import Policy, Stored, execute
-from fivefold.store.rows import FIXED, PAGE, Bounds, Extent, Packing
+from fivefold.store.rows import FIXED, PAGE, Bounds, Extent, Packing, run_of
 from fivefold.store.spec import LayerSpec, Pools, exact_layout
 from fivefold.store.tier import Tier
 
@@ -78,6 +79,7 @@ class LayerCache(Holds):
         self.learned: dict[str, torch.Tensor] = {}
         """What a codec remembers of the rows, and the means of what has left them, `[rows, ...]` each."""
         self._groups: list[RowGroup] | None = None
+        self._order: tuple[np.ndarray, torch.Tensor, torch.Tensor] | None = None
         self.waiting: list[pairs.Waiting] = []
         Bank([self])
 
@@ -209,6 +211,17 @@ class LayerCache(Holds):
                 rows = plain[which.reshape(-1) == number]
                 out.append(RowGroup(self, rows, Bounds(*data[:, rows[0]].tolist())))
         return sorted(out, key=lambda group: int(group.rows[0]))
+
+    def order_on(self, groups: Sequence[RowGroup], device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The rows of groups that share them out one group behind the other, and where each row then stands, int64
+        `[rows]` on a device; None where each group is a run of rows."""
+        if all(run_of(group.rows) for group in groups):
+            return None
+        rows = np.concatenate([group.rows for group in groups])
+        if self._order is None or self._order[1].device != device or not np.array_equal(self._order[0], rows):
+            there, back = sent(device, rows, rows.argsort())
+            self._order = rows, there, back
+        return self._order[1:]
 
     def split_by(self, tokens: np.ndarray) -> list[tuple[RowGroup, int]]:
         """Groups with how many tokens each is about to receive, split where `tokens: [batch]` differ."""

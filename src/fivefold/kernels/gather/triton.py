@@ -13,15 +13,19 @@ _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32:
 
 
 @triton.jit(do_not_specialize=("columns", "tokens", "stride"))
-def _gather(table, keys, values, columns, tokens, stride, DTYPE: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr):
-    """One side of a page. Grid: (rows * columns, 2); stride: of a row of the table."""
+def _gather(
+    table, at, keys, values, columns, tokens, stride,
+    DTYPE: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, NAMED: tl.constexpr,
+):  # fmt: skip
+    """One side of a page. Grid: (rows * columns, 2); stride: of a row of the table. NAMED: `at` names its rows."""
     page = tl.program_id(0).to(tl.int64)
     side = tl.program_id(1)
     row = page // columns
     column = page % columns
     r = tl.arange(0, PAGE)
     d = tl.arange(0, D)
-    address = tl.load(table + row * stride + 2 * column + side) * 16
+    source = tl.load(at + row) if NAMED else row
+    address = tl.load(table + source * stride + 2 * column + side) * 16
     there = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
     seen = (column * PAGE + r < tokens)[:, None] & (d < D)[None, :]
     x = tl.load(there + r[:, None] * D + d[None, :], mask=seen)
@@ -30,15 +34,15 @@ def _gather(table, keys, values, columns, tokens, stride, DTYPE: tl.constexpr, P
 
 
 def gather_pages(
-    table: torch.Tensor, tokens: int, head_dim: int, dtype: torch.dtype
+    table: torch.Tensor, tokens: int, head_dim: int, dtype: torch.dtype, at: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.gather_pages`, of pages on the device of the table, whose last two axes are contiguous; of a
-    head_dim that is a power of two."""
-    rows, columns, _ = table.shape
+    head_dim that is a power of two. at: int64 `[rows]`, which rows of the table; None is all."""
+    rows, columns = len(table) if at is None else len(at), table.shape[1]
     keys, values = (torch.empty((rows, tokens, head_dim), dtype=dtype, device=table.device) for _ in range(2))
     with on(table.device):
         _gather[(rows * columns, 2)](
-            table, keys, values, columns, tokens, table.stride(0), DTYPE=_TYPES[dtype], PAGE=PAGE, D=head_dim,
-            num_warps=4,
+            table, table if at is None else at, keys, values, columns, tokens, table.stride(0),
+            DTYPE=_TYPES[dtype], PAGE=PAGE, D=head_dim, NAMED=at is not None, num_warps=4,
         )  # fmt: skip
     return keys, values

@@ -241,17 +241,20 @@ def pack_exact(form: Form, sources: torch.Tensor, places: torch.Tensor, dtype: t
 
 @triton.jit(do_not_specialize=("columns", "stride"))
 def _unpack(
-    table, keys, values, columns, stride,
+    table, at, keys, values, columns, stride,
     D: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr,
+    NAMED: tl.constexpr,
 ):  # fmt: skip
-    """One side of a page, `[TOKENS, D]`, where `table [rows, >= columns]` says it lies. Grid: (rows * columns, 2)."""
+    """One side of a page, `[TOKENS, D]`, where `table [rows, >= columns]` says it lies. Grid: (rows * columns, 2).
+    NAMED: `at` names its rows."""
     page = tl.program_id(0).to(tl.int64)
     side = tl.program_id(1)
     SIDE: tl.constexpr = 32 * D + 2 * (TOKENS // GROUP) * D
     r = tl.arange(0, 32)
     d = tl.arange(0, D)
     inside = r[:, None] * D + d[None, :]
-    address = tl.load(table + page // columns * stride + page % columns) * 16
+    row = tl.load(at + page // columns) if NAMED else page // columns
+    address = tl.load(table + row * stride + page % columns) * 16
     words = tl.multiple_of(address.to(tl.pointer_type(tl.int16)), 16) + side * SIDE
     scales = words.to(tl.pointer_type(tl.float16)) + 32 * D
     packed = tl.load(words + inside).to(tl.int32)
@@ -268,19 +271,23 @@ def _unpack(
         tl.store(out + j * 32 * D, x.to(keys.dtype.element_ty))
 
 
-def unpack_pages(form: Form, table: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def unpack_pages(
+    form: Form, table: torch.Tensor, dtype: torch.dtype, at: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of pages as they lie, `[rows, columns * tokens, head_dim]` in a dtype: `decode_page` in one
     launch.
 
-    table: int64 `[rows, columns]` of their addresses in units of 16 bytes; its last axis is contiguous.
+    table: int64 `[rows, columns]` of their addresses in units of 16 bytes; its last axis is contiguous. at: int64
+    `[rows]`, which rows of it; None is all.
     """
-    rows, columns = table.shape
+    rows, columns = len(table) if at is None else len(at), table.shape[1]
     keys, values = (
         torch.empty((rows, columns * form.tokens, form.head_dim), dtype=dtype, device=table.device) for _ in range(2)
     )
     with on(table.device):
         _unpack[(rows * columns, 2)](
-            table, keys, values, columns, table.stride(0), D=form.head_dim, BITS=form.bits, TOKENS=form.tokens,
-            GROUP=form.group, CHANNELS=form.channels, num_warps=4,
+            table, table if at is None else at, keys, values, columns, table.stride(0),
+            D=form.head_dim, BITS=form.bits, TOKENS=form.tokens, GROUP=form.group, CHANNELS=form.channels,
+            NAMED=at is not None, num_warps=4,
         )  # fmt: skip
     return keys, values
