@@ -9,7 +9,6 @@ import torch
 
 from fivefold.kernels.device import sent
 from fivefold.store.bank import Bank
-from fivefold.store.rows import Bounds
 from fivefold.store.tier import Tier
 
 
@@ -61,7 +60,7 @@ def send_pages(
         return
     places = []
     for rows, columns in tier.changed:
-        bounds = Bounds(*bank.data[:, rows])
+        bounds = bank.at(rows)
         count = bounds.exact_pages if tier is bank.exact else bounds.packed_pages(bank.packing)
         there = columns < count  # what stands behind is nobody's
         places.append([x[there] for x in np.broadcast_arrays(rows, columns)])
