@@ -170,8 +170,8 @@ class Watch:
     # -- a step -------------------------------------------------------------------------------------------
 
     def numbers(self, bank: Bank, bounds: Bounds) -> np.ndarray:
-        """What a step that ends at these bounds (see `Standing.of_layers`) has to know of each row: int32 `[layers, rows,
-        NUMBERS]`."""
+        """What a step that ends at these bounds (see `Standing.of_layers`) has to know of each row: int32 `[layers,
+        rows, NUMBERS]`."""
         return self._planned(bank, bounds)[0]
 
     def _planned(self, bank: Bank, bounds: Bounds) -> tuple[np.ndarray, bool]:
