@@ -12,6 +12,8 @@ from fivefold.store.bank import Bank
 from fivefold.store.pages import PagePool
 from fivefold.store.tier import Tier
 
+_MANY = 1 << 20  # bytes
+
 
 class Sending:
     """What is written for `there`, a tensor on a device, and sent when it is complete. The host has two of it, because
@@ -21,23 +23,27 @@ class Sending:
         self.there, cuda = there, there.device.type == "cuda"
         self._hosts = [torch.zeros_like(there, device="cpu", pin_memory=cuda) for _ in range(2)]
         self._events = [torch.cuda.Event() if cuda else None for _ in range(2)]
-        self._turn = 0
+        self._turn, self._lines = 0, len(there)
 
     @property
     def nbytes(self) -> int:
         return self.there.nbytes + sum(host.nbytes for host in self._hosts)
 
-    def writable(self) -> np.ndarray:
-        """Where the next numbers go; waits until nobody reads there any more."""
+    def writable(self, alike: bool = False) -> np.ndarray:
+        """Where the next numbers go; waits until nobody reads there any more. alike: whether all lines are the same, of
+        which the device then makes copies itself where that is less to do."""
+        self._lines = 1 if alike and self.there.nbytes > _MANY else len(self.there)
         event = self._events[1 - self._turn]
         if event is not None:
             event.synchronize()
-        return self._hosts[1 - self._turn].numpy()
+        return self._hosts[1 - self._turn][: self._lines].numpy()
 
     def send(self) -> None:
         """Nobody waits for it."""
         self._turn = 1 - self._turn
-        self.there.copy_(self._hosts[self._turn], non_blocking=True)
+        self.there[: self._lines].copy_(self._hosts[self._turn][: self._lines], non_blocking=True)
+        if self._lines < len(self.there):
+            self.there[self._lines :].copy_(self.there[:1])
         event = self._events[self._turn]
         if event is not None:
             event.record()

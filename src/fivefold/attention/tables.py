@@ -264,9 +264,9 @@ class DeviceTables:
 
     def _fill(self, bounds: Bounds) -> None:
         """Write spans and work lists for bounds (see `Standing.of_layers`) where nobody reads just now."""
-        numbers, width = self._sending.writable(), self.rows * schedule.SPAN
-        reader = self.readers[0]
-        span = bounds.span()
+        span, reader, width = bounds.span(), self.readers[0], self.rows * schedule.SPAN
+        alike = len(span.stop) == 1 and not (self.watches or self.division.width)
+        numbers = self._sending.writable(alike)
         seen = np.zeros((len(span.stop), self.rows, schedule.SPAN), dtype=np.int32)  # of one layer if all are alike
         seen[:, self.bank.rows :, Span._fields.index("stop")] = 1
         for number, x in enumerate(span):
