@@ -1038,7 +1038,7 @@ def tables_of(*caches: Any) -> dict[int, int]:
     """The tables of rows and pages (numpy arrays) by address."""
     arrays = []
     for bank in (bank for cache in caches for bank in cache.session.banks):
-        arrays += [bank.data, bank.offset, bank.chosen, bank.residual, bank.peak, *bank.exact.tables]
+        arrays += [*bank.bounds, bank.offset, bank.chosen, bank.residual, bank.peak, *bank.exact.tables]
         arrays += [] if bank.packed is None else bank.packed.tables
     return {array.ctypes.data: array.nbytes for array in arrays if array.nbytes}
 

@@ -93,7 +93,7 @@ def measure(session: Session, recipe: str, graph: int = 0, decoding: str = "") -
     held: dict[PagePool, list[tuple[np.ndarray, np.ndarray]]] = {pool: [] for pool in session.pools}
     seen = stored = numbers = 0
     for bank in session.banks:
-        bounds, spec = bank.at(slice(None)), bank.layers[0].spec
+        bounds, spec = bank.bounds, bank.layers[0].spec
         seen, stored = seen + int(bounds.seen.sum()), stored + int(bounds.stored_tokens.sum())
         numbers += 2 * int(bounds.stored_tokens.sum()) * spec.head_dim
         for tier, tokens in ((bank.exact, bounds.exact_tokens), (bank.packed, bounds.packed_tokens)):

@@ -175,7 +175,7 @@ def compare(session: Session, plain: Plain, residual: int, cropped: bool = False
     for bank in session.banks:
         assert bank.batch == stored.batch and bank.change is None
         if not stored.batch:
-            assert not bank.data.size and not bank.offset.size
+            assert not bank.standing.rows and not bank.offset.size
             continue
         Comparison(bank, stored, residual).run(cropped)
 
@@ -188,7 +188,7 @@ class Comparison:
         first = bank.layers[0].spec.layer
         self.layers = slice(first, first + len(bank.layers))
         self.rows = len(bank.layers) * plain.batch * plain.heads
-        self.plain, self.bounds = plain, Bounds(*bank.data)
+        self.plain, self.bounds = plain, bank.bounds
         # Views, so that the model can learn.
         self.keys, self.values, self.packed = (
             x[self.layers].reshape(self.rows, *x.shape[3:]) for x in (plain.keys, plain.values, plain.packed)
@@ -213,9 +213,9 @@ class Comparison:
     def check_rows(self) -> None:
         bank, marks = self.bank, self.marks
         extents = tuple(layer.extents for layer in bank.layers)
-        assert np.array_equal(bank.data[:FIXED], fixed(extents, self.plain.batch))
+        assert np.array_equal(np.stack(bank.bounds[:FIXED]), fixed(extents, self.plain.batch))
         assert np.array_equal(self.bounds.length, self.length) and not self.bounds.evicted.any()
-        assert not (bank.data[FIXED + 1 :] % PAGE).any()
+        assert not (np.stack(bank.bounds[FIXED + 1 :]) % PAGE).any()
         assert np.array_equal(bank.offset, marks) and not bank.chosen.any()
         assert bank.residual.shape == marks.shape and (bank.residual == self.residual).all()
         for layer, part in zip(bank.layers, marks.reshape(len(bank.layers), -1)):
@@ -226,7 +226,7 @@ class Comparison:
             groups = layer.groups
             assert sorted(np.concatenate([group.rows for group in groups]).tolist()) == list(range(layer.rows))
             for group in groups:
-                assert (self.bank.data[:, group.flat] == np.array(group.bounds)[:, None]).all()
+                assert (np.stack(self.bank.at(group.flat)) == np.array(group.bounds)[:, None]).all()
 
     def check_bounds(self) -> None:
         """What the next query sees is held, and little more than that."""

@@ -107,7 +107,7 @@ class Twin:
 
     def bases(self) -> bytes:
         """What changes when tokens move."""
-        return b"".join(bank.data[6:].tobytes() for bank in self.session.banks)
+        return b"".join(np.stack(bank.bounds[6:]).tobytes() for bank in self.session.banks)
 
 
 class Driver:

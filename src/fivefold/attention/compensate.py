@@ -43,7 +43,7 @@ def left_of_all(layer: LayerCache, queries: torch.Tensor, scaling: float) -> Par
     bank = layer.bank
     if MEANS[0] not in layer.learned:
         return None
-    counts = bank.at(slice(None)).compensated
+    counts = bank.bounds.compensated
 
     def make() -> torch.Tensor:
         return torch.from_numpy(_logs(counts)).to(layer.spec.device)
@@ -83,7 +83,7 @@ class Left:
             if means[0] is not self._seen[index] and means[0] is not None and means[1] is not None:
                 self.keys[index, : bank.rows], self.values[index, : bank.rows] = means[0], means[1]
                 self._seen[index] = means[0]
-        counts = bank.at(slice(None)).compensated
+        counts = bank.bounds.compensated
         if self._counts is None or not np.array_equal(counts, self._counts):
             self._counts = counts
             logs = torch.full(tuple(self.logs.shape), MASKED)

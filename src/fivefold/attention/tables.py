@@ -25,7 +25,7 @@ from fivefold.store.bank import Bank
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.rounded import SIDES
-from fivefold.store.rows import FIXED, PAGE, Bounds, Span
+from fivefold.store.rows import PAGE, Bounds, Span
 
 
 def kernels(device: torch.device) -> ModuleType:
@@ -63,7 +63,7 @@ class DeviceTables:
         first, packing = bank.layers[0], bank.packing
         self.wanted, self.sequences = (sequences, tokens), max(bank.batch, sequences)
         self.rows, self.layers = self.sequences * bank.heads, len(bank.layers)
-        rows, bounds = self.rows * self.layers, bank.at(slice(None))
+        rows, bounds = self.rows * self.layers, bank.bounds
         # Where tokens are packed the exact tier stays as it is; else it grows, as the packed one does.
         grows = packing is None
         self.exact_columns = _ample(int(bounds.exact_pages.max(initial=0)), 64 if grows else 8)
@@ -88,10 +88,10 @@ class DeviceTables:
         fields = self._fields = KV if first.exact_pool.layout.holds is None else SIDES
         self._share_out(fields is KV)
         self._pages: np.ndarray | None = None
-        self._ahead: np.ndarray | None = None
-        """The bounds for which spans are written already, but for what of them never changes."""
-        self._from = b""
-        """The bounds that they follow from, where a step needs nothing but these, and no new page."""
+        self._ahead: int | None = None
+        """The bounds (`Standing.version`) after which spans are written already for one more token of every row."""
+        self._enough = False
+        """Whether a step needs nothing but these, and no new page."""
         self.sent = False
         """Whether they have been sent; after `update`, whether what was sent is what the bank says."""
         self.watch: Watch | None = None
@@ -189,7 +189,7 @@ class DeviceTables:
     def _room(self, bank: Bank) -> bool:
         if bank.batch > self.sequences or (bank.batch < self.sequences and not self._padding.numel()):
             return False
-        bounds = bank.at(slice(None))
+        bounds = bank.bounds
         exact, packed = bounds.exact_pages.max(initial=0), bounds.packed_pages(bank.packing).max(initial=0)
         return bool(exact <= self.exact_columns and packed <= self.packed_columns)
 
@@ -224,8 +224,8 @@ class DeviceTables:
         self.sync()
         if self.left is not None:
             self.left.sync(self.bank)
-        if self._ahead is None or not np.array_equal(self._ahead, self.bank.data[FIXED:]):
-            self._fill(self.bank.data)
+        if self._ahead is None or self._ahead != self.bank.standing.grown:
+            self._fill(self.bank.standing.of_layers())
             self.sent = False
         if not self.sent:
             self._sending.send()
@@ -233,14 +233,12 @@ class DeviceTables:
 
     def prepare(self) -> None:
         """Work out what the next step of all rows will want to know, while a GPU is still busy with this one."""
-        self.sent, self._from = False, b""
+        self.sent = self._enough = False
         if self.listed and self.device.type != "meta" and self.fit():
-            ahead = self.bank.data.copy()
-            ahead[Bounds._fields.index("length")] += 1
-            self._fill(ahead)
-            self._ahead = ahead[FIXED:]
-            if self.left is None and not self.bank.at(slice(None)).full.any():
-                self._from = self.bank.data[FIXED:].tobytes()
+            standing = self.bank.standing
+            self._fill(standing.of_layers().appended(1))
+            self._ahead = standing.version
+            self._enough = self.left is None and not standing.full.any()
 
     @property
     def foreseen(self) -> bool:
@@ -250,7 +248,7 @@ class DeviceTables:
             return False
         if any(tier.changed or tier.shared for tier in self._tiers):
             return False
-        return bool(self._from) and self._from == bank.data[FIXED:].tobytes()
+        return self._enough and self._ahead == bank.standing.version
 
     def send_ahead(self) -> None:
         """Send what `prepare` wrote, where it is `foreseen`, before a step is begun. `update` looks whether it was."""
@@ -258,11 +256,11 @@ class DeviceTables:
             self._sending.send()
             self.sent = True
 
-    def _fill(self, data: np.ndarray) -> None:
-        """Write spans and work lists for bounds `data` where nobody reads just now."""
-        numbers, width = self._sending.writable(), self.rows * schedule.SPAN
-        bounds, reader = self.bank.of_layers(data), self.readers[0]
-        span = bounds.span()
+    def _fill(self, bounds: Bounds) -> None:
+        """Write spans and work lists for bounds (see `Standing.of_layers`) where nobody reads just now."""
+        span, reader, width = bounds.span(), self.readers[0], self.rows * schedule.SPAN
+        alike = len(span.stop) == 1 and not (self.watches or self.division.width)
+        numbers = self._sending.writable(alike)
         seen = np.zeros((len(span.stop), self.rows, schedule.SPAN), dtype=np.int32)  # of one layer if all are alike
         seen[:, self.bank.rows :, Span._fields.index("stop")] = 1
         for number, x in enumerate(span):
@@ -280,7 +278,7 @@ class DeviceTables:
         self.division.fill(numbers[:, self._divided], seen)
         live = self.bank.live
         if live is not None and live.watch is self.watch:
-            numbers[:, self._watched] = self.watch.numbers(self.bank, data).reshape(self.layers, -1)
+            numbers[:, self._watched] = self.watch.numbers(self.bank, bounds).reshape(self.layers, -1)
 
     # -- reading ------------------------------------------------------------------------------------------
 

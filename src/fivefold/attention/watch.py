@@ -134,7 +134,7 @@ class Watch:
         copied.now()
         for layer, some in zip(bank.layers, known):
             layer.known = [held for held, _ in some]
-        bank.live = Live(self, tuple(known), np.zeros(bank.data.shape[1], dtype=np.int64))
+        bank.live = Live(self, tuple(known), np.zeros(bank.standing.rows, dtype=np.int64))
         return True
 
     def held(self, bank: Bank, stepped: bool = False) -> list[list[Held]]:
@@ -146,7 +146,7 @@ class Watch:
         for index, (layer, known) in enumerate(zip(bank.layers, live.known)):
             mine = []
             for held, rows in known:
-                bounds = Bounds(*bank.data[:, layer.base + rows[0]].tolist())
+                bounds = bank.standing.one(layer.base + int(rows[0]))
                 slots, seen = int(bounds.length) - more, int(bounds.seen) - more
                 at = run_of(rows) or torch.from_numpy(rows).to(self.positions.device)
                 scores = copied.of((self.new if stepped else self.scores)[index, at, :slots])
@@ -169,23 +169,27 @@ class Watch:
 
     # -- a step -------------------------------------------------------------------------------------------
 
-    def numbers(self, bank: Bank, data: np.ndarray) -> np.ndarray:
-        """What a step that ends at the bounds `data` has to know of each row: int32 `[layers, rows, NUMBERS]`."""
-        return self._planned(bank, data)[0]
+    def numbers(self, bank: Bank, bounds: Bounds) -> np.ndarray:
+        """What a step that ends at these bounds (see `Standing.of_layers`) has to know of each row: int32 `[layers,
+        rows, NUMBERS]`."""
+        return self._planned(bank, bounds)[0]
 
-    def _planned(self, bank: Bank, data: np.ndarray) -> tuple[np.ndarray, bool]:
+    def _planned(self, bank: Bank, bounds: Bounds) -> tuple[np.ndarray, bool]:
         """`numbers`, and whether the host has to plan what follows."""
         out, asks = np.zeros((len(bank.layers), self.rows, NUMBERS), dtype=np.int32), False
-        live, found = bank.live, {}
+        live, found, stand = bank.live, {}, dict[tuple[int, int], Bounds]()
+        alike = len(bounds.length) == 1
         assert live is not None
         for index, (layer, known) in enumerate(zip(bank.layers, live.known)):
             for held, rows in known:
-                at = data[:, layer.base + rows[0]]
-                key = layer.policy, held.prompt, held.share, at.tobytes()
+                place = 0 if alike else index, int(rows[0])
+                if place not in stand:
+                    stand[place] = Bounds(*(int(x[place]) for x in bounds))
+                at = stand[place]
+                key = layer.policy, held.prompt, held.share, at
                 if key not in found:
-                    bounds = Bounds(*at.tolist())
-                    now = replace(held, seen=int(bounds.seen))
-                    gives = layer.policy.step(now, bounds, layer.packing_of(now))
+                    now = replace(held, seen=int(at.seen))
+                    gives = layer.policy.step(now, at, layer.packing_of(now))
                     kind = GIVES if gives else GROWS
                     recent = layer.policy.guards(now)[1]
                     found[key] = (kind, now.seen - 1, recent, now.seen - now.basis), gives is None
@@ -219,7 +223,7 @@ class Watch:
 
     def advance(self, bank: Bank) -> bool:
         """After a step: what the host knows of it becomes so; False where it has to plan what follows."""
-        numbers, asks = self._planned(bank, bank.data)
+        numbers, asks = self._planned(bank, bank.standing.of_layers())
         live = bank.live
         assert live is not None and bank.change is not None
         if asks:
@@ -237,7 +241,7 @@ class Watch:
     def _unshare(self, bank: Bank, rows: np.ndarray) -> None:
         """Somebody else may hold the pages that a token is about to be written into: the host has to know which."""
         assert bank.change is not None
-        exact, bounds = bank.exact, bank.at(slice(None))
+        exact, bounds = bank.exact, bank.bounds
         if not (exact.pool.references(exact.held(bounds.exact_pages)) > 1).any():
             exact.shared = False
             return

@@ -26,6 +26,7 @@ from fivefold.store.layer_cache import LayerCache
 from fivefold.store.pages import PagePool
 from fivefold.store.rows import upgraded
 from fivefold.store.spec import DTYPES
+from fivefold.store.standing import Standing
 from fivefold.store.tier import EMPTY, Tier
 from fivefold.store.transaction import Transaction
 
@@ -175,7 +176,8 @@ def _host(x: torch.Tensor) -> torch.Tensor:
 
 
 def _collect_rows(bank: Bank, name: str, out: dict[str, torch.Tensor]) -> None:
-    for array in (*ROWS, "data"):
+    out[f"{name}.data"] = torch.from_numpy(np.stack(bank.bounds))
+    for array in ROWS:
         out[f"{name}.{array}"] = torch.from_numpy(getattr(bank, array).copy())
     for which, (tier, columns) in enumerate(bank.columns()):
         there = np.arange(int(columns.max(initial=0))) < columns[:, None]
@@ -195,8 +197,9 @@ def _collect_rows(bank: Bank, name: str, out: dict[str, torch.Tensor]) -> None:
 
 
 def _install_rows(bank: Bank, name: str, tensors: dict[str, torch.Tensor], batch: int, change: Transaction) -> None:
-    bank.data = upgraded(tensors[f"{name}.data"].numpy().copy())
-    bank.peak = np.zeros(bank.data.shape[1], dtype=np.float32)  # files of older versions do not know it
+    fields = upgraded(tensors[f"{name}.data"].numpy().copy())
+    bank.standing = Standing(len(bank.layers), fields.shape[1], list(fields))
+    bank.peak = np.zeros(fields.shape[1], dtype=np.float32)  # files of older versions do not know it
     for array in ROWS:
         if f"{name}.{array}" in tensors:
             setattr(bank, array, tensors[f"{name}.{array}"].numpy().copy())

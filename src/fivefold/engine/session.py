@@ -361,9 +361,7 @@ class Session:
     def advance(self, revocable: int) -> None:
         """Let the policies of all layers move what is due."""
         for bank in self.banks:
-            rows = np.flatnonzero(~bank.chosen)
-            if len(rows):
-                bank.advance(rows, revocable)
+            bank.advance(revocable=revocable)
             if bank.live is not None and not bank.live.watch.advance(bank):
                 bank.settle(stepped=True)
             if bank.mirror is not None:

@@ -148,7 +148,7 @@ class Rehearsal:
         """What the next decoding step reads of the cache, by kind of page."""
         found: dict[tuple[Any, int], list[int]] = {}
         for bank in self.session.banks:
-            bounds, spec, count = bank.at(slice(None)), bank.layers[0].spec, len(bank.layers)
+            bounds, spec, count = bank.bounds, bank.layers[0].spec, len(bank.layers)
             token = 2 * spec.head_dim * spec.dtype.itemsize
             kinds: list[tuple[Any, int, int]] = [
                 ("exact", 8 * spec.dtype.itemsize, int(bounds.exact_tokens.sum()) * token)

@@ -24,6 +24,7 @@ from fivefold.store.interfaces import Layer
 from fivefold.store.pack import pack
 from fivefold.store.pairs import pack_pairs
 from fivefold.store.rows import FIELDS, FIXED, Bounds
+from fivefold.store.standing import EVICTED, LENGTH, Standing
 from fivefold.store.tier import Tier
 from fivefold.store.transaction import Transaction
 
@@ -34,7 +35,7 @@ ROWS = ("offset", "chosen", "residual", "peak")
 class Bank:
     """The common tables of `layers`, which get their place in them.
 
-    data: int64 `[fields of Bounds, rows]`. offset: int64 `[rows]`, the position that the model gave a row's first token
+    standing: the rows' bounds. offset: int64 `[rows]`, the position that the model gave a row's first token
     (with codecs that look at positions). chosen: bool `[rows]`, where a policy chooses tokens. residual: int64
     `[rows]`, tokens that always stay exact. peak: float32 `[rows]`, the largest absolute number that was packed, for
     kernels with a narrower range than the pages.
@@ -76,8 +77,10 @@ class Bank:
         for layer, _, _, held, learned in before:
             layer.held, layer.learned = held, learned
         bank.batch, bank.change = old[0].batch, change
-        for name in (*ROWS, "data"):
-            setattr(bank, name, np.concatenate([getattr(one, name)[..., at] for one, at in rows], -1))
+        for name in ROWS:
+            setattr(bank, name, np.concatenate([getattr(one, name)[at] for one, at in rows]))
+        fields = zip(*(one.at(at) for one, at in rows))
+        bank.standing = Standing(len(layers), len(bank.offset), [np.concatenate(parts) for parts in fields])
         bank.pending = [write for one in old for write in one.pending]
         bank.exact = _stacked([(one.exact, at) for one, at in rows])
         bank.packed = None if bank.packed is None else _stacked([(one.packed, at) for one, at in rows])
@@ -85,7 +88,7 @@ class Bank:
 
     def _clear(self) -> None:
         self.batch, self.live = 0, None
-        self.data = np.zeros((FIELDS, 0), dtype=np.int64)
+        self.standing = Standing(len(self.layers), 0, list(np.zeros((FIELDS, 0), dtype=np.int64)))
         self.offset = np.zeros(0, dtype=np.int64)
         self.chosen = np.zeros(0, dtype=bool)
         self.residual = np.zeros(0, dtype=np.int64)
@@ -94,7 +97,9 @@ class Bank:
         self.mirror = None
         self.memo = Memo()
         self.due: np.ndarray | None = None
-        """Nothing is due for a row before it has so many tokens, int64 `[rows]`; None where that is not known."""
+        """Nothing is due for a row before it has so many tokens, int64 `[rows]`, or `[rows of a layer]` where that is
+        so of the row in every layer; None where it is not known."""
+        self._free: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None] | None = None
         self.pending: list[tuple[str, np.ndarray, np.ndarray, torch.Tensor]] = []
         for layer in self.layers:
             layer.held, layer.learned = [], {}
@@ -131,16 +136,15 @@ class Bank:
 
     def _restore(self) -> Callable[[], None]:
         """What brings the rows back as they are now; the page tables know themselves what was done to them."""
-        names = (*ROWS, "batch", "exact", "packed", "mirror", "pending", "live")
-        before = {name: getattr(self, name) for name in names}
-        data, moving = self.data, self.data[FIXED:].copy()
+        names = (*ROWS, "batch", "standing", "exact", "packed", "mirror", "pending", "live")
+        before, bounds = {name: getattr(self, name) for name in names}, self.standing.snapshot()
         layers = [(list(layer.known), dict(layer.learned)) for layer in self.layers]
         tiers = [(tier, tier.shared, tier.capacity) for tier in (self.exact, self.packed) if tier is not None]
 
         def restore() -> None:
             other = self.mirror is not before["mirror"]
-            data[FIXED:] = moving
-            vars(self).update(before, data=data, due=None, memo=Memo())
+            bounds()
+            vars(self).update(before, due=None, memo=Memo())
             for tier, shared, capacity in tiers:
                 tier.shared = shared
                 tier.narrow(capacity)
@@ -208,29 +212,36 @@ class Bank:
     def rows_of(self, layers: Sequence[Layer] | None = None) -> np.ndarray:
         """Indices of the rows of some layers; None is all."""
         if layers is None or len(layers) == len(self.layers):
-            return np.arange(self.data.shape[1])
+            return self.standing.every
         return np.concatenate([np.arange(layer.base, layer.base + self.rows) for layer in layers])
 
-    def at(self, rows: np.ndarray | slice) -> Bounds:
-        """The bounds of rows, as arrays."""
-        whole = not isinstance(rows, slice) and len(rows) == self.data.shape[1]
-        return Bounds(*(self.data if whole else self.data[:, rows]))
+    @property
+    def bounds(self) -> Bounds:
+        """Of all rows, as arrays."""
+        return self.standing.bounds
 
-    def of_layers(self, data: np.ndarray) -> Bounds:
-        """Bounds of all rows as those of each layer, `[layers, rows]`; `[1, rows]` where all layers have the same."""
-        data = data.reshape(FIELDS, len(self.layers), -1)
-        return Bounds(*(data[:, :1] if (data == data[:, :1]).all() else data))
+    def at(self, rows: np.ndarray) -> Bounds:
+        """The bounds of rows, as arrays."""
+        return self.standing.at(rows)
 
     def set(self, rows: np.ndarray, bounds: Bounds) -> None:
-        """Let rows have these bounds, arrays of them or the same for all."""
-        for number in range(FIXED, FIELDS):
-            self.data[number, rows] = bounds[number]
+        """Let rows have these bounds: see `Standing.put`."""
+        self.standing.put(rows, dict(enumerate(bounds[FIXED:], FIXED)))
         if self.due is not None:
-            self.due[rows] = 0
+            if len(self.due) == self.standing.rows:
+                self.due[rows] = 0
+            elif np.ndim(bounds.length) and len(bounds.length) < len(rows):
+                self.due[rows[: len(bounds.length)]] = 0
+            else:
+                self.due = None
+
+    def lengthen(self, rows: np.ndarray, length: int) -> None:
+        """Tokens have come to rows."""
+        self.standing.put(rows, {LENGTH: length})
 
     def touch(self, rows: np.ndarray) -> None:
         """The groups of these rows' layers are no longer what they were."""
-        whole = len(rows) == self.data.shape[1]
+        whole = len(rows) == self.standing.rows
         layers = range(len(self.layers)) if whole else np.flatnonzero(np.bincount(rows // max(1, self.rows))).tolist()
         for index in layers:
             self.layers[index].regroup()
@@ -241,11 +252,12 @@ class Bank:
         with self.atomic():
             one = [[Bounds.empty(extent) for extent in layer.extents] for layer in self.layers]
             per_layer = np.array(one, dtype=np.int64).transpose(2, 0, 1)[:, :, None]  # [fields, layers, 1, heads]
-            self.data = np.broadcast_to(per_layer, (*per_layer.shape[:2], batch, self.heads)).reshape(FIELDS, -1).copy()
+            fields = np.broadcast_to(per_layer, (*per_layer.shape[:2], batch, self.heads)).reshape(FIELDS, -1)
+            rows = fields.shape[1]
+            self.standing = Standing(len(self.layers), rows, list(fields))
             self.batch, self.due = batch, None
-            self.offset = np.zeros(self.data.shape[1], dtype=np.int64)
-            self.peak = np.zeros(self.data.shape[1], dtype=np.float32)
-            self.exact, self.packed = self._tiers(self.data.shape[1])
+            self.offset, self.peak = np.zeros(rows, dtype=np.int64), np.zeros(rows, dtype=np.float32)
+            self.exact, self.packed = self._tiers(rows)
             for name in ("chosen", "residual"):
                 each = np.array([getattr(layer, f"head_{name}") for layer in self.layers])[:, None]
                 setattr(self, name, np.broadcast_to(each, (len(each), batch, self.heads)).reshape(-1).copy())
@@ -306,7 +318,7 @@ class Bank:
         for bank, sequences in parts:
             places.append(first + (layers * bank.batch + sequences[:, None]) * self.heads + heads)
             local.append((sequences[:, None] * self.heads + heads).reshape(-1))
-            first += bank.data.shape[1]
+            first += bank.standing.rows
         source = np.concatenate(places, 1).reshape(-1)
         kept = [
             joined([(bank.layers[index].selected(rows), len(rows)) for (bank, _), rows in zip(parts, local)])
@@ -314,8 +326,9 @@ class Bank:
         ]
         for layer, (held, learned) in zip(self.layers, kept):
             layer.held, layer.learned = held, learned
-        for name in (*ROWS, "data"):
-            setattr(self, name, np.concatenate([getattr(bank, name) for bank, _ in parts], -1)[..., source])
+        for name in ROWS:
+            setattr(self, name, np.concatenate([getattr(bank, name) for bank, _ in parts])[source])
+        self.standing = Standing.gathered([(bank.standing, rows) for (bank, _), rows in zip(parts, local)], source)
         shape = len(self.layers), self.heads, shared
         packed = [(bank.packed, bank.batch, which) for bank, which in parts if bank.packed is not None]
         self.exact = Tier.gathered([(bank.exact, bank.batch, which) for bank, which in parts], *shape)
@@ -328,7 +341,7 @@ class Bank:
 
     def columns(self) -> Iterator[tuple[Tier, np.ndarray]]:
         """The tiers, with how many columns of each row count."""
-        bounds = self.at(slice(None))
+        bounds = self.bounds
         yield self.exact, bounds.exact_pages
         if self.packed is not None:
             yield self.packed, bounds.packed_pages(self.packing)
@@ -346,13 +359,17 @@ class Bank:
         """One more token of each row: a slot behind the others in an exact page that nobody shares, which is the
         caller's to write."""
         assert self.change is not None
-        full = self.at(rows).full
-        fresh = rows[full]
-        self.exact.widen(self.change, fresh, self.at(fresh).exact_pages, 1)
-        if self.exact.shared:
-            opened = rows[~full]
-            self.exact.unshare(self.change, opened, self.at(opened).exact_pages - 1)
-        self.data[_LENGTH, slice(None) if len(rows) == self.data.shape[1] else rows] += 1
+        standing, whole = self.standing, self.standing.whole(rows)
+        if self.exact.shared or not whole or standing.full.any():
+            old = self.at(rows)
+            fresh, columns = old.full, old.exact_pages
+            self.exact.widen(self.change, rows[fresh], columns[fresh], 1)
+            if self.exact.shared:
+                self.exact.unshare(self.change, rows[~fresh], columns[~fresh] - 1)
+        if whole:
+            standing.grow()
+        else:
+            standing.put(rows, {LENGTH: old.length + 1})
         if self.live is not None:
             self.live = replace(self.live, opened=True)
         self.touch(rows)
@@ -360,54 +377,83 @@ class Bank:
     def give(self, rows: np.ndarray) -> None:
         """One token of each row goes, and the newest one takes its place, which is the device's to do."""
         assert self.change is not None
-        old = self.at(rows)
+        standing = self.standing
+        each = len(self.layers) if standing.whole(rows) and standing.same else 1
+        old = standing.layer(0) if each > 1 else self.at(rows)
         new = old._replace(length=old.length - 1, evicted=old.evicted + 1)
-        self.exact.drop(self.change, rows, old.exact_pages - 1, old.exact_pages - new.exact_pages, old.exact_pages)
-        for number in (_LENGTH, _EVICTED):
-            self.data[number, rows] = new[number]
+        gone = old.exact_pages - new.exact_pages
+        if gone.any():
+            first, gone, columns = (np.tile(x, each) for x in (old.exact_pages - 1, gone, old.exact_pages))
+            self.exact.drop(self.change, rows, first, gone, columns)
+        standing.put(rows, {LENGTH: new.length, EVICTED: new.evicted})
         self.touch(rows)
 
-    def advance(self, rows: np.ndarray, revocable: int = 0) -> None:
-        """Let windows slide, and pack what is due. The newest `revocable` tokens may yet be taken back."""
-        if self.due is None:
-            self.due = np.zeros(self.data.shape[1], dtype=np.int64)
+    def _plain(self) -> tuple[np.ndarray, int]:
+        """Rows in which no policy chooses: all of them, or those of one layer where they stand for the same rows of so
+        many."""
+        if self._free is None or self._free[0] is not self.chosen or self._free[1] is not self.residual:
+            rows, each = np.flatnonzero(~self.chosen), len(self.layers)
+            layers = [x.reshape(each, -1) for x in (self.chosen, self.residual)]
+            local = rows[: len(rows) // each] if all((x == x[:1]).all() for x in layers) else None
+            self._free = self.chosen, self.residual, rows, local
+        _, _, rows, local = self._free
+        return (rows, 1) if local is None or not self.standing.same else (local, len(self.layers))
+
+    def advance(self, rows: np.ndarray | None = None, revocable: int = 0) -> None:
+        """Let windows slide, and pack what is due; rows: None is all in which no policy chooses. The newest
+        `revocable` tokens may yet be taken back."""
+        rows, each = self._plain() if rows is None else (rows, 1)
+        old, due = self.standing.layer(0) if each > 1 else self.bounds, self.due
+        if due is None:
+            due = np.zeros(len(old.length), dtype=np.int64)
+        elif len(due) != len(old.length):
+            due = due.reshape(each, -1).min(0) if each > 1 else np.tile(due, len(self.layers))
+        self.due = due
         if not revocable:
-            rows = rows[(self.data[_LENGTH] >= self.due)[rows]]
+            late = old.length >= due
+            rows = rows[late[rows]] if late.any() else rows[:0]
         if not len(rows):
             return
-        old = self.at(rows)
+        old = old if len(rows) == len(due) else old.at(rows)
         packing = self.packing and replace(self.packing, residual=self.residual[rows])
         new = old.advanced(packing, revocable)
         moved = (new.exact_base != old.exact_base) | (new.packed_base != old.packed_base)
         moved |= (new.packed_stop != old.packed_stop) | (new.left != old.left)
         if moved.any():
+            some = (rows, old, new) if moved.all() else (rows[moved], old.at(moved), new.at(moved))
+            which = (np.arange(each)[:, None] * self.rows + some[0]).reshape(-1) if each > 1 else some[0]
             with self.atomic():
-                self.move(rows[moved], old.at(moved), new.at(moved))
-            self.touch(rows[moved])
+                self.move(which, *some[1:])
+            self.touch(which)
             if self.mirror is not None and self.mirror.fit():
                 self.mirror.sync()  # here a GPU is still at work on the step
-        self.due[rows] = 0 if revocable else new.length + new.idle(packing)
+        due[rows] = 0 if revocable else new.length + new.idle(packing)
+        self.due = due
 
     def move(self, rows: np.ndarray, old: Bounds, new: Bounds, parts: Sequence[Part] = ()) -> None:
-        """From bounds to bounds: pack groups, give up pages of either tier. parts: see `pack`."""
+        """From bounds to bounds, of `rows` or, if they are the same ones of every layer, of those of one: pack groups,
+        give up pages of either tier. parts: see `pack`."""
         assert self.change is not None
-        absorb(self, rows, old, new, parts)
+        before, after = old, new
+        if len(old.length) < len(rows):
+            before = self.at(rows)
+            each = zip(before, old, new)
+            after = Bounds(*(b if x is y else np.tile(y, len(self.layers)) for b, x, y in each))
+        absorb(self, rows, before, after, parts)
         if self.packed is not None:
-            (pack_pairs if self.paired else pack)(self, rows, old, new, parts)
-        self.exact.drop(self.change, rows, old.pinned_pages, old.exact_gone(new), old.exact_pages)
+            (pack_pairs if self.paired else pack)(self, rows, before, after, parts)
+        self.exact.drop(self.change, rows, before.pinned_pages, before.exact_gone(after), before.exact_pages)
         self.set(rows, new)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tables."""
-        arrays = (self.data, *(getattr(self, name) for name in ROWS))
+        arrays = [getattr(self, name) for name in ROWS]
         tiers = [tier for tier in (self.exact, self.packed) if tier is not None]
         waiting = sum(pages.nbytes + slots.nbytes + x.nbytes for _, pages, slots, x in self.pending)
         mirror = 0 if self.mirror is None else self.mirror.nbytes
-        return sum(x.nbytes for x in arrays) + sum(tier.nbytes for tier in tiers) + waiting + mirror + self.memo.nbytes
-
-
-_LENGTH, _EVICTED = (Bounds._fields.index(name) for name in ("length", "evicted"))
+        rows = self.standing.nbytes + sum(x.nbytes for x in arrays)
+        return rows + sum(tier.nbytes for tier in tiers) + waiting + mirror + self.memo.nbytes
 
 
 def _stacked(parts: list[tuple[Tier, np.ndarray]]) -> Tier:

@@ -62,14 +62,11 @@ def take(bank: Tables, parts: Sequence[Part], new: Bounds) -> None:
     bank.move(rows, before, after._replace(length=before.length), parts)
     if new.length > old.length:
         _write(bank, rows, old, new, list(zip(*(part.pair for part in parts if part.pair is not None))))
-        bank.data[_LENGTH, rows] = int(new.length)
+        bank.lengthen(rows, int(new.length))
     for part in parts:
         part.group.bounds = new
         part.group.touched_exact()
         part.group.touched_packed()
-
-
-_LENGTH = Bounds._fields.index("length")
 
 
 def _write(bank: Tables, rows: np.ndarray, old: Bounds, new: Bounds, chunk: Sequence[tuple[torch.Tensor, ...]]) -> None:

@@ -95,8 +95,9 @@ class Tables(Protocol):
     change: Transaction | None
     exact: Tier
     packed: Tier | None
-    data: np.ndarray
     residual: np.ndarray
+
+    def lengthen(self, rows: np.ndarray, length: int) -> None: ...
 
     def move(self, rows: np.ndarray, old: Bounds, new: Bounds, parts: Sequence[Any] = ()) -> None: ...
 

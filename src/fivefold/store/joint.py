@@ -54,7 +54,7 @@ def advance(bank: Bank, revocable: int) -> list[LayerCache]:
         return []
     if bank.live is not None or not _alike(bank, layers):
         return []
-    held, bounds = [layer.held[0] for layer in layers], Bounds(*bank.data[:, 0].tolist())
+    held, bounds = [layer.held[0] for layer in layers], bank.standing.one(0)
     if policy.step(held[0], bounds, first.packing_of(held[0])) is not None:
         return []
     at_once = NUMBERS // (bank.rows * held[0].slots)
@@ -94,7 +94,7 @@ def _alike(bank: Bank, layers: Sequence[Any]) -> bool:
         for layer in layers
         for one in layer.known
     }
-    return len(kinds) == 1 and next(iter(kinds))[0] == bank.rows and bool((bank.data == bank.data[:, :1]).all())
+    return len(kinds) == 1 and next(iter(kinds))[0] == bank.rows and bank.standing.level
 
 
 def _joint(parts: Sequence[Held]) -> Held:

@@ -21,7 +21,7 @@ from fivefold.store.group import RowGroup
 from fivefold.store.held import Held, Holds
 from fivefold.store.pages import PagePool
 from fivefold.store.plan import Policy, Stored, execute
-from fivefold.store.rows import FIXED, PAGE, Bounds, Extent, Packing, run_of
+from fivefold.store.rows import PAGE, Bounds, Extent, Packing, run_of
 from fivefold.store.spec import LayerSpec, Pools, exact_layout
 from fivefold.store.tier import Tier
 
@@ -128,7 +128,7 @@ class LayerCache(Holds):
     @property
     def bounds(self) -> Bounds:
         """Of all its rows, as arrays."""
-        return self.bank.at(slice(self.base, self.base + self.rows))
+        return self.bank.standing.layer(self.index)
 
     def start(self, batch: int) -> None:
         """Begin `batch` empty sequences (of all layers of the bank, as the next four)."""
@@ -197,7 +197,7 @@ class LayerCache(Holds):
     def _make_groups(self) -> list[RowGroup]:
         if not self.batch:
             return []
-        data, out = self.bank.data[:, self.base : self.base + self.rows], []
+        data, out = np.stack(self.bounds), []
         for number, held in enumerate(self.held):
             rows = held.places.cpu().numpy()
             out.append(RowGroup(self, rows, Bounds(*data[:, rows[0]].tolist()), number))
@@ -249,8 +249,7 @@ class LayerCache(Holds):
 
     def set(self, group: RowGroup, bounds: Bounds) -> None:
         """Let the rows of a group have these bounds."""
-        self.bank.data[FIXED:, group.flat] = np.array(bounds[FIXED:], dtype=np.int64)[:, None]
-        self.bank.due = None
+        self.bank.set(group.flat, bounds)
         group.bounds = bounds
 
     # -- tokens -------------------------------------------------------------------------------------------

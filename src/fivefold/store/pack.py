@@ -108,14 +108,16 @@ def pack(
     alike = len(chunks) > 0  # as in every layer of a chunk
     way = _way(*(Bounds(*(int(x[0]) for x in one)) for one in (old, new)), packing, len(rows)) if alike else None
     gone, columns, fresh, start, count, column, slot = way or Way.between(old, new, packing)
-    for wanted in np.unique(fresh[fresh > 0]).tolist():
-        some = fresh == wanted
-        tier.widen(change, rows[some], columns[some], wanted)
+    for wanted in distinct(fresh):
+        if wanted > 0:
+            some = fresh == wanted
+            tier.widen(change, rows[some], columns[some], wanted)
     stored = np.clip(old.length - start, 0, count)
     some = count > 0
     if some.any():
-        keys = np.stack([slot, count, stored])[:, some]
-        due = Due(rows[some], old.at(some), start[some], column[some], 0, 0, 0)
+        keys, due = np.stack([slot, count, stored]), Due(rows, old, start, column, 0, 0, 0)
+        if not some.all():
+            keys, due = keys[:, some], due.some(some)
         if not _by_kernel(bank, due, keys, chunks):
             for which, part in each(parts):
                 _encode(bank, due.part(which, keys), part.group, part.pair, part.held)
@@ -123,6 +125,14 @@ def pack(
                 for some, group in _groups(bank, due.part(which, keys)):
                     _encode(bank, some, group)
     tier.drop(change, rows, 0, gone, columns + np.maximum(0, fresh))
+
+
+def distinct(numbers: np.ndarray) -> list[int]:
+    """The different ones, in order."""
+    if not len(numbers):
+        return []
+    first = int(numbers[0])
+    return [first] if (numbers == first).all() else np.unique(numbers).tolist()
 
 
 def _alike(bank: Tables, due: Due, keys: np.ndarray) -> list[np.ndarray]:
@@ -188,17 +198,27 @@ def _by_kernel(bank: Tables, due: Due, keys: np.ndarray, chunks: Sequence[Chunk]
         _complete(bank, due, int(stored[0]), int(count[0]), chunks)
     # All planes of 32 tokens, row by row: number n of row i goes to plane at[n] of the pages from due.column[i] on.
     planes, page = count // PAGE, bank.packing.page // PAGE
-    row = np.repeat(np.arange(len(planes)), planes)
-    number = np.arange(len(row)) - np.repeat(np.cumsum(planes) - planes, planes)
-    at = (slot // PAGE)[row] + number
+    if (planes == 1).all():  # as in a step
+        row = begin = np.arange(len(planes))
+        number, at, size = np.zeros_like(row), slot // PAGE, planes
+    else:
+        row = np.repeat(np.arange(len(planes)), planes)
+        number = np.arange(len(row)) - np.repeat(np.cumsum(planes) - planes, planes)
+        at = (slot // PAGE)[row] + number
+        begin = np.flatnonzero((number == 0) | (at % page == 0))
+        size = np.diff(begin, append=len(at))
     sources, stands = _sources(bank, due, row, number, stored, chunks)
-    begin = np.flatnonzero((number == 0) | (at % page == 0))
-    planes_of, size, row, at = row, np.diff(begin, append=len(at)), row[begin], at[begin]
+    planes_of, kinds = row, distinct(size)
+    if len(begin) < len(row):
+        row, at = row[begin], at[begin]
     packed = bank.packed.pool
     pages = bank.packed.table[due.rows[row], due.column[row] + at // page]
     places = np.stack([packed.addresses(packed.layout.fields[0].name, pages) >> 4, at % page], 1)
     work, whose = [], []
-    for planes_of_page in np.unique(size).tolist():
+    for planes_of_page in kinds:
+        if len(kinds) == 1:
+            work, whose = [sources.reshape(-1, planes_of_page, 2), places], [row]
+            break
         some = size == planes_of_page
         work += [sources[begin[some][:, None] + np.arange(planes_of_page)], places[some]]
         whose.append(row[some])
@@ -251,11 +271,11 @@ def _sources(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where keys and values of planes lie, in units of 16 bytes: int64 `[planes, 2]`; and which are exact pages."""
     out = np.empty((len(row), 2), dtype=np.int64)
-    there = number * PAGE < stored[row]
-    which = row[there]
-    pages = bank.exact.table[due.rows[which], due.bounds.exact_column(due.start)[which] + number[there]]
+    there, all_there = number * PAGE < stored[row], not chunks
+    which, planes = (row, number) if all_there else (row[there], number[there])
+    pages = bank.exact.table[due.rows[which], due.bounds.exact_column(due.start)[which] + planes]
     for side, name in enumerate(KV):
-        out[there, side] = bank.exact.pool.addresses(name, pages)
+        out[slice(None) if all_there else there, side] = bank.exact.pool.addresses(name, pages)
     if chunks:
         which = row[~there]
         token = (due.start - due.bounds.length)[which] + number[~there] * PAGE

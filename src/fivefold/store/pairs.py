@@ -68,7 +68,7 @@ def take_in(
         layer.take_in(group, keys, values, False, revocable)
     if advance and last:
         bank.advance(np.concatenate([group.flat - bank.rows, group.flat]), revocable)
-        group.bounds = Bounds(*bank.data[:, group.flat[0]].tolist())
+        group.bounds = bank.standing.one(int(group.flat[0]))
         group.touched_exact()
         group.touched_packed()
 

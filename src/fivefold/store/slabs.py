@@ -13,6 +13,8 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 
+from fivefold.store.rows import run_of
+
 F = TypeVar("F", bound=Callable[..., Any])
 SLAB_SHIFT = 20
 INDEX_MASK = (1 << SLAB_SHIFT) - 1
@@ -112,7 +114,8 @@ class Slabs:
 
     def _take(self, number: int, index: np.ndarray) -> np.ndarray:
         """The ids of free pages that are free no more."""
-        cast(Slab, self._slabs[number]).references[index] = 1
+        references = cast(Slab, self._slabs[number]).references
+        references[run_of(index) or index] = 1
         self._free[number] -= len(index)
         self._longest[number] = min(self._longest[number], self._free[number])
         return (number << SLAB_SHIFT) + index
@@ -201,7 +204,10 @@ class Slabs:
     def addresses(self, name: str, pages: np.ndarray) -> np.ndarray:
         """Where field `name` of each page begins in memory, in bytes: int64, the shape of `pages`."""
         row, step = self._steps[name]
-        return self._starts[row][pages >> SLAB_SHIFT] + (pages & INDEX_MASK) * step
+        starts = self._starts[row] - (np.arange(self._starts.shape[1]) << SLAB_SHIFT) * step
+        out = starts[pages >> SLAB_SHIFT]
+        out += pages * step
+        return out
 
     def _by_slab(self, pages: np.ndarray) -> Iterator[tuple[Slab, np.ndarray, np.ndarray | None]]:
         """(slab, indices in it, where they stand in `pages`; None if all of them)."""

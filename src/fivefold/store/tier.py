@@ -113,9 +113,15 @@ class Tier:
         """Fresh pages in the `count` columns from `at` on (of each row its own), behind those that count."""
         if not len(rows) or count <= 0:
             return
-        columns = np.broadcast_to(np.asarray(at), rows.shape)[:, None] + np.arange(count)
-        last = int(columns.max()) + 1
+        first, last = int(np.min(at)), int(np.max(at)) + count
         self.reserve(last)
+        if last - first == count:
+            which, columns = self._index(rows), np.arange(first, last)
+            for pool, table in zip(self.pools, self.tables):
+                table[which, first:last] = change.allocate(pool, count * len(rows)).reshape(-1, count)
+            self.change(rows[:, None], columns)
+            return
+        columns = np.broadcast_to(np.asarray(at), rows.shape)[:, None] + np.arange(count)
         for pool, table in zip(self.pools, self.tables):
             table[rows[:, None], columns] = change.allocate(pool, columns.size).reshape(columns.shape)
         self.change(rows[:, None], columns)
@@ -130,10 +136,15 @@ class Tier:
     ) -> None:
         """Give up `count` of a row's `columns` from `first` on (of each row its own); those behind move up."""
         some = np.broadcast_to(count, rows.shape) > 0
-        rows = rows[some]
-        if not len(rows):
+        if not some.any():
             return
-        first, count, columns = (np.broadcast_to(x, some.shape)[some, None] for x in (first, count, columns))
+        if not some.all():
+            rows = rows[some]
+            first, count, columns = (x if np.ndim(x) == 0 else np.asarray(x)[some] for x in (first, count, columns))
+        if all(np.min(x) == np.max(x) for x in (first, count, columns)):
+            self._drop_alike(change, rows, *(int(np.min(x)) for x in (first, count, columns)))
+            return
+        first, count, columns = (np.broadcast_to(x, rows.shape)[:, None] for x in (first, count, columns))
         stop = int(columns.max())
         at = np.arange(stop)
         gone = (at >= first) & (at < first + count)
@@ -144,6 +155,21 @@ class Tier:
             change.release(pool, old[gone])
             table[rows, :stop] = np.take_along_axis(old, source, 1)
         self.change(rows[:, None], np.arange(int(first.min()), stop))
+
+    def _drop_alike(self, change: Transaction, rows: np.ndarray, first: int, count: int, columns: int) -> None:
+        """The same of the same columns of all rows."""
+        which, last = self._index(rows), first + count
+        before = self._keep(change, rows, columns)
+        for pool, table, old in zip(self.pools, self.tables, before):
+            change.release(pool, old[:, first:last])
+            table[which, first : columns - count] = old[:, last:]
+        if last < columns:
+            self.change(rows[:, None], np.arange(first, columns - count))
+
+    def _index(self, rows: np.ndarray) -> np.ndarray | slice:
+        """All rows as a slice, for less work."""
+        whole = len(rows) == len(self.table) and np.array_equal(rows, np.arange(len(rows)))
+        return slice(None) if whole else rows
 
     def move(
         self, change: Transaction, rows: np.ndarray, columns: np.ndarray, pages: np.ndarray, number: int = 0
@@ -177,16 +203,18 @@ class Tier:
         for rows in sides:
             self.move(change, rows[where], columns[where], new, number)
 
-    def _keep(self, change: Transaction, rows: np.ndarray, stop: int) -> None:
-        """Note what the first columns of rows are, for a rollback."""
-        before = [table[rows, :stop] for table in self.tables]
+    def _keep(self, change: Transaction, rows: np.ndarray, stop: int) -> list[np.ndarray]:
+        """Note what the first columns of rows are, for a rollback; returns it, which is not to be written to."""
+        which = self._index(rows)
+        before = [np.array(table[which, :stop]) for table in self.tables]
 
         def restore() -> None:
             for table, old in zip(self.tables, before):
-                table[rows, :stop] = old
+                table[which, :stop] = old
             self.change(rows[:, None], np.arange(stop))
 
         change.undo(restore)
+        return before
 
     def pages(self, rows: np.ndarray | slice, columns: int, which: int = 0) -> np.ndarray:
         """The first columns of rows: int64 `[rows, columns]`, a view for a slice of rows."""
