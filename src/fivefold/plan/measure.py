@@ -93,11 +93,10 @@ def measure(device: torch.device | None = None, progress: Progress | None = None
     device = device_of.device() if device is None else device
     sizes = GPU if device.type == "cuda" else CPU
     raw: dict[str, Any] = {}
-    parts: dict[str, Callable[[torch.device, Sizes], Mapping[str, Any]]] = {
+    parts: dict[str, Callable[..., Mapping[str, Any]]] = {
         "copies": _copies, "products": _products, "weights": weights, "attention": _attention, "prompts": prompts,
         "packing": _packing, "launches": _launches, "own launches": partial(_launches, own=True), "link": _link,
-        "steps": _steps,
-        "reading": _reading,
+        "steps": _steps, "reading": _reading,
     }  # fmt: skip
     for name, part in parts.items():
         if progress is not None:
@@ -149,9 +148,7 @@ def constants(raw: Mapping[str, Any], name: str | None = None, date: str | None 
     # fit, steps of many sequences are predicted badly. The shares of bandwidth that attention reaches are those of its
     # kernels: these caches are too small to show them.
     found = fit_steps([Row.from_dict(row) for row in raw["steps"]["rows"]], base)
-    if "reading" not in raw:
-        return found
-    return fit_prompts([Prompt.from_dict(row) for row in raw["reading"]["rows"]], found)
+    return fit_prompts([Prompt.from_dict(row) for row in raw.get("reading", {}).get("rows", ())], found)
 
 
 def save(machine: Machine, raw: Mapping[str, Any], path: Path | None = None) -> Path:
