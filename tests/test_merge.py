@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from conftest import DEVICES
+import fivefold
+from conftest import DEVICES, VOCAB
 from fivefold.attention import merge as merge_module
 from fivefold.attention.merge import MASKED, merge
+from fivefold.engine import layer
 from fivefold.kernels.merge import merge_reference
 from fivefold.kernels.peak import peaks_reference
 
@@ -102,3 +105,30 @@ def test_the_kernel_finds_the_largest(
         found, wanted = peak.peaks(pair[0], values), peaks_reference(pair[0], values)
         most = torch.where(found.isnan().any(1), torch.nan, found.amax(1))
         assert found.dtype == torch.float32 and torch.allclose(most, wanted[:, 0], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("held", [[0, 1, 2, 3], [0, 1], [0, 2], [3]], ids=str)
+def test_heads_of_two_kinds(tiny: Any, held: list[int], batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of a kind that lie together, or not, give what windows that nothing leaves give; and where there is one
+    sequence, in the order in which the model goes on with it."""
+    model = tiny("llama", num_attention_heads=8, num_key_value_heads=4)
+    ids = torch.randint(3, VOCAB - 3, (batch, 90), generator=torch.Generator().manual_seed(batch))
+    real, seen = layer._over_groups, []
+
+    def over_groups(*given: Any) -> torch.Tensor:
+        out = real(*given)
+        seen.append((len(given[1].groups), out))
+        return out
+
+    monkeypatch.setattr(layer, "_over_groups", over_groups)
+    pairs = [[number, head] for number in range(model.config.num_hidden_layers) for head in held]
+    caches = [fivefold.compress(model, recipe) for recipe in (f"duo(retrieval={pairs}, sink=4, recent=200)", "full()")]
+    with torch.no_grad():
+        for chunk in ids.split((50, 40), 1):
+            found, wanted = (model(chunk, past_key_values=cache).logits for cache in caches)
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    kinds = {count for count, _ in seen}
+    assert kinds == {1, 1 + (len(held) < 4)}
+    for _, out in seen:
+        assert batch > 1 or out.flatten(0, 1).transpose(0, 1).is_contiguous()

@@ -14,17 +14,17 @@ _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32:
 
 @triton.jit(do_not_specialize=("columns", "tokens", "stride"))
 def _gather(
-    table, at, keys, values, columns, tokens, stride,
+    table, lines, keys, values, columns, tokens, stride,
     DTYPE: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, NAMED: tl.constexpr,
 ):  # fmt: skip
-    """One side of a page. Grid: (rows * columns, 2); stride: of a row of the table. NAMED: `at` names its rows."""
+    """One side of a page. Grid: (rows * columns, 2); stride: of a row of the table. NAMED: `lines` are its rows."""
     page = tl.program_id(0).to(tl.int64)
     side = tl.program_id(1)
     row = page // columns
     column = page % columns
     r = tl.arange(0, PAGE)
     d = tl.arange(0, D)
-    source = tl.load(at + row) if NAMED else row
+    source = tl.load(lines + row) if NAMED else row
     address = tl.load(table + source * stride + 2 * column + side) * 16
     there = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
     seen = (column * PAGE + r < tokens)[:, None] & (d < D)[None, :]

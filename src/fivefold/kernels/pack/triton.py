@@ -241,19 +241,19 @@ def pack_exact(form: Form, sources: torch.Tensor, places: torch.Tensor, dtype: t
 
 @triton.jit(do_not_specialize=("columns", "stride"))
 def _unpack(
-    table, at, keys, values, columns, stride,
+    table, lines, keys, values, columns, stride,
     D: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr,
     NAMED: tl.constexpr,
 ):  # fmt: skip
     """One side of a page, `[TOKENS, D]`, where `table [rows, >= columns]` says it lies. Grid: (rows * columns, 2).
-    NAMED: `at` names its rows."""
+    NAMED: `lines` are the rows of it."""
     page = tl.program_id(0).to(tl.int64)
     side = tl.program_id(1)
     SIDE: tl.constexpr = 32 * D + 2 * (TOKENS // GROUP) * D
     r = tl.arange(0, 32)
     d = tl.arange(0, D)
     inside = r[:, None] * D + d[None, :]
-    row = tl.load(at + page // columns) if NAMED else page // columns
+    row = tl.load(lines + page // columns) if NAMED else page // columns
     address = tl.load(table + row * stride + page % columns) * 16
     words = tl.multiple_of(address.to(tl.pointer_type(tl.int16)), 16) + side * SIDE
     scales = words.to(tl.pointer_type(tl.float16)) + 32 * D

@@ -11,7 +11,7 @@ __all__ = ["peaks", "peaks_reference"]
 def peaks(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """What `peaks_reference` gives, in one or more numbers a side, of which the largest counts, or one that is NaN:
     float32 `[2, n]`. By the kernel where that runs."""
-    if choose(keys.device).triton:
+    if choose(keys.device).triton and keys.dtype == values.dtype:
         from fivefold.kernels.peak import triton as kernel
 
         return kernel.peaks(keys, values)

@@ -8,8 +8,8 @@ import triton.language as tl
 
 from fivefold.kernels.device import on
 
-PROGRAMS = 128
-"""Of one side at most: enough to fill a GPU, and few numbers to be sent."""
+PROGRAMS = 32
+"""Of one side at most: few numbers for the host to look at."""
 NUMBERS = 4096
 """Numbers that a program takes at a time."""
 
@@ -23,8 +23,8 @@ def _peaks(
     2)."""
     side = tl.program_id(1)
     x = keys if side == 0 else values
-    by_row = (key_row if side == 0 else value_row).to(tl.int64)
-    by_token = (key_token if side == 0 else value_token).to(tl.int64)
+    by_row = tl.where(side == 0, key_row, value_row).to(tl.int64)
+    by_token = tl.where(side == 0, key_token, value_token).to(tl.int64)
     d = tl.arange(0, WIDTH)
     most = tl.zeros([BLOCK, WIDTH], tl.int32)
     for first in range(tl.program_id(0) * BLOCK, lines, tl.num_programs(0) * BLOCK):
