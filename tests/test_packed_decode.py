@@ -221,6 +221,16 @@ def test_work_lists() -> None:
             largest = (-(-pages[0, kind] // np.maximum(1, shares[0, kind]))).max()
             assert largest <= each + max(1, each // 32)
     assert np.diff(kernel.starts_of(np.array([[2048] * 8, [0] * 8]), (264, 0)))[0].tolist() == [33] * 8
+
+
+def test_programs_get_a_share_that_is_worth_beginning_for() -> None:
+    """Where the device is filled more than once, and not of rows so different that the longest would begin last."""
+    many = schedule.Programs(2112, 0, 264, 32)
+    for rows, most in (([133] * 64, 264), ([133, 9] * 32, 264), ([133] * 1024, 4096), ([5, 0, 0, 7] * 16, 264)):
+        found = np.diff(schedule.starts_of(np.array([rows, 0 * np.array(rows)]), many)[0])
+        assert (found >= np.minimum(rows, 1)).all() and found.sum() <= most
+    different = np.array([list(range(8, 264)), [0] * 256])
+    assert np.array_equal(schedule.starts_of(different, many), schedule.starts_of(different, many[:2]))
     spans = np.array([[0, 600, 0, 0, 33], [300, 512, 0, 0, 0], [0, 0, 0, 0, 0], [7, 7, 0, 0, 64]])
     assert kernel.pages_of(spans, 256).tolist() == [[3, 1, 0, 0], [1, 0, 0, 1]]
     assert kernel.pages_of(spans, 256, joined=True).tolist() == [[5, 1, 0, 2], [0, 0, 0, 0]]

@@ -102,8 +102,11 @@ def starts_of(pages: np.ndarray, programs: Programs | tuple[int, ...]) -> np.nda
     most = np.broadcast_to(np.array(programs[:2])[:, None], (*pages.shape[:-1], 1))
     if isinstance(programs, Programs):
         packed = pages[..., :1, :]
-        enough = np.maximum(packed.sum(-1, keepdims=True) // programs.share, (packed > 0).sum(-1, keepdims=True))
-        enough = np.maximum(enough, programs.once)
+        rows, total = (packed > 0).sum(-1, keepdims=True), packed.sum(-1, keepdims=True)
+        enough = np.maximum(np.maximum(rows, programs.once), total // programs.share)
+        # Of rows that are not alike, programs of the longest may begin last.
+        uneven = (enough > programs.once) & (10 * rows * packed.max(-1, keepdims=True, initial=0) > 11 * total)
+        enough = np.where(uneven, most[..., :1, :], enough)
         most = np.concatenate([np.minimum(most[..., :1, :], enough), most[..., 1:, :]], -2)
     each = np.maximum(1, -(-pages.sum(-1, keepdims=True) // np.maximum(1, most)))
     while True:
