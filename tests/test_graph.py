@@ -18,6 +18,7 @@ import torch
 
 import fivefold
 from conftest import DEVICES, KERNELS
+from fivefold.attention import sending
 from fivefold.attention.tables import DeviceTables, tables_of
 from fivefold.errors import CacheFullError, CacheStateError
 from fivefold.kernels.device import Beside
@@ -266,6 +267,8 @@ def test_tables_follow_whatever_happens_to_the_pages(seed: int, monkeypatch) -> 
     changes of place, and changes that were broken off."""
     # With work lists, which Triton wants, and without.
     monkeypatch.setenv("FIVEFOLD_KERNELS", "triton" if seed in (0, 3) and not GPU else "reference")
+    if seed % 2:
+        monkeypatch.setattr(sending, "_MANY", 0)  # the device makes copies of one layer
     random.seed(seed)
     torch.manual_seed(seed)
     codec = random.choice([None, Kivi(bits=2, residual=32), Kivi(bits=4, group=64, residual=0)])

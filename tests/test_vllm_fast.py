@@ -306,7 +306,7 @@ def test_what_is_read_packed_is_what_kivi_packs(text: str, tiny) -> None:
             model(torch.randint(0, 100, (1, length - known)), past_key_values=cache)
         known = length
         for layer in cache.session.stores.values():
-            assert set(layer.bank.at(slice(None)).packed_stop.tolist()) == {pages.packed(length)}, length
+            assert set(layer.bank.bounds.packed_stop.tolist()) == {pages.packed(length)}, length
 
 
 # -- tables -------------------------------------------------------------------------------------------------------

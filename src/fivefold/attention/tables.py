@@ -200,7 +200,8 @@ class DeviceTables:
         bank, reader = self.bank, self.readers[0]
         send_pages(bank, bank.exact, self._fields, self._exact, 16, self.rows)
         if bank.packed is not None and reader is not None:
-            send_pages(bank, bank.packed, reader.fields, self._packed, reader.unit, self.rows, self.division.standing)
+            standing = self.division.standing if self.division.width else None
+            send_pages(bank, bank.packed, reader.fields, self._packed, reader.unit, self.rows, standing)
             for layer in bank.layers if reader.learned else ():
                 self._copy(layer, reader.learned)
 

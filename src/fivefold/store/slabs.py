@@ -13,8 +13,6 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 
-from fivefold.store.rows import run_of
-
 F = TypeVar("F", bound=Callable[..., Any])
 SLAB_SHIFT = 20
 INDEX_MASK = (1 << SLAB_SHIFT) - 1
@@ -113,9 +111,8 @@ class Slabs:
         return slab
 
     def _take(self, number: int, index: np.ndarray) -> np.ndarray:
-        """The ids of free pages that are free no more."""
-        references = cast(Slab, self._slabs[number]).references
-        references[run_of(index) or index] = 1
+        """The ids of free pages side by side that are free no more."""
+        cast(Slab, self._slabs[number]).references[index[0] : index[-1] + 1] = 1
         self._free[number] -= len(index)
         self._longest[number] = min(self._longest[number], self._free[number])
         return (number << SLAB_SHIFT) + index
