@@ -8,8 +8,8 @@
 Each row is written as soon as it is measured, and what the file holds already is not measured again: what is broken off
 is gone on with by the same command. Constants are fitted on steps (with 32 and with 8 layers), prompts and changes of
 sessions of Llama-3-8B's shape, and checked on Llama-3.2-1B's. `--fit` and `--compare` need no GPU; what `--compare`
-prints, it leaves in the file too. `--only prompts-kernels` measures a prompt's attention anew, `--only
-weights` what products read.
+prints, it leaves in the file too. `--only prompts-kernels` measures a prompt's attention anew, `--only weights` what
+products read, `--only launches` and `own-launches` what the host takes for a chunk.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,14 @@ CONTEXTS = (4096, 32768, 131072, 524288)
 BATCHED = (4096, 32768)
 EIGHT, ONE = "llama-3-8b", "llama-3.2-1b"
 SHAPES = {"steps-8b": (EIGHT, None), "steps-1b": (ONE, None), "short": (EIGHT, 8)}
-PROMPTS = ((1024, None), (4096, None), (32768, None), (131072, None), (32768, 8192), (131072, 8192), (32768, 2048))
+PROMPTS = ((1024, None), (4096, None), (32768, None), (32768, 8192), (131072, 8192), (32768, 2048))
 OWN = ((32768, 8192), (32768, 2048))  # by the model's own code
 SWITCHED = (4096, 16384, 32768, 131072)  # of full() of the 8B shape: 0.5, 2, 4 and 17 GB
-PARTS = ("measure", "prompts-kernels", "weights", "short", "steps-8b", "steps-1b", "prefill-8b", "prefill-1b", "switch")
-PIECES: dict[str, Callable[[Any], Any]] = {"prompts-kernels": measure.prompts, "weights": measure.weights}
+PIECES: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "prompts-kernels": ("prompts", measure.prompts), "weights": ("weights", measure.weights),
+    "launches": ("launches", measure.launches), "own-launches": ("own launches", partial(measure.launches, own=True)),
+}  # fmt: skip
+PARTS = ("measure", *PIECES, "short", "steps-8b", "steps-1b", "prefill-8b", "prefill-1b", "switch")
 STEPS = 24
 CHUNK = 8192
 """The smallest chunks of a prompt from which a GPU, and not the host, sets the pace."""
@@ -165,7 +169,7 @@ def prompts(results: Results, part: str, cpu: bool) -> None:
     model = None
     wanted = [(*one, False) for one in (PROMPTS if not cpu else ((256, None), (256, 128)))]
     for context, chunk, own in [*wanted, *((*one, True) for one in (OWN if not cpu else ()))]:
-        for recipe in RECIPES if not own else RECIPES[:2]:
+        for recipe in RECIPES if not own and context < 65536 else RECIPES[:2]:
             row = {"what": "prompt", "model": name, "recipe": recipe, "context": context, "chunk": chunk}
             row |= {"own": True} if own else {}
             if not results.wants(row):
@@ -312,8 +316,8 @@ def main() -> None:
                 results.save()
         elif part in PIECES:
             if given.only and "measured" in results.found:  # `measure` has measured it too
-                found = PIECES[part](machine.device())
-                results.found["measured"]["prompts" if part == "prompts-kernels" else part] = found
+                name, call = PIECES[part]
+                found = results.found["measured"][name] = call(machine.device())
                 results.save()
                 print(json.dumps(found), flush=True)
         elif part in SHAPES:

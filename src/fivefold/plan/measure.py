@@ -95,7 +95,7 @@ def measure(device: torch.device | None = None, progress: Progress | None = None
     raw: dict[str, Any] = {}
     parts: dict[str, Callable[..., Mapping[str, Any]]] = {
         "copies": _copies, "products": _products, "weights": weights, "attention": _attention, "prompts": prompts,
-        "packing": _packing, "launches": _launches, "own launches": partial(_launches, own=True), "link": _link,
+        "packing": _packing, "launches": launches, "own launches": partial(launches, own=True), "link": _link,
         "steps": _steps, "reading": _reading,
     }  # fmt: skip
     for name, part in parts.items():
@@ -366,9 +366,10 @@ def _packing(device: torch.device, sizes: Sizes) -> dict[str, Any]:
     return {"pack": packed, "unpack": unpacked}
 
 
-def _launches(device: torch.device, sizes: Sizes, own: bool = False) -> dict[str, float]:
+def launches(device: torch.device, sizes: Sizes | None = None, own: bool = False) -> dict[str, float]:
     """Seconds that the host takes for a layer of a chunk, of a model so narrow that the device waits for it. own: by
     the model's own code."""
+    sizes = (GPU if device.type == "cuda" else CPU) if sizes is None else sizes
     chunk, chunks, found = 128, 6, {}
     split = "duo(keep=0.5) + kivi(bits=4)"
     for kind, recipe in (("exact", "full()"), ("packed", "kivi(bits=4)"), ("split", split)):
