@@ -6,7 +6,8 @@
     python benchmarks/plan_gpu.py benchmarks/results/plan_h100.json --compare
 
 Each row is written as soon as it is measured, and what the file holds already is not measured again: what is broken off
-is gone on with by the same command. Constants are fitted on steps (with 32 and with 8 layers), prompts and changes of
+is gone on with by the same command. A row that says `earlier` was timed before the kernels were as they are; it counts
+for memory alone. Constants are fitted on steps (with 32 and with 8 layers), prompts and changes of
 sessions of Llama-3-8B's shape, and checked on Llama-3.2-1B's. `--fit` and `--compare` need no GPU; what `--compare`
 prints, it leaves in the file too. `--only prompts-kernels` measures a prompt's attention anew, `--only weights` what
 products read, `--only launches` and `own-launches` what the host takes for a chunk.
@@ -205,6 +206,7 @@ def fit_file(results: Results, out: Path) -> None:
     base = measure.constants(results.found["measured"], before["name"], before["date"])
     results.found["constants"] = base.as_dict()
     rows = [row for row in results.found["rows"] if row["model"] == EIGHT and "error" not in row]
+    rows = [row for row in rows if not row.get("earlier")]
     steps = [fit.Row.from_dict(row) for row in rows if row["what"] == "step"]
     if len({len(row.model.layers) for row in steps if not row.own}) == 1:
         # Another number of layers tells what a layer takes from what a step does.
@@ -230,7 +232,7 @@ def fit_file(results: Results, out: Path) -> None:
 def predictions(rows: Iterable[dict[str, Any]], using: Machine) -> Iterator[tuple[str, dict[str, Any], float, float]]:
     """Kind, row, and predicted and measured seconds."""
     for row in rows:
-        if "error" in row:
+        if "error" in row or row.get("earlier"):
             continue
         if row["what"] == "step":
             timed = fit.Row.from_dict(row)

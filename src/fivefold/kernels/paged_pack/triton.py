@@ -418,7 +418,7 @@ def tables(
     dtype: torch.dtype,
     lengths: torch.Tensor,
     residual: int,
-    programs: tuple[int, int],
+    programs: tuple[int, ...],
     longest: int,
     out: Tables,
     most: int,
@@ -432,7 +432,7 @@ def tables(
         _tables[(requests, 1 + -(-columns // COLUMNS))](
             lengths, packed_blocks, exact_blocks, out.packed, out.exact, out.spans, out.starts,
             packed_blocks.stride(0), exact_blocks.stride(0), out.packed.shape[1], out.starts.stride(0), requests,
-            residual, *programs, *_strides(packed), *_strides(exact),
+            residual, *programs[:2], *_strides(packed), *_strides(exact),
             H=kv_heads, HEADS=triton.next_power_of_2(kv_heads), R=triton.next_power_of_2(most), TOKENS=form.tokens,
             PAGES=packed.pages, EXACT_PAGES=exact.pages, COUNT=count, C=triton.next_power_of_2(count),
             SIDE=PAGE * form.head_dim * dtype.itemsize // 16, SPAN=SPAN, TILE=TILE, COLUMNS=COLUMNS, num_warps=4,
