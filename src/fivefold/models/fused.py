@@ -9,6 +9,7 @@ kind, or comes out otherwise, runs as its own code says.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -332,7 +333,11 @@ def apart(found: torch.Tensor, wanted: torch.Tensor, given: torch.Tensor) -> tor
 def watched(model: Any, seen: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
     """Within it, what each layer is given and returns, `[tokens, hidden]` of all sequences, goes to `seen`."""
 
+    mine = threading.get_ident()
+
     def look(number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        if threading.get_ident() != mine:
+            return  # of another thread's forward
         given = args[0] if args else kwargs["hidden_states"]
         returned = out[0] if isinstance(out, tuple) else out
         seen[number] = given.flatten(0, 1).clone(), returned.flatten(0, 1).clone()
