@@ -18,6 +18,7 @@ from conftest import quick
 from fivefold.attention import attend_chunk, attend_step, decode, prefill
 from fivefold.attention import merge as merge_module
 from fivefold.attention.merge import MASKED, attend, attend_reference, attend_window, merge, takes_windows
+from fivefold.blocks import blocks
 from fivefold.methods.bits.kivi import KiviCodec
 from fivefold.store import group as group_module
 from fivefold.store.codec import Codec
@@ -199,12 +200,12 @@ def test_blocks_of_packed_pages_are_regular_while_pages_are_full() -> None:
         (65, 64, 256, (16384, 8192)),
         (9, 8, 64, (256,)),
     ]:
-        blocks = list(prefill._blocks(columns, whole, page, sizes, 1 << 30))
-        assert [last for _, last in blocks[:-1]] == [first for first, _ in blocks[1:]]
-        assert blocks[0][0] == 0 and blocks[-1][1] == columns
-        assert all((last - first) * page in sizes and last <= whole for first, last in blocks[:-1])
-    assert list(prefill._blocks(121, 120, 256, (32768, 16384, 8192), 1 << 15)) == [(0, 64), (64, 96), (96, 121)]
-    assert list(prefill._blocks(121, 120, 256, (32768, 16384, 8192), 1 << 14)) == [(0, 121)]
+        found = list(blocks(columns, whole, page, sizes, 1 << 30))
+        assert [last for _, last in found[:-1]] == [first for first, _ in found[1:]]
+        assert found[0][0] == 0 and found[-1][1] == columns
+        assert all((last - first) * page in sizes and last <= whole for first, last in found[:-1])
+    assert list(blocks(121, 120, 256, (32768, 16384, 8192), 1 << 15)) == [(0, 64), (64, 96), (96, 121)]
+    assert list(blocks(121, 120, 256, (32768, 16384, 8192), 1 << 14)) == [(0, 121)]
     queries = torch.empty((8, 4, 2048, 128), device="meta")
     assert prefill._block_sizes(queries, 256) == [2048]  # not on a GPU
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fivefold
+import unlike
 from conftest import DEVICES, KERNELS, quick
 from families import build
 from fivefold.errors import CacheFullError
@@ -17,12 +18,11 @@ from fivefold.kernels.step import reference
 from fivefold.kernels.step.reference import Norm, Turn
 from fivefold.models import chunks
 from recipes import RECIPES, SHAPE, written
+from unlike import ONE, TWO
 
 kernels = pytest.importorskip("fivefold.kernels.step.chunk", reason="needs Triton")
 pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB = 131
-ONE = {"head_dim": 64, "num_hidden_layers": 1}
-TWO = {"head_dim": 64, "num_hidden_layers": 2}
 
 
 @pytest.fixture(params=DEVICES)
@@ -44,6 +44,7 @@ def both(model, call, monkeypatch, recipe: str = "full()") -> tuple[list, list]:
             if not fused:
                 patch.setattr(chunks, "DEVICES", set())
             outs.append(call(fivefold.compress(model, recipe)))
+            assert (why(model) is None) is fused
     return outs[0], outs[1]
 
 
@@ -113,42 +114,7 @@ def test_padding_and_positions(device, monkeypatch) -> None:
     alike(*both(model, call, monkeypatch))
 
 
-class Scaled(torch.nn.Linear):
-    """What an adapter, or a quantised weight, would be."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 2 * super().forward(x)
-
-
-def _multiplied(device):
-    return build("granite", residual_multiplier=0.3, **ONE).to(device), "layer 0 computes something else"
-
-
-def _logits_scaled(device):
-    return build("granite", logits_scaling=3.0, **ONE).to(device), "the head computes something else"
-
-
-def _hooked(device):
-    model = build("llama", **TWO).to(device)
-    model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: 2 * out)
-    return model, "a hook of test_chunks on model.layers.1.mlp"
-
-
-def _adapted(device):
-    model = build("llama", **TWO)
-    mine = Scaled(64, 96, bias=False)
-    mine.weight = model.model.layers[1].mlp.up_proj.weight
-    model.model.layers[1].mlp.up_proj = mine
-    return model.to(device), "a projection is a Scaled"
-
-
-def _asking(device):
-    model = build("llama", **ONE).to(device)
-    model.config.output_hidden_states = True
-    return model, "asks for hidden states"
-
-
-@pytest.mark.parametrize("make", quick([_multiplied, _hooked, _asking, _logits_scaled, _adapted], 3))
+@pytest.mark.parametrize("make", quick([unlike.asking, *unlike.ALL], 4))
 def test_other_models_run_their_own_code(device, make, monkeypatch) -> None:
     model, said = make(device)
     with torch.inference_mode():

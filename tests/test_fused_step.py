@@ -11,17 +11,17 @@ import pytest
 import torch
 
 import fivefold
+import unlike
 from conftest import DEVICES, KERNELS, quick
 from families import build
 from fivefold.attention.tables import DeviceTables
 from fivefold.engine.session import Session
 from fivefold.models import graph
+from unlike import ONE, TWO
 
 step = pytest.importorskip("fivefold.kernels.step.triton", reason="needs Triton")
 pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB = 131
-ONE = {"head_dim": 64, "num_hidden_layers": 1}
-TWO = {"head_dim": 64, "num_hidden_layers": 2}
 
 
 @pytest.fixture(params=DEVICES)
@@ -93,47 +93,7 @@ def test_half_precision(device, dtype) -> None:
     assert (found.float() - wanted.float()).norm() < (0.1 if device.type == "cpu" else 0.03) * wanted.float().norm()
 
 
-class Scaled(torch.nn.Linear):
-    """What an adapter, or a quantised weight, would be."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 2 * super().forward(x)
-
-
-def _multiplied(device):
-    return build("granite", residual_multiplier=0.3, **ONE).to(device), "layer 0 computes something else"
-
-
-def _logits_scaled(device):
-    return build("granite", logits_scaling=3.0, **ONE).to(device), "the head computes something else"
-
-
-def _hooked(device):
-    model = build("llama", **TWO).to(device)
-    model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: 2 * out)
-    return model, "a hook of test_fused_step on model.layers.1.mlp"
-
-
-def _adapted(device):
-    model = build("llama", **TWO)
-    mine = Scaled(64, 96, bias=False)
-    mine.weight = model.model.layers[1].mlp.up_proj.weight
-    model.model.layers[1].mlp.up_proj = mine
-    return model.to(device), "a projection is a Scaled"
-
-
-def _wrapped(device):
-    model = build("llama", **TWO).to(device)
-    mlp = model.model.layers[0].mlp
-    mlp.forward = lambda x: type(mlp).forward(mlp, x)
-    return model, "another forward in the place of that of model.layers.0.mlp"
-
-
-def _other_parts(device):
-    return build("olmo2", **ONE).to(device), "Olmo2DecoderLayer without input_layernorm"
-
-
-@pytest.mark.parametrize("make", quick([_multiplied, _hooked, _other_parts, _logits_scaled, _adapted, _wrapped], 3))
+@pytest.mark.parametrize("make", quick(unlike.ALL, 3))
 def test_other_models_run_their_own_code(device, make) -> None:
     """Known by their parts, by what others have changed, or by what comes out; and a step says which."""
     model, why = make(device)

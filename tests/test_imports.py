@@ -14,13 +14,14 @@ import fivefold
 
 LAYERS = {
     "errors": (),
+    "blocks": (),
     "paths": (),
     "page": ("errors",),
     "signature": (),
     "sizes": ("errors",),
     "kernels": ("errors", "paths"),
     "store": ("errors", "kernels"),
-    "attention": ("errors", "kernels", "store"),
+    "attention": ("errors", "blocks", "kernels", "store"),
     "methods": (
         "errors",
         "kernels",
@@ -38,6 +39,7 @@ LAYERS = {
     "report": ("errors", "store", "engine", "kernels"),
     "plan": (
         "errors",
+        "blocks",
         "paths",
         "page",
         "signature",

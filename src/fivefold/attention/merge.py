@@ -11,14 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch.nn.attention import SDPBackend
 
+from fivefold.blocks import CUDNN_OPERATIONS, RECURRING_OPERATIONS
 from fivefold.kernels.choice import choose
 from fivefold.kernels.merge import Part, merge_reference
-
-# cuDNN plans 45 to 70 ms for a new shape, on an H100, and then takes about half of FlashAttention 2's time: a model of
-# 32 layers has that back from its first prompt if an attention is of so many operations.
-CUDNN_OPERATIONS = 1 << 40
-# ... and from so many on, if attention of that shape comes again with nearly every chunk.
-RECURRING_OPERATIONS = 1 << 38
 
 CAPPED_NUMBERS = 1 << 24
 """Scores that are made at a time where they are capped, which no fused call does."""

@@ -13,18 +13,16 @@ import torch
 
 from fivefold.attention.compensate import left_of
 from fivefold.attention.fused import gather_fused, gathers, unpack_fused
-from fivefold.attention.merge import CUDNN_OPERATIONS, MASKED, attend, attend_window, is_large, merge, takes_windows
+from fivefold.attention.merge import MASKED, attend, attend_window, is_large, merge, takes_windows
+from fivefold.blocks import CHUNK_STEP, CUDNN_OPERATIONS, KEY_NUMBERS, blocks, halved
 from fivefold.kernels.device import sent
 from fivefold.kernels.merge import Part
 from fivefold.store.group import KV, RowGroup
 from fivefold.store.rows import PAGE, Bounds, Extent
 
 QUERY_BLOCK = 512
-# Tokens of the packed tier that are decoded at a time; on a GPU as many as make so many numbers.
 KEY_BLOCK = 2048
-KEY_NUMBERS = 1 << 25
-CHUNK_STEP = 256
-"""Chunks of a multiple of so many tokens are taken to come again."""
+"""Tokens of the packed tier that are decoded at a time where that is not on a GPU (see `KEY_NUMBERS`)."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """Keys and values `[rows, tokens, head_dim]`."""
@@ -216,7 +214,7 @@ def _exact(group: RowGroup, joined: bool, queries: torch.Tensor | None = None) -
     if gathers(group.layer):
         sizes = [max(1, most // PAGE) * PAGE] if queries is None else _block_sizes(queries, PAGE)
         large = tokens + 1 if queries is None else _large(queries)
-        for first, last in _blocks(-(-tokens // PAGE), tokens // PAGE, PAGE, sizes, large):
+        for first, last in blocks(-(-tokens // PAGE), tokens // PAGE, PAGE, sizes, large):
             yield (first * PAGE, *gather_fused(group, first, min(last * PAGE, tokens) - first * PAGE))
         return
     most = most if joined else 0
@@ -274,27 +272,14 @@ def _block_sizes(queries: torch.Tensor, page: int) -> list[int]:
     `KEY_NUMBERS`, and halves of that while they are worth a plan of cuDNN. (Chunks of a prompt that is cut up are
     alike, so these shapes come again; what remains of a prompt is of any length.)"""
     rows, _, chunk, dim = queries.shape
-    sizes = [max(1, (KEY_NUMBERS // (rows * dim) if queries.is_cuda else KEY_BLOCK) // page)]
-    if takes_windows(queries) and chunk % CHUNK_STEP == 0:
-        while sizes[-1] > 1 and is_large(queries, sizes[-1] // 2 * page, True):
-            sizes.append(sizes[-1] // 2)
-    return [size * page for size in sizes]
+    regular = takes_windows(queries) and chunk % CHUNK_STEP == 0
+    most = KEY_NUMBERS // (rows * dim) if queries.is_cuda else KEY_BLOCK
+    return halved(most, page, lambda tokens: regular and is_large(queries, tokens, True))
 
 
 def _large(queries: torch.Tensor) -> int:
     """Tokens that are worth a plan of cuDNN of their own."""
     return -(-CUDNN_OPERATIONS // (4 * queries.numel()))
-
-
-def _blocks(columns: int, whole: int, page: int, sizes: Sequence[int], large: int) -> Iterator[tuple[int, int]]:
-    """First and last column of the blocks of `columns` pages, the first `whole` of which are full: of the first of
-    these sizes, then all that is left if that is `large` tokens, else of the other sizes while they fit."""
-    first, most = 0, sizes[0] // page
-    while first < columns:
-        size = next((size // page for size in sizes if first + size // page <= whole), most)
-        last = min(first + (most if (columns - first) * page >= large else size), columns)
-        yield first, last
-        first = last
 
 
 def _packed(group: RowGroup, queries: torch.Tensor) -> Iterator[Piece]:
@@ -305,7 +290,7 @@ def _packed(group: RowGroup, queries: torch.Tensor) -> Iterator[Piece]:
     assert layer.codec is not None and layer.packing is not None
     bounds, page = group.bounds, layer.packing.page
     columns, whole = group.packed.shape[1], (int(bounds.packed_stop) - int(bounds.packed_base)) // page
-    for first, last in _blocks(columns, whole, page, _block_sizes(queries, page), _large(queries)):
+    for first, last in blocks(columns, whole, page, _block_sizes(queries, page), _large(queries)):
         begin = int(bounds.packed_base) + first * page
         stop = min(int(bounds.packed_stop), int(bounds.packed_base) + last * page)
         pair = unpack_fused(group, first, last, queries.dtype)

@@ -154,7 +154,6 @@ def _first(
 
 def _check_later(change: Transaction, keys: torch.Tensor, values: torch.Tensor) -> None:
     """`Codec.check` of a codec whose pages kernels read, once the device has come so far."""
-
     found = peaks(keys, values)
 
     def look(ends: list[float]) -> None:

@@ -23,7 +23,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from fivefold.engine.admission import positional
 from fivefold.engine.layer import attend
 from fivefold.engine.session import Session
-from fivefold.errors import FivefoldError
 from fivefold.kernels.choice import choose
 from fivefold.kernels.step.reference import Turn
 from fivefold.models.cache import FivefoldCache
@@ -137,7 +136,7 @@ class Chunks:
         self.own: str | None = None
         """Why chunks run the model's own code, in a few words; None if none does."""
         self._known: object = None
-        self._found: Chunk | None = None
+        self._found: Chunk | str = ""
 
     def __call__(self, cache: FivefoldCache, given: dict[str, Any]) -> CausalLMOutputWithPast | None:
         """A chunk of several tokens; None if it has to go through the model."""
@@ -167,15 +166,13 @@ class Chunks:
         if torch.is_autocast_enabled(device.type):
             return "the model is called under autocast"
         try:
-            untouched(self.model)
             # The parts are the modules' own weights, wherever these are moved.
-            known = [id(x) for module in self.model.modules() for x in module._parameters.values()]
-            weight = next(self.model.parameters())
-            if (stamp := (known, weight.dtype, weight.device)) != self._known:
-                self._known, self._found = stamp, None
+            weights, weight = untouched(self.model), next(self.model.parameters())
+            if (stamp := (weights, weight.dtype, weight.device)) != self._known:
                 self._found = verified(self.model)
-            if self._found is None:
-                return self.own or "it was seen before"
+                self._known = stamp
+            if isinstance(self._found, str):
+                return self._found
             if weight.device != device:
                 return f"weights are on {weight.device}, and the cache is on {device}"
             for layer in self._found.parts.layers:
@@ -185,26 +182,23 @@ class Chunks:
         return self._found
 
 
-def verified(model: PreTrainedModel) -> Chunk:
-    """A model's chunks. Raises `Unlike` where they come out otherwise than by its own code."""
-    chunk, seen = Chunk(parts_of(model)), dict[int, tuple[torch.Tensor, torch.Tensor]]()
+def verified(model: PreTrainedModel) -> Chunk | str:
+    """A model's chunks, or in a few words why they run its own code."""
+    try:
+        chunk, seen = Chunk(parts_of(model)), dict[int, tuple[torch.Tensor, torch.Tensor]]()
+    except Unlike as why:
+        return str(why)
     weight = chunk.parts.embedding
     ids = (torch.arange(1, PROBE + 1, device=weight.device) * 7919 % len(weight))[None]
     with watched(model, seen):
         logits = type(model).forward(model, input_ids=ids, use_cache=False).logits[0]
-    try:
-        _compare(chunk, ids, seen, logits)
-    except (torch.OutOfMemoryError, FivefoldError, Unlike):
-        raise
-    except Exception as error:  # a rotary embedding that wants more, a shape that no kernel takes
-        raise Unlike(f"{type(error).__name__}: {error}".splitlines()[0]) from error
-    return chunk
+    return differing(lambda: _apart(chunk, ids, seen, logits), weight.dtype) or chunk
 
 
-def _compare(
+def _apart(
     chunk: Chunk, ids: torch.Tensor, seen: Mapping[int, tuple[torch.Tensor, ...]], logits: torch.Tensor
-) -> None:
-    """Raise `Unlike` where something else comes out than layers have `seen` and left."""
+) -> dict[str, torch.Tensor]:
+    """How far each part is from the model's own code, whose layers have `seen` and left this."""
     parts = chunk.parts
     hidden = nn.functional.embedding(ids[0], parts.embedding)
     turn = chunk.turn(hidden, torch.arange(PROBE, device=ids.device)[None], 1)
@@ -218,5 +212,4 @@ def _compare(
         rest, added = chunk.mlp(layer, given, nn.functional.linear(out, layer.out.weight, layer.out.bias))
         far[f"layer {layer.index}"] = apart(rest + added, wanted, given)
     far["the head"] = apart(chunk.head(seen[len(parts.layers) - 1][1], None), logits, 0 * logits)
-    if (why := differing(far, hidden.dtype)) is not None:
-        raise Unlike(why)
+    return far

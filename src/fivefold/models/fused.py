@@ -92,22 +92,30 @@ def parts_of(model: PreTrainedModel) -> Parts:
     return found
 
 
-def untouched(model: PreTrainedModel) -> None:
-    """Raise `Unlike` where somebody else's code runs in a module's place, or beside it."""
+def untouched(model: PreTrainedModel) -> list[int]:
+    """The identities of all weights. Raises `Unlike` where somebody else's code runs in a module's place, or beside
+    it."""
     if model.training:
         raise Unlike("the model is in train mode")
-    for name, module in model.named_modules():
+    weights: list[int] = []
+    for module in model.modules():
+        weights += map(id, module._parameters.values())
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for hook in hooks.values():
                 where = getattr(getattr(hook, "func", hook), "__module__", "") or ""
                 # Those of transformers collect outputs that are asked for, and a step's are not.
                 if not where.startswith(("fivefold.", "transformers.utils.output_capturing")):
-                    raise Unlike(f"a hook of {where} on {name or 'the model'}")
+                    raise Unlike(f"a hook of {where} on {_name(model, module)}")
         other = vars(module).get("forward")
         if other is not None and (
             not type(other).__module__.startswith("fivefold.") or getattr(other, "before", None) is not None
         ):
-            raise Unlike(f"another forward in the place of that of {name or 'the model'}")
+            raise Unlike(f"another forward in the place of that of {_name(model, module)}")
+    return weights
+
+
+def _name(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, one in model.named_modules() if one is module) or "the model"
 
 
 def _children(module: nn.Module, names: set[str], optional: frozenset[str] = frozenset()) -> dict[str, Any]:
@@ -266,24 +274,18 @@ def verified(
     whole, seen = Whole(parts), dict[int, tuple[torch.Tensor, torch.Tensor]]()
     with watched(model, seen):
         logits = own()[:, 0]
-    try:
-        return _unlike(whole, session, ids, positions, seen, logits) or whole
-    except (torch.OutOfMemoryError, FivefoldError):
-        raise
-    except Exception as error:  # a rotary embedding that wants more, a shape that no kernel takes
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return differing(lambda: _apart(whole, session, ids, positions, seen, logits), parts.embedding.dtype) or whole
 
 
-def _unlike(
+def _apart(
     whole: Whole,
     session: Session,
     ids: torch.Tensor,
     positions: torch.Tensor,
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]],
     logits: torch.Tensor,
-) -> str | None:
-    """What comes out otherwise than by the model's own code, whose layers have `seen` and left this; None if nothing
-    does."""
+) -> dict[str, torch.Tensor]:
+    """How far each part is from the model's own code, whose layers have `seen` and left this (see `apart`)."""
     parts, live = whole.parts, session.batch  # other sequences are padding
     hidden = nn.functional.embedding(ids[:, 0], parts.embedding)
     turn = whole.turn(hidden, positions)
@@ -294,11 +296,18 @@ def _unlike(
         far[f"layer {layer.index}"] = apart(found[:live], wanted[:live], given[:live])
     found, wanted = whole.head(seen[len(parts.layers) - 1][1])[:live], logits[:live]
     far["the head"] = apart(found, wanted, 0 * wanted)
-    return differing(far, hidden.dtype)
+    return far
 
 
-def differing(far: dict[str, torch.Tensor], dtype: torch.dtype) -> str | None:
-    """Which part computes something else, in a few words; None if none does. far: of each, see `apart`."""
+def differing(compare: Callable[[], dict[str, torch.Tensor]], dtype: torch.dtype) -> str | None:
+    """Which part computes something else, or why that cannot be seen, in a few words; None if none does. compare: how
+    far each one is (see `apart`)."""
+    try:
+        far = compare()
+    except (torch.OutOfMemoryError, FivefoldError):
+        raise
+    except Exception as error:  # a rotary embedding that wants more, a shape that no kernel takes
+        return f"{type(error).__name__}: {error}".splitlines()[0]
     for name, one in zip(far, torch.stack(list(far.values())).tolist()):
         if not one <= BOUNDS[dtype]:
             return f"{name} computes something else ({one:.2g} of its norm apart)"

@@ -7,25 +7,21 @@ the host's link. Added to it is what a real step has besides: the small operatio
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
+from fivefold.blocks import CHUNK_STEP, RECURRING_OPERATIONS, blocks, halved
+from fivefold.blocks import CUDNN_OPERATIONS as LARGE
+from fivefold.blocks import KEY_NUMBERS as BLOCK
 from fivefold.plan.machine import Machine
 from fivefold.plan.shape import LayerShape, ModelShape
 
 Bound = Literal["bandwidth", "compute", "launches", "link"]
 
-LARGE = 1 << 40
-"""Operations from which a prompt's attention is by cuDNN (`attention.merge.CUDNN_OPERATIONS`), twice that if causal."""
-RECURRING = 1 << 38
-"""The same for blocks whose shape comes again (`attention.merge.RECURRING_OPERATIONS`), as in chunks of a multiple of
-`CHUNK_STEP` tokens."""
-CHUNK_STEP = 256
-BLOCK = 1 << 25
-"""Numbers of stored keys that a chunk attends to at a time (`attention.prefill.KEY_NUMBERS`)."""
 STORED = "what is stored"
 """What the names of those parts of a prompt end with that grow with what has been read before."""
 ITEM = {"float32": 4, "float64": 8, "float8_e4m3fn": 1, "int8": 1}
@@ -270,15 +266,12 @@ def _prompt_attention(
 def _cut(each: float, chunk: int, held: int, block: int, packed: bool) -> tuple[list[tuple[int, bool]], int]:
     """Blocks of what is stored that a chunk attends to by themselves, in tokens and whether by cuDNN; and how many
     tokens it attends to together with itself (`attention.prefill`). each: operations of a pair of tokens."""
-    regular, sizes = chunk % CHUNK_STEP == 0, [block]
-    while regular and sizes[-1] > 1 and each * chunk * (sizes[-1] // 2) >= RECURRING:
-        sizes.append(sizes[-1] // 2)
+    regular = chunk % CHUNK_STEP == 0
+    sizes = halved(block, 1, lambda tokens: regular and each * chunk * tokens >= RECURRING_OPERATIONS)
     alone, joined = list[tuple[int, bool]](), 0
-    while held:
-        size = block if each * chunk * held >= LARGE else next((size for size in sizes if size <= held), block)
-        tokens = min(size, held)
-        held -= tokens
-        large = each * chunk * tokens >= (RECURRING if regular and tokens in sizes else LARGE)
+    for first, last in blocks(held, held, 1, sizes, math.ceil(LARGE / (each * chunk or 1.0))):
+        tokens = last - first
+        large = each * chunk * tokens >= (RECURRING_OPERATIONS if regular and tokens in sizes else LARGE)
         if large or tokens in sizes or (packed and tokens > 4 * chunk):
             alone.append((tokens, large))
         else:

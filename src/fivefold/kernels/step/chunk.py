@@ -12,7 +12,7 @@ import triton.language as tl
 
 from fivefold.kernels.device import on
 from fivefold.kernels.step.reference import Norm, Turn
-from fivefold.kernels.step.triton import _TYPES, _turned
+from fivefold.kernels.step.triton import _TYPES, _rms, _rms_halves, _turned
 
 TOKENS = 32
 """Tokens of a program of `spread`."""
@@ -26,10 +26,7 @@ def _added_normed(x, residual, gain, eps, total, out, K: tl.constexpr, KP: tl.co
     h = tl.load(x + at, mask=k < K, other=0.0).to(tl.float32) + tl.load(residual + at, mask=k < K, other=0.0)
     h = h.to(TYPE)
     tl.store(total + at, h, mask=k < K)
-    h = h.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(h * h, 0) / K + eps)
-    g = tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
-    tl.store(out + at, ((h * scale).to(TYPE).to(tl.float32) * g).to(TYPE), mask=k < K)
+    tl.store(out + at, _rms(h.to(tl.float32), gain, eps, k, K, TYPE), mask=k < K)
 
 
 @triton.jit(do_not_specialize=("count", "every", "q_stride", "k_stride", "v_stride"))
@@ -72,14 +69,8 @@ def _spread(
         if head >= HEADS:
             gain = k_gain
             eps = k_eps
-        x = a.to(tl.float32)
-        y = b.to(tl.float32)
-        scale = 1.0 / tl.sqrt((tl.sum(x * x, 0) + tl.sum(y * y, 0)) / D + eps)
         if side == 0:
-            first = tl.load(gain + d, mask=d < D // 2, other=0.0).to(tl.float32)[:, None]
-            second = tl.load(gain + d + D // 2, mask=d < D // 2, other=0.0).to(tl.float32)[:, None]
-            a = ((x * scale[None, :]).to(TYPE).to(tl.float32) * first).to(TYPE)
-            b = ((y * scale[None, :]).to(TYPE).to(tl.float32) * second).to(TYPE)
+            a, b = _rms_halves(a, b, gain, eps, d, D, TYPE)
     if side == 0:
         a, b = _turned(a, b, cos, sin, one, d, TYPE, D, live)
     sequence = c // every

@@ -71,6 +71,27 @@ def _place(w0, w1, w2, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, TOO
 
 
 @triton.jit
+def _rms(h, gain, eps, k, K: tl.constexpr, TYPE: tl.constexpr):
+    """RMSNorm of one token's numbers `k`, float32: there are K, and then zeros. Rounded as transformers rounds it."""
+    scale = 1.0 / tl.sqrt(tl.sum(h * h, 0) / K + eps)
+    g = tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
+    return ((h * scale).to(TYPE).to(tl.float32) * g).to(TYPE)
+
+
+@triton.jit
+def _rms_halves(a, b, gain, eps, d, D: tl.constexpr, TYPE: tl.constexpr):
+    """The same of heads, as two halves `[d, columns]`."""
+    x = a.to(tl.float32)
+    y = b.to(tl.float32)
+    scale = 1.0 / tl.sqrt((tl.sum(x * x, 0) + tl.sum(y * y, 0)) / D + eps)
+    first = tl.load(gain + d, mask=d < D // 2, other=0.0).to(tl.float32)[:, None]
+    second = tl.load(gain + d + D // 2, mask=d < D // 2, other=0.0).to(tl.float32)[:, None]
+    a = ((x * scale[None, :]).to(TYPE).to(tl.float32) * first).to(TYPE)
+    b = ((y * scale[None, :]).to(TYPE).to(tl.float32) * second).to(TYPE)
+    return a, b
+
+
+@triton.jit
 def _turned(a, b, cos, sin, c, d, TYPE: tl.constexpr, D: tl.constexpr, live):
     """RoPE of two halves `[rows, columns]` of heads, already rounded, as transformers rounds it."""
     at = c[None, :] * D + d[:, None]
@@ -313,9 +334,7 @@ def _normed(x, gain, eps, out, K: tl.constexpr, KP: tl.constexpr, TYPE: tl.const
     k = tl.arange(0, KP)
     at = tl.program_id(0) * K + k
     h = tl.load(x + at, mask=k < K, other=0.0).to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(h * h, 0) / K + eps)
-    g = tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
-    tl.store(out + at, ((h * scale).to(TYPE).to(tl.float32) * g).to(TYPE), mask=k < K)
+    tl.store(out + at, _rms(h, gain, eps, k, K, TYPE), mask=k < K)
 
 
 @triton.jit
@@ -353,22 +372,16 @@ def _rotate_append(
     else:
         source = v + c * v_stride + (head - HEADS - KV_HEADS) * D
         side = 1
-    a = tl.load(source + d)
-    b = tl.load(source + d + D // 2)
+    a = tl.load(source + d)[:, None]
+    b = tl.load(source + d + D // 2)[:, None]
     if NORM:
         eps = q_eps
         gain = q_gain
         if head >= HEADS:
             gain = k_gain
             eps = k_eps
-        x = a.to(tl.float32)
-        y = b.to(tl.float32)
-        scale = 1.0 / tl.sqrt((tl.sum(x * x, 0) + tl.sum(y * y, 0)) / D + eps)
         if side == 0:
-            a = ((x * scale).to(TYPE).to(tl.float32) * tl.load(gain + d).to(tl.float32)).to(TYPE)
-            b = ((y * scale).to(TYPE).to(tl.float32) * tl.load(gain + d + D // 2).to(tl.float32)).to(TYPE)
-    a = a[:, None]
-    b = b[:, None]
+            a, b = _rms_halves(a, b, gain, eps, d, D, TYPE)
     if side == 0:
         a, b = _turned(a, b, cos, sin, one, d, TYPE, D, live)
     width: tl.constexpr = HEADS if APPEND else HEADS + 2 * KV_HEADS
