@@ -17,7 +17,7 @@ import torch
 import cuda_on_cpu
 from conftest import quick
 from cuda_on_cpu import written_in_front
-from fivefold.kernels.packed_decode import Form, Reader, cuda, decode_reference
+from fivefold.kernels.packed_decode import Form, Reader, cuda, decode_reference, schedule
 from fivefold.kernels.planar_decode import attend_planar
 from fivefold.methods.bits.gear import Gear
 from fivefold.methods.bits.mikv import MiKV
@@ -33,11 +33,11 @@ pytestmark = [
 ]
 LAUNCH = """
 extern "C" void launch(int blocks, int late, const Query* queries, const long long* table, const long long* exact,
-                       const int* spans, const int* starts, float* out, float* lse, const float* balance, float* found,
-                       float* scored, float scale, int rows, int columns, int exact_columns, int heads, int slots,
-                       int exact_slots, long long base, long long exact_base) {
+                       const int* spans, const int* starts, const int* begins, float* out, float* lse,
+                       const float* balance, float* found, float* scored, float scale, int rows, int once, int columns,
+                       int exact_columns, int heads, int slots, int exact_slots, long long base, long long exact_base) {
   run(blocks, late, [&] {
-    packed(queries, table, exact, spans, starts, out, lse, balance, found, scored, scale, rows, columns,
+    packed(queries, table, exact, spans, starts, begins, out, lse, balance, found, scored, scale, rows, once, columns,
            exact_columns, heads, slots, exact_slots, base, exact_base);
   });
 }
@@ -50,6 +50,13 @@ def compiled(
 ) -> ctypes.CDLL:  # fmt: skip
     values = cuda.definitions(form, dtype, exact, kernel.SPAN, pairs, 1, heads, found, scored)
     return cuda_on_cpu.compiled(cuda.SOURCE, "cuda_on_cpu.h", LAUNCH, values, folder)
+
+
+def work_lists(span: torch.Tensor, page: int, joined: bool, programs: int, once: int) -> tuple[torch.Tensor, ...]:
+    """Of packed pages, and exact ones that are joined to them: shared out to `programs`, or taken in turn by `once`."""
+    pages = kernel.pages_of(span.numpy(), page, joined=joined)
+    most = programs, 0 if joined else len(span)
+    return torch.from_numpy(schedule.in_turn(pages[0], once) if once else kernel.starts_of(pages, most)).unbind(0)
 
 
 @pytest.mark.parametrize(
@@ -105,18 +112,18 @@ def test_the_source_does_as_the_reference(
     bases = [int(x.min()) - 7 for x in (table, slots)]  # from which addresses are counted
     table, slots = (x - base for x, base in zip((table, slots), bases))
     bases = [ctypes.c_longlong(base) for base in bases]
-    for late, programs in ((False, 4), (True, 6)):
-        pages = kernel.pages_of(span.numpy(), page, joined=joined is not None)
-        starts = torch.from_numpy(kernel.starts_of(pages, (programs, 0 if joined else rows)))[0].contiguous()
-        out = torch.full((programs, heads, form.head_dim), torch.nan)
-        lse = torch.full((programs, heads), torch.nan)
+    for late, programs, once in ((False, 4, 0), (True, 6, 0), (False, 2, 2), (True, 5, 5)):
+        starts, begins = work_lists(span, page, joined is not None, programs, once)
+        out = torch.full((programs + rows, heads, form.head_dim), torch.nan)
+        lse = torch.full((programs + rows, heads), torch.nan)
         scores = torch.full((rows, heads, 64), torch.nan)
-        tensors = (queries, table, slots, span, starts, out, lse, lse, lse, scores)
+        tensors = (queries, table, slots, span, starts, begins, out, lse, lse, lse, scores)
         pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
-        sizes = (rows, columns, slots.shape[1], heads, 0, 64)
+        sizes = (rows, once, columns, slots.shape[1], heads, 0, 64)
         # One more than there is work for.
         library.launch(programs + 1, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), *sizes, *bases)
         assert library.ended_without_waiting() == library.launched_without_waiting() == 0
+        assert lse[int(starts[-1]) :].isnan().all() and lse[: int(starts[-1])].isfinite().all()
         if keys is not None:
             there = (torch.arange(64) < span[:, 4, None])[:, None].expand_as(scores)
             logs = (queries.double() * scaling) @ keys.double().nan_to_num(0).transpose(1, 2)
@@ -181,14 +188,13 @@ def test_pages_of_other_kinds(case: tuple[Method, int, torch.dtype, int], tmp_pa
         wanted = sum(x * (y - both).exp().nan_to_num(0)[..., None] for x, y in parts)
     late_ones = [] if joined is None else [x for _, slab in store.pool._live() for x in slab.tensors.values()]
     _kept = written_in_front(library, queries, *late_ones)
-    for late, programs in ((False, 3), (True, 5)):
-        pages = kernel.pages_of(span.numpy(), page, joined=joined is not None)
-        starts = torch.from_numpy(kernel.starts_of(pages, (programs, 0 if joined else rows)))[0].contiguous()
-        out, lse = torch.full((programs, heads, dim), torch.nan), torch.full((programs, heads), torch.nan)
+    for late, programs, once in ((False, 3, 0), (True, 5, 0), (True, 2, 2)):
+        starts, begins = work_lists(span, page, joined is not None, programs, once)
+        out, lse = torch.full((programs + rows, heads, dim), torch.nan), torch.full((programs + rows, heads), torch.nan)
         found = torch.full((rows, heads, columns * page), torch.nan)
-        tensors = (queries, table, slots, span, starts, out, lse, learned[0] if learned else lse, found, lse)
+        tensors = (queries, table, slots, span, starts, begins, out, lse, learned[0] if learned else lse, found, lse)
         pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
-        sizes = (rows, columns, slots.shape[1], heads, columns * page, 0)
+        sizes = (rows, once, columns, slots.shape[1], heads, columns * page, 0)
         bases = (ctypes.c_longlong(0),) * 2
         library.launch(programs + 1, late, *pointers, ctypes.c_float(scaling * math.log2(math.e)), *sizes, *bases)
         assert library.ended_without_waiting() == library.launched_without_waiting() == 0

@@ -179,7 +179,19 @@ def test_tiers_alone_and_rows_that_see_nothing(device: str) -> None:
     torch.manual_seed(1)
     form = Form(2, 32, 32, 64)
     check(device, 2, 4, form, 2, 0, [(0, 300, 0, 0, 0), (0, 0, 0, 0, 0)], programs=(5, 5))
-    check(device, 2, 4, form, 0, 5, [(0, 0, 4, 120, 150), (0, 0, 0, 0, 0)], programs=(3, 3))
+    for programs in ((3, 3), schedule.Programs(0, 8, 3, turns=True)):
+        check(device, 2, 4, form, 0, 5, [(0, 0, 4, 120, 150), (0, 0, 0, 0, 0)], programs=programs)
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize("once", [1, 3, 40])
+def test_rows_in_turn(device: str, once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact pages of rows that are taken in turn, however long a program's share: rows without any, and the longest
+    last; as few programs as there may be begin in the middle of a row."""
+    torch.manual_seed(4)
+    monkeypatch.setattr(schedule, "TURNS", 0)
+    spans = [(0, 0, 2, 5, 30), (0, 0, 0, 0, 0), (0, 0, 0, 0, 64), (0, 0, 0, 0, 65), (0, 0, 0, 0, 0), (0, 0, 4, 20, 700)]
+    check(device, 6, 3, Form(2, 32, 32, 64), 0, 22, spans, programs=schedule.Programs(0, 50, once, turns=True))
 
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
@@ -234,6 +246,37 @@ def test_programs_get_a_share_that_is_worth_beginning_for() -> None:
     spans = np.array([[0, 600, 0, 0, 33], [300, 512, 0, 0, 0], [0, 0, 0, 0, 0], [7, 7, 0, 0, 64]])
     assert kernel.pages_of(spans, 256).tolist() == [[3, 1, 0, 0], [1, 0, 0, 1]]
     assert kernel.pages_of(spans, 256, joined=True).tolist() == [[5, 1, 0, 2], [0, 0, 0, 0]]
+
+
+def test_programs_that_take_rows_in_turn() -> None:
+    """Every page of every row is some program's, none has more than its length, and parts have no gaps between them."""
+    rng = np.random.default_rng(1)
+    for _ in range(100):
+        rows, once = int(rng.integers(1, 40)), int(rng.integers(1, 30))
+        pages = rng.integers(0, rng.choice([2, 50, 3000]), rows) * (rng.random(rows) < 0.8)
+        starts, begins = schedule.in_turn(pages, once)
+        length, parts, done = max(1, -(-begins[-1] // once)), list[int](), np.zeros(rows, dtype=int)
+        for program in range(once):
+            place = program * length
+            for row in range(rows):
+                first, last = max(place - begins[row], 0), min(place + length - begins[row], pages[row])
+                if first < last:
+                    assert first == done[row]
+                    done[row] = last
+                    parts.append(int(starts[row] + program - begins[row] // length))
+        assert (done == pages).all() and parts == list(range(starts[-1])) and len(parts) < once + rows
+        assert begins[-1] <= once * length
+
+
+def test_rows_are_taken_in_turn_where_they_are_different() -> None:
+    many = schedule.Programs(2112, 0, 264, 32, turns=True)
+    different = np.array([np.geomspace(8, 264, 256).astype(int), [0] * 256])
+    alike = np.array([[60] * 256, [0] * 256])
+    found = schedule.starts_of(np.stack([different, alike]), many)
+    assert np.array_equal(found[0], schedule.in_turn(different[0], 264)) and found[0, 1].any() and not found[1, 1].any()
+    exact = schedule.Programs(0, 2112, 264, turns=True)
+    assert np.array_equal(schedule.starts_of(different[::-1], exact), found[0, ::-1])
+    assert not schedule.starts_of(different, many[:2])[1].any()
 
 
 @pytest.mark.parametrize("device", PATHS, indirect=True)

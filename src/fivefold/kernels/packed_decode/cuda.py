@@ -71,19 +71,21 @@ class Kernel:
     def __call__(
         self, programs: int, queries: torch.Tensor, packed: Packed, exact: Exact | None, spans: torch.Tensor,
         starts: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, scale: float, found: torch.Tensor | None = None,
-        scored: torch.Tensor | None = None, early: bool = False,
+        scored: torch.Tensor | None = None, begins: torch.Tensor | None = None, once: int = 0, early: bool = False,
     ) -> None:  # fmt: skip
-        """Leave the parts of `programs` programs in out `[programs, heads, head_dim]` and lse `[programs, heads]`;
-        found, scored: scores of packed and exact slots, see `triton.decode`. early: it may read packed pages before the
-        kernel in front of it is done."""
+        """Leave the parts of `programs` programs in out `[parts, heads, head_dim]` and lse `[parts, heads]`;
+        found, scored: scores of packed and exact slots, see `triton.decode`. begins, once: of rows that `once` programs
+        may take in turn (`schedule.in_turn`). early: it may read packed pages before the kernel in front of it is
+        done."""
         rows, heads = queries.shape[:2]
         table, base = packed.table, packed.base
         slots, exact_base = (table, base) if exact is None else (exact.table, exact.base)
         learned = packed.learned[0] if packed.learned else lse
-        found, scored = (lse if x is None else x for x in (found, scored))
-        pointers = [x.data_ptr() for x in (queries, table, slots, spans, starts, out, lse, learned, found, scored)]
-        types = (*[ctypes.c_void_p] * 10, ctypes.c_float, *[ctypes.c_int] * 6, *[ctypes.c_longlong] * 2)
-        sizes = rows, table.shape[1], slots.shape[1], heads, found.shape[-1], scored.shape[-1]
+        found, scored, begins = (lse if x is None else x for x in (found, scored, begins))
+        tensors = queries, table, slots, spans, starts, begins, out, lse, learned, found, scored
+        pointers = [x.data_ptr() for x in tensors]
+        types = (*[ctypes.c_void_p] * 11, ctypes.c_float, *[ctypes.c_int] * 7, *[ctypes.c_longlong] * 2)
+        sizes = rows, once, table.shape[1], slots.shape[1], heads, found.shape[-1], scored.shape[-1]
         values = (*pointers, scale, *sizes, base, exact_base)
         launch(self.function, programs, 64 * self.pairs, self.shared, queries.device, values, types, early)
 

@@ -83,20 +83,32 @@ def pages_of(spans: np.ndarray, page: int, team: int = 1, joined: bool = False) 
 
 
 class Programs(NamedTuple):
-    """How many programs there are for packed and for exact pages. once: of the first, how many fill a device once;
-    share: how many pages are worth more than these."""
+    """How many programs there are for packed and for exact pages. once: how many fill a device once; share: how many
+    packed pages are worth more than these; turns: whether rows may be taken in turn, which a kernel must know of, and
+    for which there must be pages of one kind only."""
 
     packed: int
     exact: int
     once: int
     share: int = 1
+    turns: bool = False
+
+
+OPENING = 2
+"""What a program begins and ends a row with takes the time of so many pages."""
+TURNS = 1.02
+"""Rows are taken in turn where that is faster by more than this."""
 
 
 def starts_of(pages: np.ndarray, programs: Programs | tuple[int, ...]) -> np.ndarray:
-    """The work lists: the first program of each row, and how many programs there are, int32 `[..., 2, rows + 1]`.
+    """The work lists: the first part of each row, and how many parts there are, int32 `[..., 2, rows + 1]`.
 
-    pages: `[..., 2, rows]`, at most `programs` of which may have any (none of a kind that has no programs). No
-    program gets more pages than it must, and few are left without any. Where the device is filled more than once,
+    pages: `[..., 2, rows]`, at most `programs` of which may have any (none of a kind that has no programs). A part is
+    what a program leaves of a row; program p leaves part p, but where rows are so different that their parts would not
+    end together, and may be taken in turn: the list of the kind that has no pages then says where each row begins among
+    all (see `in_turn`), and else nothing but zeros.
+
+    No program gets more pages than it must, and few are left without any. Where the device is filled more than once,
     those of packed pages get a share of them at least: what a program begins and ends with costs more than an even end.
     """
     most = np.broadcast_to(np.array(programs[:2])[:, None], (*pages.shape[:-1], 1))
@@ -121,6 +133,34 @@ def starts_of(pages: np.ndarray, programs: Programs | tuple[int, ...]) -> np.nda
     shares = np.where(worse, shares, even)
     out = np.zeros((*pages.shape[:-1], pages.shape[-1] + 1), dtype=np.int32)
     np.cumsum(shares, -1, out=out[..., 1:])
+    if isinstance(programs, Programs) and programs.turns:
+        kind = int(programs.exact > 0)
+        turns, mine, parts = in_turn(pages[..., kind, :], programs.once), pages[..., kind, :], shares[..., kind, :]
+        count, largest = parts.sum(-1), (-(-mine // np.maximum(1, parts))).max(-1, initial=0) + OPENING
+        # Of more parts than programs at a time the last begin when others end, which of different rows is any time.
+        apart = (mine.sum(-1) + count * OPENING) / programs.once + largest / 2
+        alike = 10 * (mine > 0).sum(-1) * mine.max(-1, initial=0) <= 11 * mine.sum(-1)
+        waves = np.where(alike | (count <= programs.once), -(-count // programs.once) * largest, apart)
+        length = np.maximum(1, -(-turns[..., 1, -1] // programs.once)) + OPENING
+        out[..., 1 - kind, :] = 0
+        out = np.where((TURNS * length < waves)[..., None, None], turns[..., ::-1, :] if kind else turns, out)
+    return out
+
+
+def in_turn(pages: np.ndarray, once: int) -> np.ndarray:
+    """Rows one after the other, cut into `once` programs of the same length: the first part of each row and how many
+    there are, and where each row begins and all end, int32 `[..., 2, rows + 1]`.
+
+    pages: `[..., rows]`. A row is as long as it has pages, and `OPENING`. A program's length is what all take, divided
+    by `once` and rounded up; it leaves a part of each row of which it has pages.
+    """
+    ends = np.cumsum(np.where(pages > 0, pages + OPENING, 0), -1)
+    begins = np.concatenate([np.zeros_like(ends[..., :1]), ends], -1)
+    length = np.maximum(1, -(-begins[..., -1:] // once))
+    first, last = begins[..., :-1] // length, (begins[..., :-1] + pages - 1) // length
+    out = np.zeros((*pages.shape[:-1], 2, pages.shape[-1] + 1), dtype=np.int32)
+    np.cumsum(np.where(pages > 0, last - first + 1, 0), -1, out=out[..., 0, 1:])
+    out[..., 1, :] = begins
     return out
 
 
