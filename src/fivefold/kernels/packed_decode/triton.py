@@ -747,9 +747,9 @@ def decode(
                 queries, exact.table, spans, starts[1], starts[0], spans if picked is None else picked, exact_out,
                 exact_lse, exact_lse if scores is None else scores, scale, rows, exact.table.shape[1], heads,
                 1 if scores is None else scores.shape[2], once, DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE,
-                TILE=TILE, TURNS=once > 0, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None, EARLY=begins,
-                BEHIND=behind, PDL=pdl, FIELDS=exact.table.shape[2], num_warps=2, num_stages=1 if wide else 3, **common,
-                **({"launch_pdl": True} if begins else {}),
+                TILE=TILE, TURNS=once > 0, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None,
+                EARLY=begins, BEHIND=behind, PDL=pdl, FIELDS=exact.table.shape[2], num_warps=2,
+                num_stages=1 if wide else 3, **common, **({"launch_pdl": True} if begins else {}),
             )  # fmt: skip
         merged = torch.empty_like(queries) if out is None else out
         merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
