@@ -179,19 +179,7 @@ def test_tiers_alone_and_rows_that_see_nothing(device: str) -> None:
     torch.manual_seed(1)
     form = Form(2, 32, 32, 64)
     check(device, 2, 4, form, 2, 0, [(0, 300, 0, 0, 0), (0, 0, 0, 0, 0)], programs=(5, 5))
-    for programs in ((3, 3), schedule.Programs(0, 8, 3, turns=True)):
-        check(device, 2, 4, form, 0, 5, [(0, 0, 4, 120, 150), (0, 0, 0, 0, 0)], programs=programs)
-
-
-@pytest.mark.parametrize("device", DEVICES, indirect=True)
-@pytest.mark.parametrize("once", [1, 3, 40])
-def test_rows_in_turn(device: str, once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exact pages of rows that are taken in turn, however long a program's share: rows without any, and the longest
-    last; as few programs as there may be begin in the middle of a row."""
-    torch.manual_seed(4)
-    monkeypatch.setattr(schedule, "TURNS", 0)
-    spans = [(0, 0, 2, 5, 30), (0, 0, 0, 0, 0), (0, 0, 0, 0, 64), (0, 0, 0, 0, 65), (0, 0, 0, 0, 0), (0, 0, 4, 20, 700)]
-    check(device, 6, 3, Form(2, 32, 32, 64), 0, 22, spans, programs=schedule.Programs(0, 50, once, turns=True))
+    check(device, 2, 4, form, 0, 5, [(0, 0, 4, 120, 150), (0, 0, 0, 0, 0)], programs=(3, 3))
 
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
@@ -241,8 +229,8 @@ def test_programs_get_a_share_that_is_worth_beginning_for() -> None:
     for rows, most in (([133] * 64, 264), ([133, 9] * 32, 264), ([133] * 1024, 4096), ([5, 0, 0, 7] * 16, 264)):
         found = np.diff(schedule.starts_of(np.array([rows, 0 * np.array(rows)]), many)[0])
         assert (found >= np.minimum(rows, 1)).all() and found.sum() <= most
-    different = np.array([list(range(8, 264)), [0] * 256])
-    assert np.array_equal(schedule.starts_of(different, many), schedule.starts_of(different, many[:2]))
+    different, beside = np.array([list(range(8, 264)), [0] * 256]), many._replace(exact=1056)
+    assert np.array_equal(schedule.starts_of(different, beside), schedule.starts_of(different, beside[:2]))
     spans = np.array([[0, 600, 0, 0, 33], [300, 512, 0, 0, 0], [0, 0, 0, 0, 0], [7, 7, 0, 0, 64]])
     assert kernel.pages_of(spans, 256).tolist() == [[3, 1, 0, 0], [1, 0, 0, 1]]
     assert kernel.pages_of(spans, 256, joined=True).tolist() == [[5, 1, 0, 2], [0, 0, 0, 0]]
@@ -269,14 +257,18 @@ def test_programs_that_take_rows_in_turn() -> None:
 
 
 def test_rows_are_taken_in_turn_where_they_are_different() -> None:
-    many = schedule.Programs(2112, 0, 264, 32, turns=True)
-    different = np.array([np.geomspace(8, 264, 256).astype(int), [0] * 256])
-    alike = np.array([[60] * 256, [0] * 256])
-    found = schedule.starts_of(np.stack([different, alike]), many)
-    assert np.array_equal(found[0], schedule.in_turn(different[0], 264)) and found[0, 1].any() and not found[1, 1].any()
-    exact = schedule.Programs(0, 2112, 264, turns=True)
-    assert np.array_equal(schedule.starts_of(different[::-1], exact), found[0, ::-1])
-    assert not schedule.starts_of(different, many[:2])[1].any()
+    """By a kernel that does packed and exact pages; of thousands of rows each gets programs of its own."""
+    many = schedule.Programs(2112, 0, 264, 32)
+    different, alike = np.geomspace(8, 264, 256).astype(int), np.full(256, 60)
+    found = schedule.starts_of(np.stack([[different, 0 * different], [alike, 0 * alike]]), many)
+    assert np.array_equal(found[0], schedule.in_turn(different, 264)) and found[0, 1].any() and not found[1, 1].any()
+    thousands = np.array([np.tile(different, 8), np.zeros(2048, dtype=int)])
+    for pages, programs in (
+        ([different, 0 * different], many[:2]),
+        ([different, 0 * different], many._replace(exact=1056)),
+        (thousands, many._replace(packed=4096)),
+    ):
+        assert not schedule.starts_of(np.array(pages), programs)[1].any()
 
 
 @pytest.mark.parametrize("device", PATHS, indirect=True)

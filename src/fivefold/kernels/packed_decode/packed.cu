@@ -161,11 +161,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     const int low = span[0], high = span[1];
     // Work is numbered: packed pages, then exact ones.
     const int pages = high > low ? (high + TOKENS - 1) / TOKENS - low / TOKENS : 0;
-    const int stop = EXACT ? span[4] : 0, work = pages + (stop + 31) / 32;
-    int part = blockIdx.x, first, last;
+    const int stop = EXACT ? span[4] : 0, exact_pages = (stop + 31) / 32;
+    int part = blockIdx.x, first, last_packed, first_exact, last;
     if (length) {
       const int before = begins[row];
-      first = max(place_ - before, 0), last = min(end - before, work);
+      first = max(place_ - before, 0), last = min(end - before, pages + exact_pages);
+      last_packed = max(first, min(last, pages)), first_exact = max(first - pages, 0);
       part += starts[row] - before / length;
       if (first >= last) {
         wait_for_others();
@@ -173,10 +174,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       }
     } else {
       const int begin = starts[row], programs = starts[row + 1] - begin;
-      first = int((long long)(part - begin) * work / programs);
-      last = int((long long)(part - begin + 1) * work / programs);
+      const auto from = [&](int all, int n) { return int((long long)n * all / programs); };
+      first = from(pages, part - begin), last_packed = from(pages, part - begin + 1);
+      // Those that have a page more of one kind have one less of the other.
+      const int other = programs - 1 - (part - begin);
+      first_exact = from(exact_pages, other), last = last_packed + from(exact_pages, other + 1) - first_exact;
     }
-    const int last_packed = min(last, pages);
     const long long* const addresses = table + ((long long)row * columns + low / TOKENS) * (RECORD ? 1 : 6);
 #if EXACT
     const long long* const exact_addresses = exact + (long long)row * exact_columns * 2;
@@ -237,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       }
 #if EXACT
       else if (ahead < last) {
-        const int page = ahead - pages;
+        const int page = ahead - last_packed + first_exact;
         const char* from = reinterpret_cast<const char*>((exact_base + exact_addresses[2 * page + (keys ? 0 : 1)]) * 16);
         if (keys)
           copy_exact<true>(ring + unit, from, thread, [&](int r) { return seen(page * 32 + r); });
@@ -755,7 +758,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       float most[2] = {-1e30f, -1e30f};
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        const int slot = (number - pages) * 32 + mine + k / 2 * 2, head = 2 * t + (k & 1);
+        const int slot = (number - last_packed + first_exact) * 32 + mine + k / 2 * 2, head = 2 * t + (k & 1);
         const bool held = seen(slot);
         if (SCORED && slot < stop & head < heads)
           scored[((long long)row * heads + head) * exact_slots + slot] = held ? s[k] * scale * 0.6931471805599453f : -1e30f;

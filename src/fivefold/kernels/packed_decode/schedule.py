@@ -83,21 +83,22 @@ def pages_of(spans: np.ndarray, page: int, team: int = 1, joined: bool = False) 
 
 
 class Programs(NamedTuple):
-    """How many programs there are for packed and for exact pages. once: how many fill a device once; share: how many
-    packed pages are worth more than these; turns: whether rows may be taken in turn, which a kernel must know of, and
-    for which there must be pages of one kind only."""
+    """How many programs there are for packed and for exact pages. once: of the first, how many fill a device once;
+    share: how many pages are worth more than these."""
 
     packed: int
     exact: int
     once: int
     share: int = 1
-    turns: bool = False
+
+    @property
+    def turns(self) -> int:
+        """How many programs may take rows in turn: those of `packed.cu`, where it does exact pages too."""
+        return 0 if self.exact else self.once
 
 
 OPENING = 2
 """What a program begins and ends a row with takes the time of so many pages."""
-TURNS = 1.02
-"""Rows are taken in turn where that is faster by more than this."""
 
 
 def starts_of(pages: np.ndarray, programs: Programs | tuple[int, ...]) -> np.ndarray:
@@ -112,13 +113,13 @@ def starts_of(pages: np.ndarray, programs: Programs | tuple[int, ...]) -> np.nda
     those of packed pages get a share of them at least: what a program begins and ends with costs more than an even end.
     """
     most = np.broadcast_to(np.array(programs[:2])[:, None], (*pages.shape[:-1], 1))
+    packed = pages[..., :1, :]
     if isinstance(programs, Programs):
-        packed = pages[..., :1, :]
         rows, total = (packed > 0).sum(-1, keepdims=True), packed.sum(-1, keepdims=True)
         enough = np.maximum(np.maximum(rows, programs.once), total // programs.share)
         # Of rows that are not alike, programs of the longest may begin last.
-        uneven = (enough > programs.once) & (10 * rows * packed.max(-1, keepdims=True, initial=0) > 11 * total)
-        enough = np.where(uneven, most[..., :1, :], enough)
+        different = 10 * rows * packed.max(-1, keepdims=True, initial=0) > 11 * total
+        enough = np.where((enough > programs.once) & different, most[..., :1, :], enough)
         most = np.concatenate([np.minimum(most[..., :1, :], enough), most[..., 1:, :]], -2)
     each = np.maximum(1, -(-pages.sum(-1, keepdims=True) // np.maximum(1, most)))
     while True:
@@ -134,16 +135,13 @@ def starts_of(pages: np.ndarray, programs: Programs | tuple[int, ...]) -> np.nda
     out = np.zeros((*pages.shape[:-1], pages.shape[-1] + 1), dtype=np.int32)
     np.cumsum(shares, -1, out=out[..., 1:])
     if isinstance(programs, Programs) and programs.turns:
-        kind = int(programs.exact > 0)
-        turns, mine, parts = in_turn(pages[..., kind, :], programs.once), pages[..., kind, :], shares[..., kind, :]
-        count, largest = parts.sum(-1), (-(-mine // np.maximum(1, parts))).max(-1, initial=0) + OPENING
-        # Of more parts than programs at a time the last begin when others end, which of different rows is any time.
-        apart = (mine.sum(-1) + count * OPENING) / programs.once + largest / 2
-        alike = 10 * (mine > 0).sum(-1) * mine.max(-1, initial=0) <= 11 * mine.sum(-1)
-        waves = np.where(alike | (count <= programs.once), -(-count // programs.once) * largest, apart)
-        length = np.maximum(1, -(-turns[..., 1, -1] // programs.once)) + OPENING
-        out[..., 1 - kind, :] = 0
-        out = np.where((TURNS * length < waves)[..., None, None], turns[..., ::-1, :] if kind else turns, out)
+        once, shares = programs.once, shares[..., :1, :]
+        parts, largest = shares.sum(-1, keepdims=True), (-(-packed // np.maximum(1, shares))).max(-1, keepdims=True)
+        # Of more parts than programs at a time, the last begin when others end: the largest of them at any time.
+        waves = np.where(parts > once, (total + parts * OPENING) / once + largest / 2, largest)
+        turns = in_turn(packed[..., 0, :], once)
+        length = -(-turns[..., 1:, -1:] // once)
+        out = np.where(different & (rows <= 2 * once) & (length + OPENING < waves), turns, out)
     return out
 
 

@@ -177,22 +177,16 @@ def _scaled(q):
 
 
 @triton.jit
-def _row_at(starts, rows, place, R: tl.constexpr):
-    """The row that a place is in, `rows` if none; starts: where each begins, and all end.
+def _row(starts, rows, R: tl.constexpr):
+    """The row that this program works for, `rows` if none; starts: the first program of each, and how many in all.
     R: see `schedule.searched`; of more rows than that, first the R that it is among are looked for."""
     i = tl.arange(0, R)
     first = 0
     if rows > R:
         lasts = tl.load(starts + (i + 1) * R, mask=(i + 1) * R <= rows, other=2147483647)
-        first = R * tl.sum((lasts <= place).to(tl.int32), 0)
-    found = tl.load(starts + 1 + first + i, mask=first + i < rows, other=2147483647) <= place
+        first = R * tl.sum((lasts <= tl.program_id(0)).to(tl.int32), 0)
+    found = tl.load(starts + 1 + first + i, mask=first + i < rows, other=2147483647) <= tl.program_id(0)
     return first + tl.sum(found.to(tl.int32), 0)
-
-
-@triton.jit
-def _row(starts, rows, R: tl.constexpr):
-    """The row that this program works for, `rows` if none; starts: the first program of each, and how many in all."""
-    return _row_at(starts, rows, tl.program_id(0), R)
 
 
 @triton.jit
@@ -329,12 +323,12 @@ def _tokens(at, inside, held, seen, SIDE: tl.constexpr, DTYPE: tl.constexpr, D: 
     return (codes * scale[:, None] + zero[:, None]).to(DTYPE)
 
 
-@triton.jit(do_not_specialize=("rows", "columns", "heads", "width", "once"))
+@triton.jit(do_not_specialize=("rows", "columns", "heads", "width"))
 def _exact(
-    queries, table, spans, starts, begins, picks, out, lse, scores, scale, rows, columns, heads, width, once,
+    queries, table, spans, starts, picks, out, lse, scores, scale, rows, columns, heads, width,
     DTYPE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr,
     TILE: tl.constexpr, WIDE: tl.constexpr, PICKED: tl.constexpr, SCORED: tl.constexpr, EARLY: tl.constexpr,
-    BEHIND: tl.constexpr, PDL: tl.constexpr, FIELDS: tl.constexpr, TURNS: tl.constexpr,
+    BEHIND: tl.constexpr, PDL: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
     """One share of the exact slots of a row, in tiles of TILE. table: `[rows, columns, FIELDS]`. Grid: (programs,).
 
@@ -343,19 +337,10 @@ def _exact(
     scores go to `scores [rows, heads, width]`, -1e30 where a slot is not seen.
     EARLY: it was launched before the kernel in front of it was done. BEHIND: that is one over packed pages, which lets
     nothing begin before queries are there (see `Reader.attend`). PDL: what comes behind may be launched early.
-    TURNS: where `begins` says so, rows are taken in turn by `once` programs (`schedule.in_turn`).
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    program = tl.program_id(0)
-    length = 0
-    if TURNS:
-        length = tl.cdiv(tl.load(begins + rows), once)
-    first_place = program * length
-    if length > 0:
-        row = _row_at(begins, rows, first_place, R)
-    else:
-        row = _row(starts, rows, R)
+    row = _row(starts, rows, R)
     if row >= rows:
         if EARLY:
             tl.extra.cuda.gdc_wait()
@@ -364,61 +349,47 @@ def _exact(
     t = tl.arange(0, T)
     if EARLY and not BEHIND:
         tl.extra.cuda.gdc_wait()
-    more = row < rows
-    while more:
-        sink = tl.load(spans + row * SPAN + 2)
-        start = tl.load(spans + row * SPAN + 3)
-        stop = tl.load(spans + row * SPAN + 4)
-        fading = tl.load(spans + row * SPAN + 5)
-        faded = tl.load(spans + row * SPAN + 6)
-        if length > 0:
-            before = tl.load(begins + row)
-            first = tl.maximum(first_place - before, 0)
-            last = tl.minimum(first_place + length - before, tl.cdiv(stop, TILE))
-            part = tl.load(starts + row) + program - before // length
-            more = tl.load(begins + row + 1) < tl.minimum(first_place + length, tl.load(begins + rows))
-        else:
-            first, last = _share(starts, row, tl.cdiv(stop, TILE))
-            part = program
-            more = row < 0
-        if first < last:
-            q = _queries(queries, row, heads, N, D)
-            if work == tl.float16:
-                q, unscale = _scaled(q)
-                to_log2 = scale * unscale[None, :]
-            else:
-                q = q.to(work)
-                to_log2 = scale
-            m = tl.full([N], -1e30, tl.float32)
-            weight = tl.zeros([T, N], tl.float32)
-            acc = tl.zeros([D, N], tl.float32)
-            for tile in range(first * (TILE // T), last * (TILE // T)):
-                slot = tile * T + t
-                held = slot < stop
-                if PICKED:
-                    slot = tl.load(picks + row * stop + slot, mask=held, other=-1)
-                    held = slot >= 0
-                    slot = tl.maximum(slot, 0)
-                at = table + (row * columns + slot // 32) * FIELDS
-                # What is not seen is not read: it may be anything, also not a number.
-                seen = held & ((slot < sink) | (slot >= start) | ((slot >= fading) & (slot < faded)))
-                k = _tokens(at, slot % 32, held, seen, 0, DTYPE, D, FIELDS).to(work)
-                v = _tokens(at, slot % 32, held, seen, 1, DTYPE, D, FIELDS).to(work)
-                s = tl.where(seen[:, None], tl.dot(k, q, input_precision="ieee") * to_log2, -1e30)
-                if SCORED:
-                    h = tl.arange(0, N)
-                    to = scores + (row.to(tl.int64) * heads + h[None, :]) * width + slot[:, None]
-                    tl.store(to, s * 0.6931471805599453, mask=held[:, None] & (h[None, :] < heads))
-                above = tl.maximum(m, tl.max(s, 0))
-                shrink = tl.exp2(m - above)
-                m = above
-                p = tl.where(seen[:, None], tl.exp2(s - m[None, :]), 0.0)
-                weight = weight * shrink[None, :] + p
-                acc = tl.dot(tl.trans(v), p.to(work), acc * shrink[None, :], input_precision="ieee")
-            if EARLY and BEHIND:
-                tl.extra.cuda.gdc_wait()
-            _leave(out, lse, part, acc, m, tl.sum(weight, 0), heads, N, D)
-        row += 1
+    q = _queries(queries, row, heads, N, D)
+    if work == tl.float16:
+        q, unscale = _scaled(q)
+        scale = scale * unscale[None, :]
+    else:
+        q = q.to(work)
+    sink = tl.load(spans + row * SPAN + 2)
+    start = tl.load(spans + row * SPAN + 3)
+    stop = tl.load(spans + row * SPAN + 4)
+    fading = tl.load(spans + row * SPAN + 5)
+    faded = tl.load(spans + row * SPAN + 6)
+    first, last = _share(starts, row, tl.cdiv(stop, TILE))
+    m = tl.full([N], -1e30, tl.float32)
+    weight = tl.zeros([T, N], tl.float32)
+    acc = tl.zeros([D, N], tl.float32)
+    for tile in range(first * (TILE // T), last * (TILE // T)):
+        slot = tile * T + t
+        held = slot < stop
+        if PICKED:
+            slot = tl.load(picks + row * stop + slot, mask=held, other=-1)
+            held = slot >= 0
+            slot = tl.maximum(slot, 0)
+        at = table + (row * columns + slot // 32) * FIELDS
+        # What is not seen is not read: it may be anything, also not a number.
+        seen = held & ((slot < sink) | (slot >= start) | ((slot >= fading) & (slot < faded)))
+        k = _tokens(at, slot % 32, held, seen, 0, DTYPE, D, FIELDS).to(work)
+        v = _tokens(at, slot % 32, held, seen, 1, DTYPE, D, FIELDS).to(work)
+        s = tl.where(seen[:, None], tl.dot(k, q, input_precision="ieee") * scale, -1e30)
+        if SCORED:
+            h = tl.arange(0, N)
+            to = scores + (row.to(tl.int64) * heads + h[None, :]) * width + slot[:, None]
+            tl.store(to, s * 0.6931471805599453, mask=held[:, None] & (h[None, :] < heads))
+        above = tl.maximum(m, tl.max(s, 0))
+        shrink = tl.exp2(m - above)
+        m = above
+        p = tl.where(seen[:, None], tl.exp2(s - m[None, :]), 0.0)
+        weight = weight * shrink[None, :] + p
+        acc = tl.dot(tl.trans(v), p.to(work), acc * shrink[None, :], input_precision="ieee")
+    if EARLY and BEHIND:
+        tl.extra.cuda.gdc_wait()
+    _leave(out, lse, tl.program_id(0), acc, m, tl.sum(weight, 0), heads, N, D)
 
 
 @triton.jit(do_not_specialize=("rows", "columns", "heads", "count"))
@@ -611,9 +582,9 @@ def programs_for(
         once if 8 * rows <= once else max(8 * once, 2 * rows)
         for rows, once in ((rows // team, once), (rows, RESIDENT * _processors(device)))
     )
-    joined = form is not None and by_cuda(form, heads, device) and cuda.joins(dtype)
-    share = 1 if form is None else form.share
-    return Programs(packed, 0 if joined else exact, once, share, joined or form is None)
+    if form is not None and by_cuda(form, heads, device) and cuda.joins(dtype):
+        exact = 0
+    return Programs(packed, exact, once, 1 if form is None else form.share)
 
 
 def append(keys: torch.Tensor, values: torch.Tensor, spans: torch.Tensor, exact: Exact) -> None:
@@ -668,8 +639,7 @@ def decode(
     programs = programs or programs_for(rows, device, form, heads, dtype)
     joined = exact if programs[1] == 0 else None
     """Exact pages that the kernel of the packed ones attends over."""
-    once = programs.once if isinstance(programs, Programs) and programs.turns else 0
-    """Programs that may take rows in turn."""
+    once = programs.turns if isinstance(programs, Programs) else 0
     pdl = PDL and overlaps(device)
     # Where scores are wanted a captured step may also wait for what read those of an earlier layer.
     early = EARLY and pdl and scores is None and packed_scores is None and torch.cuda.is_current_stream_capturing()
@@ -687,7 +657,8 @@ def decode(
         exact = replace(exact, table=exact.table + exact.base, base=0)
 
     def parts(programs: int, most: int, team: int = 1) -> tuple[int, torch.Tensor, torch.Tensor]:
-        count, room = (max(1, min(x, most)) for x in (programs, max(programs, once + rows) if once else programs))
+        count = max(1, min(programs, most))
+        room = max(1, min(max(programs, once + rows), most)) if once else count
         out = torch.empty((room, heads * team, dim), dtype=torch.float32, device=device)
         return count, out, torch.empty((room, heads * team), dtype=torch.float32, device=device)
 
@@ -744,12 +715,12 @@ def decode(
             begins = pdl and scores is None if behind else early
             count, exact_out, exact_lse = parts(programs[1], -(-slots // TILE) * rows)
             _exact[(count,)](
-                queries, exact.table, spans, starts[1], starts[0], spans if picked is None else picked, exact_out,
-                exact_lse, exact_lse if scores is None else scores, scale, rows, exact.table.shape[1], heads,
-                1 if scores is None else scores.shape[2], once, DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE,
-                TILE=TILE, TURNS=once > 0, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None,
-                EARLY=begins, BEHIND=behind, PDL=pdl, FIELDS=exact.table.shape[2], num_warps=2,
-                num_stages=1 if wide else 3, **common, **({"launch_pdl": True} if begins else {}),
+                queries, exact.table, spans, starts[1], spans if picked is None else picked, exact_out, exact_lse,
+                exact_lse if scores is None else scores, scale, rows, exact.table.shape[1], heads,
+                1 if scores is None else scores.shape[2], DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE,
+                TILE=TILE, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None, EARLY=begins,
+                BEHIND=behind, PDL=pdl, FIELDS=exact.table.shape[2], num_warps=2, num_stages=1 if wide else 3, **common,
+                **({"launch_pdl": True} if begins else {}),
             )  # fmt: skip
         merged = torch.empty_like(queries) if out is None else out
         merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
