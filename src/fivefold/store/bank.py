@@ -360,12 +360,14 @@ class Bank:
         caller's to write."""
         assert self.change is not None
         standing, whole = self.standing, self.standing.whole(rows)
-        if self.exact.shared or not whole or standing.full.any():
+        if self.exact.shared or not whole:
             old = self.at(rows)
             fresh, columns = old.full, old.exact_pages
             self.exact.widen(self.change, rows[fresh], columns[fresh], 1)
             if self.exact.shared:
                 self.exact.unshare(self.change, rows[~fresh], columns[~fresh] - 1)
+        elif len(fresh := standing.full_rows):  # often a few of thousands
+            self.exact.widen(self.change, fresh, standing.at(fresh).exact_pages, 1)
         if whole:
             standing.grow()
         else:

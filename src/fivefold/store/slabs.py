@@ -17,6 +17,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 SLAB_SHIFT = 20
 INDEX_MASK = (1 << SLAB_SHIFT) - 1
 _GIVEN_BACK = -(1 << SLAB_SHIFT)
+_SEEN = 16
+"""How many times what is wanted is looked for among scattered pages: steps that follow want as many each."""
 
 
 def locked(method: F) -> F:
@@ -58,6 +60,8 @@ class Slabs:
         self._counts = np.zeros((2, 0), dtype=np.int32)
         self._end = 0
         """So many of them belong to slabs, or to such as were given back."""
+        self._next = np.empty(0, dtype=np.int64)
+        """Pages that were free when they were looked for, to be asked for again."""
 
     @property
     def total_pages(self) -> int:
@@ -107,6 +111,7 @@ class Slabs:
         slab = self._slabs[number]
         assert slab is not None
         self._slabs[number], self._starts[0, number] = None, _GIVEN_BACK
+        self._next = self._next[:0]
         self._pages[number] = self._free[number] = self._longest[number] = 0
         return slab
 
@@ -135,6 +140,21 @@ class Slabs:
     def _scattered(self, count: int, without: Sequence[int] = ()) -> np.ndarray:
         """At most so many free pages, the first ones of all slabs but these. What a step wants is in many slabs, a few
         pages in each."""
+        pages, at = self._next[:count], np.empty(0, dtype=np.int64)
+        if not len(without) and len(pages) == count:
+            at = self._at(pages)
+        if not len(at) or self._counts[0, at].any():
+            pages, self._next = np.split(self._seen(count * _SEEN, without), [count])
+            at = self._at(pages)
+        else:
+            self._next = self._next[count:]
+        self._counts[0, at] = 1
+        self._free -= np.bincount(pages >> SLAB_SHIFT, minlength=len(self._free))
+        self._longest = np.minimum(self._longest, self._free)
+        return pages
+
+    def _seen(self, count: int, without: Sequence[int]) -> np.ndarray:
+        """At most so many pages that are free just now."""
         numbers = np.flatnonzero(self._free)
         if len(without):
             numbers = numbers[~np.isin(numbers, without)]
@@ -142,16 +162,9 @@ class Slabs:
         numbers = numbers[: int(ends.searchsorted(count)) + 1]
         if not count or not len(numbers):
             return np.empty(0, dtype=np.int64)
-        pages = self._pages[numbers]
-        parts = [self._counts[0, start : start + many] for start, many in zip(self._starts[0, numbers], pages)]
-        found = np.flatnonzero(np.concatenate(parts) == 0)[:count]
-        ends = pages.cumsum()
-        which = ends.searchsorted(found, "right")
-        index = found - (ends - pages)[which]
-        self._counts[0, self._starts[0, numbers][which] + index] = 1
-        self._free[numbers] -= np.bincount(which, minlength=len(numbers))
-        self._longest[numbers] = np.minimum(self._longest[numbers], self._free[numbers])
-        return (numbers[which] << SLAB_SHIFT) + index
+        starts, pages = self._starts[0, numbers], self._pages[numbers]
+        free = [np.flatnonzero(self._counts[0, a : a + n] == 0) for a, n in zip(starts.tolist(), pages.tolist())]
+        return (np.repeat(numbers << SLAB_SHIFT, list(map(len, free))) + np.concatenate(free))[:count]
 
     def _at(self, pages: np.ndarray) -> np.ndarray:
         """Where the counts of pages stand."""

@@ -124,6 +124,15 @@ class Standing:
             self._full = self.version, self.of_layers().full
         return self._full[1]
 
+    @property
+    def full_rows(self) -> np.ndarray:
+        """The rows whose next token needs a page of its own."""
+        full = self.full
+        rows = np.flatnonzero(full)
+        if len(full) < self.layers and len(rows):
+            rows = (np.arange(self.layers)[:, None] * self._each + rows).reshape(-1)
+        return rows
+
     # -- how it changes -----------------------------------------------------------------------------------
 
     def snapshot(self) -> Callable[[], None]:
