@@ -55,8 +55,9 @@ class Slabs:
         self._steps = {name: (row, step) for row, (name, step) in enumerate(steps.items(), 1)}
         # Of each slab: where its references begin, and then its fields in memory.
         self._starts = np.zeros((1 + len(steps), 0), dtype=np.int64)
-        # How many pages it has, how many are free, and how many of these at most stand in succession.
-        self._pages, self._free, self._longest = (np.zeros(0, dtype=np.int64) for _ in range(3))
+        # How many pages it has, how many are free, how many of these at most stand in succession, and how many pages at
+        # least are taken before the first free one.
+        self._pages, self._free, self._longest, self._first = (np.zeros(0, dtype=np.int64) for _ in range(4))
         self._counts = np.zeros((2, 0), dtype=np.int32)
         self._end = 0
         """So many of them belong to slabs, or to such as were given back."""
@@ -86,7 +87,7 @@ class Slabs:
             number = self._slabs.index(None) if None in self._slabs else len(self._slabs)
         if number == len(self._slabs):
             self._slabs.append(None)
-            for name in ("_starts", "_pages", "_free", "_longest"):
+            for name in ("_starts", "_pages", "_free", "_longest", "_first"):
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.zeros_like(old, shape=(*old.shape[:-1], 1))], -1))
         pages = len(slab.references)
@@ -97,7 +98,7 @@ class Slabs:
         self._slabs[number] = slab
         self._place(number, slab)
         self._starts[1:, number] = [slab.tensors[name].data_ptr() for name in self._steps]
-        self._pages[number] = pages
+        self._pages[number], self._first[number] = pages, 0
         self._free[number] = self._longest[number] = pages - np.count_nonzero(slab.references)
         return number
 
@@ -120,13 +121,17 @@ class Slabs:
         cast(Slab, self._slabs[number]).references[index[0] : index[-1] + 1] = 1
         self._free[number] -= len(index)
         self._longest[number] = min(self._longest[number], self._free[number])
+        if index[0] == self._first[number]:
+            self._first[number] = index[-1] + 1
         return (number << SLAB_SHIFT) + index
 
     def _run(self, count: int) -> np.ndarray | None:
         """Consecutive free pages of one slab, if there are so many."""
         for number in np.flatnonzero(self._longest >= count).tolist():
-            references = cast(Slab, self._slabs[number]).references
-            first = int(references.argmin())
+            references, first = cast(Slab, self._slabs[number]).references, int(self._first[number])
+            if references[first]:
+                first += int(references[first:].argmin())
+                self._first[number] = first
             if first + count > len(references) or references[first : first + count].any():  # not where one is at first
                 used = np.concatenate([[-1], references.nonzero()[0], [len(references)]])
                 gaps = used[1:] - used[:-1] - 1
@@ -191,6 +196,7 @@ class Slabs:
         gone = gone[np.diff(gone, prepend=-1) > 0]
         freed = np.bincount(gone >> SLAB_SHIFT, minlength=len(self._free))
         self._free += freed
+        np.minimum.at(self._first, gone >> SLAB_SHIFT, gone & INDEX_MASK)
         # Each may have joined the free pages on its two sides.
         self._longest = np.minimum((freed + 1) * self._longest + freed, self._free)
 
