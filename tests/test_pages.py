@@ -109,6 +109,30 @@ def test_a_run_is_the_first_one_that_is_long_enough() -> None:
         assert pages.pages_in_use == len(held)
 
 
+def test_scattered_pages_are_free_ones_though_they_were_found_before() -> None:
+    """Pages that are remembered from one look may be somebody's by the next, or their slab may be gone."""
+    rng = np.random.default_rng(1)
+    pages = pool()
+    held = [*pages.allocate(60), *pages.allocate(200), *pages.allocate(90)]
+    for turn in range(400):
+        gone = rng.permutation(len(held))[: rng.integers(0, 40)]
+        pages.release(np.array(held, dtype=np.int64)[gone])
+        held = [page for i, page in enumerate(held) if i not in gone]
+        count, free = int(rng.integers(1, 9)), pages.free_pages
+        taken = pages._run(count) if turn % 3 == 0 else pages._scattered(count, [turn % 2] if turn % 5 == 0 else [])
+        if taken is not None:
+            assert len(taken) == min(count, free) or turn % 5 == 0
+            held += list(taken)
+        assert len(set(held)) == len(held) == pages.pages_in_use
+        assert (pages.references(np.array(held, dtype=np.int64)) == 1).all()
+        if turn % 50 == 49:  # all of a slab is free, and it goes
+            mine = [page for page in held if page >> 20 == 0]
+            pages.release(np.array(mine, dtype=np.int64))
+            held = [page for page in held if page >> 20]
+            pages.trim()
+            held += pages.allocate(60).tolist()
+
+
 def test_scattered_pages_are_used_before_the_pool_grows() -> None:
     pages = pool()
     first = pages.allocate(10)
