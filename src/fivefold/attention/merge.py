@@ -106,17 +106,17 @@ def _attend_capped(
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 
-def is_large(queries: torch.Tensor, keys: int, recurs: bool = False) -> bool:
-    """Whether attention of these queries over so many keys is worth a plan of cuDNN. recurs: the same shape comes again
-    and again."""
-    return 4 * queries.numel() * keys >= (RECURRING_OPERATIONS if recurs else CUDNN_OPERATIONS)
+def is_large(numbers: int, keys: int, recurs: bool = False) -> bool:
+    """Whether attention of queries of so many numbers over so many keys is worth a plan of cuDNN. recurs: the same
+    shape comes again and again."""
+    return 4 * numbers * keys >= (RECURRING_OPERATIONS if recurs else CUDNN_OPERATIONS)
 
 
 def _takes_cudnn(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, causal: bool, recurs: bool = False
 ) -> bool:
     """Whether torch would take cuDNN for this attention, and it is large enough to be worth a plan."""
-    if not is_large(queries, keys.shape[2] // (1 + causal), recurs):
+    if not is_large(queries.numel(), keys.shape[2] // (1 + causal), recurs):
         return False
     chosen = torch.ops.aten._fused_sdp_choice(queries, keys, values, None, 0.0, causal)
     return bool(chosen == SDPBackend.CUDNN_ATTENTION.value)
