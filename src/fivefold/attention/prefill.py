@@ -320,12 +320,11 @@ def _large(queries: torch.Tensor) -> int:
 def _packed(group: RowGroup, cut: Cut, dtype: torch.dtype) -> Iterator[Piece]:
     """The packed tier block by block, decoded."""
     for first, last, begin, count in cut.packed:
-        pair = unpack_fused(group, first, last, dtype)
+        pair = unpack_fused(group, first, count, dtype)
         if pair is None:
-            keys, values = group.decoded(first, last)
-            pair = keys.to(dtype), values.to(dtype)
-        keys, values = (x if x.shape[1] == count else x[:, :count] for x in pair)
-        yield begin, keys, values
+            keys, values = (x[:, :count].to(dtype) for x in group.decoded(first, last))
+            pair = keys, values
+        yield begin, *pair
 
 
 def _stored(
