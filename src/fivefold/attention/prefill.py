@@ -157,16 +157,16 @@ def _parts_under_window(
     for at, k, v in _runs(group, cut, queries.dtype):
         few, first = sink - at, max(0, oldest - at)
         if few > 0:
-            sinks.append((k[:, :few], v[:, :few]))
+            sinks.append(_some(k, v, 0, few))
         if first < k.shape[1]:
-            window.append((at + first, (k[:, first:], v[:, first:])))
+            window.append((at + first, _some(k, v, first)))
     window.sort(key=lambda piece: piece[0])
     # Queries that are sinks themselves see all that is before them, and there is nothing that they do not.
     early = min(keys.shape[1], max(0, sink - start))
     if early:
         sinks.append((keys[:, :early], values[:, :early]))
-    run = _cat([*(pair for _, pair in window), (keys[:, early:], values[:, early:])])
-    rest, parts = queries[:, :, early:], list[Part]()
+    run = _cat([*(pair for _, pair in window), _some(keys, values, early)])
+    rest, parts = queries[:, :, early:] if early else queries, list[Part]()
     if rest.shape[2]:
         k, v = (_spread(x, queries) for x in run)
         parts.append(attend_window(rest, k, v, scaling, k.shape[2] - rest.shape[2], extent.recent))
@@ -270,10 +270,17 @@ def _runs(group: RowGroup, cut: Cut, dtype: torch.dtype) -> Iterator[Piece]:
     for first, keys, values in _exact(group, cut, False, False):
         count = min(keys.shape[1], max(0, pinned - first))
         if count:
-            yield first, keys[:, :count], values[:, :count]
+            yield first, *_some(keys, values, 0, count)
         if count < keys.shape[1]:
-            yield int(bounds.exact_base) + first + count - pinned, keys[:, count:], values[:, count:]
+            yield int(bounds.exact_base) + first + count - pinned, *_some(keys, values, count)
     yield from _packed(group, cut, dtype)
+
+
+def _some(keys: torch.Tensor, values: torch.Tensor, first: int, stop: int = 1 << 40) -> Pair:
+    """Some of the tokens; they themselves where that is all."""
+    if first == 0 and stop >= keys.shape[1]:
+        return keys, values
+    return keys[:, first:stop], values[:, first:stop]
 
 
 def _join(parts: Sequence[Piece]) -> Piece:
