@@ -45,6 +45,10 @@ class Chunk:
     def __call__(self, cache: FivefoldCache, ids: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
         """Logits `[batch, kept, vocabulary]`; the forward is begun. given: the other arguments of the call."""
         session, (batch, tokens) = cache.session, ids.shape
+        if not session.batch:  # `fits` has said what layers are given: they need not wait for that
+            session.unite(session.change)
+            for bank in session.banks:
+                bank.start(batch)
         positions, mask = given.get("position_ids"), given.get("attention_mask")
         if positions is None:
             positions = torch.arange(session.length, session.length + tokens, device=ids.device)[None]

@@ -184,7 +184,7 @@ class LayerCache(Holds):
 
     def know(self, group: RowGroup) -> None:
         """A group's rows have changed: if it is not one of these groups, they do not know."""
-        if not any(one is group for one in self._groups or ()):
+        if group not in (self._groups or ()):
             self.regroup()
 
     @property
