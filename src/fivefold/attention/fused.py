@@ -13,7 +13,7 @@ from fivefold.attention.divided import readers_of
 from fivefold.attention.merge import with_sinks
 from fivefold.attention.tables import kernels, tables_of
 from fivefold.attention.watch import why_not_watched
-from fivefold.kernels.choice import choose, possible, runs_cpp
+from fivefold.kernels.choice import choose, loaded, possible, runs_cpp
 from fivefold.kernels.packed_decode import Form, cpu, schedule
 from fivefold.store.bank import Bank
 from fivefold.store.group import RowGroup
@@ -108,10 +108,11 @@ def unpack_fused(
         return None
     if schedule.supports(codec.form, 1, layer.spec.head_dim) is not None:
         return None
-    from fivefold.kernels.pack import triton as kernel
-
     table, at = rows_of(group, True)
-    return kernel.unpack_pages(codec.form, table, dtype, at, first, tokens)
+    pair: tuple[torch.Tensor, torch.Tensor] = loaded("pack.triton").unpack_pages(
+        codec.form, table, dtype, at, first, tokens
+    )
+    return pair
 
 
 def gathers(layer: Layer) -> bool:
@@ -125,10 +126,11 @@ def gathers(layer: Layer) -> bool:
 def gather_fused(group: RowGroup, first: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of so many exact tokens from a column on, `[rows, tokens, head_dim]`, where it `gathers`."""
     layer = group.layer
-    from fivefold.kernels.gather import triton as kernel
-
     table, at = rows_of(group, False)
-    return kernel.gather_pages(table, tokens, layer.spec.head_dim, layer.spec.dtype, at, first)
+    pair: tuple[torch.Tensor, torch.Tensor] = loaded("gather.triton").gather_pages(
+        table, tokens, layer.spec.head_dim, layer.spec.dtype, at, first
+    )
+    return pair
 
 
 def rows_of(group: RowGroup, packed: bool) -> tuple[torch.Tensor, slice | torch.Tensor]:

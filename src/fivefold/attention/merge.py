@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from fivefold.blocks import CUDNN_OPERATIONS, RECURRING_OPERATIONS
-from fivefold.kernels.choice import choose
+from fivefold.kernels.choice import choose, loaded
 from fivefold.kernels.merge import Part, merge_reference
 
 CAPPED_NUMBERS = 1 << 24
@@ -185,11 +185,9 @@ def merge(
         whole, total = parts[0]
         return (whole if dtype is None else whole.to(dtype)) if out is None else out.copy_(whole), total
     if _by_kernel(parts):
-        from fivefold.kernels.merge import triton as kernel
-
         if out is None:
             out = torch.empty_like(parts[0][0], dtype=dtype or torch.float32)
-        return out, kernel.merge_parts(parts, out)
+        return out, loaded("merge.triton").merge_parts(parts, out)
     whole, total = merge_reference(parts)
     return (whole if dtype is None else whole.to(dtype)) if out is None else out.copy_(whole), total
 
@@ -198,6 +196,5 @@ def _by_kernel(parts: Sequence[Part]) -> bool:
     """Whether a kernel merges such parts: on a GPU."""
     if not parts[0][1].is_cuda or parts[0][0].ndim not in (3, 4) or not choose(parts[0][1].device).triton:
         return False
-    from fivefold.kernels.merge import triton as kernel
-
-    return all(x.dtype in kernel.TYPES and lse.dtype is torch.float32 for x, lse in parts)
+    types = loaded("merge.triton").TYPES
+    return all(x.dtype in types and lse.dtype is torch.float32 for x, lse in parts)

@@ -94,7 +94,7 @@ def added_normed(x: torch.Tensor, residual: torch.Tensor, norm: Norm) -> tuple[t
 
 def spread(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turn: Turn, batch: int) -> tuple[torch.Tensor, ...]:
     """See `reference.spread`."""
-    count, dim = len(q), turn.cos.shape[1]
+    count, dim = q.shape[0], turn.cos.shape[1]
     heads, kv_heads = q.shape[1] // dim, k.shape[1] // dim
     outs = [x.new_empty((batch, n, count // batch, dim)) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads))]
     first, second = turn.norms
