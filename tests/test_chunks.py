@@ -17,6 +17,7 @@ from fivefold.errors import CacheFullError
 from fivefold.kernels.step import reference
 from fivefold.kernels.step.reference import Norm, Turn
 from fivefold.models import chunks
+from fivefold.store.bank import Bank
 from recipes import RECIPES, SHAPE, written
 from unlike import ONE, TWO
 
@@ -99,6 +100,21 @@ def test_recipes(device, name: str, tiny, monkeypatch) -> None:
     model = tiny(**SHAPE).to(device)
     found, wanted = both(model, conversation(model, 1, device), monkeypatch, written(name, model))
     alike(found, wanted, 2e-2)
+
+
+def test_layers_are_stored_together_from_the_first_chunk_on(device, monkeypatch) -> None:
+    model, moved = build("llama", **TWO).to(device), list[int]()
+    move = Bank.move
+    monkeypatch.setattr(Bank, "move", lambda bank, rows, *given: (moved.append(len(rows)), move(bank, rows, *given))[1])
+    with torch.inference_mode():
+        cache = fivefold.compress(model, "kivi(bits=4, residual=32)")
+        for seed in range(2):
+            model(ids(2, 70, device, seed), past_key_values=cache)
+    assert moved == [cache.session.stores[0].bank.standing.rows] * 2
+    cache.free()
+    with torch.inference_mode():  # and it begins anew
+        model(ids(1, 70, device), past_key_values=cache)
+    assert moved[2:] == [moved[0] // 2] and cache.lengths().tolist() == [70]
 
 
 def test_padding_and_positions(device, monkeypatch) -> None:

@@ -30,6 +30,8 @@ def test_the_kernel_is_the_reference(device: str, dtype: torch.dtype, tokens: in
     found = kernel.gather_pages(wide[:, :columns], tokens, dim, dtype)
     named = kernel.gather_pages(wide[:, :columns], tokens, dim, dtype, torch.tensor([1, 1, 0], device=device))
     assert all(torch.equal(mine, theirs[[1, 1, 0]]) for mine, theirs in zip(named, found))
+    part = kernel.gather_pages(wide, max(1, tokens - PAGE), dim, dtype, slice(1, 2), int(tokens > PAGE))
+    assert all(torch.equal(mine, theirs[1:2, -mine.shape[1] :]) for mine, theirs in zip(part, found))
     here = (pages.data_ptr() + order * PAGE * dim * dtype.itemsize) >> 4
     for mine, theirs in zip(found, gather_pages(here[:, :columns], tokens, dim, dtype)):
         assert mine.dtype == dtype and torch.equal(mine.cpu(), theirs)

@@ -366,6 +366,15 @@ def check_to_the_byte(build: Callable[[], list[LayerCache]], act: Callable[[Laye
     return missing
 
 
+def test_pages_of_sinks_are_apart_from_those_of_a_window() -> None:
+    """Those that slide out leave whole slabs, and nothing has to move."""
+    layer = make([Extent(32, 64)] * 2, batch=40)
+    for tokens in (200, 300):
+        extend(layer, tokens)
+        layer.exact_pool.trim()
+        assert layer.exact_pool.free_pages == 0 and not compact.due(layer.pools)
+
+
 def test_pages_in_use_are_those_of_the_bounds() -> None:
     for extents in ([Extent()], [Extent(), Extent(4, 100)], [Extent(40, 70)]):
         layer = make(extents, kivi(8), batch=2)

@@ -101,6 +101,9 @@ def test_unpacked_pages_are_those_of_the_reference(device: str, bits: int, group
     found = kernel.unpack_pages(form, table[:, 1:], torch.float32)
     named = kernel.unpack_pages(form, table[:, 1:], torch.float32, torch.tensor([1, 0, 1], device=device))
     assert all(torch.equal(mine, theirs[[1, 0, 1]]) for mine, theirs in zip(named, found))
+    count = form.tokens + 5  # of a run of rows, from a column on, up to a token within a page
+    part = kernel.unpack_pages(form, table, torch.float32, slice(1, 2), 1, count)
+    assert all(torch.equal(mine, theirs[1:2, :count]) for mine, theirs in zip(part, found))
     for mine, theirs in zip(found, decode_page(form, fields)):
         wanted = theirs[order[:, 1:].to(device)].flatten(1, 2)
         # One rounding less where product and sum are one instruction.

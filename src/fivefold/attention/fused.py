@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +13,13 @@ from fivefold.attention.divided import readers_of
 from fivefold.attention.merge import with_sinks
 from fivefold.attention.tables import kernels, tables_of
 from fivefold.attention.watch import why_not_watched
-from fivefold.kernels.choice import choose, possible, runs_cpp
+from fivefold.kernels.choice import choose, loaded, possible, runs_cpp
 from fivefold.kernels.packed_decode import Form, cpu, schedule
 from fivefold.store.bank import Bank
 from fivefold.store.group import RowGroup
 from fivefold.store.interfaces import Layer
 from fivefold.store.layer_cache import LayerCache
-from fivefold.store.rows import PAGE, Span
+from fivefold.store.rows import Span
 
 
 def attend_fused(
@@ -97,19 +98,21 @@ def attend_picked_fused(
 
 
 def unpack_fused(
-    group: RowGroup, first: int, last: int, dtype: torch.dtype
+    group: RowGroup, first: int, tokens: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Keys and values of packed columns first..last, `[rows, tokens, head_dim]`; None where the kernel does not run."""
+    """Keys and values of so many packed tokens from a column on, `[rows, tokens, head_dim]`; None where the kernel does
+    not run."""
     layer = group.layer
-    device, codec = layer.spec.device, layer.codec
-    if not choose(device).triton or codec is None or codec.form is None or len(layer.packed_pools) > 1:
+    codec = layer.codec
+    if codec is None or codec.form is None or len(layer.packed_pools) > 1 or not choose(layer.spec.device).triton:
         return None
     if schedule.supports(codec.form, 1, layer.spec.head_dim) is not None:
         return None
-    from fivefold.kernels.pack import triton as kernel
-
-    table, at = tables_of(layer.bank).rows_of(group, True)
-    return kernel.unpack_pages(codec.form, table[:, first:last], dtype, at)
+    table, at = rows_of(group, True)
+    pair: tuple[torch.Tensor, torch.Tensor] = loaded("pack.triton").unpack_pages(
+        codec.form, table, dtype, at, first, tokens
+    )
+    return pair
 
 
 def gathers(layer: Layer) -> bool:
@@ -123,12 +126,23 @@ def gathers(layer: Layer) -> bool:
 def gather_fused(group: RowGroup, first: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of so many exact tokens from a column on, `[rows, tokens, head_dim]`, where it `gathers`."""
     layer = group.layer
-    from fivefold.kernels.gather import triton as kernel
-
-    table, at = tables_of(layer.bank).rows_of(group, False)
-    return kernel.gather_pages(
-        table[:, first : first + -(-tokens // PAGE)], tokens, layer.spec.head_dim, layer.spec.dtype, at
+    table, at = rows_of(group, False)
+    pair: tuple[torch.Tensor, torch.Tensor] = loaded("gather.triton").gather_pages(
+        table, tokens, layer.spec.head_dim, layer.spec.dtype, at, first
     )
+    return pair
+
+
+def rows_of(group: RowGroup, packed: bool) -> tuple[torch.Tensor, slice | torch.Tensor]:
+    """A table of packed or exact pages, and which of its rows are the group's. It is brought up to date once in a
+    forward: these rows attend to what was there before they take their chunk."""
+    bank: Any = group.layer.bank
+    tables: Any = bank.mirror
+    if tables is None or bank.change is None or tables.synced is not bank.change:
+        tables = tables_of(bank)
+        tables.sync()
+        tables.synced = bank.change
+    return tables.table(packed), tables.division.places(group, tables.device)[packed]
 
 
 def why_not(layer: Layer, device: torch.device, heads: int, large: bool = False) -> str | None:

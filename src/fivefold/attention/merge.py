@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from fivefold.blocks import CUDNN_OPERATIONS, RECURRING_OPERATIONS
-from fivefold.kernels.choice import choose
+from fivefold.kernels.choice import choose, loaded
 from fivefold.kernels.merge import Part, merge_reference
 
 CAPPED_NUMBERS = 1 << 24
@@ -106,17 +106,17 @@ def _attend_capped(
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 
-def is_large(queries: torch.Tensor, keys: int, recurs: bool = False) -> bool:
-    """Whether attention of these queries over so many keys is worth a plan of cuDNN. recurs: the same shape comes again
-    and again."""
-    return 4 * queries.numel() * keys >= (RECURRING_OPERATIONS if recurs else CUDNN_OPERATIONS)
+def is_large(numbers: int, keys: int, recurs: bool = False) -> bool:
+    """Whether attention of queries of so many numbers over so many keys is worth a plan of cuDNN. recurs: the same
+    shape comes again and again."""
+    return 4 * numbers * keys >= (RECURRING_OPERATIONS if recurs else CUDNN_OPERATIONS)
 
 
 def _takes_cudnn(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, causal: bool, recurs: bool = False
 ) -> bool:
     """Whether torch would take cuDNN for this attention, and it is large enough to be worth a plan."""
-    if not is_large(queries, keys.shape[2] // (1 + causal), recurs):
+    if not is_large(queries.numel(), keys.shape[2] // (1 + causal), recurs):
         return False
     chosen = torch.ops.aten._fused_sdp_choice(queries, keys, values, None, 0.0, causal)
     return bool(chosen == SDPBackend.CUDNN_ATTENTION.value)
@@ -185,11 +185,9 @@ def merge(
         whole, total = parts[0]
         return (whole if dtype is None else whole.to(dtype)) if out is None else out.copy_(whole), total
     if _by_kernel(parts):
-        from fivefold.kernels.merge import triton as kernel
-
         if out is None:
             out = torch.empty_like(parts[0][0], dtype=dtype or torch.float32)
-        return out, kernel.merge_parts(parts, out)
+        return out, loaded("merge.triton").merge_parts(parts, out)
     whole, total = merge_reference(parts)
     return (whole if dtype is None else whole.to(dtype)) if out is None else out.copy_(whole), total
 
@@ -198,6 +196,5 @@ def _by_kernel(parts: Sequence[Part]) -> bool:
     """Whether a kernel merges such parts: on a GPU."""
     if not parts[0][1].is_cuda or parts[0][0].ndim not in (3, 4) or not choose(parts[0][1].device).triton:
         return False
-    from fivefold.kernels.merge import triton as kernel
-
-    return all(x.dtype in kernel.TYPES and lse.dtype is torch.float32 for x, lse in parts)
+    types = loaded("merge.triton").TYPES
+    return all(x.dtype in types and lse.dtype is torch.float32 for x, lse in parts)

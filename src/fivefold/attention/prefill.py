@@ -26,9 +26,57 @@ KEY_BLOCK = 2048
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """Keys and values `[rows, tokens, head_dim]`."""
+Block = tuple[int, int, int, int]
 Piece = tuple[int, torch.Tensor, torch.Tensor]
 """Tokens of some rows that stand alike: the first one's position (in the exact tier, its slot), keys and values `[rows,
 tokens, head_dim]`."""
+
+
+class Cut:
+    """How what is stored is cut for a chunk, where rows stand at `bounds`: the same for all layers in which rows stand
+    alike. Blocks are (first column, last column, first position, tokens) each, of the exact tier with slots for
+    positions."""
+
+    def __init__(self, group: RowGroup, queries: torch.Tensor) -> None:
+        self.bounds, self.extent, self.chunk = group.bounds, group.bounds.extent, queries.shape[2]
+        self.start, self.numbers = int(self.bounds.length), queries.numel()
+        # Nothing has left what any query sees.
+        recent = self.extent.recent
+        self.whole = recent is None or self.extent.share is not None or self.start + self.chunk <= recent
+        self.regular = self.chunk % CHUNK_STEP == 0
+        self.most = KEY_NUMBERS // (queries.shape[0] * queries.shape[3])
+        packing, end = group.layer.packing, int(self.bounds.exact_tokens)
+        sizes, large = _block_sizes(queries, PAGE), _large(queries)
+        self.sizes = [sizes]
+        self.exact = _blocks(0, end, PAGE, sizes, large)
+        self.runs = _blocks(0, end, PAGE, [max(1, self.most // PAGE) * PAGE], end + 1)
+        """The exact tier in as few blocks as can be."""
+        self.packed = list[Block]()
+        if packing is not None:
+            base, stop = int(self.bounds.packed_base), int(self.bounds.packed_stop)
+            self.sizes.append(_block_sizes(queries, packing.page))
+            self.packed = _blocks(base, stop, packing.page, self.sizes[1], large)
+
+    def apart(self, tokens: int, packed: bool) -> tuple[bool, bool]:
+        """Whether a block of so many is attended on by itself, where another kernel takes it than with the chunk; and
+        whether such blocks come again."""
+        recurs = self.regular and tokens in self.sizes[packed]
+        few = 4 * self.chunk if packed else 1 << 40
+        return tokens in self.sizes[packed] or tokens > few or is_large(self.numbers, tokens), recurs
+
+    @classmethod
+    def of(cls, group: RowGroup, queries: torch.Tensor) -> Cut:
+        """The same one for all layers of a bank that ask for the same."""
+        key = "cut", group.bounds, queries.shape, takes_windows(queries)
+        found: Cut = group.layer.bank.memo.get(key, lambda: cls(group, queries))
+        return found
+
+
+def _blocks(base: int, stop: int, page: int, sizes: list[int], large: int) -> list[Block]:
+    """Tokens from one position to another in pages, as `blocks`."""
+    held = max(0, stop - base)
+    cuts = blocks(-(-held // page), held // page, page, sizes, large)
+    return [(first, last, base + first * page, min(held, last * page) - first * page) for first, last in cuts]
 
 
 def attend_chunk(
@@ -53,81 +101,72 @@ def _parts(
     group: RowGroup, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
 ) -> list[Part]:
     """What is merged to that."""
-    extent, chunk, cap = group.bounds.extent, keys.shape[1], group.layer.spec.cap
-    start = int(group.bounds.length)
-    # Nothing has left what any query sees.
-    whole = _sees_all(extent) or start + chunk <= extent.recent  # type: ignore[operator]
+    cap, cut = group.layer.spec.cap, Cut.of(group, queries)
+    extent, start, chunk = cut.extent, cut.start, cut.chunk
     if cap is None and not extent.late_sink and extent.share is None and takes_windows(queries):
-        if not whole:
-            return _parts_under_window(group, queries, keys, values, scaling)
+        if not cut.whole:
+            return _parts_under_window(group, cut, queries, keys, values, scaling)
         if start:
-            return _parts_joined(group, queries, keys, values, scaling)
-    if whole:
+            return _parts_joined(group, cut, queries, keys, values, scaling)
+    if cut.whole:
         own = attend(queries, _spread(keys, queries), _spread(values, queries), scaling, causal=True, cap=cap)
     else:
         own = windowed(extent, start, queries, keys, values, np.arange(start, start + chunk), scaling, cap)
     parts = [own]
     if start:
-        for part in _stored(group, queries, scaling):
+        for part in _stored(group, cut, queries, scaling):
             parts = [merge([*parts, part])]  # at once: there may be many
     left = left_of(group, queries, scaling)
     return parts if left is None else [*parts, left]
 
 
 def _parts_joined(
-    group: RowGroup, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+    group: RowGroup, cut: Cut, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
 ) -> list[Part]:
     """Where `takes_windows`, and every query sees all that is stored: the newest exact tokens, and the last packed ones
     where they are few, are copied together with the chunk. A GPU copies sooner than it attends once more and merges
     what comes out."""
-    layer, chunk = group.layer, keys.shape[1]
     parts: list[Part] = []
     joined: list[tuple[torch.Tensor, torch.Tensor]] = []
-    tiers = [(_exact(group, True, queries), PAGE, 1 << 40)]
-    if layer.packing is not None:
-        tiers.append((_packed(group, queries), layer.packing.page, 4 * chunk))
-    for pieces, page, most in tiers:
-        sizes = _block_sizes(queries, page)
+    for packed, pieces in ((False, _exact(group, cut, True)), (True, _packed(group, cut, queries.dtype))):
         for _, k, v in pieces:
-            held = k.shape[1]
-            # What is large is better off alone, where another kernel takes it.
-            if held in sizes or held > most or is_large(queries, held):
-                recurs = chunk % CHUNK_STEP == 0 and held in sizes
+            alone, recurs = cut.apart(k.shape[1], packed)
+            if alone:
                 parts.append(_over_all(queries, k, v, scaling, None, recurs))
             else:
                 joined.append((k, v))
     k, v = (_spread(x, queries) for x in _cat([*joined, (keys, values)]))
     if joined:
-        before = k.shape[2] - chunk
-        parts.append(attend_window(queries, k, v, scaling, before, before + chunk))
+        before = k.shape[2] - cut.chunk
+        parts.append(attend_window(queries, k, v, scaling, before, before + cut.chunk))
     else:
         parts.append(attend(queries, k, v, scaling, causal=True))
     return parts
 
 
 def _parts_under_window(
-    group: RowGroup, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+    group: RowGroup, cut: Cut, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
 ) -> list[Part]:
     """The same under a window: what the queries see of it is copied together with the chunk, and sinks are attended
     on once more. Tokens between these are seen by no query."""
-    extent, start = group.bounds.extent, int(group.bounds.length)
+    extent, start = cut.extent, cut.start
     assert extent.recent is not None
     sink, oldest = extent.sink, max(extent.sink, start - extent.recent + 1)
     sinks: list[Pair] = []
     window: list[tuple[int, Pair]] = []
-    for at, k, v in _runs(group, queries):
+    for at, k, v in _runs(group, cut, queries.dtype):
         few, first = sink - at, max(0, oldest - at)
         if few > 0:
-            sinks.append((k[:, :few], v[:, :few]))
+            sinks.append(_some(k, v, 0, few))
         if first < k.shape[1]:
-            window.append((at + first, (k[:, first:], v[:, first:])))
+            window.append((at + first, _some(k, v, first)))
     window.sort(key=lambda piece: piece[0])
     # Queries that are sinks themselves see all that is before them, and there is nothing that they do not.
     early = min(keys.shape[1], max(0, sink - start))
     if early:
         sinks.append((keys[:, :early], values[:, :early]))
-    run = _cat([*(pair for _, pair in window), (keys[:, early:], values[:, early:])])
-    rest, parts = queries[:, :, early:], list[Part]()
+    run = _cat([*(pair for _, pair in window), _some(keys, values, early)])
+    rest, parts = queries[:, :, early:] if early else queries, list[Part]()
     if rest.shape[2]:
         k, v = (_spread(x, queries) for x in run)
         parts.append(attend_window(rest, k, v, scaling, k.shape[2] - rest.shape[2], extent.recent))
@@ -202,22 +241,18 @@ def _window_bias(extent: Extent, queries: torch.Tensor, keys: torch.Tensor) -> t
     return torch.where(seen, 0.0, MASKED)
 
 
-def _exact(group: RowGroup, joined: bool, queries: torch.Tensor | None = None) -> Iterator[Piece]:
-    """The exact tier, block by block. Where a kernel `gathers` it, of up to `KEY_NUMBERS` each, or as `queries` that
+def _exact(group: RowGroup, cut: Cut, joined: bool, halves: bool = True) -> Iterator[Piece]:
+    """The exact tier, block by block. Where a kernel `gathers` it, of up to `KEY_NUMBERS` each; halves: as queries that
     see all of it want them.
 
     joined: blocks are copied together, as many as make `KEY_NUMBERS`. A GPU copies sooner than it attends over many
     blocks and merges what comes out, and every earlier chunk has left a block of its own.
     """
-    tokens, parts = int(group.bounds.exact_tokens), list[Piece]()
-    most = KEY_NUMBERS // (len(group.rows) * group.layer.spec.head_dim)
     if gathers(group.layer):
-        sizes = [max(1, most // PAGE) * PAGE] if queries is None else _block_sizes(queries, PAGE)
-        large = tokens + 1 if queries is None else _large(queries)
-        for first, last in blocks(-(-tokens // PAGE), tokens // PAGE, PAGE, sizes, large):
-            yield (first * PAGE, *gather_fused(group, first, min(last * PAGE, tokens) - first * PAGE))
+        for column, _, first, count in cut.exact if halves else cut.runs:
+            yield (first, *gather_fused(group, column, count))
         return
-    most = most if joined else 0
+    tokens, parts, most = int(cut.bounds.exact_tokens), list[Piece](), cut.most if joined else 0
     for column, last, location in group.exact_blocks():
         first, stop = column * PAGE, min(last * PAGE, tokens)
         keys, values = (group.read_exact(name, location)[:, : stop - first] for name in KV)
@@ -229,16 +264,23 @@ def _exact(group: RowGroup, joined: bool, queries: torch.Tensor | None = None) -
         yield _join(parts)
 
 
-def _runs(group: RowGroup, queries: torch.Tensor) -> Iterator[Piece]:
+def _runs(group: RowGroup, cut: Cut, dtype: torch.dtype) -> Iterator[Piece]:
     """All that is stored, as runs of positions."""
-    bounds, pinned = group.bounds, int(group.bounds.pinned_tokens)
-    for first, keys, values in _exact(group, False):
+    bounds, pinned = cut.bounds, int(cut.bounds.pinned_tokens)
+    for first, keys, values in _exact(group, cut, False, False):
         count = min(keys.shape[1], max(0, pinned - first))
         if count:
-            yield first, keys[:, :count], values[:, :count]
+            yield first, *_some(keys, values, 0, count)
         if count < keys.shape[1]:
-            yield int(bounds.exact_base) + first + count - pinned, keys[:, count:], values[:, count:]
-    yield from _packed(group, queries)
+            yield int(bounds.exact_base) + first + count - pinned, *_some(keys, values, count)
+    yield from _packed(group, cut, dtype)
+
+
+def _some(keys: torch.Tensor, values: torch.Tensor, first: int, stop: int = 1 << 40) -> Pair:
+    """Some of the tokens; they themselves where that is all."""
+    if first == 0 and stop >= keys.shape[1]:
+        return keys, values
+    return keys[:, first:stop], values[:, first:stop]
 
 
 def _join(parts: Sequence[Piece]) -> Piece:
@@ -274,7 +316,7 @@ def _block_sizes(queries: torch.Tensor, page: int) -> list[int]:
     rows, _, chunk, dim = queries.shape
     regular = takes_windows(queries) and chunk % CHUNK_STEP == 0
     most = KEY_NUMBERS // (rows * dim) if queries.is_cuda else KEY_BLOCK
-    return halved(most, page, lambda tokens: regular and is_large(queries, tokens, True))
+    return halved(most, page, lambda tokens: regular and is_large(queries.numel(), tokens, True))
 
 
 def _large(queries: torch.Tensor) -> int:
@@ -282,42 +324,35 @@ def _large(queries: torch.Tensor) -> int:
     return -(-CUDNN_OPERATIONS // (4 * queries.numel()))
 
 
-def _packed(group: RowGroup, queries: torch.Tensor) -> Iterator[Piece]:
+def _packed(group: RowGroup, cut: Cut, dtype: torch.dtype) -> Iterator[Piece]:
     """The packed tier block by block, decoded."""
-    layer = group.layer
-    if not group.packed.shape[1]:
-        return
-    assert layer.codec is not None and layer.packing is not None
-    bounds, page = group.bounds, layer.packing.page
-    columns, whole = group.packed.shape[1], (int(bounds.packed_stop) - int(bounds.packed_base)) // page
-    for first, last in blocks(columns, whole, page, _block_sizes(queries, page), _large(queries)):
-        begin = int(bounds.packed_base) + first * page
-        stop = min(int(bounds.packed_stop), int(bounds.packed_base) + last * page)
-        pair = unpack_fused(group, first, last, queries.dtype)
+    for first, last, begin, count in cut.packed:
+        pair = unpack_fused(group, first, count, dtype)
         if pair is None:
-            keys, values = group.decoded(first, last)
-            pair = keys.to(queries.dtype), values.to(queries.dtype)
-        keys, values = (x[:, : stop - begin] for x in pair)
-        yield begin, keys, values
+            keys, values = (x[:, :count].to(dtype) for x in group.decoded(first, last))
+            pair = keys, values
+        yield begin, *pair
 
 
-def _stored(group: RowGroup, queries: torch.Tensor, scaling: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _stored(
+    group: RowGroup, cut: Cut, queries: torch.Tensor, scaling: float
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The chunk over each tier, block by block: parts to be merged."""
-    bounds, extent, cap = group.bounds, group.bounds.extent, group.layer.spec.cap
+    bounds, extent, cap, all_seen = cut.bounds, cut.extent, group.layer.spec.cap, _sees_all(cut.extent)
 
     # Under a window sinks and the rest stay apart: what is attended on at once is a run of positions.
     exact = bounds.exact_positions(int(bounds.exact_pages))
     for packed in (False, True):
-        pieces = _packed(group, queries) if packed else _exact(group, queries.is_cuda and _sees_all(extent))
+        pieces = _packed(group, cut, queries.dtype) if packed else _exact(group, cut, queries.is_cuda and all_seen)
         for begin, keys, values in pieces:
             stop = begin + keys.shape[1]
             at = np.arange(begin, stop) if packed else exact[begin:stop]
             for first, last in _seen(bounds, at):
                 k, v = keys[:, first:last], values[:, first:last]
-                if _sees_all(extent):
+                if all_seen:
                     yield _over_all(queries, k, v, scaling, cap)
                 else:
-                    yield windowed(extent, int(bounds.length), queries, k, v, at[first:last], scaling, cap)
+                    yield windowed(extent, cut.start, queries, k, v, at[first:last], scaling, cap)
 
 
 def _seen(bounds: Bounds, positions: np.ndarray) -> list[tuple[int, int]]:

@@ -162,7 +162,9 @@ class DeviceTables:
             self.bank.mirror = None  # they show one bank at a time
         if self.left is not None:
             self.left.forget()
-        self.bank, bank.mirror, self._pages, self._ahead, self._synced = bank, self, None, None, None
+        self.bank, bank.mirror, self._pages, self._ahead = bank, self, None, None
+        self.synced: Any = None
+        """The change in which a forward has brought these up to date (see `rows_of`)."""
         self._copied = {}
         self._tiers = [tier for tier in (bank.exact, bank.packed) if tier is not None]
         if bank.batch < self.sequences:
@@ -291,14 +293,9 @@ class DeviceTables:
             return None, exact
         return self._pages_of(packed, reader), exact
 
-    def rows_of(self, group: RowGroup, packed: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A table of packed or exact pages, and which of its rows are the group's, None if all: no copy, and synced
-        once in a forward, for rows that attend to what was there before they take their chunk."""
-        if self._synced is None or self._synced is not self.bank.change:
-            self.sync()
-        self._synced = self.bank.change
-        at, table = self.division.places(group, self.device)[packed], self._packed if packed else self._exact
-        return (table[at], None) if isinstance(at, slice) else (table, at)
+    def table(self, packed: bool) -> torch.Tensor:
+        """Of packed or exact pages, rows as they stand."""
+        return self._packed if packed else self._exact
 
     def programs_of(self, rows: int, reader: Reader | None, dtype: torch.dtype | None = None) -> schedule.Programs:
         """How many programs read packed and exact pages of so many rows; dtype: see `programs_for`."""

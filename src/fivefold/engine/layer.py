@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import partial
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -18,6 +20,9 @@ from fivefold.store.codec import FLOAT16_MAX, beyond
 from fivefold.store.group import RowGroup
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.transaction import Transaction
+
+Share = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+"""Queries, keys, values, sinks and room for the output of some rows: see `_over_groups`."""
 
 
 def attend(
@@ -73,7 +78,8 @@ def attend(
         else:
             store.codec.check(keys, values)
     out = _over_groups(session, store, queries, keys, values, scaling, inputs, sinks, stored)
-    return out.reshape(batch, query_heads, chunk, dim)[:, :, chunk - asked :].transpose(1, 2).contiguous()
+    out = out.reshape(batch, query_heads, chunk, dim)
+    return (out if asked == chunk else out[:, :, chunk - asked :]).transpose(1, 2).contiguous()
 
 
 def _over_groups(
@@ -98,19 +104,20 @@ def _over_groups(
     if order is not None:
         queries, keys, values = (x.index_select(0, order[0]) for x in (queries, keys, values))
         sinks = None if sinks is None else sinks.index_select(0, order[0])
-    single = len(queries) == store.spec.kv_heads
+    single = queries.shape[0] == store.spec.kv_heads
     out = None if alone and (chunk == 1 or not single) else _room(queries, single, even)
-    stop = 0
-    for group, tokens in parts:
+    shares: Iterable[Share] = [(queries, keys, values, sinks, out)]
+    if even and not alone:  # groups are runs of rows, one behind the other
+        counts, nothing = [len(group.rows) for group, _ in parts], [None] * len(parts)
+        ends = list(accumulate(counts, initial=0))
+        rooms = nothing if out is None else [out[first:last] for first, last in pairwise(ends)]
+        s = nothing if sinks is None else sinks.split(counts)
+        shares = zip(queries.split(counts), keys.split(counts), values.split(counts), s, rooms)
+    elif not alone:
+        shares = (_share(queries, keys, values, sinks, out, group, chunk - tokens) for group, tokens in parts)
+    for (group, tokens), (q, k, v, s, target) in zip(parts, shares):
         if tokens == 0:
             continue
-        new, stop = slice(chunk - tokens, chunk), stop + len(group.rows)
-        q, k, v, s, target = queries, keys, values, sinks, out
-        rows = group.index_on(queries.device) if order is None else slice(stop - len(group.rows), stop)
-        if not alone:
-            q, k, v = queries[rows][:, :, new], keys[rows][:, new], values[rows][:, new]
-            s = None if sinks is None else sinks[rows]
-            target = out[rows, :, new] if out is not None and isinstance(rows, slice) else None
         if not stored and (group.held is not None or not k.is_cuda):  # see `attend`
             _check_finite(store.spec.layer, k, v)
         if store.codec is not None and group.bounds.seen == 0 and not stored:
@@ -121,7 +128,7 @@ def _over_groups(
         if out is None:
             out = part
         elif target is None:
-            out[rows, :, new] = part
+            out[group.index_on(out.device), :, chunk - tokens :] = part
         elif part is not target:
             target.copy_(part)
     assert out is not None
@@ -130,6 +137,22 @@ def _over_groups(
     if single:
         return out.permute(2, 0, 1, 3).index_select(1, order[1]).permute(1, 2, 0, 3)
     return out.index_select(0, order[1])
+
+
+def _share(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor | None,
+    group: RowGroup,
+    first: int,
+) -> Share:
+    """What is a group's, from a token on; None of an output that it cannot write to."""
+    rows = group.index_on(queries.device)
+    room = out[rows, :, first:] if out is not None and isinstance(rows, slice) else None
+    s = None if sinks is None else sinks[rows]
+    return queries[rows][:, :, first:], keys[rows][:, first:], values[rows][:, first:], s, room
 
 
 def _room(queries: torch.Tensor, single: bool, even: bool) -> torch.Tensor:

@@ -11,13 +11,14 @@ cuda        Triton, and CUDA C++ for packed pages, or an error
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -83,6 +84,12 @@ def check_asked(device: torch.device) -> None:
     others = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
     if not any(choose(one).possible for one in (device, *others)):
         possible(device)
+
+
+@cache
+def loaded(name: str) -> Any:
+    """A module of kernels that needs Triton, as `merge.triton`: imported where it is first used."""
+    return importlib.import_module(f"fivefold.kernels.{name}")
 
 
 def runs_cpp(device: torch.device) -> bool:

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from fivefold.engine.admission import positional
 from fivefold.engine.layer import attend
 from fivefold.engine.session import Session
-from fivefold.kernels.choice import choose
+from fivefold.kernels.choice import choose, loaded
 from fivefold.kernels.step.reference import Turn
 from fivefold.models.cache import FivefoldCache
 from fivefold.models.fused import Layer, Parts, Unlike, apart, differing, fits, parts_of, untouched, watched
@@ -45,6 +45,10 @@ class Chunk:
     def __call__(self, cache: FivefoldCache, ids: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
         """Logits `[batch, kept, vocabulary]`; the forward is begun. given: the other arguments of the call."""
         session, (batch, tokens) = cache.session, ids.shape
+        if not session.batch:  # `fits` has said what layers are given: they need not wait for that
+            session.unite(session.change)
+            for bank in session.banks:
+                bank.start(batch)
         positions, mask = given.get("position_ids"), given.get("attention_mask")
         if positions is None:
             positions = torch.arange(session.length, session.length + tokens, device=ids.device)[None]
@@ -84,30 +88,24 @@ class Chunk:
     def normed(hidden: torch.Tensor, added: Any, norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream with what is yet to be added to it, and its norm. `added` is no more after that."""
         if added is None:
-            from fivefold.kernels.step.triton import normed
-
-            return hidden, normed(hidden, norm)
-        from fivefold.kernels.step.chunk import added_normed
-
-        return added_normed(added, hidden, norm)
+            return hidden, loaded("step.triton").normed(hidden, norm)
+        pair: tuple[torch.Tensor, torch.Tensor] = loaded("step.chunk").added_normed(added, hidden, norm)
+        return pair
 
     def heads(
         self, layer: Layer, normed: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], batch: int
     ) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values of a layer, `[batch, head, tokens, head_dim]`."""
-        from fivefold.kernels.step.chunk import spread
-
         q, k, v = (nn.functional.linear(normed, one.weight, one.bias) for one in layer.qkv)
-        return spread(q, k, v, Turn(*turn, layer.norms), batch)
+        found: tuple[torch.Tensor, ...] = loaded("step.chunk").spread(q, k, v, Turn(*turn, layer.norms), batch)
+        return found
 
     def mlp(self, layer: Layer, hidden: torch.Tensor, added: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream before a layer's MLP, and what that adds to it."""
-        from fivefold.kernels.step.triton import gate_times
-
         hidden, normed = self.normed(hidden, added, layer.behind)
         gate, up = (nn.functional.linear(normed, one.weight, one.bias) for one in (layer.gate, layer.up))
         del normed
-        inner = gate_times(gate, up, layer.act, out=gate)
+        inner = loaded("step.triton").gate_times(gate, up, layer.act, out=gate)
         del gate, up
         return hidden, nn.functional.linear(inner, layer.down.weight, layer.down.bias)
 
@@ -137,6 +135,8 @@ class Chunks:
         """Why chunks run the model's own code, in a few words; None if none does."""
         self._known: object = None
         self._found: Chunk | str = ""
+        self._fits: object = None
+        """Layers that are made for it: those that are left out, and the others."""
 
     def __call__(self, cache: FivefoldCache, given: dict[str, Any]) -> CausalLMOutputWithPast | None:
         """A chunk of several tokens; None if it has to go through the model."""
@@ -170,13 +170,16 @@ class Chunks:
             weights, weight = untouched(self.model), next(self.model.parameters())
             if (stamp := (weights, weight.dtype, weight.device)) != self._known:
                 self._found = verified(self.model)
-                self._known = stamp
+                self._known, self._fits = stamp, None
             if isinstance(self._found, str):
                 return self._found
             if weight.device != device:
                 return f"weights are on {weight.device}, and the cache is on {device}"
-            for layer in self._found.parts.layers:
-                fits(session, layer)
+            specs = list(session.absent), [store.spec for store in session.stores.values()]
+            if specs != self._fits:
+                for layer in self._found.parts.layers:
+                    fits(session, layer)
+                self._fits = specs
         except Unlike as why:
             return str(why)
         return self._found

@@ -98,15 +98,20 @@ def untouched(model: PreTrainedModel) -> list[int]:
     if model.training:
         raise Unlike("the model is in train mode")
     weights: list[int] = []
-    for module in model.modules():
-        weights += map(id, module._parameters.values())
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for hook in hooks.values():
+    modules: list[nn.Module] = [model]
+    for module in modules:  # every chunk asks: `Module.modules`, and its attributes, take several times as long
+        known = vars(module)
+        if known["_modules"]:
+            modules += [one for one in known["_modules"].values() if one is not None]
+        if known["_parameters"]:
+            weights += map(id, known["_parameters"].values())
+        for hooks in (known["_forward_hooks"], known["_forward_pre_hooks"]):
+            for hook in hooks.values() if hooks else ():
                 where = getattr(getattr(hook, "func", hook), "__module__", "") or ""
                 # Those of transformers collect outputs that are asked for, and a step's are not.
                 if not where.startswith(("fivefold.", "transformers.utils.output_capturing")):
                     raise Unlike(f"a hook of {where} on {_name(model, module)}")
-        other = vars(module).get("forward")
+        other = known.get("forward")
         if other is not None and (
             not type(other).__module__.startswith("fivefold.") or getattr(other, "before", None) is not None
         ):

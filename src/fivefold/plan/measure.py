@@ -352,13 +352,13 @@ def _packing(device: torch.device, sizes: Sizes) -> dict[str, Any]:
         assert layer.codec is not None and layer.codec.form is not None
         ms, moved = kernels.pack(layer.codec.form, len(group.rows) * sizes.unpacked, device, dtype)
         packed[str(bits)] = moved / ms * 1000
-        pages, form = group.packed.shape[1], layer.codec.form
+        tokens, form = int(group.bounds.packed_tokens), layer.codec.form
         moved = group.packed.size * (form.nbytes + 2 * form.tokens * form.head_dim * dtype.itemsize)
 
-        def call(layer: Any = layer, group: Any = group, pages: int = pages) -> Any:
-            pair = unpack_fused(group, 0, pages, layer.spec.dtype)
+        def call(layer: Any = layer, group: Any = group, tokens: int = tokens) -> Any:
+            pair = unpack_fused(group, 0, tokens, layer.spec.dtype)
             if pair is None:
-                pair = group.decoded(0, pages)
+                pair = group.decoded(0, group.packed.shape[1])
             return pair
 
         unpacked[str(bits)] = moved / _eager(device, call)

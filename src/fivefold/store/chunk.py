@@ -73,8 +73,10 @@ def _write(bank: Tables, rows: np.ndarray, old: Bounds, new: Bounds, chunk: Sequ
     """The tokens behind `old.length` into exact pages, but for what was packed or is out of the window. chunk: keys and
     values, of some of the rows each."""
     assert bank.change is not None
-    there = int(old.exact_pages - old.exact_gone(new))
-    bank.exact.widen(bank.change, rows, there, int(new.exact_pages) - there)
+    there, stop = int(old.exact_pages - old.exact_gone(new)), int(new.exact_pages)
+    pinned = min(stop, max(there, int(new.pinned_pages)))
+    for first, last in ((there, pinned), (pinned, stop)):  # what stays is apart from what goes, and leaves no gaps
+        bank.exact.widen(bank.change, rows, first, last - first)
     # Pinned pages come first in the table, and window pages exist only once those are full.
     for start, stop in (
         (old.length, min(new.length, new.pinned)),
@@ -92,7 +94,7 @@ def _write(bank: Tables, rows: np.ndarray, old: Bounds, new: Bounds, chunk: Sequ
                 bank.exact.unshare(bank.change, rows, column)
             pages = bank.exact.pages(rows, column + (count // PAGE if whole else 1))[:, column:]
             window = slice(position - int(old.length), position - int(old.length) + count)
-            shape = (-1, PAGE if whole else count)
-            tokens = {name: [x[:, window].unflatten(1, shape) for x in some] for name, some in zip(KV, chunk)}
+            shape = (-1, PAGE if whole else count, chunk[0][0].shape[2])
+            tokens = {name: [x[:, window].view(x.shape[0], *shape) for x in some] for name, some in zip(KV, chunk)}
             bank.exact.pool.write_fields(pages, tokens, None if whole else slice(slot, slot + count))
             position += count

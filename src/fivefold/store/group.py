@@ -43,6 +43,7 @@ class RowGroup:
         self.flat = layer.base + rows
         self.rows_tensor = torch.from_numpy(rows)
         self._rows_on: torch.Tensor | None = None
+        self.run = run_of(self.rows)
         self._index = run_of(self.flat) or self.flat
         self.touched_exact()
         self.touched_packed()
@@ -67,7 +68,7 @@ class RowGroup:
 
     def index_on(self, device: torch.device) -> slice | torch.Tensor:
         """`rows` as an index of tensors on a device."""
-        return run_of(self.rows) or self.rows_on(device)
+        return self.run or self.rows_on(device)
 
     @property
     def exact(self) -> np.ndarray:
@@ -296,6 +297,7 @@ class Stacked(RowGroup):
         super().__init__(layers[0], np.tile(rows, len(layers)), bounds)
         self.layers, self.count, self._local = layers, len(layers), rows
         self.flat = np.concatenate([layer.base + rows for layer in layers])
+        self.run = run_of(self.rows)
         self._index = run_of(self.flat) or self.flat
 
     @cached_property

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
+from operator import is_
 from typing import cast
 
 import numpy as np
@@ -21,7 +23,7 @@ from fivefold.store.group import RowGroup
 from fivefold.store.held import Held, Holds
 from fivefold.store.pages import PagePool
 from fivefold.store.plan import Policy, Stored, execute
-from fivefold.store.rows import PAGE, Bounds, Extent, Packing, run_of
+from fivefold.store.rows import PAGE, Bounds, Extent, Packing
 from fivefold.store.spec import LayerSpec, Pools, exact_layout
 from fivefold.store.tier import Tier
 
@@ -79,7 +81,7 @@ class LayerCache(Holds):
         self.learned: dict[str, torch.Tensor] = {}
         """What a codec remembers of the rows, and the means of what has left them, `[rows, ...]` each."""
         self._groups: list[RowGroup] | None = None
-        self._order: tuple[np.ndarray, torch.Tensor, torch.Tensor] | None = None
+        self._order: tuple[list[np.ndarray], torch.Tensor, torch.Tensor] | None = None
         self.waiting: list[pairs.Waiting] = []
         Bank([self])
 
@@ -182,7 +184,7 @@ class LayerCache(Holds):
 
     def know(self, group: RowGroup) -> None:
         """A group's rows have changed: if it is not one of these groups, they do not know."""
-        if not any(one is group for one in self._groups or ()):
+        if group not in (self._groups or ()):
             self.regroup()
 
     @property
@@ -214,12 +216,14 @@ class LayerCache(Holds):
 
     def order_on(self, groups: Sequence[RowGroup], device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The rows of groups that share them out one group behind the other, and where each row then stands, int64
-        `[rows]` on a device; None where each group is a run of rows."""
-        if all(run_of(group.rows) for group in groups):
+        `[rows]` on a device; None where that is how they stand."""
+        runs = [group.run for group in groups]
+        if all(one and other and one.stop == other.start for one, other in pairwise(runs)):
             return None
-        rows = np.concatenate([group.rows for group in groups])
-        if self._order is None or self._order[1].device != device or not np.array_equal(self._order[0], rows):
-            there, back = sent(device, rows, rows.argsort())
+        rows = [group.rows for group in groups]
+        if self._order is None or self._order[1].device != device or not all(map(is_, self._order[0], rows)):
+            whole = np.concatenate(rows)
+            there, back = sent(device, whole, whole.argsort())
             self._order = rows, there, back
         return self._order[1:]
 

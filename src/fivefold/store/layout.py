@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
@@ -23,7 +24,7 @@ class Field:
     kind: str
     own: bool = False
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
@@ -42,7 +43,7 @@ class PageLayout:
     record: bool = False
     holds: torch.dtype | None = None
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.fields)
 

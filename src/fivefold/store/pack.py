@@ -140,11 +140,7 @@ def _alike(bank: Tables, due: Due, keys: np.ndarray) -> list[np.ndarray]:
     layers, codec = due.rows // bank.rows, bank.layers[0].codec
     assert codec is not None
     codecs = np.array([layer.encoder for layer in bank.layers])[layers]
-    keys = np.stack([codecs, *keys, *(due.bounds if codec.contextual else ())])
-    if (keys == keys[:, :1]).all():
-        return [np.arange(keys.shape[1])]
-    which = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
-    return [np.flatnonzero(which == number) for number in range(int(which.max()) + 1)]
+    return _same(np.stack([codecs, *keys, *(due.bounds if codec.contextual else ())]))
 
 
 def _groups(bank: Tables, due: Due) -> Iterator[tuple[Due, RowGroup]]:
@@ -196,47 +192,25 @@ def _by_kernel(bank: Tables, due: Due, keys: np.ndarray, chunks: Sequence[Chunk]
     bank.packed.unshare(bank.change, due.rows[opened], due.column[opened])
     if chunks:
         _complete(bank, due, int(stored[0]), int(count[0]), chunks)
-    # All planes of 32 tokens, row by row: number n of row i goes to plane at[n] of the pages from due.column[i] on.
-    planes, page = count // PAGE, bank.packing.page // PAGE
-    if (planes == 1).all():  # as in a step
-        row = begin = np.arange(len(planes))
-        number, at, size = np.zeros_like(row), slot // PAGE, planes
-    else:
-        row = np.repeat(np.arange(len(planes)), planes)
-        number = np.arange(len(row)) - np.repeat(np.cumsum(planes) - planes, planes)
-        at = (slot // PAGE)[row] + number
-        begin = np.flatnonzero((number == 0) | (at % page == 0))
-        size = np.diff(begin, append=len(at))
-    sources, stands = _sources(bank, due, row, number, stored, chunks)
-    planes_of, kinds = row, distinct(size)
-    if len(begin) < len(row):
-        row, at = row[begin], at[begin]
-    packed = bank.packed.pool
-    pages = bank.packed.table[due.rows[row], due.column[row] + at // page]
-    places = np.stack([packed.addresses(packed.layout.fields[0].name, pages) >> 4, at % page], 1)
-    work, whose = [], []
-    for planes_of_page in kinds:
-        if len(kinds) == 1:
-            work, whose = [sources.reshape(-1, planes_of_page, 2), places], [row]
-            break
-        some = size == planes_of_page
-        work += [sources[begin[some][:, None] + np.arange(planes_of_page)], places[some]]
-        whose.append(row[some])
+    work, stands = _work(bank, due, keys, chunks)
+    whose = np.concatenate([rows for some in work.values() for _, _, rows in some])
     came = len(chunks) > 0  # `look` waits until the change is committed, and must not hold the chunk until then
 
     def look(found: list[float]) -> None:
         largest = max(found)
         if largest <= LARGEST:
-            _remember(bank, due.rows[np.concatenate(whose)], found)
+            _remember(bank, whose, found)
             return
-        for which in () if came else _alike(bank, due, keys):  # the codec says what is wrong
-            codec = bank.layers[int(due.rows[which[0]]) // bank.rows].codec
-            assert codec is not None
-            codec.check(*(bank.exact.pool.read(name, stands[np.isin(planes_of, which)]) for name in KV))
+        for rows, pages in () if came else stands:  # the codec says what is wrong
+            for layer in np.unique(rows // bank.rows).tolist():
+                codec, mine = bank.layers[layer].codec, pages[rows // bank.rows == layer]
+                assert codec is not None
+                codec.check(*(bank.exact.pool.read(name, mine.reshape(-1)) for name in KV))
         raise beyond("keys or values", largest)
 
     with nullcontext() if came else _aside(bank, due, count):
-        tensors = sent(bank.device, *work)
+        pairs = (np.concatenate(x) for some in work.values() for x in list(zip(*some))[:2])
+        tensors = sent(bank.device, *pairs)
         peaks = [pack_exact(form, *pair, first.spec.dtype) for pair in zip(tensors[::2], tensors[1::2])]
         bank.change.check(torch.cat(peaks) if len(peaks) > 1 else peaks[0], look, last=came)
     return True
@@ -266,25 +240,58 @@ def _complete(bank: Tables, due: Due, stored: int, count: int, chunks: Sequence[
     bank.exact.pool.write_fields(pages, tokens, slice(slot, PAGE))
 
 
-def _sources(
-    bank: Tables, due: Due, row: np.ndarray, number: np.ndarray, stored: np.ndarray, chunks: Sequence[Chunk]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Where keys and values of planes lie, in units of 16 bytes: int64 `[planes, 2]`; and which are exact pages."""
-    out = np.empty((len(row), 2), dtype=np.int64)
-    there, all_there = number * PAGE < stored[row], not chunks
-    which, planes = (row, number) if all_there else (row[there], number[there])
-    pages = bank.exact.table[due.rows[which], due.bounds.exact_column(due.start)[which] + planes]
-    for side, name in enumerate(KV):
-        out[slice(None) if all_there else there, side] = bank.exact.pool.addresses(name, pages)
-    if chunks:
-        which = row[~there]
-        token = (due.start - due.bounds.length)[which] + number[~there] * PAGE
-        for side, some in enumerate(zip(*chunks)):
-            _, tokens, dim = some[0].shape
-            size = dim * some[0].element_size()
-            rows = np.concatenate([x.data_ptr() + np.arange(len(x)) * (tokens * size) for x in some])
-            out[~there, side] = rows[which] + token * size
-    return out >> 4, pages
+Job = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Pages that get as many planes of 32 tokens: where keys and values of these lie, int64 `[pages, planes, 2]`, where the
+page lies and from which plane on it is filled, `[pages, 2]`, and whose it is, `[pages]`; in units of 16 bytes."""
+
+
+def _work(
+    bank: Tables, due: Due, keys: np.ndarray, chunks: Sequence[Chunk]
+) -> tuple[dict[int, list[Job]], list[tuple[np.ndarray, np.ndarray]]]:
+    """Pages to be filled, by how many planes each gets; and rows, with their exact pages that are read."""
+    assert bank.packed is not None and bank.packing is not None
+    (slot, count, stored), page = keys, bank.packing.page // PAGE
+    exact, packed, field = bank.exact.pool, bank.packed.pool, bank.packed.pool.layout.fields[0].name
+    work, stands = dict[int, list[Job]](), list[tuple[np.ndarray, np.ndarray]]()
+    base, at = due.bounds.exact_column(due.start), slot // PAGE
+    # Rows whose planes come from and go to pages in the same way.
+    kinds = np.stack([count // PAGE, -(-stored // PAGE), np.minimum(count // PAGE, page - at)])
+    for some in _same(kinds):
+        planes, there, opened = kinds[:, some[0]].tolist()
+        rows, sources = due.rows[some], np.empty((len(some), planes, 2), dtype=np.int64)
+        pages = bank.exact.table[rows[:, None], base[some][:, None] + np.arange(there)]
+        for side, name in enumerate(KV):
+            sources[:, :there, side] = exact.addresses(name, pages)
+        for side, pieces in enumerate(zip(*chunks) if there < planes else ()):
+            _, tokens, dim = pieces[0].shape
+            size = dim * pieces[0].element_size()
+            begins = np.concatenate([x.data_ptr() + np.arange(len(x)) * (tokens * size) for x in pieces])[some]
+            first = int(due.start[some[0]] - due.bounds.length[some[0]])
+            sources[:, there:, side] = begins[:, None] + (first + np.arange(there, planes) * PAGE) * size
+        sources >>= 4
+        stands.append((rows, pages))
+        whole = (planes - opened) // page
+        begin, column = 0, due.column[some][:, None]
+        for many, each_of in ((1, opened), (whole, page), (1, planes - opened - whole * page)):
+            if many and each_of:
+                mine = sources[:, begin : begin + many * each_of].reshape(-1, each_of, 2)
+                places = np.zeros((len(some), many, 2), dtype=np.int64)
+                places[..., 0] = (
+                    packed.addresses(field, bank.packed.table[rows[:, None], column + np.arange(many)]) >> 4
+                )
+                if not begin:
+                    places[:, 0, 1] = at[some]
+                work.setdefault(each_of, []).append((mine, places.reshape(-1, 2), rows.repeat(many)))
+                begin, column = begin + many * each_of, column + many
+    return work, stands
+
+
+def _same(keys: np.ndarray) -> list[np.ndarray]:
+    """Which columns of `keys` are the same."""
+    if (keys == keys[:, :1]).all():
+        return [np.arange(keys.shape[1])]
+    which = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
+    return [np.flatnonzero(which == number) for number in range(int(which.max()) + 1)]
 
 
 def note(bank: Tables, rows: np.ndarray, keys: torch.Tensor, values: torch.Tensor) -> None:

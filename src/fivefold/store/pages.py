@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from fivefold.errors import CacheFullError
-from fivefold.kernels.choice import choose
+from fivefold.kernels.choice import choose, loaded
 from fivefold.kernels.device import sent
 from fivefold.store.layout import PageLayout, fields_of, records_of, tensors_of
 from fivefold.store.rows import run_of
@@ -319,7 +319,7 @@ class PagePool(Slabs):
         """What `of` gives of a slab, of the pages at a location: from where field `name` begins, so many bytes."""
         if location.far is not None:
             like = of(self._slab_of(location.far))
-            found = _kernel().gather(self._there(name, location.far), nbytes).view(like.dtype)
+            found = loaded("move.triton").gather(self._there(name, location.far), nbytes).view(like.dtype)
             return found.view(*location.shape, *like.shape[1:])
         if location.slab is not None:
             return _grid(of(location.slab), location)
@@ -407,19 +407,19 @@ class PagePool(Slabs):
         """`write_fields` of whole pages in several slabs."""
         if self.layout.record and len(fields) == len(self.layout.fields):
             first = self.layout.fields[0].name
-            _kernel().scatter(self._there(first, pages), self._whole(len(pages), fields))
+            loaded("move.triton").scatter(self._there(first, pages), self._whole(len(pages), fields))
             return
         for part in self.layout.fields:
             if part.name in fields:
                 values = joined(fields[part.name]).reshape(len(pages), -1).to(part.dtype).contiguous()
-                _kernel().scatter(self._there(part.name, pages), values)
+                loaded("move.triton").scatter(self._there(part.name, pages), values)
 
     def read_tokens(self, name: str, pages: np.ndarray, slots: np.ndarray) -> torch.Tensor:
         """One token of each of `pages`, that in its slot `slots`: `[len(pages), *shape[1:]]`."""
         size = self._nbytes[name] // self.layout.tokens
         if size % _UNIT == 0 and self._far(pages):
             like = self._slab_of(pages).tensors[name]
-            found = _kernel().gather(self._there(name, pages, slots * size), size)
+            found = loaded("move.triton").gather(self._there(name, pages, slots * size), size)
             return found.view(like.dtype).view(len(pages), *like.shape[2:])
         places = self._indexed(pages, slots)
         return rows_from(((where, _tokens(x, name).index_select(0, at)) for x, at, where in places), len(pages))
@@ -443,7 +443,7 @@ class PagePool(Slabs):
         size = self._nbytes[name] // self.layout.tokens
         if size % _UNIT == 0 and self._far(pages):
             values = values.to(self._slab_of(pages).tensors[name].dtype).contiguous()
-            _kernel().scatter(self._there(name, pages, slots * size), values)
+            loaded("move.triton").scatter(self._there(name, pages, slots * size), values)
             return
         for slab, at, where in self._indexed(pages, slots):
             put_at(_tokens(slab, name), at, values if where is None else values[where])
@@ -456,12 +456,6 @@ class PagePool(Slabs):
 def by_address(device: torch.device) -> bool:
     """Whether a kernel reads and writes what lies anywhere in memory."""
     return device.type == "cuda" and choose(device).triton
-
-
-def _kernel() -> Any:
-    from fivefold.kernels.move import triton
-
-    return triton
 
 
 def _records(slab: Slab) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fivefold.kernels.device import on, overlaps
+from fivefold.kernels.device import on, overlaps, power_of_2
 from fivefold.kernels.low_rank import cuda
 from fivefold.kernels.low_rank.reference import CHUNK, Features, padded
 from fivefold.kernels.packed_decode.reader import Packed
@@ -359,10 +359,10 @@ def weigh(
 ) -> None:  # fmt: skip
     """Sums of values' features by their scores, of every program: see `_weigh`; heads: query heads a row."""
     rows, columns = table.shape
-    nq, rank = max(16, triton.next_power_of_2(heads * form.team)), form.ranks[1]
+    nq, rank = max(16, power_of_2(heads * form.team)), form.ranks[1]
     _weigh[(len(sums), form.team)](
         scores, table, spans, starts, sums, sums_lse, rows, columns, M=heads, NQ=nq, HEADS=form.team, RV=rank,
-        RP=max(16, triton.next_power_of_2(rank)), NV=padded(form.team * rank), DTYPE=_TYPES[form.work],
+        RP=max(16, power_of_2(rank)), NV=padded(form.team * rank), DTYPE=_TYPES[form.work],
         TOKENS=form.tokens, OFFSET=form.side(form.ranks[0]), SPAN=SPAN, R=searched(rows),
         WIDE=table.device.type != "cuda", num_warps=4, num_stages=3,
     )  # fmt: skip
@@ -410,7 +410,7 @@ def attend(
                 split, processors = made_by
         else:
             given = {**settings_of(form, _room(device)), **(settings or {})}
-            nq = max(16, triton.next_power_of_2(heads * form.team))
+            nq = max(16, power_of_2(heads * form.team))
             _features[(programs,)](
                 queries, packed.table, spans, starts, made.keys, made.waves, made.angles, sums, sums_lse, scale, rows,
                 packed.table.shape[1], M=heads, NQ=nq, BLOCKS=form.blocks, HEADS=form.team, D=dim, RK=form.ranks[0],
@@ -421,6 +421,6 @@ def attend(
         begins = overlaps(device)
         _expand[(rows, heads, dim // 64)](
             sums, sums_lse, starts, made.values, out, lse, processors, BLOCKS=form.blocks, HEADS=form.team, D=dim,
-            NV=nv, P=32, W=triton.next_power_of_2(nv), N=64, SPLIT=split, EARLY=begins, num_warps=8,
+            NV=nv, P=32, W=power_of_2(nv), N=64, SPLIT=split, EARLY=begins, num_warps=8,
             **({"launch_pdl": True} if begins else {}),
         )  # fmt: skip

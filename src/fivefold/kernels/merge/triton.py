@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fivefold.kernels.device import on
+from fivefold.kernels.device import on, power_of_2
 from fivefold.kernels.merge.reference import Part
 
 MOST = 4
@@ -85,10 +85,10 @@ def merge_parts(parts: Sequence[Part], out: torch.Tensor) -> torch.Tensor:
         lse = lse if lse.is_contiguous() else lse.contiguous()
         given += [part, lse, *_strides(part)]
     given += given[:5] * (MOST - len(parts))
-    lines, width = total.numel(), triton.next_power_of_2(dim)
+    lines, width = total.numel(), power_of_2(dim)
     block = max(1, NUMBERS // width)
     with on(out.device):
-        _merge[(triton.cdiv(lines, block),)](
+        _merge[(-(-lines // block),)](
             out, total, lines, out.shape[1], out.shape[2] if out.ndim == 4 else 1, *_strides(out), *given,
             PARTS=len(parts), D=dim, WIDTH=width, BLOCK=block, num_warps=4,
         )  # fmt: skip

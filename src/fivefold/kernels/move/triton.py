@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fivefold.kernels.device import on
+from fivefold.kernels.device import on, power_of_2
 
 BLOCK = 1024
 
@@ -27,9 +27,9 @@ def _move(addresses, dense, numbers, AWAY: tl.constexpr, BLOCK: tl.constexpr):
 
 def _launch(addresses: torch.Tensor, dense: torch.Tensor, away: bool) -> None:
     places, numbers = dense.shape
-    block = min(BLOCK, triton.next_power_of_2(numbers))
+    block = min(BLOCK, power_of_2(numbers))
     with on(dense.device):
-        _move[(places, triton.cdiv(numbers, block))](addresses, dense, numbers, AWAY=away, BLOCK=block, num_warps=4)
+        _move[(places, -(-numbers // block))](addresses, dense, numbers, AWAY=away, BLOCK=block, num_warps=4)
 
 
 def gather(addresses: torch.Tensor, nbytes: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from fivefold.kernels.device import on
+from fivefold.kernels.gather.triton import rows_at
 from fivefold.kernels.pack.reference import fields_of
 from fivefold.kernels.packed_decode.reference import Form
 
@@ -239,26 +240,28 @@ def pack_exact(form: Form, sources: torch.Tensor, places: torch.Tensor, dtype: t
     return peak
 
 
-@triton.jit(do_not_specialize=("columns", "stride"))
+@triton.jit(do_not_specialize=("columns", "tokens", "stride", "first_row", "first_column"))
 def _unpack(
-    table, lines, keys, values, columns, stride,
+    table, lines, keys, values, columns, tokens, stride, first_row, first_column,
     D: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr,
     NAMED: tl.constexpr,
 ):  # fmt: skip
-    """One side of a page, `[TOKENS, D]`, where `table [rows, >= columns]` says it lies. Grid: (rows * columns, 2).
-    NAMED: `lines` are the rows of it."""
+    """One side of a page, as many of `[TOKENS, D]` as are among a row's first `tokens`, where `table` says it lies.
+    Grid: (rows * columns, 2). NAMED: `lines` are the rows of it; else they come one after the other."""
     page = tl.program_id(0).to(tl.int64)
     side = tl.program_id(1)
     SIDE: tl.constexpr = 32 * D + 2 * (TOKENS // GROUP) * D
+    row = page // columns
+    column = page % columns
     r = tl.arange(0, 32)
     d = tl.arange(0, D)
     inside = r[:, None] * D + d[None, :]
-    row = tl.load(lines + page // columns) if NAMED else page // columns
-    address = tl.load(table + row * stride + page % columns) * 16
+    source = tl.load(lines + row) if NAMED else first_row + row
+    address = tl.load(table + source * stride + first_column + column) * 16
     words = tl.multiple_of(address.to(tl.pointer_type(tl.int16)), 16) + side * SIDE
     scales = words.to(tl.pointer_type(tl.float16)) + 32 * D
     packed = tl.load(words + inside).to(tl.int32)
-    out = (keys if side == 0 else values) + page * TOKENS * D + inside
+    out = (keys if side == 0 else values) + (row * tokens + column * TOKENS) * D + inside
     for j in tl.static_range(TOKENS // 32):
         if side == 0:
             at = (j * 32 // GROUP * D + d)[None, :] + tl.zeros([32, 1], tl.int32)
@@ -268,26 +271,32 @@ def _unpack(
             zeros = scales + TOKENS * (D // CHANNELS)
         codes = ((packed >> (BITS * j)) & (2**BITS - 1)).to(tl.float32)
         x = codes * tl.load(scales + at).to(tl.float32) + tl.load(zeros + at).to(tl.float32)
-        tl.store(out + j * 32 * D, x.to(keys.dtype.element_ty))
+        seen = (column * TOKENS + j * 32 + r < tokens)[:, None]
+        tl.store(out + j * 32 * D, x.to(keys.dtype.element_ty), mask=seen)
 
 
 def unpack_pages(
-    form: Form, table: torch.Tensor, dtype: torch.dtype, at: torch.Tensor | None = None
+    form: Form,
+    table: torch.Tensor,
+    dtype: torch.dtype,
+    at: torch.Tensor | slice | None = None,
+    first: int = 0,
+    tokens: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of pages as they lie, `[rows, columns * tokens, head_dim]` in a dtype: `decode_page` in one
-    launch.
+    """Keys and values of pages as they lie, `[rows, tokens, head_dim]` in a dtype: `decode_page` in one launch.
 
-    table: int64 `[rows, columns]` of their addresses in units of 16 bytes; its last axis is contiguous. at: int64
-    `[rows]`, which rows of it; None is all.
+    table: int64 `[rows, columns]` of their addresses in units of 16 bytes; its last axis is contiguous. at: which rows
+    of it, int64 `[rows]` or a run; None is all. first: the column in which the first token is; tokens: None is all that
+    the columns from there on have room for.
     """
-    rows, columns = len(table) if at is None else len(at), table.shape[1]
-    keys, values = (
-        torch.empty((rows, columns * form.tokens, form.head_dim), dtype=dtype, device=table.device) for _ in range(2)
-    )
+    tokens = (table.shape[1] - first) * form.tokens if tokens is None else tokens
+    columns, named = -(-tokens // form.tokens), isinstance(at, torch.Tensor)
+    begin, rows = rows_at(table, at)
+    keys, values = (torch.empty((rows, tokens, form.head_dim), dtype=dtype, device=table.device) for _ in range(2))
     with on(table.device):
         _unpack[(rows * columns, 2)](
-            table, table if at is None else at, keys, values, columns, table.stride(0),
+            table, at if named else table, keys, values, columns, tokens, table.stride(0), begin, first,
             D=form.head_dim, BITS=form.bits, TOKENS=form.tokens, GROUP=form.group, CHANNELS=form.channels,
-            NAMED=at is not None, num_warps=4,
+            NAMED=named, num_warps=4,
         )  # fmt: skip
     return keys, values

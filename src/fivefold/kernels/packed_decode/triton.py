@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from fivefold.kernels.choice import choose
-from fivefold.kernels.device import numbered, on, overlaps
+from fivefold.kernels.device import numbered, on, overlaps, power_of_2
 from fivefold.kernels.pack.triton import _codes, _ends, _step
 from fivefold.kernels.packed_decode import cuda
 from fivefold.kernels.packed_decode.reader import Divided, Reader
@@ -727,7 +727,7 @@ def decode(
         some = packed is not None or divided is not None
         begins = pdl and (exact is not joined or some)
         # Of thousands of rows each has one or two parts, for which a few threads will do.
-        many = 64 if divided is not None else max(4, min(64, triton.next_power_of_2(2 * max(programs) // rows)))
+        many = 64 if divided is not None else max(4, min(64, power_of_2(2 * max(programs) // rows)))
         _combine[(rows, heads)](
             packed_out, packed_lse, exact_out, exact_lse, starts[0] if divided is None else divided.parts, starts[1],
             merged, merged_lse if with_lse else exact_lse,

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fivefold.kernels.device import on
+from fivefold.kernels.device import on, power_of_2
 from fivefold.kernels.pack.triton import _codes, _ends, _most, _step
 from fivefold.kernels.packed_decode.reference import Form
 from fivefold.kernels.packed_decode.schedule import PAGE, SPAN, TILE
@@ -404,7 +404,7 @@ def store(keys: torch.Tensor, values: torch.Tensor, exact: Blocks, slots: torch.
         with on(keys.device):
             _store[(tokens,)](
                 keys, values, keys.stride(0), values.stride(0), exact.memory, slots, *_strides(place), H=heads,
-                HEADS=triton.next_power_of_2(heads), D=dim, STATES=place.pages, DTYPE=_TYPES[keys.dtype], num_warps=4,
+                HEADS=power_of_2(heads), D=dim, STATES=place.pages, DTYPE=_TYPES[keys.dtype], num_warps=4,
             )  # fmt: skip
 
 
@@ -433,8 +433,8 @@ def tables(
             lengths, packed_blocks, exact_blocks, out.packed, out.exact, out.spans, out.starts,
             packed_blocks.stride(0), exact_blocks.stride(0), out.packed.shape[1], out.starts.stride(0), requests,
             residual, *programs[:2], *_strides(packed), *_strides(exact),
-            H=kv_heads, HEADS=triton.next_power_of_2(kv_heads), R=triton.next_power_of_2(most), TOKENS=form.tokens,
-            PAGES=packed.pages, EXACT_PAGES=exact.pages, COUNT=count, C=triton.next_power_of_2(count),
+            H=kv_heads, HEADS=power_of_2(kv_heads), R=power_of_2(most), TOKENS=form.tokens,
+            PAGES=packed.pages, EXACT_PAGES=exact.pages, COUNT=count, C=power_of_2(count),
             SIDE=PAGE * form.head_dim * dtype.itemsize // 16, SPAN=SPAN, TILE=TILE, COLUMNS=COLUMNS, num_warps=4,
         )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from fivefold.kernels.choice import choose
+from fivefold.kernels.choice import choose, loaded
 from fivefold.kernels.peak.reference import peaks_reference
 
 __all__ = ["peaks", "peaks_reference"]
@@ -12,7 +12,6 @@ def peaks(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """What `peaks_reference` gives, in one or more numbers a side, of which the largest counts, or one that is NaN:
     float32 `[2, n]`. By the kernel where that runs."""
     if choose(keys.device).triton and keys.dtype == values.dtype:
-        from fivefold.kernels.peak import triton as kernel
-
-        return kernel.peaks(keys, values)
+        found: torch.Tensor = loaded("peak.triton").peaks(keys, values)
+        return found
     return peaks_reference(keys, values)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fivefold.kernels.device import on
+from fivefold.kernels.device import on, power_of_2
 
 PROGRAMS = 32
 """Of one side at most: few numbers for the host to look at."""
@@ -40,9 +40,9 @@ def peaks(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     `[2, parts]`, NaN of a part with a number that is none."""
     keys, values = (x if x.stride(2) == 1 else x.contiguous() for x in (keys, values))
     rows, tokens, dim = keys.shape
-    width = triton.next_power_of_2(dim)
+    width = power_of_2(dim)
     lines, block = rows * tokens, max(1, NUMBERS // width)
-    programs = max(1, min(PROGRAMS, triton.cdiv(lines, block)))
+    programs = max(1, min(PROGRAMS, -(-lines // block)))
     out = torch.empty((2, programs), dtype=torch.int32, device=keys.device)
     with on(keys.device):
         _peaks[programs, 2](

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fivefold.kernels.device import power_of_2
 from fivefold.kernels.packed_decode.reader import Packed
 from fivefold.kernels.packed_decode.schedule import SPAN, searched
 from fivefold.kernels.packed_decode.triton import _SHIFTS, _code_planes, _leave, _queries, _row, _share
@@ -248,7 +249,7 @@ def attend(
         queries, balance, packed.table, spans, starts, out, lse, out if scores is None else scores, scale, rows,
         packed.table.shape[1], heads, 0 if scores is None else scores.shape[2],
         N=8 if heads <= 8 else 16, D=dim, KEY_BITS=form.key_bits, VALUE_BITS=form.value_bits, PLANES=form.planes,
-        GROUP=form.group, CHANNELS=form.channels, RANK=form.rank, R16=max(16, triton.next_power_of_2(form.rank)),
+        GROUP=form.group, CHANNELS=form.channels, RANK=form.rank, R16=max(16, power_of_2(form.rank)),
         KEY_OUT=form.key_outliers, VALUE_OUT=form.value_outliers, UNBIAS=form.unbias, BALANCED=form.balanced,
         FIELDS=1 if form.record else len(form.fields), **{name.upper(): at.get(name, 0) for name in names}, SPAN=SPAN,
         R=searched(rows), ASM=queries.device.type == "cuda", FOUND=scores is not None,

@@ -55,7 +55,7 @@ def received(queries: torch.Tensor, keys: torch.Tensor, lse: torch.Tensor, scali
     out = torch.empty((rows, keys.shape[1]), dtype=torch.float32, device=keys.device)
     size = 128 if dim <= 128 and queries.element_size() == 2 else 64
     with on(keys.device):
-        _received[triton.cdiv(keys.shape[1], size), rows](
+        _received[-(-keys.shape[1] // size), rows](
             queries, keys, lse.contiguous(), out, chunk, keys.shape[1], scaling * _LOG2E,
             *queries.stride()[:3], *keys.stride()[:2],
             HEADS=heads, D=dim, KEYS=size, QUERIES=64, num_warps=8 if size == 128 else 4,

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from fivefold.kernels.choice import choose
+from fivefold.kernels.device import power_of_2
 from fivefold.kernels.packed_decode.reader import Packed
 from fivefold.kernels.packed_decode.schedule import SPAN, searched
 from fivefold.kernels.packed_decode.triton import _code_planes, _leave, _row, _share
@@ -320,7 +321,7 @@ def attend(
     if compiled and cuda.supports(form, heads, queries.dtype):
         cuda.attend(form, packed, queries, scale, spans, starts, out, lse, scores, early)
         return
-    each = triton.next_power_of_2(heads)
+    each = power_of_2(heads)
     common = {
         "D": dim, "BITS": form.bits, "CHANNELS": form.channels, "TEAM": form.team,
         "SINKS": form.sinks, "S": 16 if form.sinks <= 16 else 32, "FIELDS": len(form.fields), "SPAN": SPAN,
@@ -329,7 +330,7 @@ def attend(
     _scores[(len(out),)](
         queries, packed.table, spans, starts, places, turns, small, matrices, sink_keys, scores, scale, rows, columns,
         heads, slots, KV_HEADS=form.kv_heads, EACH=each,
-        COLUMNS=max(8, triton.next_power_of_2(each * form.team)), SPLIT=form.split, NEIGHBOURS=form.neighbours,
+        COLUMNS=max(8, power_of_2(each * form.team)), SPLIT=form.split, NEIGHBOURS=form.neighbours,
         WIDE=2 - form.planes % 2, STAGES=stages, num_warps=warps[0], num_stages=stages,
         maxnreg=registers[0], **common,
     )  # fmt: skip

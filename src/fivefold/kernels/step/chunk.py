@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fivefold.kernels.device import on
+from fivefold.kernels.device import on, power_of_2
 from fivefold.kernels.step.reference import Norm, Turn
 from fivefold.kernels.step.triton import _TYPES, _rms, _rms_halves, _turned
 
@@ -86,7 +86,7 @@ def added_normed(x: torch.Tensor, residual: torch.Tensor, norm: Norm) -> tuple[t
     out = torch.empty_like(x)
     with on(x.device):
         _added_normed[(count,)](
-            x, residual, norm.gain, norm.eps, x, out, K=width, KP=triton.next_power_of_2(width),
+            x, residual, norm.gain, norm.eps, x, out, K=width, KP=power_of_2(width),
             TYPE=_TYPES[x.dtype], num_warps=8 if width > 2048 else 4,
         )  # fmt: skip
     return x, out
@@ -94,17 +94,17 @@ def added_normed(x: torch.Tensor, residual: torch.Tensor, norm: Norm) -> tuple[t
 
 def spread(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turn: Turn, batch: int) -> tuple[torch.Tensor, ...]:
     """See `reference.spread`."""
-    count, dim = len(q), turn.cos.shape[1]
+    count, dim = q.shape[0], turn.cos.shape[1]
     heads, kv_heads = q.shape[1] // dim, k.shape[1] // dim
     outs = [x.new_empty((batch, n, count // batch, dim)) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads))]
     first, second = turn.norms
     normed = first is not None and second is not None
     gains = (q, q, 0.0, 0.0) if first is None or second is None else (first.gain, second.gain, first.eps, second.eps)
-    block = TOKENS if q.device.type == "cuda" else triton.next_power_of_2(count)
+    block = TOKENS if q.device.type == "cuda" else power_of_2(count)
     with on(q.device):
         _spread[(-(-count // block), heads + 2 * kv_heads)](
             q, k, v, q.stride(0), k.stride(0), v.stride(0), turn.cos, turn.sin, *gains, *outs, count, count // batch,
-            HEADS=heads, KV_HEADS=kv_heads, D=dim, DP=triton.next_power_of_2(dim // 2), NORM=normed,
+            HEADS=heads, KV_HEADS=kv_heads, D=dim, DP=power_of_2(dim // 2), NORM=normed,
             TYPE=_TYPES[q.dtype], BLOCK=block, num_warps=4,
         )  # fmt: skip
     return tuple(outs)

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda as dependent
 
-from fivefold.kernels.device import on, overlaps
+from fivefold.kernels.device import on, overlaps, power_of_2
 from fivefold.kernels.packed_decode.schedule import SPAN
 from fivefold.kernels.step.reference import Biases, Heads, Norm, Pages, Turn
 
@@ -410,7 +410,7 @@ class Tiles:
 def tiles_for(kind: str, count: int, width: int, dim: int, norm: bool, device: torch.device) -> Tiles:
     """How a product of `count` tokens of `width` numbers is cut: what was fastest on an H100. dim: of heads; norm:
     whether one comes before."""
-    block, one = triton.next_power_of_2(width), count == 1
+    block, one = power_of_2(width), count == 1
     if device.type == "cpu":  # the interpreter has few programs rather than small ones
         return Tiles(dim // 2 if kind == "heads" else 256, max(16, block), 4)
     if count > FEW:
@@ -463,12 +463,12 @@ def _launch(
     with on(device):
         if count <= FEW:
             _few[grid](
-                x, gain, *places, eps, columns, C=count, KP=triton.next_power_of_2(width), NORM=norm is not None,
+                x, gain, *places, eps, columns, C=count, KP=power_of_2(width), NORM=norm is not None,
                 **common,
             )  # fmt: skip
         else:
             _many[grid](
-                x, *places, columns, count, C=max(8, triton.next_power_of_2(count)), STAGES=tiles.stages,
+                x, *places, columns, count, C=max(8, power_of_2(count)), STAGES=tiles.stages,
                 WIDE=device.type != "cuda", **common,
             )  # fmt: skip
 
@@ -563,7 +563,7 @@ def normed(x: torch.Tensor, norm: Norm, pdl: bool | None = None) -> torch.Tensor
     more = {"launch_pdl": True} if pdl else {}
     with on(x.device):
         _normed[(count,)](
-            x, norm.gain, norm.eps, out, K=width, KP=triton.next_power_of_2(width), TYPE=_TYPES[x.dtype], PDL=pdl,
+            x, norm.gain, norm.eps, out, K=width, KP=power_of_2(width), TYPE=_TYPES[x.dtype], PDL=pdl,
             num_warps=8 if width > 2048 else 4, **more,
         )  # fmt: skip
     return out

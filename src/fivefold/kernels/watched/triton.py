@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fivefold.kernels.device import on
+from fivefold.kernels.device import on, power_of_2
 from fivefold.kernels.packed_decode.reference import Form
 from fivefold.kernels.packed_decode.schedule import SPAN, Exact, Packed
 from fivefold.kernels.packed_decode.triton import _TYPES, _code_planes, _queries
@@ -412,7 +412,7 @@ def rank(
     rows, heads, columns = scores.shape
     out = torch.empty((rows, width), dtype=torch.float32, device=scores.device)
     with on(scores.device):
-        _rank[(rows, triton.cdiv(width, TILE))](
+        _rank[(rows, -(-width // TILE))](
             scores, lse, scores if packed is None else packed, spans, out, sink, recent, columns, width,
             T=TILE, SPAN=SPAN, PACKED=packed is not None, HEADS=heads,
         )  # fmt: skip
@@ -424,9 +424,7 @@ def picks(values: torch.Tensor, indices: torch.Tensor, spans: torch.Tensor, top:
     rows, count = values.shape
     out = torch.empty((rows, top + 1), dtype=torch.int32, device=values.device)
     with on(values.device):
-        _picks[(rows,)](
-            values, indices, spans, out, count, top, T=triton.next_power_of_2(top + 1), SPAN=SPAN, num_warps=4
-        )
+        _picks[(rows,)](values, indices, spans, out, count, top, T=power_of_2(top + 1), SPAN=SPAN, num_warps=4)
     return out
 
 
@@ -461,12 +459,12 @@ def tally(
     rows, slots = old.shape
     gain = 0 if scores is None else 3 if noise is not None else 1 if given is None else 2 * (given.ndim - 1)
     heads, columns = (1, 1) if scores is None else scores.shape[1:]
-    tiles, device = triton.cdiv(slots, TILE), old.device
+    tiles, device = -(-slots // TILE), old.device
     least = torch.empty((rows, tiles), dtype=torch.float32, device=device)
     place = torch.empty((rows, tiles), dtype=torch.int32, device=device)
     scores, lse, sums = (old if x is None else x for x in (scores, lse, None))
     table, draws, seed, bounds = old, 1, by if isinstance(by, int) else 0, (1.0, 1.0, 1.0)
-    settings = {"T": TILE, "SPAN": SPAN, "NUMBERS": NUMBERS, "HEADS": heads, "H": triton.next_power_of_2(heads)}
+    settings = {"T": TILE, "SPAN": SPAN, "NUMBERS": NUMBERS, "HEADS": heads, "H": power_of_2(heads)}
     with on(device):
         if noise is not None:
             sums = torch.empty((rows, heads, tiles), dtype=torch.float32, device=device)
@@ -479,12 +477,12 @@ def tally(
         _tally[(rows, tiles)](
             scores, lse, old if given is None else given, sums, table, old, positions, low, numbers, spans, new, least,
             place, columns, 1 if given is None else given.shape[-1], slots, draws, seed, layer, kv_heads, *bounds,
-            TILES=triton.next_power_of_2(tiles), GAIN=gain,
+            TILES=power_of_2(tiles), GAIN=gain,
             ORDER=2 if isinstance(by, int) else int(by == "oldest"), **settings,
         )  # fmt: skip
         _choose[(rows,)](
             least, place, numbers, spans, exact.table, goes, stash, exact.table.shape[1], tiles,
-            DTYPE=_TYPES[exact.dtype], D=stash.shape[2], T=triton.next_power_of_2(tiles), SPAN=SPAN, NUMBERS=NUMBERS,
+            DTYPE=_TYPES[exact.dtype], D=stash.shape[2], T=power_of_2(tiles), SPAN=SPAN, NUMBERS=NUMBERS,
             ROUNDED=exact.rounded, num_warps=4,
         )  # fmt: skip
 
@@ -510,7 +508,7 @@ def absorb(
     `stash`; merged `[rows, 2, head_dim]`: what it becomes.
     """
     rows, columns = exact.table.shape[:2]
-    tiles = triton.cdiv(columns * 32, KEYS)
+    tiles = -(-(columns * 32) // KEYS)
     best = torch.empty((rows, tiles), dtype=torch.float32, device=goes.device)
     place = torch.empty((rows, tiles), dtype=torch.int32, device=goes.device)
     settings = {"DTYPE": _TYPES[exact.dtype], "D": stash.shape[2], "SPAN": SPAN, "NUMBERS": NUMBERS}
@@ -518,7 +516,7 @@ def absorb(
         _alike[(rows, tiles)](goes, numbers, spans, exact.table, best, place, columns, T=KEYS, **settings)
         _absorb[(rows,)](
             best, place, goes, numbers, spans, exact.table, threshold, new_threshold, stash, into, merged, alpha, beta,
-            columns, tiles, T=triton.next_power_of_2(tiles), num_warps=4, **settings,
+            columns, tiles, T=power_of_2(tiles), num_warps=4, **settings,
         )  # fmt: skip
 
 
@@ -538,7 +536,7 @@ def overwrite(
     layers, rows, slots = scores.shape
     into, merged, threshold, new_threshold = merges or (goes, stash, scores, new)
     with on(scores.device):
-        _overwrite[(layers * rows, triton.cdiv(slots, TILE))](
+        _overwrite[(layers * rows, -(-slots // TILE))](
             goes, stash, new, into, merged, threshold, new_threshold, numbers, spans, exact.table, positions, scores,
             exact.table.shape[1], slots, rows, spans.stride(0), numbers.stride(0),
             DTYPE=_TYPES[exact.dtype], D=stash.shape[3], T=TILE, SPAN=SPAN, NUMBERS=NUMBERS, MERGES=merges is not None,
