@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -29,9 +30,12 @@ from transformers import (
 )
 
 import fivefold
+import interpreter
 
 VOCAB = 131
 
+if not torch.cuda.is_available() and find_spec("triton"):
+    interpreter.quicken()
 
 SOME = {
     "test_attention.py": 2, "test_packed_decode_cpu.py": 2, "test_tiers.py": 2, "test_razor.py": 2, "test_ragged.py": 2,
