@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+gc.disable()  # until all is imported and collected, which stays
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers share the cores, and what they start does too
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
@@ -161,6 +162,7 @@ def pytest_collection_finish() -> None:
     """What is imported and collected stays: Python need not look through it for cycles again and again."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
