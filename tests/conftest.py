@@ -5,10 +5,13 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
+if gc.isenabled():  # again once all is imported and collected, which stays
+    gc.disable()
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers share the cores, and what they start does too
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
@@ -29,9 +32,12 @@ from transformers import (
 )
 
 import fivefold
+import interpreter
 
 VOCAB = 131
 
+if not torch.cuda.is_available() and find_spec("triton"):
+    interpreter.quicken()
 
 SOME = {
     "test_attention.py": 2, "test_packed_decode_cpu.py": 2, "test_tiers.py": 2, "test_razor.py": 2, "test_ragged.py": 2,
@@ -41,6 +47,28 @@ SOME = {
     "test_planar_decode.py": 3, "test_memory.py": 4,
 }  # fmt: skip
 """Of the slow tests of these files, which are like each other, CI runs one in so many; a release runs all."""
+
+
+QUICK = {
+    "test_a_failure_at_any_operation": (5, 0), "test_a_full_cache": (3, 0), "test_copies_are_equal_or_refused": (3, 1),
+    "test_a_failure_on_one_side_of_a_fork": (3, 2), "test_memory_that_cannot_be_had": (3, 0),
+    "test_assisted_decoding_ends": (3, 1), "test_each_request_gets_what_it_gets_alone": (3, 2),
+    "test_a_prompt_in_chunks": (3, 0), "test_reordered_rows_go_on_as_what_they_were": (3, 1),
+    "test_beams_have_the_scores_of_their_sequences": (3, 2), "test_no_token_depends_on_what_is_found": (3, 0),
+    "test_every_method": (4, 0), "test_the_cap_holds_for_everything": (3, 1),
+    "test_forks_of_a_text_that_comes_token_by_token": (3, 0), "test_packed_tokens_that_came_one_by_one": (3, 0),
+    "test_what_comes_token_by_token_is_held_to_its_budget": (3, 1),
+    "test_a_step_that_is_broken_off_at_the_floor": (3, 1), "test_a_single_token_beside_a_longer_prompt": (3, 2),
+    "test_forks_crops_and_beams": (3, 0), "test_a_text_in_chunks_ends_with_few_free_pages": (4, 0),
+    "test_the_bytes_are_those_of_the_reference": (3, 0),
+    "test_bounds_are_what_a_simulation_of_every_token_says": (4, 0), "test_it_is_the_papers_equations": (3, 0),
+    "test_left_padding": (4, 0), "test_speculative_decoding": (3, 0),
+    "test_combinations_generate_the_same_again_and_in_batches": (3, 2),
+    "test_keys_before_rope_are_those_of_the_model": (3, 0),
+    "test_choices_are_different_hold_the_answer_once_and_are_balanced": (2, 0),
+}  # fmt: skip
+"""Of these tests the README's command runs one parameter in so many, from another first one in each, so that every
+method is in some of them; CI runs all."""
 
 
 def quick(values: Iterable[Any], count: int) -> list[Any]:
@@ -157,6 +185,7 @@ def pytest_collection_finish() -> None:
     """What is imported and collected stays: Python need not look through it for cycles again and again."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -176,3 +205,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             seen[item.path.name] = number = seen.get(item.path.name, -1) + 1
             if number % every:
                 item.add_marker(pytest.mark.release)
+    number: dict[str, int] = {}
+    for item in items:
+        name = item.name.split("[")[0]
+        if name in QUICK and not item.get_closest_marker("slow"):
+            every, first = QUICK[name]
+            number[item.nodeid.split("[")[0]] = at = number.get(item.nodeid.split("[")[0], -1) + 1
+            if at % every != first:
+                item.add_marker(pytest.mark.slow)

@@ -95,19 +95,23 @@ static void product(float (&c)[N], const uint32_t (&a)[4], uint64_t b, int add) 
   const long start = (b & 0x3fff) * 16, eight_deep = (b >> 16 & 0x3fff) * 16, eight_wide = (b >> 32 & 0x3fff) * 16;
   const bool swaps = b >> 62 == 3;
   const int place = meet({a[0], a[1], a[2], a[3]}), g = current % 32 / 4, t = current % 4;
-  for (int i = 0; i < N; i++) {
-    const int column = i / 4 * 8 + 2 * t + i % 2, below = i / 2 % 2;
-    double sum = add ? c[i] : 0;
+  double rows[2][16];
+  for (int k = 0; k < 16; k++)
+    for (int below = 0; below < 2; below++)
+      rows[below][k] = number_of(of(place, 4 * g + k % 8 / 2)[k / 8 * 2 + below] >> k % 2 * 16 & 0xffff);
+  for (int i = 0; i < N; i += i % 2 ? 3 : 1) {
+    const int column = i / 4 * 8 + 2 * t + i % 2;
+    double sums[2] = {add ? c[i] : 0, add ? c[i + 2] : 0};
     for (int k = 0; k < 16; k++) {
-      const uint32_t x = of(place, 4 * g + k % 8 / 2)[k / 8 * 2 + below] >> k % 2 * 16 & 0xffff;
       uint16_t y;
       long at = start + column / 8 * eight_wide;
       if (swaps) at += column % 8 * 32 + k * 2, at ^= at >> 3 & 16;
       else at += k / 8 * eight_deep + column % 8 * 16 + k % 8 * 2;
       memcpy(&y, memory + at, 2);
-      sum += (double)number_of(x) * number_of(y);
+      const double number = number_of(y);
+      sums[0] += rows[0][k] * number, sums[1] += rows[1][k] * number;
     }
-    c[i] = sum;
+    c[i] = sums[0], c[i + 2] = sums[1];
   }
 }
 #if EXACT == 2

@@ -14,7 +14,7 @@ from recipes import PACKING, RECIPES, SHAPE, written
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LENGTHS = (133, 222, 167)
-STEPS = 40
+STEPS = 34
 
 
 def check(model: Any, recipe: str, talk: Conversation) -> None:

@@ -63,7 +63,7 @@ def test_what_comes_back_is_what_there_was(tiny: Any, tmp_path: Path, name: str)
     kept = ("exact", "codes", "scales", "other", "slack", "kept_tokens", "bits", "tokens")
     for one in (loaded, cache):
         assert [getattr(one.report(), part) for part in kept] == [getattr(report, part) for part in kept]
-    go_on(model, [other, cache, loaded], 45, 110)
+    go_on(model, [other, cache, loaded], 45, 80)
     for one in (cache, other, loaded):
         one.free()
     assert cache.session.pools.budget.used == loaded.session.pools.budget.used == 0

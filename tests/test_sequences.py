@@ -24,14 +24,15 @@ CLOSE, A_CODE = {"atol": 2e-5, "rtol": 1e-4}, {"atol": 3e-3, "rtol": 1e-2}
 
 
 class Conversations:
-    """Sequences in one batch, and each of them alone in a cache of its own.
+    """Sequences in one batch, or in several batches alike, and each of them alone in a cache of its own.
 
-    live: which sequence each row of the batch is.
+    own_pools: of each batch, whether what joins it comes from pools of its own. live: which sequence each row is.
     """
 
-    def __init__(self, model: Any, recipe: str, own_pools: bool = False, max_bytes: int | None = None) -> None:
+    def __init__(self, model: Any, recipe: str, own_pools: tuple[bool, ...] = (False,)) -> None:
         self.model, self.recipe, self.own_pools = model, recipe, own_pools
-        self.batch = fivefold.compress(model, recipe, max_bytes)
+        self.batches = [fivefold.compress(model, recipe) for _ in own_pools]
+        self.batch = self.batches[0]
         self.alone = [fivefold.compress(model, recipe) for _ in PROMPTS]
         self.prompts = [text(tokens, seed=tokens) for tokens in PROMPTS]
         self.next = text(400, len(PROMPTS), seed=3)
@@ -40,55 +41,65 @@ class Conversations:
         self.close = CLOSE if recipe in (RECIPES[name] for name in set(RECIPES) - set(PACKING)) else A_CODE
 
     @torch.inference_mode()
-    def arrive(self, which: int) -> FivefoldCache:
-        """A cache that has read a prompt."""
-        cache = fivefold.compress(self.model, self.recipe) if self.own_pools else self.batch.new()
-        for one in (cache, self.alone[which]):
+    def arrive(self, which: int) -> list[FivefoldCache]:
+        """For each batch a cache that has read a prompt."""
+        caches = [
+            fivefold.compress(self.model, self.recipe) if own else batch.new()
+            for batch, own in zip(self.batches, self.own_pools)
+        ]
+        for one in (*caches, self.alone[which]):
             self.model(self.prompts[which], past_key_values=one)
-        return cache
+        return caches
 
-    def join(self, which: int, cache: FivefoldCache) -> None:
-        self.batch.join(cache)
+    def join(self, which: int, caches: list[FivefoldCache]) -> None:
         self.live.append(which)
-        assert cache.batch == 0 and cache.get_seq_length() == 0 and self.batch.batch == len(self.live)
+        for batch, cache in zip(self.batches, caches, strict=True):
+            batch.join(cache)
+            assert cache.batch == 0 and cache.get_seq_length() == 0 and batch.batch == len(self.live)
 
     @torch.inference_mode()
     def step(self, count: int) -> None:
         for _ in range(count):
             tokens = torch.stack([self.next[i, self.seen[i] : self.seen[i] + 1] for i in self.live])
-            logits = self.model(tokens, past_key_values=self.batch).logits
+            found = [self.model(tokens, past_key_values=batch).logits for batch in self.batches]
             for row, i in enumerate(self.live):
                 alone = self.model(tokens[row : row + 1], past_key_values=self.alone[i]).logits
-                torch.testing.assert_close(logits[row], alone[0], **self.close)
+                for logits in found:
+                    torch.testing.assert_close(logits[row], alone[0], **self.close)
                 self.seen[i] += 1
-        assert self.batch.lengths().tolist() == [PROMPTS[i] + self.seen[i] for i in self.live]
+        for batch in self.batches:
+            assert batch.lengths().tolist() == [PROMPTS[i] + self.seen[i] for i in self.live]
 
-    def take(self, *rows: int) -> FivefoldCache:
-        out = self.batch.take(rows)
+    def take(self, *rows: int) -> list[FivefoldCache]:
         self.live = [i for row, i in enumerate(self.live) if row not in rows]
-        return out
+        return [batch.take(rows) for batch in self.batches]
+
+    def drop(self, row: int) -> None:
+        del self.live[row]
+        for batch in self.batches:
+            batch.drop([row])
 
     def finish(self) -> None:
-        self.batch.free()
-        budget = self.batch.session.pools.budget
-        assert budget.used == 0 and not budget.charged
+        for batch in self.batches:
+            batch.free()
+            budget = batch.session.pools.budget
+            assert budget.used == 0 and not budget.charged
 
 
-@pytest.mark.parametrize("own_pools", [False, True], ids=["one pool", "own pools"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_sequences_come_and_go(tiny: Any, name: str, own_pools: bool) -> None:
+def test_sequences_come_and_go(tiny: Any, name: str) -> None:
+    """From the batch's own pools, and from others."""
     model = tiny(**SHAPE)
-    talk = Conversations(model, written(name, model), own_pools)
+    talk = Conversations(model, written(name, model), (False, True))
     for which in (0, 2, 1):
         talk.join(which, talk.arrive(which))
         talk.step(7)
-    one = talk.take(1)
+    taken = talk.take(1)
     talk.step(33)
-    assert one.batch == 1 and one.lengths().tolist() == [PROMPTS[2] + 14]
-    talk.join(2, one)
+    assert all(one.batch == 1 and one.lengths().tolist() == [PROMPTS[2] + 14] for one in taken)
+    talk.join(2, taken)
     talk.step(5)
-    talk.batch.drop([0])
-    talk.live = talk.live[1:]
+    talk.drop(0)
     talk.step(3)
     talk.finish()
 
@@ -100,7 +111,7 @@ def test_layers_with_a_sliding_window_move_too(tiny: Any, name: str) -> None:
     for which in (1, 0, 2):
         talk.join(which, talk.arrive(which))
         talk.step(9)
-    one = talk.take(0, 2)
+    (one,) = talk.take(0, 2)
     talk.step(20)
     assert one.batch == 2
     talk.batch.join(one)
@@ -149,11 +160,11 @@ def test_another_kind_of_cache_cannot_join(tiny: Any) -> None:
 @pytest.mark.parametrize("name", ["full", "kivi-residual", "snapkv+kivi", "cskv", "kv_heads"])
 def test_a_failure_leaves_both_sides_as_they_were(tiny: Any, name: str, change: str) -> None:
     model = tiny(**SHAPE)
-    talk = Conversations(model, written(name, model), change == "own pools")
+    talk = Conversations(model, written(name, model), (change == "own pools",))
     talk.join(1, talk.arrive(1))
     talk.join(0, talk.arrive(0))
     failed, at = 0, 1
-    cache = talk.batch.new() if change == "take" else talk.arrive(2)
+    cache = talk.batch.new() if change == "take" else talk.arrive(2)[0]
     while True:
         before = [talk.batch.lengths().tolist(), cache.lengths().tolist()]
         try:
@@ -169,7 +180,7 @@ def test_a_failure_leaves_both_sides_as_they_were(tiny: Any, name: str, change: 
     if change == "take":
         talk.live = [1]
         talk.step(2)
-        talk.join(0, taken)
+        talk.join(0, [taken])
     else:
         talk.live.append(2)
     assert failed or name == "full"
