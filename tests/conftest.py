@@ -66,6 +66,10 @@ QUICK = {
     "test_combinations_generate_the_same_again_and_in_batches": (3, 2),
     "test_keys_before_rope_are_those_of_the_model": (3, 0),
     "test_choices_are_different_hold_the_answer_once_and_are_balanced": (2, 0),
+    "test_each_sequence_is_as_if_alone": (3, 0), "test_every_method_refuses_what_is_no_number": (3, 2),
+    "test_a_codec_packs_what_is_chosen": (2, 0), "test_combinations_stay_near_what_they_pack": (3, 0),
+    "test_attending_in_compressed_form_is_attending_to_what_is_decoded": (5, 0), "test_a_wrong_kernel_is_found": (3, 0),
+    "test_random_picks": (3, 1),
 }  # fmt: skip
 """Of these tests the README's command runs one parameter in so many, from another first one in each, so that every
 method is in some of them; CI runs all."""
