@@ -41,14 +41,14 @@ if not torch.cuda.is_available() and find_spec("triton"):
 
 SOME = {
     "test_attention.py": 2, "test_packed_decode_cpu.py": 2, "test_tiers.py": 2, "test_razor.py": 2, "test_ragged.py": 2,
-    "test_transactions.py": 2, "test_families.py": 2, "test_plan_memory.py": 2, "test_sequences.py": 2,
-    "test_convert.py": 2, "test_layer_cache.py": 2,
+    "test_transactions.py": 7, "test_families.py": 2, "test_plan_memory.py": 2, "test_sequences.py": 2,
+    "test_convert.py": 2, "test_layer_cache.py": 2, "test_saving.py": 2,
     "test_together.py": 5, "test_torch_compile.py": 5, "test_watched.py": 5, "test_codec_steps.py": 3,
     "test_planar_decode.py": 3, "test_memory.py": 4,
 }  # fmt: skip
 """Of the slow tests of these files, which are like each other, CI runs one in so many; a release runs all."""
-
-
+ALONE = {"test_chunks.py", "test_generation.py", "test_not_finite.py", "test_turns.py"}
+"""Where CI runs every method alone, and a release in pairs and variants too."""
 QUICK = {
     "test_a_failure_at_any_operation": (5, 0), "test_a_full_cache": (3, 0), "test_copies_are_equal_or_refused": (3, 1),
     "test_a_failure_on_one_side_of_a_fork": (3, 2), "test_memory_that_cannot_be_had": (3, 0),
@@ -66,6 +66,10 @@ QUICK = {
     "test_combinations_generate_the_same_again_and_in_batches": (3, 2),
     "test_keys_before_rope_are_those_of_the_model": (3, 0),
     "test_choices_are_different_hold_the_answer_once_and_are_balanced": (2, 0),
+    "test_each_sequence_is_as_if_alone": (3, 0), "test_every_method_refuses_what_is_no_number": (3, 2),
+    "test_a_codec_packs_what_is_chosen": (2, 0), "test_combinations_stay_near_what_they_pack": (3, 0),
+    "test_attending_in_compressed_form_is_attending_to_what_is_decoded": (5, 0), "test_a_wrong_kernel_is_found": (3, 0),
+    "test_random_picks": (3, 1),
 }  # fmt: skip
 """Of these tests the README's command runs one parameter in so many, from another first one in each, so that every
 method is in some of them; CI runs all."""
@@ -198,6 +202,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         if params.get("name") in VARIANTS:
             item.add_marker(pytest.mark.slow)
+            if item.path.name in ALONE:
+                item.add_marker(pytest.mark.release)
     seen: dict[str, int] = {}
     for item in items:
         every = SOME.get(item.path.name)

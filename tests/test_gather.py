@@ -7,6 +7,7 @@ import torch
 
 from conftest import DEVICES, KERNELS
 from fivefold.attention.fused import gather_fused
+from fivefold.attention.tables import tables_of
 from fivefold.kernels.gather.reference import PAGE, gather_pages
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.rows import Extent
@@ -35,6 +36,31 @@ def test_the_kernel_is_the_reference(device: str, dtype: torch.dtype, tokens: in
     here = (pages.data_ptr() + order * PAGE * dim * dtype.itemsize) >> 4
     for mine, theirs in zip(found, gather_pages(here[:, :columns], tokens, dim, dtype)):
         assert mine.dtype == dtype and torch.equal(mine.cpu(), theirs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tables_that_have_grown_are_what_new_ones_are(device: str, monkeypatch) -> None:
+    """Although only what the ones before did not know is sent."""
+    monkeypatch.setenv("FIVEFOLD_KERNELS", KERNELS)
+    spec = LayerSpec(0, 1, 2, 2, 16, torch.float32, torch.device(device))
+    layer = LayerCache(spec, Pools(), [Extent(), Extent(4, 90)])
+    layer.start(2)
+    for count in (900, 40, 4000, 700):
+        for group in layer.groups:
+            x = torch.randn(2, len(group.rows), count, 16, device=device)
+            layer.append(group, x[0], x[1])
+        before, held = layer.bank.mirror, [int(group.bounds.exact_pages) for group in layer.groups]
+        tables = tables_of(layer.bank)
+        tables.sync()
+        assert (tables is before) is (count in (40, 700))
+        found = tables.tables[0].clone()
+        layer.bank.mirror = None
+        fresh = tables_of(layer.bank)
+        fresh.sync()
+        for group, columns in zip(layer.groups, held):
+            assert torch.equal(found[group.rows_tensor, :columns], fresh.tables[0][group.rows_tensor, :columns])
+        tables.bind(layer.bank)
+        tables.sync()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -40,9 +40,9 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStore = pytest.mark.usefixtures("one_thread")(StoreMachine.TestCase)
-# 40 runs of 50 operations, and 120 where there is time. CI always tries the same ones.
+# 25 runs of 50 operations, and 120 where there is time. CI always tries the same ones.
 TestStore.settings = settings(
-    max_examples=40,
+    max_examples=25,
     stateful_step_count=50,
     deadline=None,
     derandomize="CI" in os.environ,

@@ -142,7 +142,7 @@ def rows_of(group: RowGroup, packed: bool) -> tuple[torch.Tensor, slice | torch.
         tables = tables_of(bank)
         tables.sync()
         tables.synced = bank.change
-    return tables.table(packed), tables.division.places(group, tables.device)[packed]
+    return tables.tables[packed], tables.division.places(group, tables.device)[packed]
 
 
 def why_not(layer: Layer, device: torch.device, heads: int, large: bool = False) -> str | None:

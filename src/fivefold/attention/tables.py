@@ -41,9 +41,15 @@ def kernels(device: torch.device) -> ModuleType:
 
 def tables_of(bank: Bank) -> DeviceTables:
     """The device tables of a bank, made anew where those that are there are too small."""
-    if bank.mirror is None or not bank.mirror.fit():
-        DeviceTables(bank, *(() if bank.mirror is None else bank.mirror.wanted))
-    return bank.mirror
+    old: DeviceTables | None = bank.mirror
+    if old is not None and not old.fit():
+        unknown = [tier.changed for tier in old._tiers]
+        new = DeviceTables(bank, *old.wanted)
+        if new._tiers == old._tiers and bank.batch == new.sequences == old.sequences:  # the device has most of it
+            for tier, some, mine, known in zip(new._tiers, unknown, new.tables, old.tables):
+                mine[:, : known.shape[1]] = known
+                tier.changed = some
+    return bank.mirror or DeviceTables(bank)
 
 
 class DeviceTables:
@@ -110,6 +116,7 @@ class DeviceTables:
             self._exact = torch.zeros((rows, self.exact_columns, len(fields)), dtype=torch.int64, device=self.device)
             several = (len(reader.fields),) if reader and len(reader.fields) > 1 else ()
             self._packed = torch.zeros((rows, self.packed_columns, *several), dtype=torch.int64, device=self.device)
+            self.tables = self._exact, self._packed
             # A layer's spans, then its work lists.
             self._numbers = torch.zeros((self.layers, width), dtype=torch.int32, device=self.device)
             self._sending = Sending(self._numbers)
@@ -292,10 +299,6 @@ class DeviceTables:
         if reader is None or not (always or group.bounds.packed_tokens):
             return None, exact
         return self._pages_of(packed, reader), exact
-
-    def table(self, packed: bool) -> torch.Tensor:
-        """Of packed or exact pages, rows as they stand."""
-        return self._packed if packed else self._exact
 
     def programs_of(self, rows: int, reader: Reader | None, dtype: torch.dtype | None = None) -> schedule.Programs:
         """How many programs read packed and exact pages of so many rows; dtype: see `programs_for`."""
