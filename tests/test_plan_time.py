@@ -166,11 +166,11 @@ def test_narrow_heads_reach_less() -> None:
 
 def test_a_host_that_is_slow_shows() -> None:
     """Launches are hidden behind the device's work where that takes longer, chunk by chunk."""
-    slow = replace(H100, host_layer={name: 10 * x for name, x in H100.host_layer.items()}, host_first={})
+    slow = replace(H100, host_layer={name: 10 * x for name, x in H100.host_layer.items()})
     for tokens, hidden in ((512, False), (131072, True)):
         quick, other = prefill(EIGHT, H100, tokens), prefill(EIGHT, slow, tokens)
         assert quick is not None and other is not None and (quick.seconds == other.seconds) is hidden
-    late = replace(H100, host_layer=dict.fromkeys(H100.host_layer, 1.0), host_first={})
+    late = replace(H100, host_layer=dict.fromkeys(H100.host_layer, 1.0))
     for packed, split in ((0.0, False), (4e4, False), (4e4, True)):
         one = prefill(EIGHT, late, 65536, chunk=8192, packed=packed, bits=4, split=split)
         assert one is not None and one.seconds == pytest.approx(32 * 8)

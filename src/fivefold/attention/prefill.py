@@ -44,6 +44,8 @@ class Cut:
         recent = self.extent.recent
         self.whole = recent is None or self.extent.share is not None or self.start + self.chunk <= recent
         self.regular = self.chunk % CHUNK_STEP == 0
+        self.own = self.regular and is_large(self.numbers, self.chunk // 2, True)
+        """Whether the chunk is attended on by itself, where cuDNN takes half of the time."""
         self.most = KEY_NUMBERS // (queries.shape[0] * queries.shape[3])
         packing, end = group.layer.packing, int(self.bounds.exact_tokens)
         sizes, large = _block_sizes(queries, PAGE), _large(queries)
@@ -109,7 +111,8 @@ def _parts(
         if start:
             return _parts_joined(group, cut, queries, keys, values, scaling)
     if cut.whole:
-        own = attend(queries, _spread(keys, queries), _spread(values, queries), scaling, causal=True, cap=cap)
+        k, v = (_spread(x, queries) for x in (keys, values))
+        own = attend(queries, k, v, scaling, causal=True, cap=cap, recurs=cut.regular)
     else:
         own = windowed(extent, start, queries, keys, values, np.arange(start, start + chunk), scaling, cap)
     parts = [own]
@@ -124,8 +127,8 @@ def _parts_joined(
     group: RowGroup, cut: Cut, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
 ) -> list[Part]:
     """Where `takes_windows`, and every query sees all that is stored: the newest exact tokens, and the last packed ones
-    where they are few, are copied together with the chunk. A GPU copies sooner than it attends once more and merges
-    what comes out."""
+    where they are few, are copied together, and with the chunk unless that is large. A GPU copies sooner than it
+    attends once more and merges what comes out."""
     parts: list[Part] = []
     joined: list[tuple[torch.Tensor, torch.Tensor]] = []
     for packed, pieces in ((False, _exact(group, cut, True)), (True, _packed(group, cut, queries.dtype))):
@@ -135,12 +138,15 @@ def _parts_joined(
                 parts.append(_over_all(queries, k, v, scaling, None, recurs))
             else:
                 joined.append((k, v))
+    if joined and cut.own:
+        parts.append(_over_all(queries, *_cat(joined), scaling, None))
+        joined = []
     k, v = (_spread(x, queries) for x in _cat([*joined, (keys, values)]))
     if joined:
         before = k.shape[2] - cut.chunk
         parts.append(attend_window(queries, k, v, scaling, before, before + cut.chunk))
     else:
-        parts.append(attend(queries, k, v, scaling, causal=True))
+        parts.append(attend(queries, k, v, scaling, causal=True, recurs=cut.regular))
     return parts
 
 

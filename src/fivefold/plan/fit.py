@@ -136,7 +136,7 @@ def fit_prompts(rows: Sequence[Prompt], machine: Machine) -> Machine:
     for name, own in (("prompt_pointwise", False), ("own_prompt_pointwise", True)):
         least_work = replace(machine, **{name: 0.0})  # type: ignore[arg-type]
         nothing = {kind: dict.fromkeys(getattr(machine, kind), 0.0) for kind in ("host_layer", "own_host_layer")}
-        idle = replace(least_work, host_first={}, **nothing)  # type: ignore[arg-type]
+        idle = replace(least_work, **nothing)  # type: ignore[arg-type]
         busy = [row for row in rows if row.own is own and row.predicted(least_work) <= HOST * row.predicted(idle)]
         if not busy:
             continue
@@ -150,32 +150,23 @@ def fit_prompts(rows: Sequence[Prompt], machine: Machine) -> Machine:
 
 def fit_host(rows: Sequence[Prompt], machine: Machine) -> Machine:
     """The machine with the `host_layer` that prompts show which the host bounds: of each kind the mean of what would
-    make a row's seconds, over the rows of which the device's work is less than `EXPLAINED`; before that the
-    `host_first` of those that are read at once."""
-    rows = [row for row in rows if not row.own]
-    for name, some in (
-        ("host_first", [row for row in rows if row.chunk is None or row.chunk >= row.tokens]),
-        ("host_layer", [row for row in rows if row.chunk is not None and row.chunk < row.tokens]),
-    ):
-        found: dict[str, list[float]] = {}
-        for row in some:
-            kind = "exact" if not row.packed else "split" if row.split else "packed"
+    make a row's seconds, over the rows of which the device's work is less than `EXPLAINED`."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        kind = "exact" if not row.packed else "split" if row.split else "packed"
 
-            def seconds(each: float, row: Prompt = row, kind: str = kind, name: str = name) -> float:
-                using: dict[str, Any] = {name: {**getattr(machine, name), kind: each}}  # noqa: B023
-                return row.predicted(replace(machine, **using))  # noqa: B023
+        def seconds(each: float, row: Prompt = row, kind: str = kind) -> float:
+            return row.predicted(replace(machine, host_layer={**machine.host_layer, kind: each}))
 
-            low, high = 0.0, row.seconds / len(row.model.layers)
-            if EXPLAINED * row.seconds <= seconds(low):
-                continue
-            for _ in range(60):
-                middle = (low + high) / 2
-                low, high = (middle, high) if seconds(middle) < row.seconds else (low, middle)
-            found.setdefault(kind, []).append(low)
-        means: dict[str, Any] = {name: {**getattr(machine, name)}}
-        means[name] |= {kind: float(np.mean(values)) for kind, values in found.items()}
-        machine = replace(machine, **means)
-    return machine
+        low, high = 0.0, row.seconds / len(row.model.layers)
+        if row.own or EXPLAINED * row.seconds <= seconds(low):
+            continue
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if seconds(middle) < row.seconds else (low, middle)
+        found.setdefault(kind, []).append(low)
+    means = {kind: float(np.mean(values)) for kind, values in found.items()}
+    return replace(machine, host_layer={**machine.host_layer, **means})
 
 
 def fit_switch(rows: Sequence[Mapping[str, Any]], machine: Machine) -> Machine:

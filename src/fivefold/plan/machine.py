@@ -43,8 +43,8 @@ class Machine:
     steps of more sequences, own_layer and own_pointwise of other models' steps, which run the model's own code.
 
     host_layer: what the host takes to launch one layer of a chunk of a prompt, "exact", "packed", or "split" where it
-    packs and its heads are of two kinds; host_first: of the first chunk, which has nothing stored before it, where that
-    was measured. These, and prompt_pointwise, are of prompts with fused kernels (`models/chunks.py`);
+    packs and its heads are of two kinds. This and prompt_pointwise are of prompts with fused kernels
+    (`models/chunks.py`);
     own_prompt_pointwise and own_host_layer of those that a model's own code reads, where that was measured.
 
     to_host, from_host: what `cache.offload()` and `restore()` reach; put_start, bring_start: what they take besides, of
@@ -88,7 +88,6 @@ class Machine:
     fused_layer: float = 0.0
     own_layer: float | None = None
     own_pointwise: float | None = None
-    host_first: Mapping[str, float] = field(default_factory=dict)
     own_prompt_pointwise: float | None = None
     own_host_layer: Mapping[str, float] = field(default_factory=dict)
 
@@ -117,7 +116,7 @@ class Machine:
         if self.own_prompt_pointwise is None or not self.own_host_layer:
             return self
         own = self.own_prompt_pointwise
-        return replace(self, prompt_pointwise=own, host_layer=self.own_host_layer, host_first={})
+        return replace(self, prompt_pointwise=own, host_layer=self.own_host_layer)
 
     @staticmethod
     def prompt_key(kind: str, large: bool, head_dim: int) -> str:

@@ -367,19 +367,16 @@ def _packing(device: torch.device, sizes: Sizes) -> dict[str, Any]:
 
 
 def launches(device: torch.device, sizes: Sizes | None = None, own: bool = False) -> dict[str, float]:
-    """Seconds that the host takes for a layer of a chunk, of a model so narrow that the device waits for it. own: by
-    the model's own code."""
+    """Seconds that the host takes for a layer of a chunk, and for its part of a chunk's beginning and end, of a model
+    so narrow that the device waits for it. own: by the model's own code."""
     sizes = (GPU if device.type == "cuda" else CPU) if sizes is None else sizes
-    chunk, chunks, found = 128, 6, {}
+    chunk, chunks, layers, found = (1024 if device.type == "cuda" else 128), 4, 2 * sizes.layers[1], {}
+    model = decode.build({**sizes.narrow, "num_hidden_layers": layers}, device)
+    ids = torch.randint(1024, (1, chunk * chunks), device=device)
     split = "duo(keep=0.5) + kivi(bits=4)"
     for kind, recipe in (("exact", "full()"), ("packed", "kivi(bits=4)"), ("split", split)):
-        times = []
-        for layers in sizes.layers:
-            model = decode.build({**sizes.narrow, "num_hidden_layers": layers}, device)
-            ids = torch.randint(1024, (1, chunk * chunks), device=device)
-            times.append(min(prefill.read(model, recipe, ids, chunk, own)["seconds"] for _ in range(4)) / chunks)
-        few, many = sizes.layers
-        found[kind] = max(0.0, (times[1] - times[0]) / (many - few))
+        times = [prefill.read(model, recipe, ids, chunk, own)["seconds"] for _ in range(5)]
+        found[kind] = statistics.median(times[1:]) / (chunks * layers)
     return found
 
 

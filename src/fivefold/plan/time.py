@@ -22,6 +22,8 @@ from fivefold.plan.shape import LayerShape, ModelShape
 
 Bound = Literal["bandwidth", "compute", "launches", "link"]
 
+RECENT = 128
+"""The newest tokens that stay exact where the others are packed: `kivi`'s default."""
 STORED = "what is stored"
 """What the names of those parts of a prompt end with that grow with what has been read before."""
 ITEM = {"float32": 4, "float64": 8, "float8_e4m3fn": 1, "int8": 1}
@@ -202,7 +204,7 @@ def prefill(
     operations = 2 * (inner * tokens + output) * batch / gpus
     said = f"2 x {inner / gpus:.4g} weights x {tokens * batch:,} tokens / {machine.products / 1e12:.0f} TFLOP/s"
     device = [Term("products", operations / machine.products, said, "compute")]
-    device += _prompt_attention(model, machine, sizes, batch, bool(packed), reach, gpus)
+    device += _prompt_attention(model, machine, sizes, batch, bits if packed else None, reach, gpus)
     moved = len(model.layers) * tokens * batch * machine.prompt_pointwise * model.hidden * size / gpus
     said = f"{_bytes(moved)} moved / {_rate(machine.bandwidth)}"
     device.append(Term("small operations", moved / machine.bandwidth, said, "bandwidth"))
@@ -221,21 +223,19 @@ def _launching(
 ) -> Term:
     """What a prompt takes beyond the device's work: what launching a chunk takes longer than the work of that chunk,
     which grows with what is stored."""
-    kind = "split" if split and packed else "packed" if packed else "exact"
-    each = machine.host_layer[kind]
-    first = machine.host_first.get(kind, each)
+    each = machine.host_layer["split" if split and packed else "packed" if packed else "exact"]
     held = list(accumulate(chunks, initial=0))[:-1]
     growing = _sum(term for term in device if term.name.endswith(STORED))
     alike, share = (_sum(device) - growing) / sum(chunks), growing / (sum(held) or 1)
-    hosts = [len(model.layers) * (each if before else first) for before in held]
-    longer = sum(max(0.0, x - alike * chunk - share * before) for x, chunk, before in zip(hosts, chunks, held))
-    whole = f"{len(chunks)} chunks x {len(model.layers)} layers x {_seconds(each if len(chunks) > 1 else first)}"
+    host = len(model.layers) * each
+    longer = sum(max(0.0, host - alike * chunk - share * before) for chunk, before in zip(chunks, held))
+    whole = f"{len(chunks)} chunks x {len(model.layers)} layers x {_seconds(each)}"
     said = f"{whole}, less the device's work meanwhile"
     return Term("launches", longer, said, "launches")
 
 
 def _prompt_attention(
-    model: ModelShape, machine: Machine, chunks: Sequence[int], batch: int, packed: bool, reach: float, gpus: int
+    model: ModelShape, machine: Machine, chunks: Sequence[int], batch: int, bits: int | None, reach: float, gpus: int
 ) -> Iterable[Term]:
     """Each chunk over itself and over what is stored; 4 operations a query head, channel and pair of tokens."""
     found: dict[str, float] = {}
@@ -245,12 +245,13 @@ def _prompt_attention(
         rows = batch / gpus * (reach if window is None else 1.0)
         each, block = 4 * layer.query_heads * layer.head_dim * rows, _block(layer, rows)
         for chunk in chunks:
-            alone, joined = _cut(each, chunk, before, block, packed) if window is None else ([], 0)
+            alone, joined = _cut(each, chunk, before, block, bits) if window is None else ([], 0)
             if window is not None:
                 held = min(before, window)
                 seen = [min(block, held - first) for first in range(0, held, block)]
                 alone = [(tokens, each * chunk * tokens >= LARGE) for tokens in seen]
-            parts = [("causal", not joined and each * chunk * chunk >= 2 * LARGE, pairs(chunk, window))]
+            own = window is None and _apart(each, chunk)
+            parts = [("causal", own or (not joined and each * chunk * chunk >= 2 * LARGE), pairs(chunk, window))]
             parts += [("past", False, chunk * joined)] if joined else []
             parts += [("past", large, chunk * tokens) for tokens, large in alone]
             for kind, large, many in parts:
@@ -263,20 +264,27 @@ def _prompt_attention(
         yield Term(f"attention to {what}", operations / machine.prompt[key], said, "compute")
 
 
-def _cut(each: float, chunk: int, held: int, block: int, packed: bool) -> tuple[list[tuple[int, bool]], int]:
+def _cut(each: float, chunk: int, held: int, block: int, bits: int | None) -> tuple[list[tuple[int, bool]], int]:
     """Blocks of what is stored that a chunk attends to by themselves, in tokens and whether by cuDNN; and how many
-    tokens it attends to together with itself (`attention.prefill`). each: operations of a pair of tokens."""
-    regular = chunk % CHUNK_STEP == 0
-    sizes = halved(block, 1, lambda tokens: regular and each * chunk * tokens >= RECURRING_OPERATIONS)
-    alone, joined = list[tuple[int, bool]](), 0
-    for first, last in blocks(held, held, 1, sizes, math.ceil(LARGE / (each * chunk or 1.0))):
-        tokens = last - first
+    tokens it attends to apart from these (`attention.prefill`). each: operations of a pair of tokens; bits: of what is
+    packed, all but the newest tokens, in pages of as many tokens as 32 words of 16 bits hold; None where nothing is."""
+    regular, page = chunk % CHUNK_STEP == 0, 1 if bits is None else 16 // bits * 32
+    sizes = halved(block, page, lambda tokens: regular and each * chunk * tokens >= RECURRING_OPERATIONS)
+    stop = held if bits is None else max(0, held - RECENT)
+    alone, joined = list[tuple[int, bool]](), held - stop
+    for first, last in blocks(-(-stop // page), stop // page, page, sizes, math.ceil(LARGE / (each * chunk or 1.0))):
+        tokens = min(stop, last * page) - first * page
         large = each * chunk * tokens >= (RECURRING_OPERATIONS if regular and tokens in sizes else LARGE)
-        if large or tokens in sizes or (packed and tokens > 4 * chunk):
+        if large or tokens in sizes or (bits is not None and tokens > 4 * chunk):
             alone.append((tokens, large))
         else:
             joined += tokens
     return alone, joined
+
+
+def _apart(each: float, chunk: int) -> bool:
+    """Whether a chunk is attended on by itself, by cuDNN (`attention.prefill`)."""
+    return chunk % CHUNK_STEP == 0 and each * chunk * (chunk // 2) >= RECURRING_OPERATIONS
 
 
 def _block(layer: LayerShape, rows: float) -> int:
@@ -322,10 +330,11 @@ def _stored(
         each, block = 4 * layer.query_heads * layer.head_dim * rows, _block(layer, rows)
         token = layer.numbers * itemsize(model) * batch * share
         for chunk, before in zip(chunks, held):
-            alone, joined = _cut(each, chunk, before, block, bool(packed))
-            moved += count * 2 * (joined + chunk) * token if joined else 0.0
-            numbers = chunk * rows * layer.query_heads * layer.head_dim
-            moved += count * (len(alone) + 2) * itemsize(model) * numbers if alone else 0.0
+            alone, joined = _cut(each, chunk, before, block, bits if packed else None)
+            own = joined and _apart(each, chunk)
+            moved += count * 2 * (joined + (0 if own else chunk)) * token if joined else 0.0
+            numbers, several = chunk * rows * layer.query_heads * layer.head_dim, len(alone) + bool(own)
+            moved += count * (several + 2) * itemsize(model) * numbers if several else 0.0
     if moved:
         said = f"{_bytes(moved)} moved / {_rate(machine.bandwidth)}"
         yield Term("merging with what is stored", moved / machine.bandwidth, said, "bandwidth")
