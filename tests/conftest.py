@@ -40,7 +40,7 @@ if not torch.cuda.is_available() and find_spec("triton"):
     interpreter.quicken()
 
 SOME = {
-    "test_attention.py": 2, "test_packed_decode_cpu.py": 2, "test_tiers.py": 2, "test_razor.py": 2, "test_ragged.py": 2,
+    "test_attention.py": 2, "test_packed_decode_cpu.py": 2, "test_tiers.py": 2, "test_razor.py": 4, "test_ragged.py": 2,
     "test_transactions.py": 7, "test_families.py": 2, "test_plan_memory.py": 2, "test_sequences.py": 2,
     "test_convert.py": 2, "test_layer_cache.py": 2, "test_saving.py": 2,
     "test_together.py": 5, "test_torch_compile.py": 5, "test_watched.py": 5, "test_codec_steps.py": 3,
