@@ -43,7 +43,7 @@ SOME = {
     "test_attention.py": 2, "test_packed_decode_cpu.py": 2, "test_tiers.py": 2, "test_razor.py": 4, "test_ragged.py": 2,
     "test_transactions.py": 7, "test_families.py": 2, "test_plan_memory.py": 2, "test_sequences.py": 2,
     "test_convert.py": 2, "test_layer_cache.py": 2, "test_saving.py": 2,
-    "test_together.py": 5, "test_torch_compile.py": 5, "test_watched.py": 5, "test_codec_steps.py": 3,
+    "test_together.py": 7, "test_torch_compile.py": 5, "test_watched.py": 5, "test_codec_steps.py": 3,
     "test_planar_decode.py": 3, "test_memory.py": 4,
 }  # fmt: skip
 """Of the slow tests of these files, which are like each other, CI runs one in so many; a release runs all."""

@@ -693,7 +693,7 @@ def smollm2() -> Iterator[tuple[Any, Any]]:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("recipe", REAL)
+@pytest.mark.parametrize("recipe", [*REAL[:2], *(pytest.param(x, marks=pytest.mark.release) for x in REAL[2:])])
 @pytest.mark.slow
 def test_requests_that_arrive_at_random(smollm2: Any, recipe: str) -> None:
     model, tokenizer = smollm2
