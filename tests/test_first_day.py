@@ -32,7 +32,9 @@ def greedy(model: Any, ids: torch.Tensor, cache: Any = None, new: int = 10, **gi
 # -- a prepared model is as it was for everybody else -----------------------------------------------------
 
 
-@pytest.mark.parametrize("chosen", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "chosen", ["eager", "sdpa", pytest.param("flex_attention", marks=[pytest.mark.slow, pytest.mark.release])]
+)
 def test_without_our_cache_the_user_has_what_was_chosen(chosen: str) -> None:
     model, plain = families.build("llama"), families.build("llama")
     for one in (model, plain):

@@ -40,7 +40,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStore = pytest.mark.usefixtures("one_thread")(StoreMachine.TestCase)
-# 25 runs of 50 operations, and 120 where there is time. CI always tries the same ones.
+# 25 runs of 50 operations, and 80 where there is time. CI always tries the same ones.
 TestStore.settings = settings(
     max_examples=25,
     stateful_step_count=50,
@@ -53,4 +53,4 @@ TestStore.settings = settings(
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 class TestStoreForLonger(StoreMachine.TestCase):
-    settings = settings(TestStore.settings, max_examples=120)
+    settings = settings(TestStore.settings, max_examples=80)
