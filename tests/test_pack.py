@@ -29,6 +29,9 @@ from fivefold.store.layer_cache import LayerCache
 from fivefold.store.rows import Extent
 from fivefold.store.spec import LayerSpec, Pools
 
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="without a GPU Triton interprets, of tensors on a CPU"
+)
 needs_cpp = pytest.mark.skipif(compiled.lacking() is not None, reason="no C++ compiler")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 FORMS = [(2, 32, 32), (2, 64, 64), (2, 128, 128), (3, 32, 32), (4, 32, 32), (4, 64, 64), (4, 128, 128), (8, 32, 32)]
@@ -403,7 +406,7 @@ def test_rows_are_packed_by_the_kernel_to_the_bytes_of_the_codec(dim, dtype, bit
             assert torch.equal(mine.dense_part(1), theirs.dense_part(1))
 
 
-@pytest.mark.parametrize("path", [pytest.param("cpp", marks=needs_cpp), "triton"])
+@pytest.mark.parametrize("path", [pytest.param("cpp", marks=needs_cpp), pytest.param("triton", marks=interpreted)])
 @pytest.mark.parametrize(
     ("dim", "dtype", "bits", "group", "sizes"),
     [

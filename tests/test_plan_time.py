@@ -13,7 +13,7 @@ import pytest
 from fivefold.errors import InputError
 from fivefold.plan import memory
 from fivefold.plan import time as plan_time
-from fivefold.plan.fit import FITTED, Prompt, Row, fit_host, fit_prompts, fit_steps, least, llama
+from fivefold.plan.fit import FITTED, Prompt, Row, fit_prompts, fit_steps, least, llama
 from fivefold.plan.machine import KINDS, Machine, find_machine, here, measured_file, read_machine, shipped
 from fivefold.plan.shape import LayerShape, ModelShape
 from fivefold.plan.time import Read, prefill, step, switch
@@ -302,21 +302,6 @@ def test_fit_of_prompts_finds_what_made_the_rows() -> None:
     assert fit_prompts([*rows, replace(rows[-1], seconds=9.0)], H100).prompt_pointwise == found.prompt_pointwise
 
 
-def test_fit_of_the_host_finds_what_made_the_rows() -> None:
-    true = replace(H100, host_layer={"exact": 0.004, "packed": 0.006, "split": 0.011})
-    rows = []
-    for packed, reach, split in ((0.0, 1.0, False), (4e4, 1.0, False), (2e4, 0.5, True)):
-        row = Prompt(EIGHT, 8192, 512, packed, 4 if packed else None, reach, split, 0.0)
-        rows.append(replace(row, seconds=row.predicted(true)))
-    assert fit_host(rows, H100).host_layer == pytest.approx(true.host_layer, rel=1e-3)
-    # Rows that the device's work explains change nothing.
-    rows = [
-        replace(row, seconds=row.predicted(replace(H100, host_layer=dict.fromkeys(H100.host_layer, 0.0))))
-        for row in rows
-    ]
-    assert fit_host(rows, H100) == H100 and fit_host(rows, H100).host_layer == H100.host_layer
-
-
 def test_shipped_constants_hold_on_an_h100() -> None:
     """On the shape that they were fitted on, and on a smaller one that they were not: within 10% of a step, but for
     the smaller one's batches, and within 15% of a prompt whose chunks keep a GPU busy and of a change of sessions. What
@@ -330,10 +315,10 @@ def test_shipped_constants_hold_on_an_h100() -> None:
     found = script.compared(results["rows"], H100)
     own = ", the model's own code"
     bounds = {
-        "steps alone": (0.1, 0.12), "steps in batches": (0.1, 0.15), f"steps alone{own}": (0.1, 0.1),
-        f"steps in batches{own}": (0.1, 0.1), "prompts at once": (0.21, 1.0),
-        "prompts in chunks of 8,192": (0.15, 0.23), "prompts in chunks of 2,048": (0.15, 0.4),
-        f"prompts in chunks of 8,192{own}": (0.15, 0.17), f"prompts in chunks of 2,048{own}": (0.15, 0.15),
+        "steps alone": (0.1, 0.17), "steps in batches": (0.1, 0.22), f"steps alone{own}": (0.1, 0.1),
+        f"steps in batches{own}": (0.1, 0.1), "prompts at once": (0.23, 0.38),
+        "prompts in chunks of 8,192": (0.15, 0.26), "prompts in chunks of 2,048": (0.21, 0.15),
+        f"prompts in chunks of 8,192{own}": (0.15, 0.15), f"prompts in chunks of 2,048{own}": (0.15, 0.31),
         "to the host": (0.15, 0.15), "from the host": (0.15, 0.15),
     }  # fmt: skip
     for kind, models in found["errors"].items():

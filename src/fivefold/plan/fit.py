@@ -16,7 +16,6 @@ from fivefold.recipe import Recipe
 
 HOST = 1.05
 """A prompt whose launches add more than this to the device's least work is bound by the host."""
-EXPLAINED = 0.87
 FITTED = (
     "step", "word", "fused_layer", "layer", "pointwise", "own_layer", "own_pointwise", "packed_layer", "packed_row",
 )  # fmt: skip
@@ -146,27 +145,6 @@ def fit_prompts(rows: Sequence[Prompt], machine: Machine) -> Machine:
         (moved,) = least((table / seconds)[:, None], (seconds - known) / seconds)
         machine = replace(machine, **{name: moved})  # type: ignore[arg-type]
     return machine
-
-
-def fit_host(rows: Sequence[Prompt], machine: Machine) -> Machine:
-    """The machine with the `host_layer` that prompts show which the host bounds: of each kind the mean of what would
-    make a row's seconds, over the rows of which the device's work is less than `EXPLAINED`."""
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        kind = "exact" if not row.packed else "split" if row.split else "packed"
-
-        def seconds(each: float, row: Prompt = row, kind: str = kind) -> float:
-            return row.predicted(replace(machine, host_layer={**machine.host_layer, kind: each}))
-
-        low, high = 0.0, row.seconds / len(row.model.layers)
-        if row.own or EXPLAINED * row.seconds <= seconds(low):
-            continue
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if seconds(middle) < row.seconds else (low, middle)
-        found.setdefault(kind, []).append(low)
-    means = {kind: float(np.mean(values)) for kind, values in found.items()}
-    return replace(machine, host_layer={**machine.host_layer, **means})
 
 
 def fit_switch(rows: Sequence[Mapping[str, Any]], machine: Machine) -> Machine:
