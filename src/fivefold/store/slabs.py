@@ -168,8 +168,11 @@ class Slabs:
         if not count or not len(numbers):
             return np.empty(0, dtype=np.int64)
         starts, pages = self._starts[0, numbers], self._pages[numbers]
-        free = [np.flatnonzero(self._counts[0, a : a + n] == 0) for a, n in zip(starts.tolist(), pages.tolist())]
-        return (np.repeat(numbers << SLAB_SHIFT, list(map(len, free))) + np.concatenate(free))[:count]
+        parts = [self._counts[0, first : first + many] for first, many in zip(starts.tolist(), pages.tolist())]
+        found = np.flatnonzero(np.concatenate(parts) == 0)[:count]
+        ends = pages.cumsum()
+        which = ends.searchsorted(found, "right")
+        return (numbers[which] << SLAB_SHIFT) + found - (ends - pages)[which]
 
     def _at(self, pages: np.ndarray) -> np.ndarray:
         """Where the counts of pages stand."""
