@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from conftest import quick
+from fivefold import blocks as blocks_module
 from fivefold.attention import attend_chunk, attend_step, decode, prefill
 from fivefold.attention import merge as merge_module
 from fivefold.attention.merge import MASKED, attend, attend_reference, attend_window, merge, takes_windows
@@ -187,8 +188,10 @@ def window_reference(
 def test_windows_of_all_queries_at_once(seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     # As on a GPU, but for the kernel of windows.
     if seed % 2:  # with blocks of every size that is worth a plan of cuDNN: all are
-        monkeypatch.setattr(prefill, "CHUNK_STEP", 1)
-        monkeypatch.setattr(merge_module, "RECURRING_OPERATIONS", 0)
+        for module in (prefill, blocks_module):
+            monkeypatch.setattr(module, "CHUNK_STEP", 1)
+        for module in (merge_module, blocks_module):
+            monkeypatch.setattr(module, "RECURRING_OPERATIONS", 0)
     monkeypatch.setattr(prefill, "takes_windows", lambda _: True)
     monkeypatch.setattr(prefill, "attend_window", window_reference)
     Run(seed, dtype).go()

@@ -256,6 +256,20 @@ def test_programs_that_take_rows_in_turn() -> None:
         assert begins[-1] <= once * length
 
 
+@pytest.mark.parametrize("device", PATHS[:1], indirect=True)
+@pytest.mark.parametrize(("bits", "head_dim"), [(2, 128), (4, 128), (4, 64), (8, 64)])
+def test_rows_in_turn_on_a_gpu(device: str, bits: int, head_dim: int) -> None:
+    """Packed and exact pages of rows from none to many, by few programs; those that there is nothing for end too."""
+    torch.manual_seed(bits)
+    np.random.seed(bits)
+    form, programs = Form(bits, 32, 32, head_dim), schedule.Programs(60, 0, 12, 4)
+    spans = [(0, 32 * (row * row % 97), 2, 9, row * 37 % 300) for row in range(20)]
+    pages = kernel.pages_of(np.array(spans), form.tokens, joined=True)
+    assert schedule.starts_of(pages, programs)[1].any()
+    columns = -(-32 * 96 // form.tokens)
+    check(device, 20, 4, form, columns, 10, spans, torch.bfloat16, 1.5e-2, programs)
+
+
 def test_rows_are_taken_in_turn_where_they_are_different() -> None:
     """By a kernel that does packed and exact pages; of thousands of rows each gets programs of its own."""
     many = schedule.Programs(2112, 0, 264, 32)

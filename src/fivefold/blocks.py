@@ -15,6 +15,12 @@ CHUNK_STEP = 256
 """Chunks of a multiple of so many tokens are taken to come again."""
 
 
+def by_itself(each: float, chunk: int) -> bool:
+    """Whether a chunk is attended on by itself, by cuDNN, and not together with what is stored. each: operations of a
+    pair of tokens, of which a causal mask leaves half."""
+    return chunk % CHUNK_STEP == 0 and each * chunk * (chunk // 2) >= RECURRING_OPERATIONS
+
+
 def halved(most: int, page: int, worth: Callable[[int], bool]) -> list[int]:
     """Tokens of the blocks that are attended on at a time, the largest first: `most`, and halves of that, in whole
     pages, while so many tokens are worth it."""

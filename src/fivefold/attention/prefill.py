@@ -14,7 +14,7 @@ import torch
 from fivefold.attention.compensate import left_of
 from fivefold.attention.fused import gather_fused, gathers, unpack_fused
 from fivefold.attention.merge import MASKED, attend, attend_window, is_large, merge, takes_windows
-from fivefold.blocks import CHUNK_STEP, CUDNN_OPERATIONS, KEY_NUMBERS, blocks, halved
+from fivefold.blocks import CHUNK_STEP, CUDNN_OPERATIONS, KEY_NUMBERS, blocks, by_itself, halved
 from fivefold.kernels.device import sent
 from fivefold.kernels.merge import Part
 from fivefold.store.group import KV, RowGroup
@@ -40,12 +40,10 @@ class Cut:
     def __init__(self, group: RowGroup, queries: torch.Tensor) -> None:
         self.bounds, self.extent, self.chunk = group.bounds, group.bounds.extent, queries.shape[2]
         self.start, self.numbers = int(self.bounds.length), queries.numel()
-        # Nothing has left what any query sees.
-        recent = self.extent.recent
-        self.whole = recent is None or self.extent.share is not None or self.start + self.chunk <= recent
+        self.whole = _sees_all(self.extent) or self.start + self.chunk <= self.extent.recent  # type: ignore[operator]
+        """Nothing has left what any query sees."""
         self.regular = self.chunk % CHUNK_STEP == 0
-        self.own = self.regular and is_large(self.numbers, self.chunk // 2, True)
-        """Whether the chunk is attended on by itself, where cuDNN takes half of the time."""
+        self.own = by_itself(4 * self.numbers / self.chunk, self.chunk)
         self.most = KEY_NUMBERS // (queries.shape[0] * queries.shape[3])
         packing, end = group.layer.packing, int(self.bounds.exact_tokens)
         sizes, large = _block_sizes(queries, PAGE), _large(queries)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
-from fivefold.blocks import CHUNK_STEP, RECURRING_OPERATIONS, blocks, halved
+from fivefold.blocks import CHUNK_STEP, RECURRING_OPERATIONS, blocks, by_itself, halved
 from fivefold.blocks import CUDNN_OPERATIONS as LARGE
 from fivefold.blocks import KEY_NUMBERS as BLOCK
 from fivefold.plan.machine import Machine
@@ -250,7 +250,7 @@ def _prompt_attention(
                 held = min(before, window)
                 seen = [min(block, held - first) for first in range(0, held, block)]
                 alone = [(tokens, each * chunk * tokens >= LARGE) for tokens in seen]
-            own = window is None and _apart(each, chunk)
+            own = window is None and by_itself(each, chunk)
             parts = [("causal", own or (not joined and each * chunk * chunk >= 2 * LARGE), pairs(chunk, window))]
             parts += [("past", False, chunk * joined)] if joined else []
             parts += [("past", large, chunk * tokens) for tokens, large in alone]
@@ -280,11 +280,6 @@ def _cut(each: float, chunk: int, held: int, block: int, bits: int | None) -> tu
         else:
             joined += tokens
     return alone, joined
-
-
-def _apart(each: float, chunk: int) -> bool:
-    """Whether a chunk is attended on by itself, by cuDNN (`attention.prefill`)."""
-    return chunk % CHUNK_STEP == 0 and each * chunk * (chunk // 2) >= RECURRING_OPERATIONS
 
 
 def _block(layer: LayerShape, rows: float) -> int:
@@ -331,7 +326,7 @@ def _stored(
         token = layer.numbers * itemsize(model) * batch * share
         for chunk, before in zip(chunks, held):
             alone, joined = _cut(each, chunk, before, block, bits if packed else None)
-            own = joined and _apart(each, chunk)
+            own = joined and by_itself(each, chunk)
             moved += count * 2 * (joined + (0 if own else chunk)) * token if joined else 0.0
             numbers, several = chunk * rows * layer.query_heads * layer.head_dim, len(alone) + bool(own)
             moved += count * (several + 2) * itemsize(model) * numbers if several else 0.0

@@ -134,14 +134,14 @@ def starts_of(pages: np.ndarray, programs: Programs | tuple[int, ...]) -> np.nda
     shares = np.where(worse, shares, even)
     out = np.zeros((*pages.shape[:-1], pages.shape[-1] + 1), dtype=np.int32)
     np.cumsum(shares, -1, out=out[..., 1:])
-    if isinstance(programs, Programs) and programs.turns:
+    if isinstance(programs, Programs) and programs.turns and (few := different & (rows <= 2 * programs.once)).any():
         once, shares = programs.once, shares[..., :1, :]
         parts, largest = shares.sum(-1, keepdims=True), (-(-packed // np.maximum(1, shares))).max(-1, keepdims=True)
         # Of more parts than programs at a time, the last begin when others end: the largest of them at any time.
         waves = np.where(parts > once, (total + parts * OPENING) / once + largest / 2, largest)
         turns = in_turn(packed[..., 0, :], once)
         length = -(-turns[..., 1:, -1:] // once)
-        out = np.where(different & (rows <= 2 * once) & (length + OPENING < waves), turns, out)
+        out = np.where(few & (length + OPENING < waves), turns, out)
     return out
 
 
