@@ -183,7 +183,7 @@ def window_reference(
     return attend_reference(queries, keys, values, scaling, torch.where(seen, 0.0, MASKED).to(queries.device))
 
 
-@pytest.mark.parametrize("seed", quick(range(16), 3))
+@pytest.mark.parametrize("seed", quick([7, *range(7), *range(8, 16)], 4))  # 7: a chunk beside what is stored
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_windows_of_all_queries_at_once(seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     # As on a GPU, but for the kernel of windows.
