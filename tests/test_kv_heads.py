@@ -118,6 +118,15 @@ def test_heads_that_are_apart_share_with_those_of_their_group_alone(tiny: Any, t
     assert torch.equal(down, torch.block_diag(alone, pair))
 
 
+@pytest.mark.parametrize(
+    ("keep", "heads", "share"),
+    [(0.5, 8, 2), (0.5, 3, 3), (0.4, 8, 2), (0.25, 8, 4), (0.34, 8, 4), (1, 8, 1), (0.01, 8, 8)],
+)
+def test_as_many_heads_are_one_as_in_the_paper(keep: float, heads: int, share: int) -> None:
+    """t heads become one, keep = 1 / t; the next number where that does not divide them."""
+    assert KvHeads(keep=keep).share(heads) == share and KvHeads(keep=keep, group=1).share(heads) == 1
+
+
 def test_what_it_refuses(tiny: Any, tmp_path: Path) -> None:
     model = tiny("llama")
     with pytest.raises(RecipeError, match=r"kv_heads\(group=3\) does not divide the 2 kv heads .* use one of 1, 2"):

@@ -27,13 +27,13 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
 ]
 SCORES = """
-extern "C" void launch(int blocks, int late, const Query* queries, const long long* table, const int* spans,
-                       const int* starts, const int* places, const long long* turns, const float* small,
-                       const Query* keys, float* found, float scale, int rows, int columns, int heads,
-                       long long slots) {
+extern "C" void launch(int blocks, int late, const Query* queries, const long long* order, const long long* table,
+                       const int* spans, const int* starts, const int* places, const long long* turns,
+                       const float* small, const Query* keys, float* found, float scale, int rows, int columns,
+                       int heads, long long slots) {
   gridDim.x = blocks;
   run(blocks, late, [&] {
-    scores(queries, table, spans, starts, places, turns, small, keys, found, scale, rows, columns, heads, slots);
+    scores(queries, order, table, spans, starts, places, turns, small, keys, found, scale, rows, columns, heads, slots);
   });
 }
 """
@@ -102,7 +102,8 @@ def test_the_source_does_as_the_reference(given: tuple, tmp_path: Path) -> None:
     sizes = rows, columns, heads, ctypes.c_longlong(slots)
     first, second = (compiled(shape, kind, tmp_path) for kind in (True, False))
     assert [x._Z5bytesv() for x in (first, second)] == list(shape.shared)
-    for late, programs in ((False, 3), (True, 5)):
+    # One share a program; shares of a page that four programs take planes of; and of several pages.
+    for late, programs in ((False, 3), (True, 5), (True, 2)):
         pages = schedule.pages_of(spans.numpy(), page, form.team)
         programs *= kv_heads // form.team
         starts = torch.from_numpy(schedule.starts_of(pages, (programs, rows)))[0].contiguous()
@@ -113,10 +114,15 @@ def test_the_source_does_as_the_reference(given: tuple, tmp_path: Path) -> None:
         def at(*tensors: torch.Tensor) -> list[ctypes.c_void_p]:
             return [ctypes.c_void_p(x.data_ptr()) for x in tensors]
 
-        asked = queries.clone()
+        # Queries where they are, or where an order says.
+        order = torch.randperm(rows) if late else torch.arange(rows)
+        asked = torch.empty_like(queries)
+        asked[order] = queries
         _asked = written_in_front(first, asked)
-        given = at(asked, table, spans, starts, form.places, turns, small, sink_keys, found)
-        first.launch(programs * (4 if late else 1), late, *given, ctypes.c_float(scaling * math.log2(math.e)), *sizes)
+        where = at(order)[0] if late else ctypes.c_void_p(0)
+        given = at(table, spans, starts, form.places, turns, small, sink_keys, found)
+        scale = ctypes.c_float(scaling * math.log2(math.e))
+        first.launch(programs * (4 if late else 1), late, *at(asked), where, *given, scale, *sizes)
         assert first.ended_without_waiting() == 0
         first.forget()
         scores = found.clone()

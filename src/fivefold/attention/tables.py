@@ -328,24 +328,25 @@ class DeviceTables:
         stored already; sinks: `[rows, query_heads per kv head]`, see `with_sinks`. `update` has run since `Bank.open`
         made room for the tokens.
         """
+        role = "full" if self.picked is None else self.picked.role(layer)
+        watches = self.watch is not None and bool(layer.known) and self.bank.live is not None
+        policy: Any = layer.policy
+        scores = role == "select" or (watches and policy.counts_steps)
+        if scores:
+            self.join(1)  # whose scores are no longer held
         if keys is not None and values is not None:
             self.append(layer, keys, values)
         kernel, (_, span, exact) = kernels(self.device), self._place(layer)
         starts, queries, numbers = self.starts(layer), queries.contiguous(), self._numbers[layer.index, self._divided]
         packed: Any = self.division.packed(layer.index, numbers, self._pages_of)
-        role = "full" if self.picked is None else self.picked.role(layer)
         if role == "sparse" and self.picked is not None and self.picked.there(layer):
             return self._attend_picked(layer, queries, scaling, span, packed, exact, sinks)
-        watches = self.watch is not None and bool(layer.known) and self.bank.live is not None
-        scored: dict[str, Any] = {}
-        if watches or role == "select":
-            policy: Any = layer.policy
-            if role == "select" or policy.counts_steps:
-                self.join(1)  # whose scores are no longer held
-                scored = self._scores(queries, packed)
+        scored = self._scores(queries, packed) if scores else {}
         left = None if self.listed else left_of_all(layer, queries, scaling)
         with_lse = bool(sinks is not None or left is not None or scored or self.left is not None)
         settings = {"starts": starts, "programs": self.programs, "with_lse": with_lse}
+        if scored and keys is not None and self.device.type == "cuda":
+            settings["follows"] = True
         out, lse = kernel.decode(queries, scaling, span, packed, exact, **settings, **scored)
         if self.left is not None and compensates(layer):
             self.left.merge(layer, queries, scaling, out, lse)

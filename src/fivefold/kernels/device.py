@@ -67,6 +67,16 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def processors(device: torch.device) -> int:
+    """How many processors a GPU has; one elsewhere."""
+    return _processors(numbered(device))
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def coming(x: torch.Tensor) -> Callable[[], list[float]]:
     """What gives the numbers of a tensor `[n]`. A GPU sends them once it has got here: who asks waits for that, not for
     what came since."""

@@ -78,15 +78,19 @@ __device__ __forceinline__ u32 half2_pow2(int e) { return u32((e + 15) << 10) * 
 __device__ __forceinline__ uint4 load16(const char* p) { return *reinterpret_cast<const uint4*>(p); }
 __device__ __forceinline__ uint2 load8(const char* p) { return *reinterpret_cast<const uint2*>(p); }
 
-// The row that a program works for, `rows` if none; starts: the first program of each, and how many there are. A warp
-// looks at 32 at a time: of thousands of rows, all of them would be more than a program's pages.
-__device__ __forceinline__ int row_of(const int* starts, int rows, int part, int lane) {
+// The row that a program works for, `rows` if none; first(row): its first program, and of `rows` how many there are. A
+// warp looks at 32 at a time: of thousands of rows, all of them would be more than a program's pages.
+template <typename First>
+__device__ __forceinline__ int row_of(First first, int rows, int part, int lane) {
   int row = 0, step;
   for (int left = rows; left > 0; left = min(step, rows - row)) {
     step = (left + 31) / 32;
     const int last = (lane + 1) * step;  // of its `step` rows
-    row += step * __popc(__ballot_sync(~0u, last <= left && starts[row + last] <= part));
+    row += step * __popc(__ballot_sync(~0u, last <= left && first(row + last) <= part));
     if (step == 1) break;
   }
   return row;
+}
+__device__ __forceinline__ int row_of(const int* starts, int rows, int part, int lane) {
+  return row_of([=](int row) { return starts[row]; }, rows, part, lane);
 }

@@ -389,6 +389,8 @@ def attend(
     settings: dict[str, int] | None = None,
 ) -> None:
     """`Reader.attend` of `Features`. settings: what `settings_of` gives, to try others; of the kernel in Triton."""
+    if packed.order is not None:
+        queries = queries.index_select(0, packed.order)
     rows, heads, dim = queries.shape
     device, made, programs = queries.device, form.prepared, len(out)
     nk, nv = (padded(form.team * rank) for rank in form.ranks)

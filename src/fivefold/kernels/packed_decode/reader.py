@@ -41,8 +41,8 @@ class Reader:
         """Pages of so many rows in succession are read to attend on one of them: they must hold the same tokens."""
         return self.team
 
-    resident: int = 4
-    """Programs that fit on a processor at a time."""
+    resident: float = 4
+    """Programs that fit on a processor at a time; less than one where `attend` divides their shares."""
     share: int = 1
     """Pages that are worth a program where programs are many."""
     limit: float = 30000.0
@@ -96,12 +96,14 @@ class Packed:
     """Packed pages: what reads them, and table int64 `[rows, columns]` of their addresses in units of `form.unit`
     bytes, `[rows, columns, fields]` where it wants those of several fields. learned: tensors `[rows, ...]` that it
     reads besides (`Reader.learned`). base: what is added to every address, so that layers may have a table in common;
-    for a `Form`."""
+    for a `Form`. order: int64 `[rows]`, whose queries each row attends by, where they stand otherwise; for readers that
+    are called for sets of rows (`Divided`)."""
 
     table: torch.Tensor
     form: Reader
     learned: tuple[torch.Tensor, ...] = ()
     base: int = 0
+    order: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from fivefold.kernels.choice import choose
-from fivefold.kernels.device import numbered, on, overlaps, power_of_2
+from fivefold.kernels.device import numbered, on, overlaps, power_of_2, processors
 from fivefold.kernels.pack.triton import _codes, _ends, _step
 from fivefold.kernels.packed_decode import cuda
 from fivefold.kernels.packed_decode.reader import Divided, Reader
@@ -76,6 +76,9 @@ _STAGES = {2: 1, 3: 1, 4: 2, 8: 2}
 """Pages that the packed loop loads ahead, counting its own. Two cost registers, of which two bits need all."""
 RESIDENT = 4
 """Programs of two warps that fit on a processor at a time."""
+ROUNDED = 4, 1, 128
+"""Of a program for rounded pages, which have more to do for a token: warps, tiles that are under way, and a thread's
+registers, at most, so that as many fit on a processor."""
 
 PDL = True
 """Launch what merges the parts before the kernel that leaves them is done (programmatic dependent launch)."""
@@ -178,23 +181,34 @@ def _scaled(q):
 
 @triton.jit
 def _row(starts, rows, R: tl.constexpr):
-    """The row that this program works for, `rows` if none; starts: the first program of each, and how many in all.
-    R: see `schedule.searched`; of more rows than that, first the R that it is among are looked for."""
+    """The row that this program works for, `rows` if none; see `_row_of`."""
+    return _row_of(starts, rows, tl.program_id(0), R)
+
+
+@triton.jit
+def _row_of(starts, rows, part, R: tl.constexpr):
+    """The row that a part is of, `rows` if none; starts: the first part of each, and how many in all. R: see
+    `schedule.searched`; of more rows than that, first the R that it is among are looked for."""
     i = tl.arange(0, R)
-    first = 0
-    if rows > R:
-        lasts = tl.load(starts + (i + 1) * R, mask=(i + 1) * R <= rows, other=2147483647)
-        first = R * tl.sum((lasts <= tl.program_id(0)).to(tl.int32), 0)
-    found = tl.load(starts + 1 + first + i, mask=first + i < rows, other=2147483647) <= tl.program_id(0)
+    # (Behind a condition Triton 3.7 would forget what it knows of the addresses that follow, and load numbers singly.)
+    lasts = tl.load(starts + (i + 1) * R, mask=(i + 1) * R <= rows, other=2147483647)
+    first = R * tl.sum((lasts <= part).to(tl.int32), 0)
+    found = tl.load(starts + 1 + first + i, mask=first + i < rows, other=2147483647) <= part
     return first + tl.sum(found.to(tl.int32), 0)
 
 
 @triton.jit
 def _share(starts, row, pages):
     """The pages [first, last) of the row's that are this program's."""
+    return _share_of(starts, row, pages, tl.program_id(0))
+
+
+@triton.jit
+def _share_of(starts, row, pages, part):
+    """The pages [first, last) of the row's that are a part's."""
     start = tl.load(starts + row)
     programs = tl.load(starts + row + 1) - start
-    share = tl.program_id(0) - start
+    share = part - start
     return share * pages // programs, (share + 1) * pages // programs
 
 
@@ -484,39 +498,20 @@ def _append(
 
 
 @triton.jit
-def _merge(out, lse, first, last, head, heads, m, total, acc, D: tl.constexpr, P: tl.constexpr):
-    """Merge the parts [first, last) that the programs of one kernel left of one head of a row into (m, total, acc)."""
-    d = tl.arange(0, D)
-    for begin in range(first, last, P):
-        p = begin + tl.arange(0, P)
-        held = p < last
-        at = p * heads + head
-        part = tl.load(lse + at, mask=held, other=-1e30)
-        o = tl.load(out + at[:, None] * D + d[None, :], mask=held[:, None], other=0.0)
-        above = tl.maximum(m, tl.max(part, 0))
-        w = tl.where(part > -1e29, tl.exp2(part - above), 0.0)
-        shrink = tl.exp2(m - above)
-        m = above
-        total = total * shrink + tl.sum(w, 0)
-        acc = acc * shrink + tl.sum(o * w[:, None], 0)
-    return m, total, acc
-
-
-@triton.jit
 def _combine(
     packed_out, packed_lse, exact_out, exact_lse, starts, exact_starts, merged, merged_lse,
-    D: tl.constexpr, P: tl.constexpr, WITH_LSE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
-    TEAM: tl.constexpr, WHOLE: tl.constexpr, EARLY: tl.constexpr, DIVIDED: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, P: tl.constexpr, WITH_LSE: tl.constexpr, PACKED: tl.constexpr,
+    EXACT: tl.constexpr, TEAM: tl.constexpr, WHOLE: tl.constexpr, EARLY: tl.constexpr, DIVIDED: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts of one head of a row. Grid: (rows, heads).
+    """Merge the parts of C channels of one head of a row. Grid: (rows, heads, D // C).
 
     TEAM, WHOLE: see `Reader`. EARLY: it was launched before the kernel in front of it was done. DIVIDED: starts are the
     parts of `Divided`.
     """
     row = tl.program_id(0)
     head = tl.program_id(1)
+    begin = tl.program_id(2) * C
     heads = tl.num_programs(1)
-    d = tl.arange(0, D)
     if DIVIDED:
         first = tl.load(starts + row * 4)
         last = tl.load(starts + row * 4 + 1)
@@ -535,29 +530,41 @@ def _combine(
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    # Those of exact pages behind those of packed ones, so that all are read at once.
+    packed = last - first if PACKED else 0
+    count = packed + last_exact - first_exact if EXACT else packed
+    c = begin + tl.arange(0, C)
     m = -1e30
     total = 0.0
-    acc = tl.zeros([D], tl.float32)
-    if PACKED:
-        m, total, acc = _merge(packed_out, packed_lse, first, last, line + head, apart, m, total, acc, D, P)
-    if EXACT:
-        m, total, acc = _merge(exact_out, exact_lse, first_exact, last_exact, head, heads, m, total, acc, D, P)
+    acc = tl.zeros([C], tl.float32)
+    for start in range(0, count, P):
+        p = start + tl.arange(0, P)
+        held = p < count
+        if EXACT:
+            at = (first_exact + p - packed) * heads + head
+            weights, parts = exact_lse + at, exact_out + at.to(tl.int64) * D
+        if PACKED:
+            at = (first + p) * apart + line + head
+            if EXACT:
+                weights = tl.where(p < packed, packed_lse + at, weights)
+                parts = tl.where(p < packed, packed_out + at.to(tl.int64) * D, parts)
+            else:
+                weights, parts = packed_lse + at, packed_out + at.to(tl.int64) * D
+        part = tl.load(weights, mask=held, other=-1e30)
+        o = tl.load(parts[:, None] + c[None, :], mask=held[:, None], other=0.0)
+        above = tl.maximum(m, tl.max(part, 0))
+        w = tl.where(part > -1e29, tl.exp2(part - above), 0.0)
+        shrink = tl.exp2(m - above)
+        m = above
+        total = total * shrink + tl.sum(w, 0)
+        acc = acc * shrink + tl.sum(o * w[:, None], 0)
     at = row * heads + head
     some = total > 0
     acc = acc / tl.where(some, total, 1.0)
-    tl.store(merged + at * D + d, acc.to(merged.dtype.element_ty))
-    if WITH_LSE:
+    tl.store(merged + at * D + c, acc.to(merged.dtype.element_ty))
+    if WITH_LSE and begin == 0:
         natural = (m + tl.log2(tl.where(some, total, 1.0))) * 0.6931471805599453
         tl.store(merged_lse + at, tl.where(some, natural, float("-inf")))
-
-
-def _processors(device: torch.device) -> int:
-    return _processors_of(numbered(device))
-
-
-@cache
-def _processors_of(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def by_cuda(form: Reader, heads: int, device: torch.device) -> bool:
@@ -577,10 +584,10 @@ def programs_for(
     resident, team = (RESIDENT, 1) if form is None else (form.resident, form.team)
     if form is not None and by_cuda(form, heads, device):
         resident = cuda.resident(form, device, 8 if isinstance(form, Form) else heads)
-    once = resident * _processors(device)
+    once = max(1, int(resident * processors(device)))
     packed, exact = (
         once if 8 * rows <= once else max(8 * once, 2 * rows)
-        for rows, once in ((rows // team, once), (rows, RESIDENT * _processors(device)))
+        for rows, once in ((rows // team, once), (rows, RESIDENT * processors(device)))
     )
     if form is not None and by_cuda(form, heads, device) and cuda.joins(dtype):
         exact = 0
@@ -613,6 +620,7 @@ def decode(
     within: bool = False,
     packed_scores: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    follows: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one query per row and head over packed and exact pages: see `decode_reference`.
 
@@ -623,7 +631,8 @@ def decode(
     `starts` then shares out `PICKS` of them at a time. within: packed slots that the spans do not show are none either.
     scores: float32 `[rows, query_heads, some]`, which takes the scaled scores of the exact slots (not of picked ones).
     packed_scores: of the packed ones, see `Reader.attend`; not of KIVI's pages. out: takes the output, contiguous and
-    of the queries' shape.
+    of the queries' shape. follows: a captured step has waited for what read the scores of an earlier layer before the
+    kernel in front of this.
     Packed pages are attended on in float16, exact ones in their dtype, both with float32 sums.
     Returns the output in the dtype of the queries and, if asked for, the natural log-sum-exp, float32.
     """
@@ -642,7 +651,10 @@ def decode(
     once = programs.turns if isinstance(programs, Programs) else 0
     pdl = PDL and overlaps(device)
     # Where scores are wanted a captured step may also wait for what read those of an earlier layer.
-    early = EARLY and pdl and scores is None and packed_scores is None and torch.cuda.is_current_stream_capturing()
+    alone = follows or (scores is None and packed_scores is None)
+    early = EARLY and pdl and alone and torch.cuda.is_current_stream_capturing()
+    # In a graph sets of heads are branches.
+    apart = divided is not None and device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if starts is None:
         page, team = (TILE, 1) if packed is None else (packed.form.tokens, packed.form.team)
         pages = pages_of(spans.cpu().numpy(), page, team, joined is not None)
@@ -679,7 +691,7 @@ def decode(
         team = 1
         if divided is not None:
             whole = divided.sets[0][0].form.whole
-            packed_out, packed_lse = _attend_divided(divided, queries, scale, early)
+            packed_out, packed_lse = _attend_divided(divided, queries, scale, early, apart)
         elif packed is not None and isinstance(packed.form, Form):
             form = packed.form
             tiles = packed.table.numel() if picks is None else -(-picks.shape[1] // PICKS) * rows
@@ -711,43 +723,65 @@ def decode(
             wide = exact.dtype.itemsize == 4
             picked = picks if packed is None else None
             slots = exact.table.shape[1] * 32 if picked is None else picked.shape[1]
+            warps, stages, registers = ROUNDED if exact.rounded else (2, 1 if wide else 3, None)
             behind = packed is not None or divided is not None
-            begins = pdl and scores is None if behind else early
+            # One before it has waited for all that may still read the scores of an earlier layer.
+            begins = pdl and not apart if behind else early
             count, exact_out, exact_lse = parts(programs[1], -(-slots // TILE) * rows)
             _exact[(count,)](
                 queries, exact.table, spans, starts[1], spans if picked is None else picked, exact_out, exact_lse,
                 exact_lse if scores is None else scores, scale, rows, exact.table.shape[1], heads,
                 1 if scores is None else scores.shape[2], DTYPE=_TYPES[exact.dtype], T=32 if wide else TILE,
                 TILE=TILE, WIDE=not asm, PICKED=picked is not None, SCORED=scores is not None, EARLY=begins,
-                BEHIND=behind, PDL=pdl, FIELDS=exact.table.shape[2], num_warps=2, num_stages=1 if wide else 3, **common,
+                BEHIND=behind, PDL=pdl, FIELDS=exact.table.shape[2], num_warps=warps, num_stages=stages,
+                maxnreg=registers, **common,
                 **({"launch_pdl": True} if begins else {}),
             )  # fmt: skip
         merged = torch.empty_like(queries) if out is None else out
         merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
         some = packed is not None or divided is not None
         begins = pdl and (exact is not joined or some)
-        # Of thousands of rows each has one or two parts, for which a few threads will do.
-        many = 64 if divided is not None else max(4, min(64, power_of_2(2 * max(programs) // rows)))
-        _combine[(rows, heads)](
+        # Of few rows each has so many parts that their channels are shared out. Of thousands each has one or two, for
+        # which a few threads will do.
+        few = rows * heads <= processors(device)
+        wide, most = (32, 128) if few else (dim, 64)
+        many = most if divided is not None else max(4, min(most, power_of_2(2 * max(programs) // rows)))
+        _combine[(rows, heads, dim // wide)](
             packed_out, packed_lse, exact_out, exact_lse, starts[0] if divided is None else divided.parts, starts[1],
             merged, merged_lse if with_lse else exact_lse,
-            D=dim, P=many, WITH_LSE=with_lse, PACKED=some, EXACT=exact is not joined, TEAM=team,
-            WHOLE=whole, EARLY=begins, DIVIDED=divided is not None, num_warps=min(8, max(1, many * dim // 512)),
+            D=dim, C=wide, P=many, WITH_LSE=with_lse, PACKED=some, EXACT=exact is not joined, TEAM=team,
+            WHOLE=whole, EARLY=begins, DIVIDED=divided is not None, num_warps=min(8, max(1, many * wide // 512)),
             **({"launch_pdl": True} if begins else {}),
         )  # fmt: skip
     return merged, merged_lse
 
 
-def _attend_divided(divided: Divided, queries: torch.Tensor, scale: float, early: bool) -> tuple[torch.Tensor, ...]:
-    """Parts of the packed pages of all sets, one behind the other: float32 `[lines, head_dim]` and `[lines]`."""
-    heads, dim = queries.shape[1:]
+def _attend_divided(
+    divided: Divided, queries: torch.Tensor, scale: float, early: bool, apart: bool
+) -> tuple[torch.Tensor, ...]:
+    """Parts of the packed pages of all sets, one behind the other: float32 `[lines, head_dim]` and `[lines]`. apart:
+    all sets but the last are attended on beside it, each on a stream of its own."""
+    (_, heads, dim), device = queries.shape, queries.device
     sizes = [programs * packed.form.team * heads for packed, _, programs in divided.sets]
-    out = torch.empty((sum(sizes), dim), dtype=torch.float32, device=queries.device)
-    lse = torch.empty(sum(sizes), dtype=torch.float32, device=queries.device)
-    asked, row, line = queries.index_select(0, divided.order), 0, 0
-    for (packed, starts, programs), lines in zip(divided.sets, sizes):
+    out = torch.empty((sum(sizes), dim), dtype=torch.float32, device=device)
+    lse, row, line = torch.empty(sum(sizes), dtype=torch.float32, device=device), 0, 0
+    beside = [_stream(numbered(device), i) for i in range(len(sizes) - 1)] if apart else []
+    for i, ((packed, starts, programs), lines) in enumerate(zip(divided.sets, sizes)):
         rows, at = slice(row, row + len(packed.table)), slice(line, line + lines)
-        mine = out[at].view(programs, -1, dim), lse[at].view(programs, -1)
-        packed.form.attend(packed, asked[rows], scale, divided.spans[rows], starts, *mine, early=early)
+        packed = replace(packed, order=divided.order[rows])
+        given = queries, scale, divided.spans[rows], starts, out[at].view(programs, -1, dim), lse[at].view(programs, -1)
+        if i < len(beside):
+            beside[i].wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(beside[i]):
+                packed.form.attend(packed, *given)
+        else:
+            packed.form.attend(packed, *given, early=early)
         row, line = rows.stop, at.stop
+    for stream in beside:
+        torch.cuda.current_stream(device).wait_stream(stream)
     return out, lse
+
+
+@cache
+def _stream(device: torch.device, number: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

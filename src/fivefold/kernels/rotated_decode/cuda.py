@@ -15,18 +15,21 @@ from typing import Any
 
 import torch
 
-from fivefold.kernels.device import numbered, overlaps
+from fivefold.kernels.device import numbered, overlaps, processors
 from fivefold.kernels.nvrtc import launch, loaded
 from fivefold.kernels.packed_decode.reader import Packed
 from fivefold.kernels.packed_decode.schedule import SPAN
-from fivefold.kernels.rotated_decode.reference import Rotated
+from fivefold.kernels.planar import PLANES
+from fivefold.kernels.rotated_decode.reference import Rotated, valued
 
 SOURCE = Path(__file__).with_name("rotated.cu")
-PAIRS, UNITS = 1, 2
+PAIRS, UNITS = 2, 2
 """Of `values`: pairs of warps of a program, and pages in shared memory for each."""
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-MOST = 227 << 10
-"""Bytes of shared memory of a program on an H100, at most."""
+MOST, SHARED = 227 << 10, 228 << 10
+"""Bytes of shared memory of a program on an H100, at most, and of its processor."""
+RESIDENT = 2
+"""Programs of `scores` that are to fit on a processor at a time; of `values`: see `valued`."""
 
 
 @dataclass(frozen=True)
@@ -66,24 +69,30 @@ class Shape:
         return None
 
     @property
+    def _unit(self) -> int:
+        """Bytes of a page and its scores in shared memory."""
+        tokens = 32 * PLANES[self.bits]
+        return 64 * self.head_dim + 4 * tokens * (self.head_dim // self.channels) + self.each * (4 * tokens + 64)
+
+    @property
     def shared(self) -> tuple[int, int]:
         """Bytes of shared memory of a program of `scores` and of `values`, as in the source."""
         dim, n, groups = self.head_dim, self.team * self.head_dim, self.head_dim // self.channels
         columns, tiles = max(8, self.each * self.team), dim // 8
-        tokens = 32 * {2: 8, 3: 5, 4: 4}[self.bits]
-        scores = n * 128 + 2 * self.kv_heads * groups * 128
-        scores += (32 + columns) * 4 * (tiles // 4 + 1) * 16 + 4 * self.team * columns * 36 + 4 * n + 48 * self.kv_heads
+        scores = n * 128 + 3 * self.kv_heads * groups * 128
+        line = 4 * (tiles // 4 + 1) * 16
+        scores += columns * line + max(32 * line, 144 * self.team * columns) + 4 * n + 48 * self.kv_heads
         scores += 8 * columns + 16 + 8 * self.team * max(1, self.sinks)
-        unit = 64 * dim + 4 * tokens * groups + self.each * (4 * tokens + 64)
-        return scores, PAIRS * UNITS * unit + 16 + 8 * 32
+        return scores, PAIRS * UNITS * self._unit + 16 + 8 * 32
 
     def definitions(self, scores: bool) -> dict[str, int]:
+        resident = min(RESIDENT if scores else valued(self.bits), SHARED // (self.shared[not scores] + 1024))
         return {
             "SCORES": int(scores), "PAIRS": self.team if scores else PAIRS, "UNITS": UNITS, "BITS": self.bits,
             "CHANNELS": self.channels, "D": self.head_dim, "KV_HEADS": self.kv_heads, "TEAM": self.team,
             "SINKS": self.sinks, "NEIGHBOURS": int(self.neighbours), "EACH": self.each,
             "QUERIES": _DTYPES[self.dtype], "SPAN": SPAN, "FIELDS": 7 if self.sinks else 6, "EXACT": 0,
-            "RESIDENT": max(1, min(2 if scores else 6 // PAIRS, (228 << 10) // (self.shared[not scores] + 1024))),
+            "RESIDENT": max(1, resident),
         }  # fmt: skip
 
 
@@ -134,14 +143,15 @@ def attend(
     early: bool = False,
 ) -> None:
     """See `Reader.attend`."""
-    rows, heads, _ = queries.shape
+    rows, heads = len(packed.table), queries.shape[1]
     columns, (places,), (turns, small, _, _) = packed.table.shape[1], form.constants, form.tables
     keys, values = packed.learned if form.sinks else (queries, queries)
     shape, device = Shape.of(form, heads, queries.dtype), queries.device
     scored, valued = kernels(shape, numbered(device))
     sizes = [*((x, ctypes.c_int) for x in (rows, columns, heads)), (columns * form.tokens, ctypes.c_longlong)]
-    given = [(x, None) for x in (queries, packed.table, spans, starts, places, turns, small, keys, scores)]
-    enough = max(len(out), form.resident * torch.cuda.get_device_properties(device).multi_processor_count)
-    scored(enough, device, *given, (scale, ctypes.c_float), *sizes, early=early)
+    order = (0, ctypes.c_void_p) if packed.order is None else (packed.order, None)
+    given = [(x, None) for x in (packed.table, spans, starts, places, turns, small, keys, scores)]
+    enough = max(len(out), RESIDENT * processors(device))
+    scored(enough, device, (queries, None), order, *given, (scale, ctypes.c_float), *sizes, early=early)
     given = [(x, None) for x in (scores, packed.table, spans, starts, values, out, lse)]
     valued(len(out) * form.team, device, *given, *sizes, early=overlaps(device))

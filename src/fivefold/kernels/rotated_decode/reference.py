@@ -46,8 +46,12 @@ class Rotated(Reader):
     scores = True
     positional = True
     hurries = True
-    resident = 2
     limit = 1000.0
+
+    @property
+    def resident(self) -> float:  # type: ignore[override]
+        # Values are taken head by head, and the scores of a share are divided further.
+        return valued(self.bits) / self.team if self.split else 2
 
     @property
     def planes(self) -> int:
@@ -100,6 +104,11 @@ class Rotated(Reader):
         from fivefold.kernels.rotated_decode import triton
 
         return triton.attend
+
+
+def valued(bits: int) -> int:
+    """Programs for values that are to be on a processor at a time: more where pages are short."""
+    return 2 if bits == 2 else 3
 
 
 def splits(team: int, head_dim: int) -> bool:

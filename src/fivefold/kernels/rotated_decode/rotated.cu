@@ -22,6 +22,28 @@ __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
+__device__ __forceinline__ u32 add2(u32 a, u32 b) {
+  u32 c;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}
+__device__ __forceinline__ u32 sub2(u32 a, u32 b) {
+  u32 c;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}
+// The product alone, rounded to float16.
+__device__ __forceinline__ void mma_half(u32 (&c)[2], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0,%1}, {%2,%3,%4,%5}, {%6,%7}, {%8,%8};"
+      : "=r"(c[0]), "=r"(c[1])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(0u));
+}
+// Begin to read what another kernel will want into the L2 cache.
+__device__ __forceinline__ void prefetch(const char* from, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
+#endif
+}
 // Of angles of at most pi, to 2**-20.
 __device__ __forceinline__ float cos_(float x) {
   float y;
@@ -44,22 +66,9 @@ constexpr int PLANES = BITS == 2 ? 8 : BITS == 3 ? 5 : 4;
 constexpr int TOKENS = PLANES * 32, GROUPS = D / CHANNELS, THREADS = 64 * PAIRS, WARPS = 2 * PAIRS;
 constexpr int MARKS = SINKS > 0 ? SINKS : 1;
 
-// The row that a program is for, and its share of pages.
-struct Share {
-  int row, low, high, first, last;
-};
-
-__device__ __forceinline__ Share share_of(const int* spans, const int* starts, int rows, int part, int lane) {
-  Share s;
-  s.row = row_of(starts, rows, part, lane);
-  if (s.row >= rows) return s;
-  const int begin = starts[s.row], programs = starts[s.row + 1] - begin;
-  const int* const span = spans + s.row * SPAN;
-  s.low = span[0], s.high = span[1];
-  const int pages = s.high > s.low ? (s.high + TOKENS - 1) / TOKENS - s.low / TOKENS : 0;
-  s.first = s.low / TOKENS + int((long long)(part - begin) * pages / programs);
-  s.last = s.low / TOKENS + int((long long)(part - begin + 1) * pages / programs);
-  return s;
+// Pages that a row sees something of.
+__device__ __forceinline__ int pages_of(int low, int high) {
+  return high > low ? (high + TOKENS - 1) / TOKENS - low / TOKENS : 0;
 }
 
 #if SCORES
@@ -71,9 +80,11 @@ constexpr int SCALES = KV_HEADS * GROUPS;                     // groups of a tok
 constexpr int XROW = 64;                                      // bytes of a channel's plane
 constexpr int QUAD = (TILES / 4 + 1) * 16, QROW = 4 * QUAD;   // of what a thread of four needs, of queries and of angles
 constexpr int PART_ROW = 36;
-constexpr int AT_RAW = N * XROW, AT_SCALES = AT_RAW + N * 64, AT_QUERIES = AT_SCALES + 2 * SCALES * 128;
-constexpr int AT_TURNS = AT_QUERIES + COLUMNS * QROW, AT_PARTS = AT_TURNS + 32 * QROW;
-constexpr int AT_LIST = AT_PARTS + 4 * TEAM * COLUMNS * PART_ROW, AT_ENTRIES = AT_LIST + 4 * N;
+constexpr int AT_RAW = N * XROW, AT_SCALES = AT_RAW + N * 64, AT_QUERIES = AT_SCALES + 3 * SCALES * 128;
+// Angles are read once; then parts of scores take their place.
+constexpr int AT_TURNS = AT_QUERIES + COLUMNS * QROW, AT_PARTS = AT_TURNS;
+constexpr int TURNS = 32 * QROW, SCORE_PARTS = 4 * TEAM * COLUMNS * PART_ROW;
+constexpr int AT_LIST = AT_TURNS + (TURNS > SCORE_PARTS ? TURNS : SCORE_PARTS), AT_ENTRIES = AT_LIST + 4 * N;
 constexpr int AT_FACTORS = AT_ENTRIES + 48 * KV_HEADS, AT_LINES = AT_FACTORS + 4 * COLUMNS;
 constexpr int AT_MARKS = AT_LINES + 4 * COLUMNS;
 constexpr int BYTES [[maybe_unused]] = AT_MARKS + 16 + 8 * TEAM * MARKS;
@@ -103,9 +114,8 @@ __device__ __forceinline__ void dequantise(char* memory, int me, const u32 (&own
 #pragma unroll
   for (int i = 0; i < OWN; i++) {
     const int n = i & 1, c = n * HALF + i / 2;  // two of them side by side
-    const u32 group = (own[c] & 0xffff) / CHANNELS;
-    if (i < 2 || group != (own[i < 2 ? c : c - 1] & 0xffff) / CHANNELS) {
-      const char* const at = at_scales + group * 64 + (me & 3) * 16;
+    if (i < 2 || (own[c] ^ own[i < 2 ? c : c - 1]) & 0xffff) {
+      const char* const at = at_scales + (own[c] & 0xffff);
       steps[n] = load16(at), zeros[n] = load16(at + SCALES * 64);
     }
     const uint4 w = words[c], x = steps[n], z = zeros[n];
@@ -115,31 +125,34 @@ __device__ __forceinline__ void dequantise(char* memory, int me, const u32 (&own
                           fma2(fma2((w.w >> SHIFT & mask) | thousand, down, less), x.w, z.w));
   }
 #pragma unroll
-  for (int c = 0; c < OWN; c++) {
-    const u32 channel = own[c] >> 16;
-    *reinterpret_cast<uint4*>(memory + channel * XROW + swapped(channel, me & 3)) = words[c];
-  }
+  for (int c = 0; c < OWN; c++) *reinterpret_cast<uint4*>(memory + (own[c] >> 16)) = words[c];
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-    scores(const Query* __restrict__ queries, const long long* __restrict__ table, const int* __restrict__ spans,
-           const int* __restrict__ starts, const int* __restrict__ places, const long long* __restrict__ turns,
+    scores(const Query* __restrict__ queries, const long long* __restrict__ order, const long long* __restrict__ table,
+           const int* __restrict__ spans, const int* __restrict__ starts, const int* __restrict__ places, const long long* __restrict__ turns,
            const float* __restrict__ small, const Query* __restrict__ sink_keys, float* __restrict__ found, float scale,
            int rows, int columns, int heads, long long slots) {
   extern __shared__ __align__(128) char memory[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, me = threadIdx.x;
   launch_dependents();
-  // Where there are few shares, each of a page then, several programs take planes of one in turn.
-  const int total = starts[rows];
-  int split = min(PLANES, max(1, int(gridDim.x) / max(1, total)));
-  const int sub = blockIdx.x % split;
-  const Share s = share_of(spans, starts, rows, blockIdx.x / split, lane);
-  if (s.row >= rows || (s.last - s.first > 1 && sub)) {
+  // There may be more programs than parts. They are shared out among rows as parts are, and have planes of pages.
+  const int parts_ = starts[rows];
+  auto program_of = [&](int part) { return int((long long)part * gridDim.x / max(1, parts_)); };
+  const int row = row_of([&](int row) { return program_of(starts[row]); }, rows, blockIdx.x, lane);
+  int low = 0, high = 0, base = 0, begin = 0, end = 0;
+  if (row < rows) {
+    const int* const span = spans + row * SPAN;
+    low = span[0], high = span[1], base = span[7];
+    const int mine = program_of(starts[row]), programs = program_of(starts[row + 1]) - mine;
+    const long long planes = pages_of(low, high) * PLANES;
+    begin = int(planes * (int(blockIdx.x) - mine) / programs), end = int(planes * (int(blockIdx.x) - mine + 1) / programs);
+  }
+  if (begin >= end) {
     wait_for_others();  // so that this kernel is never done before the one in front of it
     return;
   }
-  if (s.last - s.first > 1) split = 1;
-  const int row = s.row, low = s.low, high = s.high, first = s.first, last = s.last, base = spans[row * SPAN + 7];
+  const int page_0 = low / TOKENS, first = page_0 + begin / PLANES, last = page_0 + (end + PLANES - 1) / PLANES;
   const int first_row = row / KV_HEADS * KV_HEADS;
   places += (row - first_row) * D;
 
@@ -161,7 +174,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   int stands[MINE];  // where channels were sorted to
 #pragma unroll
   for (int c = 0; c < MINE; c++) stands[c] = places[me + c * THREADS];
-  if (first < last) look_up(first);
+  look_up(first);
+  if (first + 1 < last) look_up(first + 1);
   __syncthreads();
 #pragma unroll
   for (int c = 0; c < MINE; c++) atomicOr(bits + me % 2 * MASKS + (stands[c] >> 5), 1u << (stands[c] & 31));
@@ -175,13 +189,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   }
   __syncthreads();
 
-  u32 own[OWN];  // where this thread's channels stand, and which they are
+  // Of this thread's numbers: where their scales are, and where they go.
+  u32 own[OWN];
+  static_assert(SCALES * 64 <= 1 << 16 && N * XROW <= 1 << 16, "each in 16 bits");
 #pragma unroll
-  for (int c = 0; c < OWN; c++) own[c] = list[me / 4 * OWN + c];
+  for (int c = 0; c < OWN; c++) {
+    const u32 mine = list[me / 4 * OWN + c], channel = mine >> 16;
+    own[c] = ((mine & 0xffff) / CHANNELS * 64 + (me & 3) * 16) | (channel * XROW + swapped(channel, me & 3)) << 16;
+    keep(own[c]);
+  }
   auto fetch_words = [&](int page) {
 #pragma unroll
     for (int c = 0; c < OWN; c++) {
-      const u32 at = own[c] & 0xffff;
+      const u32 at = list[me / 4 * OWN + c] & 0xffff;
       const char* const from = reinterpret_cast<const char*>(entries[(page & 1) * 3 * KV_HEADS + at / D * 3]);
       copy16(shared(memory) + AT_RAW + (c * THREADS + me) * 16, from + at % D * 64 + me % 4 * 16);
     }
@@ -197,10 +217,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
              from + (plane * GROUPS + group % GROUPS) * 64 + q * 16);
     }
   };
-  if (first < last) {
-    fetch_words(first);
-    fetch_scales(first, sub, 0);
-  }
+  // What is read of a page two planes ahead: its scales, into one of three buffers.
+  auto fetch_ahead = [&](int page, int plane, int buffer) {
+    fetch_scales(plane < PLANES ? page : page + 1, plane < PLANES ? plane : plane - PLANES, buffer);
+  };
+  // The values of a page, which `values` reads: nothing else is read while keys are made. A thread has one field of one
+  // head, and knows its address a page before.
+  auto values_of = [&](int page) {
+    return me < 3 * TEAM && page < last ? table[((long long)(row + me / 3) * columns + page) * FIELDS + 3 + me % 3] * 2 : 0;
+  };
+  long long coming = values_of(begin % PLANES ? first + 1 : first);
+  fetch_words(first);
+  fetch_scales(first, begin % PLANES, 0);
+  commit();
+  if (begin + 1 < end) fetch_ahead(first, begin % PLANES + 1, 1);
   commit();
   const float norm = rsqrtf(float(N));
   for (int i = me; i < 32 * (D / 2); i += THREADS) {
@@ -215,7 +245,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       const int mark =
           reinterpret_cast<const short*>(table[((long long)(row + f) * columns + page) * FIELDS + 6] * 2)[k];
       const int slot = page * TOKENS + mark;
-      if (mark >= 0 && slot >= low && slot < high && mark / 32 % split == sub) {
+      const int plane = (page - page_0) * PLANES + mark / 32;
+      if (mark >= 0 && slot >= low && slot < high && plane >= begin && plane < end) {
         const int place = atomicAdd(marks, 1);
         if (place < TEAM * SINKS) marks[2 + 2 * place] = f * SINKS + k, marks[3 + 2 * place] = slot;
       }
@@ -225,6 +256,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const long long revolutions = turns[me % (D / 2)];
   wait_for_others();
 
+  // Of a line of scores; its row's queries may stand in another place (`Packed.order`).
+  auto query = [&](int line) {
+    return queries + (order ? order[line / heads] * heads + line % heads : (long long)line) * D;
+  };
   // This thread's part of the queries: a pair of channels of some of them.
   constexpr int HALF = D / 2, ASKED = COLUMNS * HALF / THREADS, APART = THREADS / HALF;
   const u32 mine = AT_QUERIES + me / HALF * QROW + place_of(me % HALF);
@@ -236,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #pragma unroll
   for (int i = 0; i < ASKED; i++) {
     const int at = line_of(me / HALF + i * APART), p = me % HALF;
-    const Query* const from = queries + (long long)max(at, 0) * D;
+    const Query* const from = query(max(at, 0));
     const float x = number(from[NEIGHBOURS ? 2 * p : p]), y = number(from[NEIGHBOURS ? 2 * p + 1 : p + HALF]);
     even[i] = at >= 0 ? x : 0.f, odd[i] = at >= 0 ? y : 0.f;
   }
@@ -245,9 +280,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     const int column = warp + k * WARPS;
     if (COLUMNS % WARPS && column >= COLUMNS) break;
     const int at = line_of(column);
+    const Query* const from = query(max(at, 0));
     float most = 0.f;
 #pragma unroll
-    for (int i = 0; i < D; i += 32) most = fmaxf(most, fabsf(number(queries[(long long)max(at, 0) * D + i + lane])));
+    for (int i = 0; i < D; i += 32) most = fmaxf(most, fabsf(number(from[i + lane])));
 #pragma unroll
     for (int step = 16; step; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
     if (lane == 0) factors[column] = at >= 0 ? fmaxf(most, 1e-30f) : 1.f, lines[column] = at;
@@ -272,7 +308,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const char* const keys =
       memory + (head * D + (lane >> 4) * 8 + (lane & 7)) * XROW + swapped(lane & 7, half * 2 + (lane >> 3 & 1));
   const char* const asked = memory + AT_QUERIES + g * QROW + t * QUAD;
-  const char* const angles = memory + AT_TURNS + (half * 16 + g) * QROW + t * QUAD;
+  // Of tokens g and g + 8 of this half of a plane, the same in all planes.
+  uint4 angles[STEPS / 2][2];
+#pragma unroll
+  for (int i = 0; i < STEPS / 2; i++)
+#pragma unroll
+    for (int k = 0; k < 2; k++)
+      angles[i][k] = load16(memory + AT_TURNS + (half * 16 + g + 8 * k) * QROW + t * QUAD + i * 16);
   float* const parts = reinterpret_cast<float*>(memory + AT_PARTS);
 
   // Scores of 32 tokens, from this slot on.
@@ -293,95 +335,99 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   u32 thousand = 0x64006400u;
   keep(thousand);  // an instruction takes one constant
 
-  int buffer = 0, before = -1;
-  for (int page = first; page < last; page++) {
+  int buffer = 0, before = -1, page = first, j = begin % PLANES;
 #pragma unroll 1
-    for (int j = sub; j < PLANES; j += split, buffer ^= 1) {
-      wait<0>();
-      __syncthreads();
-      const int slot = page * TOKENS + j * 32;
-      if (before >= 0) leave(before);
-      before = slot;
-      if (j == 0 && page + 1 < last) look_up(page + 1);
-      const bool more = j + split < PLANES;
-      if (more || page + 1 < last) fetch_scales(more ? page : page + 1, more ? j + split : 0, buffer ^ 1);
-      commit();
-      {
-        // Parts of 2**64 of a revolution: what is beyond a whole one falls off by itself.
-        const u64 position = (u64)((long long)base + slot);
-        const float angle = float(int(((u64)revolutions * position) >> 32)) * 1.4629180792671596e-09f;
-        const float c = cos_(angle), s_ = sin_(angle);
-#pragma unroll
-        for (int i = 0; i < ASKED; i++) {
-          unsigned short* const to = reinterpret_cast<unsigned short*>(memory + mine + i * APART * QROW);
-          to[0] = float_to_half(even[i] * c + odd[i] * s_), to[2] = float_to_half(odd[i] * c - even[i] * s_);
-        }
-      }
-      const char* const at_scales = memory + AT_SCALES + buffer * SCALES * 128;
-      if (j < WITHIN)
-        dequantise<0>(memory, me, own, at_scales, j * BITS, thousand);
-      else
-        dequantise<WITHIN * BITS>(memory, me, own, at_scales, (j - WITHIN) * BITS, thousand);
-      __syncthreads();
-      if (!more && page + 1 < last) fetch_words(page + 1);
-      commit();
-
-      // The matrix over channels is one of 16 x 16 times one over the blocks of 16, which is sums and differences.
-      float c[TILES][4];
-#pragma unroll
-      for (int n = 0; n < TILES; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0.f;
-#pragma unroll
-      for (int k = 0; k < STEPS; k++) {
-        u32 a[4];
-        load_transposed(a, keys + 16 * k * XROW);
-#pragma unroll
-        for (int n = 0; n < 2; n++) mma(c[2 * k + n], a[0], a[1], a[2], a[3], undo[n][0], undo[n][1]);
-      }
-#pragma unroll
-      for (int step = 2; step < TILES; step *= 2)
-#pragma unroll
-        for (int n = 0; n < TILES; n++)
-          if (!(n & step))
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
-              const float x = c[n][k], y = c[n + step][k];
-              c[n][k] = x + y, c[n + step][k] = x - y;
-            }
-      // Keys turned, of tokens g and g + 8; even channels of two pairs, and odd ones, are operands as they are.
-      float score[PARTS][4];
-#pragma unroll
-      for (int n = 0; n < PARTS; n++) score[n][0] = score[n][1] = score[n][2] = score[n][3] = 0.f;
-#pragma unroll
-      for (int i = 0; i < STEPS; i += 2) {
-        u32 x[2][4];
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-          const uint4 angle = load16(angles + k * 8 * QROW + i * 8);
-          const u32 cosine[2] = {angle.x, angle.z}, sine[2] = {angle.y, angle.w};
-#pragma unroll
-          for (int n = 0; n < 2; n++) {
-            const float *const one = c[2 * (i + n)] + 2 * k, *const two = c[2 * (i + n) + 1] + 2 * k;
-            const u32 even_ = pair(one[0], two[0]), odd_ = pair(one[1], two[1]);
-            x[n][k] = fma2(odd_ ^ 0x80008000u, sine[n], mul2(even_, cosine[n]));
-            x[n][2 + k] = fma2(even_, sine[n], mul2(odd_, cosine[n]));
-          }
-        }
-#pragma unroll
-        for (int n = 0; n < PARTS; n++) {
-          const uint4 q = load16(asked + n * 8 * QROW + i * 8);
-          mma(score[n], x[0][0], x[0][1], x[0][2], x[0][3], q.x, q.y);
-          mma(score[n], x[1][0], x[1][1], x[1][2], x[1][3], q.z, q.w);
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < PARTS; n++)
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-          const int column = n * 8 + 2 * t + (k & 1);
-          parts[(head * COLUMNS + column) * PART_ROW + half * 16 + g + k / 2 * 8] =
-              __popc(column / EACH & head) & 1 ? -score[n][k] : score[n][k];
-        }
+  for (int plane = begin; plane < end; plane++, buffer = buffer == 2 ? 0 : buffer + 1) {
+    if (j == 0 && page > first)
+      wait<0>();  // for the words of this page, which were asked for in the last turn
+    else
+      wait<1>();
+    __syncthreads();
+    const int slot = page * TOKENS + j * 32;
+    if (before >= 0) leave(before);
+    before = slot;
+    const bool turn = plane + 1 < end && j + 1 == PLANES;  // the next one is of the next page
+    if (j == 0 && page > first && page + 1 < last) look_up(page + 1);
+    if (j == 0) {
+      if (coming) prefetch(reinterpret_cast<const char*>(coming), me % 3 == 0 ? 64 * D : 2 * TOKENS * GROUPS);
+      coming = values_of(page + 1);
     }
+    if (plane + 2 < end) fetch_ahead(page, j + 2, buffer == 0 ? 2 : buffer - 1);
+    {
+      // Parts of 2**64 of a revolution: what is beyond a whole one falls off by itself.
+      const u64 position = (u64)((long long)base + slot);
+      const float angle = float(int(((u64)revolutions * position) >> 32)) * 1.4629180792671596e-09f;
+      const float c = cos_(angle), s_ = sin_(angle);
+#pragma unroll
+      for (int i = 0; i < ASKED; i++) {
+        unsigned short* const to = reinterpret_cast<unsigned short*>(memory + mine + i * APART * QROW);
+        to[0] = float_to_half(even[i] * c + odd[i] * s_), to[2] = float_to_half(odd[i] * c - even[i] * s_);
+      }
+    }
+    const char* const at_scales = memory + AT_SCALES + buffer * SCALES * 128;
+    if (j < WITHIN)
+      dequantise<0>(memory, me, own, at_scales, j * BITS, thousand);
+    else
+      dequantise<WITHIN * BITS>(memory, me, own, at_scales, (j - WITHIN) * BITS, thousand);
+    __syncthreads();
+    if (turn) fetch_words(page + 1);
+    commit();
+
+    // The matrix over channels is one of 16 x 16 times one over the blocks of 16, which is sums and differences. (None
+    // of them is larger than the largest that comes out.)
+    u32 c[TILES][2];  // tokens g and g + 8, two channels each
+#pragma unroll
+    for (int k = 0; k < STEPS; k++) {
+      u32 a[4];
+      load_transposed(a, keys + 16 * k * XROW);
+#pragma unroll
+      for (int n = 0; n < 2; n++) mma_half(c[2 * k + n], a[0], a[1], a[2], a[3], undo[n][0], undo[n][1]);
+    }
+#pragma unroll
+    for (int step = 2; step < TILES; step *= 2)
+#pragma unroll
+      for (int n = 0; n < TILES; n++)
+        if (!(n & step))
+#pragma unroll
+          for (int k = 0; k < 2; k++) {
+            const u32 x = c[n][k], y = c[n + step][k];
+            c[n][k] = add2(x, y), c[n + step][k] = sub2(x, y);
+          }
+    // Keys turned, of tokens g and g + 8; even channels of two pairs, and odd ones, are operands as they are.
+    float score[PARTS][4];
+#pragma unroll
+    for (int n = 0; n < PARTS; n++) score[n][0] = score[n][1] = score[n][2] = score[n][3] = 0.f;
+#pragma unroll
+    for (int i = 0; i < STEPS; i += 2) {
+      u32 x[2][4];
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        const uint4 angle = angles[i / 2][k];
+        const u32 cosine[2] = {angle.x, angle.z}, sine[2] = {angle.y, angle.w};
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+          const u32 one = c[2 * (i + n)][k], two = c[2 * (i + n) + 1][k];
+          const u32 even_ = __byte_perm(one, two, 0x5410), odd_ = __byte_perm(one, two, 0x7632);
+          x[n][k] = fma2(odd_ ^ 0x80008000u, sine[n], mul2(even_, cosine[n]));
+          x[n][2 + k] = fma2(even_, sine[n], mul2(odd_, cosine[n]));
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < PARTS; n++) {
+        const uint4 q = load16(asked + n * 8 * QROW + i * 8);
+        mma(score[n], x[0][0], x[0][1], x[0][2], x[0][3], q.x, q.y);
+        mma(score[n], x[1][0], x[1][1], x[1][2], x[1][3], q.z, q.w);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < PARTS; n++)
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const int column = n * 8 + 2 * t + (k & 1);
+        parts[(head * COLUMNS + column) * PART_ROW + half * 16 + g + k / 2 * 8] =
+            __popc(column / EACH & head) & 1 ? -score[n][k] : score[n][k];
+      }
+    if (++j == PLANES) j = 0, page++;
   }
   wait<0>();
   __syncthreads();
@@ -392,8 +438,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     for (int i = warp; i < count * heads; i += WARPS) {
       const int which = marks[2 + 2 * (i / heads)], at = (row + which / MARKS) * heads + i % heads;
       const Query* const key = sink_keys + ((long long)(row + which / MARKS) * SINKS + which % MARKS) * D;
+      const Query* const from = query(at);
       float sum = 0.f;
-      for (int k = lane; k < D; k += 32) sum = fmaf(number(key[k]), number(queries[(long long)at * D + k]), sum);
+      for (int k = lane; k < D; k += 32) sum = fmaf(number(key[k]), number(from[k]), sum);
 #pragma unroll
       for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
       if (lane == 0) found[at * slots + marks[3 + 2 * (i / heads)]] = sum * scale;
@@ -430,12 +477,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const int lane = threadIdx.x & 31, half = threadIdx.x >> 5 & 1, g = lane >> 2, t = lane & 3;
   const int pair_ = threadIdx.x / PAIR, thread = threadIdx.x % PAIR;
   const int part = blockIdx.x / TEAM, member = blockIdx.x % TEAM;
-  const Share s_ = share_of(spans, starts, rows, part, lane);
-  if (s_.row >= rows) {
+  const int lead = row_of(starts, rows, part, lane);
+  if (lead >= rows) {
     wait_for_others();  // so that this kernel is never done before the one in front of it
     return;
   }
-  const int row = s_.row + member, low = s_.low, high = s_.high, first = s_.first, last = s_.last;
+  const int row = lead + member, low = spans[lead * SPAN], high = spans[lead * SPAN + 1], mine = part - starts[lead];
+  const long long pages = pages_of(low, high), programs = starts[lead + 1] - starts[lead];
+  const int first = low / TOKENS + int(pages * mine / programs), last = low / TOKENS + int(pages * (mine + 1) / programs);
   table += (long long)row * columns * FIELDS;
   scores += (long long)row * heads * slots;
 

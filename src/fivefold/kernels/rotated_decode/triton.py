@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 
 from fivefold.kernels.choice import choose
-from fivefold.kernels.device import power_of_2
+from fivefold.kernels.device import power_of_2, processors
 from fivefold.kernels.packed_decode.reader import Packed
 from fivefold.kernels.packed_decode.schedule import SPAN, searched
-from fivefold.kernels.packed_decode.triton import _code_planes, _leave, _row, _share
+from fivefold.kernels.packed_decode.triton import _code_planes, _leave, _row, _row_of, _share, _share_of
 from fivefold.kernels.planar_decode.triton import _code, _rest, _spread
 from fivefold.kernels.rotated_decode import cuda
 from fivefold.kernels.rotated_decode.reference import Rotated
@@ -84,23 +84,27 @@ def _address(table, row, columns, page, field, FIELDS: tl.constexpr):
 
 @triton.jit(do_not_specialize=("rows", "columns", "heads", "slots"))
 def _scores(
-    queries, table, spans, starts, places, turns, small, matrices, sink_keys, scores, scale, rows, columns, heads,
-    slots, D: tl.constexpr, BITS: tl.constexpr, CHANNELS: tl.constexpr, KV_HEADS: tl.constexpr, TEAM: tl.constexpr,
-    EACH: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, NEIGHBOURS: tl.constexpr, SINKS: tl.constexpr,
-    S: tl.constexpr, FIELDS: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, ASM: tl.constexpr, WIDE: tl.constexpr,
-    STAGES: tl.constexpr,
+    queries, order, table, spans, starts, places, turns, small, matrices, sink_keys, scores, scale, rows, columns,
+    heads, slots, ORDERED: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, CHANNELS: tl.constexpr,
+    KV_HEADS: tl.constexpr, TEAM: tl.constexpr, EACH: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
+    NEIGHBOURS: tl.constexpr, SINKS: tl.constexpr, S: tl.constexpr, FIELDS: tl.constexpr, SPAN: tl.constexpr,
+    R: tl.constexpr, ASM: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Scores, to the base 2, of one share of the pages of TEAM rows: float32 `[rows, heads, slots]`. Grid:
-    (programs,).
+    """Scores, to the base 2, of one share of the pages of TEAM rows, or of some of it: float32 `[rows, heads, slots]`.
+    Grid: (programs or more, 1 if SPLIT else TEAM): where the matrix does not split, a program is for one row.
 
-    The queries of a team are the COLUMNS of one operand, EACH for a row. S: room for the sinks. WIDE: planes of a tile,
-    1 or 2.
+    The queries of a team are the COLUMNS of one operand, EACH for a row; ORDERED: they stand where `order` says. S:
+    room for the sinks. WIDE: planes of a tile, 1 or 2.
     """
-    row = _row(starts, rows, R)
-    if row >= rows:
-        return
     PLANES: tl.constexpr = _code_planes(BITS)
     TOKENS: tl.constexpr = PLANES * 32
+    TILES: tl.constexpr = PLANES // WIDE
+    # Where there are few shares, several programs take tiles of one, each as many, one behind the other.
+    split = tl.minimum(TILES, tl.maximum(1, tl.num_programs(0) // tl.maximum(1, tl.load(starts + rows))))
+    part = tl.program_id(0) // split
+    row = _row_of(starts, rows, part, R)
+    if row >= rows:
+        return
     G: tl.constexpr = D // CHANNELS
     HALF: tl.constexpr = D // 2
     d = tl.arange(0, D)
@@ -113,22 +117,18 @@ def _scores(
     odd = 2 * i + 1 if NEIGHBOURS else i + HALF
     whose = c // EACH
     mine = (whose < TEAM) & (c % EACH < heads)
+    if not SPLIT:
+        mine = mine & (whose == tl.program_id(1))
     line = (row + whose) * heads + c % EACH
-    a = tl.load(queries + line[None, :] * D + even[:, None], mask=mine[None, :], other=0.0).to(tl.float32)
-    b = tl.load(queries + line[None, :] * D + odd[:, None], mask=mine[None, :], other=0.0).to(tl.float32)
+    asked = line
+    if ORDERED:
+        asked = tl.load(order + row + whose, mask=mine, other=0) * heads + c % EACH
+    a = tl.load(queries + asked[None, :] * D + even[:, None], mask=mine[None, :], other=0.0).to(tl.float32)
+    b = tl.load(queries + asked[None, :] * D + odd[:, None], mask=mine[None, :], other=0.0).to(tl.float32)
     largest = tl.maximum(tl.maximum(tl.max(tl.abs(a), 0), tl.max(tl.abs(b), 0)), 1e-30)
     a = a / largest[None, :]
     b = b / largest[None, :]
     scale = scale * largest  # [COLUMNS]
-    if SINKS > 0:
-        exact = tl.zeros([S, COLUMNS], tl.float32)
-        for g in range(TEAM):
-            sink_at = sink_keys + ((row + g) * SINKS + k[:, None]) * D
-            x = tl.load(sink_at + even[None, :], mask=k[:, None] < SINKS, other=0.0).to(tl.float32)
-            y = tl.load(sink_at + odd[None, :], mask=k[:, None] < SINKS, other=0.0).to(tl.float32)
-            both = tl.dot(y, b, tl.dot(x, a, input_precision="ieee"), input_precision="ieee")
-            exact = tl.where(whose[None, :] == g, both, exact)
-        exact = exact * scale[None, :]
     query_even = a.to(tl.float16)
     query_odd = b.to(tl.float16)
     undo = matrices + d[:, None] * HALF + i[None, :]
@@ -144,58 +144,66 @@ def _scores(
     low = tl.load(spans + row * SPAN)
     high = tl.load(spans + row * SPAN + 1)
     base = tl.load(spans + row * SPAN + 7)
-    first, last = _share(starts, row, tl.cdiv(high, TOKENS) - low // TOKENS)
+    first, last = _share_of(starts, row, tl.cdiv(high, TOKENS) - low // TOKENS, part)
+    tiles, sub = (last - first) * TILES, tl.program_id(0) % split
+    begin, end = tiles * sub // split, tiles * (sub + 1) // split
     first += low // TOKENS
-    last += low // TOKENS
-    for page in range(first, last):
-        for tile in range(PLANES // WIDE):
-            j = tile * WIDE
-            # Parts of 2**64 of a revolution: what is beyond a whole one falls off by itself.
-            angle = ((revolutions * (base + page * TOKENS + j * 32)) >> 32).to(tl.float32) * 1.4629180792671596e-09
-            cos_base = (_cos(angle, ASM) * norm)[None, :]
-            sin_base = (_sin(angle, ASM) * norm)[None, :]
-            cos_small = tl.load(small_at)
-            sin_small = tl.load(small_at + 64 * HALF)
-            cosine = (cos_base * cos_small - sin_base * sin_small).to(tl.float16)
-            sine = (sin_base * cos_small + cos_base * sin_small).to(tl.float16)
-            s = tl.zeros([32 * WIDE, COLUMNS], tl.float32)
-            for g in tl.range(TEAM, num_stages=STAGES):
-                # Where the rotated channels of this head of the team stand.
-                place = tl.load(places + (row - first_row + g) * D + d)
-                entry = table + ((first_row + (place >> _log2(D))).to(tl.int64) * columns + page) * FIELDS
-                inside = place & (D - 1)
-                word_at = (tl.load(entry) * 2).to(tl.pointer_type(tl.int16)) + inside * 32
-                group = (inside >> _log2(CHANNELS)) * 32
-                step_at = (tl.load(entry + 1) * 2).to(tl.pointer_type(tl.float16)) + group
-                zero_at = (tl.load(entry + 2) * 2).to(tl.pointer_type(tl.float16)) + group
-                words = tl.load(tl.multiple_of(word_at, 16)[:, None] + (t % 32)[None, :])
-                step = tl.load(tl.multiple_of(step_at + j * 32 * G, 16)[:, None] + plane_at[None, :])
-                zero = tl.load(tl.multiple_of(zero_at + j * 32 * G, 16)[:, None] + plane_at[None, :])
-                shift = tl.broadcast_to(((j + t // 32) * BITS)[None, :], [D, 32 * WIDE])
-                keys = tl.trans(_field(words, shift, BITS, ASM) * step + zero)
-                if SPLIT:
-                    # Heads are added up behind the product with the queries, which is linear.
-                    both = whose & g
-                    sign = 1.0 - 2.0 * ((both ^ (both >> 1)) & 1).to(tl.float32)
-                    s += _turned(keys, undo_even, undo_odd, cosine, sine, query_even, query_odd, ASM) * sign[None, :]
-                else:
-                    for f in range(TEAM):
-                        at = undo + (f * TEAM + g) * 2 * D * HALF
-                        e = tl.load(at)
-                        o = tl.load(at + D * HALF)
-                        part = _turned(keys, e, o, cosine, sine, query_even, query_odd, ASM)
-                        s += tl.where(whose[None, :] == f, part, 0.0)
-            slot = page * TOKENS + j * 32 + t
-            seen = (slot >= low) & (slot < high)
-            tl.store(score_at[None, :] + slot[:, None], s * scale[None, :], mask=seen[:, None] & mine[None, :])
-        if SINKS > 0:
+    for tile in range(begin, end):
+        page = first + tile // TILES
+        j = tile % TILES * WIDE
+        # Parts of 2**64 of a revolution: what is beyond a whole one falls off by itself.
+        angle = ((revolutions * (base + page * TOKENS + j * 32)) >> 32).to(tl.float32) * 1.4629180792671596e-09
+        cos_base = (_cos(angle, ASM) * norm)[None, :]
+        sin_base = (_sin(angle, ASM) * norm)[None, :]
+        cos_small = tl.load(small_at)
+        sin_small = tl.load(small_at + 64 * HALF)
+        cosine = (cos_base * cos_small - sin_base * sin_small).to(tl.float16)
+        sine = (sin_base * cos_small + cos_base * sin_small).to(tl.float16)
+        s = tl.zeros([32 * WIDE, COLUMNS], tl.float32)
+        for g in tl.range(TEAM, num_stages=STAGES):
+            # Where the rotated channels of this head of the team stand.
+            place = tl.load(places + (row - first_row + g) * D + d)
+            entry = table + ((first_row + (place >> _log2(D))).to(tl.int64) * columns + page) * FIELDS
+            inside = place & (D - 1)
+            word_at = (tl.load(entry) * 2).to(tl.pointer_type(tl.int16)) + inside * 32
+            group = (inside >> _log2(CHANNELS)) * 32
+            step_at = (tl.load(entry + 1) * 2).to(tl.pointer_type(tl.float16)) + group
+            zero_at = (tl.load(entry + 2) * 2).to(tl.pointer_type(tl.float16)) + group
+            words = tl.load(tl.multiple_of(word_at, 16)[:, None] + (t % 32)[None, :])
+            step = tl.load(tl.multiple_of(step_at + j * 32 * G, 16)[:, None] + plane_at[None, :])
+            zero = tl.load(tl.multiple_of(zero_at + j * 32 * G, 16)[:, None] + plane_at[None, :])
+            shift = tl.broadcast_to(((j + t // 32) * BITS)[None, :], [D, 32 * WIDE])
+            keys = tl.trans(_field(words, shift, BITS, ASM) * step + zero)
+            if SPLIT:
+                # Heads are added up behind the product with the queries, which is linear.
+                both = whose & g
+                sign = 1.0 - 2.0 * ((both ^ (both >> 1)) & 1).to(tl.float32)
+                s += _turned(keys, undo_even, undo_odd, cosine, sine, query_even, query_odd, ASM) * sign[None, :]
+            else:
+                at = undo + (tl.program_id(1) * TEAM + g) * 2 * D * HALF
+                s += _turned(keys, tl.load(at), tl.load(at + D * HALF), cosine, sine, query_even, query_odd, ASM)
+        slot = page * TOKENS + j * 32 + t
+        seen = (slot >= low) & (slot < high)
+        tl.store(score_at[None, :] + slot[:, None], s * scale[None, :], mask=seen[:, None] & mine[None, :])
+    if SINKS > 0:
+        tl.debug_barrier()  # they come after what stands in their places
+        for page in range(first + begin // TILES, first + tl.cdiv(end, TILES)):
             marks = tl.load(table + ((row + whose).to(tl.int64) * columns + page) * FIELDS + 6, mask=mine, other=0) * 2
             marks = marks.to(tl.pointer_type(tl.int16))
             mark = tl.load(marks[None, :] + k[:, None], mask=(k < SINKS)[:, None] & mine[None, :], other=-1)
             slot_of = page * TOKENS + mark.to(tl.int32)
-            there = (mark >= 0) & (slot_of >= low) & (slot_of < high)
-            tl.debug_barrier()  # they come after what stands in their places
-            tl.store(score_at[None, :] + slot_of, exact, mask=there & mine[None, :])
+            tile_of = (page - first) * TILES + mark.to(tl.int32) // (32 * WIDE)
+            there = (mark >= 0) & (slot_of >= low) & (slot_of < high) & (tile_of >= begin) & (tile_of < end)
+            if tl.max(there.to(tl.int32)) > 0:
+                exact = tl.zeros([S, COLUMNS], tl.float32)
+                for g in range(TEAM):
+                    sink_at = sink_keys + ((row + g) * SINKS + k[:, None]) * D
+                    x = tl.load(sink_at + even[None, :], mask=k[:, None] < SINKS, other=0.0).to(tl.float32)
+                    y = tl.load(sink_at + odd[None, :], mask=k[:, None] < SINKS, other=0.0).to(tl.float32)
+                    both = tl.dot(y, b, tl.dot(x, a, input_precision="ieee"), input_precision="ieee")
+                    exact = tl.where(whose[None, :] == g, both, exact)
+                exact = exact * scale[None, :]
+                tl.store(score_at[None, :] + slot_of, exact, mask=there & mine[None, :])
 
 
 @triton.jit
@@ -311,7 +319,7 @@ def attend(
     registers: tuple[int | None, int | None] = (None, None),
 ) -> None:
     """See `Reader.attend`."""
-    rows, heads, dim = queries.shape
+    rows, (_, heads, dim) = len(packed.table), queries.shape
     columns, (places,), (turns, small, matrices, values) = packed.table.shape[1], form.constants, form.tables
     slots = columns * form.tokens
     if scores is None:
@@ -327,9 +335,10 @@ def attend(
         "SINKS": form.sinks, "S": 16 if form.sinks <= 16 else 32, "FIELDS": len(form.fields), "SPAN": SPAN,
         "R": searched(rows), "ASM": queries.device.type == "cuda",
     }  # fmt: skip
-    _scores[(len(out),)](
-        queries, packed.table, spans, starts, places, turns, small, matrices, sink_keys, scores, scale, rows, columns,
-        heads, slots, KV_HEADS=form.kv_heads, EACH=each,
+    order = packed.table if packed.order is None else packed.order
+    _scores[(max(len(out), 2 * processors(queries.device)), 1 if form.split else form.team)](
+        queries, order, packed.table, spans, starts, places, turns, small, matrices, sink_keys, scores, scale, rows,
+        columns, heads, slots, ORDERED=packed.order is not None, KV_HEADS=form.kv_heads, EACH=each,
         COLUMNS=max(8, power_of_2(each * form.team)), SPLIT=form.split, NEIGHBOURS=form.neighbours,
         WIDE=2 - form.planes % 2, STAGES=stages, num_warps=warps[0], num_stages=stages,
         maxnreg=registers[0], **common,

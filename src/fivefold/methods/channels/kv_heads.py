@@ -26,8 +26,10 @@ class KvHeads(LowRankMethod):
         K_g = [K_1, ..., K_t] = U S V^T   [tokens, t * head_dim];   the cache holds  C = K_g V',  V' = V[:, :d']
 
     and keys are made again as `C V'^T`, then turned by RoPE; values likewise, with a V' of their own. With d' =
-    head_dim, t heads have become one: keep = 1 / t. Here d' is any number that is the same for each head, `t *
-    round(keep * head_dim)`. V are the eigenvectors of the second moments `K_g^T K_g`, which is all that is summed up.
+    head_dim, t heads have become one: keep = 1 / t. That is t if no `group` is given, or the next number that divides
+    the layer's heads; and d' is any number that is the same for each head, `t * round(keep * head_dim)`. More heads
+    together lose less, and take more: keys are t d' head_dim products a token. V are the eigenvectors of the second
+    moments `K_g^T K_g`, which is all that is summed up.
 
     Where we differ from the paper: its folding of `V'^T` into the weights (of V and O; of Q and K where there is no
     RoPE) spares a product and changes the model. Here nothing is folded, so the model stays as it is, other caches
@@ -48,7 +50,7 @@ class KvHeads(LowRankMethod):
     captures: ClassVar[tuple[Capture, ...]] = ("keys", "values")
 
     keep: float = param(0.5, "fraction of the heads' channels that is stored", low=0.01, high=1)
-    group: int | None = param(None, "consecutive kv heads that share their numbers, if not all of a layer", low=1)
+    group: int | None = param(None, "consecutive kv heads that share their numbers, if not 1 / keep of them", low=1)
     window: int = param(32, "recent tokens that stay exact", low=0)
     bits: int | None = param(None, "bits a stored number, if not the model's own", choices=(None, 4, 8))
     profile: str | None = param(None, "folder of a profile, if not the one that ships for the model")
@@ -57,9 +59,17 @@ class KvHeads(LowRankMethod):
         """Numbers per head, of keys and of values: d' / t."""
         return max(1, round(self.keep * head_dim))
 
+    def share(self, kv_heads: int) -> int:
+        """How many of a layer's heads share their numbers."""
+        if self.group is not None:
+            return self.group
+        least = min(round(1 / self.keep), kv_heads)
+        return next(n for n in range(least, kv_heads + 1) if kv_heads % n == 0)
+
     def learner(self, specs: Sequence[LayerSpec]) -> Learner:
         # Groups smaller than a layer are cut out of its moments, which have to be whole for that.
-        return FactorLearner(specs, 1.0 if self.group is not None else max(HELD, self.keep))
+        whole = any(self.share(spec.kv_heads) < spec.kv_heads for spec in specs)
+        return FactorLearner(specs, 1.0 if whole else max(HELD, self.keep))
 
     def codec(self, spec: LayerSpec) -> LowRankCodec:
         if self.group is not None and spec.kv_heads % self.group:
@@ -69,6 +79,6 @@ class KvHeads(LowRankMethod):
             )
         rank = self.rank(spec.head_dim)
         profile = profile_of(self, spec, self.profile, rank, weighted=False)
-        share = self.group or spec.kv_heads
+        share = self.share(spec.kv_heads)
         name = f"kv_heads{self.bits or ''}-{share}"
         return LowRankCodec(name, spec, profile, (rank, rank), self.bits, spec.dtype, share)
