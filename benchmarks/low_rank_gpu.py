@@ -27,14 +27,14 @@ from fivefold.recipe import Recipe
 
 DEVICE = torch.device("cuda")
 SMALL = ("full()", "cskv()", "cskv(bits=4)", "kv_heads()", "minicache()", "minicache() + kivi(bits=4)")
-LARGE = ("full()", "cskv()", "cskv(bits=4)", "kv_heads(group=2)", "kv_heads()", "minicache()",
+LARGE = ("full()", "cskv()", "cskv(bits=4)", "kv_heads()", "kv_heads(group=8)", "minicache()",
          "minicache() + kivi(bits=4)")  # fmt: skip
 
 SHAPES: dict[str, dict[str, Any]] = {
     "cskv()": {"rank": 26},
     "cskv(bits=4)": {"rank": 26, "bits": 4},
-    "kv_heads(group=2)": {"rank": 64, "team": 2, "dtype": torch.bfloat16},
-    "kv_heads()": {"rank": 64, "dtype": torch.bfloat16},
+    "kv_heads()": {"rank": 64, "team": 2, "dtype": torch.bfloat16},
+    "kv_heads(group=8)": {"rank": 64, "dtype": torch.bfloat16},
 }
 """A layer of Llama-3-8B's shape: 8 kv heads, 4 query heads each, head_dim 128."""
 

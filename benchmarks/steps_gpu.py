@@ -35,7 +35,7 @@ SMOLLM2 = {
 }  # fmt: skip
 RECIPES = (
     "full()", "kivi(bits=2)", "kivi(bits=4)", "kivi(bits=8)", "rotatekv()", "rotatekv(bits=4)", "cskv()",
-    "cskv(bits=4)", "kv_heads(group=2)", "kv_heads()", "minicache()", "minicache() + kivi(bits=4)", "gear()", "mikv()",
+    "cskv(bits=4)", "kv_heads()", "kv_heads(group=8)", "minicache()", "minicache() + kivi(bits=4)", "gear()", "mikv()",
     "tidal()", "anchors(anchors=[0, 2, 4, 8, 12, 16, 20, 24, 28])", "tidal() + kivi(bits=4)", "h2o()",
     "h2o() + kivi(bits=4)", "d2o()", "keyformer()", "elastic()", "snapkv()", "random()", "streaming()",
     "duo(keep=0.25)", "duo(keep=0.25) + kivi(bits=2)", "duo(keep=0.25) + rotatekv()",

@@ -12,9 +12,6 @@ static void mma_half(uint32_t (&c)[2], uint32_t a0, uint32_t a1, uint32_t a2, ui
   mma(sum, a0, a1, a2, a3, b0, b1);
   c[0] = pair(sum[0], sum[1]), c[1] = pair(sum[2], sum[3]);
 }
-static void prefetch(const char* from, uint32_t bytes) {
-  if (!from || (uintptr_t)from % 16 || bytes % 16) abort();
-}
 static Dim gridDim;
 static float cos_(float x) { return cosf(x); }
 static float sin_(float x) { return sinf(x); }

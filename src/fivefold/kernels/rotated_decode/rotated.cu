@@ -38,12 +38,6 @@ __device__ __forceinline__ void mma_half(u32 (&c)[2], u32 a0, u32 a1, u32 a2, u3
       : "=r"(c[0]), "=r"(c[1])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(0u));
 }
-// Begin to read what another kernel will want into the L2 cache.
-__device__ __forceinline__ void prefetch(const char* from, u32 bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
-#endif
-}
 // Of angles of at most pi, to 2**-20.
 __device__ __forceinline__ float cos_(float x) {
   float y;
@@ -221,12 +215,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   auto fetch_ahead = [&](int page, int plane, int buffer) {
     fetch_scales(plane < PLANES ? page : page + 1, plane < PLANES ? plane : plane - PLANES, buffer);
   };
-  // The values of a page, which `values` reads: nothing else is read while keys are made. A thread has one field of one
-  // head, and knows its address a page before.
-  auto values_of = [&](int page) {
-    return me < 3 * TEAM && page < last ? table[((long long)(row + me / 3) * columns + page) * FIELDS + 3 + me % 3] * 2 : 0;
-  };
-  long long coming = values_of(begin % PLANES ? first + 1 : first);
   fetch_words(first);
   fetch_scales(first, begin % PLANES, 0);
   commit();
@@ -348,10 +336,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     before = slot;
     const bool turn = plane + 1 < end && j + 1 == PLANES;  // the next one is of the next page
     if (j == 0 && page > first && page + 1 < last) look_up(page + 1);
-    if (j == 0) {
-      if (coming) prefetch(reinterpret_cast<const char*>(coming), me % 3 == 0 ? 64 * D : 2 * TOKENS * GROUPS);
-      coming = values_of(page + 1);
-    }
     if (plane + 2 < end) fetch_ahead(page, j + 2, buffer == 0 ? 2 : buffer - 1);
     {
       // Parts of 2**64 of a revolution: what is beyond a whole one falls off by itself.
