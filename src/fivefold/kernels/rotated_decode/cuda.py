@@ -20,7 +20,7 @@ from fivefold.kernels.nvrtc import launch, loaded
 from fivefold.kernels.packed_decode.reader import Packed
 from fivefold.kernels.packed_decode.schedule import SPAN
 from fivefold.kernels.planar import PLANES
-from fivefold.kernels.rotated_decode.reference import Rotated, valued
+from fivefold.kernels.rotated_decode.reference import Rotated, values_at_once
 
 SOURCE = Path(__file__).with_name("rotated.cu")
 PAIRS, UNITS = 2, 2
@@ -29,7 +29,7 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MOST, SHARED = 227 << 10, 228 << 10
 """Bytes of shared memory of a program on an H100, at most, and of its processor."""
 RESIDENT = 2
-"""Programs of `scores` that are to fit on a processor at a time; of `values`: see `valued`."""
+"""Programs of `scores` that are to fit on a processor at a time; of `values`: see `values_at_once`."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Shape:
         return scores, PAIRS * UNITS * self._unit + 16 + 8 * 32
 
     def definitions(self, scores: bool) -> dict[str, int]:
-        resident = min(RESIDENT if scores else valued(self.bits), SHARED // (self.shared[not scores] + 1024))
+        resident = min(RESIDENT if scores else values_at_once(self.bits), SHARED // (self.shared[not scores] + 1024))
         return {
             "SCORES": int(scores), "PAIRS": self.team if scores else PAIRS, "UNITS": UNITS, "BITS": self.bits,
             "CHANNELS": self.channels, "D": self.head_dim, "KV_HEADS": self.kv_heads, "TEAM": self.team,

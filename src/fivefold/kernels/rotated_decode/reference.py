@@ -51,7 +51,7 @@ class Rotated(Reader):
     @property
     def resident(self) -> float:  # type: ignore[override]
         # Values are taken head by head, and the scores of a share are divided further.
-        return valued(self.bits) / self.team if self.split else 2
+        return values_at_once(self.bits) / self.team if self.split else 2
 
     @property
     def planes(self) -> int:
@@ -106,7 +106,7 @@ class Rotated(Reader):
         return triton.attend
 
 
-def valued(bits: int) -> int:
+def values_at_once(bits: int) -> int:
     """Programs for values that are to be on a processor at a time: more where pages are short."""
     return 2 if bits == 2 else 3
 

@@ -124,9 +124,9 @@ __device__ __forceinline__ void dequantise(char* memory, int me, const u32 (&own
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     scores(const Query* __restrict__ queries, const long long* __restrict__ order, const long long* __restrict__ table,
-           const int* __restrict__ spans, const int* __restrict__ starts, const int* __restrict__ places, const long long* __restrict__ turns,
-           const float* __restrict__ small, const Query* __restrict__ sink_keys, float* __restrict__ found, float scale,
-           int rows, int columns, int heads, long long slots) {
+           const int* __restrict__ spans, const int* __restrict__ starts, const int* __restrict__ places,
+           const long long* __restrict__ turns, const float* __restrict__ small, const Query* __restrict__ sink_keys,
+           float* __restrict__ found, float scale, int rows, int columns, int heads, long long slots) {
   extern __shared__ __align__(128) char memory[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, me = threadIdx.x;
   launch_dependents();
@@ -140,7 +140,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     low = span[0], high = span[1], base = span[7];
     const int mine = program_of(starts[row]), programs = program_of(starts[row + 1]) - mine;
     const long long planes = pages_of(low, high) * PLANES;
-    begin = int(planes * (int(blockIdx.x) - mine) / programs), end = int(planes * (int(blockIdx.x) - mine + 1) / programs);
+    const int number = int(blockIdx.x) - mine;
+    begin = int(planes * number / programs), end = int(planes * (number + 1) / programs);
   }
   if (begin >= end) {
     wait_for_others();  // so that this kernel is never done before the one in front of it
@@ -468,7 +469,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   }
   const int row = lead + member, low = spans[lead * SPAN], high = spans[lead * SPAN + 1], mine = part - starts[lead];
   const long long pages = pages_of(low, high), programs = starts[lead + 1] - starts[lead];
-  const int first = low / TOKENS + int(pages * mine / programs), last = low / TOKENS + int(pages * (mine + 1) / programs);
+  const int page_0 = low / TOKENS;
+  const int first = page_0 + int(pages * mine / programs), last = page_0 + int(pages * (mine + 1) / programs);
   table += (long long)row * columns * FIELDS;
   scores += (long long)row * heads * slots;
 
