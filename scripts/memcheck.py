@@ -47,7 +47,7 @@ RECIPES = {
     "kv_heads": "kv_heads(keep=0.5, {kv_heads})",
     "cskv": "cskv(keep=0.3, {cskv})",
     "cskv4": "cskv(keep=0.3, bits=4, {cskv})",
-    "kv_heads-wide": "kv_heads(keep=0.75, {kv_heads_wide})",
+    "kv_heads-wide": "kv_heads(keep=0.75, group={heads}, {kv_heads_wide})",
     "mikv": "mikv(floor=0)",
     "gear": "gear(bits=4)",
     "kivi2": "kivi(bits=2)",
@@ -92,7 +92,7 @@ def written(name: str, model: Any) -> str:
     full = [
         [layer, head] for layer in range(layers) for head in heads if layer % 3 == 0 or (layer % 3 == 1 and not head)
     ]
-    recipe = recipe.replace("{retrieval}", str(full))
+    recipe = recipe.replace("{retrieval}", str(full)).replace("{heads}", str(len(heads)))
     for method in ("rotatekv", "cskv", "kv_heads", "kv_heads_wide", "anchors", "razor"):
         if f"{{{method}}}" in recipe:
             recipe = recipe.replace(f"{{{method}}}", f'profile="{_profile(method, model)}"')
