@@ -127,6 +127,16 @@ def test_as_many_heads_are_one_as_in_the_paper(keep: float, heads: int, share: i
     assert KvHeads(keep=keep).share(heads) == share and KvHeads(keep=keep, group=1).share(heads) == 1
 
 
+@pytest.mark.parametrize(("group", "heads", "part"), [(None, 4, 1.0), (4, 4, 0.5), (None, 2, 0.5)])
+def test_a_profile_holds_all_directions_where_groups_are_cut_out(
+    tiny: Any, group: int | None, heads: int, part: float
+) -> None:
+    model = tiny("llama", num_key_value_heads=heads, num_attention_heads=4)
+    specs = [store.spec for store in fivefold.compress(model).session.stores.values()]
+    learner = KvHeads(group=group).learner(specs)
+    assert isinstance(learner, FactorLearner) and learner.rank == part * specs[0].channels
+
+
 def test_what_it_refuses(tiny: Any, tmp_path: Path) -> None:
     model = tiny("llama")
     with pytest.raises(RecipeError, match=r"kv_heads\(group=3\) does not divide the 2 kv heads .* use one of 1, 2"):

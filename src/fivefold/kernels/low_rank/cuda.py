@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fivefold.kernels.choice import choose
-from fivefold.kernels.device import numbered
+from fivefold.kernels.device import numbered, processors
 from fivefold.kernels.low_rank.reference import Features, padded
 from fivefold.kernels.nvrtc import launch, loaded
 from fivefold.kernels.packed_decode.schedule import SPAN
@@ -109,17 +109,17 @@ def features(
     launched programs share a team's heads out, and processors. Where `scores_alone` leave these, to the base 2, in
     scores, float32 `[teams, slots, team * heads]`. early: see `Reader.attend`."""
     (rows, columns), device, made = table.shape, queries.device, form.prepared
-    function, shared, processors = _kernel(form, queries.dtype, numbered(device))
+    function, shared, there = _kernel(form, queries.dtype, numbered(device))
     split = form.team // group(form)
     # Teams with too few tokens for a program have one all the same, but not all of them where any has more than one. A
     # program too many would hold everything up: it has to wait for a processor.
-    programs = min(len(sums), max(1, processors // split) + rows // form.team - 1) * split
+    programs = min(len(sums), max(1, there // split) + rows // form.team - 1) * split
     tensors = (queries, table, spans, starts, made.keys, made.waves, made.angles, sums, sums_lse, scores)
     pointers = [x.data_ptr() for x in tensors]
     types = (*[ctypes.c_void_p] * 10, ctypes.c_float, *[ctypes.c_int] * 3)
-    values = (*pointers, scale, rows, columns, processors)
+    values = (*pointers, scale, rows, columns, there)
     launch(function, programs, 128 * WORKERS, shared, device, values, types, early)
-    return split, processors
+    return split, there
 
 
 def _kernel(form: Features, dtype: torch.dtype, device: torch.device) -> tuple[Any, int, int]:
@@ -132,4 +132,4 @@ def _kernel(form: Features, dtype: torch.dtype, device: torch.device) -> tuple[A
 def _loaded(definitions: tuple[tuple[str, int], ...], shared: int, device: torch.device) -> tuple[Any, int, int]:
     with torch.cuda.device(device):
         function = loaded(SOURCE, "features", dict(definitions), shared, device, "a")
-        return function, shared, torch.cuda.get_device_properties(device).multi_processor_count
+        return function, shared, processors(device)
