@@ -188,6 +188,58 @@ def test_steps_that_are_taken_before_they_are_begun(device, recipe: str, monkeyp
         weight.data = old
 
 
+@pytest.mark.parametrize("recipe", ["full()", pytest.param("kivi(bits=4)", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("joined", [False, True], ids=["", "joined"])
+def test_pages_of_a_step_are_there_before_it_is_begun(device, recipe: str, joined: bool, monkeypatch) -> None:
+    """Sequences of different lengths, with a mask or each from a cache of its own, come to the end of a page at
+    different steps; all steps but the first are launched, then begun. What was taken and is not used goes back."""
+    model, early = build("llama", **ONE).to(device), []
+    monkeypatch.setattr(DeviceTables, "send_ahead", counting(DeviceTables.send_ahead, early))
+    mask = torch.ones(2, 62, dtype=torch.long, device=device)
+    mask[1, :5] = 0
+    caches = [fivefold.compress(model, recipe, cuda_graph=graph) for graph in (True, False)]
+
+    def stepped(one: int, number: int) -> torch.Tensor:
+        given = {} if joined else {"attention_mask": mask, "position_ids": mask.cumsum(1)[:, -1:] - 1}
+        return model(ids(2, 1, device, number), past_key_values=caches[one], **given).logits
+
+    with torch.inference_mode():
+        for cache in caches:
+            if joined:
+                other = cache.new()
+                model(ids(1, 62, device), past_key_values=cache)
+                model(ids(1, 57, device, 1), past_key_values=other)
+                cache.join(other)
+            else:
+                model(ids(2, 62, device), attention_mask=mask, past_key_values=cache)
+        pool = caches[0].session.stores[0].exact_pool
+        monkeypatch.setattr(pool, "trim", lambda: None)
+        pool._grow(64)  # only what is free is taken ahead
+        for number in range(8):
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            (bank,) = caches[0].session.banks
+            assert (bank.ahead is not None) == (number in (2, 7))
+            pages = bank.ahead.pages if bank.ahead else ()
+            if number == 2:
+                with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                    patch.setattr(Session, "admit" if joined else "advance", interrupted)
+                    stepped(0, 99)
+            elif number == 7:
+                assert len(early) == 6 and len(pages) == bank.heads and caches[0].report().forks == 0
+                if joined:
+                    caches[0].fork().free()
+                else:
+                    mask[0, -1] = 0  # it has no token in this step, which is launched before anybody looks
+            found, wanted = stepped(0, number), stepped(1, number)
+            assert (found - wanted).norm() < 1e-3 * wanted.norm()
+            if len(pages):
+                assert bank.ahead is None
+        assert caches[0].step.own is None and caches[0].lengths().tolist() == caches[1].lengths().tolist()
+    assert pool.pages_in_use == len(bank.exact.held(bank.bounds.exact_pages))
+    caches[0].free()
+    assert pool.pages_in_use == 0
+
+
 def counting(real, calls: list):
     def call(*args):
         calls.append(args)

@@ -103,6 +103,8 @@ def measure(session: Session, recipe: str, graph: int = 0, decoding: str = "") -
                 table = tier.tables[number]
                 filled = np.clip(tokens[:, None] - np.arange(table.shape[1]) * page, 0, page)
                 held[pool].append((table[filled > 0], filled[filled > 0]))
+        if bank.ahead is not None:
+            held[bank.ahead.tier.pool].append((bank.ahead.pages, np.zeros_like(bank.ahead.pages)))
     kinds = {"exact": 0, "codes": 0, "scales": 0, "other": 0}
     slack = free = forks = 0
     for pool, parts in held.items():

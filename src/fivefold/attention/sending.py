@@ -10,6 +10,7 @@ import torch
 from fivefold.kernels.device import sent
 from fivefold.store.bank import Bank
 from fivefold.store.pages import PagePool
+from fivefold.store.rows import Bounds
 from fivefold.store.tier import Tier
 
 _MANY = 1 << 20  # bytes
@@ -57,15 +58,17 @@ def send_pages(
     unit: int,
     rows_there: int,
     standing: Callable[[np.ndarray], np.ndarray] | None = None,
+    bounds: Bounds | None = None,
 ) -> None:
     """Bring a table of pages on a device up to date with a tier of a bank: where what changed lies.
 
     table: int64 `[layers * rows_there, columns]`, or with a last axis of `names` where there are several; unit: bytes
-    that an address counts. standing: where its rows stand, if not as they are.
+    that an address counts. standing: where its rows stand, if not as they are. bounds: the bank's are not yet what they
+    will be (see `Standing.of_layers`).
     """
     if not tier.changed:
         return
-    bounds, places = bank.standing.of_layers(), []
+    bounds, places = bank.standing.of_layers() if bounds is None else bounds, []
     counts = (bounds.exact_pages if tier is bank.exact else bounds.packed_pages(bank.packing)).reshape(-1)
     where = {name: (pool, tier.tables[i]) for pool, name, i in tier.fields()}
     meta, same = table.device.type == "meta", bank.rows == rows_there and standing is None

@@ -6,6 +6,7 @@ only what has changed, and a captured graph of a step stays right.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -96,10 +97,7 @@ class DeviceTables:
         self._pages: np.ndarray | None = None
         self._ahead: int | None = None
         """The bounds (`Standing.version`) after which spans are written already for one more token of every row."""
-        self._enough = False
-        """Whether a step needs nothing but these, and no new page."""
-        self.sent = False
-        """Whether they have been sent; after `update`, whether what was sent is what the bank says."""
+        self.sent = False  # after `update`, whether what was sent is what the bank says
         self.watch: Watch | None = None
         """What is known of tokens that a policy chooses, once a step is a kernel's."""
         self.aside: Aside | None = None
@@ -183,8 +181,7 @@ class DeviceTables:
         """Bytes on the device and of what is sent there."""
         tables = self._exact.nbytes + self._packed.nbytes + self._sending.nbytes + self._padding.nbytes
         others = self.watch, self.left, self.shares, self.division, *self._learned.values()
-        beside = sum(x.nbytes for x in others if x is not None)
-        return tables + beside
+        return tables + sum(x.nbytes for x in others if x is not None)
 
     def fit(self) -> bool:
         """Whether these are the bank's rows, and there is still room for what they hold."""
@@ -230,38 +227,41 @@ class DeviceTables:
 
     def update(self) -> None:
         """Page tables and spans, as the bank has them now: before a step of all rows."""
-        self.sent = self.sent and not any(tier.changed for tier in self._tiers)
+        known = not any(tier.changed for tier in self._tiers)
         self.sync()
         if self.left is not None:
             self.left.sync(self.bank)
-        if self._ahead is None or self._ahead != self.bank.standing.grown:
+        if self._ahead != self.bank.standing.grown:
             self._fill(self.bank.standing.of_layers())
             self.sent = False
         if not self.sent:
             self._sending.send()
-        self._ahead = None
+        self.sent, self._ahead = self.sent and known, None
 
     def prepare(self) -> None:
         """Work out what the next step of all rows will want to know, while a GPU is still busy with this one."""
-        self.sent = self._enough = False
+        self.sent = False
         if self.listed and self.device.type != "meta" and self.fit():
-            standing = self.bank.standing
-            self._fill(standing.of_layers().appended(1))
-            self._ahead = standing.version
-            self._enough = self.left is None and not standing.full.any()
+            self._fill(self.bank.standing.of_layers().appended(1))
+            self._ahead = self.bank.standing.version
 
     @property
     def foreseen(self) -> bool:
-        """Whether `prepare` knew all that a step needs from here: no page that is new or somebody else's, too."""
-        bank, live = self.bank, self.bank.live
-        if self._ahead is None or bank.mirror is not self or (live is not None and live.pending):
-            return False
-        if any(tier.changed or tier.shared for tier in self._tiers):
-            return False
-        return self._enough and self._ahead == bank.standing.version
+        """Whether all that a step needs from here is there, its new pages too, and none is somebody else's."""
+        bank, live, ahead = self.bank, self.bank.live, self.bank.ahead
+        mine = bank.mirror is self and (live is None or not live.pending)
+        version, foreign = bank.standing.version, any(tier.changed or tier.shared for tier in self._tiers)
+        there = not bank.standing.full.any() if ahead is None else ahead.version == version
+        return bool(mine and there and not foreign and self.left is None and self._ahead == version)
 
     def send_ahead(self) -> None:
         """Send what `prepare` wrote, where it is `foreseen`, before a step is begun. `update` looks whether it was."""
+        bank, ahead = self.bank, self.bank.ahead
+        if ahead is not None and not ahead.known:
+            bank.exact.change(ahead.rows, ahead.columns)
+            bounds = bank.standing.of_layers().appended(1)
+            send_pages(bank, bank.exact, self._fields, self._exact, 16, self.rows, bounds=bounds)
+            bank.ahead = replace(ahead, known=True)
         if not self.sent:
             self._sending.send()
             self.sent = True

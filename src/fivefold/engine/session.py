@@ -155,8 +155,8 @@ class Session:
 
     # -- transactions -------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """A change of the whole cache begins. One that was broken off is rolled back."""
+    def begin(self, step: bool = False) -> None:
+        """A change begins; one that was broken off is rolled back. step: it is the step that was looked ahead to."""
         self.check_here()
         if self.change is not None and self._thread != threading.get_ident():
             raise CacheStateError(
@@ -165,7 +165,7 @@ class Session:
             )
         self.rollback()
         self._compact()
-        change = Transaction()
+        change = Transaction(step)
         self.chunk, self.picks, self.stepping = 0, Picks(self.reads), frozenset()
         self.include(change)
         self.change, self._thread, self._alone = change, threading.get_ident(), False
@@ -191,6 +191,8 @@ class Session:
         bytes than before, so that the cap has a say."""
         change = self.change
         assert change is not None
+        for bank in self.banks:
+            bank.drop_ahead()  # which this was not the step for
         if self.batch and not self.united:
             self.unite(change)
         self.arrivals.store(self.revocable)
@@ -250,9 +252,9 @@ class Session:
             self.pools.budget.trim()  # what it took for itself
 
     @contextmanager
-    def atomic(self, grows: bool = True) -> Iterator[None]:
-        """A forward, or another change of the whole cache: it happens as a whole or not at all."""
-        self.begin()
+    def atomic(self, grows: bool = True, step: bool = False) -> Iterator[None]:
+        """A forward, or another change of the whole cache: it happens as a whole or not at all. step: see `begin`."""
+        self.begin(step)
         try:
             yield
             self.commit(grows)

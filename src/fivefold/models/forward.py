@@ -23,7 +23,7 @@ from fivefold.models import calls, compiled, skipping
 from fivefold.models.attention import NAME
 from fivefold.models.cache import FivefoldCache
 from fivefold.models.chunks import Chunks
-from fivefold.models.selection import decoder_config, selected
+from fivefold.models.selection import Remembered, decoder_config, selected
 from fivefold.models.specs import configs_of, rope_switch
 
 
@@ -34,6 +34,7 @@ class Forward:
         self.model = model
         # Somebody else's, put there before.
         self.before: Callable[..., Any] | None = vars(model).get("forward")
+        self.signature = Remembered(_signature)
         functools.update_wrapper(self, model.forward, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -52,7 +53,7 @@ class Forward:
                 run = self._run(callback, cache, args, kwargs)
             if cache.session.running:
                 return run(*args, **kwargs)
-            if cache.model != (mine := signature(decoder_config(self.model))):  # which `convert` may have changed
+            if cache.model != (mine := self.signature(self.model)):  # which `convert` may have changed
                 raise CacheStateError(
                     f"the cache was made for {cache.model} and called with {mine}: make one for this model."
                 )
@@ -151,6 +152,10 @@ class Forward:
 
 
 compiled.skip(Forward.__call__, Forward._outside, vars(Forward)["plain"].fget)
+
+
+def _signature(model: PreTrainedModel) -> str:
+    return signature(decoder_config(model))
 
 
 def _crossing(switch: int) -> str:

@@ -28,7 +28,7 @@ from fivefold.errors import CacheStateError, FivefoldError
 from fivefold.kernels.choice import choose
 from fivefold.kernels.device import Beside, no_garbage
 from fivefold.models.fused import Whole, verified
-from fivefold.models.selection import NAME, selected
+from fivefold.models.selection import NAME, Remembered, selected
 from fivefold.models.specs import configs_of
 
 _KNOWN = {
@@ -99,6 +99,7 @@ class Step:
         """Where runs what need not wait for a step that a GPU is at work on."""
         self._ready: object = None
         self._whys: Mapping[int, str | None] = {}
+        self._tells = Remembered(_tells)
 
     @property
     def tables(self) -> list[DeviceTables]:
@@ -130,13 +131,13 @@ class Step:
                 why = _first(whys)
         if why and self.captured:
             self.reset()
-        self.failed = why or why_not_now(model, given, ids, _device(session))
+        self.failed = why or why_not_now(model, given, ids, _device(session), self._tells)
         if self.failed:
             decoding.tell(session, f"decoding without a CUDA graph: {self.failed}", 6)
             return None
         try:
             early = self._early(model, forward, cache, ids, given) if whys is self._whys else None
-            with session.atomic():
+            with session.atomic(step=True):
                 logits = self._step(model, forward, cache, ids, given, whys, early)
         except RuntimeError as error:
             if isinstance(error, FivefoldError | torch.OutOfMemoryError):
@@ -157,6 +158,8 @@ class Step:
                 if _first(self._whys) is None:
                     self._ready = _stamp(session)
                     self._next = self._early_one(session)
+                    for tables in () if self._next is None else self._next.tables:
+                        tables.bank.look_ahead(tables.exact_columns)  # what this step gave up is free now
 
     def _step(
         self,
@@ -173,11 +176,7 @@ class Step:
         assert session.change is not None
         session.change.beside = self._beside = self._beside or Beside(_device(session))
         banks = session.banks
-        size = 1 << (batch - 1).bit_length() if session.ragged else batch
-        now = getattr(banks[0].mirror, "sequences", 0)
-        if session.ragged and batch <= now <= 2 * size and 3 * now < 8 * batch and now in self.captured:
-            size = now  # a few sequences less, or more, are no reason to go from one to the other
-        same = self._same(model)
+        size, same = self._size(session, batch), self._same(model)
         captured = self.captured.get(size) if same else None
         # Other sequences may be here since: tables are found for them before anybody makes some.
         known = captured.tables if captured is not None and len(captured.tables) == len(banks) else None
@@ -194,12 +193,9 @@ class Step:
         if fresh:
             captured = self._prepare(model, found, size, same)
         assert captured is not None
-        if early is not None and not fresh and all(tables.sent for tables in found):
+        if early is not None and captured is self._next and not fresh and all(tables.sent for tables in found):
             return early  # what was postponed is done before this is committed
-        captured.ids[:batch].copy_(ids)
-        captured.next = -1
-        at = captured.positions[:batch]
-        at.copy_(positions) if positions is not None else at.fill_(session.length)
+        self._put(captured, session, ids, positions)
         if fresh:
             self._fuse(model, cache, captured)
             self._capture(forward, cache, captured)
@@ -207,9 +203,28 @@ class Step:
         session.change.launched()
         return logits
 
+    def _size(self, session: Session, batch: int) -> int:
+        """For how many sequences the step of so many is captured."""
+        if not session.ragged:
+            return batch
+        size, now = 1 << (batch - 1).bit_length(), getattr(session.banks[0].mirror, "sequences", 0)
+        # A few sequences less, or more, are no reason to go from one to the other.
+        return now if batch <= now <= 2 * size and 3 * now < 8 * batch and now in self.captured else size
+
+    @staticmethod
+    def _put(captured: Captured, session: Session, ids: torch.Tensor, positions: torch.Tensor | None) -> None:
+        """Inputs to where the graph looks for them."""
+        batch = len(ids)
+        captured.ids[:batch].copy_(ids)
+        if positions is not None:
+            captured.positions[:batch].copy_(positions)
+        elif captured.next != session.length:
+            captured.positions.fill_(session.length)
+        captured.next = -1
+
     def _early_one(self, session: Session) -> Captured | None:
         """What a step can be taken by before it is begun. The model's own code wants a change that is begun."""
-        captured = None if session.ragged else self.captured.get(session.batch)
+        captured = self.captured.get(self._size(session, session.batch))
         if captured is None or (captured.graph is None and captured.whole is None):
             return None
         return captured if captured.tables == [bank.mirror for bank in session.banks] else None
@@ -224,10 +239,10 @@ class Step:
     ) -> torch.Tensor | None:
         """Take a step before it is begun, where all that it needs is known: the host's part is then done while a GPU is
         at work on it. It writes to slots that are nobody's until it is committed. Returns the logits, or None."""
-        session, captured = cache.session, self._next
-        if captured is None or len(ids) != len(captured.ids) or session.change is not None or session.sparse:
+        session, captured, positions = cache.session, self._next, given.get("position_ids")
+        if captured is None or len(ids) != session.batch or session.change is not None or session.sparse:
             return None
-        if given.get("attention_mask") is not None or given.get("position_ids") is not None:
+        if given.get("attention_mask") is not None and not session.trusting:
             return None
         # All weights are looked at once it runs (`_step`). Until then it is enough that what it reads is memory still.
         if self._model is not model or (self._moved and not self._same(model)):
@@ -236,13 +251,11 @@ class Step:
             return None
         for tables in captured.tables:
             tables.send_ahead()
-        captured.ids.copy_(ids)
-        if captured.next != session.length:
-            captured.positions.fill_(session.length)
-        captured.next = -1
-        logits = self._replay(forward, cache, captured)
-        captured.positions.add_(1)
-        captured.next = session.length + 1
+        self._put(captured, session, ids, positions)
+        logits = self._replay(forward, cache, captured)[: len(ids)]
+        if positions is None:
+            captured.positions.add_(1)
+            captured.next = session.length + 1
         return logits
 
     @staticmethod
@@ -358,10 +371,20 @@ def _first(whys: Mapping[int, str | None]) -> str | None:
     return next((why for why in whys.values() if why is not None), None)
 
 
-def why_not_now(model: PreTrainedModel, given: dict[str, Any], ids: torch.Tensor, device: torch.device) -> str | None:
+def _tells(model: PreTrainedModel) -> bool:
+    """Whether the model's configuration asks for hidden states or attentions."""
+    return any(getattr(model.config, name, False) for name in ("output_hidden_states", "output_attentions"))
+
+
+def why_not_now(
+    model: PreTrainedModel,
+    given: dict[str, Any],
+    ids: torch.Tensor,
+    device: torch.device,
+    tells: Callable[[PreTrainedModel], bool] = _tells,
+) -> str | None:
     """Why this call cannot be replayed, in a few words; None if it can."""
-    config = model.config
-    if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
+    if tells(model):
         return "the model's configuration asks for hidden states or attentions, which a replay does not know"
     mask, more = given.get("attention_mask"), [name for name, x in given.items() if name not in _KNOWN]
     asked = [name for name in more if given[name] is not None and given[name] is not False]

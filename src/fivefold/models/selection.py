@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,22 @@ _here = threading.local()
 def decoder_config(model: Any) -> Any:
     """The configuration of a model's decoder: its own, or that of the text part of a multimodal model."""
     return model.config.get_text_config(decoder=True)
+
+
+class Remembered:
+    """What `ask` says of a model's configuration, until anything in that is another: a configuration takes
+    microseconds for each attribute, which a step would wait for."""
+
+    def __init__(self, ask: Callable[[Any], Any]) -> None:
+        self._ask, self._config, self._was, self._is = ask, None, dict[str, Any](), None
+
+    def __call__(self, model: Any) -> Any:
+        config = model.config
+        if self._config is not config or self._was != vars(config):
+            self._is = self._ask(model)
+            alone = decoder_config(model) is config and not getattr(config, "is_heterogeneous", False)
+            self._config, self._was = (config, dict(vars(config))) if alone else (None, {})
+        return self._is
 
 
 @dataclass

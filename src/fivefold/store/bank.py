@@ -25,7 +25,7 @@ from fivefold.store.pack import pack
 from fivefold.store.pairs import pack_pairs
 from fivefold.store.rows import FIELDS, FIXED, Bounds
 from fivefold.store.standing import EVICTED, LENGTH, Standing
-from fivefold.store.tier import Tier
+from fivefold.store.tier import Ahead, Tier
 from fivefold.store.transaction import Transaction
 
 ROWS = ("offset", "chosen", "residual", "peak")
@@ -51,6 +51,7 @@ class Bank:
             assert layer.format == first.format
             layer.bank, layer.index = self, index
         self.change: Transaction | None = None
+        self.ahead: Ahead | None = None
         self.mirror: Any = None
         """The device tables that show these rows (`attention/tables.py`), if somebody made them."""
         self.live: Any = None
@@ -87,6 +88,7 @@ class Bank:
         return bank
 
     def _clear(self) -> None:
+        self.drop_ahead()
         self.batch, self.live = 0, None
         self.standing = Standing(len(self.layers), 0, list(np.zeros((FIELDS, 0), dtype=np.int64)))
         self.offset = np.zeros(0, dtype=np.int64)
@@ -130,6 +132,8 @@ class Bank:
     def begin(self, change: Transaction) -> None:
         """All that follows is part of `change`."""
         self.flush()
+        if not change.step:
+            self.drop_ahead()
         change.undo(self._restore())
         self.change = change
         change.members.append(self)
@@ -142,6 +146,7 @@ class Bank:
         tiers = [(tier, tier.shared, tier.capacity) for tier in (self.exact, self.packed) if tier is not None]
 
         def restore() -> None:
+            self.drop_ahead()
             other = self.mirror is not before["mirror"]
             bounds()
             vars(self).update(before, due=None, memo=Memo())
@@ -359,8 +364,13 @@ class Bank:
         """One more token of each row: a slot behind the others in an exact page that nobody shares, which is the
         caller's to write."""
         assert self.change is not None
-        standing, whole = self.standing, self.standing.whole(rows)
-        if self.exact.shared or not whole:
+        standing, whole, ahead = self.standing, self.standing.whole(rows), self.ahead
+        if ahead is not None and whole and ahead.version == standing.version:
+            self.change.adopt(self.exact.pool, ahead.pages)
+            self.ahead = None
+            if not ahead.known:
+                self.exact.change(ahead.rows, ahead.columns)
+        elif self.exact.shared or not whole:
             old = self.at(rows)
             fresh, columns = old.full, old.exact_pages
             self.exact.widen(self.change, rows[fresh], columns[fresh], 1)
@@ -375,6 +385,21 @@ class Bank:
         if self.live is not None:
             self.live = replace(self.live, opened=True)
         self.touch(rows)
+
+    def look_ahead(self, most: int) -> None:
+        """Take the pages that `open` will want for one more token of all rows, if nothing happens before. most: columns
+        that a row can have."""
+        self.drop_ahead()
+        rows = self.standing.full_rows
+        columns = self.standing.at(rows).exact_pages
+        if len(rows) and columns.max() < most:
+            self.ahead = self.exact.reach_out(self.standing.version, rows, columns)
+
+    def drop_ahead(self) -> None:
+        """Give pages back that were taken ahead."""
+        ahead, self.ahead = self.ahead, None
+        if ahead is not None:
+            ahead.tier.pool.release(ahead.pages)
 
     def give(self, rows: np.ndarray) -> None:
         """One token of each row goes, and the newest one takes its place, which is the device's to do."""

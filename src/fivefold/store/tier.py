@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -126,6 +127,17 @@ class Tier:
             table[rows[:, None], columns] = change.allocate(pool, columns.size).reshape(columns.shape)
         self.change(rows[:, None], columns)
 
+    def reach_out(self, version: int, rows: np.ndarray, columns: np.ndarray) -> Ahead | None:
+        """A page for each row in its column, behind those that count and part of no change; None where so many are not
+        free."""
+        with self.pool.lock:
+            if self.shared or self.pool.free_pages < len(rows):
+                return None
+            pages = self.pool.allocate(len(rows), step=True)
+        self.reserve(int(columns.max()) + 1)
+        self.table[rows, columns] = pages
+        return Ahead(version, self, rows, columns, pages)
+
     def drop(
         self,
         change: Transaction,
@@ -240,3 +252,16 @@ class Tier:
     @property
     def nbytes(self) -> int:
         return sum(table.nbytes for table in self.tables)
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Pages of a tier for the next token of rows whose last page is full, in columns behind those that count. version:
+    of the bounds (`Standing`) that they were taken for; known: whether the device tables know them."""
+
+    version: int
+    tier: Tier
+    rows: np.ndarray
+    columns: np.ndarray
+    pages: np.ndarray
+    known: bool = False

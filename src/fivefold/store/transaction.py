@@ -24,9 +24,9 @@ _numbers = itertools.count()
 class Transaction:
     """The pages that a change took and gives up, and what brings back what it changed."""
 
-    def __init__(self) -> None:
+    def __init__(self, step: bool = False) -> None:
         self._number = 1 + next(_numbers) % 0x7FFFFFFF
-        self.step = False
+        self.step = step
         """Whether it is a decoding step (`PagePool.allocate`)."""
         self.beside: Beside | None = None
         """Of a step that a device is given as a whole: where what need not wait for it runs, once it has been given."""
