@@ -43,6 +43,7 @@ OWN = ((32768, 8192), (32768, 2048))  # by the model's own code
 SWITCHED = (4096, 16384, 32768, 131072)  # of full() of the 8B shape: 0.5, 2, 4 and 17 GB
 PIECES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "prompts-kernels": ("prompts", measure.prompts), "weights": ("weights", measure.weights),
+    "attention": ("attention", measure.attention), "host-steps": ("host steps", measure.host_steps),
     "launches": ("launches", measure.launches), "own-launches": ("own launches", partial(measure.launches, own=True)),
 }  # fmt: skip
 PARTS = ("measure", *PIECES, "short", "steps-8b", "steps-1b", "prefill-8b", "prefill-1b", "switch")

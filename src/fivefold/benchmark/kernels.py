@@ -148,15 +148,17 @@ def pack(form: Form, tokens: int, device: torch.device, dtype: torch.dtype) -> t
     return ms, keys.nbytes + values.nbytes + shape[0] * form.nbytes
 
 
-def filled(recipe: Recipe, device: torch.device, context: int, batch: int, dtype: torch.dtype) -> LayerCache:
+def filled(
+    recipe: Recipe, device: torch.device, context: int, batch: int, dtype: torch.dtype, head_dim: int = HEAD_DIM
+) -> LayerCache:
     """A layer that holds `context` random tokens of `batch` sequences, put there piece by piece."""
-    spec = LayerSpec(0, 1, KV_HEADS, KV_HEADS * GROUP, HEAD_DIM, dtype, device)
+    spec = LayerSpec(0, 1, KV_HEADS, KV_HEADS * GROUP, head_dim, dtype, device)
     recipe = recipe.of_layer(spec)
     owner = recipe.packer
     codec = owner.codec(spec) if owner else None
     layer = LayerCache(spec, Pools(), recipe.extents(spec), codec, owner.exact_tokens if owner else 0)
     layer.start(batch)
-    scale = torch.where(torch.rand(HEAD_DIM, device=device) < 0.05, 20.0, 1.0).to(dtype)
+    scale = torch.where(torch.rand(head_dim, device=device) < 0.05, 20.0, 1.0).to(dtype)
     fill(layer, context, scale)
     if not layer.bounds.exact_tokens.all():
         fill(layer, 1)  # a step's newest token is exact

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fivefold.plan import memory
-from fivefold.plan.machine import Machine
+from fivefold.plan.machine import NARROW, Machine
 from fivefold.plan.shape import LayerShape, ModelShape
 from fivefold.plan.time import Read, prefill, step
 from fivefold.recipe import Recipe
@@ -92,7 +92,10 @@ def llama(shape: Mapping[str, Any], name: str = "llama") -> ModelShape:
 
 def fit_steps(rows: Sequence[Row], machine: Machine, efficiencies: bool = False) -> Machine:
     """The machine with those of `FITTED` that rows tell of, and on demand the shares of bandwidth of attention, so that
-    the relative errors of the rows are least; none of them negative."""
+    the relative errors of the rows are least; none of them negative. Rows that the host bounds say nothing of them."""
+    machine, host = replace(machine, host_step={}), machine.host_step
+    waits = replace(machine, host_step=host).waits
+    rows = [row for row in rows if row.seconds > HOST * waits(len(row.model.layers))] or rows
     plain = [row for row in rows if not row.own and not machine.fuses(row.batch)]
     told = {"fused_layer": any(not row.own and machine.fuses(row.batch) for row in rows)}
     told |= {"layer": bool(plain), "pointwise": bool(plain)}
@@ -124,8 +127,12 @@ def fit_steps(rows: Sequence[Row], machine: Machine, efficiencies: bool = False)
         given |= {"layer": given["own_layer"], "pointwise": given["own_pointwise"]}
     if efficiencies:
         # Never more than the memory can give: what is above belongs to the constants.
-        given["attention"] = {**machine.attention, **{k: min(1.0, 1 / found[k]) for k in kinds if found[k] > 0}}
-    return replace(machine, **given)
+        shares = {kind: min(1.0, 1 / found[kind]) for kind in kinds if found[kind] > 0}
+        for kind, share in list(shares.items()):  # narrow heads are so much slower than others as the kernels are
+            narrow, wide = machine.attention.get(f"{kind} {NARROW}"), machine.attention[kind]
+            shares |= {} if narrow is None else {f"{kind} {NARROW}": min(1.0, share * narrow / wide)}
+        given["attention"] = {**machine.attention, **shares}
+    return replace(machine, **given, host_step=host)
 
 
 def fit_prompts(rows: Sequence[Prompt], machine: Machine) -> Machine:

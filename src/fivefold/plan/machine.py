@@ -19,6 +19,8 @@ from fivefold.paths import cache_dir
 SHIPPED = Path(__file__).with_name("machines.json")
 KINDS = ("exact", "2", "3", "4", "8")
 """Kinds of pages: exact ones, and packed ones by the bits of a number."""
+NARROW = 64
+"""Heads of so many channels and fewer are read less fast."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Machine:
 
     memory: all of its bytes; usable: those that the driver's context leaves. bandwidth: of a large copy, what is read
     and what is written. products: operations of large products in bfloat16. streaming: bytes of weights that a product
-    with so many rows reads, by rows. attention: a decoding step's attention, by kind of page, as a share of bandwidth.
+    with so many rows reads, by rows. attention: a decoding step's attention, by kind of page, as a share of
+    bandwidth; "4 64", where it was measured, of narrow heads.
     prompt: operations of a prompt's attention, "causal" over itself and "past" over what is stored, "small" and "large"
     (see `time.LARGE`), by head_dim ("causal large 128": see `prompt_key`). pack, unpack: quantising a prompt and
     reading it back for its next chunk, by bits, as a share of bandwidth.
@@ -46,6 +49,8 @@ class Machine:
     packs and its heads are of two kinds. This and prompt_pointwise are of prompts with fused kernels
     (`models/chunks.py`);
     own_prompt_pointwise and own_host_layer of those that a model's own code reads, where that was measured.
+    host_step: the least that a step takes, however little a GPU has to do: "step", and "layer" for each layer; empty
+    where it was not measured.
 
     to_host, from_host: what `cache.offload()` and `restore()` reach; put_start, bring_start: what they take besides, of
     an "exact" cache or one with "packed" pages.
@@ -90,6 +95,7 @@ class Machine:
     own_pointwise: float | None = None
     own_prompt_pointwise: float | None = None
     own_host_layer: Mapping[str, float] = field(default_factory=dict)
+    host_step: Mapping[str, float] = field(default_factory=dict)
 
     def __hash__(self) -> int:  # equal machines have equal names
         return hash((self.name, self.date, self.source))
@@ -118,10 +124,23 @@ class Machine:
         own = self.own_prompt_pointwise
         return replace(self, prompt_pointwise=own, host_layer=self.own_host_layer)
 
+    def reads(self, pages: str, head_dim: int) -> float:
+        """The share of bandwidth of a step's attention over such pages."""
+        return self.attention.get(self.attention_key(pages, head_dim), self.attention[pages])
+
+    def waits(self, layers: int) -> float:
+        """The least that a step takes, in seconds, since the host has its part in it."""
+        return self.host_step.get("step", 0.0) + layers * self.host_step.get("layer", 0.0)
+
+    @staticmethod
+    def attention_key(pages: str, head_dim: int) -> str:
+        """The key in `attention` of such pages."""
+        return f"{pages} {NARROW}" if head_dim <= NARROW else pages
+
     @staticmethod
     def prompt_key(kind: str, large: bool, head_dim: int) -> str:
         """The key in `prompt` of an attention: heads of 64 channels and fewer reach less."""
-        return f"{kind} {'large' if large else 'small'} {64 if head_dim <= 64 else 128}"
+        return f"{kind} {'large' if large else 'small'} {NARROW if head_dim <= NARROW else 128}"
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,63 +28,15 @@ from fivefold.benchmark import decode, kernels, prefill
 from fivefold.benchmark import machine as device_of
 from fivefold.kernels.choice import choose
 from fivefold.plan.fit import Prompt, Row, fit_prompts, fit_steps
-from fivefold.plan.machine import Machine, measured_file
+from fivefold.plan.machine import NARROW, Machine, measured_file
+from fivefold.plan.sizes import BITS, CPU, DIMS, EXTENTS, GPU, Sizes
 from fivefold.plan.time import Read
 from fivefold.recipe import Recipe
 
 Progress = Callable[[str], None]
-BITS = (2, 3, 4, 8)
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-DIMS, EXTENTS = (64, 128), ("small", "large")
 READ = ("full()", "kivi(bits=4)", "duo(keep=0.5) + kivi(bits=4)")
 PROMPT_POINTWISE = 120.0
 """Where no prompts were timed: of an H100."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What is measured. attention: tokens of a short and a long cache. prompt: of small and of large ones; past: of
-    chunks and of what is stored before them, small and large. matrix: of a small and a large product, `[out, in]`.
-    steps: shape of a Llama whose steps are timed, contexts, and how many; read: tokens and chunks of its prompts;
-    narrow: shape of one for what the host takes. copied: bytes."""
-
-    attention: tuple[int, int]
-    prompt: tuple[tuple[int, ...], tuple[int, ...]]
-    past: tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]
-    unpacked: int
-    products: tuple[int, int, int]
-    matrix: tuple[tuple[int, int], tuple[int, int]]
-    rows: tuple[int, ...]
-    weights: int
-    step: Mapping[str, Any]
-    layers: tuple[int, int]
-    batches: tuple[int, ...]
-    context: int
-    steps: int
-    read: tuple[tuple[int, int | None], ...]
-    narrow: Mapping[str, Any]
-    copied: int
-    switched: tuple[int, int]
-
-
-_WIDE = {
-    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "rope_theta": 500000.0,
-}  # fmt: skip
-_NARROW = {
-    "vocab_size": 1024, "hidden_size": 1024, "intermediate_size": 1024, "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-}  # fmt: skip
-GPU = Sizes(
-    (32768, 524288), ((4096, 8192), (32768, 131072)),
-    (((2048, 8192), (2048, 30720)), ((8192, 16384), (8192, 32768))), 131072, (8192, 4096, 14336),
-    ((2048, 2048), (14336, 4096)), ROWS, 1 << 31, _WIDE, (2, 8), (1, 8, 32, 256), 1024, 24,
-    ((8192, None), (32768, 8192)), _NARROW, 1 << 30, (32768, 131072),
-)  # fmt: skip
-CPU = Sizes(
-    (512, 2048), ((128,), (512,)), (((64, 256),), ((64, 512),)), 512, (64, 256, 512), ((64, 64), (512, 256)), (1, 16),
-    1 << 22, _NARROW, (1, 2), (1, 2, 4), 256, 4, ((256, None), (256, 64)), _NARROW, 1 << 20, (256, 1024),
-)  # fmt: skip
 
 
 @torch.inference_mode()
@@ -94,9 +46,9 @@ def measure(device: torch.device | None = None, progress: Progress | None = None
     sizes = GPU if device.type == "cuda" else CPU
     raw: dict[str, Any] = {}
     parts: dict[str, Callable[..., Mapping[str, Any]]] = {
-        "copies": _copies, "products": _products, "weights": weights, "attention": _attention, "prompts": prompts,
-        "packing": _packing, "launches": launches, "own launches": partial(launches, own=True), "link": _link,
-        "steps": _steps, "reading": _reading,
+        "copies": _copies, "products": _products, "weights": weights, "attention": attention, "prompts": prompts,
+        "packing": _packing, "launches": launches, "own launches": partial(launches, own=True),
+        "host steps": host_steps, "link": _link, "steps": _steps, "reading": _reading,
     }  # fmt: skip
     for name, part in parts.items():
         if progress is not None:
@@ -131,6 +83,7 @@ def constants(raw: Mapping[str, Any], name: str | None = None, date: str | None 
         host_layer=raw["launches"],
         own_prompt_pointwise=PROMPT_POINTWISE if "own launches" in raw else None,
         own_host_layer=raw.get("own launches", {}),
+        host_step=raw.get("host steps", {}),
         to_host=link["to_host"],
         from_host=link["from_host"],
         put_start=link["put_start"],
@@ -264,21 +217,22 @@ def _fused(device: torch.device, sizes: Sizes) -> dict[str, float]:
     return rates
 
 
-def _attention(device: torch.device, sizes: Sizes) -> dict[str, Any]:
-    """Bytes a second of a step's attention by kind of page, and what a call takes besides."""
+@torch.inference_mode()
+def attention(device: torch.device, sizes: Sizes | None = None) -> dict[str, Any]:
+    """Bytes a second of a step's attention by kind of page and head_dim, and what a call takes besides."""
+    sizes = (GPU if device.type == "cuda" else CPU) if sizes is None else sizes
     dtype, rates, starts, rows = _dtype(device), {}, [], []
-    for kind in ("exact", *map(str, BITS)):
-        recipe = "full()" if kind == "exact" else f"kivi(bits={kind})"
-        found = []
+    for dim, kind in itertools.product((kernels.HEAD_DIM, NARROW), ("exact", *map(str, BITS))):
+        recipe, found = "full()" if kind == "exact" else f"kivi(bits={kind})", []
         for context in sizes.attention:
-            layer = kernels.filled(Recipe.parse(recipe), device, context, 1, dtype)
+            layer = kernels.filled(Recipe.parse(recipe), device, context, 1, dtype, dim)
             (group,) = layer.groups
-            queries = torch.randn(len(group.rows), kernels.GROUP, kernels.HEAD_DIM, device=device, dtype=dtype)
-            call = partial(attend_step, group, queries, kernels.HEAD_DIM**-0.5)
+            queries = torch.randn(len(group.rows), kernels.GROUP, dim, device=device, dtype=dtype)
+            call = partial(attend_step, group, queries, dim**-0.5)
             found.append((sum(kernels.read_bytes(layer)), device_of.median_ms(call, device) / 1000))
-            rows.append({"kind": kind, "context": context, "bytes": found[-1][0], "seconds": found[-1][1]})
+            rows.append({"kind": kind, "dim": dim, "context": context, "bytes": found[-1][0], "seconds": found[-1][1]})
             layer.free()
-        start, rates[kind] = _line(found)
+        start, rates[Machine.attention_key(kind, dim)] = _line(found)
         starts.append(start)
     return {"rates": rates, "start": statistics.fmean(starts), "rows": rows}
 
@@ -378,6 +332,23 @@ def launches(device: torch.device, sizes: Sizes | None = None, own: bool = False
         times = [prefill.read(model, recipe, ids, chunk, own)["seconds"] for _ in range(5)]
         found[kind] = statistics.median(times[1:]) / (chunks * layers)
     return found
+
+
+@torch.inference_mode()
+def host_steps(device: torch.device, sizes: Sizes | None = None) -> dict[str, float]:
+    """Seconds of a step of a model so narrow that the device waits for the host: of any such step, and of a layer."""
+    sizes = (GPU if device.type == "cuda" else CPU) if sizes is None else sizes
+    if device.type != "cuda":
+        return {}  # the host is the device
+    found, counts = [], (sizes.layers[1], 3 * sizes.layers[1])
+    for layers in counts:
+        shape = {**sizes.narrow, "num_hidden_layers": layers}
+        model = decode.build(shape, device)
+        rows = [timed_step(model, shape, recipe, sizes.context, 1, 2 * sizes.steps) for recipe in READ[:2]]
+        found.append(statistics.fmean(row["seconds"] for row in rows))
+        tidy(device)
+    each = max(0.0, found[1] - found[0]) / (counts[1] - counts[0])
+    return {"step": max(0.0, found[0] - counts[0] * each), "layer": each}
 
 
 def _link(device: torch.device, sizes: Sizes) -> dict[str, Any]:

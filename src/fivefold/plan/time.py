@@ -130,6 +130,10 @@ def step(
     terms.append(Term("host and logits", machine.step + logits * machine.word, said, "launches"))
     if gpus > 1:
         terms.append(_all_reduce(model, machine, batch, gpus, 1))
+    busy, host = _sum(terms), machine.waits(layers)
+    if host > busy:
+        said = f"the host's part, {_seconds(host)}, less all that"
+        terms.append(Term("waiting for the host", host - busy, said, "launches"))
     return Estimate(tuple(terms))
 
 
@@ -145,12 +149,13 @@ def _weights(model: ModelShape, machine: Machine, batch: int, gpus: int, fused: 
 
 
 def _attention(model: ModelShape, machine: Machine, reads: Sequence[Read], gpus: int) -> Iterator[Term]:
-    share = model.share(gpus)
+    share, dim = model.share(gpus), min((layer.head_dim for layer in attending(model)), default=128)
     for read in reads:
-        rate = machine.attention[read.pages] * machine.bandwidth
+        part = machine.reads(read.pages, dim)
+        rate = part * machine.bandwidth
         nbytes = read.nbytes * share
         name = "exact" if read.kind == "exact" else f"{read.bits} bits"
-        said = f"{_bytes(nbytes)} / ({machine.attention[read.pages]:.2f} of {_rate(machine.bandwidth)})"
+        said = f"{_bytes(nbytes)} / ({part:.2f} of {_rate(machine.bandwidth)})"
         yield Term(f"attention, {name}", nbytes / rate, said, "bandwidth")
 
 
