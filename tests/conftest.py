@@ -83,10 +83,14 @@ QUICK = {
 method is in some of them; CI runs all."""
 
 
-def quick(values: Iterable[Any], count: int) -> list[Any]:
-    """Parameters of a test: so many for the README's command, and the others, which are like them, for CI too."""
-    slow = pytest.mark.slow
-    return [value if i < count else pytest.param(value, marks=slow) for i, value in enumerate(values)]
+def quick(values: Iterable[Any], count: int, most: int | None = None) -> list[Any]:
+    """Parameters of a test: so many for the README's command, up to `most` of the others, which are like them, for CI
+    too, and the rest before a release."""
+    out = list(values)
+    for i in range(count, len(out)):
+        rare = most is not None and i >= most
+        out[i] = pytest.param(out[i], marks=[pytest.mark.slow, *([pytest.mark.release] if rare else [])])
+    return out
 
 
 # Grouped, single (MQA) and equally many (MHA) kv heads; head dims 64, 96, 128 and 256. A wide initialisation, so that

@@ -482,6 +482,7 @@ def test_a_second_ctrl_c_ends_a_turn_at_once(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_a_killed_chat_loses_the_turn_at_most(tiny: Path, tmp_path: Path):
     session = ("--session", tmp_path / "talk")
     command = ["-m", tiny, "-r", "kivi(bits=2)", "-n", "800", *session]

@@ -684,12 +684,14 @@ def test_generate_with_the_embedded_model(fetched: Path):
 
 @pytest.mark.model
 @pytest.mark.slow
+@pytest.mark.release
 def test_ctrl_c_while_generating_with_the_embedded_model(fetched: Path):
     interrupt_generate("-p", "Write a long story about a ship.", "-n", "4000")
 
 
 @pytest.mark.model
 @pytest.mark.slow
+@pytest.mark.release
 def test_ctrl_c_in_the_demo_with_the_embedded_model(fetched: Path, tmp_path: Path):
     interrupt_demo(tmp_path, "-c", "512")
 

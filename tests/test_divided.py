@@ -58,7 +58,7 @@ def filled(model, recipe: str, *graphs: bool) -> list:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=pytest.mark.release) if x == "rotatekv-2" else x for x in CODECS]
+    "name", [pytest.param(x, marks=pytest.mark.release) if x in ("rotatekv-2", "rotatekv-alone") else x for x in CODECS]
 )
 @pytest.mark.slow
 def test_steps_are_those_of_the_reference(model, name: str, tmp_path: Path) -> None:

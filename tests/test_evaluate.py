@@ -505,10 +505,10 @@ def test_the_embedded_model_beats_chance_and_a_forgetful_cache_does_not(tmp_path
 
     embedded.fetch()
     forgetful = "streaming(sink=0, recent=8)"
-    plan = Plan(("full()", forgetful), ("passkey", "multi_passkey", "api_cloze"), (1024,), 2)
+    plan = Plan(("full()", forgetful), ("passkey", "api_cloze"), (1024,), 2)
     result = run(*embedded.load(), plan, tmp_path / "kept.jsonl")
     cells = {(cell["suite"], cell["recipe"]): cell for cell in result["cells"]}
-    assert len(cells) == 9
+    assert len(cells) == 6
     for suite in plan.suites:
         exact, full, lost = (cells[suite, recipe] for recipe in (EXACT, *plan.recipes))
         said = [[q["said"] for row in cell["rows"] for q in row["questions"]] for cell in (exact, full)]

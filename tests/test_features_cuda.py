@@ -67,6 +67,8 @@ def expanded(form: Features, sums: torch.Tensor, lse: torch.Tensor, heads: int) 
 def test_the_source_does_as_the_reference(shape, heads, dtype, alone, tmp_path, monkeypatch):
     """Teams of one program, of several and of none; units that are seen in part; copies at once, and as late as may be.
     What is not seen, and is in no plane of codes that is, is not a number. alone: it leaves scores."""
+    if alone and torch.cuda.is_available():
+        pytest.skip("what weighs the scores is compiled for the GPU here")
     if alone:
         monkeypatch.setattr(cuda, "HELD", 0)
         if "bits" in shape or shape["heads"] * shape["ranks"][1] % 16:

@@ -309,13 +309,12 @@ def crowded(model: Any, recipe: str, asked: Sequence[Request], grows: bool) -> l
 
 LONG = ((40, 50, 30, 60), (60, 70, 50, 65))
 CROWDED = (
-    "full", "kivi4", "kivi-residual", "gear", "mikv", "rotatekv", "cskv", "duo", "razor", "streaming+kivi", "h2o",
-    "snapkv+kivi", "d2o", "elastic", "tidal+kivi",
+    "full", "kivi4", "mikv", "rotatekv", "cskv", "duo", "streaming+kivi", "h2o", "tidal+kivi", "kivi-residual", "gear",
+    "razor", "snapkv+kivi", "d2o", "elastic",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CROWDED)
-@pytest.mark.slow
+@pytest.mark.parametrize("name", quick(CROWDED, 0, 9))
 def test_preemption_changes_no_token(tiny: Any, name: str) -> None:
     """Under a cap that hardly holds one request, sequences go to host memory and come back."""
     model = tiny(**SHAPE)
@@ -681,7 +680,7 @@ def test_one_thread_steps_at_a_time(tiny: Any) -> None:
 
 # -- a real model -----------------------------------------------------------------------------------------
 
-REAL = ("full()", "kivi(bits=4)", "duo(keep=0.34) + kivi(bits=4)", "snapkv(keep=0.5)")
+REAL = ("kivi(bits=4)", "full()", "duo(keep=0.34) + kivi(bits=4)", "snapkv(keep=0.5)")
 
 
 @pytest.fixture(scope="module")
@@ -693,8 +692,7 @@ def smollm2() -> Iterator[tuple[Any, Any]]:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("recipe", [*REAL[:2], *(pytest.param(x, marks=pytest.mark.release) for x in REAL[2:])])
-@pytest.mark.slow
+@pytest.mark.parametrize("recipe", quick(REAL, 0, 1))
 def test_requests_that_arrive_at_random(smollm2: Any, recipe: str) -> None:
     model, tokenizer = smollm2
     ids = make_task(tokenizer, 4096).prefix[0].tolist()

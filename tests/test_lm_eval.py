@@ -162,6 +162,7 @@ def test_a_recipe_that_does_not_fit_is_refused_at_once(model, tokenizer):
 
 @pytest.mark.model
 @pytest.mark.slow
+@pytest.mark.release
 def test_the_embedded_model_finds_words_and_a_forgetful_cache_does_not(data):
     from fivefold.models import embedded
 
