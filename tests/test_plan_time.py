@@ -13,7 +13,7 @@ import pytest
 from fivefold.errors import InputError
 from fivefold.plan import memory
 from fivefold.plan import time as plan_time
-from fivefold.plan.fit import FITTED, Prompt, Row, fit_prompts, fit_steps, least, llama
+from fivefold.plan.fit import FITTED, Prompt, Row, fit_first, fit_prompts, fit_steps, least, llama
 from fivefold.plan.machine import KINDS, Machine, find_machine, here, measured_file, read_machine, shipped
 from fivefold.plan.shape import LayerShape, ModelShape
 from fivefold.plan.time import Read, prefill, step, switch
@@ -166,14 +166,16 @@ def test_narrow_heads_reach_less() -> None:
 
 def test_a_host_that_is_slow_shows() -> None:
     """Launches are hidden behind the device's work where that takes longer, chunk by chunk."""
-    slow = replace(H100, host_layer={name: 10 * x for name, x in H100.host_layer.items()})
+    slow = replace(H100, host_layer={name: 10 * x for name, x in H100.host_layer.items()}, host_first={})
     for tokens, hidden in ((512, False), (131072, True)):
         quick, other = prefill(EIGHT, H100, tokens), prefill(EIGHT, slow, tokens)
         assert quick is not None and other is not None and (quick.seconds == other.seconds) is hidden
-    late = replace(H100, host_layer=dict.fromkeys(H100.host_layer, 1.0))
+    late = replace(H100, host_layer=dict.fromkeys(H100.host_layer, 1.0), host_first={})
     for packed, split in ((0.0, False), (4e4, False), (4e4, True)):
         one = prefill(EIGHT, late, 65536, chunk=8192, packed=packed, bits=4, split=split)
-        assert one is not None and one.seconds == pytest.approx(32 * 8)
+        assert one is not None
+        work = sum(term.seconds for term in one.terms[:-1])
+        assert one.seconds == pytest.approx(32 * 8 + work / 32)  # nobody waits for the last layer's
 
 
 def test_windows_read_less() -> None:
@@ -229,7 +231,8 @@ def test_shipped_machines() -> None:
     assert len(names) == len(set(names)) >= 12
     for one in shipped():
         assert one.source and one.date and 0 < one.usable < one.memory
-        assert one.attention.keys() == set(KINDS) and all(0 < x <= 1 for x in one.attention.values())
+        assert one.attention.keys() == {*KINDS, *(f"{kind} 64" for kind in KINDS)}
+        assert all(0 < x <= 1 for x in one.attention.values())
         if one.name != "H100 80GB":
             assert "as measured on an H100" in one.source and not one.measured
 
@@ -265,7 +268,8 @@ def test_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_fit_finds_what_made_the_rows() -> None:
     true = replace(H100, step=1.5e-3, word=2e-10, layer=8e-5, packed_layer=1e-5, packed_row=1e-7, pointwise=300.0)
-    true = replace(true, fused={"1": 2.7e12, "8": 2.5e12}, fused_layer=2e-5, own_layer=1e-4, own_pointwise=400.0)
+    true = replace(true, fused={"1": 2.7e12, "8": 2.5e12}, fused_layer=2e-5, fused_several=3e-5)
+    true = replace(true, own_layer=1e-4, own_pointwise=400.0, host_step={"step": 4e-3, "layer": 1e-5})
     half = replace(EIGHT, layers=EIGHT.layers[:8], parameters=2_800_000_000, weight_bytes=5_600_000_000)
     rows = []
     for model in (EIGHT, half):
@@ -289,6 +293,49 @@ def test_fit_finds_what_made_the_rows() -> None:
     assert min(least(np.array([[1.0, 1.0], [1.0, 2.0]]), np.array([1.0, 0.5]))) == 0
 
 
+def test_no_step_is_shorter_than_the_hosts_part() -> None:
+    """Rows that the host bounds say nothing of the device."""
+    slow = replace(H100, host_step={"step": 6e-3, "layer": 1e-4})
+    short, long = (step(EIGHT, slow, 1, (Read("exact", 16, nbytes, 32),)) for nbytes in (1 << 20, 1 << 36))
+    free = replace(H100, host_step={})
+    assert short is not None and long is not None
+    assert short.seconds == pytest.approx(6e-3 + 32e-4) and short.terms[-1].name == "waiting for the host"
+    assert long == step(EIGHT, free, 1, (Read("exact", 16, 1 << 36, 32),))
+    rows = [Row(EIGHT, 1, (Read("exact", 16, nbytes, 32),), 0.0) for nbytes in (1 << 20, 1 << 30, 1 << 36, 3 << 36)]
+    rows = [replace(row, seconds=step(EIGHT, slow, 1, row.reads).seconds) for row in rows]  # type: ignore[union-attr]
+    found = fit_steps(rows, replace(slow, step=0.0, fused_layer=0.0, word=0.0))
+    for row in rows:
+        assert step(EIGHT, found, 1, row.reads).seconds == pytest.approx(row.seconds, rel=1e-4)  # type: ignore[union-attr]
+
+
+def test_narrow_heads_are_read_at_their_own_rate() -> None:
+    narrow = replace(EIGHT, layers=tuple(replace(layer, kv_heads=16, head_dim=64) for layer in EIGHT.layers))
+    machine = replace(H100, attention={**H100.attention, "4": 0.8, "4 64": 0.4}, host_step={})
+    reads = (Read("packed", 4, 1 << 34, 32),)
+    (wide, slow) = (step(model, machine, 64, reads) for model in (EIGHT, narrow))
+    assert wide is not None and slow is not None
+    assert slow.seconds - wide.seconds == pytest.approx((1 << 34) / H100.bandwidth * (1 / 0.4 - 1 / 0.8))  # rows too
+    unknown = replace(machine, attention={"4": 0.8})
+    assert step(narrow, unknown, 64, reads) == step(EIGHT, unknown, 64, reads)
+
+
+def test_what_the_host_takes_for_a_first_chunk() -> None:
+    """It follows from prompts that the host bounds by far; the mean of four chunks stays what was measured."""
+    true = replace(H100, host_first={"exact": 3e-3, "packed": 2e-3, "split": 5e-3})
+    rows = []
+    for tokens, chunk in ((256, None), (1024, 256), (65536, None)):
+        for packed, split in ((0.0, False), (4e4, False), (2e4, True)):
+            row = Prompt(EIGHT, tokens, chunk, packed, 4 if packed else None, 0.5 if split else 1.0, split, 0.0)
+            rows.append(replace(row, seconds=row.predicted(true)))
+    found = fit_first(rows, H100)
+    assert found.host_first == pytest.approx(true.host_first)
+    for row in rows:
+        assert row.predicted(found) == pytest.approx(row.seconds)
+    first, later = found.launches("split")
+    assert first == pytest.approx(5e-3) and first + 3 * later == pytest.approx(4 * H100.host_layer["split"])
+    assert found.by_own_code.launches("exact") == (H100.own_host_layer["exact"],) * 2
+
+
 def test_fit_of_prompts_finds_what_made_the_rows() -> None:
     true = replace(H100, prompt_pointwise=90.0)
     rows = []
@@ -303,9 +350,9 @@ def test_fit_of_prompts_finds_what_made_the_rows() -> None:
 
 
 def test_shipped_constants_hold_on_an_h100() -> None:
-    """On the shape that they were fitted on, and on a smaller one that they were not: within 10% of a step, but for
-    the smaller one's batches, and within 15% of a prompt whose chunks keep a GPU busy and of a change of sessions. What
-    waits for the host is as far off as it is."""
+    """On the shape that they were fitted on: within 10% of a step, and within 15% of a prompt and of a change of
+    sessions. On a smaller one, that they were not fitted on, within 12% of a step, and of prompts as far off as they
+    are."""
     root = Path(__file__).resolve().parents[1]
     spec = importlib.util.spec_from_file_location("plan_gpu", root / "benchmarks" / "plan_gpu.py")
     assert spec is not None and spec.loader is not None
@@ -315,10 +362,10 @@ def test_shipped_constants_hold_on_an_h100() -> None:
     found = script.compared(results["rows"], H100)
     own = ", the model's own code"
     bounds = {
-        "steps alone": (0.1, 0.17), "steps in batches": (0.1, 0.22), f"steps alone{own}": (0.1, 0.1),
-        f"steps in batches{own}": (0.1, 0.1), "prompts at once": (0.23, 0.38),
-        "prompts in chunks of 8,192": (0.15, 0.26), "prompts in chunks of 2,048": (0.21, 0.15),
-        f"prompts in chunks of 8,192{own}": (0.15, 0.15), f"prompts in chunks of 2,048{own}": (0.15, 0.31),
+        "steps alone": (0.1, 0.12), "steps in batches": (0.1, 0.11), f"steps alone{own}": (0.1, 0.1),
+        f"steps in batches{own}": (0.1, 0.1), "prompts at once": (0.15, 0.15),
+        "prompts in chunks of 8,192": (0.15, 0.22), "prompts in chunks of 2,048": (0.15, 0.21),
+        f"prompts in chunks of 8,192{own}": (0.15, 0.15), f"prompts in chunks of 2,048{own}": (0.15, 0.16),
         "to the host": (0.15, 0.15), "from the host": (0.15, 0.15),
     }  # fmt: skip
     for kind, models in found["errors"].items():

@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 
 from fivefold.plan import memory
-from fivefold.plan.machine import NARROW, Machine
+from fivefold.plan.machine import Machine
 from fivefold.plan.shape import LayerShape, ModelShape
 from fivefold.plan.time import Read, prefill, step
 from fivefold.recipe import Recipe
 
 HOST = 1.05
 """A prompt whose launches add more than this to the device's least work is bound by the host."""
+BY_FAR = 1.15
 FITTED = (
-    "step", "word", "fused_layer", "layer", "pointwise", "own_layer", "own_pointwise", "packed_layer", "packed_row",
+    "step", "word", "fused_layer", "fused_several", "layer", "pointwise", "own_layer", "own_pointwise", "packed_layer",
+    "packed_row",
 )  # fmt: skip
 
 
@@ -63,6 +65,11 @@ class Prompt:
         own = bool(row.get("own_code"))
         return cls(model, context, row["chunk"], packed, bits, reach, split, row["seconds"], own)
 
+    @property
+    def kind(self) -> str:
+        """Its key in `Machine.host_layer`."""
+        return "split" if self.split and self.packed else "packed" if self.packed else "exact"
+
     def predicted(self, machine: Machine) -> float:
         names = ("packed", "bits", "reach", "split", "own")
         given = {name: getattr(self, name) for name in names}
@@ -97,7 +104,8 @@ def fit_steps(rows: Sequence[Row], machine: Machine, efficiencies: bool = False)
     waits = replace(machine, host_step=host).waits
     rows = [row for row in rows if row.seconds > HOST * waits(len(row.model.layers))] or rows
     plain = [row for row in rows if not row.own and not machine.fuses(row.batch)]
-    told = {"fused_layer": any(not row.own and machine.fuses(row.batch) for row in rows)}
+    fused = {row.batch for row in rows if not row.own and machine.fuses(row.batch)}
+    told = {"fused_layer": 1 in fused, "fused_several": bool(fused - {1})}
     told |= {"layer": bool(plain), "pointwise": bool(plain)}
     told |= dict.fromkeys(("own_layer", "own_pointwise"), any(row.own for row in rows))
     names = [name for name in FITTED if told.get(name, True)]
@@ -127,12 +135,19 @@ def fit_steps(rows: Sequence[Row], machine: Machine, efficiencies: bool = False)
         given |= {"layer": given["own_layer"], "pointwise": given["own_pointwise"]}
     if efficiencies:
         # Never more than the memory can give: what is above belongs to the constants.
-        shares = {kind: min(1.0, 1 / found[kind]) for kind in kinds if found[kind] > 0}
-        for kind, share in list(shares.items()):  # narrow heads are so much slower than others as the kernels are
-            narrow, wide = machine.attention.get(f"{kind} {NARROW}"), machine.attention[kind]
-            shares |= {} if narrow is None else {f"{kind} {NARROW}": min(1.0, share * narrow / wide)}
-        given["attention"] = {**machine.attention, **shares}
+        given["attention"] = {**machine.attention, **{k: min(1.0, 1 / found[k]) for k in kinds if found[k] > 0}}
     return replace(machine, **given, host_step=host)
+
+
+def fit_first(rows: Sequence[Prompt], machine: Machine) -> Machine:
+    """The machine with the `host_first` of those prompts, read at once, that the host bounds by far."""
+    idle = replace(machine, host_layer=dict.fromkeys(machine.host_layer, 0.0), host_first={})
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        work, layers = row.predicted(idle), len(row.model.layers)
+        if row.chunk is None and not row.own and row.seconds > BY_FAR * work:
+            found.setdefault(row.kind, []).append((row.seconds - work / layers) / layers)
+    return replace(machine, host_first={kind: float(np.median(each)) for kind, each in found.items()})
 
 
 def fit_prompts(rows: Sequence[Prompt], machine: Machine) -> Machine:

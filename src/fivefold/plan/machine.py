@@ -19,6 +19,8 @@ from fivefold.paths import cache_dir
 SHIPPED = Path(__file__).with_name("machines.json")
 KINDS = ("exact", "2", "3", "4", "8")
 """Kinds of pages: exact ones, and packed ones by the bits of a number."""
+CHUNKS = 4
+"""Of a prompt, in the measurement of what the host takes for a chunk."""
 NARROW = 64
 """Heads of so many channels and fewer are read less fast."""
 
@@ -37,17 +39,18 @@ class Machine:
 
     step: of a step as a graph, the host's part and what does not grow; word: what each logit of each sequence adds.
     layer: the small operations and the gaps of a layer, and the beginning of its attention; packed_layer: what a layer
-    that packs adds; packed_row: what each of its KV heads of each sequence adds. pointwise: the work between a layer's
-    products, which grows with the tokens: in how many copies of the hidden vector, at `bandwidth`, it is done; of a
-    step, and (prompt_pointwise) of a prompt.
+    that packs adds; packed_row: what each of its KV heads, of 128 channels, of each sequence adds. pointwise: the work
+    between a layer's products, which grows with the tokens: in how many copies of the hidden vector, at `bandwidth`,
+    it is done; of a step, and (prompt_pointwise) of a prompt.
 
     fused: `streaming` of our fused kernels, which take the steps of so many sequences at most of models of a Llama's
-    kind; empty where that was not measured. fused_layer: `layer` of such a step; `layer` and `pointwise` are then of
-    steps of more sequences, own_layer and own_pointwise of other models' steps, which run the model's own code.
+    kind; empty where that was not measured. fused_layer: `layer` of such a step of one sequence, and fused_several of
+    more (None: the same); `layer` and `pointwise` are then of steps of more sequences, own_layer and own_pointwise of
+    other models' steps, which run the model's own code.
 
     host_layer: what the host takes to launch one layer of a chunk of a prompt, "exact", "packed", or "split" where it
-    packs and its heads are of two kinds. This and prompt_pointwise are of prompts with fused kernels
-    (`models/chunks.py`);
+    packs and its heads are of two kinds, the mean of a prompt's first `CHUNKS`; host_first: of the first of them, where
+    that is known. These and prompt_pointwise are of prompts with fused kernels (`models/chunks.py`);
     own_prompt_pointwise and own_host_layer of those that a model's own code reads, where that was measured.
     host_step: the least that a step takes, however little a GPU has to do: "step", and "layer" for each layer; empty
     where it was not measured.
@@ -91,11 +94,13 @@ class Machine:
     aliases: tuple[str, ...] = field(default=())
     fused: Mapping[str, float] = field(default_factory=dict)
     fused_layer: float = 0.0
+    fused_several: float | None = None
     own_layer: float | None = None
     own_pointwise: float | None = None
     own_prompt_pointwise: float | None = None
     own_host_layer: Mapping[str, float] = field(default_factory=dict)
     host_step: Mapping[str, float] = field(default_factory=dict)
+    host_first: Mapping[str, float] = field(default_factory=dict)
 
     def __hash__(self) -> int:  # equal machines have equal names
         return hash((self.name, self.date, self.source))
@@ -112,9 +117,19 @@ class Machine:
                 return slow + share * (fast - slow)
         return known[-1][1]
 
+    def fused_small(self, rows: int) -> float:
+        """The small operations of a layer in fused kernels, of so many sequences."""
+        return self.fused_layer if rows == 1 or self.fused_several is None else self.fused_several
+
     def fuses(self, rows: int) -> bool:
         """Whether our fused kernels take a step of so many sequences."""
         return any(rows <= int(count) for count in self.fused)
+
+    def launches(self, kind: str) -> tuple[float, float]:
+        """What the host takes for a layer of a prompt's first chunk, and of those that follow."""
+        mean = self.host_layer[kind]
+        first = self.host_first.get(kind, mean)
+        return first, max(0.0, CHUNKS * mean - first) / (CHUNKS - 1)
 
     @property
     def by_own_code(self) -> Machine:
@@ -122,7 +137,7 @@ class Machine:
         if self.own_prompt_pointwise is None or not self.own_host_layer:
             return self
         own = self.own_prompt_pointwise
-        return replace(self, prompt_pointwise=own, host_layer=self.own_host_layer)
+        return replace(self, prompt_pointwise=own, host_layer=self.own_host_layer, host_first={})
 
     def reads(self, pages: str, head_dim: int) -> float:
         """The share of bandwidth of a step's attention over such pages."""

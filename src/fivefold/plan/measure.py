@@ -27,8 +27,8 @@ from fivefold.attention.merge import attend
 from fivefold.benchmark import decode, kernels, prefill
 from fivefold.benchmark import machine as device_of
 from fivefold.kernels.choice import choose
-from fivefold.plan.fit import Prompt, Row, fit_prompts, fit_steps
-from fivefold.plan.machine import NARROW, Machine, measured_file
+from fivefold.plan.fit import Prompt, Row, fit_first, fit_prompts, fit_steps
+from fivefold.plan.machine import CHUNKS, NARROW, Machine, measured_file
 from fivefold.plan.sizes import BITS, CPU, DIMS, EXTENTS, GPU, Sizes
 from fivefold.plan.time import Read
 from fivefold.recipe import Recipe
@@ -101,7 +101,8 @@ def constants(raw: Mapping[str, Any], name: str | None = None, date: str | None 
     # fit, steps of many sequences are predicted badly. The shares of bandwidth that attention reaches are those of its
     # kernels: these caches are too small to show them.
     found = fit_steps([Row.from_dict(row) for row in raw["steps"]["rows"]], base)
-    return fit_prompts([Prompt.from_dict(row) for row in raw.get("reading", {}).get("rows", ())], found)
+    prompts = [Prompt.from_dict(row) for row in raw.get("reading", {}).get("rows", ())]
+    return fit_first(prompts, fit_prompts(prompts, found))
 
 
 def save(machine: Machine, raw: Mapping[str, Any], path: Path | None = None) -> Path:
@@ -324,7 +325,7 @@ def launches(device: torch.device, sizes: Sizes | None = None, own: bool = False
     """Seconds that the host takes for a layer of a chunk, and for its part of a chunk's beginning and end, of a model
     so narrow that the device waits for it. own: by the model's own code."""
     sizes = (GPU if device.type == "cuda" else CPU) if sizes is None else sizes
-    chunk, chunks, layers, found = (1024 if device.type == "cuda" else 128), 4, 2 * sizes.layers[1], {}
+    chunk, chunks, layers, found = sizes.narrow_chunk, CHUNKS, 2 * sizes.layers[1], {}
     model = decode.build({**sizes.narrow, "num_hidden_layers": layers}, device)
     ids = torch.randint(1024, (1, chunk * chunks), device=device)
     split = "duo(keep=0.5) + kivi(bits=4)"
@@ -403,12 +404,13 @@ def _steps(device: torch.device, sizes: Sizes) -> dict[str, Any]:
 
 
 def _reading(device: torch.device, sizes: Sizes) -> dict[str, Any]:
-    """Prompts of a model of two numbers of layers, at once and in chunks."""
+    """Prompts of a model of two numbers of layers, at once and in chunks, and of one that waits for the host."""
     rows = []
-    for layers in sizes.layers:
-        shape = {**sizes.step, "num_hidden_layers": layers}
+    kinds = [({**sizes.step, "num_hidden_layers": layers}, sizes.read) for layers in sizes.layers]
+    kinds.append(({**sizes.narrow, "num_hidden_layers": 2 * sizes.layers[1]}, ((sizes.narrow_chunk, None),)))
+    for shape, lengths in kinds:
         model = decode.build(shape, device)
-        for context, chunk in sizes.read:
+        for context, chunk in lengths:
             for recipe, own in [*((recipe, False) for recipe in READ), ("full()", True)]:
                 rows.append(timed_prompt(model, shape, recipe, context, chunk, 2, own))
                 tidy(device)

@@ -26,6 +26,8 @@ RECENT = 128
 """The newest tokens that stay exact where the others are packed: `kivi`'s default."""
 STORED = "what is stored"
 """What the names of those parts of a prompt end with that grow with what has been read before."""
+WIDE = 128
+"""Channels of the heads that `Machine.packed_row` is of."""
 ITEM = {"float32": 4, "float64": 8, "float8_e4m3fn": 1, "int8": 1}
 """Bytes of a number of a dtype; of all others 2."""
 NOT_PREDICTED = "not predicted: this recipe has no kernel here"
@@ -110,7 +112,7 @@ def step(
         return None
     whole = not own and model.fused and gpus == 1
     few = whole and machine.fuses(batch)
-    each, width = (machine.fused_layer, 0.0) if few else (machine.layer, machine.pointwise)
+    each, width = (machine.layer, machine.pointwise) if not few else (machine.fused_small(batch), 0.0)
     if not whole and machine.own_layer is not None and machine.own_pointwise is not None:
         each, width = machine.own_layer, machine.own_pointwise
     terms = [_weights(model, machine, batch, gpus, few), *_attention(model, machine, reads, gpus)]
@@ -121,9 +123,11 @@ def step(
     small = layers * each + moved / machine.bandwidth
     terms.append(Term("launches in fused kernels" if few else "small operations", small, said, "launches"))
     if packing:
-        heads = batch * round(max(layer.kv_heads for layer in model.layers) * model.share(gpus))
+        wide = max(layer.kv_heads * layer.head_dim for layer in model.layers) / WIDE
+        heads = batch * model.share(gpus) * wide
         each = machine.packed_layer + heads * machine.packed_row
-        said = f"{packing} layers x ({_seconds(machine.packed_layer)} + {heads} heads x {_seconds(machine.packed_row)})"
+        said = f"{packing} layers x ({_seconds(machine.packed_layer)} + {heads:,.4g} heads of {WIDE} channels x "
+        said += f"{_seconds(machine.packed_row)})"
         terms.append(Term("packing", packing * each, said, "launches"))
     logits = batch * model.vocabulary / gpus
     said = f"{_seconds(machine.step)} + {logits:,.0f} logits x {machine.word * 1e12:.3g} ps"
@@ -226,16 +230,18 @@ def _sum(terms: Iterable[Term]) -> float:
 def _launching(
     model: ModelShape, machine: Machine, chunks: Sequence[int], packed: bool, split: bool, device: Sequence[Term]
 ) -> Term:
-    """What a prompt takes beyond the device's work: what launching a chunk takes longer than the work of that chunk,
-    which grows with what is stored."""
-    each = machine.host_layer["split" if split and packed else "packed" if packed else "exact"]
+    """What a prompt takes beyond the device's work: what launching a chunk, but its last layer, takes longer than the
+    work of that chunk, which grows with what is stored."""
+    first, later = machine.launches("split" if split and packed else "packed" if packed else "exact")
     held = list(accumulate(chunks, initial=0))[:-1]
     growing = _sum(term for term in device if term.name.endswith(STORED))
     alike, share = (_sum(device) - growing) / sum(chunks), growing / (sum(held) or 1)
-    host = len(model.layers) * each
-    longer = sum(max(0.0, host - alike * chunk - share * before) for chunk, before in zip(chunks, held))
-    whole = f"{len(chunks)} chunks x {len(model.layers)} layers x {_seconds(each)}"
-    said = f"{whole}, less the device's work meanwhile"
+    layers, hosts = len(model.layers), [first, *[later] * (len(chunks) - 1)]
+    work = [alike * chunk + share * before for chunk, before in zip(chunks, held)]
+    longer = sum(max(0.0, layers * host - one * (1 - 1 / layers)) for host, one in zip(hosts, work))
+    said = f"{layers} layers x ({_seconds(first)}"
+    said += f" + {len(chunks) - 1} chunks x {_seconds(later)})" if len(chunks) > 1 else ")"
+    said += ", less the device's work meanwhile"
     return Term("launches", longer, said, "launches")
 
 
