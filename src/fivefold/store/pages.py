@@ -177,6 +177,10 @@ class PagePool(Slabs):
         if (free > _SCATTER and free * _SHRINK > self.total_pages) or free * 2 >= self.total_pages:
             self.trim()
 
+    def ample(self, count: int) -> bool:
+        """Whether so many pages are free, and the cap is far: nobody will miss them."""
+        return self.free_pages >= count and self.budget.room_for(count * self.layout.nbytes, _RESERVE)
+
     @locked
     def allocate(self, count: int, step: bool = False) -> np.ndarray:
         """`count` pages with one reference each, consecutive where possible. Contents are undefined.

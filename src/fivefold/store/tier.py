@@ -129,9 +129,9 @@ class Tier:
 
     def reach_out(self, version: int, rows: np.ndarray, columns: np.ndarray) -> Ahead | None:
         """A page for each row in its column, behind those that count and part of no change; None where so many are not
-        free."""
+        free, or may be missed by others."""
         with self.pool.lock:
-            if self.shared or self.pool.free_pages < len(rows):
+            if self.shared or not self.pool.ample(len(rows)):
                 return None
             pages = self.pool.allocate(len(rows), step=True)
         self.reserve(int(columns.max()) + 1)
