@@ -61,6 +61,9 @@ def test_any_other_change_gives_them_back(bank: Bank) -> None:
         change.rollback()
         assert bank.ahead is None and used(bank) == before
     bank.look_ahead(9)
+    bank.tidy()
+    assert used(bank) == before
+    bank.look_ahead(9)
     bank.free()
     assert used(bank) == 0
 

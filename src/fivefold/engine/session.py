@@ -26,7 +26,6 @@ from fivefold.engine.stepping import opened
 from fivefold.errors import CacheFullError, CacheStateError, UnsupportedModelError
 from fivefold.store import compact, context, joint, pairs
 from fivefold.store.bank import Bank
-from fivefold.store.context import Memo
 from fivefold.store.layer_cache import LayerCache
 from fivefold.store.spec import DTYPES, LayerSpec, Pools
 from fivefold.store.transaction import Transaction
@@ -465,8 +464,7 @@ class Session:
         """Give back what need not be held: free pages in pieces, and what was worked out from page tables."""
         self.rollback()
         for bank in self.banks:
-            bank.flush()
-            bank.memo = Memo()
+            bank.tidy()
         self._compact()
         for store in self.stores.values():
             store.regroup()

@@ -197,6 +197,12 @@ class Bank:
             self.exact.pool.write_tokens(name, pages, slots, values)
         self.pending = []
 
+    def tidy(self) -> None:
+        """Give back what is held for what may come."""
+        self.flush()
+        self.drop_ahead()
+        self.memo = Memo()
+
     def settle(self, stepped: bool = False) -> None:
         """What policies know of the tokens becomes the layers' own again (`LayerCache.held`). stepped: see `Watch`."""
         if self.live is None:
