@@ -190,8 +190,6 @@ class Session:
         bytes than before, so that the cap has a say."""
         change = self.change
         assert change is not None
-        for bank in self.banks:
-            bank.drop_ahead()  # which this was not the step for
         if self.batch and not self.united:
             self.unite(change)
         self.arrivals.store(self.revocable)

@@ -62,6 +62,8 @@ class Bank:
     def united(cls, layers: Sequence[Layer], change: Transaction | None) -> Bank:
         """One bank of layers that have several, with all that they hold; they must have the same sequences."""
         old = list(dict.fromkeys(layer.bank for layer in layers))
+        for one in old:
+            one.drop_ahead()
         rows = [(layer.bank, np.arange(layer.base, layer.base + layer.bank.rows)) for layer in layers]
         before = [(layer, layer.bank, layer.index, list(layer.held), dict(layer.learned)) for layer in layers]
 
