@@ -80,6 +80,7 @@ class Step:
         """Whether steps may be in fused kernels."""
         self.own: str | None = None
         """Why steps run the model's own code, and not fused kernels, in a few words; None if no step does."""
+        self._tells = Remembered(_tells)
         self.reset()
 
     def reset(self) -> None:
@@ -99,7 +100,6 @@ class Step:
         """Where runs what need not wait for a step that a GPU is at work on."""
         self._ready: object = None
         self._whys: Mapping[int, str | None] = {}
-        self._tells = Remembered(_tells)
 
     @property
     def tables(self) -> list[DeviceTables]:
