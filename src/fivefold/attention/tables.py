@@ -201,10 +201,10 @@ class DeviceTables:
 
     # -- what the device knows ----------------------------------------------------------------------------
 
-    def sync(self) -> None:
-        """Make the page tables those of the bank."""
+    def sync(self, bounds: Bounds | None = None) -> None:
+        """Make the page tables those of the bank. bounds: of its exact pages, as in `send_pages`."""
         bank, reader = self.bank, self.readers[0]
-        send_pages(bank, bank.exact, self._fields, self._exact, 16, self.rows)
+        send_pages(bank, bank.exact, self._fields, self._exact, 16, self.rows, bounds=bounds)
         if bank.packed is not None and reader is not None:
             standing = self.division.standing if self.division.width else None
             send_pages(bank, bank.packed, reader.fields, self._packed, reader.unit, self.rows, standing)
@@ -259,8 +259,7 @@ class DeviceTables:
         bank, ahead = self.bank, self.bank.ahead
         if ahead is not None and not ahead.known:
             bank.exact.change(ahead.rows, ahead.columns)
-            bounds = bank.standing.of_layers().appended(1)
-            send_pages(bank, bank.exact, self._fields, self._exact, 16, self.rows, bounds=bounds)
+            self.sync(bank.standing.of_layers().appended(1))
             bank.ahead = replace(ahead, known=True)
         if not self.sent:
             self._sending.send()

@@ -17,6 +17,7 @@ from fivefold.recipe import Recipe
 HOST = 1.05
 """A prompt whose launches add more than this to the device's least work is bound by the host."""
 BY_FAR = 1.15
+"""A prompt that takes more than this of the device's work tells what the host takes."""
 FITTED = (
     "step", "word", "fused_layer", "fused_several", "layer", "pointwise", "own_layer", "own_pointwise", "packed_layer",
     "packed_row",
@@ -65,11 +66,6 @@ class Prompt:
         own = bool(row.get("own_code"))
         return cls(model, context, row["chunk"], packed, bits, reach, split, row["seconds"], own)
 
-    @property
-    def kind(self) -> str:
-        """Its key in `Machine.host_layer`."""
-        return "split" if self.split and self.packed else "packed" if self.packed else "exact"
-
     def predicted(self, machine: Machine) -> float:
         names = ("packed", "bits", "reach", "split", "own")
         given = {name: getattr(self, name) for name in names}
@@ -100,9 +96,7 @@ def llama(shape: Mapping[str, Any], name: str = "llama") -> ModelShape:
 def fit_steps(rows: Sequence[Row], machine: Machine, efficiencies: bool = False) -> Machine:
     """The machine with those of `FITTED` that rows tell of, and on demand the shares of bandwidth of attention, so that
     the relative errors of the rows are least; none of them negative. Rows that the host bounds say nothing of them."""
-    machine, host = replace(machine, host_step={}), machine.host_step
-    waits = replace(machine, host_step=host).waits
-    rows = [row for row in rows if row.seconds > HOST * waits(len(row.model.layers))] or rows
+    rows = [row for row in rows if row.seconds > HOST * machine.waits(len(row.model.layers))] or rows
     plain = [row for row in rows if not row.own and not machine.fuses(row.batch)]
     fused = {row.batch for row in rows if not row.own and machine.fuses(row.batch)}
     told = {"fused_layer": 1 in fused, "fused_several": bool(fused - {1})}
@@ -110,7 +104,7 @@ def fit_steps(rows: Sequence[Row], machine: Machine, efficiencies: bool = False)
     told |= dict.fromkeys(("own_layer", "own_pointwise"), any(row.own for row in rows))
     names = [name for name in FITTED if told.get(name, True)]
     none: dict[str, Any] = dict.fromkeys(names, 0.0)
-    bare = replace(machine, **none)
+    bare = replace(machine, **none, host_step={})
     ones: list[dict[str, Any]] = [{name: 1.0} for name in names]
     ways = [replace(bare, **one) for one in ones]
     kinds = sorted({read.pages for row in rows for read in row.reads}) if efficiencies else []
@@ -136,17 +130,24 @@ def fit_steps(rows: Sequence[Row], machine: Machine, efficiencies: bool = False)
     if efficiencies:
         # Never more than the memory can give: what is above belongs to the constants.
         given["attention"] = {**machine.attention, **{k: min(1.0, 1 / found[k]) for k in kinds if found[k] > 0}}
-    return replace(machine, **given, host_step=host)
+    return replace(machine, **given)
+
+
+def _idle(machine: Machine) -> Machine:
+    """The machine if nobody ever waited for its host."""
+    nothing = {name: dict.fromkeys(getattr(machine, name), 0.0) for name in ("host_layer", "own_host_layer")}
+    return replace(machine, **nothing, host_first={})  # type: ignore[arg-type]
 
 
 def fit_first(rows: Sequence[Prompt], machine: Machine) -> Machine:
     """The machine with the `host_first` of those prompts, read at once, that the host bounds by far."""
-    idle = replace(machine, host_layer=dict.fromkeys(machine.host_layer, 0.0), host_first={})
-    found: dict[str, list[float]] = {}
+    idle, found = _idle(machine), dict[str, list[float]]()
     for row in rows:
         work, layers = row.predicted(idle), len(row.model.layers)
         if row.chunk is None and not row.own and row.seconds > BY_FAR * work:
-            found.setdefault(row.kind, []).append((row.seconds - work / layers) / layers)
+            found.setdefault(machine.host_key(bool(row.packed), row.split), []).append(
+                (row.seconds - work / layers) / layers
+            )
     return replace(machine, host_first={kind: float(np.median(each)) for kind, each in found.items()})
 
 
@@ -156,8 +157,7 @@ def fit_prompts(rows: Sequence[Prompt], machine: Machine) -> Machine:
     does, and rows of one model cannot tell them apart. Rows that the host bounds say nothing about the device."""
     for name, own in (("prompt_pointwise", False), ("own_prompt_pointwise", True)):
         least_work = replace(machine, **{name: 0.0})  # type: ignore[arg-type]
-        nothing = {kind: dict.fromkeys(getattr(machine, kind), 0.0) for kind in ("host_layer", "own_host_layer")}
-        idle = replace(least_work, **nothing)  # type: ignore[arg-type]
+        idle = _idle(least_work)
         busy = [row for row in rows if row.own is own and row.predicted(least_work) <= HOST * row.predicted(idle)]
         if not busy:
             continue

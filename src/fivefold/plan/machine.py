@@ -148,6 +148,11 @@ class Machine:
         return self.host_step.get("step", 0.0) + layers * self.host_step.get("layer", 0.0)
 
     @staticmethod
+    def host_key(packed: bool, split: bool) -> str:
+        """The key in `host_layer` and its like of prompts that are packed, with heads of two kinds."""
+        return "exact" if not packed else "split" if split else "packed"
+
+    @staticmethod
     def attention_key(pages: str, head_dim: int) -> str:
         """The key in `attention` of such pages."""
         return f"{pages} {NARROW}" if head_dim <= NARROW else pages

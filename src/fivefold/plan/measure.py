@@ -28,8 +28,8 @@ from fivefold.benchmark import decode, kernels, prefill
 from fivefold.benchmark import machine as device_of
 from fivefold.kernels.choice import choose
 from fivefold.plan.fit import Prompt, Row, fit_first, fit_prompts, fit_steps
-from fivefold.plan.machine import CHUNKS, NARROW, Machine, measured_file
-from fivefold.plan.sizes import BITS, CPU, DIMS, EXTENTS, GPU, Sizes
+from fivefold.plan.machine import CHUNKS, Machine, measured_file
+from fivefold.plan.sizes import BITS, DIMS, EXTENTS, Sizes, sizes_for
 from fivefold.plan.time import Read
 from fivefold.recipe import Recipe
 
@@ -43,7 +43,7 @@ PROMPT_POINTWISE = 120.0
 def measure(device: torch.device | None = None, progress: Progress | None = None) -> tuple[Machine, dict[str, Any]]:
     """The constants of a device, and the measurements behind them, for JSON. progress: is told what comes next."""
     device = device_of.device() if device is None else device
-    sizes = GPU if device.type == "cuda" else CPU
+    sizes = sizes_for(device)
     raw: dict[str, Any] = {}
     parts: dict[str, Callable[..., Mapping[str, Any]]] = {
         "copies": _copies, "products": _products, "weights": weights, "attention": attention, "prompts": prompts,
@@ -170,7 +170,7 @@ def _products(device: torch.device, sizes: Sizes) -> dict[str, Any]:
 def weights(device: torch.device, sizes: Sizes | None = None) -> dict[str, Any]:
     """Bytes a second by rows, of torch's products and of our fused kernels, and seconds that a small product takes
     beyond its bytes."""
-    sizes = (GPU if device.type == "cuda" else CPU) if sizes is None else sizes
+    sizes = sizes or sizes_for(device)
     rates: dict[str, float] = {}
     starts: dict[str, float] = {}
     for (out, inner), large in zip(sizes.matrix, (False, True)):
@@ -221,9 +221,9 @@ def _fused(device: torch.device, sizes: Sizes) -> dict[str, float]:
 @torch.inference_mode()
 def attention(device: torch.device, sizes: Sizes | None = None) -> dict[str, Any]:
     """Bytes a second of a step's attention by kind of page and head_dim, and what a call takes besides."""
-    sizes = (GPU if device.type == "cuda" else CPU) if sizes is None else sizes
+    sizes = sizes or sizes_for(device)
     dtype, rates, starts, rows = _dtype(device), {}, [], []
-    for dim, kind in itertools.product((kernels.HEAD_DIM, NARROW), ("exact", *map(str, BITS))):
+    for dim, kind in itertools.product(DIMS, ("exact", *map(str, BITS))):
         recipe, found = "full()" if kind == "exact" else f"kivi(bits={kind})", []
         for context in sizes.attention:
             layer = kernels.filled(Recipe.parse(recipe), device, context, 1, dtype, dim)
@@ -251,7 +251,7 @@ def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 def prompts(device: torch.device, sizes: Sizes | None = None) -> dict[str, Any]:
     """Operations a second of a prompt's attention over itself, and of a chunk's over what is stored, by head_dim: each
     the mean of some sizes, since a prompt has them all."""
-    sizes = (GPU if device.type == "cuda" else CPU) if sizes is None else sizes
+    sizes = sizes or sizes_for(device)
     rows: list[dict[str, Any]] = []
     found: dict[str, list[float]] = {}
 
@@ -324,7 +324,7 @@ def _packing(device: torch.device, sizes: Sizes) -> dict[str, Any]:
 def launches(device: torch.device, sizes: Sizes | None = None, own: bool = False) -> dict[str, float]:
     """Seconds that the host takes for a layer of a chunk, and for its part of a chunk's beginning and end, of a model
     so narrow that the device waits for it. own: by the model's own code."""
-    sizes = (GPU if device.type == "cuda" else CPU) if sizes is None else sizes
+    sizes = sizes or sizes_for(device)
     chunk, chunks, layers, found = sizes.narrow_chunk, CHUNKS, 2 * sizes.layers[1], {}
     model = decode.build({**sizes.narrow, "num_hidden_layers": layers}, device)
     ids = torch.randint(1024, (1, chunk * chunks), device=device)
@@ -338,7 +338,7 @@ def launches(device: torch.device, sizes: Sizes | None = None, own: bool = False
 @torch.inference_mode()
 def host_steps(device: torch.device, sizes: Sizes | None = None) -> dict[str, float]:
     """Seconds of a step of a model so narrow that the device waits for the host: of any such step, and of a layer."""
-    sizes = (GPU if device.type == "cuda" else CPU) if sizes is None else sizes
+    sizes = sizes or sizes_for(device)
     if device.type != "cuda":
         return {}  # the host is the device
     found, counts = [], (sizes.layers[1], 3 * sizes.layers[1])

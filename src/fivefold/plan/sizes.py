@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 BITS = (2, 3, 4, 8)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 DIMS, EXTENTS = (64, 128), ("small", "large")
@@ -50,11 +52,14 @@ GPU = Sizes(
     (32768, 524288), ((4096, 8192), (32768, 131072)),
     (((2048, 8192), (2048, 30720)), ((8192, 16384), (8192, 32768))), 131072, (8192, 4096, 14336),
     ((2048, 2048), (14336, 4096)), ROWS, 1 << 31, _WIDE, (4, 12), (1, 8, 32, 256), 1024, 24,
-    ((8192, None), (32768, 8192)), _NARROW, 1024, 1 << 30,
-    (32768, 131072),
+    ((8192, None), (32768, 8192)), _NARROW, 1024, 1 << 30, (32768, 131072),
 )  # fmt: skip
 CPU = Sizes(
     (512, 2048), ((128,), (512,)), (((64, 256),), ((64, 512),)), 512, (64, 256, 512), ((64, 64), (512, 256)), (1, 16),
-    1 << 22, _NARROW, (1, 2), (1, 2, 4), 256, 4, ((256, None), (256, 64)), _NARROW, 128, 1 << 20,
-    (256, 1024),
+    1 << 22, _NARROW, (1, 2), (1, 2, 4), 256, 4, ((256, None), (256, 64)), _NARROW, 128, 1 << 20, (256, 1024),
 )  # fmt: skip
+
+
+def sizes_for(device: torch.device) -> Sizes:
+    """What is measured on a device."""
+    return GPU if device.type == "cuda" else CPU

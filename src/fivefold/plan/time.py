@@ -112,7 +112,7 @@ def step(
         return None
     whole = not own and model.fused and gpus == 1
     few = whole and machine.fuses(batch)
-    each, width = (machine.layer, machine.pointwise) if not few else (machine.fused_small(batch), 0.0)
+    each, width = (machine.fused_small(batch), 0.0) if few else (machine.layer, machine.pointwise)
     if not whole and machine.own_layer is not None and machine.own_pointwise is not None:
         each, width = machine.own_layer, machine.own_pointwise
     terms = [_weights(model, machine, batch, gpus, few), *_attention(model, machine, reads, gpus)]
@@ -153,7 +153,7 @@ def _weights(model: ModelShape, machine: Machine, batch: int, gpus: int, fused: 
 
 
 def _attention(model: ModelShape, machine: Machine, reads: Sequence[Read], gpus: int) -> Iterator[Term]:
-    share, dim = model.share(gpus), min((layer.head_dim for layer in attending(model)), default=128)
+    share, dim = model.share(gpus), min((layer.head_dim for layer in attending(model)), default=WIDE)
     for read in reads:
         part = machine.reads(read.pages, dim)
         rate = part * machine.bandwidth
@@ -230,9 +230,9 @@ def _sum(terms: Iterable[Term]) -> float:
 def _launching(
     model: ModelShape, machine: Machine, chunks: Sequence[int], packed: bool, split: bool, device: Sequence[Term]
 ) -> Term:
-    """What a prompt takes beyond the device's work: what launching a chunk, but its last layer, takes longer than the
-    work of that chunk, which grows with what is stored."""
-    first, later = machine.launches("split" if split and packed else "packed" if packed else "exact")
+    """What a prompt takes beyond the device's work: what launching a chunk takes longer than the work of that chunk,
+    which grows with what is stored; but for the work of its last layer, which nobody can begin before."""
+    first, later = machine.launches(machine.host_key(packed, split))
     held = list(accumulate(chunks, initial=0))[:-1]
     growing = _sum(term for term in device if term.name.endswith(STORED))
     alike, share = (_sum(device) - growing) / sum(chunks), growing / (sum(held) or 1)

@@ -62,8 +62,6 @@ class Bank:
     def united(cls, layers: Sequence[Layer], change: Transaction | None) -> Bank:
         """One bank of layers that have several, with all that they hold; they must have the same sequences."""
         old = list(dict.fromkeys(layer.bank for layer in layers))
-        for one in old:
-            one.drop_ahead()
         rows = [(layer.bank, np.arange(layer.base, layer.base + layer.bank.rows)) for layer in layers]
         before = [(layer, layer.bank, layer.index, list(layer.held), dict(layer.learned)) for layer in layers]
 
@@ -90,7 +88,6 @@ class Bank:
         return bank
 
     def _clear(self) -> None:
-        self.drop_ahead()
         self.batch, self.live = 0, None
         self.standing = Standing(len(self.layers), 0, list(np.zeros((FIELDS, 0), dtype=np.int64)))
         self.offset = np.zeros(0, dtype=np.int64)

@@ -27,7 +27,7 @@ class Transaction:
     def __init__(self, step: bool = False) -> None:
         self._number = 1 + next(_numbers) % 0x7FFFFFFF
         self.step = step
-        """Whether it is a decoding step (`PagePool.allocate`)."""
+        """Whether it is a decoding step, which has pages that were taken ahead (see `PagePool.allocate`, too)."""
         self.beside: Beside | None = None
         """Of a step that a device is given as a whole: where what need not wait for it runs, once it has been given."""
         self._postponed: list[Callable[[], None]] = []
