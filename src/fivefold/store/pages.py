@@ -27,8 +27,8 @@ from fivefold.store.rows import run_of
 from fivefold.store.scattered import joined, put_at, rows_from, steps
 from fivefold.store.slabs import INDEX_MASK, SLAB_SHIFT, Slab, Slabs, locked
 
-# For a few pages a slab of this fraction of the pool is added, so that slabs are few. More come step by step, but
-# after a prompt's chunk nothing more may be wanted.
+# For a few pages a slab of this fraction of the pool is added, so that slabs are few: the first for a step's, since
+# after a prompt's chunk nothing more may be wanted; the second else, and where a step has many rows.
 _GROWTH_STEP, _GROWTH = 16, 128
 # When no run of consecutive free pages is left, up to this many scattered ones are used before growing.
 _SCATTER = 64
@@ -203,8 +203,9 @@ class PagePool(Slabs):
                 raise self.budget.full(missing * self.layout.nbytes)
         # A run of its own is worth some memory, as long as the cap is far; else only what is missing is added and
         # scattered pages are used. A step has one page of each row: they are no run of any row's.
-        ahead = self.total_pages // (_GROWTH_STEP if step else _GROWTH)
-        ample = count if count > _SCATTER else max(count, ahead)
+        few = count <= _SCATTER
+        ahead = self.total_pages // (_GROWTH_STEP if step and few else _GROWTH)
+        ample = max(count, ahead) if step or few else count
         wanted = missing > 0 or (count > _SCATTER and not step)
         if wanted and self.budget.room_for(ample * self.layout.nbytes, _RESERVE):
             self._grow(ample)
