@@ -216,7 +216,7 @@ def fit_file(results: Results, out: Path) -> None:
     # Smaller chunks wait for the host, whose speed is not the GPU's.
     prompts = [fit.Prompt.from_dict(row) for row in rows if row["what"] == "prompt"]
     large = [row for row in prompts if min(row.chunk or row.tokens, row.tokens) >= CHUNK]
-    fitted = fit.fit_first(prompts, fit.fit_prompts(large, fit.fit_steps(steps, base, efficiencies=True)))
+    fitted = fit.fit_first(prompts, fit.fit_prompts(large, fit.fit_steps(steps, base)))
     fitted = fit.fit_switch([row for row in rows if row["what"] == "switch"], fitted)
     fitted = replace(fitted, source="benchmarks/plan_gpu.py, fitted on Llama-3-8B's shape", measured=True)
     known = json.loads(out.read_text())

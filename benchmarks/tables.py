@@ -234,9 +234,45 @@ def decode_cpu() -> str:
     return markdown("recipe | bytes x | prefill x | decode x", made)
 
 
+def prompts() -> str:
+    """Seconds of 32,768 tokens, of `benchmarks/plan_gpu.py`."""
+    rows = [row for row in result("plan_h100")["rows"] if row["what"] == "prompt" and row["context"] == 32768]
+    at = {(row["model"], row["recipe"], row["chunk"], bool(row.get("own"))): f"{row['seconds']:.2f}" for row in rows}
+    asked = ((8192, False), (8192, True), (2048, False), (2048, True), (None, False))
+    made = [
+        (name, code(recipe), *(at[model, recipe, *one] for one in asked))
+        for model, name in (("llama-3-8b", "Llama-3-8B"), ("llama-3.2-1b", "Llama-3.2-1B"))
+        for recipe in ("full()", "kivi(bits=4)")
+    ]
+    return markdown("shape | cache | chunks of 8,192 | own code | of 2,048 | own code | at once", made)
+
+
+def largest() -> str:
+    """The largest batches of Llama-3-8B's shape, of `benchmarks/plan_gpu.py`."""
+    found = result("plan_h100")
+    now, before = (
+        {(row["recipe"], row["context"]): row for row in rows if row.get("size") == "largest" and wanted(row)}
+        for rows in (found["rows"], found["before"])
+    )
+    made = [
+        (
+            code(recipe), f"{context:,}", str(row["batch"]), str(before[recipe, context]["batch"]), f"{row['ms']:.1f}",
+            f"{row['tokens_s']:,.0f}",
+        )
+        for context in (32768, 4096)
+        for (recipe, length), row in now.items()
+        if length == context
+    ]  # fmt: skip
+    return markdown("cache | tokens each | sequences | before | ms a step | tokens/s", made)
+
+
+def wanted(row: Any) -> bool:
+    return bool(row["model"] == "llama-3-8b" and row["layers"] is None)
+
+
 TABLES = (
-    demo, kernels, decode, steps, packing, prefill, prefill_chunked, largest_batch, longest_context, ragged,
-    generation, prefix, sessions, sessions_cpu, day, decode_cpu,
+    demo, kernels, decode, steps, packing, prefill, prefill_chunked, prompts, largest_batch, longest_context, largest,
+    ragged, generation, prefix, sessions, sessions_cpu, day, decode_cpu,
 )  # fmt: skip
 
 

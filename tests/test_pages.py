@@ -68,6 +68,19 @@ def test_slabs_stay_few_however_few_pages_are_asked_for_at_a_time(step: bool, pa
     assert len(list(pages._live())) <= part * (2 + np.log(4096 / part))
 
 
+def test_steps_of_many_rows_find_free_pages_and_slabs_stay_few() -> None:
+    """Rows of different lengths want a page each in nearly every step, hundreds of rows at a time: the pool grows by a
+    hundredth, not with each of them, and what is free can be taken ahead (`ample`)."""
+    pages, there = pool(), []
+    pages.allocate(30_000)
+    for _ in range(64):
+        there.append(pages.ample(100))
+        pages.allocate(100, step=True)
+        assert pages.free_pages * 100 <= pages.total_pages
+    assert len(list(pages._live())) < 40 and sum(there) > 28
+    assert pages.total_pages <= 30_000 + 64 * 100 + pages.total_pages // 100
+
+
 def test_a_step_uses_scattered_pages_before_the_pool_grows() -> None:
     for step in (False, True):
         pages = pool()

@@ -252,9 +252,9 @@ def test_shared_layers_are_read_and_latent_prompts_are_not_predicted(tmp_path: P
     (row,) = found["rows"]
     read = sum(term["seconds"] for term in row["terms"] if term["name"].startswith("attention"))
     # 35 layers read: 7 of them (2 shared) the whole text, the others a window of 512; 2 heads of 256 channels.
-    numbers = 2 * 2 * 256 * (7 * 16384 + 28 * 512)
-    machine = find_machine("h100")
-    assert read == pytest.approx(2 * numbers / (machine.attention["exact"] * machine.bandwidth), rel=0.02)
+    token, machine = 2 * 2 * 2 * 256, find_machine("h100")
+    whole, window = (machine.attends("exact", 256, token * tokens) for tokens in (16384, 512))
+    assert read == pytest.approx(7 * whole + 28 * window, rel=0.02)
     (latent,) = json.loads(json_of(tmp_path, "deepseek-v3", "--gpus", 16))["rows"]
     assert latent["first_s"] is None and latent["step_ms"] is None
     # A latent cache is whole on each GPU.

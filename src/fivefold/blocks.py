@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 # 32 layers has that back from its first prompt if an attention is of so many operations.
 CUDNN_OPERATIONS = 1 << 40
 # ... and from so many on, if attention of that shape comes again with nearly every chunk.
-RECURRING_OPERATIONS = 1 << 38
+RECURRING_OPERATIONS = 1 << 37
 KEY_NUMBERS = 1 << 25
 """Numbers of stored keys that a chunk attends to at a time on a GPU."""
 CHUNK_STEP = 256

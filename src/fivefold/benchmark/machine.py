@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,6 +106,20 @@ def elapsed_ms(call: Callable[[], Any]) -> float:
     return float(begin.elapsed_time(end))
 
 
+def _captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    """A call as a graph, after it has been warmed up."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with no_garbage(), torch.cuda.graph(graph):
+        call()
+    return graph
+
+
 def median_ms(call: Callable[[], Any], device: torch.device, repeats: int = 25) -> float:
     """Median time of a call, milliseconds. On a GPU: of a captured graph, by events, with nothing of it in L2."""
     if device.type == "cpu":
@@ -116,15 +131,7 @@ def median_ms(call: Callable[[], Any], device: torch.device, repeats: int = 25) 
             times.append(time.perf_counter() - start)
         return statistics.median(times) * 1000
     flush = torch.empty(FLUSHED, dtype=torch.int8, device=device)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with no_garbage(), torch.cuda.graph(graph):
-        call()
+    graph = _captured(call)
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for before, after in pairs:
         flush.zero_()
@@ -133,6 +140,21 @@ def median_ms(call: Callable[[], Any], device: torch.device, repeats: int = 25) 
         after.record()
     torch.cuda.synchronize()
     return statistics.median(before.elapsed_time(after) for before, after in pairs)
+
+
+def sustained_ms(call: Callable[[], Any], device: torch.device, least: float = 0.25) -> float:
+    """Time of a call, milliseconds, among others of its kind for `least` seconds or more: on a GPU a captured graph's,
+    at the clock that power allows then. What it reads must be more than L2 holds."""
+    if device.type == "cpu":
+        return median_ms(call, device, 5)
+    graph = _captured(call)
+
+    def replay(count: int) -> None:
+        for _ in range(count):
+            graph.replay()
+
+    count = max(3, round(least * 3000 / elapsed_ms(partial(replay, 3))))
+    return min(elapsed_ms(partial(replay, count)) for _ in range(2)) / count
 
 
 def copy_rate(device: torch.device) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 from typing import Any
 
 import torch
@@ -122,11 +123,15 @@ def device_of(module: torch.nn.Module, model: torch.nn.Module) -> torch.device:
 
 def _dtype_of(module: torch.nn.Module, model: PreTrainedModel) -> torch.dtype:
     """A guess at what keys are in: the first chunk says it."""
-    tensors = (*module.parameters(), *model.parameters(), *model.buffers())
-    found = list(dict.fromkeys(x.dtype for x in tensors))
-    if torch.float64 in found and not set(found) & set(DTYPES):
+    tensors = itertools.chain(module.parameters(), model.parameters(), model.buffers())  # a large model has thousands
+    found: set[torch.dtype] = set()
+    for x in tensors:
+        if x.dtype in DTYPES:
+            return x.dtype
+        found.add(x.dtype)
+    if torch.float64 in found:
         raise UnsupportedModelError("a model in torch.float64 is not supported: load it in bfloat16 or float32.")
-    return next((dtype for dtype in found if dtype in DTYPES), torch.float32)
+    return torch.float32
 
 
 def layer_spec(model: PreTrainedModel, index: int, module: torch.nn.Module, turned: bool) -> LayerSpec:

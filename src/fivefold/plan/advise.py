@@ -114,7 +114,7 @@ def step_of(recipe: Recipe, place: Place, context: int, users: int) -> tuple[tim
     if others:
         tokens = [context if layer.window is None else min(context, layer.window) for layer in others]
         numbers = sum(2 * layer.kv_heads * layer.head_dim * count for layer, count in zip(others, tokens))
-        reads.append(time.Read("exact", 8 * size, numbers * size * users, len(others)))
+        reads.append(time.Read("exact", 8 * size, numbers * size * users, len(others), apart=True))
     runs = memory.running(recipe, shape, place.dtype, place.sliding)
     return time.step(runs, place.machine, users, reads, gpus=place.gpus), None
 

@@ -93,9 +93,9 @@ def llama(shape: Mapping[str, Any], name: str = "llama") -> ModelShape:
     )
 
 
-def fit_steps(rows: Sequence[Row], machine: Machine, efficiencies: bool = False) -> Machine:
-    """The machine with those of `FITTED` that rows tell of, and on demand the shares of bandwidth of attention, so that
-    the relative errors of the rows are least; none of them negative. Rows that the host bounds say nothing of them."""
+def fit_steps(rows: Sequence[Row], machine: Machine) -> Machine:
+    """The machine with those of `FITTED` that rows tell of, so that the relative errors of the rows are least; none of
+    them negative. Rows that the host bounds say nothing of them."""
     rows = [row for row in rows if row.seconds > HOST * machine.waits(len(row.model.layers))] or rows
     plain = [row for row in rows if not row.own and not machine.fuses(row.batch)]
     fused = {row.batch for row in rows if not row.own and machine.fuses(row.batch)}
@@ -107,11 +107,9 @@ def fit_steps(rows: Sequence[Row], machine: Machine, efficiencies: bool = False)
     bare = replace(machine, **none, host_step={})
     ones: list[dict[str, Any]] = [{name: 1.0} for name in names]
     ways = [replace(bare, **one) for one in ones]
-    kinds = sorted({read.pages for row in rows for read in row.reads}) if efficiencies else []
 
     def seconds(row: Row, using: Machine) -> float:
-        reads = row.reads if not efficiencies else tuple(replace(read, nbytes=0) for read in row.reads)
-        one = step(row.model, using, row.batch, reads, own=row.own)
+        one = step(row.model, using, row.batch, row.reads, own=row.own)
         assert one is not None
         return one.seconds
 
@@ -119,17 +117,12 @@ def fit_steps(rows: Sequence[Row], machine: Machine, efficiencies: bool = False)
     for row in rows:
         known = seconds(row, bare)
         # Each constant is a factor of one term.
-        line = [seconds(row, way) - known for way in ways]
-        line += [sum(read.nbytes for read in row.reads if read.pages == kind) / machine.bandwidth for kind in kinds]
-        table.append([x / row.seconds for x in line])
+        table.append([(seconds(row, way) - known) / row.seconds for way in ways])
         wanted.append((row.seconds - known) / row.seconds)
-    found = dict(zip([*names, *kinds], least(np.array(table), np.array(wanted))))
-    given: dict[str, Any] = {name: found[name] for name in names}
+    found = dict(zip(names, least(np.array(table), np.array(wanted))))
+    given: dict[str, Any] = dict(found)
     if not plain and given.get("own_layer"):  # no more than the model's own code takes
         given |= {"layer": given["own_layer"], "pointwise": given["own_pointwise"]}
-    if efficiencies:
-        # Never more than the memory can give: what is above belongs to the constants.
-        given["attention"] = {**machine.attention, **{k: min(1.0, 1 / found[k]) for k in kinds if found[k] > 0}}
     return replace(machine, **given)
 
 

@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache
 from itertools import pairwise
@@ -31,8 +31,8 @@ class Machine:
 
     memory: all of its bytes; usable: those that the driver's context leaves. bandwidth: of a large copy, what is read
     and what is written. products: operations of large products in bfloat16. streaming: bytes of weights that a product
-    with so many rows reads, by rows. attention: a decoding step's attention, by kind of page, as a share of
-    bandwidth; "4 64", where it was measured, of narrow heads.
+    with so many rows reads, by rows. attention: what a layer's attention takes in a decoding step, by kind of page:
+    `[bytes, seconds]` of some caches, the smallest first; "4 64", where it was measured, of narrow heads.
     prompt: operations of a prompt's attention, "causal" over itself and "past" over what is stored, "small" and "large"
     (see `time.LARGE`), by head_dim ("causal large 128": see `prompt_key`). pack, unpack: quantising a prompt and
     reading it back for its next chunk, by bits, as a share of bandwidth.
@@ -68,7 +68,7 @@ class Machine:
     bandwidth: float
     products: float
     streaming: Mapping[str, float]
-    attention: Mapping[str, float]
+    attention: Mapping[str, Sequence[Sequence[float]]]
     prompt: Mapping[str, float]
     pack: Mapping[str, float]
     unpack: Mapping[str, float]
@@ -139,9 +139,15 @@ class Machine:
         own = self.own_prompt_pointwise
         return replace(self, prompt_pointwise=own, host_layer=self.own_host_layer, host_first={})
 
-    def reads(self, pages: str, head_dim: int) -> float:
-        """The share of bandwidth of a step's attention over such pages."""
-        return self.attention.get(self.attention_key(pages, head_dim), self.attention[pages])
+    def attends(self, pages: str, head_dim: int, nbytes: float) -> float:
+        """Seconds of a step's attention over so many bytes of such pages in a layer: between caches that were measured,
+        and in proportion to the bytes of a larger one."""
+        points = self.attention.get(self.attention_key(pages, head_dim), self.attention[pages])
+        most, seconds = points[-1]
+        if nbytes >= most or len(points) == 1:
+            return seconds * nbytes / most
+        few, many = next(pair for pair in pairwise(points) if nbytes < pair[1][0])
+        return max(0.0, few[1] + (nbytes - few[0]) / (many[0] - few[0]) * (many[1] - few[1]))
 
     def waits(self, layers: int) -> float:
         """The least that a step takes, in seconds, since the host has its part in it."""
@@ -180,6 +186,8 @@ class Machine:
         for name in ("memory", "usable", "bandwidth", "products"):
             if not isinstance(known[name], int | float) or not known[name] > 0:
                 raise InputError(f"a machine's {name} is {known[name]!r}: measure its constants anew with --measure.")
+        if not all(isinstance(points, list) and points for points in known["attention"].values()):
+            raise InputError("these constants are of an earlier version: measure them anew with --measure.")
         return cls(**{**known, "aliases": tuple(known.get("aliases", ()))})
 
 
@@ -205,6 +213,9 @@ def _whole(one: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     out["bandwidth"] = like["bandwidth"] * memory
     for name in ("streaming", "fused"):
         out[name] = {rows: rate * memory for rows, rate in like.get(name, {}).items()}
+    out["attention"] = {
+        kind: [[nbytes, seconds / memory] for nbytes, seconds in points] for kind, points in like["attention"].items()
+    }
     out["products"] = like["products"] * compute
     for name in ("word", "packed_row"):  # the device's work; the others are of the host, or of launches
         out[name] = like[name] / memory

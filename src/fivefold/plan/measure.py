@@ -35,6 +35,8 @@ from fivefold.recipe import Recipe
 
 Progress = Callable[[str], None]
 READ = ("full()", "kivi(bits=4)", "duo(keep=0.5) + kivi(bits=4)")
+LARGER = 8
+"""How much more than L2 holds is read before anything is read again."""
 PROMPT_POINTWISE = 120.0
 """Where no prompts were timed: of an H100."""
 
@@ -69,7 +71,7 @@ def constants(raw: Mapping[str, Any], name: str | None = None, date: str | None 
         products=raw["products"]["rate"],
         streaming=raw["weights"]["rates"],
         fused=raw["weights"].get("fused", {}),
-        attention={kind: min(1.0, rate / copy["rate"]) for kind, rate in raw["attention"]["rates"].items()},
+        attention=raw["attention"]["points"],
         prompt=raw["prompts"]["rates"],
         pack={bits: rate / copy["rate"] for bits, rate in raw["packing"]["pack"].items()},
         unpack={bits: rate / copy["rate"] for bits, rate in raw["packing"]["unpack"].items()},
@@ -98,8 +100,7 @@ def constants(raw: Mapping[str, Any], name: str | None = None, date: str | None 
     )
     # Two numbers of layers, three batches, exact and packed: these tell all of `FITTED` apart. What a sequence adds to
     # a layer (`pointwise`, `packed_row`) and to a step (`word`) shows in the largest batch alone; where that does not
-    # fit, steps of many sequences are predicted badly. The shares of bandwidth that attention reaches are those of its
-    # kernels: these caches are too small to show them.
+    # fit, steps of many sequences are predicted badly.
     found = fit_steps([Row.from_dict(row) for row in raw["steps"]["rows"]], base)
     prompts = [Prompt.from_dict(row) for row in raw.get("reading", {}).get("rows", ())]
     return fit_first(prompts, fit_prompts(prompts, found))
@@ -196,46 +197,68 @@ def weights(device: torch.device, sizes: Sizes | None = None) -> dict[str, Any]:
 
 
 def _fused(device: torch.device, sizes: Sizes) -> dict[str, float]:
-    """Bytes a second of weights that our fused kernels of a step read, by rows: of MLPs, one after the other."""
+    """Bytes a second of weights that our fused kernels of a step read, by rows: what a larger MLP takes longer than a
+    small one, of many that come one after the other."""
     if not choose(device).triton:
         return {}
     from fivefold.kernels.step import triton
     from fivefold.kernels.step.reference import Norm
 
-    (wide, hidden), rates = sizes.matrix[1], {}
-    each = 3 * wide * hidden * _dtype(device).itemsize
-    shapes = ((wide, hidden), (wide, hidden), (hidden, wide))
-    layers = [[_random(device, *shape) for shape in shapes] for _ in range(max(2, sizes.weights // each))]
-    norm = Norm(torch.ones(hidden, device=device, dtype=_dtype(device)), 1e-5)
-    for rows in (rows for rows in sizes.rows if rows <= triton.COLUMNS):
-        given = _random(device, rows, hidden)
+    found: dict[str, list[tuple[float, float]]] = {}
+    for wide, hidden in sizes.mlps:
+        each = 3 * wide * hidden * _dtype(device).itemsize
+        shapes = ((wide, hidden), (wide, hidden), (hidden, wide))
+        layers = [[_random(device, *shape) for shape in shapes] for _ in range(max(2, sizes.weights // each))]
+        norm = Norm(torch.ones(hidden, device=device, dtype=_dtype(device)), 1e-5)
+        for rows in (rows for rows in sizes.rows if rows <= triton.COLUMNS):
+            given = _random(device, rows, hidden)
 
-        def call(x: torch.Tensor = given) -> None:
-            for gate, up, down in layers:
-                x = triton.added(triton.gated(x, gate, up, (None, None), norm, "silu"), down, None, x)
+            def call(x: torch.Tensor = given, layers: Any = layers, norm: Norm = norm) -> None:
+                for gate, up, down in layers:
+                    x = triton.added(triton.gated(x, gate, up, (None, None), norm, "silu"), down, None, x)
 
-        rates[str(rows)] = len(layers) * each / (device_of.median_ms(call, device, 7) / 1000)
-    return rates
+            seconds = device_of.sustained_ms(call, device) / 1000 / len(layers)
+            found.setdefault(str(rows), []).append((each, seconds))
+        del layers
+        tidy(device)
+    return {rows: _line(points)[1] for rows, points in found.items()}
 
 
 @torch.inference_mode()
 def attention(device: torch.device, sizes: Sizes | None = None) -> dict[str, Any]:
-    """Bytes a second of a step's attention by kind of page and head_dim, and what a call takes besides."""
+    """What a layer's attention takes in a step by kind of page and head_dim, `[bytes, seconds]` of small and large
+    caches: as in a step, one layer after the other, none of which L2 has."""
     sizes = sizes or sizes_for(device)
-    dtype, rates, starts, rows = _dtype(device), {}, [], []
+    points: dict[str, list[list[float]]] = {}
     for dim, kind in itertools.product(DIMS, ("exact", *map(str, BITS))):
-        recipe, found = "full()" if kind == "exact" else f"kivi(bits={kind})", []
-        for context in sizes.attention:
-            layer = kernels.filled(Recipe.parse(recipe), device, context, 1, dtype, dim)
-            (group,) = layer.groups
-            queries = torch.randn(len(group.rows), kernels.GROUP, dim, device=device, dtype=dtype)
-            call = partial(attend_step, group, queries, dim**-0.5)
-            found.append((sum(kernels.read_bytes(layer)), device_of.median_ms(call, device) / 1000))
-            rows.append({"kind": kind, "dim": dim, "context": context, "bytes": found[-1][0], "seconds": found[-1][1]})
-            layer.free()
-        start, rates[Machine.attention_key(kind, dim)] = _line(found)
-        starts.append(start)
-    return {"rates": rates, "start": statistics.fmean(starts), "rows": rows}
+        recipe = Recipe.parse("full()" if kind == "exact" else f"kivi(bits={kind})")
+        for context, batch in sizes.attention:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                found = _attention(recipe, device, context, batch, dim)
+                points.setdefault(Machine.attention_key(kind, dim), []).append(found)
+            tidy(device)
+    return {"points": points}
+
+
+def _attention(recipe: Recipe, device: torch.device, context: int, batch: int, dim: int) -> list[float]:
+    """Bytes and seconds of the attention of one of some layers alike."""
+    layers = [kernels.filled(recipe, device, context, batch, _dtype(device), dim)]
+    nbytes = sum(kernels.read_bytes(layers[0]))
+    count = 1
+    if device.type == "cuda":
+        count = min(24, max(2, -(-LARGER * torch.cuda.get_device_properties(device).L2_cache_size // nbytes)))
+    layers += [kernels.filled(recipe, device, context, batch, _dtype(device), dim) for _ in range(count - 1)]
+    groups = [group for layer in layers for group in layer.groups]
+    queries = [_random(device, len(group.rows), kernels.GROUP, dim) for group in groups]
+
+    def call() -> None:
+        for group, given in zip(groups, queries):
+            attend_step(group, given, dim**-0.5)
+
+    seconds = device_of.sustained_ms(call, device) / 1000 / count
+    for layer in layers:
+        layer.free()
+    return [nbytes, seconds]
 
 
 def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -36,12 +36,14 @@ NOT_PREDICTED = "not predicted: this recipe has no kernel here"
 @dataclass(frozen=True)
 class Read:
     """What a step reads of caches. kind: "exact" or "packed". bits: of a stored number, 16 (or 32) or 2, 3, 4, 8.
-    nbytes: of all layers and sequences, scales too. launches: how many layers it is a part of."""
+    nbytes: of all layers and sequences, scales too. launches: how many layers it is a part of. apart: of layers of
+    their own, which hold nothing of the other kinds."""
 
     kind: Literal["exact", "packed"]
     bits: int
     nbytes: int
     launches: int
+    apart: bool = False
 
     @property
     def pages(self) -> str:
@@ -153,14 +155,19 @@ def _weights(model: ModelShape, machine: Machine, batch: int, gpus: int, fused: 
 
 
 def _attention(model: ModelShape, machine: Machine, reads: Sequence[Read], gpus: int) -> Iterator[Term]:
+    """One kernel reads what a layer holds, of all kinds, each at the rate that it would have were it all of it."""
     share, dim = model.share(gpus), min((layer.head_dim for layer in attending(model)), default=WIDE)
+    common = share * sum(read.nbytes / read.launches for read in reads if read.launches and not read.apart)
     for read in reads:
-        part = machine.reads(read.pages, dim)
-        rate = part * machine.bandwidth
         nbytes = read.nbytes * share
+        layer = nbytes / max(1, read.launches) if read.apart else common
+        seconds = nbytes / layer * machine.attends(read.pages, dim, layer) if nbytes else 0.0
         name = "exact" if read.kind == "exact" else f"{read.bits} bits"
-        said = f"{_bytes(nbytes)} / ({part:.2f} of {_rate(machine.bandwidth)})"
-        yield Term(f"attention, {name}", nbytes / rate, said, "bandwidth")
+        said = _bytes(nbytes)
+        if nbytes:
+            said += f" / ({nbytes / seconds / machine.bandwidth:.2f} of {_rate(machine.bandwidth)},"
+            said += f" {_bytes(layer)} a layer)"
+        yield Term(f"attention, {name}", seconds, said, "bandwidth")
 
 
 def _all_reduce(model: ModelShape, machine: Machine, tokens: int, gpus: int, times: int) -> Term:

@@ -741,16 +741,20 @@ def decode(
         merged_lse = torch.empty((rows, heads), dtype=torch.float32, device=device) if with_lse else None
         some = packed is not None or divided is not None
         begins = pdl and (exact is not joined or some)
-        # Of few rows each has so many parts that their channels are shared out. Of thousands each has one or two, for
-        # which a few threads will do.
-        few = rows * heads <= processors(device)
-        wide, most = (32, 128) if few else (dim, 64)
-        many = most if divided is not None else max(4, min(most, power_of_2(2 * max(programs) // rows)))
+        # Of few rows each has so many parts that their channels are shared out. Those of more rows are merged by single
+        # warps, of which no more than fill the device once share a head.
+        units, parts_each = rows * heads, -(-max(programs[:2]) // rows)
+        few = units <= processors(device)
+        wide = 32 if few else dim
+        while wide > 32 and 2 * units * (dim // wide) <= 32 * processors(device):
+            wide //= 2
+        most = 128 if few else 1024 // wide
+        many = most if divided is not None else max(4, min(most, power_of_2(parts_each << few)))
         _combine[(rows, heads, dim // wide)](
             packed_out, packed_lse, exact_out, exact_lse, starts[0] if divided is None else divided.parts, starts[1],
             merged, merged_lse if with_lse else exact_lse,
             D=dim, C=wide, P=many, WITH_LSE=with_lse, PACKED=some, EXACT=exact is not joined, TEAM=team,
-            WHOLE=whole, EARLY=begins, DIVIDED=divided is not None, num_warps=min(8, max(1, many * wide // 512)),
+            WHOLE=whole, EARLY=begins, DIVIDED=divided is not None, num_warps=max(1, many * wide // 512) if few else 1,
             **({"launch_pdl": True} if begins else {}),
         )  # fmt: skip
     return merged, merged_lse
