@@ -334,6 +334,8 @@ def test_attention_takes_what_was_measured_and_more_in_proportion() -> None:
     for nbytes, seconds in ((1e6, 1e-5), (1e8, 6e-5), (5.5e8, 2.3e-4), (1e9, 4e-4), (4e9, 1.6e-3)):
         assert machine.attends("exact", 128, nbytes) == pytest.approx(seconds)
     assert 0 < machine.attends("exact", 128, 0) < 1e-5
+    steep = replace(machine, attention={"exact": [[1e6, 1e-6], [2e6, 9e-6]]})
+    assert steep.attends("exact", 128, 1e5) == pytest.approx(1e-7)  # the line would be below nothing
     # One kernel for both kinds of pages: what it begins with is counted once, by what there is of each.
     both = (Read("exact", 16, 8 * 10**8, 32), Read("packed", 4, 24 * 10**8, 32))
     one = step(EIGHT, machine, 1, both)

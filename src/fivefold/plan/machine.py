@@ -141,13 +141,14 @@ class Machine:
 
     def attends(self, pages: str, head_dim: int, nbytes: float) -> float:
         """Seconds of a step's attention over so many bytes of such pages in a layer: between caches that were measured,
-        and in proportion to the bytes of a larger one."""
+        in proportion to the bytes of a larger one, and no less than that of a smaller one."""
         points = self.attention.get(self.attention_key(pages, head_dim), self.attention[pages])
         most, seconds = points[-1]
         if nbytes >= most or len(points) == 1:
             return seconds * nbytes / most
         few, many = next(pair for pair in pairwise(points) if nbytes < pair[1][0])
-        return max(0.0, few[1] + (nbytes - few[0]) / (many[0] - few[0]) * (many[1] - few[1]))
+        between = few[1] + (nbytes - few[0]) / (many[0] - few[0]) * (many[1] - few[1])
+        return max(between, few[1] * nbytes / few[0]) if nbytes < few[0] else between
 
     def waits(self, layers: int) -> float:
         """The least that a step takes, in seconds, since the host has its part in it."""
