@@ -749,7 +749,7 @@ def decode(
         while wide > 32 and 2 * units * (dim // wide) <= 32 * processors(device):
             wide //= 2
         most = 128 if few else 1024 // wide
-        many = most if divided is not None else max(4, min(most, power_of_2(parts_each << few)))
+        many = most if divided is not None else max(4, min(most, power_of_2(parts_each * (2 if few else 1))))
         _combine[(rows, heads, dim // wide)](
             packed_out, packed_lse, exact_out, exact_lse, starts[0] if divided is None else divided.parts, starts[1],
             merged, merged_lse if with_lse else exact_lse,
