@@ -18,6 +18,7 @@ import typer
 
 import fivefold
 from fivefold.benchmark import decode as bench
+from fivefold.benchmark.machine import captured
 from fivefold.kernels.low_rank import Features
 from fivefold.kernels.low_rank import triton as kernel
 from fivefold.kernels.packed_decode.reader import Packed
@@ -76,11 +77,7 @@ def alone(
             else:
                 kernel.attend(form, one, queries, 0.1, spans, starts[0], out, lse, early=True)
 
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    graph = captured(run, 1)
     times = []
     for _ in range(15):
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))

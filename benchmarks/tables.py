@@ -251,7 +251,11 @@ def largest() -> str:
     """The largest batches of Llama-3-8B's shape, of `benchmarks/plan_gpu.py`."""
     found = result("plan_h100")
     now, before = (
-        {(row["recipe"], row["context"]): row for row in rows if row.get("size") == "largest" and wanted(row)}
+        {
+            (row["recipe"], row["context"]): row
+            for row in rows
+            if row.get("size") == "largest" and row["model"] == "llama-3-8b" and row["layers"] is None
+        }
         for rows in (found["rows"], found["before"])
     )
     made = [
@@ -264,10 +268,6 @@ def largest() -> str:
         if length == context
     ]  # fmt: skip
     return markdown("cache | tokens each | sequences | before | ms a step | tokens/s", made)
-
-
-def wanted(row: Any) -> bool:
-    return bool(row["model"] == "llama-3-8b" and row["layers"] is None)
 
 
 TABLES = (

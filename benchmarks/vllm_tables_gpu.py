@@ -54,18 +54,6 @@ def times(*calls: Callable[[], Any], repeats: int = 20) -> list[float]:
     return [statistics.median(mine) for mine in found]
 
 
-def graph(call: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    made = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(made):
-        call()
-    return made
-
-
 def records(form: Form, count: int) -> torch.Tensor:
     """Pages of random tokens, int8 `[count, nbytes]`."""
     some = min(count, 64)
@@ -148,7 +136,7 @@ def case(bits: int, batch: int, context: int) -> dict[str, Any]:
     fill()
     assert torch.equal(out.spans, spans)
     assert (out.packed >= 0).all()
-    graphs = graph(in_own), graph(in_blocks)
+    graphs = machine.captured(in_own, 1), machine.captured(in_blocks, 1)
     mine, theirs = times(*[x.replay for x in graphs])
     graphs[0].replay(), graphs[1].replay()
     torch.cuda.synchronize()

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Static
 
 import fivefold
 from fivefold.benchmark.kernels import fill
+from fivefold.benchmark.machine import captured
 from fivefold.calibrate.profile import Profile, config_hash, save_profile, signature
-from fivefold.kernels.device import no_garbage
 from fivefold.methods.bits.rotatekv import RotateKV
 from fivefold.methods.channels.cskv import Cskv
 from fivefold.methods.channels.kv_heads import KvHeads
@@ -205,15 +205,7 @@ def _static_step(model: Any, cache: Any, token: torch.Tensor) -> Callable[[], to
         positions.add_(1)
         return token
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with no_garbage(), torch.cuda.graph(graph):
-        step()
+    graph = captured(step, 2)
 
     def replay() -> torch.Tensor:
         graph.replay()

@@ -106,12 +106,12 @@ def elapsed_ms(call: Callable[[], Any]) -> float:
     return float(begin.elapsed_time(end))
 
 
-def _captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    """A call as a graph, after it has been warmed up."""
+def captured(call: Callable[[], Any], times: int = 3) -> torch.cuda.CUDAGraph:
+    """A call as a graph, after it has been called so many times."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for _ in range(times):
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -131,7 +131,7 @@ def median_ms(call: Callable[[], Any], device: torch.device, repeats: int = 25) 
             times.append(time.perf_counter() - start)
         return statistics.median(times) * 1000
     flush = torch.empty(FLUSHED, dtype=torch.int8, device=device)
-    graph = _captured(call)
+    graph = captured(call)
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for before, after in pairs:
         flush.zero_()
@@ -147,7 +147,7 @@ def sustained_ms(call: Callable[[], Any], device: torch.device, least: float = 0
     at the clock that power allows then. What it reads must be more than L2 holds."""
     if device.type == "cpu":
         return median_ms(call, device, 5)
-    graph = _captured(call)
+    graph = captured(call)
 
     def replay(count: int) -> None:
         for _ in range(count):

@@ -119,8 +119,7 @@ def fit_steps(rows: Sequence[Row], machine: Machine) -> Machine:
         # Each constant is a factor of one term.
         table.append([(seconds(row, way) - known) / row.seconds for way in ways])
         wanted.append((row.seconds - known) / row.seconds)
-    found = dict(zip(names, least(np.array(table), np.array(wanted))))
-    given: dict[str, Any] = dict(found)
+    given: dict[str, Any] = dict(zip(names, least(np.array(table), np.array(wanted))))
     if not plain and given.get("own_layer"):  # no more than the model's own code takes
         given |= {"layer": given["own_layer"], "pointwise": given["own_pointwise"]}
     return replace(machine, **given)

@@ -157,14 +157,14 @@ def _weights(model: ModelShape, machine: Machine, batch: int, gpus: int, fused: 
 def _attention(model: ModelShape, machine: Machine, reads: Sequence[Read], gpus: int) -> Iterator[Term]:
     """One kernel reads what a layer holds, of all kinds, each at the rate that it would have were it all of it."""
     share, dim = model.share(gpus), min((layer.head_dim for layer in attending(model)), default=WIDE)
-    common = share * sum(read.nbytes / read.launches for read in reads if read.launches and not read.apart)
+    common = share * sum(read.nbytes / read.launches for read in reads if not read.apart)
     for read in reads:
         nbytes = read.nbytes * share
-        layer = nbytes / max(1, read.launches) if read.apart else common
-        seconds = nbytes / layer * machine.attends(read.pages, dim, layer) if nbytes else 0.0
+        layer = nbytes / read.launches if read.apart else common
         name = "exact" if read.kind == "exact" else f"{read.bits} bits"
-        said = _bytes(nbytes)
+        seconds, said = 0.0, _bytes(nbytes)
         if nbytes:
+            seconds = nbytes / layer * machine.attends(read.pages, dim, layer)
             said += f" / ({nbytes / seconds / machine.bandwidth:.2f} of {_rate(machine.bandwidth)},"
             said += f" {_bytes(layer)} a layer)"
         yield Term(f"attention, {name}", seconds, said, "bandwidth")
