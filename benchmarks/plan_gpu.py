@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from fivefold.benchmark import capacity, decode, machine
-from fivefold.plan import fit, measure
+from fivefold.plan import fit, measure, reading
 from fivefold.plan import time as plan_time
 from fivefold.plan.machine import Machine, find_machine
 
@@ -42,12 +42,12 @@ PROMPTS = ((1024, None), (4096, None), (32768, None), (32768, 8192), (131072, 81
 OWN = ((32768, 8192), (32768, 2048))  # by the model's own code
 SWITCHED = (4096, 16384, 32768, 131072)  # of full() of the 8B shape: 0.5, 2, 4 and 17 GB
 PIECES: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "prompts-kernels": ("prompts", measure.prompts), "weights": ("weights", measure.weights),
+    "prompts-kernels": ("prompts", reading.prompts), "weights": ("weights", measure.weights),
     "attention": ("attention", measure.attention), "host-steps": ("host steps", measure.host_steps),
-    "launches": ("launches", measure.launches), "own-launches": ("own launches", partial(measure.launches, own=True)),
+    "launches": ("launches", reading.launches), "own-launches": ("own launches", partial(reading.launches, own=True)),
 }  # fmt: skip
 PARTS = ("measure", *PIECES, "short", "steps-8b", "steps-1b", "prefill-8b", "prefill-1b", "switch")
-STEPS = 24
+STEPS = 40
 CHUNK = 8192
 """The smallest chunks of a prompt from which a GPU, and not the host, sets the pace."""
 Key = tuple[Any, ...]
@@ -85,7 +85,7 @@ class Results:
         except torch.OutOfMemoryError:
             row = {**row, "error": "out of memory"}
         row["took"] = time.perf_counter() - start
-        measure.tidy(machine.device())
+        machine.tidy(machine.device())
         self.found["rows"].append(row)
         self.done.add(self.key(row))
         self.found.update(machine.stamp())
@@ -126,7 +126,7 @@ def steps(results: Results, part: str, cpu: bool) -> None:
                 base = measure.memory() if not cpu else {}
             results.add({**row, "before": base}, lambda: one_step(results, row, model, shape, cpu))  # noqa: B023
     model = None
-    measure.tidy(machine.device())
+    machine.tidy(machine.device())
 
 
 @torch.inference_mode()
@@ -161,7 +161,7 @@ def one_step(results: Results, row: dict[str, Any], model: Any, shape: dict[str,
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
-            measure.tidy(machine.device())
+            machine.tidy(machine.device())
             batch -= max(1, batch // 25)
     return found
 
@@ -178,11 +178,11 @@ def prompts(results: Results, part: str, cpu: bool) -> None:
                 continue
             if model is None:
                 model, shape = build(name, None)
-            turns = 2 if context < 65536 else 1
+            turns = 3 if context < 65536 else 1
             given = recipe, context, chunk, turns, own
-            results.add(row, lambda: measure.timed_prompt(model, shape, *given))  # noqa: B023
+            results.add(row, lambda: reading.timed_prompt(model, shape, *given))  # noqa: B023
     model = None
-    measure.tidy(machine.device())
+    machine.tidy(machine.device())
 
 
 @torch.inference_mode()
@@ -197,7 +197,7 @@ def switches(results: Results, cpu: bool) -> None:
                 model, _ = build(EIGHT, None)
             results.add(row, lambda: measure.switched(model, row["recipe"], row["context"]))  # noqa: B023
     model = None
-    measure.tidy(machine.device())
+    machine.tidy(machine.device())
 
 
 def fit_file(results: Results, out: Path) -> None:
@@ -216,7 +216,7 @@ def fit_file(results: Results, out: Path) -> None:
     # Smaller chunks wait for the host, whose speed is not the GPU's.
     prompts = [fit.Prompt.from_dict(row) for row in rows if row["what"] == "prompt"]
     large = [row for row in prompts if min(row.chunk or row.tokens, row.tokens) >= CHUNK]
-    fitted = fit.fit_first(prompts, fit.fit_prompts(large, fit.fit_steps(steps, base)))
+    fitted = fit.fit_prompts(large, fit.fit_steps(steps, base))
     fitted = fit.fit_switch([row for row in rows if row["what"] == "switch"], fitted)
     fitted = replace(fitted, source="benchmarks/plan_gpu.py, fitted on Llama-3-8B's shape", measured=True)
     known = json.loads(out.read_text())

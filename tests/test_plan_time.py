@@ -13,7 +13,7 @@ import pytest
 from fivefold.errors import InputError
 from fivefold.plan import memory
 from fivefold.plan import time as plan_time
-from fivefold.plan.fit import FITTED, Prompt, Row, fit_first, fit_prompts, fit_steps, least, llama
+from fivefold.plan.fit import FITTED, Prompt, Row, fit_prompts, fit_steps, least, llama
 from fivefold.plan.machine import KINDS, Machine, find_machine, here, measured_file, read_machine, shipped
 from fivefold.plan.shape import LayerShape, ModelShape
 from fivefold.plan.time import Read, prefill, step, switch
@@ -42,7 +42,7 @@ IDEAL = Machine(
     "ideal A100", 80 * 10**9, 80 * 10**9, 2e12, 312e12, {"1": 2e12}, {kind: [[2e9, 1e-3]] for kind in KINDS},
     {f"{what} {size} {dim}": 312e12 for what in ("causal", "past") for size in ("small", "large") for dim in (64, 128)},
     dict.fromkeys(KINDS[1:], 1.0), dict.fromkeys(KINDS[1:], 1.0), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0,
-    {"exact": 0.0, "packed": 0.0, "split": 0.0}, 20e9, 20e9, {"exact": 0.0, "packed": 0.0},
+    dict.fromkeys(("exact", "packed", "split"), ((0.0, 0.0), (0.0, 0.0))), 20e9, 20e9, {"exact": 0.0, "packed": 0.0},
     {"exact": 0.0, "packed": 0.0}, 20e9, 20e9, 3e11, 0.0, "2024-05-14", "arXiv:2405.08944",
 )  # fmt: skip
 
@@ -164,18 +164,29 @@ def test_narrow_heads_reach_less() -> None:
     assert one is not None and other is not None and one.seconds > other.seconds
 
 
+def hosted(first: tuple[float, float], later: tuple[float, float]) -> Machine:
+    """An H100 whose host takes so long to begin and end a chunk, and for each of its layers."""
+    return replace(H100, host_chunk=dict.fromkeys(H100.host_chunk, (first, later)))
+
+
 def test_a_host_that_is_slow_shows() -> None:
-    """Launches are hidden behind the device's work where that takes longer, chunk by chunk."""
-    slow = replace(H100, host_layer={name: 10 * x for name, x in H100.host_layer.items()}, host_first={})
+    """Launches are hidden behind the device's work where that takes longer, chunk by chunk; the beginning never is."""
+    quick, slow = hosted((1e-3, 1e-4), (1e-3, 1e-4)), hosted((1e-3, 6e-3), (1e-3, 6e-3))
     for tokens, hidden in ((512, False), (131072, True)):
-        quick, other = prefill(EIGHT, H100, tokens), prefill(EIGHT, slow, tokens)
-        assert quick is not None and other is not None and (quick.seconds == other.seconds) is hidden
-    late = replace(H100, host_layer=dict.fromkeys(H100.host_layer, 1.0), host_first={})
+        one, other = prefill(EIGHT, quick, tokens), prefill(EIGHT, slow, tokens)
+        assert one is not None and other is not None and (one.seconds == other.seconds) is hidden
+    late = hosted((3e-2, 2.0), (7e-2, 1.0))
     for packed, split in ((0.0, False), (4e4, False), (4e4, True)):
         one = prefill(EIGHT, late, 65536, chunk=8192, packed=packed, bits=4, split=split)
         assert one is not None
         work = sum(term.seconds for term in one.terms[:-1])
-        assert one.seconds == pytest.approx(32 * 8 + work / 32)  # nobody waits for the last layer's
+        # Nobody waits for the last layer's work.
+        assert one.seconds == pytest.approx(3e-2 + 7 * 7e-2 + 32 * (2.0 + 7 * 1.0) + work / 32)
+    begun, at_once = (
+        prefill(EIGHT, one, 65536, chunk=8192) for one in (hosted((0.2, 0.0), (0.1, 0.0)), hosted((0, 0), (0, 0)))
+    )
+    assert begun is not None and at_once is not None
+    assert begun.seconds - at_once.seconds == pytest.approx(0.2 + 7 * 0.1)
 
 
 def test_windows_read_less() -> None:
@@ -347,21 +358,21 @@ def test_attention_takes_what_was_measured_and_more_in_proportion() -> None:
     assert nothing is not None and nothing.terms[1].seconds == 0
 
 
-def test_what_the_host_takes_for_a_first_chunk() -> None:
-    """It follows from prompts that the host bounds by far; the mean of four chunks stays what was measured."""
-    true = replace(H100, host_first={"exact": 3e-3, "packed": 2e-3, "split": 5e-3})
+def test_what_the_host_takes_for_a_chunk() -> None:
+    """Prompts of one chunk and of four, of two numbers of layers, tell a beginning from what each layer takes."""
+    from fivefold.plan.reading import CHUNKS, host_chunk
+
+    first, later = (2e-3, 5e-4), (1e-3, 4e-4)
     rows = []
-    for tokens, chunk in ((256, None), (1024, 256), (65536, None)):
-        for packed, split in ((0.0, False), (4e4, False), (2e4, True)):
-            row = Prompt(EIGHT, tokens, chunk, packed, 4 if packed else None, 0.5 if split else 1.0, split, 0.0)
-            rows.append(replace(row, seconds=row.predicted(true)))
-    found = fit_first(rows, H100)
-    assert found.host_first == pytest.approx(true.host_first)
-    for row in rows:
-        assert row.predicted(found) == pytest.approx(row.seconds)
-    first, later = found.launches("split")
-    assert first == pytest.approx(5e-3) and first + 3 * later == pytest.approx(4 * H100.host_layer["split"])
-    assert found.by_own_code.launches("exact") == (H100.own_host_layer["exact"],) * 2
+    for layers in (12, 36):
+        for chunks in (1, CHUNKS):
+            one, more = first[0] + layers * first[1], (chunks - 1) * (later[0] + layers * later[1])
+            rows.append({"layers": layers, "chunks": chunks, "seconds": [9.0, one + more, 0.0]})
+    assert host_chunk({"packed": rows}) == {"packed": [pytest.approx(first), pytest.approx(later)]}
+    for row in rows:  # a host that takes no longer for more layers
+        row["seconds"] = [1e-2 * row["chunks"]]
+    assert host_chunk({"packed": rows}) == {"packed": [pytest.approx((1e-2, 0.0)), pytest.approx((1e-2, 0.0))]}
+    assert H100.by_own_code.host_chunk == H100.own_host_chunk
 
 
 def test_fit_of_prompts_finds_what_made_the_rows() -> None:
@@ -414,7 +425,7 @@ def test_data_sheets_scale_the_constants() -> None:
     ratio = H100.bandwidth / slow.bandwidth
     assert ratio == pytest.approx(3350 / 1555)
     assert (slow.word, slow.packed_row) == pytest.approx((H100.word * ratio, H100.packed_row * ratio))
-    assert (slow.layer, slow.step, slow.host_layer) == (H100.layer, H100.step, H100.host_layer)
+    assert (slow.layer, slow.step, slow.host_chunk) == (H100.layer, H100.step, H100.host_chunk)
     for key, rate in slow.prompt.items():
         assert rate / H100.prompt[key] == pytest.approx(slow.products / H100.products) == pytest.approx(312 / 989.4)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 import platform
@@ -89,6 +90,37 @@ def name() -> str:
 def stamp() -> dict[str, Any]:
     """The head of a file of results."""
     return {"date": time.strftime("%Y-%m-%d"), "machine": describe()}
+
+
+def tidy(device: torch.device) -> None:
+    """Give back what nobody holds."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def clocked(device: torch.device, call: Callable[[], Any]) -> float:
+    """Seconds of one call, on the host's clock."""
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def dtype(device: torch.device) -> torch.dtype:
+    """Of models that are measured."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def random(device: torch.device, *shape: int) -> torch.Tensor:
+    """Numbers to measure with: power, and with it the clock, depends on them, and zeros would be too fast."""
+    return torch.randn(shape, device=device, dtype=dtype(device))
 
 
 def elapsed_ms(call: Callable[[], Any]) -> float:

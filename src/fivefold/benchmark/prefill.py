@@ -30,6 +30,9 @@ def measure(
     base = None
     for name in (BASELINE, *recipes):
         row: dict[str, Any] = {"shape": shape, "context": context, "batch": batch, "chunk": chunk, "recipe": name}
+        gc.collect()
+        if ids.is_cuda:
+            torch.cuda.empty_cache()
         try:
             # Compiles and plans what there is to compile and plan: on a GPU for these very shapes, which cuDNN wants.
             if ids.is_cuda:
@@ -46,7 +49,8 @@ def measure(
 
 
 def read(model: Any, name: str, ids: torch.Tensor, chunk: int | None, own: bool = False) -> dict[str, Any]:
-    """Read `[batch, tokens]` with a new cache, and time it; as a row of `measure`. own: by the model's own code."""
+    """Read `[batch, tokens]` with a new cache, and time it; as a row of `measure`. own: by the model's own code. What
+    torch's allocator holds of prompts before stays there, as in a process that serves many."""
     cuda = ids.is_cuda
     if name == BASELINE:
         fivefold.restore(model)
@@ -55,7 +59,6 @@ def read(model: Any, name: str, ids: torch.Tensor, chunk: int | None, own: bool 
         cache = fivefold.compress(model, for_random_weights(Recipe.parse(name), model.config))
     if cuda:
         gc.collect()
-        torch.cuda.empty_cache()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -16,8 +16,6 @@ from fivefold.recipe import Recipe
 
 HOST = 1.05
 """A prompt whose launches add more than this to the device's least work is bound by the host."""
-BY_FAR = 1.15
-"""A prompt that takes more than this of the device's work tells what the host takes."""
 FITTED = (
     "step", "word", "fused_layer", "fused_several", "layer", "pointwise", "own_layer", "own_pointwise", "packed_layer",
     "packed_row",
@@ -58,7 +56,7 @@ class Prompt:
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Prompt:
-        """A row of `measure.timed_prompt`."""
+        """A row of `reading.timed_prompt`."""
         recipe, model, context = Recipe.parse(row["recipe"]), llama(row["shape"]), row["context"]
         bits = getattr(recipe.get("bits"), "bits", None)
         packed = row["cache_bytes"] / context if bits else 0.0
@@ -126,21 +124,12 @@ def fit_steps(rows: Sequence[Row], machine: Machine) -> Machine:
 
 
 def _idle(machine: Machine) -> Machine:
-    """The machine if nobody ever waited for its host."""
-    nothing = {name: dict.fromkeys(getattr(machine, name), 0.0) for name in ("host_layer", "own_host_layer")}
-    return replace(machine, **nothing, host_first={})  # type: ignore[arg-type]
-
-
-def fit_first(rows: Sequence[Prompt], machine: Machine) -> Machine:
-    """The machine with the `host_first` of those prompts, read at once, that the host bounds by far."""
-    idle, found = _idle(machine), dict[str, list[float]]()
-    for row in rows:
-        work, layers = row.predicted(idle), len(row.model.layers)
-        if row.chunk is None and not row.own and row.seconds > BY_FAR * work:
-            found.setdefault(machine.host_key(bool(row.packed), row.split), []).append(
-                (row.seconds - work / layers) / layers
-            )
-    return replace(machine, host_first={kind: float(np.median(each)) for kind, each in found.items()})
+    """The machine if nobody ever waited for its host to launch a layer."""
+    quick: dict[str, Any] = {
+        name: {kind: [(begin, 0.0) for begin, _ in chunks] for kind, chunks in getattr(machine, name).items()}
+        for name in ("host_chunk", "own_host_chunk")
+    }
+    return replace(machine, **quick)
 
 
 def fit_prompts(rows: Sequence[Prompt], machine: Machine) -> Machine:

@@ -19,8 +19,6 @@ from fivefold.paths import cache_dir
 SHIPPED = Path(__file__).with_name("machines.json")
 KINDS = ("exact", "2", "3", "4", "8")
 """Kinds of pages: exact ones, and packed ones by the bits of a number."""
-CHUNKS = 4
-"""Of a prompt, in the measurement of what the host takes for a chunk."""
 NARROW = 64
 """Heads of so many channels and fewer are read less fast."""
 
@@ -48,10 +46,11 @@ class Machine:
     more (None: the same); `layer` and `pointwise` are then of steps of more sequences, own_layer and own_pointwise of
     other models' steps, which run the model's own code.
 
-    host_layer: what the host takes to launch one layer of a chunk of a prompt, "exact", "packed", or "split" where it
-    packs and its heads are of two kinds, the mean of a prompt's first `CHUNKS`; host_first: of the first of them, where
-    that is known. These and prompt_pointwise are of prompts with fused kernels (`models/chunks.py`);
-    own_prompt_pointwise and own_host_layer of those that a model's own code reads, where that was measured.
+    host_chunk: what the host takes for a chunk of a prompt, by kind: "exact", "packed", or "split" where it packs and
+    its heads are of two kinds. Of each, `[[begin, layer], [begin, layer]]`: to begin and end a prompt's first chunk,
+    while a GPU waits, and to launch each of its layers; the same of a chunk that follows. This and prompt_pointwise are
+    of prompts with fused kernels (`models/chunks.py`); own_prompt_pointwise and own_host_chunk of those that a model's
+    own code reads, where that was measured.
     host_step: the least that a step takes, however little a GPU has to do: "step", and "layer" for each layer; empty
     where it was not measured.
 
@@ -79,7 +78,7 @@ class Machine:
     layer: float
     packed_layer: float
     packed_row: float
-    host_layer: Mapping[str, float]
+    host_chunk: Mapping[str, Sequence[Sequence[float]]]
     to_host: float
     from_host: float
     put_start: Mapping[str, float]
@@ -98,9 +97,8 @@ class Machine:
     own_layer: float | None = None
     own_pointwise: float | None = None
     own_prompt_pointwise: float | None = None
-    own_host_layer: Mapping[str, float] = field(default_factory=dict)
+    own_host_chunk: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
     host_step: Mapping[str, float] = field(default_factory=dict)
-    host_first: Mapping[str, float] = field(default_factory=dict)
 
     def __hash__(self) -> int:  # equal machines have equal names
         return hash((self.name, self.date, self.source))
@@ -125,19 +123,12 @@ class Machine:
         """Whether our fused kernels take a step of so many sequences."""
         return any(rows <= int(count) for count in self.fused)
 
-    def launches(self, kind: str) -> tuple[float, float]:
-        """What the host takes for a layer of a prompt's first chunk, and of those that follow."""
-        mean = self.host_layer[kind]
-        first = self.host_first.get(kind, mean)
-        return first, max(0.0, CHUNKS * mean - first) / (CHUNKS - 1)
-
     @property
     def by_own_code(self) -> Machine:
         """The same for prompts that are read by a model's own code."""
-        if self.own_prompt_pointwise is None or not self.own_host_layer:
+        if self.own_prompt_pointwise is None or not self.own_host_chunk:
             return self
-        own = self.own_prompt_pointwise
-        return replace(self, prompt_pointwise=own, host_layer=self.own_host_layer, host_first={})
+        return replace(self, prompt_pointwise=self.own_prompt_pointwise, host_chunk=self.own_host_chunk)
 
     def attends(self, pages: str, head_dim: int, nbytes: float) -> float:
         """Seconds of a step's attention over so many bytes of such pages in a layer: between caches that were measured,
@@ -156,7 +147,7 @@ class Machine:
 
     @staticmethod
     def host_key(packed: bool, split: bool) -> str:
-        """The key in `host_layer` and its like of prompts that are packed, with heads of two kinds."""
+        """The key in `host_chunk` and its like of prompts that are packed, with heads of two kinds."""
         return "exact" if not packed else "split" if split else "packed"
 
     @staticmethod

@@ -8,11 +8,9 @@ prompt takes besides, from whole prompts of the same.
 from __future__ import annotations
 
 import contextlib
-import gc
 import itertools
 import json
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,18 +21,18 @@ import torch.nn.functional as F
 
 from fivefold.attention import attend_step
 from fivefold.attention.fused import unpack_fused
-from fivefold.attention.merge import attend
-from fivefold.benchmark import decode, kernels, prefill
+from fivefold.benchmark import decode, kernels
 from fivefold.benchmark import machine as device_of
+from fivefold.benchmark.machine import clocked, dtype, random, tidy
 from fivefold.kernels.choice import choose
-from fivefold.plan.fit import Prompt, Row, fit_first, fit_prompts, fit_steps
-from fivefold.plan.machine import CHUNKS, Machine, measured_file
-from fivefold.plan.sizes import BITS, DIMS, EXTENTS, Sizes, sizes_for
+from fivefold.plan.fit import Prompt, Row, fit_prompts, fit_steps
+from fivefold.plan.machine import Machine, measured_file
+from fivefold.plan.reading import host_chunk, launches, prompts, reading
+from fivefold.plan.sizes import BITS, DIMS, Sizes, sizes_for
 from fivefold.plan.time import Read
 from fivefold.recipe import Recipe
 
 Progress = Callable[[str], None]
-READ = ("full()", "kivi(bits=4)", "duo(keep=0.5) + kivi(bits=4)")
 LARGER = 8
 """How much more than L2 holds is read before anything is read again."""
 PROMPT_POINTWISE = 120.0
@@ -50,7 +48,7 @@ def measure(device: torch.device | None = None, progress: Progress | None = None
     parts: dict[str, Callable[..., Mapping[str, Any]]] = {
         "copies": _copies, "products": _products, "weights": weights, "attention": attention, "prompts": prompts,
         "packing": _packing, "launches": launches, "own launches": partial(launches, own=True),
-        "host steps": host_steps, "link": _link, "steps": _steps, "reading": _reading,
+        "host steps": host_steps, "link": _link, "steps": _steps, "reading": reading,
     }  # fmt: skip
     for name, part in parts.items():
         if progress is not None:
@@ -82,9 +80,9 @@ def constants(raw: Mapping[str, Any], name: str | None = None, date: str | None 
         layer=0.0,
         packed_layer=0.0,
         packed_row=0.0,
-        host_layer=raw["launches"],
+        host_chunk=host_chunk(raw["launches"]),
         own_prompt_pointwise=PROMPT_POINTWISE if "own launches" in raw else None,
-        own_host_layer=raw.get("own launches", {}),
+        own_host_chunk=host_chunk(raw.get("own launches", {})),
         host_step=raw.get("host steps", {}),
         to_host=link["to_host"],
         from_host=link["from_host"],
@@ -103,7 +101,7 @@ def constants(raw: Mapping[str, Any], name: str | None = None, date: str | None 
     # fit, steps of many sequences are predicted badly.
     found = fit_steps([Row.from_dict(row) for row in raw["steps"]["rows"]], base)
     prompts = [Prompt.from_dict(row) for row in raw.get("reading", {}).get("rows", ())]
-    return fit_first(prompts, fit_prompts(prompts, found))
+    return fit_prompts(prompts, found)
 
 
 def save(machine: Machine, raw: Mapping[str, Any], path: Path | None = None) -> Path:
@@ -113,35 +111,6 @@ def save(machine: Machine, raw: Mapping[str, Any], path: Path | None = None) -> 
     found = {**device_of.stamp(), "machine": machine.as_dict(), "measured": raw}
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return path
-
-
-def tidy(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def clocked(device: torch.device, call: Callable[[], Any]) -> float:
-    """Seconds of one call, on the host's clock."""
-    _wait(device)
-    start = time.perf_counter()
-    call()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def _random(device: torch.device, *shape: int) -> torch.Tensor:
-    # Power, and with it the clock, depends on the data: zeros would be too fast.
-    return torch.randn(shape, device=device, dtype=_dtype(device))
 
 
 def _copies(device: torch.device, sizes: Sizes) -> dict[str, Any]:
@@ -157,7 +126,11 @@ def _copies(device: torch.device, sizes: Sizes) -> dict[str, Any]:
 
 def _products(device: torch.device, sizes: Sizes) -> dict[str, Any]:
     rows, inner, wide = sizes.products
-    x, there, back = _random(device, rows, inner), _random(device, wide, inner), _random(device, inner, wide)
+    x, there, back = (
+        random(device, rows, inner),
+        random(device, wide, inner),
+        random(device, inner, wide),
+    )
 
     def call() -> None:
         for _ in range(8):  # long enough that the clock settles where a prompt has it
@@ -175,11 +148,11 @@ def weights(device: torch.device, sizes: Sizes | None = None) -> dict[str, Any]:
     rates: dict[str, float] = {}
     starts: dict[str, float] = {}
     for (out, inner), large in zip(sizes.matrix, (False, True)):
-        each = out * inner * _dtype(device).itemsize
+        each = out * inner * dtype(device).itemsize
         count = max(4, sizes.weights // (1 if large else 8) // each)
-        matrices = [_random(device, *((out, inner) if i % 2 or not large else (inner, out))) for i in range(count)]
+        matrices = [random(device, *((out, inner) if i % 2 or not large else (inner, out))) for i in range(count)]
         for rows in sizes.rows:
-            given = {width: _random(device, rows, width) for width in (out, inner)}
+            given = {width: random(device, rows, width) for width in (out, inner)}
 
             def call(given: dict[int, torch.Tensor] = given, matrices: list[torch.Tensor] = matrices) -> None:
                 for matrix in matrices:
@@ -206,12 +179,12 @@ def _fused(device: torch.device, sizes: Sizes) -> dict[str, float]:
 
     found: dict[str, list[tuple[float, float]]] = {}
     for wide, hidden in sizes.mlps:
-        each = 3 * wide * hidden * _dtype(device).itemsize
+        each = 3 * wide * hidden * dtype(device).itemsize
         shapes = ((wide, hidden), (wide, hidden), (hidden, wide))
-        layers = [[_random(device, *shape) for shape in shapes] for _ in range(max(2, sizes.weights // each))]
-        norm = Norm(torch.ones(hidden, device=device, dtype=_dtype(device)), 1e-5)
+        layers = [[random(device, *shape) for shape in shapes] for _ in range(max(2, sizes.weights // each))]
+        norm = Norm(torch.ones(hidden, device=device, dtype=dtype(device)), 1e-5)
         for rows in (rows for rows in sizes.rows if rows <= triton.COLUMNS):
-            given = _random(device, rows, hidden)
+            given = random(device, rows, hidden)
 
             def call(x: torch.Tensor = given, layers: Any = layers, norm: Norm = norm) -> None:
                 for gate, up, down in layers:
@@ -242,14 +215,14 @@ def attention(device: torch.device, sizes: Sizes | None = None) -> dict[str, Any
 
 def _attention(recipe: Recipe, device: torch.device, context: int, batch: int, dim: int) -> list[float]:
     """Bytes and seconds of the attention of one of some layers alike."""
-    layers = [kernels.filled(recipe, device, context, batch, _dtype(device), dim)]
+    layers = [kernels.filled(recipe, device, context, batch, dtype(device), dim)]
     nbytes = sum(kernels.read_bytes(layers[0]))
     count = 1
     if device.type == "cuda":
         count = min(24, max(2, -(-LARGER * torch.cuda.get_device_properties(device).L2_cache_size // nbytes)))
-    layers += [kernels.filled(recipe, device, context, batch, _dtype(device), dim) for _ in range(count - 1)]
+    layers += [kernels.filled(recipe, device, context, batch, dtype(device), dim) for _ in range(count - 1)]
     groups = [group for layer in layers for group in layer.groups]
-    queries = [_random(device, len(group.rows), kernels.GROUP, dim) for group in groups]
+    queries = [random(device, len(group.rows), kernels.GROUP, dim) for group in groups]
 
     def call() -> None:
         for group, given in zip(groups, queries):
@@ -270,51 +243,6 @@ def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return max(0.0, short - few / rate), rate
 
 
-@torch.inference_mode()
-def prompts(device: torch.device, sizes: Sizes | None = None) -> dict[str, Any]:
-    """Operations a second of a prompt's attention over itself, and of a chunk's over what is stored, by head_dim: each
-    the mean of some sizes, since a prompt has them all."""
-    sizes = sizes or sizes_for(device)
-    rows: list[dict[str, Any]] = []
-    found: dict[str, list[float]] = {}
-
-    def add(kind: str, call: Callable[[], Any], chunk: int, tokens: int, operations: float) -> None:
-        seconds = _settled(device, call)
-        rows.append({"kind": kind, "chunk": chunk, "tokens": tokens, "seconds": seconds, "rate": operations / seconds})
-        found.setdefault(kind, []).append(operations / seconds)
-
-    for dim in DIMS:
-        for extent, lengths in zip(EXTENTS, sizes.prompt):
-            for tokens in lengths:
-                queries = _random(device, kernels.KV_HEADS, kernels.GROUP, tokens, dim)
-                pair = (_random(device, kernels.KV_HEADS, 1, tokens, dim) for _ in range(2))
-                keys, values = (x.expand(-1, kernels.GROUP, -1, -1) for x in pair)
-                call = partial(attend, queries, keys, values, dim**-0.5, causal=True)
-                add(f"causal {extent} {dim}", call, tokens, tokens, 4 * queries.numel() * tokens / 2)
-        for extent, pairs in zip(EXTENTS, sizes.past):
-            for chunk, tokens in pairs:
-                queries = _random(device, kernels.KV_HEADS, 1, kernels.GROUP * chunk, dim)
-                keys, values = (_random(device, kernels.KV_HEADS, 1, tokens, dim) for _ in range(2))
-                call = partial(attend, queries, keys, values, dim**-0.5)
-                add(f"past {extent} {dim}", call, chunk, tokens, 4 * queries.numel() * tokens)
-        tidy(device)
-    return {"rates": {kind: statistics.harmonic_mean(rates) for kind, rates in found.items()}, "rows": rows}
-
-
-def _settled(device: torch.device, call: Callable[[], Any], least: float = 0.3) -> float:
-    """Seconds of a call among many of its kind, as in a prompt: the host is ahead, and the clock is where power leaves
-    it."""
-    call()  # cuDNN plans
-    once = clocked(device, call)
-    count = min(500, max(1, round((least if device.type == "cuda" else 0.0) / once)))
-
-    def many() -> None:
-        for _ in range(count):
-            call()
-
-    return min(clocked(device, many) for _ in range(2)) / count
-
-
 def _eager(device: torch.device, call: Callable[[], Any], repeats: int = 5) -> float:
     """Median seconds of a call of some milliseconds, without a graph: cuDNN plans when it is first called."""
     call()
@@ -322,16 +250,16 @@ def _eager(device: torch.device, call: Callable[[], Any], repeats: int = 5) -> f
 
 
 def _packing(device: torch.device, sizes: Sizes) -> dict[str, Any]:
-    dtype = _dtype(device)
+    number = dtype(device)
     packed, unpacked = {}, {}
     for bits in BITS:
-        layer = kernels.filled(Recipe.parse(f"kivi(bits={bits})"), device, sizes.unpacked, 1, dtype)
+        layer = kernels.filled(Recipe.parse(f"kivi(bits={bits})"), device, sizes.unpacked, 1, number)
         (group,) = layer.groups
         assert layer.codec is not None and layer.codec.form is not None
-        ms, moved = kernels.pack(layer.codec.form, len(group.rows) * sizes.unpacked, device, dtype)
+        ms, moved = kernels.pack(layer.codec.form, len(group.rows) * sizes.unpacked, device, number)
         packed[str(bits)] = moved / ms * 1000
         tokens, form = int(group.bounds.packed_tokens), layer.codec.form
-        moved = group.packed.size * (form.nbytes + 2 * form.tokens * form.head_dim * dtype.itemsize)
+        moved = group.packed.size * (form.nbytes + 2 * form.tokens * form.head_dim * number.itemsize)
 
         def call(layer: Any = layer, group: Any = group, tokens: int = tokens) -> Any:
             pair = unpack_fused(group, 0, tokens, layer.spec.dtype)
@@ -344,20 +272,6 @@ def _packing(device: torch.device, sizes: Sizes) -> dict[str, Any]:
     return {"pack": packed, "unpack": unpacked}
 
 
-def launches(device: torch.device, sizes: Sizes | None = None, own: bool = False) -> dict[str, float]:
-    """Seconds that the host takes for a layer of a chunk, and for its part of a chunk's beginning and end, of a model
-    so narrow that the device waits for it. own: by the model's own code."""
-    sizes = sizes or sizes_for(device)
-    chunk, chunks, layers, found = sizes.narrow_chunk, CHUNKS, 2 * sizes.layers[1], {}
-    model = decode.build({**sizes.narrow, "num_hidden_layers": layers}, device)
-    ids = torch.randint(1024, (1, chunk * chunks), device=device)
-    split = "duo(keep=0.5) + kivi(bits=4)"
-    for kind, recipe in (("exact", "full()"), ("packed", "kivi(bits=4)"), ("split", split)):
-        times = [prefill.read(model, recipe, ids, chunk, own)["seconds"] for _ in range(5)]
-        found[kind] = statistics.median(times[1:]) / (chunks * layers)
-    return found
-
-
 @torch.inference_mode()
 def host_steps(device: torch.device, sizes: Sizes | None = None) -> dict[str, float]:
     """Seconds of a step of a model so narrow that the device waits for the host: of any such step, and of a layer."""
@@ -368,7 +282,9 @@ def host_steps(device: torch.device, sizes: Sizes | None = None) -> dict[str, fl
     for layers in counts:
         shape = {**sizes.narrow, "num_hidden_layers": layers}
         model = decode.build(shape, device)
-        rows = [timed_step(model, shape, recipe, sizes.context, 1, 2 * sizes.steps) for recipe in READ[:2]]
+        rows = [
+            timed_step(model, shape, recipe, sizes.context, 1, 2 * sizes.steps) for recipe in ("full()", "kivi(bits=4)")
+        ]
         found.append(statistics.fmean(row["seconds"] for row in rows))
         tidy(device)
     each = max(0.0, found[1] - found[0]) / (counts[1] - counts[0])
@@ -426,34 +342,6 @@ def _steps(device: torch.device, sizes: Sizes) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def _reading(device: torch.device, sizes: Sizes) -> dict[str, Any]:
-    """Prompts of a model of two numbers of layers, at once and in chunks, and of one that waits for the host."""
-    rows = []
-    kinds = [({**sizes.step, "num_hidden_layers": layers}, sizes.read) for layers in sizes.layers]
-    kinds.append(({**sizes.narrow, "num_hidden_layers": 2 * sizes.layers[1]}, ((sizes.narrow_chunk, None),)))
-    for shape, lengths in kinds:
-        model = decode.build(shape, device)
-        for context, chunk in lengths:
-            for recipe, own in [*((recipe, False) for recipe in READ), ("full()", True)]:
-                rows.append(timed_prompt(model, shape, recipe, context, chunk, 2, own))
-                tidy(device)
-        del model
-        tidy(device)
-    return {"rows": rows}
-
-
-def timed_prompt(
-    model: Any, shape: Mapping[str, Any], recipe: str, context: int, chunk: int | None, turns: int, own: bool = False
-) -> dict[str, Any]:
-    """A prompt that is read `turns` times, and once before: the first time plans what there is to plan for its
-    shapes. own: by the model's own code."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (1, context), generator=generator).to(model.device)
-    first, *others = (prefill.read(model, recipe, ids, chunk, own) for _ in range(turns + 1))
-    row = {"shape": dict(shape), "recipe": recipe, "context": context, "chunk": chunk, "own_code": own}
-    return {**row, "first_seconds": first["seconds"], **min(others, key=lambda turn: turn["seconds"])}
-
-
 def timed_step(
     model: Any, shape: Mapping[str, Any], recipe: str, context: int, batch: int, steps: int, own: bool = False
 ) -> dict[str, Any]:
@@ -469,7 +357,7 @@ def timed_step(
     if graph:
         torch.cuda.reset_peak_memory_stats()
         row["after_fill"] = memory()
-    row.update(decode.timed(model, cache, batch, steps))
+    row.update(decode.timed(model, cache, batch, steps, decode.warm_up(cache)))
     row["seconds"] = row["ms"] / 1000
     if graph:
         row["after_steps"] = memory()

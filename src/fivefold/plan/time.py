@@ -237,19 +237,20 @@ def _sum(terms: Iterable[Term]) -> float:
 def _launching(
     model: ModelShape, machine: Machine, chunks: Sequence[int], packed: bool, split: bool, device: Sequence[Term]
 ) -> Term:
-    """What a prompt takes beyond the device's work: what launching a chunk takes longer than the work of that chunk,
-    which grows with what is stored; but for the work of its last layer, which nobody can begin before."""
-    first, later = machine.launches(machine.host_key(packed, split))
+    """What a prompt takes beyond the device's work: the beginning and end of each chunk, for which the device waits;
+    and what launching a chunk takes longer than the work of that chunk, which grows with what is stored; but for the
+    work of its last layer, which nobody can begin before."""
+    first, later = machine.host_chunk[machine.host_key(packed, split)]
     held = list(accumulate(chunks, initial=0))[:-1]
     growing = _sum(term for term in device if term.name.endswith(STORED))
     alike, share = (_sum(device) - growing) / sum(chunks), growing / (sum(held) or 1)
     layers, hosts = len(model.layers), [first, *[later] * (len(chunks) - 1)]
     work = [alike * chunk + share * before for chunk, before in zip(chunks, held)]
-    longer = sum(max(0.0, layers * host - one * (1 - 1 / layers)) for host, one in zip(hosts, work))
-    said = f"{layers} layers x ({_seconds(first)}"
-    said += f" + {len(chunks) - 1} chunks x {_seconds(later)})" if len(chunks) > 1 else ")"
-    said += ", less the device's work meanwhile"
-    return Term("launches", longer, said, "launches")
+    longer = sum(begin + max(0.0, layers * each - one * (1 - 1 / layers)) for (begin, each), one in zip(hosts, work))
+    said = f"{_seconds(first[0])} + {layers} layers x {_seconds(first[1])}"
+    if len(chunks) > 1:
+        said += f" + {len(chunks) - 1} chunks x ({_seconds(later[0])} + {layers} x {_seconds(later[1])})"
+    return Term("launches", longer, f"{said}, less the device's work while layers are launched", "launches")
 
 
 def _prompt_attention(

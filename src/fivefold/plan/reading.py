@@ -1,0 +1,129 @@
+"""What `fivefold plan --measure` measures of prompts: their attention, the host's part in a chunk, and whole ones."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from fivefold.attention.merge import attend
+from fivefold.benchmark import decode, kernels, prefill
+from fivefold.benchmark.machine import clocked, random, tidy
+from fivefold.plan.sizes import DIMS, EXTENTS, Sizes, sizes_for
+
+READ = ("full()", "kivi(bits=4)", "duo(keep=0.5) + kivi(bits=4)")
+CHUNKS = 4
+"""Of a prompt, in the measurement of what the host takes for a chunk."""
+TURNS, LEAST = 9, 0.5
+"""A prompt is read at most so often, or until so many seconds are over."""
+
+
+@torch.inference_mode()
+def prompts(device: torch.device, sizes: Sizes | None = None) -> dict[str, Any]:
+    """Operations a second of a prompt's attention over itself, and of a chunk's over what is stored, by head_dim: each
+    the mean of some sizes, since a prompt has them all."""
+    sizes = sizes or sizes_for(device)
+    rows: list[dict[str, Any]] = []
+    found: dict[str, list[float]] = {}
+
+    def add(kind: str, call: Callable[[], Any], chunk: int, tokens: int, operations: float) -> None:
+        seconds = _settled(device, call)
+        rows.append({"kind": kind, "chunk": chunk, "tokens": tokens, "seconds": seconds, "rate": operations / seconds})
+        found.setdefault(kind, []).append(operations / seconds)
+
+    for dim in DIMS:
+        for extent, lengths in zip(EXTENTS, sizes.prompt):
+            for tokens in lengths:
+                queries = random(device, kernels.KV_HEADS, kernels.GROUP, tokens, dim)
+                pair = (random(device, kernels.KV_HEADS, 1, tokens, dim) for _ in range(2))
+                keys, values = (x.expand(-1, kernels.GROUP, -1, -1) for x in pair)
+                call = partial(attend, queries, keys, values, dim**-0.5, causal=True)
+                add(f"causal {extent} {dim}", call, tokens, tokens, 4 * queries.numel() * tokens / 2)
+        for extent, pairs in zip(EXTENTS, sizes.past):
+            for chunk, tokens in pairs:
+                queries = random(device, kernels.KV_HEADS, 1, kernels.GROUP * chunk, dim)
+                keys, values = (random(device, kernels.KV_HEADS, 1, tokens, dim) for _ in range(2))
+                call = partial(attend, queries, keys, values, dim**-0.5)
+                add(f"past {extent} {dim}", call, chunk, tokens, 4 * queries.numel() * tokens)
+        tidy(device)
+    return {"rates": {kind: statistics.harmonic_mean(rates) for kind, rates in found.items()}, "rows": rows}
+
+
+def _settled(device: torch.device, call: Callable[[], Any], least: float = 0.3) -> float:
+    """Seconds of a call among many of its kind, as in a prompt: the host is ahead, and the clock is where power leaves
+    it."""
+    call()  # cuDNN plans
+    once = clocked(device, call)
+    count = min(500, max(1, round((least if device.type == "cuda" else 0.0) / once)))
+
+    def many() -> None:
+        for _ in range(count):
+            call()
+
+    return min(clocked(device, many) for _ in range(2)) / count
+
+
+def launches(device: torch.device, sizes: Sizes | None = None, own: bool = False) -> dict[str, Any]:
+    """Seconds of prompts of a model so narrow that the device waits for the host, by kind: rows of layers, chunks, and
+    the times of some turns. own: by the model's own code."""
+    sizes = sizes or sizes_for(device)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for layers in (sizes.layers[1], 3 * sizes.layers[1]):
+        model = decode.build({**sizes.narrow, "num_hidden_layers": layers}, device)
+        split = "duo(keep=0.5) + kivi(bits=4)"
+        for kind, recipe in (("exact", "full()"), ("packed", "kivi(bits=4)"), ("split", split)):
+            for chunks in (1, CHUNKS):
+                ids = torch.randint(1024, (1, sizes.narrow_chunk * chunks), device=device)
+                read = partial(prefill.read, model, recipe, ids, sizes.narrow_chunk, own)
+                _, *times = (read()["seconds"] for _ in range(8))
+                found.setdefault(kind, []).append({"layers": layers, "chunks": chunks, "seconds": times})
+    return found
+
+
+def host_chunk(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[tuple[float, float]]]:
+    """`Machine.host_chunk` of the rows of `launches`."""
+    out: dict[str, list[tuple[float, float]]] = {}
+    for kind, rows in found.items():
+        times = {(row["layers"], row["chunks"]): statistics.median(row["seconds"]) for row in rows}
+        counts = sorted({layers for layers, _ in times})
+        first = [times[layers, 1] for layers in counts]
+        later = [(times[layers, CHUNKS] - one) / (CHUNKS - 1) for layers, one in zip(counts, first)]
+        for few, many in (first, later):
+            each = max(0.0, many - few) / (counts[1] - counts[0])
+            out.setdefault(kind, []).append((max(0.0, few - counts[0] * each), each))
+    return out
+
+
+def reading(device: torch.device, sizes: Sizes) -> dict[str, Any]:
+    """Prompts of a model of two numbers of layers, at once and in chunks, and of one that waits for the host."""
+    rows = []
+    kinds = [({**sizes.step, "num_hidden_layers": layers}, sizes.read) for layers in sizes.layers]
+    kinds.append(({**sizes.narrow, "num_hidden_layers": 2 * sizes.layers[1]}, ((sizes.narrow_chunk, None),)))
+    for shape, lengths in kinds:
+        model = decode.build(shape, device)
+        for context, chunk in lengths:
+            for recipe, own in [*((recipe, False) for recipe in READ), ("full()", True)]:
+                rows.append(timed_prompt(model, shape, recipe, context, chunk, 2, own))
+                tidy(device)
+        del model
+        tidy(device)
+    return {"rows": rows}
+
+
+def timed_prompt(
+    model: Any, shape: Mapping[str, Any], recipe: str, context: int, chunk: int | None, turns: int, own: bool = False
+) -> dict[str, Any]:
+    """A prompt that is read `turns` times, a short one more often, and once before: the first time plans what there is
+    to plan for its shapes. own: by the model's own code."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (1, context), generator=generator).to(model.device)
+    read = partial(prefill.read, model, recipe, ids, chunk, own)
+    first, found = read(), [read() for _ in range(turns)]
+    while len(found) < TURNS and sum(one["seconds"] for one in found) < LEAST:
+        found.append(read())
+    times = [one["seconds"] for one in found]
+    row = {"shape": dict(shape), "recipe": recipe, "context": context, "chunk": chunk, "own_code": own, **found[-1]}
+    return {**row, "first_seconds": first["seconds"], "turns": times, "seconds": statistics.median(times)}
