@@ -297,6 +297,17 @@ def test_rows_are_taken_in_turn_where_they_are_different() -> None:
         assert not schedule.starts_of(np.array(pages), programs)[1].any()
 
 
+def test_many_rows_are_cut_only_where_one_is_very_long() -> None:
+    """Heads of two kinds in a large batch: a part more begins and ends once more, and ends little sooner."""
+    programs = schedule.Programs(16384, 0, 528, 32)
+    pages = np.zeros((2, 8192), dtype=int)
+    pages[0] = np.where(np.arange(8192) % 8 < 4, 20, 12)
+    assert schedule.starts_of(pages, programs)[0, -1] == 8192
+    pages[0, 77] = 4096
+    found = np.diff(schedule.starts_of(pages, programs)[0])
+    assert found[77] > 100 and found.sum() <= 16384
+
+
 @pytest.mark.parametrize("device", PATHS, indirect=True)
 @pytest.mark.parametrize("part", range(10))
 def test_random_shapes(device: str, part: int) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -278,15 +279,14 @@ def host_steps(device: torch.device, sizes: Sizes | None = None) -> dict[str, fl
     sizes = sizes or sizes_for(device)
     if device.type != "cuda":
         return {}  # the host is the device
-    found, counts = [], (sizes.layers[1], 3 * sizes.layers[1])
-    for layers in counts:
-        shape = {**sizes.narrow, "num_hidden_layers": layers}
-        model = decode.build(shape, device)
-        rows = [
-            timed_step(model, shape, recipe, sizes.context, 1, 2 * sizes.steps) for recipe in ("full()", "kivi(bits=4)")
-        ]
-        found.append(statistics.fmean(row["seconds"] for row in rows))
-        tidy(device)
+    counts, recipes = (sizes.layers[1], 3 * sizes.layers[1]), ("full()", "kivi(bits=4)")
+    shapes = [{**sizes.narrow, "num_hidden_layers": layers} for layers in counts]
+    models, rounds = [decode.build(shape, device) for shape in shapes], []
+    for _ in range(3):  # the least counts: see `reading.TURNS`
+        for model, shape in zip(models, shapes):
+            rows = [timed_step(model, shape, recipe, sizes.context, 1, sizes.steps) for recipe in recipes]
+            rounds.append([row["seconds"] for row in rows])
+    found = [statistics.fmean(map(min, zip(*rounds[kind::2]))) for kind in range(2)]
     each = max(0.0, found[1] - found[0]) / (counts[1] - counts[0])
     return {"step": max(0.0, found[0] - counts[0] * each), "layer": each}
 
@@ -347,11 +347,13 @@ def timed_step(
 ) -> dict[str, Any]:
     """A row of `benchmark.decode` with what a step reads, and the memory that it takes. own: by its own code."""
     graph = model.device.type == "cuda"
+    began = time.perf_counter()
     cache = decode.filled(model, recipe, context, batch, graph)
     if cache.step is not None:
         cache.step.fuses = not own
     report = cache.report().as_dict()
     row: dict[str, Any] = {"shape": dict(shape), "recipe": recipe, "context": context, "batch": batch, "graph": graph}
+    row["filled_in"] = time.perf_counter() - began
     row["reads"] = [vars(read) for read in reads_of(report, recipe, len(model.model.layers))]
     row["report"] = {name: x for name, x in report.items() if x}
     if graph:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 BITS = (2, 3, 4, 8)
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 DIMS, EXTENTS = (64, 128), ("small", "large")
 
 

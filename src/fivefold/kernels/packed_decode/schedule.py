@@ -111,16 +111,32 @@ def starts_of(pages: np.ndarray, programs: Programs | tuple[int, ...]) -> np.nda
 
     No program gets more pages than it must, and few are left without any. Where the device is filled more than once,
     those of packed pages get a share of them at least: what a program begins and ends with costs more than an even end.
+    Rows that are not alike are cut into more parts only where that ends sooner (`_waves`).
     """
     most = np.broadcast_to(np.array(programs[:2])[:, None], (*pages.shape[:-1], 1))
-    packed = pages[..., :1, :]
-    if isinstance(programs, Programs):
-        rows, total = (packed > 0).sum(-1, keepdims=True), packed.sum(-1, keepdims=True)
-        enough = np.maximum(np.maximum(rows, programs.once), total // programs.share)
-        # Of rows that are not alike, programs of the longest may begin last.
-        different = 10 * rows * packed.max(-1, keepdims=True, initial=0) > 11 * total
-        enough = np.where((enough > programs.once) & different, most[..., :1, :], enough)
-        most = np.concatenate([np.minimum(most[..., :1, :], enough), most[..., 1:, :]], -2)
+    if not isinstance(programs, Programs):
+        return _parts(_shares(pages, most))
+    packed, once = pages[..., :1, :], programs.once
+    rows, total = (packed > 0).sum(-1, keepdims=True), packed.sum(-1, keepdims=True)
+    enough = np.minimum(most[..., :1, :], np.maximum(np.maximum(rows, once), total // programs.share))
+    shares = _shares(pages, np.concatenate([enough, most[..., 1:, :]], -2))
+    different = 10 * rows * packed.max(-1, keepdims=True, initial=0) > 11 * total
+    waves = _waves(packed, shares[..., :1, :], once)
+    if (finer := different & (enough > once)).any():
+        # Of rows that are not alike, programs of the longest may begin last: shorter ones end sooner together.
+        others = _shares(pages, most)
+        sooner = finer & ((less := _waves(packed, others[..., :1, :], once)) < waves)
+        shares, waves = np.where(sooner, others, shares), np.where(sooner, less, waves)
+    out = _parts(shares)
+    if programs.turns and (few := different & (rows <= 2 * once)).any():
+        turns = in_turn(packed[..., 0, :], once)
+        length = -(-turns[..., 1:, -1:] // once)
+        out = np.where(few & (length + OPENING < waves), turns, out)
+    return out
+
+
+def _shares(pages: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """How many programs each row gets, of `most` in all, `[..., 2, 1]`: as few pages each as can be."""
     each = np.maximum(1, -(-pages.sum(-1, keepdims=True) // np.maximum(1, most)))
     while True:
         shares = -(-pages // each)
@@ -131,18 +147,22 @@ def starts_of(pages: np.ndarray, programs: Programs | tuple[int, ...]) -> np.nda
     # Programs that are left go to the rows by their pages, where that makes no share larger.
     even = np.minimum(pages, np.maximum(1, pages * most // np.maximum(1, pages.sum(-1, keepdims=True))))
     worse = (-(-pages // np.maximum(1, even)) > each).any(-1, keepdims=True) | (even.sum(-1, keepdims=True) > most)
-    shares = np.where(worse, shares, even)
-    out = np.zeros((*pages.shape[:-1], pages.shape[-1] + 1), dtype=np.int32)
+    return np.where(worse, shares, even)
+
+
+def _parts(shares: np.ndarray) -> np.ndarray:
+    """The first part of each row, and how many there are."""
+    out = np.zeros((*shares.shape[:-1], shares.shape[-1] + 1), dtype=np.int32)
     np.cumsum(shares, -1, out=out[..., 1:])
-    if isinstance(programs, Programs) and programs.turns and (few := different & (rows <= 2 * programs.once)).any():
-        once, shares = programs.once, shares[..., :1, :]
-        parts, largest = shares.sum(-1, keepdims=True), (-(-packed // np.maximum(1, shares))).max(-1, keepdims=True)
-        # Of more parts than programs at a time, the last begin when others end: the largest of them at any time.
-        waves = np.where(parts > once, (total + parts * OPENING) / once + largest / 2, largest)
-        turns = in_turn(packed[..., 0, :], once)
-        length = -(-turns[..., 1:, -1:] // once)
-        out = np.where(few & (length + OPENING < waves), turns, out)
     return out
+
+
+def _waves(packed: np.ndarray, shares: np.ndarray, once: int) -> np.ndarray:
+    """How long rows take that have so many programs, in pages: of more programs than `once`, the last begin when others
+    end, the largest of them at any time."""
+    parts, largest = shares.sum(-1, keepdims=True), (-(-packed // np.maximum(1, shares))).max(-1, keepdims=True)
+    all_at_once = (packed.sum(-1, keepdims=True) + parts * OPENING) / once
+    return np.where(parts > once, all_at_once + largest / 2, largest)
 
 
 def in_turn(pages: np.ndarray, once: int) -> np.ndarray:
