@@ -51,6 +51,7 @@ STEPS = 40
 LIKE: list[dict[str, Any]] = []
 SHORT = 4e-3
 """Seconds: the host has a large part in shorter steps."""
+SHORT_PROMPT = 0.2
 CHUNK = 8192
 """The smallest chunks of a prompt from which a GPU, and not the host, sets the pace."""
 Key = tuple[Any, ...]
@@ -130,28 +131,35 @@ def steps(results: Results, part: str, cpu: bool) -> None:
                 base = measure.memory() if not cpu else {}
             results.add({**row, "before": base}, lambda: one_step(results, row, model, shape, cpu))  # noqa: B023
     if model is not None:
-        again(results, model, shape, name, layers)
+        again(
+            results,
+            lambda row: (row["what"], row["model"], row["layers"]) == ("step", name, layers) and row["batch"] <= 8,
+            lambda row: measure.timed_step(
+                model, shape, row["recipe"], row["context"], row["batch"], STEPS, bool(row.get("own"))
+            ),
+            SHORT,
+        )
     model = None
     machine.tidy(machine.device())
 
 
 @torch.inference_mode()
-def again(results: Results, model: Any, shape: dict[str, Any], name: str, layers: int | None) -> None:
-    """Time short steps of one sequence some more, the least of which counts: a machine's host is shared with others,
-    and some seconds long it may be much slower."""
-    rows = [
-        row for row in results.found["rows"] if (row["what"], row["model"], row["layers"]) == ("step", name, layers)
-    ]
-    rows = [row for row in rows if row.get("batch", 9) <= 8 and row.get("seconds", 1.0) < SHORT]
+def again(
+    results: Results,
+    which: Callable[[dict[str, Any]], bool],
+    call: Callable[[dict[str, Any]], dict[str, Any]],
+    short: float,
+) -> None:
+    """Time rows of less than `short` seconds two times more, the least of which counts: a machine's host is shared with
+    others, and some seconds long it may be much slower."""
+    rows = [row for row in results.found["rows"] if "error" not in row and which(row) and row["seconds"] < short]
     for _ in range(2):
         for row in rows:
-            more = measure.timed_step(
-                model, shape, row["recipe"], row["context"], row["batch"], STEPS, bool(row.get("own"))
-            )
-            row.setdefault("turns", [row["seconds"]]).append(more["seconds"])
-            row |= (
-                {key: more[key] for key in ("seconds", "ms", "mean_ms", "tokens_s")} if more["ms"] < row["ms"] else {}
-            )
+            more = call(row)
+            times = row.setdefault("turns", [row["seconds"]])
+            times.extend(more.get("turns", [more["seconds"]]))
+            if more["seconds"] < row["seconds"]:
+                row |= {key: more[key] for key in ("seconds", "ms", "mean_ms", "tokens_s") if key in more}
             machine.tidy(machine.device())
     results.save()
 
@@ -209,6 +217,15 @@ def prompts(results: Results, part: str, cpu: bool) -> None:
             turns = 3 if context < 65536 else 1
             given = recipe, context, chunk, turns, own
             results.add(row, lambda: reading.timed_prompt(model, shape, *given))  # noqa: B023
+    if model is not None:
+        again(
+            results,
+            lambda row: (row["what"], row["model"]) == ("prompt", name),
+            lambda row: reading.timed_prompt(
+                model, shape, row["recipe"], row["context"], row["chunk"], 3, bool(row.get("own"))
+            ),
+            SHORT_PROMPT,
+        )
     model = None
     machine.tidy(machine.device())
 

@@ -389,8 +389,8 @@ def test_fit_of_prompts_finds_what_made_the_rows() -> None:
 
 
 def test_shipped_constants_hold_on_an_h100() -> None:
-    """How far off they are (docs/planner.md), on the shape that they were fitted on and on a smaller one: where
-    five of 91 steps are more than 10% off, and short prompts as much as machines' hosts differ."""
+    """How far off they are (docs/planner.md), on the shape that they were fitted on and on a smaller one: all
+    steps are within 10%, all prompts in chunks of 8,192 within 15%; short prompts were timed otherwise."""
     root = Path(__file__).resolve().parents[1]
     spec = importlib.util.spec_from_file_location("plan_gpu", root / "benchmarks" / "plan_gpu.py")
     assert spec is not None and spec.loader is not None
@@ -400,17 +400,17 @@ def test_shipped_constants_hold_on_an_h100() -> None:
     found = script.compared(results["rows"], H100)
     own = ", the model's own code"
     bounds = {
-        "steps alone": (0.13, 0.13), "steps in batches": (0.1, 0.132), f"steps alone{own}": (0.1, 0.1),
-        f"steps in batches{own}": (0.1, 0.1), "prompts at once": (0.29, 0.3),
+        "steps alone": (0.05, 0.1), "steps in batches": (0.05, 0.1), f"steps alone{own}": (0.1, 0.1),
+        f"steps in batches{own}": (0.1, 0.1), "prompts at once": (0.44, 0.38),
         "prompts in chunks of 8,192": (0.15, 0.15), "prompts in chunks of 2,048": (0.15, 0.15),
-        f"prompts in chunks of 8,192{own}": (0.15, 0.15), f"prompts in chunks of 2,048{own}": (0.19, 0.22),
+        f"prompts in chunks of 8,192{own}": (0.15, 0.15), f"prompts in chunks of 2,048{own}": (0.17, 0.17),
         "to the host": (0.15, 0.15), "from the host": (0.15, 0.15),
     }  # fmt: skip
     for kind, models in found["errors"].items():
         for model, errors in models.items():
             bound = bounds[kind][model != "llama-3-8b"]
             assert abs(errors["worst"]) <= bound, (kind, model, errors)
-            assert errors["median"] <= (0.035 if "steps" in kind else 0.22)
+            assert errors["median"] <= (0.05 if "steps" in kind else 0.22)
     assert found["errors"].keys() == bounds.keys()
     one = ("host", "code", "in batches")  # on one shape alone
     assert all(len(found["errors"][kind]) == 2 for kind in bounds if not kind.endswith(one))

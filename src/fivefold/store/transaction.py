@@ -105,9 +105,10 @@ class Transaction:
         for kind in dict.fromkeys((x.dtype, x.device) for x, _ in waiting):
             some = [(x, action) for x, action in waiting if (x.dtype, x.device) == kind]
             found = coming(torch.cat([x for x, _ in some]))()
+            begin = 0
             for x, action in some:
-                action(found[: len(x)])
-                found = found[len(x) :]
+                action(found[begin : begin + len(x)])
+                begin += len(x)
 
     def _close(self) -> None:
         if self.beside is not None:
