@@ -51,6 +51,7 @@ LAYERS = {
         "engine",
         "report",
     ),
+    "plan.reading": ("attention", "benchmark", "plan"),
     "plan.measure": ("paths", "kernels", "store", "attention", "recipe", "benchmark", "plan"),
 }
 """Imports of any kind count: at the top of a module, in a function, or for types only."""

@@ -102,13 +102,12 @@ def host_chunk(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, li
 
 
 def reading(device: torch.device, sizes: Sizes) -> dict[str, Any]:
-    """Prompts of a model of two numbers of layers, at once and in chunks, and of one that waits for the host."""
+    """Prompts of a model of two numbers of layers, at once and in chunks."""
     rows = []
-    kinds = [({**sizes.step, "num_hidden_layers": layers}, sizes.read) for layers in sizes.layers]
-    kinds.append(({**sizes.narrow, "num_hidden_layers": 2 * sizes.layers[1]}, ((sizes.narrow_chunk, None),)))
-    for shape, lengths in kinds:
+    for layers in sizes.layers:
+        shape = {**sizes.step, "num_hidden_layers": layers}
         model = decode.build(shape, device)
-        for context, chunk in lengths:
+        for context, chunk in sizes.read:
             for recipe, own in [*((recipe, False) for recipe in READ), ("full()", True)]:
                 rows.append(timed_prompt(model, shape, recipe, context, chunk, 2, own))
                 tidy(device)
