@@ -362,7 +362,7 @@ def test_what_the_host_takes_for_a_chunk() -> None:
     """Prompts of one chunk and of four, of two numbers of layers, tell a beginning from what each layer takes."""
     from fivefold.plan.reading import CHUNKS, host_chunk
 
-    first, later = (2e-3, 5e-4), (1e-3, 4e-4)
+    first, later = [2e-3, 5e-4], [1e-3, 4e-4]
     rows = []
     for layers in (12, 36):
         for chunks in (1, CHUNKS):
@@ -371,7 +371,7 @@ def test_what_the_host_takes_for_a_chunk() -> None:
     assert host_chunk({"packed": rows}) == {"packed": [pytest.approx(first), pytest.approx(later)]}
     for row in rows:  # a host that takes no longer for more layers
         row["seconds"] = [1e-2 * row["chunks"]]
-    assert host_chunk({"packed": rows}) == {"packed": [pytest.approx((1e-2, 0.0)), pytest.approx((1e-2, 0.0))]}
+    assert host_chunk({"packed": rows}) == {"packed": [pytest.approx([1e-2, 0.0]), pytest.approx([1e-2, 0.0])]}
     assert H100.by_own_code.host_chunk == H100.own_host_chunk
 
 

@@ -87,9 +87,9 @@ def launches(device: torch.device, sizes: Sizes | None = None, own: bool = False
     return found
 
 
-def host_chunk(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[tuple[float, float]]]:
+def host_chunk(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[list[float]]]:
     """`Machine.host_chunk` of the rows of `launches`."""
-    out: dict[str, list[tuple[float, float]]] = {}
+    out: dict[str, list[list[float]]] = {}
     for kind, rows in found.items():
         times = {(row["layers"], row["chunks"]): min(row["seconds"]) for row in rows}
         counts = sorted({layers for layers, _ in times})
@@ -97,7 +97,7 @@ def host_chunk(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, li
         later = [(times[layers, CHUNKS] - one) / (CHUNKS - 1) for layers, one in zip(counts, first)]
         for few, many in (first, later):
             each = max(0.0, many - few) / (counts[1] - counts[0])
-            out.setdefault(kind, []).append((max(0.0, few - counts[0] * each), each))
+            out.setdefault(kind, []).append([max(0.0, few - counts[0] * each), each])
     return out
 
 
