@@ -48,10 +48,10 @@ PIECES: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }  # fmt: skip
 PARTS = ("measure", *PIECES, "short", "steps-8b", "steps-1b", "prefill-8b", "prefill-1b", "switch")
 STEPS = 40
-LIKE: list[dict[str, Any]] = []
 SHORT = 4e-3
 """Seconds: the host has a large part in shorter steps."""
 SHORT_PROMPT = 0.2
+"""The same of prompts."""
 CHUNK = 8192
 """The smallest chunks of a prompt from which a GPU, and not the host, sets the pace."""
 Key = tuple[Any, ...]
@@ -65,6 +65,8 @@ class Results:
         self.end = None if minutes is None else time.monotonic() + 60 * minutes
         self.found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"rows": []}
         self.done = {self.key(row) for row in self.found["rows"]}
+        self.like: dict[Key, int] = {}
+        """The largest batches that are tried first."""
 
     @staticmethod
     def key(row: dict[str, Any]) -> Key:
@@ -117,8 +119,7 @@ def steps(results: Results, part: str, cpu: bool) -> None:
         contexts, batched = contexts[:2], contexts[:1]
     wanted = [(context, "alone", False) for context in contexts]
     wanted += [(batched[-1], "eight", False), (contexts[0], "alone", True), (batched[-1], "eight", True)]
-    wanted += [(context, size, False) for context in batched for size in ("middle", "largest")]
-    wanted = [one for one in wanted if one[:2] != (BATCHED[-1], "middle")]
+    wanted += [(contexts[0], "middle", False), *((context, "largest", False) for context in batched)]
     model = None
     for context, size, own in wanted:
         for recipe in RECIPES if not own else RECIPES[:2]:
@@ -185,8 +186,8 @@ def one_step(results: Results, row: dict[str, Any], model: Any, shape: dict[str,
         if row["size"] == "middle":
             batch = max(2, batch // 3)
         elif not cpu:
-            like = next((one for one in LIKE if Results.key(one) == Results.key(row) and "batch" in one), None)
-            batch = like["batch"] if like else capacity.likely_batch(model, recipe, context, batch)
+            like = results.like.get(Results.key(row))
+            batch = like or capacity.likely_batch(model, recipe, context, batch)
     else:
         return {"error": "no row of a sequence alone"}
     while True:
@@ -342,7 +343,8 @@ def main() -> None:
     given = parser.parse_args()
     results = Results(given.file, given.minutes)
     if given.like is not None:
-        LIKE.extend(json.loads(given.like.read_text())["rows"])
+        rows = json.loads(given.like.read_text())["rows"]
+        results.like = {Results.key(row): row["batch"] for row in rows if "batch" in row}
     if given.have is not None and not given.file.is_file():
         results.found = json.loads(given.have.read_text())
         results.done = {Results.key(row) for row in results.found["rows"]}

@@ -22,8 +22,6 @@ from recipes import RECIPES, SHAPE, written
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = choose(torch.device("cpu"))
-STEPPED = 32
-"""Steps that `benchmarks/plan_gpu.py` lets a cache take."""
 APART = ("recipe", "process", "decoding")
 """What a report says that is no part of the cache."""
 
@@ -207,8 +205,9 @@ def test_all_memory_of_a_gpu() -> None:
         where = place(shape=read_model(row["model"]))
         width = row["batch"] * where.shape.layers[0].kv_heads * where.shape.layers[0].head_dim
         piece = max(1024, (1 << 25) // width // 1024 * 1024)  # see `benchmark.kernels.fill`
-        recipe, tokens = Recipe.parse(row["recipe"]), row["context"] + STEPPED
-        report = memory.report_of(recipe, where.shape, tokens, few, chunk=piece, generated=STEPPED)
+        stepped = row["warm_up"] + row["steps"]
+        recipe, tokens = Recipe.parse(row["recipe"]), row["context"] + stepped
+        report = memory.report_of(recipe, where.shape, tokens, few, chunk=piece, generated=stepped)
         whole = where.weights + GRAPH + row["batch"] * (report.total / few + where.each)
         error = whole / row["after_steps"]["most_allocated"] - 1
         # Free pages of many short windows do not show in a few sequences.

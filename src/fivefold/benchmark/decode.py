@@ -6,7 +6,6 @@ clock around a synchronised call, so that launch gaps count, as they do for a us
 
 from __future__ import annotations
 
-import gc
 import statistics
 import tempfile
 import time
@@ -22,7 +21,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Static
 
 import fivefold
 from fivefold.benchmark.kernels import fill
-from fivefold.benchmark.machine import captured
+from fivefold.benchmark.machine import captured, dtype, tidy
 from fivefold.calibrate.profile import Profile, config_hash, save_profile, signature
 from fivefold.methods.bits.rotatekv import RotateKV
 from fivefold.methods.channels.cskv import Cskv
@@ -57,7 +56,7 @@ def build(shape: str | Mapping[str, Any], device: torch.device) -> Any:
     given = SHAPES[shape] if isinstance(shape, str) else shape
     config = LlamaConfig(**{"max_position_embeddings": 1 << 24, "tie_word_embeddings": False, **given})
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    torch.set_default_dtype(dtype(device))
     try:
         with device:
             return AutoModelForCausalLM.from_config(config).eval()
@@ -138,9 +137,7 @@ def measure(
                 row.update(_steps(model, name, context, batch, steps, graph))
         except torch.OutOfMemoryError:
             row["error"] = "out of memory"
-        if device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
+        tidy(device)
         if "error" not in row:
             base = row["ms"] if name == BASELINE else base
             row["gain"] = base / row["ms"] if base else None

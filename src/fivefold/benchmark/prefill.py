@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 import fivefold
 from fivefold.benchmark.decode import BASELINE, build, for_random_weights, held_bytes
+from fivefold.benchmark.machine import tidy
 from fivefold.models.chunks import by_own_code
 from fivefold.recipe import Recipe
 
@@ -30,9 +31,7 @@ def measure(
     base = None
     for name in (BASELINE, *recipes):
         row: dict[str, Any] = {"shape": shape, "context": context, "batch": batch, "chunk": chunk, "recipe": name}
-        gc.collect()
-        if ids.is_cuda:
-            torch.cuda.empty_cache()
+        tidy(ids.device)
         try:
             # Compiles and plans what there is to compile and plan: on a GPU for these very shapes, which cuDNN wants.
             if ids.is_cuda:

@@ -127,11 +127,7 @@ def _copies(device: torch.device, sizes: Sizes) -> dict[str, Any]:
 
 def _products(device: torch.device, sizes: Sizes) -> dict[str, Any]:
     rows, inner, wide = sizes.products
-    x, there, back = (
-        random(device, rows, inner),
-        random(device, wide, inner),
-        random(device, inner, wide),
-    )
+    x, there, back = random(device, rows, inner), random(device, wide, inner), random(device, inner, wide)
 
     def call() -> None:
         for _ in range(8):  # long enough that the clock settles where a prompt has it
