@@ -91,3 +91,13 @@ def test_what_is_checked_later_is_what_is_checked_at_once(
         except NonFiniteError as error:
             said.append(str(error))
     assert len(said) == (0 if abs(value) < 100 else 2) and len(set(said)) <= 1
+
+
+def test_what_a_change_asks_last_comes_to_those_who_asked() -> None:
+    """All numbers of a dtype come to the host together, and each action is given its own."""
+    change, found = Transaction(), list[tuple[int, list[float]]]()
+    for number, values in enumerate(([1.0, 2.0], [3.0], [], [4.0, 5.0, 6.0])):
+        dtype = torch.float64 if number == 1 else torch.float32
+        change.check(torch.tensor(values, dtype=dtype), lambda given, n=number: found.append((n, given)), last=True)
+    change.verify()
+    assert sorted(found) == [(0, [1.0, 2.0]), (1, [3.0]), (2, []), (3, [4.0, 5.0, 6.0])]
