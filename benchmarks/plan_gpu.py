@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,9 @@ PIECES: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }  # fmt: skip
 PARTS = ("measure", *PIECES, "short", "steps-8b", "steps-1b", "prefill-8b", "prefill-1b", "switch")
 STEPS = 40
-SHORT = 4e-3
+SETS = 3
+"""How often short rows are timed, some minutes apart."""
+SHORT = 8e-3
 """Seconds: the host has a large part in shorter steps."""
 SHORT_PROMPT = 0.2
 """The same of prompts."""
@@ -76,12 +78,17 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.found, indent=1) + "\n")
 
-    def wants(self, row: dict[str, Any]) -> bool:
-        """Whether there is no such row yet; ends the program where the time is over."""
+    def in_time(self) -> bool:
+        """Ends the program where the time is over."""
         if self.end is not None and time.monotonic() > self.end:
+            self.save()
             print("time is over: go on with the same command", flush=True)
             sys.exit(0)
-        return self.key(row) not in self.done
+        return True
+
+    def wants(self, row: dict[str, Any]) -> bool:
+        """Whether there is no such row yet, and there is time."""
+        return self.in_time() and self.key(row) not in self.done
 
     def add(self, row: dict[str, Any], call: Callable[[], dict[str, Any]]) -> None:
         """Measure a row, and write it; running out of memory is a result too."""
@@ -100,7 +107,8 @@ class Results:
         print(said, flush=True)
 
 
-def build(name: str, layers: int | None) -> tuple[Any, dict[str, Any]]:
+def build(name: str, layers: int | None) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    """A model, its shape, and the device's memory then."""
     shape = dict(decode.SHAPES[name])
     if layers is not None:
         shape["num_hidden_layers"] = layers
@@ -108,7 +116,7 @@ def build(name: str, layers: int | None) -> tuple[Any, dict[str, Any]]:
     model = decode.build(shape, machine.device())
     after = measure.memory()
     print(f"{name}: {after['allocated'] - before['allocated']:,} bytes of weights", flush=True)
-    return model, shape
+    return model, shape, after
 
 
 def steps(results: Results, part: str, cpu: bool) -> None:
@@ -120,27 +128,24 @@ def steps(results: Results, part: str, cpu: bool) -> None:
     wanted = [(context, "alone", False) for context in contexts]
     wanted += [(batched[-1], "eight", False), (contexts[0], "alone", True), (batched[-1], "eight", True)]
     wanted += [(contexts[0], "middle", False), *((context, "largest", False) for context in batched)]
-    model = None
+    built = cache(lambda: build(name, layers))
     for context, size, own in wanted:
         for recipe in RECIPES if not own else RECIPES[:2]:
             row = {"what": "step", "model": name, "layers": layers, "recipe": recipe, "context": context, "size": size}
             row |= {"own": True} if own else {}
-            if not results.wants(row):
-                continue
-            if model is None:
-                model, shape = build(name, layers)
-                base = measure.memory() if not cpu else {}
-            results.add({**row, "before": base}, lambda: one_step(results, row, model, shape, cpu))  # noqa: B023
-    if model is not None:
-        again(
-            results,
-            lambda row: (row["what"], row["model"], row["layers"]) == ("step", name, layers) and row["batch"] <= 8,
-            lambda row: measure.timed_step(
-                model, shape, row["recipe"], row["context"], row["batch"], STEPS, bool(row.get("own"))
-            ),
-            SHORT,
-        )
+            if results.wants(row):
+                model, shape, before = built()
+                results.add({**row, "before": before}, lambda: one_step(results, row, model, shape, cpu))  # noqa: B023
+    again(
+        results,
+        lambda row: (row["what"], row["model"], row.get("layers")) == ("step", name, layers) and row["batch"] <= 8,
+        lambda row: measure.timed_step(
+            *built()[:2], row["recipe"], row["context"], row["batch"], STEPS, bool(row.get("own"))
+        ),
+        SHORT,
+    )
     model = None
+    built.cache_clear()
     machine.tidy(machine.device())
 
 
@@ -151,18 +156,21 @@ def again(
     call: Callable[[dict[str, Any]], dict[str, Any]],
     short: float,
 ) -> None:
-    """Time rows of less than `short` seconds two times more, the least of which counts: a machine's host is shared with
-    others, and some seconds long it may be much slower."""
+    """Time rows of less than `short` seconds `SETS` times in all, the least of which counts: a machine's host is shared
+    with others, and some seconds long it may be much slower."""
     rows = [row for row in results.found["rows"] if "error" not in row and which(row) and row["seconds"] < short]
-    for _ in range(2):
+    for sets in range(2, SETS + 1):
         for row in rows:
+            if row.get("sets", 1) >= sets or not results.in_time():
+                continue
             more = call(row)
             times = row.setdefault("turns", [row["seconds"]])
             times.extend(more.get("turns", [more["seconds"]]))
+            row["sets"] = sets
             if more["seconds"] < row["seconds"]:
                 row |= {key: more[key] for key in ("seconds", "ms", "mean_ms", "tokens_s") if key in more}
             machine.tidy(machine.device())
-    results.save()
+        results.save()
 
 
 @torch.inference_mode()
@@ -205,29 +213,25 @@ def one_step(results: Results, row: dict[str, Any], model: Any, shape: dict[str,
 
 def prompts(results: Results, part: str, cpu: bool) -> None:
     name = EIGHT if part == "prefill-8b" else ONE
-    model = None
+    built = cache(lambda: build(name, None))
     wanted = [(*one, False) for one in (PROMPTS if not cpu else ((256, None), (256, 128)))]
     for context, chunk, own in [*wanted, *((*one, True) for one in (OWN if not cpu else ()))]:
         for recipe in RECIPES if not own and context < 65536 else RECIPES[:2]:
             row = {"what": "prompt", "model": name, "recipe": recipe, "context": context, "chunk": chunk}
             row |= {"own": True} if own else {}
-            if not results.wants(row):
-                continue
-            if model is None:
-                model, shape = build(name, None)
-            turns = 3 if context < 65536 else 1
-            given = recipe, context, chunk, turns, own
-            results.add(row, lambda: reading.timed_prompt(model, shape, *given))  # noqa: B023
-    if model is not None:
-        again(
-            results,
-            lambda row: (row["what"], row["model"]) == ("prompt", name),
-            lambda row: reading.timed_prompt(
-                model, shape, row["recipe"], row["context"], row["chunk"], 3, bool(row.get("own"))
-            ),
-            SHORT_PROMPT,
-        )
-    model = None
+            if results.wants(row):
+                turns = 3 if context < 65536 else 1
+                given = *built()[:2], recipe, context, chunk, turns, own
+                results.add(row, lambda: reading.timed_prompt(*given))  # noqa: B023
+    again(
+        results,
+        lambda row: (row["what"], row["model"]) == ("prompt", name),
+        lambda row: reading.timed_prompt(
+            *built()[:2], row["recipe"], row["context"], row["chunk"], 3, bool(row.get("own"))
+        ),
+        SHORT_PROMPT,
+    )
+    built.cache_clear()
     machine.tidy(machine.device())
 
 
@@ -240,7 +244,7 @@ def switches(results: Results, cpu: bool) -> None:
             if not results.wants(row):
                 continue
             if model is None:
-                model, _ = build(EIGHT, None)
+                model, *_ = build(EIGHT, None)
             results.add(row, lambda: measure.switched(model, row["recipe"], row["context"]))  # noqa: B023
     model = None
     machine.tidy(machine.device())
