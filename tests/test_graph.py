@@ -24,6 +24,7 @@ from fivefold.errors import CacheFullError, CacheStateError
 from fivefold.kernels.device import Beside
 from fivefold.kernels.packed_decode import schedule
 from fivefold.methods.bits.kivi import Kivi
+from fivefold.models import graph
 from fivefold.models.forward import Forward
 from fivefold.models.graph import Step
 from fivefold.store.bank import Bank
@@ -216,6 +217,34 @@ def test_a_step_that_breaks_off_leaves_nothing(model, monkeypatch) -> None:
     assert caches[1].get_seq_length() == 66
     alike(*steps(model, caches, tokens[:, 2:]))
     same_tokens(*caches)
+
+
+def test_ctrl_c_behind_a_step_stops_the_next_one(model, monkeypatch) -> None:
+    """What comes once a token is stored must not look as if it were not."""
+    cache = fivefold.compress(model, "full()", cuda_graph=True)
+    wanted = fivefold.compress(model, "full()", cuda_graph=True)
+
+    def interrupted(*args) -> None:
+        raise KeyboardInterrupt
+
+    with torch.inference_mode():
+        for one in (cache, wanted):
+            model(ids(1, 40, model.device), past_key_values=one)
+        for number in range(2):
+            token = ids(1, 1, model.device, number)
+            with monkeypatch.context() as patch:
+                patch.setattr(type(cache.step), "_look_ahead", interrupted)
+                first = model(token, past_key_values=cache).logits
+            with pytest.raises(KeyboardInterrupt):
+                model(token, past_key_values=cache)
+            assert cache.get_seq_length() == 41 + number
+            assert torch.equal(first, model(token, past_key_values=wanted).logits)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(cache.step), "_look_ahead", interrupted)
+            model(token, past_key_values=cache)
+            patch.setattr(graph, "_STOPS", 0.0)  # long ago
+            model(token, past_key_values=cache)
+    assert cache.get_seq_length() == 44
 
 
 def test_calls_that_ask_for_more_go_through_the_model(model) -> None:

@@ -248,6 +248,22 @@ def test_programs_get_a_share_that_is_worth_beginning_for() -> None:
     assert kernel.pages_of(spans, 256, joined=True).tolist() == [[5, 1, 0, 2], [0, 0, 0, 0]]
 
 
+def test_programs_of_exact_pages_alone(monkeypatch) -> None:
+    """One sequence fills the device once; of more, each program has some tiles to read, and nobody waits for the last."""
+    monkeypatch.setattr(kernel, "processors", lambda device: 132)
+    few, several, packed = (
+        kernel.programs_for(rows, torch.device("cpu"), form)
+        for rows, form in ((8, None), (16, None), (16, Form(4, 32, 32, 64)))
+    )
+    assert few.exact == packed.exact == 528 and several.exact == 4224 and several.packed == 528
+    assert (few.tiles, packed.tiles) == (8, 0)
+    many = schedule.Programs(528, 4224, 528, 1, 8)
+    for rows, tiles, found in ((64, 512, 4096), (64, 64, 528), (512, 16, 1024), (2048, 16, 4096), (64, 2000, 4224)):
+        pages = np.array([[0] * rows, [tiles] * rows])
+        parts = np.diff(schedule.starts_of(pages, many._replace(exact=max(4224, 2 * rows)))[1])
+        assert parts.min() >= 1 and 0.7 * found <= parts.sum() <= found and -(-tiles // parts.min()) <= 64
+
+
 def test_programs_that_take_rows_in_turn() -> None:
     """Every page of every row is some program's, none has more than its length, and parts have no gaps between them."""
     rng = np.random.default_rng(1)

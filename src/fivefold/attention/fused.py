@@ -88,7 +88,7 @@ def attend_picked_fused(
     span = Span(0, 0, 0, 0, count, 0, 0)
     if packed is not None:
         span = group.bounds.span()._replace(packed_first=0, packed_stop=count)
-    programs = kernels(queries.device).programs_for(rows, queries.device)[:2] if tables.listed else None
+    programs = kernels(queries.device).programs_for(rows, queries.device)[:1] * 2 if tables.listed else None
     page = schedule.TILE if packed is None else schedule.PICKS
     table, starts = _work(group, span, page, programs)
     picks = slots.to(torch.int32).contiguous()

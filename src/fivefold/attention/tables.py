@@ -432,7 +432,7 @@ class DeviceTables:
     def _shared(self) -> Shares:
         if self.shares is None:
             tile = schedule.PICKS if self.packed_columns else schedule.TILE
-            programs = kernels(self.device).programs_for(self.rows, self.device)[1]
+            programs = kernels(self.device).programs_for(self.rows, self.device)[0]
             self.shares = Shares(self.rows, self.device, tile, programs)
         return self.shares
 

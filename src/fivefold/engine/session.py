@@ -166,7 +166,11 @@ class Session:
         self._compact()
         change = Transaction(step)
         self.chunk, self.picks, self.stepping = 0, Picks(self.reads), frozenset()
-        self.include(change)
+        try:
+            self.include(change)
+        except BaseException:
+            change.rollback()
+            raise
         self.change, self._thread, self._alone = change, threading.get_ident(), False
 
     def check_here(self) -> None:
@@ -210,10 +214,6 @@ class Session:
         for pool in self.pools:
             pool.shrink()
         self.sparse = self.sparse or chunk > 1
-        with suppress(Exception):  # then it is done before anything is read
-            for bank in self.banks:
-                if bank.live is not None:
-                    bank.flush()  # here a GPU is still at work on the step
 
     def _charge(self, grows: bool) -> None:
         budget = self.pools.budget

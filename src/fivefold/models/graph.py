@@ -8,6 +8,7 @@ and sent to fixed places on the device (`attention/tables.py`); after it, the po
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -35,6 +36,8 @@ _KNOWN = {
     "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep",
 }  # fmt: skip
 _WARM_UP = 2
+_STOPS = 1.0
+"""Seconds after which nobody expects any more that Ctrl-C stops something."""
 _equal: Callable[[list[torch.Tensor], list[int], list[int]], bool] | None = getattr(
     torch._C, "_tensors_data_ptrs_at_indices_equal", None
 )
@@ -81,6 +84,8 @@ class Step:
         self.own: str | None = None
         """Why steps run the model's own code, and not fused kernels, in a few words; None if no step does."""
         self._tells = Remembered(_tells)
+        self._stopped: float | None = None
+        """When Ctrl-C came too late for a step."""
         self.reset()
 
     def reset(self) -> None:
@@ -118,6 +123,9 @@ class Step:
     ) -> CausalLMOutputWithPast | None:
         """One token for every sequence; None if it has to go through the model."""
         session, ids = cache.session, given.get("input_ids")
+        stopped, self._stopped = self._stopped, None
+        if stopped is not None and time.monotonic() - stopped < _STOPS:
+            raise KeyboardInterrupt
         if self.broken or ids is None or ids.ndim != 2 or ids.shape[1] != 1 or session.length == 0:
             return None
         why: str | None = None
@@ -146,7 +154,10 @@ class Step:
             self.failed, self.broken = f"{type(error).__name__}: {error}".splitlines()[0], True
             decoding.tell(session, f"decoding without a CUDA graph: {self.failed}", 6)
             return None
-        self._look_ahead(session)
+        try:
+            self._look_ahead(session)
+        except KeyboardInterrupt:  # the token is there: it is the next one that is stopped
+            self._stopped = time.monotonic()
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     def _look_ahead(self, session: Session) -> None:
@@ -195,10 +206,15 @@ class Step:
         assert captured is not None
         if early is not None and captured is self._next and not fresh and all(tables.sent for tables in found):
             return early  # what was postponed is done before this is committed
-        self._put(captured, session, ids, positions)
-        if fresh:
-            self._fuse(model, cache, captured)
-            self._capture(forward, cache, captured)
+        try:
+            self._put(captured, session, ids, positions)
+            if fresh:
+                self._fuse(model, cache, captured)
+                self._capture(forward, cache, captured)
+        except BaseException:
+            if fresh:
+                self.captured.pop(size, None)  # or it would stay as far as it has come
+            raise
         logits = self._replay(forward, cache, captured)[:batch]
         session.change.launched()
         return logits
@@ -247,6 +263,8 @@ class Step:
         # All weights are looked at once it runs (`_step`). Until then it is enough that what it reads is memory still.
         if self._model is not model or (self._moved and not self._same(model)):
             return None
+        for tables in captured.tables:
+            tables.bank.flush()  # not as soon as a step is committed: what is broken off then has happened all the same
         if not all(tables.foreseen for tables in captured.tables):
             return None
         for tables in captured.tables:

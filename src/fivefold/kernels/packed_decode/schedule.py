@@ -84,12 +84,13 @@ def pages_of(spans: np.ndarray, page: int, team: int = 1, joined: bool = False) 
 
 class Programs(NamedTuple):
     """How many programs there are for packed and for exact pages. once: of the first, how many fill a device once;
-    share: how many pages are worth more than these."""
+    share: how many pages are worth more than these; tiles: how many `TILE`s of exact slots are, 0 if any are."""
 
     packed: int
     exact: int
     once: int
     share: int = 1
+    tiles: int = 0
 
     @property
     def turns(self) -> int:
@@ -119,7 +120,11 @@ def starts_of(pages: np.ndarray, programs: Programs | tuple[int, ...]) -> np.nda
     packed, once = pages[..., :1, :], programs.once
     rows, total = (packed > 0).sum(-1, keepdims=True), packed.sum(-1, keepdims=True)
     enough = np.minimum(most[..., :1, :], np.maximum(np.maximum(rows, once), total // programs.share))
-    shares = _shares(pages, np.concatenate([enough, most[..., 1:, :]], -2))
+    exact = most[..., 1:, :]
+    if programs.tiles:
+        there, worth = (x.sum(-1, keepdims=True) for x in (pages[..., 1:, :] > 0, pages[..., 1:, :]))
+        exact = np.minimum(exact, np.maximum(np.maximum(there, once), worth // programs.tiles))
+    shares = _shares(pages, np.concatenate([enough, exact], -2))
     different = 10 * rows * packed.max(-1, keepdims=True, initial=0) > 11 * total
     waves = _waves(packed, shares[..., :1, :], once)
     if (finer := different & (enough > once)).any():
