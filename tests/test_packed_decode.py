@@ -249,7 +249,7 @@ def test_programs_get_a_share_that_is_worth_beginning_for() -> None:
 
 
 def test_programs_of_exact_pages_alone(monkeypatch) -> None:
-    """One sequence fills the device once; of more, each program has some tiles to read, and nobody waits for the last."""
+    """One sequence fills the device once; of more, programs have some tiles each, and nobody waits for the last."""
     monkeypatch.setattr(kernel, "processors", lambda device: 132)
     few, several, packed = (
         kernel.programs_for(rows, torch.device("cpu"), form)

@@ -189,17 +189,18 @@ def test_what_fits_fits_and_one_more_does_not(recipe: str) -> None:
     assert longest == 1 << 20 or needed(parsed, where, longest + 256, 2) > where.room
 
 
-def measured(kind: str) -> list[dict[str, Any]]:
-    """Rows of `benchmarks/plan_gpu.py` on an H100."""
-    file = Path(__file__).parents[1] / "benchmarks" / "results" / "plan_h100.json"
+def measured(kind: str, card: str) -> list[dict[str, Any]]:
+    """Rows of `benchmarks/plan_gpu.py`."""
+    file = Path(__file__).parents[1] / "benchmarks" / "results" / f"plan_{card}.json"
     return [row for row in json.loads(file.read_text())["rows"] if row["what"] == kind and "error" not in row]
 
 
+@pytest.mark.parametrize("card", ["h100", "h200"])
 @pytest.mark.slow
-def test_all_memory_of_a_gpu() -> None:
-    """Weights, caches and what steps compute with, against what torch held at most on an H100: the largest batches of
-    both shapes, filled and decoded as there (of a few sequences, and as many times that)."""
-    rows = [row for row in measured("step") if row["size"] == "largest" and row["layers"] is None]
+def test_all_memory_of_a_gpu(card: str) -> None:
+    """Weights, caches and what steps compute with, against what torch held at most: the largest batches of both
+    shapes, filled and decoded as there (of a few sequences, and as many times that)."""
+    rows = [row for row in measured("step", card) if row["size"] == "largest" and row["layers"] is None]
     few = 8
     for row in rows:
         where = place(shape=read_model(row["model"]))

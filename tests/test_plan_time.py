@@ -247,7 +247,7 @@ def test_shipped_machines() -> None:
             sizes, seconds = zip(*points)
             assert list(sizes) == sorted(sizes) and list(seconds) == sorted(seconds) and seconds[0] > 0
             assert 0.6 * one.bandwidth < sizes[-1] / seconds[-1] < 1.1 * one.bandwidth
-        if one.name != "H100 80GB":
+        if one.name not in ("H100 80GB", "H200"):
             assert "as measured on an H100" in one.source and not one.measured
 
 
@@ -388,30 +388,50 @@ def test_fit_of_prompts_finds_what_made_the_rows() -> None:
     assert fit_prompts([*rows, replace(rows[-1], seconds=9.0)], H100).prompt_pointwise == found.prompt_pointwise
 
 
-def test_shipped_constants_hold_on_an_h100() -> None:
-    """How far off they are (docs/planner.md), on the shape that they were fitted on and on a smaller one: all
-    steps are within 10%, all prompts in chunks of 8,192 within 15%; short prompts were timed otherwise."""
+def results_of(card: str) -> dict[str, Any]:
+    file = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / f"plan_{card}.json"
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+OWN = ", the model's own code"
+BOUNDS = {
+    "steps alone": (0.05, 0.1), "steps in batches": (0.05, 0.1), f"steps alone{OWN}": (0.1, 0.1),
+    f"steps in batches{OWN}": (0.1, 0.1), "prompts at once": (0.15, 0.15), "prompts in chunks of 8,192": (0.15, 0.15),
+    "prompts in chunks of 2,048": (0.15, 0.15), f"prompts in chunks of 8,192{OWN}": (0.15, 0.15),
+    f"prompts in chunks of 2,048{OWN}": (0.15, 0.15), "to the host": (0.15, 0.15), "from the host": (0.15, 0.15),
+}  # fmt: skip
+"""By how much predictions may be off: of Llama-3-8B's shape and of a smaller one."""
+BEYOND = {
+    # Timed otherwise, on other machines: see docs/planner.md.
+    "h100": {"prompts at once": (0.44, 0.38), f"prompts in chunks of 2,048{OWN}": (0.17, 0.17)},
+    # Eight sequences of full(), before their attention was shared out to more programs.
+    "h200": {"steps in batches": (0.13, 0.1)},
+}
+
+
+@pytest.mark.parametrize("card", ["h100", "h200"])
+def test_shipped_constants_hold(card: str) -> None:
+    """How far off they are (docs/planner.md), on the shape that they were fitted on and on a smaller one: steps are
+    within 10%, prompts and changes of sessions within 15%."""
     root = Path(__file__).resolve().parents[1]
     spec = importlib.util.spec_from_file_location("plan_gpu", root / "benchmarks" / "plan_gpu.py")
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    results = json.loads((root / "benchmarks" / "results" / "plan_h100.json").read_text())
-    found = script.compared(results["rows"], H100)
-    own = ", the model's own code"
-    bounds = {
-        "steps alone": (0.05, 0.1), "steps in batches": (0.05, 0.1), f"steps alone{own}": (0.1, 0.1),
-        f"steps in batches{own}": (0.1, 0.1), "prompts at once": (0.44, 0.38),
-        "prompts in chunks of 8,192": (0.15, 0.15), "prompts in chunks of 2,048": (0.15, 0.15),
-        f"prompts in chunks of 8,192{own}": (0.15, 0.15), f"prompts in chunks of 2,048{own}": (0.17, 0.17),
-        "to the host": (0.15, 0.15), "from the host": (0.15, 0.15),
-    }  # fmt: skip
+    results, machine = results_of(card), find_machine(card)
+    assert machine.measured
+    found = script.compared(results["rows"], machine)
+    bounds = BOUNDS | BEYOND[card]
     for kind, models in found["errors"].items():
         for model, errors in models.items():
             bound = bounds[kind][model != "llama-3-8b"]
             assert abs(errors["worst"]) <= bound, (kind, model, errors)
-            assert errors["median"] <= (0.05 if "steps" in kind else 0.22)
+            assert errors["median"] <= (0.05 if "steps" in kind else 0.15)
     assert found["errors"].keys() == bounds.keys()
+    # No other step of eight or more sequences is off by more than a tenth.
+    far = [row for row in found["rows"] if "steps" in row["kind"] and abs(row["error"]) > 0.1]
+    assert all((row["recipe"], row["context"], row["batch"]) == ("full()", 32768, 8) for row in far) and len(far) <= 1
     one = ("host", "code", "in batches")  # on one shape alone
     assert all(len(found["errors"][kind]) == 2 for kind in bounds if not kind.endswith(one))
     # What the file says of itself is of these constants.
@@ -443,21 +463,14 @@ def test_measure_on_a_cpu(tmp_path: Path) -> None:
     assert read_machine(path) == found
 
 
-def test_the_errors_in_the_documents_are_those_of_the_file() -> None:
-    """docs/planner.md: the worst error of each kind and shape."""
-    root = Path(__file__).parents[1]
-    found = json.loads((root / "benchmarks/results/plan_h100.json").read_text())["compared"]["errors"]
-    text = (root / "docs/planner.md").read_text()
-    said = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("| ")]
-    own = ", the model's own code"
-    kinds = (
-        "steps alone", "steps in batches", f"steps alone{own}", f"steps in batches{own}", "prompts at once",
-        "prompts in chunks of 8,192", "prompts in chunks of 2,048", f"prompts in chunks of 8,192{own}",
-        f"prompts in chunks of 2,048{own}", "to the host", "from the host",
-    )  # fmt: skip
+def test_the_errors_in_the_documents_are_those_of_the_files() -> None:
+    """docs/planner.md: the worst error of each kind and shape, on two kinds of machines."""
+    text = (Path(__file__).parents[1] / "docs/planner.md").read_text()
+    said = [line.split("|")[2:6] for line in text.splitlines() if line.startswith("| ")]
     lines = [[cell.strip() for cell in line] for line in said if "%" in "".join(line)]
-    assert len(lines) == len(kinds)
-    for kind, (_, large, small) in zip(kinds, lines):
-        for model, cell in (("llama-3-8b", large), ("llama-3.2-1b", small)):
-            want = f"{found[kind][model]['worst']:+.1%}" if model in found[kind] else "not measured"
-            assert cell == want, (kind, model)
+    assert len(lines) == len(BOUNDS)
+    columns = [(card, model) for card in ("h200", "h100") for model in ("llama-3-8b", "llama-3.2-1b")]
+    for kind, line in zip(BOUNDS, lines):
+        for (card, model), cell in zip(columns, line, strict=True):
+            found = results_of(card)["compared"]["errors"][kind]
+            assert cell == (f"{found[model]['worst']:+.1%}" if model in found else "not measured"), (kind, card, model)

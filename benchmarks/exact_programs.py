@@ -1,0 +1,76 @@
+"""Attention of a step over exact pages, by how many programs share them: what `ALONE` and `WORTH` in
+`kernels/packed_decode/triton.py` rest on.
+
+    python benchmarks/exact_programs.py benchmarks/results/exact_programs_h200.json
+
+Two layers one after the other, as a CUDA graph; terabytes a second of keys and values. Needs a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fivefold.attention import attend_step
+from fivefold.attention.tables import tables_of
+from fivefold.benchmark import kernels, machine
+from fivefold.kernels.packed_decode import triton
+from fivefold.recipe import Recipe
+
+LAYERS = 2
+SIZES = {
+    (524288, 1): (528, 1056, 2112), (131072, 2): (528, 1056, 2112, 4224), (16384, 2): (528, 1056),
+    (131072, 4): (528, 1056, 2112, 4224), (32768, 8): (448, 528, 704, 1056, 2112, 4224), (4096, 8): (528, 1056, 2112),
+    (32768, 16): (512, 1056, 2112, 4224), (4096, 16): (512, 1024, 2048, 4224), (32768, 30): (480, 960, 2112, 4224),
+    (1024, 64): (512, 1056, 2112, 4224), (4096, 80): (640, 1280, 2112, 4224), (1024, 256): (2048, 4096, 4224),
+}  # fmt: skip
+"""Tokens and sequences: numbers of programs."""
+
+
+@torch.inference_mode()
+def measured(context: int, batch: int, counts: tuple[int, ...], dim: int = kernels.HEAD_DIM) -> dict[str, Any]:
+    device = machine.device()
+    number, recipe = machine.dtype(device), Recipe.parse("full()")
+    layers = [kernels.filled(recipe, device, context, batch, number, dim) for _ in range(LAYERS)]
+    rows = sum(len(group.rows) for group in layers[0].groups)
+    nbytes = sum(kernels.read_bytes(layers[0]))
+    queries = machine.random(device, rows, kernels.GROUP, dim)
+
+    def call() -> None:
+        for layer in layers:
+            for group in layer.groups:
+                attend_step(group, queries[: len(group.rows)], dim**-0.5)
+
+    rates = {}
+    for count in counts:
+        for layer in layers:
+            tables = tables_of(layer.bank)
+            tables.programs = triton.programs_for(rows, device)._replace(exact=count, tiles=0)
+        rates[count] = nbytes / machine.sustained_ms(call, device, 0.15) * LAYERS * 1000 / 1e12
+    chosen = triton.programs_for(rows, device)
+    for layer in layers:
+        tables_of(layer.bank).programs = chosen
+    now = nbytes / machine.sustained_ms(call, device, 0.15) * LAYERS * 1000 / 1e12
+    for layer in layers:
+        layer.free()
+    machine.tidy(device)
+    return {"context": context, "batch": batch, "rows": rows, "bytes": nbytes, "tb_s": rates, "as_shared_out": now}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("file", type=Path)
+    given = parser.parse_args()
+    rows = []
+    for (context, batch), counts in SIZES.items():
+        rows.append(measured(context, batch, counts))
+        print(rows[-1], flush=True)
+    given.file.write_text(json.dumps({**machine.stamp(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
