@@ -270,8 +270,21 @@ def largest() -> str:
     return markdown("cache | tokens each | sequences | before | ms a step | tokens/s", made)
 
 
+def h200() -> str:
+    """Steps of Llama-3-8B's shape alone, and of the largest batches, of `benchmarks/plan_gpu.py`."""
+    rows = [row for row in result("plan_h200")["rows"] if row["what"] == "step" and row["model"] == "llama-3-8b"]
+    at = {(row["recipe"], row["context"], row["size"]): row for row in rows if not row["layers"] and not row.get("own")}
+    made = []
+    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+        alone = (f"{at[recipe, context, 'alone']['ms']:.2f}" for context in (4096, 32768, 131072, 524288))
+        many = at[recipe, 32768, "largest"]
+        made.append((code(recipe), *alone, str(many["batch"]), f"{many['ms']:.1f}", f"{many['tokens_s']:,.0f}"))
+    head = "cache | 4,096 | 32,768 | 131,072 | 524,288 | sequences of 32,768 | ms a step | tokens/s"
+    return markdown(head, made)
+
+
 TABLES = (
-    demo, kernels, decode, steps, packing, prefill, prefill_chunked, prompts, largest_batch, longest_context, largest,
+    demo, kernels, decode, steps, packing, prefill, prefill_chunked, prompts, largest_batch, longest_context, largest, h200,
     ragged, generation, prefix, sessions, sessions_cpu, day, decode_cpu,
 )  # fmt: skip
 
