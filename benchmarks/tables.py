@@ -284,8 +284,8 @@ def h200() -> str:
 
 
 TABLES = (
-    demo, kernels, decode, steps, packing, prefill, prefill_chunked, prompts, largest_batch, longest_context, largest, h200,
-    ragged, generation, prefix, sessions, sessions_cpu, day, decode_cpu,
+    demo, kernels, decode, steps, packing, prefill, prefill_chunked, prompts, largest_batch, longest_context, largest,
+    h200, ragged, generation, prefix, sessions, sessions_cpu, day, decode_cpu,
 )  # fmt: skip
 
 
