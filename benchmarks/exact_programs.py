@@ -1,7 +1,7 @@
-"""Attention of a step over exact pages, by how many programs share them: what `ALONE` and `WORTH` in
-`kernels/packed_decode/triton.py` rest on.
+"""Attention of a step over exact pages, by how many programs share them: what `ALONE` in
+`kernels/packed_decode/triton.py` and `WORTH` in `schedule.py` rest on.
 
-    python benchmarks/exact_programs.py benchmarks/results/exact_programs_h200.json
+    python benchmarks/exact_programs.py benchmarks/results/exact_programs.json
 
 Two layers one after the other, as a CUDA graph; terabytes a second of keys and values. Needs a GPU.
 """
@@ -24,9 +24,10 @@ from fivefold.recipe import Recipe
 LAYERS = 2
 SIZES = {
     (524288, 1): (528, 1056, 2112), (131072, 2): (528, 1056, 2112, 4224), (16384, 2): (528, 1056),
-    (131072, 4): (528, 1056, 2112, 4224), (32768, 8): (448, 528, 704, 1056, 2112, 4224), (4096, 8): (528, 1056, 2112),
-    (32768, 16): (512, 1056, 2112, 4224), (4096, 16): (512, 1024, 2048, 4224), (32768, 30): (480, 960, 2112, 4224),
-    (1024, 64): (512, 1056, 2112, 4224), (4096, 80): (640, 1280, 2112, 4224), (1024, 256): (2048, 4096, 4224),
+    (131072, 4): (528, 1056, 2112, 4224), (32768, 8): (448, 528, 576, 704, 1056, 2112, 4224),
+    (4096, 8): (528, 1056, 2112), (5120, 8): (528, 640, 2112), (32768, 16): (512, 640, 2112, 4224),
+    (4096, 16): (512, 1024, 2048, 4224), (32768, 30): (480, 960, 2112, 4224), (1024, 64): (512, 1056, 2112, 4224),
+    (1024, 80): (640, 2112, 4224), (4096, 80): (640, 1280, 2112, 4224), (1024, 256): (2048, 4096, 4224),
 }  # fmt: skip
 """Tokens and sequences: numbers of programs."""
 
@@ -49,8 +50,8 @@ def measured(context: int, batch: int, counts: tuple[int, ...], dim: int = kerne
     for count in counts:
         for layer in layers:
             tables = tables_of(layer.bank)
-            tables.programs = triton.programs_for(rows, device)._replace(exact=count, tiles=0)
-        rates[count] = nbytes / machine.sustained_ms(call, device, 0.15) * LAYERS * 1000 / 1e12
+            tables.programs = triton.programs_for(rows, device)._replace(exact=count, alone=False)
+        rates[count] = [nbytes / machine.sustained_ms(call, device, 0.15) * LAYERS * 1000 / 1e12]
     chosen = triton.programs_for(rows, device)
     for layer in layers:
         tables_of(layer.bank).programs = chosen
@@ -58,7 +59,8 @@ def measured(context: int, batch: int, counts: tuple[int, ...], dim: int = kerne
     for layer in layers:
         layer.free()
     machine.tidy(device)
-    return {"context": context, "batch": batch, "rows": rows, "bytes": nbytes, "tb_s": rates, "as_shared_out": now}
+    size = {"context": context, "batch": batch, "head_dim": dim, "rows": rows, "bytes": nbytes}
+    return {**size, "tb_s": rates, "as_shared_out": now}
 
 
 def main() -> None:

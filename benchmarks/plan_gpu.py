@@ -231,6 +231,7 @@ def prompts(results: Results, part: str, cpu: bool) -> None:
         ),
         SHORT_PROMPT,
     )
+    given = None
     built.cache_clear()
     machine.tidy(machine.device())
 

@@ -256,12 +256,19 @@ def test_programs_of_exact_pages_alone(monkeypatch) -> None:
         for rows, form in ((8, None), (16, None), (16, Form(4, 32, 32, 64)))
     )
     assert few.exact == packed.exact == 528 and several.exact == 4224 and several.packed == 528
-    assert (few.tiles, packed.tiles) == (8, 0)
-    many = schedule.Programs(528, 4224, 528, 1, 8)
-    for rows, tiles, found in ((64, 512, 4096), (64, 64, 528), (512, 16, 1024), (2048, 16, 4096), (64, 2000, 4224)):
+    assert [one.alone for one in (few, several, packed)] == [False, True, False]
+    many = schedule.Programs(528, 4224, 528, 1, True)
+    for rows in (9, 16, 24, 64, 100, 128, 133, 300, 512, 640, 1000, 2048):
+        for tiles in (1, 3, 8, 16, 64, 72, 80, 118, 128, 256, 512, 4096):
+            pages, most = np.array([[0] * rows, [tiles] * rows]), max(4224, 2 * rows)
+            parts = np.diff(schedule.starts_of(pages, many._replace(exact=most))[1])
+            assert parts.min() >= 1 and parts.max() <= tiles and parts.sum() <= most
+            # Never a few more than fill the device, but where each tile is a program's; and not much fewer.
+            assert not 528 < parts.sum() < 1.75 * 528 or parts.min() == tiles
+            assert parts.sum() > 0.75 * 528 or parts.min() == tiles
+    for rows, tiles, found in ((64, 512, 4224), (64, 64, 512), (64, 80, 512), (512, 16, 2048), (640, 16, 1920)):
         pages = np.array([[0] * rows, [tiles] * rows])
-        parts = np.diff(schedule.starts_of(pages, many._replace(exact=max(4224, 2 * rows)))[1])
-        assert parts.min() >= 1 and 0.7 * found <= parts.sum() <= found and -(-tiles // parts.min()) <= 64
+        assert np.diff(schedule.starts_of(pages, many)[1]).sum() == found
 
 
 def test_programs_that_take_rows_in_turn() -> None:

@@ -111,10 +111,12 @@ class Transaction:
                 begin += len(x)
 
     def _close(self) -> None:
-        if self.beside is not None:
-            self.beside.join()  # pages that it worked on may be another's from now on
-        for bank in self.members:
-            bank.change = None
+        try:
+            if self.beside is not None:
+                self.beside.join()  # pages that it worked on may be another's from now on
+        finally:
+            for bank in self.members:
+                bank.change = None
 
     def commit(self) -> None:
         """Let go of what was replaced."""

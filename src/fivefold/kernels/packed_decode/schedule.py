@@ -84,13 +84,14 @@ def pages_of(spans: np.ndarray, page: int, team: int = 1, joined: bool = False) 
 
 class Programs(NamedTuple):
     """How many programs there are for packed and for exact pages. once: of the first, how many fill a device once;
-    share: how many pages are worth more than these; tiles: how many `TILE`s of exact slots are, 0 if any are."""
+    share: how many pages are worth more than these. alone: nothing is packed, and how many read exact pages depends on
+    how many there are (`_of_exact`)."""
 
     packed: int
     exact: int
     once: int
     share: int = 1
-    tiles: int = 0
+    alone: bool = False
 
     @property
     def turns(self) -> int:
@@ -100,6 +101,11 @@ class Programs(NamedTuple):
 
 OPENING = 2
 """What a program begins and ends a row with takes the time of so many pages."""
+
+
+WORTH = 15, 60
+"""Tiles of exact pages for each program of those that fill a device once, from which on they are worth four times as
+many, and all: with fewer, what a program begins and ends with costs more than an even end brings (on an H200)."""
 
 
 def starts_of(pages: np.ndarray, programs: Programs | tuple[int, ...]) -> np.ndarray:
@@ -120,10 +126,7 @@ def starts_of(pages: np.ndarray, programs: Programs | tuple[int, ...]) -> np.nda
     packed, once = pages[..., :1, :], programs.once
     rows, total = (packed > 0).sum(-1, keepdims=True), packed.sum(-1, keepdims=True)
     enough = np.minimum(most[..., :1, :], np.maximum(np.maximum(rows, once), total // programs.share))
-    exact = most[..., 1:, :]
-    if programs.tiles:
-        there, worth = (x.sum(-1, keepdims=True) for x in (pages[..., 1:, :] > 0, pages[..., 1:, :]))
-        exact = np.minimum(exact, np.maximum(np.maximum(there, once), worth // programs.tiles))
+    exact = _of_exact(pages[..., 1:, :], most[..., 1:, :], once) if programs.alone else most[..., 1:, :]
     shares = _shares(pages, np.concatenate([enough, exact], -2))
     different = 10 * rows * packed.max(-1, keepdims=True, initial=0) > 11 * total
     waves = _waves(packed, shares[..., :1, :], once)
@@ -138,6 +141,18 @@ def starts_of(pages: np.ndarray, programs: Programs | tuple[int, ...]) -> np.nda
         length = -(-turns[..., 1:, -1:] // once)
         out = np.where(few & (length + OPENING < waves), turns, out)
     return out
+
+
+def _of_exact(tiles: np.ndarray, most: np.ndarray, once: int) -> np.ndarray:
+    """How many programs exact pages alone are worth, of `most`: as fill the device once, some four times, or all.
+
+    Few more than fill it once would be the worst: the last of them then run almost alone. Of many rows, as many as fill
+    it once cannot be shared out evenly.
+    """
+    rows, total = (tiles > 0).sum(-1, keepdims=True), tiles.sum(-1, keepdims=True)
+    several = np.where(total >= WORTH[1] * once, most, 4 * once)
+    enough = np.where((total >= WORTH[0] * once) | (4 * rows > once), several, once)
+    return np.minimum(most, np.maximum(rows, enough))
 
 
 def _shares(pages: np.ndarray, most: np.ndarray) -> np.ndarray:

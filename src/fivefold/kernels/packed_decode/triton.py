@@ -76,10 +76,8 @@ _STAGES = {2: 1, 3: 1, 4: 2, 8: 2}
 """Pages that the packed loop loads ahead, counting its own. Two cost registers, of which two bits need all."""
 RESIDENT = 4
 """Programs of two warps that fit on a processor at a time."""
-ALONE, WORTH = 8, 8
-"""Rows that programs of exact pages share so that these fill the device once, if nothing is packed; and how many tiles
-are worth more programs than do: fewer leave more parts to merge than they save (1,024 tokens of 64 sequences, 8 heads,
-on an H200: 3.3 TB/s, and 3.0 where every second tile has a program of its own)."""
+ALONE = 8
+"""Rows that programs of exact pages share so that these fill the device once, if nothing is packed."""
 ROUNDED = 4, 1, 128
 """Of a program for rounded pages, which have more to do for a token: warps, tiles that are under way, and a thread's
 registers, at most, so that as many fit on a processor."""
@@ -584,7 +582,8 @@ def programs_for(
 
     Few rows are cut so that the device is filled once, many so that it is filled several times over and none waits long
     for the last. Where nothing is packed, as soon as there is more than a sequence: one of 8 heads is read at 4.4 TB/s
-    (H200) by as many programs as fill it once, 16 to 64 rows at 3.7, and at 3.9 to 4.1 by several times as many.
+    (H200) by as many programs as fill it once, 16 to 64 rows at 3.7, and at 3.9 to 4.0 by eight times as many
+    (`benchmarks/exact_programs.py`); how many it is depends on how much there is to read (`schedule.starts_of`).
     """
     resident, team = (RESIDENT, 1) if form is None else (form.resident, form.team)
     if form is not None and by_cuda(form, heads, device):
@@ -598,7 +597,7 @@ def programs_for(
         exact = max(8 * once, 2 * rows)
     if form is not None and by_cuda(form, heads, device) and cuda.joins(dtype):
         exact = 0
-    return Programs(packed, exact, once, *((1, WORTH) if form is None else (form.share, 0)))
+    return Programs(packed, exact, once, 1 if form is None else form.share, form is None and rows > ALONE)
 
 
 def append(keys: torch.Tensor, values: torch.Tensor, spans: torch.Tensor, exact: Exact) -> None:
