@@ -44,7 +44,7 @@ SOME = {
     "test_transactions.py": 7, "test_families.py": 2, "test_plan_memory.py": 2, "test_sequences.py": 2,
     "test_convert.py": 2, "test_layer_cache.py": 2, "test_saving.py": 2,
     "test_together.py": 7, "test_torch_compile.py": 5, "test_watched.py": 5, "test_codec_steps.py": 3,
-    "test_planar_decode.py": 3, "test_memory.py": 4,
+    "test_planar_decode.py": 3, "test_memory.py": 4, "test_broken_steps.py": 5,
 }  # fmt: skip
 """Of the slow tests of these files, which are like each other, CI runs one in so many; a release runs all."""
 ALONE = {"test_chunks.py", "test_generation.py", "test_not_finite.py", "test_turns.py"}

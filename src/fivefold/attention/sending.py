@@ -40,14 +40,17 @@ class Sending:
         return self._hosts[1 - self._turn][: self._lines].numpy()
 
     def send(self) -> None:
-        """Nobody waits for it."""
-        self._turn = 1 - self._turn
-        self.there[: self._lines].copy_(self._hosts[self._turn][: self._lines], non_blocking=True)
+        """Nobody waits for it. Where it fails the same is sent again."""
+        turn = 1 - self._turn
+        try:
+            self.there[: self._lines].copy_(self._hosts[turn][: self._lines], non_blocking=True)
+        finally:
+            event = self._events[turn]
+            if event is not None:
+                event.record()
         if self._lines < len(self.there):
             self.there[self._lines :].copy_(self.there[:1])
-        event = self._events[self._turn]
-        if event is not None:
-            event.record()
+        self._turn = turn
 
 
 def send_pages(
