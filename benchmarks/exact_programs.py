@@ -19,6 +19,7 @@ from fivefold.attention import attend_step
 from fivefold.attention.tables import tables_of
 from fivefold.benchmark import kernels, machine
 from fivefold.kernels.packed_decode import triton
+from fivefold.kernels.packed_decode.schedule import Programs
 from fivefold.recipe import Recipe
 
 LAYERS = 2
@@ -46,16 +47,14 @@ def measured(context: int, batch: int, counts: tuple[int, ...], dim: int = kerne
             for group in layer.groups:
                 attend_step(group, queries[: len(group.rows)], dim**-0.5)
 
-    rates = {}
-    for count in counts:
+    def rate(programs: Programs) -> float:
         for layer in layers:
-            tables = tables_of(layer.bank)
-            tables.programs = triton.programs_for(rows, device)._replace(exact=count, alone=False)
-        rates[count] = [nbytes / machine.sustained_ms(call, device, 0.15) * LAYERS * 1000 / 1e12]
+            tables_of(layer.bank).programs = programs
+        return nbytes / machine.sustained_ms(call, device, 0.15) * LAYERS * 1000 / 1e12
+
     chosen = triton.programs_for(rows, device)
-    for layer in layers:
-        tables_of(layer.bank).programs = chosen
-    now = nbytes / machine.sustained_ms(call, device, 0.15) * LAYERS * 1000 / 1e12
+    rates = {count: [rate(chosen._replace(exact=count, alone=False))] for count in counts}
+    now = rate(chosen)
     for layer in layers:
         layer.free()
     machine.tidy(device)

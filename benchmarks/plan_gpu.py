@@ -78,17 +78,17 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.found, indent=1) + "\n")
 
-    def in_time(self) -> bool:
-        """Ends the program where the time is over."""
+    def end_in_time(self) -> None:
+        """End the program where the time is over."""
         if self.end is not None and time.monotonic() > self.end:
             self.save()
             print("time is over: go on with the same command", flush=True)
             sys.exit(0)
-        return True
 
     def wants(self, row: dict[str, Any]) -> bool:
-        """Whether there is no such row yet, and there is time."""
-        return self.in_time() and self.key(row) not in self.done
+        """Whether there is no such row yet."""
+        self.end_in_time()
+        return self.key(row) not in self.done
 
     def add(self, row: dict[str, Any], call: Callable[[], dict[str, Any]]) -> None:
         """Measure a row, and write it; running out of memory is a result too."""
@@ -161,8 +161,9 @@ def again(
     rows = [row for row in results.found["rows"] if "error" not in row and which(row) and row["seconds"] < short]
     for sets in range(2, SETS + 1):
         for row in rows:
-            if row.get("sets", 1) >= sets or not results.in_time():
+            if row.get("sets", 1) >= sets:
                 continue
+            results.end_in_time()
             more = call(row)
             times = row.setdefault("turns", [row["seconds"]])
             times.extend(more.get("turns", [more["seconds"]]))

@@ -88,11 +88,12 @@ def attend_picked_fused(
     span = Span(0, 0, 0, 0, count, 0, 0)
     if packed is not None:
         span = group.bounds.span()._replace(packed_first=0, packed_stop=count)
+    # Exact ones are as few as packed ones would be, or stand beside them.
     programs = kernels(queries.device).programs_for(rows, queries.device)[:1] * 2 if tables.listed else None
     page = schedule.TILE if packed is None else schedule.PICKS
     table, starts = _work(group, span, page, programs)
     picks = slots.to(torch.int32).contiguous()
-    settings = {"starts": starts, "picks": picks, "with_lse": sinks is not None}
+    settings = {"starts": starts, "programs": programs, "picks": picks, "with_lse": sinks is not None}
     out, lse = kernels(queries.device).decode(queries.contiguous(), scaling, table, packed, exact, **settings)
     return with_sinks(out, lse, sinks)
 

@@ -206,15 +206,11 @@ class Step:
         assert captured is not None
         if early is not None and captured is self._next and not fresh and all(tables.sent for tables in found):
             return early  # what was postponed is done before this is committed
-        try:
-            self._put(captured, session, ids, positions)
-            if fresh:
-                self._fuse(model, cache, captured)
-                self._capture(forward, cache, captured)
-        except BaseException:
-            if fresh:
-                self.captured.pop(size, None)  # or it would stay as far as it has come
-            raise
+        self._put(captured, session, ids, positions)
+        if fresh:
+            self._fuse(model, cache, captured)
+            self._capture(forward, cache, captured)
+            self.captured[size] = captured  # not before: what fails begins anew
         logits = self._replay(forward, cache, captured)[:batch]
         session.change.launched()
         return logits
@@ -303,10 +299,10 @@ class Step:
             # A storage is told of as long as anybody has it. torch keeps its object that long, too.
             self._alive = [weakref.ref(weight.untyped_storage(), self._freed) for weight in self._weights]
             self._moved = any(ref() is None for ref in self._alive)
+        self.captured.pop(size, None)  # its memory is the next one's
         with torch.inference_mode(False):
             ids = torch.zeros((size, 1), dtype=torch.long, device=tables[0].device)
-            self.captured[size] = Captured(tables, ids, torch.zeros_like(ids))
-        return self.captured[size]
+            return Captured(tables, ids, torch.zeros_like(ids))
 
     def _fuse(self, model: PreTrainedModel, cache: SteppedCache, captured: Captured) -> None:
         """Find out whether fused kernels do what the model's own code does."""

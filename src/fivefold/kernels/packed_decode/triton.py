@@ -593,11 +593,11 @@ def programs_for(
         once if 8 * rows <= once else max(8 * once, 2 * rows)
         for rows, once in ((rows // team, once), (rows, RESIDENT * processors(device)))
     )
-    if form is None and rows > ALONE:
+    if alone := form is None and rows > ALONE:
         exact = max(8 * once, 2 * rows)
     if form is not None and by_cuda(form, heads, device) and cuda.joins(dtype):
         exact = 0
-    return Programs(packed, exact, once, 1 if form is None else form.share, form is None and rows > ALONE)
+    return Programs(packed, exact, once, 1 if form is None else form.share, alone)
 
 
 def append(keys: torch.Tensor, values: torch.Tensor, spans: torch.Tensor, exact: Exact) -> None:
