@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import inspect
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -18,13 +19,13 @@ import torch
 
 import fivefold
 from conftest import DEVICES, KERNELS
+from fivefold import interrupts
 from fivefold.attention import sending
 from fivefold.attention.tables import DeviceTables, tables_of
 from fivefold.errors import CacheFullError, CacheStateError
 from fivefold.kernels.device import Beside
 from fivefold.kernels.packed_decode import schedule
 from fivefold.methods.bits.kivi import Kivi
-from fivefold.models import graph
 from fivefold.models.forward import Forward
 from fivefold.models.graph import Step
 from fivefold.store.bank import Bank
@@ -221,11 +222,12 @@ def test_a_step_that_breaks_off_leaves_nothing(model, monkeypatch) -> None:
 
 def test_ctrl_c_behind_a_step_stops_the_next_one(model, monkeypatch) -> None:
     """What comes once a token is stored must not look as if it were not."""
+    monkeypatch.setattr(interrupts.whole, "_late", None)
     cache = fivefold.compress(model, "full()", cuda_graph=True)
     wanted = fivefold.compress(model, "full()", cuda_graph=True)
 
     def interrupted(*args) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     with torch.inference_mode():
         for one in (cache, wanted):
@@ -242,7 +244,7 @@ def test_ctrl_c_behind_a_step_stops_the_next_one(model, monkeypatch) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(type(cache.step), "_look_ahead", interrupted)
             model(token, past_key_values=cache)
-            patch.setattr(graph, "_STOPS", 0.0)  # long ago
+            patch.setattr(interrupts, "_STOPS", 0.0)  # long ago
             model(token, past_key_values=cache)
     assert cache.get_seq_length() == 44
 

@@ -15,13 +15,14 @@ import fivefold
 LAYERS = {
     "errors": (),
     "blocks": (),
+    "interrupts": (),
     "paths": (),
     "page": ("errors",),
     "signature": (),
     "sizes": ("errors",),
     "kernels": ("errors", "paths"),
-    "store": ("errors", "kernels"),
-    "attention": ("errors", "blocks", "kernels", "store"),
+    "store": ("errors", "interrupts", "kernels"),
+    "attention": ("errors", "blocks", "interrupts", "kernels", "store"),
     "methods": (
         "errors",
         "kernels",
@@ -34,7 +35,7 @@ LAYERS = {
     "calibrate.learner": ("errors", "kernels", "store"),
     "calibrate.profile": ("errors", "paths", "kernels", "signature"),
     "recipe": ("errors", "store", "methods"),
-    "engine": ("errors", "sizes", "kernels", "store", "attention", "methods", "recipe"),
+    "engine": ("errors", "interrupts", "sizes", "kernels", "store", "attention", "methods", "recipe"),
     "serving": ("errors", "kernels", "store", "attention", "methods", "models", "recipe", "signature"),
     "report": ("errors", "store", "engine", "kernels"),
     "plan": (

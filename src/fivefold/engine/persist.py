@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from fivefold.engine.session import Session
 from fivefold.errors import CacheStateError, InputError, SavedCacheError, first_line
+from fivefold.interrupts import whole
 from fivefold.store.bank import ROWS, Bank
 from fivefold.store.held import Held
 from fivefold.store.layer_cache import LayerCache
@@ -57,6 +58,7 @@ class State:
         return sum(x.nbytes for x in self.tensors.values())
 
 
+@whole
 def offload(session: Session) -> None:
     """Bring all that a session holds to host memory, and give its pages back. Nothing if that has been done."""
     if session.state is None and session.batch:
@@ -67,6 +69,7 @@ def offload(session: Session) -> None:
             session.companions.reset()
 
 
+@whole
 def restore(session: Session) -> None:
     """Undo `offload`. Raises `CacheFullError` where the pages do not fit now; the cache is still offloaded then."""
     state = session.state
@@ -111,6 +114,7 @@ def collect(session: Session) -> State:
     return State(facts, tensors)
 
 
+@whole
 def install(session: Session, state: State) -> None:
     """Let an empty session hold this. Raises `CacheFullError` and `SavedCacheError`, and is empty then."""
     if session.batch:

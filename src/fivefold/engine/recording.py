@@ -11,6 +11,7 @@ from contextlib import suppress
 
 from fivefold.engine.session import REVOCABLE, Session
 from fivefold.errors import CacheFullError
+from fivefold.interrupts import whole
 
 
 def bound(session: Session) -> None:
@@ -19,6 +20,7 @@ def bound(session: Session) -> None:
         session.settled = max(session.settled, session.length - REVOCABLE)
 
 
+@whole
 def end(session: Session) -> None:
     """Nobody takes tokens back any more: what was left alone for that is packed and evicted now, as far as the cap has
     room for it."""
@@ -31,3 +33,30 @@ def end(session: Session) -> None:
         session.advance(0)
     if session.companions is not None:
         session.companions.record(False)
+
+
+@whole
+def crop(session: Session, count: int) -> None:
+    """Forget the last `count` tokens in all layers, or raise before any has."""
+    session.rollback()
+    count = min(count, session.length)
+    if count == session.length:
+        session.free()
+        if session.companions is not None:
+            session.companions.reset()
+            session.companions.record(session.recording)
+        return
+    with session.atomic():
+        if session.companions is not None:
+            session.companions.crop(count, session.length)
+        if count:
+            for store in session.stores.values():
+                store.check_crop(count)
+            for store in session.stores.values():
+                store.crop(count)
+            session.length -= count
+    session.settled = session.length
+    if session.recording:
+        # Without room to pack in, what is due waits for the next chunk.
+        with suppress(CacheFullError), session.atomic():
+            session.advance(0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -24,6 +24,7 @@ from fivefold.engine.companions import Companions
 from fivefold.engine.picks import Picks, Reads
 from fivefold.engine.stepping import opened
 from fivefold.errors import CacheFullError, CacheStateError, UnsupportedModelError
+from fivefold.interrupts import whole
 from fivefold.store import compact, context, joint, pairs
 from fivefold.store.bank import Bank
 from fivefold.store.layer_cache import LayerCache
@@ -154,8 +155,10 @@ class Session:
 
     # -- transactions -------------------------------------------------------------------------------------
 
+    @whole
     def begin(self, step: bool = False) -> None:
         """A change begins; one that was broken off is rolled back. step: it is the step that was looked ahead to."""
+        whole.begin()
         self.check_here()
         if self.change is not None and self._thread != threading.get_ident():
             raise CacheStateError(
@@ -189,6 +192,7 @@ class Session:
         for bank in self.banks:
             bank.begin(change)
 
+    @whole
     def commit(self, grows: bool = True) -> None:
         """Let the policies move what is due after a forward; then what it did stands. grows: whether it may have more
         bytes than before, so that the cap has a say."""
@@ -209,11 +213,13 @@ class Session:
             change.undo(lambda: self.pools.budget.count(id(self), before))
             self._charge(grows)
         change.verify()
+        whole.passing()
         self.change = None
         change.commit()
         for pool in self.pools:
             pool.shrink()
         self.sparse = self.sparse or chunk > 1
+        whole.done()
 
     def _charge(self, grows: bool) -> None:
         budget = self.pools.budget
@@ -237,6 +243,7 @@ class Session:
             pool.trim()
         self.sparse = False
 
+    @whole
     def rollback(self) -> None:
         """Undo all that has happened since `begin`; nothing if nothing has."""
         self.turn += 1
@@ -251,32 +258,38 @@ class Session:
     @contextmanager
     def atomic(self, grows: bool = True, step: bool = False) -> Iterator[None]:
         """A forward, or another change of the whole cache: it happens as a whole or not at all. step: see `begin`."""
-        self.begin(step)
+        begun = False
         try:
+            with whole:
+                self.begin(step)
+                begun = True
             yield
             self.commit(grows)
         except BaseException:
-            self.rollback()
+            if begun:  # else it may be another thread's
+                self.rollback()
             raise
 
     @contextmanager
     def _all_banks(self) -> Iterator[Transaction]:
         """What happens to all banks happens as a whole or not at all, also while the cache is offloaded."""
         change = Transaction()
-        try:
-            for bank in self.banks:
-                bank.begin(change)
-            yield change
-        except BaseException:
-            change.rollback()
-            raise
-        change.commit()
+        with whole:
+            try:
+                for bank in self.banks:
+                    bank.begin(change)
+                yield change
+            except BaseException:
+                change.rollback()
+                raise
+            change.commit()
 
     @property
     def running(self) -> bool:
         """Whether a forward is under way that somebody else has begun, and will end, in this thread."""
         return self.change is not None and not self._alone and self._thread == threading.get_ident()
 
+    @whole
     def arrive(self, index: int) -> None:
         """A layer's attention is called. Where nobody has begun a forward (somebody calls the layers one by one), the
         first layer does."""
@@ -378,6 +391,7 @@ class Session:
 
     # -- other changes ------------------------------------------------------------------------------------
 
+    @whole
     def put(self, batch: int, tokens: int, write: Callable[[LayerCache], None]) -> None:
         """Without a model: `write` appends so many tokens to all `batch` sequences of a layer."""
         with self.atomic():
@@ -387,31 +401,7 @@ class Session:
                 write(store)
             self.length += tokens
 
-    def crop(self, count: int) -> None:
-        """Forget the last `count` tokens in all layers, or raise before any has."""
-        self.rollback()
-        count = min(count, self.length)
-        if count == self.length:
-            self.free()
-            if self.companions is not None:
-                self.companions.reset()
-                self.companions.record(self.recording)
-            return
-        with self.atomic():
-            if self.companions is not None:
-                self.companions.crop(count, self.length)
-            if count:
-                for store in self.stores.values():
-                    store.check_crop(count)
-                for store in self.stores.values():
-                    store.crop(count)
-                self.length -= count
-        self.settled = self.length
-        if self.recording:
-            # Without room to pack in, what is due waits for the next chunk.
-            with suppress(CacheFullError), self.atomic():
-                self.advance(0)
-
+    @whole
     def select(self, sequences: np.ndarray) -> None:
         """Sequence i becomes what sequence `sequences[i]` was: page tables move, bytes do not."""
         self.check_here()
@@ -423,6 +413,7 @@ class Session:
                 if self.companions is not None:
                     self.companions.select(sequences)
 
+    @whole
     def fork(self) -> Session:
         """A second cache of the same tokens: every page is shared until either side writes to it. Raises
         `CacheFullError` where the cap has no room for its page tables."""
@@ -458,6 +449,7 @@ class Session:
                 self.stores[index] = self.build(store.spec)
                 self.stores[index].bank.begin(change)
 
+    @whole
     def tidy(self) -> None:
         """Give back what need not be held: free pages in pieces, and what was worked out from page tables."""
         self.rollback()
@@ -467,6 +459,7 @@ class Session:
         for store in self.stores.values():
             store.regroup()
 
+    @whole
     def free(self) -> None:
         """Forget everything, and give the pages back to the pools."""
         self.release()
@@ -477,6 +470,7 @@ class Session:
                 store.codec.forget()
         context.forget()
 
+    @whole
     def release(self, state: Any = None) -> None:
         """Give all pages back. state: what they held, if that is to come back (see `state`)."""
         self.rollback()

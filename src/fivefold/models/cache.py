@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from fivefold.engine import decoding, persist, recording, sequences
 from fivefold.engine.session import Session
 from fivefold.errors import CacheStateError
+from fivefold.interrupts import whole
 from fivefold.models import saving
 from fivefold.models.graph import Step
 from fivefold.models.stock import StockLayers
@@ -202,7 +203,7 @@ class FivefoldCache(Cache):
         given up."""
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 gives a tensor
         count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.get_seq_length() - tokens_to_remove)
-        self.session.crop(count)
+        recording.crop(self.session, count)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Sequence i becomes what sequence beam_idx[i] was: page tables move, bytes do not."""
@@ -389,5 +390,7 @@ class FivefoldCache(Cache):
         # Forks share the pools: what only this cache held must not stay taken. At the very end `sys` may be gone.
         session = getattr(self, "session", None)
         if session is not None and not ending():
-            session.free()
-            session.pools.budget.trim()
+            with whole:
+                session.free()
+                session.pools.budget.trim()
+                whole.done()  # nobody would hear of it here

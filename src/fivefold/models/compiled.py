@@ -257,12 +257,14 @@ torch.library.register_fake("fivefold::attend", _shape_of, lib=_library)
 # -- a call -----------------------------------------------------------------------------------------------
 
 
-def suspend() -> Any:
-    """Nothing is traced in this thread from now on. Returns what `resume` wants; None if nothing was."""
-    return set_eval_frame(None)
-
-
-resume = set_eval_frame
+@contextmanager
+def suspended() -> Iterator[Any]:
+    """Nothing is traced in this thread within it: yields who was asked to; None if nobody was."""
+    callback = set_eval_frame(None)
+    try:
+        yield callback
+    finally:
+        set_eval_frame(callback)
 
 
 def skip(*functions: Any) -> None:
@@ -335,7 +337,7 @@ class Compiled:
     def __call__(
         self, callback: Any, forward: Callable[..., Any], cache: FivefoldCache, counts: bool, **given: Any
     ) -> Any:
-        """callback: as `suspend` returned it. counts: whether the model counts positions by itself."""
+        """callback: as `suspended` yields it. counts: whether the model counts positions by itself."""
         mask, chunk, positions = given.get("attention_mask"), 0, given.get("position_ids")
         for name in ("input_ids", "inputs_embeds"):
             if given.get(name) is not None:

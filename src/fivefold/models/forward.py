@@ -19,6 +19,7 @@ from fivefold.calibrate.profile import signature
 from fivefold.engine import decoding, recording
 from fivefold.engine.admission import Padded
 from fivefold.errors import CacheStateError, UnsupportedModelError
+from fivefold.interrupts import whole
 from fivefold.models import calls, compiled, skipping
 from fivefold.models.attention import NAME
 from fivefold.models.cache import FivefoldCache
@@ -46,8 +47,7 @@ class Forward:
     @torch.compiler.disable(recursive=False)
     def _outside(self, cache: FivefoldCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Outside of any graph: `torch.compile` traces the model's own code alone (`models/compiled.py`)."""
-        callback = compiled.suspend()
-        try:
+        with whole.call(), compiled.suspended() as callback:
             run = self.plain
             if compiled.compiles(callback, self.before):
                 run = self._run(callback, cache, args, kwargs)
@@ -58,8 +58,6 @@ class Forward:
                     f"the cache was made for {cache.model} and called with {mine}: make one for this model."
                 )
             return self._call(run, cache, args, kwargs)
-        finally:
-            compiled.resume(callback)
 
     def _run(
         self, callback: Any, cache: FivefoldCache, args: tuple[Any, ...], kwargs: dict[str, Any]

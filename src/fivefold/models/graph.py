@@ -8,7 +8,6 @@ and sent to fixed places on the device (`attention/tables.py`); after it, the po
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -26,6 +25,7 @@ from fivefold.engine import decoding
 from fivefold.engine.admission import Padded
 from fivefold.engine.session import Session
 from fivefold.errors import CacheStateError, FivefoldError
+from fivefold.interrupts import whole
 from fivefold.kernels.choice import choose
 from fivefold.kernels.device import Beside, no_garbage
 from fivefold.models.fused import Whole, verified
@@ -36,8 +36,6 @@ _KNOWN = {
     "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep",
 }  # fmt: skip
 _WARM_UP = 2
-_STOPS = 1.0
-"""Seconds after which nobody expects any more that Ctrl-C stops something."""
 _equal: Callable[[list[torch.Tensor], list[int], list[int]], bool] | None = getattr(
     torch._C, "_tensors_data_ptrs_at_indices_equal", None
 )
@@ -84,8 +82,6 @@ class Step:
         self.own: str | None = None
         """Why steps run the model's own code, and not fused kernels, in a few words; None if no step does."""
         self._tells = Remembered(_tells)
-        self._stopped: float | None = None
-        """When Ctrl-C came too late for a step."""
         self.reset()
 
     def reset(self) -> None:
@@ -118,14 +114,13 @@ class Step:
         idle = sum(tables.nbytes for tables in self.tables if tables.bank.mirror is not tables)
         return idle + sum(c.held + c.ids.nbytes + c.positions.nbytes for c in self.captured.values())
 
+    @whole
     def __call__(
         self, model: PreTrainedModel, forward: Callable[..., Any], cache: SteppedCache, given: dict[str, Any]
     ) -> CausalLMOutputWithPast | None:
         """One token for every sequence; None if it has to go through the model."""
         session, ids = cache.session, given.get("input_ids")
-        stopped, self._stopped = self._stopped, None
-        if stopped is not None and time.monotonic() - stopped < _STOPS:
-            raise KeyboardInterrupt
+        whole.begin()
         if self.broken or ids is None or ids.ndim != 2 or ids.shape[1] != 1 or session.length == 0:
             return None
         why: str | None = None
@@ -154,10 +149,8 @@ class Step:
             self.failed, self.broken = f"{type(error).__name__}: {error}".splitlines()[0], True
             decoding.tell(session, f"decoding without a CUDA graph: {self.failed}", 6)
             return None
-        try:
-            self._look_ahead(session)
-        except KeyboardInterrupt:  # the token is there: it is the next one that is stopped
-            self._stopped = time.monotonic()
+        self._look_ahead(session)
+        whole.done()
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     def _look_ahead(self, session: Session) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fivefold.interrupts import whole
 from fivefold.store.chunk import Part
 from fivefold.store.codec import PairCodec
 from fivefold.store.compensation import absorb
@@ -167,14 +168,15 @@ class Bank:
             yield self.change
             return
         change = Transaction()
-        try:
-            self.begin(change)
-            yield change
-            change.verify()
-        except BaseException:
-            change.rollback()
-            raise
-        change.commit()
+        with whole:
+            try:
+                self.begin(change)
+                yield change
+                change.verify()
+            except BaseException:
+                change.rollback()
+                raise
+            change.commit()
 
     def write_later(self, name: str, pages: np.ndarray, slots: np.ndarray, values: torch.Tensor) -> None:
         """Single exact tokens that take the places of committed ones: they are written once this change is committed,

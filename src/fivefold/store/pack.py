@@ -360,7 +360,7 @@ def _write(
     opened = None
     if slot:
         tier.unshare(bank.change, due.rows, at)
-        opened = tier.read(due.rows, at)
+        opened = tier.open(bank.change, due.rows, at)
     shape = (rows * columns, -1, dim)
     fields = whole(codec, codec.encode(keys.reshape(shape), values.reshape(shape), slot, opened))
     tier.write(due.rows[:, None], at[:, None] + np.arange(columns), fields)

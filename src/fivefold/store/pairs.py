@@ -198,11 +198,12 @@ def _encode(bank: Tables, sides: Sequence[Due], chunks: Sequence[Pair | None]) -
     for done, size, column, slot in pieces:
         if len(pieces) > 1:
             both = [collect(bank, due, done, size, chunk) for due, chunk in zip(sides, chunks)]
-        _write(tier, codec, sides, column, slot, page, both, mine)
+        _write(tier, change, codec, sides, column, slot, page, both, mine)
 
 
 def _write(
     tier: Tier,
+    change: Transaction,
     codec: PairCodec,
     sides: Sequence[Due],
     column: int,
@@ -215,7 +216,7 @@ def _write(
     _, tokens, dim = both[0][0].shape
     count, at, opened = -(-(slot + tokens) // page), sides[0].column + column, None
     if slot:
-        opened = [tier.read(due.rows, at) for due in sides]
+        opened = [tier.open(change, due.rows, at) for due in sides]
     one, two = (
         (keys.reshape(-1, tokens // count, dim), values.reshape(-1, tokens // count, dim)) for keys, values in both
     )

@@ -76,6 +76,12 @@ class Tier:
         found = (pool.fetch_all(place) for pool, place in zip(self.pools, places))
         return {name: x[0] for fields in found for name, x in fields.items()}
 
+    def open(self, change: Transaction, rows: np.ndarray, columns: np.ndarray) -> dict[str, torch.Tensor]:
+        """`read` of pages that are written anew with more tokens: a codec may put what they hold in other places."""
+        for pool, table in zip(self.pools, self.tables):
+            change.keep(pool, table[rows, columns])
+        return self.read(rows, columns)
+
     def write(self, rows: np.ndarray, columns: np.ndarray, fields: dict[str, torch.Tensor]) -> None:
         """Write fields of pages, of those rows and columns (arrays that are broadcast together), `[pages, *shape]`:
         those that are among `fields`."""
