@@ -8,7 +8,9 @@ not, and so it stops what begins next.
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # what `signal` takes ten times as long to call
 import functools
+import os
 import signal
 import threading
 import time
@@ -17,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
+_INT = int(signal.SIGINT)
 _STOPS = 1.0
 """Seconds after which nobody expects any more that Ctrl-C stops something."""
 
@@ -42,10 +45,10 @@ class Whole:
         self._depth += 1
         if self._depth == 1:
             try:
-                before = signal.getsignal(signal.SIGINT)
+                before = _signal.getsignal(_INT)
                 if callable(before):
                     self._before = before
-                    signal.signal(signal.SIGINT, self._ask)
+                    _signal.signal(_INT, self._ask)
             except BaseException:
                 self._depth = 0
                 raise
@@ -57,14 +60,14 @@ class Whole:
             before = self._before
             try:
                 if before is not None:
-                    signal.signal(signal.SIGINT, before)  # from here on it raises by itself
+                    _signal.signal(_INT, before)  # from here on it raises by itself
             finally:
                 asked, done = self._asked, self._done
                 self._before, self._asked, self._done, self._depth = None, False, False, 0
             if asked and done and before is signal.default_int_handler:
                 self._late = time.monotonic()
             elif asked:
-                before(signal.SIGINT, None)
+                before(_INT, None)
         else:
             self._depth -= 1
 
@@ -98,7 +101,7 @@ class Whole:
         """Nothing is half done: what was asked for is raised now."""
         if self._asked and _main():
             self._asked = False
-            self._before(signal.SIGINT, None)
+            self._before(_INT, None)
 
     def done(self) -> None:
         """Something has happened."""
@@ -117,7 +120,15 @@ class Whole:
 
 
 def _main() -> bool:
-    return threading.get_ident() == threading.main_thread().ident
+    return _here() == _thread
 
 
+def _forked() -> None:
+    global _thread
+    _thread = threading.main_thread().ident
+
+
+_here, _thread = threading.get_ident, threading.main_thread().ident
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 whole = Whole()

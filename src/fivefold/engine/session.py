@@ -289,13 +289,13 @@ class Session:
         """Whether a forward is under way that somebody else has begun, and will end, in this thread."""
         return self.change is not None and not self._alone and self._thread == threading.get_ident()
 
-    @whole
     def arrive(self, index: int) -> None:
         """A layer's attention is called. Where nobody has begun a forward (somebody calls the layers one by one), the
         first layer does."""
         if self.change is None or (self._alone and index == self.entry):
-            self.begin()
-            self._alone = True
+            with whole:
+                self.begin()
+                self._alone = True
 
     def done(self, index: int) -> None:
         """A layer has taken its chunk."""
