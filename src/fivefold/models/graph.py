@@ -149,13 +149,18 @@ class Step:
             self.failed, self.broken = f"{type(error).__name__}: {error}".splitlines()[0], True
             decoding.tell(session, f"decoding without a CUDA graph: {self.failed}", 6)
             return None
-        self._look_ahead(session)
-        whole.done()
+        try:
+            self._look_ahead(session)
+        except BaseException:  # the token is stored: what fails here is done again, and said, as the next step begins
+            self._ready = self._next = None
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     def _look_ahead(self, session: Session) -> None:
-        """While the device is at work on a step: whether the next one is a graph's, if nothing happens in between."""
+        """While the device is at work on a step: what it chose is written, and whether the next one is a graph's, if
+        nothing happens in between."""
         self._ready = self._next = None
+        for bank in session.banks:
+            bank.flush()
         with suppress(CacheStateError):  # it is raised where it matters
             if not unsteady(session.stores, session.revocable) and _unfit(session) is None:
                 self._whys = session.why_not_fused()
