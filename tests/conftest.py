@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -33,6 +34,7 @@ from transformers import (
 
 import fivefold
 import interpreter
+from fivefold import interrupts
 
 VOCAB = 131
 
@@ -177,6 +179,16 @@ def tiny(_models: dict[str, Any]) -> Iterator[Callable[..., Any]]:
     for model in used:
         fivefold.restore(model)
         model.set_attn_implementation("sdpa")
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C as in a program that does nothing about it; what runs in the background may not hear of it else."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+    interrupts.whole._late = None
 
 
 @pytest.fixture(scope="module")

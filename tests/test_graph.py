@@ -220,9 +220,8 @@ def test_a_step_that_breaks_off_leaves_nothing(model, monkeypatch) -> None:
     same_tokens(*caches)
 
 
-def test_ctrl_c_behind_a_step_stops_the_next_one(model, monkeypatch) -> None:
+def test_ctrl_c_behind_a_step_stops_the_next_one(model, monkeypatch, ctrl_c) -> None:
     """What comes once a token is stored must not look as if it were not."""
-    monkeypatch.setattr(interrupts.whole, "_late", None)
     cache = fivefold.compress(model, "full()", cuda_graph=True)
     wanted = fivefold.compress(model, "full()", cuda_graph=True)
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, BloomConfig, DynamicCache, Static
 
 import fivefold
 from conftest import FAMILIES, VOCAB, build
-from fivefold.engine.session import REVOCABLE, Session
+from fivefold.engine import recording
+from fivefold.engine.session import REVOCABLE
 from fivefold.errors import (
     CacheFullError,
     CacheStateError,
@@ -301,9 +302,9 @@ def test_speculative_decoding(tiny: Any, recipe: str, how: str) -> None:
     greedy = generate(model, ids, 60, fivefold.compress(model, recipe))
     cache = fivefold.compress(model, recipe)
     taken_back: list[int] = []
-    crop = Session.crop
+    crop = recording.crop
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Session, "crop", lambda self, n: (taken_back.append(n), crop(self, n))[1])
+        patch.setattr(recording, "crop", lambda session, n: (taken_back.append(n), crop(session, n))[1])
         out = generate(model, ids, 60, cache, **extra)
     assert any(taken_back), "nothing was taken back"
     if how == "assistant" and recipe in ("full()", KIVI8):  # the assistant itself sees all tokens

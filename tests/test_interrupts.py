@@ -6,7 +6,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,12 @@ from recipes import RECIPES, SHAPE, written
 from test_transactions import STEPS, busiest, held, spread
 from test_written_over import shown
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "ctrl_c")
 SOURCE = Path(fivefold.__file__).parent
 # It raises where it should itself; what is below it has no state that anybody would miss.
 NOT_IN = (str(SOURCE / "interrupts.py"), str(SOURCE / "kernels"))
 POINTS, LAST = 12, 40
 """How many lines of a forward are tried, and how many of the last ones, where it is committed."""
-
-
-@pytest.fixture(autouse=True)
-def plain() -> Iterator[None]:
-    """Ctrl-C as in a program that does nothing about it."""
-    assert threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    whole._late = None
-    signal.signal(signal.SIGINT, before)
 
 
 class Interrupts:

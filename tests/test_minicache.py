@@ -13,6 +13,7 @@ import torch
 import fivefold
 from conftest import build
 from fivefold.calibrate.profile import Profile, config_hash, load_profile, save_profile, signature
+from fivefold.engine import recording
 from fivefold.engine.layer import attend
 from fivefold.errors import CacheFullError, RecipeError
 from fivefold.methods.layers.minicache import MiniCache, MiniCacheCodec, merged
@@ -351,7 +352,7 @@ def test_taking_back(tokens: int) -> None:
     session = session_of("minicache(start=0, residual=0)")
     feed(session, 300, 0)
     before = stored(session)
-    session.crop(tokens)
+    recording.crop(session, tokens)
     assert all(torch.allclose(a[:, : 300 - tokens], b, atol=1e-6) for a, b in zip(before, stored(session)))
     before = stored(session)
     kv = feed(session, 80, 1)["kv"]

@@ -14,7 +14,7 @@ import numpy as np
 from plain_model import LAYERS, Plain
 from store_driver import REFUSED, Driver, Setup, Twin
 
-from fivefold.engine import persist, sequences
+from fivefold.engine import persist, recording, sequences
 from fivefold.errors import CacheStateError, NonFiniteError
 from fivefold.store import compact
 
@@ -73,7 +73,7 @@ class System(Driver):
             partial(sequences.take, session, np.array([0])),
         ]  # fmt: skip
         if cache.plain.length > 1:  # to crop all is to free it
-            calls.append(partial(session.crop, 1))
+            calls.append(partial(recording.crop, session, 1))
         for call in calls:
             try:
                 call()
@@ -112,12 +112,12 @@ class System(Driver):
             session.length -= count * both
 
         # What may move then is tried apart: a session does not say whether it had the room.
-        recording, session.recording = session.recording, False
-        whole = partial(session.crop if both else layers[0].crop, count)
+        taking_back, session.recording = session.recording, False
+        whole = partial(recording.crop, session, count) if both else partial(layers[0].crop, count)
         try:
             went = self.attempt(cache, legal, whole, None if gone else part) is not REFUSED
         finally:
-            session.recording = recording
+            session.recording = taking_back
         if went:
             for layer in layers:
                 plain.crop(layer.spec.layer, count)
@@ -125,7 +125,7 @@ class System(Driver):
             if gone:
                 cache.plain = Plain(self.heads)
             self.compare(cache, cropped=True)
-        if recording and cache.plain.batch:
+        if taking_back and cache.plain.batch:
             self.advance(cache)
 
     def overflow(self, cache: Twin, group: int, count: int) -> None:
