@@ -1,9 +1,10 @@
-"""Attention of a step over exact pages, by how many programs share them: what `ALONE` in
-`kernels/packed_decode/triton.py` and `WORTH` in `schedule.py` rest on.
+"""A step over exact pages, by how many programs share them: what `ALONE` in `kernels/packed_decode/triton.py` and
+`WORTH` in `schedule.py` rest on.
 
     python benchmarks/exact_programs.py benchmarks/results/exact_programs.json
 
-Two layers one after the other, as a CUDA graph; terabytes a second of keys and values. Needs a GPU.
+`rows`: attention alone, of two layers one after the other, in terabytes a second of keys and values. `steps`: whole
+steps of Llama-3-8B's shape as a CUDA graph, in milliseconds, which may want another number. Needs a GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from fivefold.attention import attend_step
 from fivefold.attention.tables import tables_of
-from fivefold.benchmark import kernels, machine
+from fivefold.benchmark import decode, kernels, machine
 from fivefold.kernels.packed_decode import triton
 from fivefold.kernels.packed_decode.schedule import Programs
 from fivefold.recipe import Recipe
@@ -31,6 +32,8 @@ SIZES = {
     (1024, 80): (640, 2112, 4224), (4096, 80): (640, 1280, 2112, 4224), (1024, 256): (2048, 4096, 4224),
 }  # fmt: skip
 """Tokens and sequences: numbers of programs."""
+STEPS = ((131072, 2), (32768, 2), (131072, 4), (32768, 8), (16384, 16))
+COUNTS = (528, 1056, 2112, 4224)
 
 
 @torch.inference_mode()
@@ -62,15 +65,37 @@ def measured(context: int, batch: int, counts: tuple[int, ...], dim: int = kerne
     return {**size, "tb_s": rates, "as_shared_out": now}
 
 
+@torch.inference_mode()
+def whole_steps(model: Any, context: int, batch: int) -> dict[str, Any]:
+    def ms(programs_for: Any) -> float:
+        triton.programs_for = programs_for
+        cache = decode.filled(model, "full()", context, batch, True)
+        cache.reserve(context + 128)
+        found: float = decode.timed(model, cache, batch, 40)["ms"]
+        cache.free()
+        machine.tidy(machine.device())
+        return found
+
+    real = triton.programs_for
+    by_count = {
+        count: ms(lambda *given, count=count: real(*given)._replace(exact=count, alone=False)) for count in COUNTS
+    }
+    return {"context": context, "batch": batch, "ms": by_count, "as_shared_out": ms(real)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path)
     given = parser.parse_args()
-    rows = []
+    rows, steps = [], []
     for (context, batch), counts in SIZES.items():
         rows.append(measured(context, batch, counts))
         print(rows[-1], flush=True)
-    given.file.write_text(json.dumps({**machine.stamp(), "rows": rows}, indent=1) + "\n")
+    model = decode.build("llama-3-8b", machine.device())
+    for context, batch in STEPS:
+        steps.append(whole_steps(model, context, batch))
+        print(steps[-1], flush=True)
+    given.file.write_text(json.dumps({**machine.stamp(), "rows": rows, "steps": steps}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

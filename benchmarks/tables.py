@@ -77,8 +77,8 @@ def decode() -> str:
     return markdown("cache | 32,768 | 131,072 | MiB at 131,072", made)
 
 
-def steps() -> str:
-    rows = [row for row in result("steps_h100")["rows"] if row["batch"] == 1]
+def steps(card: str = "h100") -> str:
+    rows = [row for row in result(f"steps_{card}")["rows"] if row["batch"] == 1]
     at = {(row["shape"], row["context"], row["recipe"]): row for row in rows}
     places = [("smollm2", 7000), ("llama-3-8b", 4096), ("llama-3-8b", 32768), ("llama-3-8b", 131072)]
 
@@ -95,6 +95,10 @@ def steps() -> str:
         floor = f"{last['of_floor']:.2f}x" if "of_floor" in last else "–"
         made.append((code(recipe), *(cell(place, recipe) for place in places), against, floor))
     return markdown("cache | SmolLM2, 7,000 | 8B, 4,096 | 8B, 32,768 | 8B, 131,072 | faster | of its floor", made)
+
+
+def steps_h200() -> str:
+    return steps("h200")
 
 
 def packing() -> str:
@@ -284,8 +288,8 @@ def h200() -> str:
 
 
 TABLES = (
-    demo, kernels, decode, steps, packing, prefill, prefill_chunked, prompts, largest_batch, longest_context, largest,
-    h200, ragged, generation, prefix, sessions, sessions_cpu, day, decode_cpu,
+    demo, kernels, decode, steps, steps_h200, packing, prefill, prefill_chunked, prompts, largest_batch,
+    longest_context, largest, h200, ragged, generation, prefix, sessions, sessions_cpu, day, decode_cpu,
 )  # fmt: skip
 
 

@@ -249,11 +249,11 @@ def test_programs_get_a_share_that_is_worth_beginning_for() -> None:
 
 
 def test_programs_of_exact_pages_alone(monkeypatch) -> None:
-    """One sequence fills the device once; of more, programs have some tiles each, and nobody waits for the last."""
+    """Two sequences fill the device once; of more, programs have some tiles each, and nobody waits for the last."""
     monkeypatch.setattr(kernel, "processors", lambda device: 132)
     few, several, packed = (
         kernel.programs_for(rows, torch.device("cpu"), form)
-        for rows, form in ((8, None), (16, None), (16, Form(4, 32, 32, 64)))
+        for rows, form in ((16, None), (24, None), (24, Form(4, 32, 32, 64)))
     )
     assert few.exact == packed.exact == 528 and several.exact == 4224 and several.packed == 528
     assert [one.alone for one in (few, several, packed)] == [False, True, False]

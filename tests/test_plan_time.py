@@ -406,8 +406,7 @@ BOUNDS = {
 BEYOND = {
     # Timed otherwise, on other machines: see docs/planner.md.
     "h100": {"prompts at once": (0.44, 0.38), f"prompts in chunks of 2,048{OWN}": (0.17, 0.17)},
-    # Eight sequences of full(), before their attention was shared out to more programs.
-    "h200": {"steps in batches": (0.13, 0.1)},
+    "h200": {"steps in batches": (0.1, 0.1)},
 }
 
 
@@ -430,9 +429,6 @@ def test_shipped_constants_hold(card: str) -> None:
             assert abs(errors["worst"]) <= bound, (kind, model, errors)
             assert errors["median"] <= (0.05 if "steps" in kind else 0.15)
     assert found["errors"].keys() == bounds.keys()
-    # No other step of eight or more sequences is off by more than a tenth.
-    far = [row for row in found["rows"] if "steps" in row["kind"] and abs(row["error"]) > 0.1]
-    assert all((row["recipe"], row["context"], row["batch"]) == ("full()", 32768, 8) for row in far) and len(far) <= 1
     one = ("host", "code", "in batches")  # on one shape alone
     assert all(len(found["errors"][kind]) == 2 for kind in bounds if not kind.endswith(one))
     # What the file says of itself is of these constants.

@@ -38,6 +38,15 @@ class Picked:
 
         self._picks = triton.picks(values, indices, spans, top)
 
+    @property
+    def now(self) -> tuple[torch.Tensor | None, int]:
+        """What has been picked last, and by which layer."""
+        return self._picks, self._layer
+
+    @now.setter
+    def now(self, state: tuple[torch.Tensor | None, int]) -> None:
+        self._picks, self._layer = state
+
     def of(self, near: torch.Tensor | None) -> torch.Tensor:
         """What a layer reads whose rows take over from these, int64 `[rows]`; None is each from its own."""
         assert self._picks is not None

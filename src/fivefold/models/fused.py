@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fivefold.attention.picks import Picked
 from fivefold.engine.session import Session
 from fivefold.errors import FivefoldError
 from fivefold.kernels.step.reference import ACTS, Biases, Norm, Pages, Turn, acted
@@ -276,10 +277,14 @@ def verified(
         return str(why)
     if torch.is_autocast_enabled(ids.device.type):
         return "the model is called under autocast"
-    whole, seen = Whole(parts), dict[int, tuple[torch.Tensor, torch.Tensor]]()
-    with watched(model, seen):
+    whole, seen, picks = Whole(parts), dict[int, tuple[torch.Tensor, torch.Tensor]](), list[Any]()
+    tables = (bank.mirror for bank in session.banks)
+    picked = next((one.picked for one in tables if one is not None and one.picked is not None), None)
+    with watched(model, seen, lambda: picks.append(picked and picked.now)):
         logits = own()[:, 0]
-    return differing(lambda: _apart(whole, session, ids, positions, seen, logits), parts.embedding.dtype) or whole
+
+    rest = ids, positions, seen, logits, picked, picks
+    return differing(lambda: _apart(whole, session, *rest), parts.embedding.dtype) or whole
 
 
 def _apart(
@@ -289,13 +294,18 @@ def _apart(
     positions: torch.Tensor,
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]],
     logits: torch.Tensor,
+    picked: Picked | None,
+    picks: Sequence[Any],
 ) -> dict[str, torch.Tensor]:
-    """How far each part is from the model's own code, whose layers have `seen` and left this (see `apart`)."""
+    """How far each part is from the model's own code, whose layers have `seen` and left this (see `apart`). picks: what
+    was picked behind each of them; whose picks differ by a rounding reads otherwise, and is right."""
     parts, live = whole.parts, session.batch  # other sequences are padding
     hidden = nn.functional.embedding(ids[:, 0], parts.embedding)
     turn = whole.turn(hidden, positions)
     far = {"the embedding": apart(hidden[:live], seen[0][0][:live], 0 * hidden[:live])}
     for number, layer in enumerate(parts.layers):
+        if picked is not None and number:
+            picked.now = picks[number - 1]
         given, wanted = seen[number]
         found = whole.layer(session, layer, given, turn)
         far[f"layer {layer.index}"] = apart(found[:live], wanted[:live], given[:live])
@@ -344,8 +354,11 @@ def apart(found: torch.Tensor, wanted: torch.Tensor, given: torch.Tensor) -> tor
 
 
 @contextmanager
-def watched(model: Any, seen: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
-    """Within it, what each layer is given and returns, `[tokens, hidden]` of all sequences, goes to `seen`."""
+def watched(
+    model: Any, seen: dict[int, tuple[torch.Tensor, torch.Tensor]], then: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Within it, what each layer is given and returns, `[tokens, hidden]` of all sequences, goes to `seen`; `then` is
+    called behind each."""
 
     mine = threading.get_ident()
 
@@ -355,6 +368,7 @@ def watched(model: Any, seen: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> I
         given = args[0] if args else kwargs["hidden_states"]
         returned = out[0] if isinstance(out, tuple) else out
         seen[number] = given.flatten(0, 1).clone(), returned.flatten(0, 1).clone()
+        then()
 
     hooks = [
         layer.register_forward_hook(functools.partial(look, number), with_kwargs=True)

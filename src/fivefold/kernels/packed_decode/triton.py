@@ -76,7 +76,7 @@ _STAGES = {2: 1, 3: 1, 4: 2, 8: 2}
 """Pages that the packed loop loads ahead, counting its own. Two cost registers, of which two bits need all."""
 RESIDENT = 4
 """Programs of two warps that fit on a processor at a time."""
-ALONE = 8
+ALONE = 16
 """Rows that programs of exact pages share so that these fill the device once, if nothing is packed."""
 ROUNDED = 4, 1, 128
 """Of a program for rounded pages, which have more to do for a token: warps, tiles that are under way, and a thread's
@@ -581,9 +581,9 @@ def programs_for(
     none where the first do both (`pages_of(joined=True)`).
 
     Few rows are cut so that the device is filled once, many so that it is filled several times over and none waits long
-    for the last. Where nothing is packed, as soon as there is more than a sequence: one of 8 heads is read at 4.4 TB/s
-    (H200) by as many programs as fill it once, 16 to 64 rows at 3.7, and at 3.9 to 4.0 by eight times as many
-    (`benchmarks/exact_programs.py`); how many it is depends on how much there is to read (`schedule.starts_of`).
+    for the last. Where nothing is packed, from 3 sequences of 8 heads on: by eight times as many programs, steps of 4
+    to 16 sequences are 3% to 5% shorter (`benchmarks/exact_programs.py`, H200), and of 2 are 6% longer, though their
+    attention alone is faster. How many it is depends on how much there is to read (`schedule.starts_of`).
     """
     resident, team = (RESIDENT, 1) if form is None else (form.resident, form.team)
     if form is not None and by_cuda(form, heads, device):
