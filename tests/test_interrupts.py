@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import fivefold
+from conftest import KERNELS
 from conversations import Conversation
 from fivefold.interrupts import Whole, whole
 from recipes import RECIPES, SHAPE, written
@@ -111,6 +112,46 @@ def test_ctrl_c_in_a_step(tiny: Any, name: str) -> None:
     for cache in (good, bad):
         cache.free()
         assert not any(held_pages(cache))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["h2o", "duo+kivi"])
+def test_ctrl_c_in_a_step_as_a_graph(tiny: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A first step, which is captured, and one that is launched before it is begun."""
+    pytest.importorskip("triton", reason="needs Triton")
+    monkeypatch.setenv("FIVEFOLD_KERNELS", KERNELS)
+    model, talk = tiny(**SHAPE), Conversation.of(158, 1, 1, 1, 1, lengths=(158, 158))
+
+    def before(at: int) -> Any:
+        cache = fivefold.compress(model, written(name, model), cuda_graph=True)
+        for number in range(at):
+            talk.give(number, model, cache)
+        return cache
+
+    for at in (1, 3):
+        good, bad = before(at), before(at)
+        want = talk.give(at, model, good, counting := Interrupts())
+        after = talk.give(at + 1, model, good)
+        for point in points(counting.count, name)[::8]:
+            fault, then = Interrupts(point), held_pages(bad)
+            try:
+                found = talk.give(at, model, bad, fault)
+            except KeyboardInterrupt:
+                assert bad.session.change is None, fault.raised
+                assert bad.get_seq_length() == sum(talk.sizes[:at]), fault.raised
+                # Those that were taken ahead may be given back.
+                assert all(now <= old for now, old in zip(held_pages(bad), then)), fault.raised
+            else:
+                assert torch.equal(found, want), fault.raised
+                whole._late = None
+                assert torch.equal(talk.give(at + 1, model, bad), after), fault.raised
+                bad = before(at)
+        assert torch.equal(talk.give(at, model, bad), want)
+        assert torch.equal(talk.give(at + 1, model, bad), after)
+        for cache in (good, bad):
+            cache.free()
+            assert not any(held_pages(cache))
+    fivefold.restore(model)
 
 
 CHANGES: dict[str, Callable[[Any, Any], Any]] = {
