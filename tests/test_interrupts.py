@@ -178,8 +178,9 @@ def test_ctrl_c_in_another_change(tiny: Any, change: str, name: str) -> None:
         talk.give(0, model, cache)
         return cache, cache.fork()
 
+    both = two()
     with Interrupts() as counting:
-        CHANGES[change](*two())
+        made = CHANGES[change](*both)
     for point in points(counting.count, change)[::4]:
         cache, other = two()
         before, fault, made = (cache.batch, other.batch), Interrupts(point), None

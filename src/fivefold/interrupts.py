@@ -94,6 +94,14 @@ class Whole:
                 self._kept = False
                 self.__exit__()
 
+    def fresh(self) -> None:
+        """No call is under way; where Ctrl-C came between two lines of `call`, one may look as if it were."""
+        if _main():
+            self._calls = 0
+            if self._kept:
+                self._kept = False
+                self.__exit__()
+
     def _ask(self, *_: object) -> None:
         self._asked = True
 

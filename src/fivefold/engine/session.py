@@ -89,6 +89,8 @@ class Session:
         """What layers have picked for those after them, in this forward."""
         self.turn = 0
         """Another one whenever somebody is about to change anything."""
+        self.forwards = 0
+        """How many forwards of models are under way, one within the other."""
         self._thread = 0
         self._alone = False
         """Whether a forward was begun by its first layer, and ends with its last one."""
@@ -258,15 +260,15 @@ class Session:
     @contextmanager
     def atomic(self, grows: bool = True, step: bool = False) -> Iterator[None]:
         """A forward, or another change of the whole cache: it happens as a whole or not at all. step: see `begin`."""
-        begun = False
+        mine = None
         try:
             with whole:
                 self.begin(step)
-                begun = True
+                mine = self.change
             yield
             self.commit(grows)
         except BaseException:
-            if begun:  # else it may be another thread's
+            if mine is not None and self.change is mine:  # else it is over, or another's
                 self.rollback()
             raise
 
@@ -283,11 +285,13 @@ class Session:
                 change.rollback()
                 raise
             change.commit()
+            whole.done()
 
     @property
     def running(self) -> bool:
         """Whether a forward is under way that somebody else has begun, and will end, in this thread."""
-        return self.change is not None and not self._alone and self._thread == threading.get_ident()
+        mine = not self._alone and self._thread == threading.get_ident()
+        return self.change is not None and mine and self.forwards > 1
 
     def arrive(self, index: int) -> None:
         """A layer's attention is called. Where nobody has begun a forward (somebody calls the layers one by one), the

@@ -250,6 +250,7 @@ class FivefoldCache(Cache):
             if self.step is not None and (why := self.step.why_not(self.session)):
                 decoding.tell(self.session, f"decoding without a CUDA graph: {why}", stacklevel + 1)
 
+    @whole
     def fork(self) -> FivefoldCache:
         """A second cache of the same tokens: every page is shared until either side writes to it."""
         return self._of(self.session.fork(), self.step is not None)
@@ -341,6 +342,7 @@ class FivefoldCache(Cache):
             recording.end(cache.session)
         sequences.join(self.session, other.session)
 
+    @whole
     def take(self, indices: Any) -> FivefoldCache:
         """Take sequences out into a cache of their own: whole numbers `[n]` (a list, array or tensor), each once.
 

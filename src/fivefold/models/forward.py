@@ -47,17 +47,28 @@ class Forward:
     @torch.compiler.disable(recursive=False)
     def _outside(self, cache: FivefoldCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Outside of any graph: `torch.compile` traces the model's own code alone (`models/compiled.py`)."""
-        with whole.call(), compiled.suspended() as callback:
-            run = self.plain
-            if compiled.compiles(callback, self.before):
-                run = self._run(callback, cache, args, kwargs)
-            if cache.session.running:
-                return run(*args, **kwargs)
-            if cache.model != (mine := self.signature(self.model)):  # which `convert` may have changed
-                raise CacheStateError(
-                    f"the cache was made for {cache.model} and called with {mine}: make one for this model."
-                )
-            return self._call(run, cache, args, kwargs)
+        session = cache.session
+        if not session.forwards:
+            whole.fresh()
+        with whole.call():
+            session.forwards += 1
+            try:
+                with compiled.suspended() as callback:
+                    return self._inside(callback, cache, args, kwargs)
+            finally:
+                session.forwards -= 1
+
+    def _inside(self, callback: Any, cache: FivefoldCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run = self.plain
+        if compiled.compiles(callback, self.before):
+            run = self._run(callback, cache, args, kwargs)
+        if cache.session.running:
+            return run(*args, **kwargs)
+        if cache.model != (mine := self.signature(self.model)):  # which `convert` may have changed
+            raise CacheStateError(
+                f"the cache was made for {cache.model} and called with {mine}: make one for this model."
+            )
+        return self._call(run, cache, args, kwargs)
 
     def _run(
         self, callback: Any, cache: FivefoldCache, args: tuple[Any, ...], kwargs: dict[str, Any]

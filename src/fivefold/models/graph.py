@@ -151,6 +151,8 @@ class Step:
             return None
         try:
             self._look_ahead(session)
+        except SystemExit:
+            raise
         except BaseException:  # the token is stored: what fails here is done again, and said, as the next step begins
             self._ready = self._next = None
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
@@ -258,7 +260,7 @@ class Step:
         if self._model is not model or (self._moved and not self._same(model)):
             return None
         for tables in captured.tables:
-            tables.bank.flush()  # not as soon as a step is committed: what is broken off then has happened all the same
+            tables.bank.flush()  # where that failed behind the last step
         if not all(tables.foreseen for tables in captured.tables):
             return None
         for tables in captured.tables:
