@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "fivefold"
 """Of our attention and our masks."""
-_lock = threading.Lock()
+_lock = threading.RLock()  # a context that Ctrl-C left behind may end, as it is collected, within another one
 _here = threading.local()
 
 
