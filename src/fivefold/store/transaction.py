@@ -131,9 +131,15 @@ class Transaction:
         """Bring back what was before."""
         self._close()
         self._released, self._checks, self._last, self._postponed = [], [], [], []
+        failed: BaseException | None = None
         while self._undo:
-            self._undo.pop()()
+            try:
+                self._undo.pop()()
+            except BaseException as error:  # the others bring back what they can
+                failed = failed or error
         while self._fresh:
             pool, parts = self._fresh.popitem()
             pages = np.unique(np.concatenate(parts))
             pool.release(pages[pool.marks(pages) == self._number])
+        if failed is not None:
+            raise failed
