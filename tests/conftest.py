@@ -188,7 +188,7 @@ def ctrl_c() -> Iterator[None]:
     yield
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(signal.SIGINT, before)
-    interrupts.whole._late = None
+    interrupts.uninterrupted._late = None
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """A chunk that is broken off while it writes: whatever it has written by then, committed tokens say what they said.
 
-It fails at operations that write to what they are given, the last ones first. After each
-failure a fork of the cache gives, bit for bit, what a fork gives of a cache that never failed.
+It fails at operations that write to what they are given, the last ones first. After each failure a fork of the cache
+gives, bit for bit, what a fork gives of a cache that never failed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Ctrl-C waits for what happens as a whole.
+"""Ctrl-C waits for what must happen as a whole.
 
 Python raises `KeyboardInterrupt` in the main thread between any two instructions: between the moment in which a page is
-taken and that in which it is noted, too. Within `whole` it is remembered. It is raised where nothing is half done
-(`passing`), or behind the outermost `whole`; where something has been done by then, an exception would say that it has
-not, and so it stops what begins next.
+taken and that in which it is noted, too. Within `uninterrupted` it is remembered. It is raised where nothing is half
+done (`passing`), or behind the outermost `uninterrupted`; where something has been done by then, an exception would say
+that it has not, and so it stops what begins next.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _STOPS = 1.0
 """Seconds after which nobody expects any more that Ctrl-C stops something."""
 
 
-class Whole:
+class Uninterrupted:
     """A context, which may be entered again within itself, and a decorator. Other threads pass through: Python
     interrupts the main thread alone."""
 
@@ -89,18 +89,19 @@ class Whole:
         try:
             yield
         finally:
-            self._calls -= 1
-            if self._kept and not self._calls:
-                self._kept = False
-                self.__exit__()
+            self._returned(self._calls - 1)
 
     def fresh(self) -> None:
         """No call is under way; where Ctrl-C came between two lines of `call`, one may look as if it were."""
         if _main():
-            self._calls = 0
-            if self._kept:
-                self._kept = False
-                self.__exit__()
+            self._returned(0)
+
+    def _returned(self, calls: int) -> None:
+        """So many calls are under way still."""
+        self._calls = calls
+        if self._kept and not calls:
+            self._kept = False
+            self.__exit__()
 
     def _ask(self, *_: object) -> None:
         self._asked = True
@@ -139,4 +140,4 @@ def _forked() -> None:
 _here, _thread = threading.get_ident, threading.main_thread().ident
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
-whole = Whole()
+uninterrupted = Uninterrupted()

@@ -15,7 +15,7 @@ from fivefold.attention.compensate import left_of
 from fivefold.attention.fused import gather_fused, gathers, unpack_fused
 from fivefold.attention.merge import MASKED, attend, attend_window, is_large, merge, takes_windows
 from fivefold.blocks import CHUNK_STEP, CUDNN_OPERATIONS, KEY_NUMBERS, blocks, by_itself, halved
-from fivefold.interrupts import whole
+from fivefold.interrupts import uninterrupted
 from fivefold.kernels.device import sent
 from fivefold.kernels.merge import Part
 from fivefold.store.group import KV, RowGroup
@@ -213,7 +213,7 @@ def windowed(
     where = sent(keys.device, positions)[0]
     outs, lses = [], []
     for first in range(0, queries.shape[2], QUERY_BLOCK):
-        whole.passing()
+        uninterrupted.passing()
         block = queries[:, :, first : first + QUERY_BLOCK]
         low, high = start + first, start + first + block.shape[2] - 1
         stop = int(np.searchsorted(positions, high, "right"))
@@ -260,7 +260,7 @@ def _exact(group: RowGroup, cut: Cut, joined: bool, halves: bool = True) -> Iter
         return
     tokens, parts, most = int(cut.bounds.exact_tokens), list[Piece](), cut.most if joined else 0
     for column, last, location in group.exact_blocks():
-        whole.passing()
+        uninterrupted.passing()
         first, stop = column * PAGE, min(last * PAGE, tokens)
         keys, values = (group.read_exact(name, location)[:, : stop - first] for name in KV)
         if parts and stop - parts[0][0] > most:
@@ -334,7 +334,7 @@ def _large(queries: torch.Tensor) -> int:
 def _packed(group: RowGroup, cut: Cut, dtype: torch.dtype) -> Iterator[Piece]:
     """The packed tier block by block, decoded."""
     for first, last, begin, count in cut.packed:
-        whole.passing()
+        uninterrupted.passing()
         pair = unpack_fused(group, first, count, dtype)
         if pair is None:
             keys, values = (x[:, :count].to(dtype) for x in group.decoded(first, last))

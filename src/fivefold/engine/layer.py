@@ -15,7 +15,7 @@ from fivefold.attention.merge import with_sinks
 from fivefold.engine.arrivals import Arrival
 from fivefold.engine.session import Session
 from fivefold.errors import NonFiniteError
-from fivefold.interrupts import whole
+from fivefold.interrupts import uninterrupted
 from fivefold.kernels.peak import peaks
 from fivefold.store.codec import FLOAT16_MAX, beyond
 from fivefold.store.group import RowGroup
@@ -26,7 +26,7 @@ Share = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, tor
 """Queries, keys, values, sinks and room for the output of some rows: see `_over_groups`."""
 
 
-@whole
+@uninterrupted
 def attend(
     session: Session,
     index: int,

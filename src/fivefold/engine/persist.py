@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from fivefold.engine.session import Session
 from fivefold.errors import CacheStateError, InputError, SavedCacheError, first_line
-from fivefold.interrupts import whole
+from fivefold.interrupts import uninterrupted
 from fivefold.store.bank import ROWS, Bank
 from fivefold.store.held import Held
 from fivefold.store.layer_cache import LayerCache
@@ -58,7 +58,7 @@ class State:
         return sum(x.nbytes for x in self.tensors.values())
 
 
-@whole
+@uninterrupted
 def offload(session: Session) -> None:
     """Bring all that a session holds to host memory, and give its pages back. Nothing if that has been done."""
     if session.state is None and session.batch:
@@ -69,7 +69,7 @@ def offload(session: Session) -> None:
             session.companions.reset()
 
 
-@whole
+@uninterrupted
 def restore(session: Session) -> None:
     """Undo `offload`. Raises `CacheFullError` where the pages do not fit now; the cache is still offloaded then."""
     state = session.state
@@ -114,7 +114,7 @@ def collect(session: Session) -> State:
     return State(facts, tensors)
 
 
-@whole
+@uninterrupted
 def install(session: Session, state: State) -> None:
     """Let an empty session hold this. Raises `CacheFullError` and `SavedCacheError`, and is empty then."""
     if session.batch:

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from fivefold.engine.session import REVOCABLE, Session
 from fivefold.errors import CacheFullError
-from fivefold.interrupts import whole
+from fivefold.interrupts import uninterrupted
 
 
 def bound(session: Session) -> None:
@@ -20,7 +20,7 @@ def bound(session: Session) -> None:
         session.settled = max(session.settled, session.length - REVOCABLE)
 
 
-@whole
+@uninterrupted
 def end(session: Session) -> None:
     """Nobody takes tokens back any more: what was left alone for that is packed and evicted now, as far as the cap has
     room for it."""
@@ -35,7 +35,7 @@ def end(session: Session) -> None:
         session.companions.record(False)
 
 
-@whole
+@uninterrupted
 def crop(session: Session, count: int) -> None:
     """Forget the last `count` tokens in all layers, or raise before any has."""
     session.rollback()

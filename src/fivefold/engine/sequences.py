@@ -12,11 +12,11 @@ import numpy as np
 
 from fivefold.engine.session import Session
 from fivefold.errors import CacheStateError
-from fivefold.interrupts import whole
+from fivefold.interrupts import uninterrupted
 from fivefold.store.transfer import absorb, renumber
 
 
-@whole
+@uninterrupted
 def join(mine: Session, other: Session) -> None:
     """The sequences of `other` come behind those of `mine`, and `other` is empty.
 
@@ -66,7 +66,7 @@ def join(mine: Session, other: Session) -> None:
     other.emptied()
 
 
-@whole
+@uninterrupted
 def take(session: Session, indices: np.ndarray) -> Session:
     """Sequences `indices` (int64, each once) go into a cache of their own, in that order.
 

@@ -24,7 +24,7 @@ from fivefold.engine.companions import Companions
 from fivefold.engine.picks import Picks, Reads
 from fivefold.engine.stepping import opened
 from fivefold.errors import CacheFullError, CacheStateError, UnsupportedModelError
-from fivefold.interrupts import whole
+from fivefold.interrupts import uninterrupted
 from fivefold.store import compact, context, joint, pairs
 from fivefold.store.bank import Bank
 from fivefold.store.layer_cache import LayerCache
@@ -157,10 +157,10 @@ class Session:
 
     # -- transactions -------------------------------------------------------------------------------------
 
-    @whole
+    @uninterrupted
     def begin(self, step: bool = False) -> None:
         """A change begins; one that was broken off is rolled back. step: it is the step that was looked ahead to."""
-        whole.begin()
+        uninterrupted.begin()
         self.check_here()
         if self.change is not None and self._thread != threading.get_ident():
             raise CacheStateError(
@@ -194,7 +194,7 @@ class Session:
         for bank in self.banks:
             bank.begin(change)
 
-    @whole
+    @uninterrupted
     def commit(self, grows: bool = True) -> None:
         """Let the policies move what is due after a forward; then what it did stands. grows: whether it may have more
         bytes than before, so that the cap has a say."""
@@ -215,13 +215,13 @@ class Session:
             change.undo(lambda: self.pools.budget.count(id(self), before))
             self._charge(grows)
         change.verify()
-        whole.passing()
+        uninterrupted.passing()
         self.change = None
         change.commit()
         for pool in self.pools:
             pool.shrink()
         self.sparse = self.sparse or chunk > 1
-        whole.done()
+        uninterrupted.done()
 
     def _charge(self, grows: bool) -> None:
         budget = self.pools.budget
@@ -245,7 +245,7 @@ class Session:
             pool.trim()
         self.sparse = False
 
-    @whole
+    @uninterrupted
     def rollback(self) -> None:
         """Undo all that has happened since `begin`; nothing if nothing has."""
         self.turn += 1
@@ -262,7 +262,7 @@ class Session:
         """A forward, or another change of the whole cache: it happens as a whole or not at all. step: see `begin`."""
         mine = None
         try:
-            with whole:
+            with uninterrupted:
                 self.begin(step)
                 mine = self.change
             yield
@@ -276,7 +276,7 @@ class Session:
     def _all_banks(self) -> Iterator[Transaction]:
         """What happens to all banks happens as a whole or not at all, also while the cache is offloaded."""
         change = Transaction()
-        with whole:
+        with uninterrupted:
             try:
                 for bank in self.banks:
                     bank.begin(change)
@@ -285,7 +285,7 @@ class Session:
                 change.rollback()
                 raise
             change.commit()
-            whole.done()
+            uninterrupted.done()
 
     @property
     def running(self) -> bool:
@@ -297,7 +297,7 @@ class Session:
         """A layer's attention is called. Where nobody has begun a forward (somebody calls the layers one by one), the
         first layer does."""
         if self.change is None or (self._alone and index == self.entry):
-            with whole:
+            with uninterrupted:
                 self.begin()
                 self._alone = True
 
@@ -395,7 +395,7 @@ class Session:
 
     # -- other changes ------------------------------------------------------------------------------------
 
-    @whole
+    @uninterrupted
     def put(self, batch: int, tokens: int, write: Callable[[LayerCache], None]) -> None:
         """Without a model: `write` appends so many tokens to all `batch` sequences of a layer."""
         with self.atomic():
@@ -405,7 +405,7 @@ class Session:
                 write(store)
             self.length += tokens
 
-    @whole
+    @uninterrupted
     def select(self, sequences: np.ndarray) -> None:
         """Sequence i becomes what sequence `sequences[i]` was: page tables move, bytes do not."""
         self.check_here()
@@ -417,7 +417,7 @@ class Session:
                 if self.companions is not None:
                     self.companions.select(sequences)
 
-    @whole
+    @uninterrupted
     def fork(self) -> Session:
         """A second cache of the same tokens: every page is shared until either side writes to it. Raises
         `CacheFullError` where the cap has no room for its page tables."""
@@ -453,7 +453,7 @@ class Session:
                 self.stores[index] = self.build(store.spec)
                 self.stores[index].bank.begin(change)
 
-    @whole
+    @uninterrupted
     def tidy(self) -> None:
         """Give back what need not be held: free pages in pieces, and what was worked out from page tables."""
         self.rollback()
@@ -463,7 +463,7 @@ class Session:
         for store in self.stores.values():
             store.regroup()
 
-    @whole
+    @uninterrupted
     def free(self) -> None:
         """Forget everything, and give the pages back to the pools."""
         self.release()
@@ -474,7 +474,7 @@ class Session:
                 store.codec.forget()
         context.forget()
 
-    @whole
+    @uninterrupted
     def release(self, state: Any = None) -> None:
         """Give all pages back. state: what they held, if that is to come back (see `state`)."""
         self.rollback()

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from fivefold.engine import decoding, persist, recording, sequences
 from fivefold.engine.session import Session
 from fivefold.errors import CacheStateError
-from fivefold.interrupts import whole
+from fivefold.interrupts import uninterrupted
 from fivefold.models import saving
 from fivefold.models.graph import Step
 from fivefold.models.stock import StockLayers
@@ -250,7 +250,7 @@ class FivefoldCache(Cache):
             if self.step is not None and (why := self.step.why_not(self.session)):
                 decoding.tell(self.session, f"decoding without a CUDA graph: {why}", stacklevel + 1)
 
-    @whole
+    @uninterrupted
     def fork(self) -> FivefoldCache:
         """A second cache of the same tokens: every page is shared until either side writes to it."""
         return self._of(self.session.fork(), self.step is not None)
@@ -342,7 +342,7 @@ class FivefoldCache(Cache):
             recording.end(cache.session)
         sequences.join(self.session, other.session)
 
-    @whole
+    @uninterrupted
     def take(self, indices: Any) -> FivefoldCache:
         """Take sequences out into a cache of their own: whole numbers `[n]` (a list, array or tensor), each once.
 
@@ -392,7 +392,7 @@ class FivefoldCache(Cache):
         # Forks share the pools: what only this cache held must not stay taken. At the very end `sys` may be gone.
         session = getattr(self, "session", None)
         if session is not None and not ending():
-            with whole:
+            with uninterrupted:
                 session.free()
                 session.pools.budget.trim()
-                whole.done()  # nobody would hear of it here
+                uninterrupted.done()  # nobody would hear of it here

@@ -19,7 +19,7 @@ from fivefold.calibrate.profile import signature
 from fivefold.engine import decoding, recording
 from fivefold.engine.admission import Padded
 from fivefold.errors import CacheStateError, UnsupportedModelError
-from fivefold.interrupts import whole
+from fivefold.interrupts import uninterrupted
 from fivefold.models import calls, compiled, skipping
 from fivefold.models.attention import NAME
 from fivefold.models.cache import FivefoldCache
@@ -49,8 +49,8 @@ class Forward:
         """Outside of any graph: `torch.compile` traces the model's own code alone (`models/compiled.py`)."""
         session = cache.session
         if not session.forwards:
-            whole.fresh()
-        with whole.call():
+            uninterrupted.fresh()
+        with uninterrupted.call():
             session.forwards += 1
             try:
                 with compiled.suspended() as callback:

@@ -25,7 +25,7 @@ from fivefold.engine import decoding
 from fivefold.engine.admission import Padded
 from fivefold.engine.session import Session
 from fivefold.errors import CacheStateError, FivefoldError
-from fivefold.interrupts import whole
+from fivefold.interrupts import uninterrupted
 from fivefold.kernels.choice import choose
 from fivefold.kernels.device import Beside, no_garbage
 from fivefold.models.fused import Whole, verified
@@ -114,13 +114,13 @@ class Step:
         idle = sum(tables.nbytes for tables in self.tables if tables.bank.mirror is not tables)
         return idle + sum(c.held + c.ids.nbytes + c.positions.nbytes for c in self.captured.values())
 
-    @whole
+    @uninterrupted
     def __call__(
         self, model: PreTrainedModel, forward: Callable[..., Any], cache: SteppedCache, given: dict[str, Any]
     ) -> CausalLMOutputWithPast | None:
         """One token for every sequence; None if it has to go through the model."""
         session, ids = cache.session, given.get("input_ids")
-        whole.begin()
+        uninterrupted.begin()
         if self.broken or ids is None or ids.ndim != 2 or ids.shape[1] != 1 or session.length == 0:
             return None
         why: str | None = None

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fivefold.interrupts import whole
+from fivefold.interrupts import uninterrupted
 from fivefold.store.chunk import Part
 from fivefold.store.codec import PairCodec
 from fivefold.store.compensation import absorb
@@ -168,7 +168,7 @@ class Bank:
             yield self.change
             return
         change = Transaction()
-        with whole:
+        with uninterrupted:
             try:
                 self.begin(change)
                 yield change

@@ -337,8 +337,7 @@ def _replace_packed(layer: Layer, group: RowGroup, plan: EvictPacked, held: Held
         codec = group.codec_at(slots[:, :filled], r, after)
         made = whole(codec, codec.encode(tokens[0], tokens[1], 0, None))
         bank.packed.unshare(bank.change, group.flat[r], c)
-        for pool, table in zip(bank.packed.pools, bank.packed.tables):
-            bank.change.keep(pool, table[group.flat[r], c])
+        bank.packed.keep(bank.change, group.flat[r], c)
         bank.packed.write(group.flat[r], c, made)
     return moved
 

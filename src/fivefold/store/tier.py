@@ -78,9 +78,13 @@ class Tier:
 
     def open(self, change: Transaction, rows: np.ndarray, columns: np.ndarray) -> dict[str, torch.Tensor]:
         """`read` of pages that are written anew with more tokens: a codec may put what they hold in other places."""
+        self.keep(change, rows, columns)
+        return self.read(rows, columns)
+
+    def keep(self, change: Transaction, rows: np.ndarray, columns: np.ndarray) -> None:
+        """Note what a page of each row holds (`Transaction.keep`)."""
         for pool, table in zip(self.pools, self.tables):
             change.keep(pool, table[rows, columns])
-        return self.read(rows, columns)
 
     def write(self, rows: np.ndarray, columns: np.ndarray, fields: dict[str, torch.Tensor]) -> None:
         """Write fields of pages, of those rows and columns (arrays that are broadcast together), `[pages, *shape]`:
