@@ -12,7 +12,7 @@ import torch
 from conftest import DEVICES, KERNELS, quick
 from fivefold.attention import attend_chunk, attend_picked, attend_step
 from fivefold.attention.decode import exact_bias, packed_bias
-from fivefold.attention.fused import why_not, why_not_each
+from fivefold.attention.fused import Alike, why_not
 from fivefold.errors import CacheStateError, NonFiniteError
 from fivefold.kernels import choice, compiled
 from fivefold.kernels.choice import choose
@@ -199,17 +199,24 @@ def test_only_the_rows_that_hold_large_numbers_lose_the_kernels(device, by, monk
     for layer, new in zip(layers, tokens.unbind(1)):
         layer.start(2)
         layer.append(layer.groups[0], *new)
+    apart = Alike(dict(enumerate(layers)), {})
+    assert apart.stands(dict(enumerate(layers)))
     bank = Bank.united(layers, None)
+    assert not apart.stands(dict(enumerate(layers)))
     for layer, new in zip(layers, tokens.unbind(1)):
         packed = new[:, :, : int(layer.groups[0].bounds.packed_stop)].abs().amax((0, 2, 3)).cpu()
         assert torch.equal(torch.from_numpy(bank.peak)[layer.base : layer.base + 4], packed)
 
+    alike = Alike(dict(enumerate(layers)), {})
+
     def lost() -> list[bool]:
-        each = why_not_each(dict(enumerate(layers)), {})
+        assert alike.stands(dict(enumerate(layers)))
+        each = alike.whys(dict(enumerate(layers)))
         return ["2000" in (each[number] or "") for number in range(2)]
 
     assert lost() == [False, True]
     forked = [layer.fork() for layer in layers]
+    assert not alike.stands(dict(enumerate(forked)))
     bank.select(np.array([0]))
     assert lost() == [False, False] and forked[1].bank.peaks().max() == 2000
     bank.free()

@@ -4,6 +4,7 @@ against those in plain PyTorch, whatever happens to the cache between them. In T
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -267,6 +268,26 @@ def test_steps_are_those_without(model, name: str) -> None:
         assert np.array_equal(one, other)
     else:
         both.alike()
+
+
+def test_layers_that_stand_alike_are_asked_once(model) -> None:
+    """And yet each gets what it would if it were asked alone, whatever budget or policy it has."""
+    cache = fivefold.compress(model, written("h2o", model), cuda_graph=True)
+    with torch.inference_mode():
+        for tokens in (128, 1):
+            model(ids(2, tokens, model, tokens), past_key_values=cache)
+    (bank,) = cache.session.banks
+    watch, bounds, layers = bank.live.watch, bank.standing.of_layers(), len(bank.layers)
+    assert len(bounds.length) == 1 < layers
+    wide = type(bounds)(*(np.repeat(x, layers, 0) for x in bounds))
+    for other in ({}, {"share": 0.5}, {"prompt": 90}):
+        known = [tuple((replace(held, **(other if index else {})), rows) for held, rows in some)
+                 for index, some in enumerate(bank.live.known)]  # fmt: skip
+        bank.live = replace(bank.live, known=tuple(known), kinds=watch._kinds(bank, known))
+        (once, asks), (each, ask) = watch._planned(bank, bounds), watch._planned(bank, wide)
+        assert np.array_equal(once, each) and asks == ask and once[:, : bank.rows, 0].all()
+        assert (once[0] == once[1]).all() == (not other)
+        assert len(bank.live.kinds) == 1 + bool(other)
 
 
 @pytest.mark.parametrize("name", ["h2o", pytest.param("d2o", marks=pytest.mark.slow)])

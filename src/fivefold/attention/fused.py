@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -176,26 +177,47 @@ def why_not(layer: Layer, device: torch.device, heads: int, large: bool = False)
     return next((why for one in readers if (why := supports(one, heads, layer.spec.head_dim)) is not None), None)
 
 
-def why_not_each(layers: dict[int, LayerCache], roles: Mapping[int, str]) -> dict[int, str | None]:
-    """The same for the steps of many layers by index; roles: what they read in a step (see `ReadPolicy`)."""
-    kinds: dict[tuple[object, ...], str | None] = {}
-    peaks: dict[Bank, np.ndarray] = {}
-    out: dict[int, str | None] = {}
-    for index, layer in layers.items():
-        # Layers of a bank are alike, but for the largest number that they have seen, what is read and held, by what
-        # angles keys are turned, and caps.
-        role = roles.get(index, "full")
-        windows = role == "full" or tuple(extent.recent for extent in layer.extents)
-        policy = id(layer.policy) if any(layer.head_chosen) else None
-        reader, bank = None if layer.codec is None else layer.codec.reader, layer.bank
-        if bank not in peaks:
-            peaks[bank] = bank.peaks()
-        large = reader is not None and bool(peaks[bank][layer.index] > reader.limit)
-        kind = bank, large, role, windows, policy, layer.sets, id(layer.spec.rope), layer.spec.cap
-        if kind not in kinds:
-            kinds[kind] = _why_not_step(layer, role)
-        out[index] = kinds[kind]
-    return _picking_together(out, roles, layers)
+class Alike:
+    """Layers of a session, as far as they may differ in why their steps are a kernel's or not: by the numbers that they
+    have seen alone where they are of one kind. roles: what they read in a step (see `ReadPolicy`)."""
+
+    def __init__(self, layers: Mapping[int, LayerCache], roles: Mapping[int, str]) -> None:
+        self._layers, self._roles = list(layers.values()), roles
+        self._banks = [weakref.ref(layer.bank) for layer in self._layers]
+        kinds: dict[tuple[object, ...], list[int]] = {}
+        for index, layer in layers.items():
+            # Layers of a bank are alike, but for the largest number that they have seen, what is read and held, by what
+            # angles keys are turned, and caps.
+            role = roles.get(index, "full")
+            windows = role == "full" or tuple(extent.recent for extent in layer.extents)
+            policy = id(layer.policy) if any(layer.head_chosen) else None
+            kind = layer.bank, role, windows, policy, layer.sets, id(layer.spec.rope), layer.spec.cap
+            kinds.setdefault(kind, []).append(index)
+        self._kinds = list(kinds.values())
+
+    def stands(self, layers: Mapping[int, LayerCache]) -> bool:
+        """Whether it is still so."""
+        same = self._layers == list(layers.values())
+        return same and [bank() for bank in self._banks] == [layer.bank for layer in self._layers]
+
+    def whys(self, layers: Mapping[int, LayerCache]) -> dict[int, str | None]:
+        """Why a layer's decoding step is not one call of a kernel, in a few words, of each layer; None if it is."""
+        peaks = dict[Bank, np.ndarray]()
+        out: dict[int, str | None] = dict.fromkeys(layers)
+        for kind in self._kinds:
+            first = layers[kind[0]]
+            reader = None if first.codec is None else first.codec.reader
+            if first.bank not in peaks:
+                peaks[first.bank] = first.bank.peaks()
+            sizes, parts = peaks[first.bank], [kind]
+            if reader is not None and sizes.max(initial=0) > reader.limit:
+                large = [index for index in kind if sizes[layers[index].index] > reader.limit]
+                parts = [large, [index for index in kind if index not in large]]
+            for part in filter(None, parts):
+                why = _why_not_step(layers[part[0]], self._roles.get(part[0], "full"))
+                if why is not None:
+                    out.update(dict.fromkeys(part, why))
+        return _picking_together(out, self._roles, layers)
 
 
 def _picking_together(
@@ -203,7 +225,7 @@ def _picking_together(
 ) -> dict[int, str | None]:
     """What a GPU's kernels pick is on the device, what plain PyTorch picks on the host: one of the two does all of a
     step's picking, and all reading of what is picked."""
-    picking = [index for index in whys if roles.get(index, "full") != "full"]
+    picking = [index for index in whys if roles.get(index, "full") != "full"] if roles else []
     why = next((whys[index] for index in picking if whys[index] is not None), None)
     if why is not None and choose(layers[picking[0]].spec.device).triton:
         whys |= {index: whys[index] or why for index in picking}

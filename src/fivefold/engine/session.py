@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from fivefold.attention.fused import why_not_each
+from fivefold.attention.fused import Alike
 from fivefold.engine import admission, decoding, together
 from fivefold.engine.arrivals import Arrivals
 from fivefold.engine.companions import Companions
@@ -87,6 +87,7 @@ class Session:
         """While a step runs for a graph: whoever runs it has admitted it."""
         self.picks = Picks(reads)
         """What layers have picked for those after them, in this forward."""
+        self._alike: Alike | None = None
         self.turn = 0
         """Another one whenever somebody is about to change anything."""
         self.forwards = 0
@@ -349,7 +350,9 @@ class Session:
 
     def why_not_fused(self) -> dict[int, str | None]:
         """Why a layer's decoding step is not one call of a kernel, in a few words, of each layer; None if it is."""
-        return why_not_each(self.stores, self.reads.roles)
+        if self._alike is None or not self._alike.stands(self.stores):
+            self._alike = Alike(self.stores, self.reads.roles)
+        return self._alike.whys(self.stores)
 
     def deliver(self, index: int, spec: dict[str, Any]) -> LayerCache:
         """The store of a layer that is given its chunk. spec: what the chunk says about the layer; where the cache is
@@ -376,13 +379,14 @@ class Session:
 
     def advance(self, revocable: int) -> None:
         """Let the policies of all layers move what is due."""
-        for bank in self.banks:
+        banks = self.banks
+        for bank in banks:
             bank.advance(revocable=revocable)
             if bank.live is not None and not bank.live.watch.advance(bank):
                 bank.settle(stepped=True)
             if bank.mirror is not None:
                 bank.mirror.prepare()
-        done = [store for bank in self.banks for store in joint.advance(bank, revocable)]
+        done = [store for bank in banks for store in joint.advance(bank, revocable)]
         for store in self.stores.values():
             if store.known and store.bank.live is None and store not in done:
                 for group in store.groups:

@@ -398,8 +398,7 @@ class Bank:
         that a row can have."""
         self.drop_ahead()
         rows = self.standing.full_rows
-        columns = self.standing.at(rows).exact_pages
-        if len(rows) and columns.max() < most:
+        if len(rows) and (columns := self.standing.at(rows).exact_pages).max() < most:
             self.ahead = self.exact.reach_out(self.standing.version, rows, columns)
 
     def drop_ahead(self) -> None:

@@ -83,6 +83,10 @@ class Standing:
         local = row % self._each
         return Bounds(*(int(x[local if same else row]) for x, same in zip(self._fields, self._same)))
 
+    def seen(self, rows: np.ndarray) -> np.ndarray:
+        """`Bounds.seen` of some rows."""
+        return (self._all(LENGTH) + self._all(EVICTED))[rows]
+
     def layer(self, index: int) -> Bounds:
         """Of one layer's rows."""
         mine = slice(index * self._each, (index + 1) * self._each)
