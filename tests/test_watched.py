@@ -173,6 +173,37 @@ def test_what_goes_is_merged_and_becomes_so(pages: dict[str, Any]) -> None:
     assert torch.equal(merges[2][0, [0, 2, 3]], after[[0, 2, 3]])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("stop", [2, 65, 700, 960])
+def test_of_keys_that_are_equal_the_first_takes_what_goes(device, stop: int, monkeypatch) -> None:
+    """Wherever it stands, in whichever part of whichever program."""
+    monkeypatch.setenv("FIVEFOLD_KERNELS", KERNELS)
+    torch.manual_seed(stop)
+    rows, gone = 6, stop // 3
+    exact = exact_tier(rows, 30, DIM, torch.float32, device)
+    keys, values = (exact.rows(name).flatten(1, 2).clone() for name in ("keys", "values"))
+    alike = [sorted({slot % stop for slot in some} - {gone} or {stop - 1}) for some in
+             ([0], [1, 2], [stop - 1, stop - 2], [63, 64, 128], [127, stop // 2], [600, 200, 320])]  # fmt: skip
+    for row, some in enumerate(alike):
+        keys[row, some] = keys[row, gone] * 3
+    exact.pool.write("keys", exact.table.reshape(-1), keys.view(-1, 32, DIM))
+    spans = torch.zeros(rows, attention.SPAN, dtype=torch.int32, device=device)
+    spans[:, 4] = stop
+    table = attention.Exact(torch.stack([exact.addresses("keys"), exact.addresses("values")], 2), torch.float32)
+    counts = torch.tensor([[2, 5000, 0, 0]] * rows, device=device).int()
+    goes, into = (torch.full((rows,), x, dtype=torch.int32, device=device) for x in (gone, 0))
+    old, after = torch.full((rows,), -1.0, device=device), torch.zeros(rows, device=device)
+    stash, merged = torch.zeros(2, rows, 2, DIM, device=device)
+    kernel.absorb(goes, counts, spans, table, old, 0.5, 0.5, after, stash, into, merged)
+    for row, some in enumerate(alike):
+        first = some[0]
+        assert int(into[row]) == (-1 if first == stop - 1 else first)  # the newest takes the place itself
+        for side, x in enumerate((keys, values)):
+            assert torch.allclose(merged[row, side], (x[row, first] + x[row, gone]) / 2, 1e-5, 1e-5)
+        assert torch.equal(stash[row], merged[row]) == (first == stop - 1)
+    assert torch.allclose(after, torch.zeros(rows, device=device), atol=1e-6)  # between -1 and a likeness of 1
+
+
 @pytest.mark.parametrize("pages", DEVICES, indirect=True)
 def test_one_more_part(pages: dict[str, Any]) -> None:
     device = pages["spans"].device

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fivefold.kernels.device import on, power_of_2
+from fivefold.kernels.device import on, power_of_2, processors
 from fivefold.kernels.packed_decode.reference import Form
 from fivefold.kernels.packed_decode.schedule import SPAN, Exact, Packed
 from fivefold.kernels.packed_decode.triton import _TYPES, _code_planes, _queries
@@ -21,6 +21,8 @@ TILE = 512
 """Slots that are one piece of work."""
 KEYS = 64
 """Keys that are one piece of work."""
+PARTS = 2
+"""Programs that look through the keys of a row, at least."""
 NUMBERS = 4
 """Of each row: 0 where no token is watched, 1 where the newest one stays in its slot, 2 where one goes and the newest
 takes its slot; the newest token's position; how many of the newest tokens never go; and how many were generated."""
@@ -251,42 +253,66 @@ def _choose(
             tl.store(stash + (row * 2 + side) * D + d, tl.load(page + ((stop - 1) % 32) * D + d))
 
 
-@triton.jit(do_not_specialize=("columns",))
+@triton.jit
+def _key(table, row, slot, inside, columns, DTYPE: tl.constexpr, D: tl.constexpr):
+    """Keys of some slots of a row, `[slots, D]` as they are stored; 0 of those that are not `inside`."""
+    address = tl.load(table + (row * columns + slot // 32) * 2, mask=inside, other=0)
+    page = tl.multiple_of((address * 16).to(tl.pointer_type(DTYPE)), 16)
+    at = page[:, None] + ((slot % 32)[:, None] * D + tl.arange(0, D)[None, :])
+    return tl.load(at, mask=inside[:, None], other=0.0)
+
+
+@triton.jit(do_not_specialize=("columns", "parts"))
 def _alike(
-    goes, numbers, spans, table, best, place, columns,
+    goes, numbers, spans, table, best, place, columns, parts,
     DTYPE: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
-    """Which of a tile of a row's exact keys is most like the key of the token that goes. Grid: (rows, tiles)."""
+    """Which of a part of a row's exact keys is most like the key of the token that goes. Grid: (rows, parts).
+
+    Few programs, which take a tile after the other: this runs beside the products of the layers, and those of more
+    programs than the device holds would keep the kernels that come next from beginning.
+    """
     row = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
-    at = row * tl.num_programs(1) + tile
+    part = tl.program_id(1)
+    at = row * parts + part
     stop = tl.load(spans + row * SPAN + 4)
-    if (tile * T >= stop) | (tl.load(numbers + row * NUMBERS) != 2):
+    each = tl.cdiv(tl.cdiv(stop, T), parts)
+    first = part * each
+    last = tl.minimum(first + each, tl.cdiv(stop, T))
+    if (first >= last) | (tl.load(numbers + row * NUMBERS) != 2):
         tl.store(best + at, float("-inf"))
         tl.store(place + at, 0)
         return
     d = tl.arange(0, D)
-    slot = tile * T + tl.arange(0, T)
+    t = tl.arange(0, T)
     slot_gone = tl.load(goes + row)
+    slot = first * T + t
+    ahead = _key(table, row, slot, slot < stop, columns, DTYPE, D)
     address = tl.load(table + (row * columns + slot_gone // 32) * 2)
     page = tl.multiple_of((address * 16).to(tl.pointer_type(DTYPE)), 16)
     gone = tl.load(page + (slot_gone % 32) * D + d).to(tl.float32)
     unit = gone / tl.maximum(tl.sqrt(tl.sum(gone * gone, 0)), 1e-12)
-    address = tl.load(table + (row * columns + slot // 32) * 2, mask=slot < stop, other=0)
-    pages = tl.multiple_of((address * 16).to(tl.pointer_type(DTYPE)), 16)
-    inside = (slot % 32)[:, None] * D + d[None, :]
-    keys = tl.load(pages[:, None] + inside, mask=(slot < stop)[:, None], other=0.0).to(tl.float32)
-    like = tl.sum(keys * unit[None, :], 1) / tl.maximum(tl.sqrt(tl.sum(keys * keys, 1)), 1e-12)
-    like = tl.where((slot < stop) & (slot != slot_gone), like, float("-inf"))
-    value, index = tl.max(like, 0, return_indices=True)
+    most = tl.full([T], float("-inf"), tl.float32)
+    where = slot
+    for tile in range(first, last):
+        slot = tile * T + t
+        keys = ahead.to(tl.float32)
+        then = slot + T
+        ahead = _key(table, row, then, (then < stop) & (tile + 1 < last), columns, DTYPE, D)
+        like = tl.sum(keys * unit[None, :], 1) / tl.maximum(tl.sqrt(tl.sum(keys * keys, 1)), 1e-12)
+        like = tl.where((slot < stop) & (slot != slot_gone), like, float("-inf"))
+        more = like > most
+        most = tl.where(more, like, most)
+        where = tl.where(more, slot, where)
+    value = tl.max(most, 0)
     tl.store(best + at, value)
-    tl.store(place + at, tile * T + index)
+    tl.store(place + at, tl.min(tl.where(most == value, where, 2147483647), 0))  # of equal ones the first
 
 
-@triton.jit(do_not_specialize=("columns", "tiles"))
+@triton.jit(do_not_specialize=("columns", "parts"))
 def _absorb(
     best, place, goes, numbers, spans, table, threshold, new_threshold, stash, into, merged, alpha, beta, columns,
-    tiles, DTYPE: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, NUMBERS: tl.constexpr,
+    parts, DTYPE: tl.constexpr, D: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
     """What the token of each row becomes that the one that goes is merged into. Grid: (rows,)."""
     row = tl.program_id(0).to(tl.int64)
@@ -297,9 +323,9 @@ def _absorb(
         return
     t = tl.arange(0, T)
     d = tl.arange(0, D)
-    value = tl.load(best + row * tiles + t, mask=t < tiles, other=float("-inf"))
+    value = tl.load(best + row * parts + t, mask=t < parts, other=float("-inf"))
     like, index = tl.max(value, 0, return_indices=True)
-    slot = tl.load(place + row * tiles + index)
+    slot = tl.load(place + row * parts + index)
     slot_gone = tl.load(goes + row)
     last = tl.load(spans + row * SPAN + 4) - 1
     least = tl.where(before == before, alpha * before + beta * like, like)
@@ -508,15 +534,15 @@ def absorb(
     `stash`; merged `[rows, 2, head_dim]`: what it becomes.
     """
     rows, columns = exact.table.shape[:2]
-    tiles = -(-(columns * 32) // KEYS)
-    best = torch.empty((rows, tiles), dtype=torch.float32, device=goes.device)
-    place = torch.empty((rows, tiles), dtype=torch.int32, device=goes.device)
+    parts = max(1, min(-(-columns * 32 // KEYS), max(PARTS, 2 * processors(goes.device) // rows)))
+    best = torch.empty((rows, parts), dtype=torch.float32, device=goes.device)
+    place = torch.empty((rows, parts), dtype=torch.int32, device=goes.device)
     settings = {"DTYPE": _TYPES[exact.dtype], "D": stash.shape[2], "SPAN": SPAN, "NUMBERS": NUMBERS}
     with on(goes.device):
-        _alike[(rows, tiles)](goes, numbers, spans, exact.table, best, place, columns, T=KEYS, **settings)
+        _alike[(rows, parts)](goes, numbers, spans, exact.table, best, place, columns, parts, T=KEYS, **settings)
         _absorb[(rows,)](
             best, place, goes, numbers, spans, exact.table, threshold, new_threshold, stash, into, merged, alpha, beta,
-            columns, tiles, T=power_of_2(tiles), num_warps=4, **settings,
+            columns, parts, T=power_of_2(parts), num_warps=4, **settings,
         )  # fmt: skip
 
 
