@@ -107,7 +107,7 @@ def test_which_token_goes(pages: dict[str, Any], by: str) -> None:
         noise = Noise(draws.to(at), 5, 0.8, 2.0, 100) if by == "noise" else None
         order = {"oldest": "oldest", "draws": 3}.get(by, "least")
         some = (scores, pages["lse"], given if by in ("packed", "scored") else None)
-        some = [x if x is None else x.to(at) for x in some]
+        some = [x if x is None else x.to(at, copy=True) for x in some]  # scores are written over
         known = [x.to(at) for x in (old, positions, low, counts, spans)]
         new = torch.zeros(ROWS, slots, device=at)
         goes, stash = torch.zeros(ROWS, dtype=torch.int32, device=at), torch.zeros(ROWS, 2, DIM, device=at)

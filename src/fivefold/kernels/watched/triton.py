@@ -147,7 +147,7 @@ def _noise_sums(
     scores, lse, positions, numbers, spans, out, table, columns, slots, draws, seed, layer, kv_heads, first, last,
     steps, T: tl.constexpr, SPAN: tl.constexpr, NUMBERS: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
-    """The sums of a tile's noised weights, of each query head. Grid: (rows, tiles)."""
+    """A tile's noised weights in the place of its scores, and their sums, of each query head. Grid: (rows, tiles)."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     stop = tl.load(spans + row * SPAN + 4)
@@ -162,21 +162,23 @@ def _noise_sums(
     if tile * T < stop:
         x = _noised(scores, lse, row, slot, position, inside, table, newest, generated, columns, draws, seed, layer,
                     kv_heads, first, last, steps, HEADS, H)  # fmt: skip
+        at = (row * HEADS + head)[:, None] * columns + slot[None, :]
+        tl.store(scores + at, x, mask=inside[None, :] & (head < HEADS)[:, None])
         total = tl.sum(x, 1)
     tl.store(out + (row * HEADS + head) * tl.num_programs(1) + tile, total, mask=head < HEADS)
 
 
-@triton.jit(do_not_specialize=("columns", "width", "slots", "draws", "seed", "layer", "kv_heads"))
+@triton.jit(do_not_specialize=("columns", "width", "slots", "seed", "layer", "kv_heads"))
 def _tally(
-    scores, lse, given, sums, table, old, positions, low, numbers, spans, new, least, place,
-    columns, width, slots, draws, seed, layer, kv_heads, first, last, steps,
+    scores, lse, given, sums, old, positions, low, numbers, spans, new, least, place,
+    columns, width, slots, seed, layer, kv_heads,
     T: tl.constexpr, SPAN: tl.constexpr, NUMBERS: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr,
     TILES: tl.constexpr, GAIN: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     """A tile of a row's statistic with what its slots received, and which of them goes first. Grid: (rows, tiles).
 
-    GAIN: 0 nothing, 1 what `scores` say, 2 that and what is `given`, 3 what they say with noise, 4 as 2, but what is
-    given are scores of packed slots. ORDER: what goes is 0
+    GAIN: 0 nothing, 1 what `scores` say, 2 that and what is `given`, 3 what `_noise_sums` left there, 4 as 2, but what
+    is given are scores of packed slots. ORDER: what goes is 0
     the least of the statistic, 1 the oldest, 2 the least draw.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -203,14 +205,13 @@ def _tally(
     if GAIN == 4:
         sum += _received_packed(given, lse, row, slot, tl.load(spans + row * SPAN), high, width, HEADS)
     if GAIN == 3:
-        generated = tl.load(numbers + row * NUMBERS + 3)
         each = tl.arange(0, TILES)
         head = tl.arange(0, H)
         at = (row * HEADS + head)[:, None] * tiles + each[None, :]
         there = (head < HEADS)[:, None] & (each < tiles)[None, :]
         whole = tl.maximum(tl.sum(tl.load(sums + at, mask=there, other=0.0), 1), 1e-38)
-        x = _noised(scores, lse, row, slot, position, slot < total, table, newest, generated, columns, draws, seed,
-                    layer, kv_heads, first, last, steps, HEADS, H)  # fmt: skip
+        at = (row * HEADS + head)[:, None] * columns + slot[None, :]
+        x = tl.load(scores + at, mask=(slot < total)[None, :] & (head < HEADS)[:, None], other=0.0)
         sum += tl.sum(x / whole[:, None], 0)
     tl.store(new + row * slots + slot, sum, mask=slot < total)
     if ORDER == 1:
@@ -478,8 +479,8 @@ def tally(
 
     scores `[rows, heads, some]`, lse `[rows, heads]`: of exact slots, None where nothing is added; given: what packed
     slots received `[rows, some]`, or their scores as `Reader.attend` leaves them `[rows, heads, some]`; noise: where
-    nothing is packed. by: what goes is the "least" of the statistic, the "oldest", or the least of `draws` of a seed.
-    positions int32 `[rows, slots]`; low int32 `[rows]`: the tokens up to this position never go; numbers: int32 `[rows,
+    nothing is packed; weights with it then take the place of the scores. by: what goes is the "least" of the statistic,
+    the "oldest", or the least of `draws` of a seed. positions int32 `[rows, slots]`; low int32 `[rows]`: the tokens up to this position never go; numbers: int32 `[rows,
     NUMBERS]`.
     """
     rows, slots = old.shape
@@ -489,20 +490,18 @@ def tally(
     least = torch.empty((rows, tiles), dtype=torch.float32, device=device)
     place = torch.empty((rows, tiles), dtype=torch.int32, device=device)
     scores, lse, sums = (old if x is None else x for x in (scores, lse, None))
-    table, draws, seed, bounds = old, 1, by if isinstance(by, int) else 0, (1.0, 1.0, 1.0)
+    seed = by if isinstance(by, int) else 0
     settings = {"T": TILE, "SPAN": SPAN, "NUMBERS": NUMBERS, "HEADS": heads, "H": power_of_2(heads)}
     with on(device):
         if noise is not None:
             sums = torch.empty((rows, heads, tiles), dtype=torch.float32, device=device)
-            table, draws, seed = noise.table, len(noise.table), noise.seed
-            bounds = noise.first, noise.last, float(noise.steps)
             _noise_sums[(rows, tiles)](
-                scores, lse, positions, numbers, spans, sums, table, columns, slots, draws, seed, layer, kv_heads,
-                *bounds, **settings,
+                scores, lse, positions, numbers, spans, sums, noise.table, columns, slots, len(noise.table), noise.seed,
+                layer, kv_heads, noise.first, noise.last, float(noise.steps), **settings,
             )  # fmt: skip
         _tally[(rows, tiles)](
-            scores, lse, old if given is None else given, sums, table, old, positions, low, numbers, spans, new, least,
-            place, columns, 1 if given is None else given.shape[-1], slots, draws, seed, layer, kv_heads, *bounds,
+            scores, lse, old if given is None else given, sums, old, positions, low, numbers, spans, new, least, place,
+            columns, 1 if given is None else given.shape[-1], slots, seed, layer, kv_heads,
             TILES=power_of_2(tiles), GAIN=gain,
             ORDER=2 if isinstance(by, int) else int(by == "oldest"), **settings,
         )  # fmt: skip
