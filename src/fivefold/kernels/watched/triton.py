@@ -480,8 +480,8 @@ def tally(
     scores `[rows, heads, some]`, lse `[rows, heads]`: of exact slots, None where nothing is added; given: what packed
     slots received `[rows, some]`, or their scores as `Reader.attend` leaves them `[rows, heads, some]`; noise: where
     nothing is packed; weights with it then take the place of the scores. by: what goes is the "least" of the statistic,
-    the "oldest", or the least of `draws` of a seed. positions int32 `[rows, slots]`; low int32 `[rows]`: the tokens up to this position never go; numbers: int32 `[rows,
-    NUMBERS]`.
+    the "oldest", or the least of `draws` of a seed. positions int32 `[rows, slots]`; low int32 `[rows]`: the tokens up
+    to this position never go; numbers: int32 `[rows, NUMBERS]`.
     """
     rows, slots = old.shape
     gain = 0 if scores is None else 3 if noise is not None else 1 if given is None else 2 * (given.ndim - 1)
