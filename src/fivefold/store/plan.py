@@ -224,8 +224,9 @@ def _demote_few(layer: Layer, group: RowGroup, plan: Demote, held: Held, revocab
         stays[np.nonzero(index < due)[0], index[index < due]] = False
         (row, first), left = np.nonzero(stays), index[index >= due]
         rows, table = group.flat[row], bank.exact.table
-        pairs = np.unique(np.stack([rows, left // PAGE]), axis=1)
-        bank.exact.unshare(bank.change, *pairs)
+        if bank.exact.shared:
+            width = table.shape[1]  # whole numbers are sorted much faster than pairs
+            bank.exact.unshare(bank.change, *np.divmod(np.unique(rows * width + left // PAGE), width))
         for name in KV:
             pages = table[group.flat[:, None], index // PAGE].reshape(-1)
             goes = pool.read_tokens(name, pages, index.reshape(-1) % PAGE)

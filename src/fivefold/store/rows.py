@@ -105,6 +105,8 @@ def _pages(tokens: Any, page: int = PAGE) -> Any:
 
 
 def _where(condition: Any, a: Any, b: Any) -> Any:
+    if isinstance(condition, bool | np.bool_):  # of one row: numpy takes ten times as long
+        return a if condition else b
     return np.where(condition, a, b)[()]
 
 
