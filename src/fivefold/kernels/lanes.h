@@ -19,3 +19,12 @@ static inline void weighted(const float* weights, int count, const float (*x)[RO
       for (int i = 0; i < ROWS / WIDE; i++) sums[o][i] += weights[o * count + k] * ((const Lanes*)x[k])[i];
   for (int o = 0; o < outs; o++) memcpy(out + o * apart, sums[o], sizeof sums[o]);
 }
+
+// Any number of sums, as many at a time as there are registers for.
+template <int outs>
+static inline void all_weighted(const float* weights, int count, const float (*x)[ROWS], float* out, int64_t apart) {
+  constexpr int many = WIDE == 16 ? 8 : 3, rest = outs % many;
+  int o = 0;
+  for (; o + many <= outs; o += many) weighted<many>(weights + o * count, count, x, out + o * apart, apart);
+  if constexpr (rest > 0) weighted<rest>(weights + o * count, count, x, out + o * apart, apart);
+}

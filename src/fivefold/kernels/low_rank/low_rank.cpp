@@ -40,8 +40,6 @@ static void unpacked(const Side& side, int row, int page, int step, float (*out)
 #endif
 }
 
-constexpr int most(int count) { return WIDE == 16 && count % 8 == 0 ? 8 : count % 4 == 0 && WIDE == 16 ? 4 : count % 3 == 0 ? 3 : count % 2 == 0 ? 2 : 1; }
-
 // queries: [rows, QUERIES, D]; up: [teams or 1, HEADS * D, FEATURES], `up_team` apart; both in the paired order; cosine,
 // sine: [teams or 1, PAIRS, pages, TOKENS], `wave_team` apart; out: [rows, QUERIES, pages * TOKENS].
 extern "C" void scores(const float* queries, Field numbers, Field scale, Field zero, const float* up, int64_t up_team,
@@ -61,7 +59,7 @@ extern "C" void scores(const float* queries, Field numbers, Field scale, Field z
       const int64_t phase = team * wave_team + (int64_t)page * TOKENS + step * ROWS, next = (int64_t)pages * TOKENS;
       for (int head = 0; head < HEADS; head++) {
         const float* mine = up + team * up_team + head * D * FEATURES;
-        for (int c = 0; c < D; c += most(D)) weighted<most(D)>(mine + c * FEATURES, FEATURES, x, y[c], ROWS);
+        all_weighted<D>(mine, FEATURES, x, y[0], ROWS);
         for (int pair = 0; pair < PAIRS; pair++) {
           const float *c = cosine + phase + pair * next, *s = sine + phase + pair * next;
           for (int t = 0; t < ROWS; t++) {
@@ -70,10 +68,8 @@ extern "C" void scores(const float* queries, Field numbers, Field scale, Field z
           }
         }
         const int64_t row = team * HEADS + head;
-        for (int q = 0; q < QUERIES; q += most(QUERIES))
-          weighted<most(QUERIES)>(queries + (row * QUERIES + q) * D, D, y,
-                                  out + ((row * QUERIES + q) * pages + page) * TOKENS + step * ROWS,
-                                  (int64_t)pages * TOKENS);
+        all_weighted<QUERIES>(queries + row * QUERIES * D, D, y,
+                              out + (row * QUERIES * pages + page) * TOKENS + step * ROWS, (int64_t)pages * TOKENS);
       }
     }
   }
