@@ -1,5 +1,6 @@
 """The same engine on a CUDA device; run by hand with `pytest -m gpu`."""
 
+import gc
 import json
 import os
 
@@ -144,6 +145,8 @@ def test_memory_grows_page_by_page(model, monkeypatch):
     """Slabs lie in segments that grow, without gaps that nothing fits into, unless the user has a say of their own."""
     if any(name in os.environ for name in SETTINGS):
         pytest.skip("torch's allocator is set up by the environment")
+    gc.collect()
+    torch.cuda.empty_cache()  # or slabs lie in segments that earlier tests have left
     cache = fivefold.compress(model, "kivi(bits=4)")
     with torch.inference_mode():
         model(torch.ones(64, 700, dtype=torch.long, device="cuda"), past_key_values=cache)
