@@ -183,7 +183,7 @@ def test_of_keys_that_are_equal_the_first_takes_what_goes(device, stop: int, mon
     exact = exact_tier(rows, 30, DIM, torch.float32, device)
     keys, values = (exact.rows(name).flatten(1, 2).clone() for name in ("keys", "values"))
     alike = [sorted({slot % stop for slot in some} - {gone} or {stop - 1}) for some in
-             ([0], [1, 2], [stop - 1, stop - 2], [63, 64, 128], [127, stop // 2], [600, 200, 320])]  # fmt: skip
+             ([0], [1, 2], [stop - 1, stop - 2], [63, 64, 128], [127, stop // 2], [5, 69, 133])]  # fmt: skip
     for row, some in enumerate(alike):
         keys[row, some] = keys[row, gone] * 3
     exact.pool.write("keys", exact.table.reshape(-1), keys.view(-1, 32, DIM))
@@ -311,14 +311,17 @@ def test_layers_that_stand_alike_are_asked_once(model) -> None:
     watch, bounds, layers = bank.live.watch, bank.standing.of_layers(), len(bank.layers)
     assert len(bounds.length) == 1 < layers
     wide = type(bounds)(*(np.repeat(x, layers, 0) for x in bounds))
-    for other in ({}, {"share": 0.5}, {"prompt": 90}):
+    before = bank.live.known
+    for other, keep in (({}, None), ({"share": 0.5}, None), ({"prompt": 90}, None), ({}, 0.25)):
+        for layer in bank.layers[1:] if keep else ():
+            layer.policy = replace(layer.policy, keep=keep)
         known = [tuple((replace(held, **(other if index else {})), rows) for held, rows in some)
-                 for index, some in enumerate(bank.live.known)]  # fmt: skip
+                 for index, some in enumerate(before)]  # fmt: skip
         bank.live = replace(bank.live, known=tuple(known), kinds=watch._kinds(bank, known))
         (once, asks), (each, ask) = watch._planned(bank, bounds), watch._planned(bank, wide)
-        assert np.array_equal(once, each) and asks == ask and once[:, : bank.rows, 0].all()
-        assert (once[0] == once[1]).all() == (not other)
-        assert len(bank.live.kinds) == 1 + bool(other)
+        differ = bool(other or keep)
+        assert np.array_equal(once, each) and asks == ask == differ and once[:, : bank.rows, 0].all()
+        assert (once[0] == once[1]).all() == (not differ)
 
 
 @pytest.mark.parametrize("name", ["h2o", pytest.param("d2o", marks=pytest.mark.slow)])
