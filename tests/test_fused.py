@@ -211,7 +211,7 @@ def test_only_the_rows_that_hold_large_numbers_lose_the_kernels(device, by, monk
 
     def lost() -> list[bool]:
         assert alike.stands(dict(enumerate(layers)))
-        each = alike.whys(dict(enumerate(layers)))
+        each = alike.whys()
         return ["2000" in (each[number] or "") for number in range(2)]
 
     assert lost() == [False, True]

@@ -176,8 +176,9 @@ def test_what_goes_is_merged_and_becomes_so(pages: dict[str, Any]) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("stop", [2, 65, 700, 960])
 def test_of_keys_that_are_equal_the_first_takes_what_goes(device, stop: int, monkeypatch) -> None:
-    """Wherever it stands, in whichever part of whichever program."""
+    """Wherever it stands, in whichever tile of whichever program, of which there are few enough to have several."""
     monkeypatch.setenv("FIVEFOLD_KERNELS", KERNELS)
+    monkeypatch.setattr(kernel, "processors", lambda device: 1)
     torch.manual_seed(stop)
     rows, gone = 6, stop // 3
     exact = exact_tier(rows, 30, DIM, torch.float32, device)

@@ -182,8 +182,8 @@ class Alike:
     have seen alone where they are of one kind. roles: what they read in a step (see `ReadPolicy`)."""
 
     def __init__(self, layers: Mapping[int, LayerCache], roles: Mapping[int, str]) -> None:
-        self._layers, self._roles = list(layers.values()), roles
-        self._banks = [weakref.ref(layer.bank) for layer in self._layers]
+        self._layers, self._roles = dict(layers), roles
+        self._banks = [weakref.ref(layer.bank) for layer in layers.values()]
         kinds: dict[tuple[object, ...], list[int]] = {}
         for index, layer in layers.items():
             # Layers of a bank are alike, but for the largest number that they have seen, what is read and held, by what
@@ -197,12 +197,11 @@ class Alike:
 
     def stands(self, layers: Mapping[int, LayerCache]) -> bool:
         """Whether it is still so."""
-        same = self._layers == list(layers.values())
-        return same and [bank() for bank in self._banks] == [layer.bank for layer in self._layers]
+        return self._layers == layers and [bank() for bank in self._banks] == [one.bank for one in layers.values()]
 
-    def whys(self, layers: Mapping[int, LayerCache]) -> dict[int, str | None]:
+    def whys(self) -> dict[int, str | None]:
         """Why a layer's decoding step is not one call of a kernel, in a few words, of each layer; None if it is."""
-        peaks = dict[Bank, np.ndarray]()
+        layers, peaks = self._layers, dict[Bank, np.ndarray]()
         out: dict[int, str | None] = dict.fromkeys(layers)
         for kind in self._kinds:
             first = layers[kind[0]]

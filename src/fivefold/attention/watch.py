@@ -59,19 +59,21 @@ def unsteady(layers: Mapping[int, LayerCache], revocable: int) -> bool:
 
 
 Known = tuple[tuple[Held, np.ndarray], ...]
+Kind = tuple[Any, Held, int, np.ndarray]
+"""Rows of which a policy is asked together: a layer and a `Held` of theirs, their first row in it, and which of
+`[layers * rows]` of the device tables they are."""
 
 
 @dataclass(frozen=True)
 class Live:
     """What a policy knows of the tokens of a bank's rows is in `watch`: of each layer the `Held`s without it, and their
-    rows. kinds: the rows of which a policy is asked the same where layers stand alike: a layer and a `Held` of theirs,
-    the first row, and which of `[layers * rows]` of the device tables they are. final int64 `[layers * rows]`: how many
-    tokens had been seen when one last went. opened: whether `Bank.open` has made room for a token that is not known
-    yet. pending: the last step's choice has yet to become so."""
+    rows. kinds: all rows, those together of which a policy is asked the same where layers stand alike. final int64
+    `[layers * rows]`: how many tokens had been seen when one last went. opened: whether `Bank.open` has made room for a
+    token that is not known yet. pending: the last step's choice has yet to become so."""
 
     watch: Watch
     known: tuple[Known, ...]
-    kinds: tuple[tuple[Any, Held, int, np.ndarray], ...]
+    kinds: tuple[Kind, ...]
     final: np.ndarray
     opened: bool = False
     pending: bool = False
@@ -140,14 +142,18 @@ class Watch:
         bank.live = Live(self, tuple(known), self._kinds(bank, known), np.zeros(bank.standing.rows, dtype=np.int64))
         return True
 
-    def _kinds(self, bank: Bank, known: list[Known]) -> tuple[tuple[Any, Held, int, np.ndarray], ...]:
-        """See `Live`."""
-        kinds: dict[tuple[object, ...], tuple[Any, Held, int, list[np.ndarray]]] = {}
-        for index, (layer, some) in enumerate(zip(bank.layers, known)):
+    def _each(self, bank: Bank, known: Sequence[Known]) -> Iterator[Kind]:
+        """All rows, layer by layer."""
+        for layer, some in zip(bank.layers, known):
             for held, rows in some:
-                key = layer.policy, held.prompt, held.share, int(rows[0])
-                kinds.setdefault(key, (layer, held, int(rows[0]), []))[3].append(index * self.rows + rows)
-        return tuple((layer, held, row, np.concatenate(rows)) for layer, held, row, rows in kinds.values())
+                yield layer, held, int(rows[0]), layer.index * self.rows + rows
+
+    def _kinds(self, bank: Bank, known: Sequence[Known]) -> tuple[Kind, ...]:
+        """See `Live`."""
+        kinds: dict[tuple[object, ...], list[Kind]] = {}
+        for layer, held, row, rows in self._each(bank, known):
+            kinds.setdefault((layer.policy, held.prompt, held.share, row), []).append((layer, held, row, rows))
+        return tuple((*some[0][:3], np.concatenate([kind[3] for kind in some])) for some in kinds.values())
 
     def held(self, bank: Bank, stepped: bool = False) -> list[list[Held]]:
         """What the policy knows, of each layer. stepped: after a step that the host is yet to plan, as if its attention
@@ -188,24 +194,21 @@ class Watch:
 
     def _planned(self, bank: Bank, bounds: Bounds) -> tuple[np.ndarray, bool]:
         """`numbers`, and whether the host has to plan what follows."""
-        out, asks = np.zeros((len(bank.layers), self.rows, NUMBERS), dtype=np.int32), False
-        live, flat = bank.live, out.reshape(-1, NUMBERS)
+        out, asks = np.zeros((len(bank.layers) * self.rows, NUMBERS), dtype=np.int32), False
+        live, found = bank.live, dict[tuple[object, ...], tuple[tuple[int, ...], bool]]()
         assert live is not None
-        if len(bounds.length) == 1:
-            for layer, held, row, rows in live.kinds:
-                flat[rows], ask = _numbers(layer, held, Bounds(*(int(x[0, row]) for x in bounds)))
-                asks = asks or ask
-            return out, asks
-        found: dict[tuple[object, ...], tuple[tuple[int, ...], bool]] = {}
-        for index, (layer, known) in enumerate(zip(bank.layers, live.known)):
-            for held, rows in known:
-                at = Bounds(*(int(x[index, rows[0]]) for x in bounds))
-                key = layer.policy, held.prompt, held.share, at
-                if key not in found:
-                    found[key] = _numbers(layer, held, at)
-                out[index, rows], ask = found[key]
-                asks = asks or ask
-        return out, asks
+        alike = len(bounds.length) == 1
+        for layer, held, row, rows in live.kinds if alike else self._each(bank, live.known):
+            at = Bounds(*(int(x[0 if alike else layer.index, row]) for x in bounds))
+            key = layer.policy, held.prompt, held.share, at
+            if key not in found:
+                now = replace(held, seen=int(at.seen))
+                gives = layer.policy.step(now, at, layer.packing_of(now))
+                recent = layer.policy.guards(now)[1]
+                found[key] = (GIVES if gives else GROWS, now.seen - 1, recent, now.seen - now.basis), gives is None
+            out[rows], ask = found[key]
+            asks = asks or ask
+        return out.reshape(len(bank.layers), self.rows, NUMBERS), asks
 
     def observe(
         self,
@@ -268,14 +271,6 @@ class Watch:
         if not self.goes.is_meta:
             given = self.goes, self.stash, self.new, self.merges, numbers, spans
             _kernels().overwrite(*given, self.positions, self.scores, exact)
-
-
-def _numbers(layer: Any, held: Held, bounds: Bounds) -> tuple[tuple[int, ...], bool]:
-    """Of rows that end at these bounds (see `Watch._planned`)."""
-    now = replace(held, seen=int(bounds.seen))
-    gives = layer.policy.step(now, bounds, layer.packing_of(now))
-    numbers = GIVES if gives else GROWS, now.seen - 1, layer.policy.guards(now)[1], now.seen - now.basis
-    return numbers, gives is None
 
 
 def _kernels() -> Any:

@@ -352,7 +352,7 @@ class Session:
         """Why a layer's decoding step is not one call of a kernel, in a few words, of each layer; None if it is."""
         if self._alike is None or not self._alike.stands(self.stores):
             self._alike = Alike(self.stores, self.reads.roles)
-        return self._alike.whys(self.stores)
+        return self._alike.whys()
 
     def deliver(self, index: int, spec: dict[str, Any]) -> LayerCache:
         """The store of a layer that is given its chunk. spec: what the chunk says about the layer; where the cache is

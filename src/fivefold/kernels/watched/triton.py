@@ -14,7 +14,7 @@ import triton.language as tl
 from fivefold.kernels.device import on, power_of_2, processors
 from fivefold.kernels.packed_decode.reference import Form
 from fivefold.kernels.packed_decode.schedule import SPAN, Exact, Packed
-from fivefold.kernels.packed_decode.triton import _TYPES, _code_planes, _queries
+from fivefold.kernels.packed_decode.triton import _TYPES, _code_planes, _queries, _tokens
 from fivefold.kernels.watched import Noise
 
 TILE = 512
@@ -254,15 +254,6 @@ def _choose(
             tl.store(stash + (row * 2 + side) * D + d, tl.load(page + ((stop - 1) % 32) * D + d))
 
 
-@triton.jit
-def _key(table, row, slot, inside, columns, DTYPE: tl.constexpr, D: tl.constexpr):
-    """Keys of some slots of a row, `[slots, D]` as they are stored; 0 of those that are not `inside`."""
-    address = tl.load(table + (row * columns + slot // 32) * 2, mask=inside, other=0)
-    page = tl.multiple_of((address * 16).to(tl.pointer_type(DTYPE)), 16)
-    at = page[:, None] + ((slot % 32)[:, None] * D + tl.arange(0, D)[None, :])
-    return tl.load(at, mask=inside[:, None], other=0.0)
-
-
 @triton.jit(do_not_specialize=("columns", "parts"))
 def _alike(
     goes, numbers, spans, table, best, place, columns, parts,
@@ -288,7 +279,8 @@ def _alike(
     t = tl.arange(0, T)
     slot_gone = tl.load(goes + row)
     slot = first * T + t
-    ahead = _key(table, row, slot, slot < stop, columns, DTYPE, D)
+    inside = slot < stop
+    ahead = _tokens(table + (row * columns + slot // 32) * 2, slot % 32, inside, inside, 0, DTYPE, D, 2)
     address = tl.load(table + (row * columns + slot_gone // 32) * 2)
     page = tl.multiple_of((address * 16).to(tl.pointer_type(DTYPE)), 16)
     gone = tl.load(page + (slot_gone % 32) * D + d).to(tl.float32)
@@ -299,7 +291,8 @@ def _alike(
         slot = tile * T + t
         keys = ahead.to(tl.float32)
         then = slot + T
-        ahead = _key(table, row, then, (then < stop) & (tile + 1 < last), columns, DTYPE, D)
+        inside = (then < stop) & (tile + 1 < last)
+        ahead = _tokens(table + (row * columns + then // 32) * 2, then % 32, inside, inside, 0, DTYPE, D, 2)
         like = tl.sum(keys * unit[None, :], 1) / tl.maximum(tl.sqrt(tl.sum(keys * keys, 1)), 1e-12)
         like = tl.where((slot < stop) & (slot != slot_gone), like, float("-inf"))
         more = like > most
